@@ -1,0 +1,286 @@
+"""The command line: generate, inspect, doctor.
+
+Exit code 0 only when the job is done. With --json, standard output carries exactly one JSON object;
+everything meant for people goes to standard error.
+"""
+
+import argparse
+import contextlib
+import json
+import logging
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .config import TILINGS
+from .errors import OptionError, SkyReelsError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+EXIT_ERROR = 1
+EXIT_INTERRUPTED = 130
+TRANSFORMER_PRECISIONS = ("auto", "fp32", "bf16", "fp8", "int8")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command.
+
+    Args:
+        argv: arguments without the program's name; None means sys.argv.
+    Returns:
+        The exit code: 0 done, 1 an error that was explained, 2 wrong usage, 130 interrupted.
+    """
+    arguments = build_parser().parse_args(argv)
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+    try:
+        result = arguments.run(arguments)
+    except SkyReelsError as error:
+        return _fail(arguments, str(error), EXIT_ERROR)
+    except (OSError, MemoryError) as error:
+        return _fail(arguments, f"{type(error).__name__}: {error}", EXIT_ERROR)
+    except KeyboardInterrupt:
+        return _fail(arguments, "Interrupted; nothing was written.", EXIT_INTERRUPTED)
+    if arguments.json:
+        print(json.dumps(result))  # noqa: T201
+    return 0
+
+
+def _fail(arguments: argparse.Namespace, message: str, code: int) -> int:
+    say(f"error: {message}")
+    if arguments.json:
+        print(json.dumps({"error": message}))  # noqa: T201
+    return code
+
+
+def say(text: str) -> None:
+    """Write a line for people."""
+    print(text, file=sys.stderr, flush=True)  # noqa: T201
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """All commands and options."""
+    parser = argparse.ArgumentParser(
+        prog="python -m skyreels", description="SkyReels-V1 image-to-video."
+    )
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    generate = commands.add_parser(
+        "generate",
+        help="a picture and a prompt become a video",
+        description="A picture and a prompt become a video. Without --transformer, --vae and "
+        "--text-encoder the tiny built-in model is used (64x64, 17 frames).",
+    )
+    generate.set_defaults(run=run_generate)
+    generate.add_argument(
+        "image", nargs="?", type=Path, help="picture file; without one, an example is drawn"
+    )
+    generate.add_argument("--prompt", required=True, help="what happens ('FPS-24, ' is added)")
+    generate.add_argument("--negative", help="what to avoid (default: the official list)")
+    generate.add_argument("--out", type=Path, required=True, help="FILE.mp4 or FILE.npy")
+    generate.add_argument("--transformer", type=Path, help="checkpoint file or diffusers folder")
+    generate.add_argument("--vae", type=Path, help="VAE file or folder")
+    generate.add_argument("--text-encoder", type=Path, help="folder with both text encoders")
+    generate.add_argument("--width", type=int, help="multiple of 16 (default 960; built-in 64)")
+    generate.add_argument("--height", type=int, help="multiple of 16 (default 544; built-in 64)")
+    generate.add_argument("--frames", type=int, help="4k+1 (default 97; built-in 17)")
+    generate.add_argument("--steps", type=int, default=30, help="default 30")
+    generate.add_argument("--cfg", type=float, default=6.0, help="true CFG scale, default 6")
+    generate.add_argument(
+        "--embedded-guidance", type=float, default=1.0, help="keep 1.0, as the model was trained"
+    )
+    generate.add_argument("--shift", type=float, default=7.0, help="schedule shift, default 7")
+    generate.add_argument("--seed", type=int, default=0, help="default 0")
+    generate.add_argument("--fit", choices=("crop", "pad", "stretch"), default="crop")
+    generate.add_argument("--noise-augmentation", type=float, default=0.0, metavar="S")
+    generate.add_argument("--latent-strength", type=float, default=1.0, metavar="S")
+    generate.add_argument("--precision", choices=TRANSFORMER_PRECISIONS, default="auto")
+    generate.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    generate.add_argument("--decode", choices=("auto", "full", *TILINGS), default="auto")
+    generate.add_argument(
+        "--resume", type=Path, metavar="FILE", help="keep finished steps here, continue from them"
+    )
+    generate.add_argument("--json", action="store_true")
+
+    inspect = commands.add_parser("inspect", help="what a checkpoint is, from its header alone")
+    inspect.set_defaults(run=run_inspect)
+    inspect.add_argument("path", type=Path)
+    inspect.add_argument("--json", action="store_true")
+
+    doctor = commands.add_parser(
+        "doctor", help="devices, kernels and why each is used or not, versions, weights found"
+    )
+    doctor.set_defaults(run=run_doctor)
+    doctor.add_argument("--json", action="store_true")
+    return parser
+
+
+# --- generate -----------------------------------------------------------------------------------
+
+
+def run_generate(arguments: argparse.Namespace) -> dict[str, Any]:
+    """`generate`: load, encode, sample, decode, write."""
+    start = time.perf_counter()
+    from .video import check_output
+
+    check_output(arguments.out)  # before minutes of work, not after
+    paths = (arguments.transformer, arguments.vae, arguments.text_encoder)
+    if any(paths) and not all(paths):
+        raise OptionError(
+            "--transformer, --vae and --text-encoder belong together: give all three, or none for "
+            "the built-in model."
+        )
+    is_builtin = not any(paths)
+    width = arguments.width or (64 if is_builtin else 960)
+    height = arguments.height or (64 if is_builtin else 544)
+    num_frames = arguments.frames or (17 if is_builtin else 97)
+
+    from .builtin import BUILTIN_NOTICE, example_image
+    from .conditioning import check_size
+    from .video import read_image, write_frames
+
+    check_size(width, height, num_frames)
+    image = read_image(arguments.image) if arguments.image else example_image()
+    if is_builtin:
+        say(BUILTIN_NOTICE)
+    with progress_bar() as report:
+        frames = _generate(arguments, image, (width, height, num_frames), report)
+    write_frames(arguments.out, frames)
+    seconds = time.perf_counter() - start
+    say(f"{arguments.out}: {num_frames} frames of {width}x{height} in {seconds:.1f} s")
+    return {
+        "file": str(arguments.out),
+        "model": "built-in" if is_builtin else str(arguments.transformer),
+        "width": width,
+        "height": height,
+        "frames": num_frames,
+        "seed": arguments.seed,
+        "elapsed_s": round(seconds, 3),
+    }
+
+
+def _generate(
+    arguments: argparse.Namespace, image: "Tensor", size: tuple[int, int, int], report: Any
+) -> "Tensor":
+    from .builtin import builtin_text_encoder, builtin_transformer, builtin_vae
+    from .config import Guidance
+    from .loading import load_transformer, load_vae
+    from .pipeline import image_to_video
+    from .runtime import TorchRuntime
+    from .text import DEFAULT_NEGATIVE_PROMPT, encode_prompt, load_text_encoder
+
+    runtime = TorchRuntime(pick_device(arguments.device), on_progress=report)
+    # the text encoder goes first and is gone before the transformer comes: it is 8 B parameters
+    if arguments.text_encoder is None:
+        encoder = builtin_text_encoder(runtime=runtime)
+    else:
+        encoder = load_text_encoder(arguments.text_encoder, runtime=runtime)
+    prompt = encode_prompt(encoder, arguments.prompt, runtime=runtime)
+    negative = None
+    if arguments.cfg > 1:
+        text = DEFAULT_NEGATIVE_PROMPT if arguments.negative is None else arguments.negative
+        negative = encode_prompt(encoder, text, fps_prefix=False, runtime=runtime)
+    del encoder
+    precision = arguments.precision
+    if arguments.transformer is None:
+        transformer = builtin_transformer(precision=precision, runtime=runtime)
+        vae = builtin_vae(runtime=runtime)
+    else:
+        transformer = load_transformer(arguments.transformer, precision=precision, runtime=runtime)
+        vae = load_vae(arguments.vae, runtime=runtime)
+    width, height, num_frames = size
+    return image_to_video(
+        transformer, vae, image, prompt, negative,
+        width=width, height=height, num_frames=num_frames,
+        num_inference_steps=arguments.steps, shift=arguments.shift, seed=arguments.seed,
+        guidance=Guidance(arguments.cfg, arguments.embedded_guidance),
+        fit=arguments.fit, noise_augmentation=arguments.noise_augmentation,
+        latent_strength=arguments.latent_strength, decode=arguments.decode,
+        resume=arguments.resume, runtime=runtime,
+    )  # fmt: skip
+
+
+def pick_device(name: str) -> str:
+    """The device for "auto", or the one asked for if it is there.
+
+    Raises:
+        OptionError: unknown device, or CUDA where there is none.
+    """
+    import torch
+
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    kind, _, index = name.partition(":")
+    if kind not in ("cpu", "cuda") or (index and not index.isdigit()):
+        raise OptionError(f"Device {name!r} is not one of auto, cpu, cuda, cuda:N.")
+    if kind == "cuda" and int(index or 0) >= torch.cuda.device_count():
+        raise OptionError(
+            f"Device {name!r} is not here (CUDA devices: {torch.cuda.device_count()}): use cpu, or "
+            "see `python -m skyreels doctor`."
+        )
+    return name
+
+
+@contextlib.contextmanager
+def progress_bar() -> Iterator[Any]:
+    """A bar on standard error: one line that is rewritten, or nothing if it is not a terminal."""
+    started: dict[str, float] = {}
+    is_terminal = sys.stderr.isatty()
+
+    def report(stage: str, done: int, total: int, preview: "Tensor | None" = None) -> None:
+        now = time.perf_counter()
+        if done <= 0:
+            started[stage] = now
+        elapsed = now - started.setdefault(stage, now)
+        if not is_terminal or total <= 0:
+            return
+        filled = 24 * done // total
+        left = f"{elapsed / done * (total - done):.0f} s left" if done and elapsed else ""
+        bar = "█" * filled + "·" * (24 - filled)
+        sys.stderr.write(f"\r{stage:7} {bar} {100 * done // total:3d} %  {left:14}")
+        if done >= total:
+            sys.stderr.write(f"\r{stage:7} {'█' * 24} 100 %  {elapsed:.1f} s{'':14}\n")
+        sys.stderr.flush()
+
+    yield report
+
+
+# --- inspect, doctor ----------------------------------------------------------------------------
+
+
+def run_inspect(arguments: argparse.Namespace) -> dict[str, Any]:
+    """`inspect`: describe a checkpoint."""
+    from .checkpoint import FAMILY_NAMES, inspect
+
+    info = inspect(arguments.path)
+    if not arguments.json:
+        kind = FAMILY_NAMES[info.family] + (f" ({info.variant})" if info.variant else "")
+        dtypes = ", ".join(f"{count:,} in {name}" for name, count in info.dtypes.items())
+        lines = {
+            "is": kind,
+            "layout": f"{info.layout or '-'}, prefix {info.prefix or 'none'}",
+            "tensors": f"{info.num_tensors:,} with {info.num_parameters:,} parameters "
+            f"({info.num_bytes / 1e9:.2f} GB)",
+            "dtypes": f"{dtypes}; 8-bit scales: {info.scales}",
+            "guidance": "embedded" if info.guidance_embeds else "no embedding",
+        }
+        say(str(info.path))
+        for name, text in lines.items():
+            if name != "guidance" or info.family == "transformer":
+                say(f"  {name:9} {text}")
+    return info.to_json()
+
+
+def run_doctor(arguments: argparse.Namespace) -> dict[str, Any]:
+    """`doctor`: what is here and what of it is used."""
+    from .doctor import examine
+
+    findings = examine()
+    if not arguments.json:
+        for section, values in findings.items():
+            say(section)
+            for name, text in values.items():
+                say(f"  {name:18} {text}")
+    return findings

@@ -1,0 +1,207 @@
+"""From a picture to the first-frame latents the transformer is conditioned on."""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .config import SCALING_FACTOR, SIZE_MULTIPLE, SPATIAL_COMPRESSION, TEMPORAL_COMPRESSION
+from .errors import DependencyError, OptionError, ShapeError
+from .memory import on_device
+from .runtime import Runtime
+
+if TYPE_CHECKING:
+    from .vae.model import VideoVAE
+
+FITS = ("crop", "pad", "stretch")
+
+
+@dataclass(frozen=True)
+class ImageConditioning:
+    """The start of a clip and its size.
+
+    image_latents: [1, 16, k, h, w] float32 on the CPU, model space; k latent frames are given, the
+        rest of the clip is zero there.
+    width, height: of the video in pixels. num_frames: of the video, 4k + 1.
+    """
+
+    image_latents: Tensor
+    width: int
+    height: int
+    num_frames: int
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int, int, int]:
+        """[1, 16, T, h, w] of the whole clip."""
+        return latent_shape(self.num_frames, self.height, self.width)
+
+    def padded(self) -> Tensor:
+        """[1, 16, T, h, w]: the given latents, then zeros in time (zeros in model space)."""
+        latents = torch.zeros(self.latent_shape)
+        latents[:, :, : self.image_latents.shape[2]] = self.image_latents
+        return latents
+
+
+def latent_shape(num_frames: int, height: int, width: int) -> tuple[int, int, int, int, int]:
+    """[1, 16, T, h, w] of a clip; T = (num_frames - 1) / 4 + 1."""
+    frames = (num_frames - 1) // TEMPORAL_COMPRESSION + 1
+    return (1, 16, frames, height // SPATIAL_COMPRESSION, width // SPATIAL_COMPRESSION)
+
+
+def to_model_space(vae_latents: Tensor) -> Tensor:
+    """VAE-space latents, as in a LATENT, to the scale the transformer works in."""
+    return vae_latents * SCALING_FACTOR
+
+
+def to_vae_space(latents: Tensor) -> Tensor:
+    """The transformer's latents to the scale the VAE decodes."""
+    return latents / SCALING_FACTOR
+
+
+def nearest_frames(num_frames: int) -> int:
+    """The legal frame count (4k + 1) closest to a number."""
+    return max(0, round((num_frames - 1) / TEMPORAL_COMPRESSION)) * TEMPORAL_COMPRESSION + 1
+
+
+def nearest_size(pixels: int) -> int:
+    """The legal width or height (a multiple of 16) closest to a number."""
+    return max(1, round(pixels / SIZE_MULTIPLE)) * SIZE_MULTIPLE
+
+
+def check_size(width: int, height: int, num_frames: int) -> None:
+    """Refuse sizes the model cannot make.
+
+    Raises:
+        ShapeError: names the value, the rule and the nearest legal value.
+    """
+    for name, value in (("Width", width), ("Height", height)):
+        if value < SIZE_MULTIPLE or value % SIZE_MULTIPLE:
+            raise ShapeError(
+                f"{name} {value} is not a multiple of {SIZE_MULTIPLE}: use {nearest_size(value)}."
+            )
+    if num_frames < 1 or (num_frames - 1) % TEMPORAL_COMPRESSION:
+        raise ShapeError(
+            f"{num_frames} frames is not a multiple of 4 plus 1: use {nearest_frames(num_frames)}."
+        )
+
+
+def fit_image(image: Tensor, width: int, height: int, fit: str = "crop") -> Tensor:
+    """Bring pictures to the size of the video, as the official code does.
+
+    Args:
+        image: [F, H, W, C] float in 0..1; channels beyond three (alpha) are dropped.
+        width, height: wanted size in pixels.
+        fit: "crop" cuts the centre to the wanted proportions, "pad" adds black bars, "stretch"
+            distorts; then Lanczos in 8 bits per channel. A picture of the right size is untouched.
+    Returns:
+        [1, 3, F, height, width] float32 in -1..1.
+    Raises:
+        ShapeError: not a picture. OptionError: unknown fit.
+    Source: SkyworkAI/SkyReels-V1 @cb0ceaa, video_generate.py (centre crop), then the Lanczos
+        resize of diffusers' VideoProcessor.
+    """
+    if fit not in FITS:
+        raise OptionError(f"Fit {fit!r} is not one of {', '.join(FITS)}.")
+    if image.ndim != 4 or image.shape[-1] < 3 or 0 in image.shape:
+        raise ShapeError(
+            f"A picture is [frames, height, width, 3 colours]; got {list(image.shape)}."
+        )
+    pixels = image[..., :3].detach().to("cpu", torch.float32).clamp(0.0, 1.0)
+    if not bool(pixels.isfinite().all()):
+        raise ShapeError("The picture holds NaN or infinity: check the node that made it.")
+    if pixels.shape[1:3] != (height, width):
+        frames = [_resize(frame, width, height, fit) for frame in pixels]
+        pixels = torch.stack(frames)
+    return (pixels * 2.0 - 1.0).permute(3, 0, 1, 2)[None].contiguous()
+
+
+def _resize(frame: Tensor, width: int, height: int, fit: str) -> Tensor:
+    try:
+        from PIL import Image
+    except ImportError:
+        raise DependencyError(
+            "Resizing a picture needs Pillow: pip install pillow, or give a picture of "
+            f"{width}x{height}."
+        ) from None
+    picture = Image.fromarray((frame * 255.0).round().to(torch.uint8).numpy())
+    size = (width, height)
+    if fit == "crop":
+        w, h = picture.size
+        if h * width > w * height:
+            crop_w, crop_h = w, max(1, w * height // width)
+        else:
+            crop_w, crop_h = max(1, h * width // height), h
+        left, top = (w - crop_w) / 2, (h - crop_h) / 2
+        picture = picture.crop((left, top, left + crop_w, top + crop_h))
+    elif fit == "pad":
+        scale = min(width / picture.width, height / picture.height)
+        size = (max(1, round(picture.width * scale)), max(1, round(picture.height * scale)))
+    picture = picture.resize(size, Image.Resampling.LANCZOS)
+    if size != (width, height):
+        canvas = Image.new("RGB", (width, height))
+        canvas.paste(picture, ((width - size[0]) // 2, (height - size[1]) // 2))
+        picture = canvas
+    return torch.from_numpy(np.asarray(picture, dtype=np.float32) / 255.0)
+
+
+def encode_image(
+    vae: "VideoVAE",
+    image: Tensor,
+    *,
+    width: int,
+    height: int,
+    num_frames: int,
+    fit: str = "crop",
+    prefix_frames: int = 1,
+    noise_augmentation: float = 0.0,
+    latent_strength: float = 1.0,
+    seed: int = 0,
+    runtime: Runtime,
+) -> ImageConditioning:
+    """First-frame latents: the posterior mode of the picture encoded alone, in model space.
+
+    Args:
+        vae: on any device; back there afterwards.
+        image: [F, H, W, C] float in 0..1; its first `prefix_frames` frames are used.
+        width, height, num_frames: size of the video.
+        fit: see `fit_image`.
+        prefix_frames: 1, or 4k + 1 frames to continue a clip (the model was trained with 1).
+        noise_augmentation: std of noise added to the picture before encoding; more gives more
+            motion and less likeness. Pixels of -1 (black bars) stay. 0.04 is a common value.
+        latent_strength: factor on the image latents; below 1 gives more motion.
+        seed: of the augmentation noise: drawn after the clip's own noise, so that one seed gives
+            one result however the steps are wired.
+    Raises:
+        ShapeError, OptionError: illegal sizes and settings.
+    """
+    check_size(width, height, num_frames)
+    if prefix_frames < 1 or (prefix_frames - 1) % TEMPORAL_COMPRESSION:
+        raise ShapeError(
+            f"{prefix_frames} prefix frames is not a multiple of 4 plus 1: use "
+            f"{nearest_frames(prefix_frames)}."
+        )
+    if prefix_frames > min(num_frames, image.shape[0]):
+        raise ShapeError(
+            f"{prefix_frames} prefix frames do not fit: the picture has {image.shape[0]} and the "
+            f"video {num_frames}; use 1 for a single picture."
+        )
+    if not 0.0 <= noise_augmentation <= 1.0:
+        raise OptionError(f"Noise augmentation {noise_augmentation} is not within 0..1: use 0.04.")
+    video = fit_image(image[:prefix_frames], width, height, fit)
+    if noise_augmentation > 0:
+        generator = torch.Generator("cpu").manual_seed(seed)
+        torch.randn(latent_shape(num_frames, height, width), generator=generator)
+        noise = torch.randn(video.shape, generator=generator) * noise_augmentation
+        video = torch.where(video == -1.0, video, video + noise)
+    weight = next(vae.parameters())
+    runtime.check_interrupt()
+    runtime.progress("encode", 0, 1)
+    with torch.inference_mode(), on_device(vae, runtime.device):
+        vae_latents = vae.encode(
+            video.to(runtime.device, weight.dtype), check=runtime.check_interrupt
+        )
+    runtime.progress("encode", 1, 1)
+    latents = to_model_space(vae_latents.float()).cpu() * latent_strength
+    return ImageConditioning(latents, width, height, num_frames)

@@ -1,0 +1,106 @@
+"""Frozen descriptions of the networks, of guidance and of tiles; and the few global constants.
+
+Passed whole to whatever needs them. Letters used everywhere in this package: B batch, C channels,
+F frames, T latent frames, H W pixels, h w latent pixels, N image tokens, L text tokens, D head dim.
+"""
+
+from dataclasses import dataclass
+
+#: model-space latents = VAE-space latents * SCALING_FACTOR (config.json of the HunyuanVideo VAE)
+SCALING_FACTOR = 0.476986
+#: flow-matching times run 1 -> 0 as sigmas and 1000 -> 0 as timesteps
+NUM_TRAIN_TIMESTEPS = 1000
+#: pixels per latent pixel, frames per latent frame (after the first), pixels per token
+SPATIAL_COMPRESSION = 8
+TEMPORAL_COMPRESSION = 4
+SIZE_MULTIPLE = 16
+#: trained text length, without the template
+MAX_TEXT_TOKENS = 256
+FRAMES_PER_SECOND = 24
+
+
+@dataclass(frozen=True)
+class TransformerConfig:
+    """The HunyuanVideo transformer; defaults are SkyReels-V1 I2V (diffusers config names)."""
+
+    in_channels: int = 32
+    out_channels: int = 16
+    num_attention_heads: int = 24
+    attention_head_dim: int = 128
+    num_layers: int = 20
+    num_single_layers: int = 40
+    num_refiner_layers: int = 2
+    mlp_ratio: float = 4.0
+    patch_size: int = 2
+    patch_size_t: int = 1
+    guidance_embeds: bool = True
+    text_embed_dim: int = 4096
+    pooled_projection_dim: int = 768
+    rope_theta: float = 256.0
+    rope_axes_dim: tuple[int, int, int] = (16, 56, 56)
+
+    @property
+    def hidden_size(self) -> int:
+        """Width of every token."""
+        return self.num_attention_heads * self.attention_head_dim
+
+
+@dataclass(frozen=True)
+class VAEConfig:
+    """The HunyuanVideo causal video VAE (diffusers config names)."""
+
+    in_channels: int = 3
+    out_channels: int = 3
+    latent_channels: int = 16
+    block_out_channels: tuple[int, ...] = (128, 256, 512, 512)
+    layers_per_block: int = 2
+    norm_num_groups: int = 32
+
+
+@dataclass(frozen=True)
+class Guidance:
+    """How the two predictions of a step become one velocity.
+
+    true_cfg_scale: classifier-free guidance; <= 1 skips the negative pass.
+    guidance_scale: the embedded guidance value; 1.0 is what SkyReels was trained with.
+    cfg_start, cfg_end: fraction of the steps in which the negative pass runs.
+    guidance_rescale: 0..1, pulls the std of the guided velocity to the positive one's.
+    cfg_zero_star: project the negative prediction on the positive one (CFG-Zero*).
+    zero_init_steps: first steps whose velocity is zero (CFG-Zero*, paper only).
+    """
+
+    true_cfg_scale: float = 6.0
+    guidance_scale: float = 1.0
+    cfg_start: float = 0.0
+    cfg_end: float = 1.0
+    guidance_rescale: float = 0.0
+    cfg_zero_star: bool = False
+    zero_init_steps: int = 0
+
+
+@dataclass(frozen=True)
+class Tiling:
+    """Decode windows in pixels and frames; 0 frames means the whole clip at once.
+
+    Heights and widths are multiples of 8, frame counts multiples of 4; a window of N frames decodes
+    N / 4 + 1 latent frames, the first of which is context.
+    """
+
+    tile_sample_min_height: int = 256
+    tile_sample_min_width: int = 256
+    tile_sample_min_num_frames: int = 0
+    tile_sample_stride_height: int = 192
+    tile_sample_stride_width: int = 192
+    tile_sample_stride_num_frames: int = 0
+
+
+#: geometries of the reference implementations (skyreels/vae/tiling.py says what each costs)
+TILINGS: dict[str, Tiling] = {
+    "tiled": Tiling(),
+    "tiled-tencent": Tiling(
+        tile_sample_min_num_frames=64, tile_sample_stride_num_frames=48
+    ),
+    "tiled-diffusers": Tiling(
+        tile_sample_min_num_frames=16, tile_sample_stride_num_frames=12
+    ),
+}

@@ -1,0 +1,112 @@
+"""What this machine offers, what of it is used, and why the rest is not.
+
+Optional packages are looked up, never imported: a broken one must not break the diagnosis.
+"""
+
+import importlib.metadata
+import importlib.util
+import os
+import platform
+from pathlib import Path
+
+import torch
+
+from .checkpoint import FAMILY_NAMES, inspect
+from .errors import CheckpointError
+from .runtime import TorchRuntime
+
+#: package -> what it is for here
+PACKAGES = {
+    "torch": "everything",
+    "safetensors": "saved steps and cached prompts",
+    "einops": "tensor shapes",
+    "numpy": "pictures",
+    "transformers": "text encoding outside ComfyUI",
+    "diffusers": "the prompt template; tests compare with it",
+    "av": "writing videos outside ComfyUI",
+    "pillow": "reading and resizing pictures",
+}
+#: kernels of other packages, none of which this version uses yet
+KERNELS = {
+    "triton": "no kernel of ours needs it in this version",
+    "comfy_kitchen": "8-bit attention and linears are not used in this version",
+    "sageattention": "8-bit attention is not exact and is not used in this version",
+}
+MODEL_FOLDERS = ("diffusion_models", "unet", "vae", "text_encoders", "clip")
+
+
+def examine() -> dict[str, dict[str, str]]:
+    """Section -> item -> finding: versions, devices, kernels, weights.
+
+    Weights are looked for in `COMFYUI_DIR`/models (else ~/ComfyUI/models); headers only.
+    """
+    return {
+        "versions": _versions(),
+        "devices": _devices(),
+        "kernels": _kernels(),
+        "weights": _weights(),
+    }
+
+
+def _versions() -> dict[str, str]:
+    found = {"python": platform.python_version(), "system": platform.platform()}
+    for package, purpose in PACKAGES.items():
+        try:
+            version = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            found[package] = f"missing: needed for {purpose}; pip install {package}"
+        else:
+            found[package] = f"{version} ({purpose})"
+    return found
+
+
+def _devices() -> dict[str, str]:
+    found = {
+        "cpu": f"{os.cpu_count()} cores, {TorchRuntime().free_bytes() / 1e9:.1f} GB memory free"
+    }
+    if not torch.cuda.is_available():
+        reason = "this torch build has none" if torch.version.cuda is None else "no device found"
+        found["cuda"] = f"not available: {reason}"
+    for index in range(torch.cuda.device_count()):
+        properties = torch.cuda.get_device_properties(index)
+        free = TorchRuntime(f"cuda:{index}").free_bytes()
+        found[f"cuda:{index}"] = (
+            f"{properties.name}, compute capability {properties.major}.{properties.minor}, "
+            f"{free / 1e9:.1f} of {properties.total_memory / 1e9:.1f} GB free"
+        )
+        if not torch.cuda.is_bf16_supported(including_emulation=False):
+            found[f"cuda:{index}"] += "; no native bfloat16: slow"
+    return found
+
+
+def _kernels() -> dict[str, str]:
+    found = {
+        "attention": "torch scaled_dot_product_attention: used, exact",
+        "8-bit linears": "weights widened to the activations' dtype on each call: used",
+    }
+    cudnn = torch.backends.cudnn.version() if torch.cuda.is_available() else None
+    if cudnn is not None and torch.__version__.startswith(("2.9", "2.10")) and cudnn < 91500:
+        found["cudnn"] = (
+            f"{cudnn}: this version takes 3-17 times the memory in 3-D convolutions of bf16 "
+            "(pytorch issue 166643): update torch or nvidia-cudnn"
+        )
+    for module, reason in KERNELS.items():
+        present = importlib.util.find_spec(module) is not None
+        found[module] = f"{'found' if present else 'not installed'}: {reason}"
+    return found
+
+
+def _weights() -> dict[str, str]:
+    checkout = Path(os.environ.get("COMFYUI_DIR", Path.home() / "ComfyUI"))
+    found = {}
+    for folder in MODEL_FOLDERS:
+        for path in sorted((checkout / "models" / folder).glob("*.safetensors")):
+            try:
+                info = inspect(path)
+            except CheckpointError as error:
+                found[f"{folder}/{path.name}"] = str(error)
+                continue
+            kind = FAMILY_NAMES[info.family] + (f" ({info.variant})" if info.variant else "")
+            dtypes = "/".join(info.dtypes)
+            found[f"{folder}/{path.name}"] = f"{kind}, {dtypes}, {info.num_bytes / 1e9:.1f} GB"
+    return found or {"none": f"no .safetensors under {checkout.name}/models; the built-in works"}

@@ -1,0 +1,41 @@
+"""Everything the engine raises on purpose.
+
+    SkyReelsError
+    ├── CheckpointError     a weight file is unreadable, damaged, or not what this slot needs
+    ├── ShapeError          a size, frame count or tensor shape breaks a rule of the model
+    ├── OptionError         a setting has an illegal value
+    ├── TextError           prompt embeddings or a text encoder that do not fit the model
+    ├── DependencyError     an optional package is missing or unusable
+    └── OutOfRoomError      the device cannot hold what was asked for
+
+Each message is one sentence or two that name the value, the rule and the fix. A host's own
+interrupt exception is never one of these and passes through untouched.
+"""
+
+
+class SkyReelsError(Exception):
+    """Base of all errors a user can act on."""
+
+
+class CheckpointError(SkyReelsError):
+    """A weight file is unreadable, damaged, or not what this slot needs."""
+
+
+class ShapeError(SkyReelsError):
+    """A size, frame count or tensor shape breaks a rule of the model."""
+
+
+class OptionError(SkyReelsError):
+    """A setting has an illegal value."""
+
+
+class TextError(SkyReelsError):
+    """Prompt embeddings or a text encoder that do not fit the model."""
+
+
+class DependencyError(SkyReelsError):
+    """An optional package is missing or unusable."""
+
+
+class OutOfRoomError(SkyReelsError):
+    """The device cannot hold what was asked for."""

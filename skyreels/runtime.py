@@ -1,0 +1,106 @@
+"""The one seam between the engine and whatever hosts it.
+
+The engine never asks which program it runs in: it is handed a Runtime, places work on its device,
+reports progress to it and gives it a chance to stop. ComfyUI's version lives in nodes/host.py.
+"""
+
+import os
+from collections.abc import Callable
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+
+class Runtime(Protocol):
+    """What the engine needs from its host."""
+
+    device: torch.device
+    """Where compute runs."""
+    offload_device: torch.device
+    """Where idle weights rest."""
+
+    def free_bytes(self) -> int:
+        """Bytes that can be allocated on `device` right now."""
+        ...
+
+    def make_room(self, num_bytes: int) -> None:
+        """Ask other models to leave `device` until num_bytes are free; may do nothing."""
+        ...
+
+    def progress(self, stage: str, done: int, total: int, preview: Tensor | None = None) -> None:
+        """Report that `done` of `total` units of a stage ("load", "encode", "sample", "decode")
+        are finished.
+
+        preview: [1, 16, T, h, w] denoised estimate in model space, in the "sample" stage only.
+        """
+        ...
+
+    def check_interrupt(self) -> None:
+        """Raise the host's own exception if the user asked to stop.
+
+        Called between blocks, tiles and weight loads.
+        """
+        ...
+
+
+def ignore_progress(stage: str, done: int, total: int, preview: Tensor | None = None) -> None:
+    """Take a progress report and do nothing with it."""
+
+
+def never_interrupt() -> None:
+    """The interrupt check of a host that cannot be interrupted."""
+
+
+class TorchRuntime:
+    """A Runtime over plain torch, for the command line, library users and tests."""
+
+    def __init__(
+        self,
+        device: str | torch.device = "cpu",
+        *,
+        on_progress: Callable[[str, int, int, Tensor | None], None] = ignore_progress,
+        on_check: Callable[[], None] = never_interrupt,
+    ) -> None:
+        self.device = torch.device(device)
+        self.offload_device = torch.device("cpu")
+        self._on_progress = on_progress
+        self._on_check = on_check
+
+    def free_bytes(self) -> int:
+        """Free device memory, counting what torch has cached and not in use."""
+        if self.device.type == "cuda":
+            free, _ = torch.cuda.mem_get_info(self.device)
+            cached = torch.cuda.memory_reserved(self.device)
+            return free + cached - torch.cuda.memory_allocated(self.device)
+        return _free_host_bytes()
+
+    def make_room(self, num_bytes: int) -> None:
+        """Give torch's cached blocks back to the driver if they are needed."""
+        if self.device.type == "cuda" and torch.cuda.mem_get_info(self.device)[0] < num_bytes:
+            torch.cuda.empty_cache()
+
+    def progress(self, stage: str, done: int, total: int, preview: Tensor | None = None) -> None:
+        """Hand the report to the callback given at construction."""
+        self._on_progress(stage, done, total, preview)
+
+    def check_interrupt(self) -> None:
+        """Hand the check to the callback given at construction."""
+        self._on_check()
+
+
+def _free_host_bytes() -> int:
+    """Available host memory; MemAvailable where Linux tells it, else the physical free pages."""
+    try:
+        with open("/proc/meminfo", encoding="ascii") as meminfo:
+            for line in meminfo:
+                if line.startswith("MemAvailable:"):
+                    return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    if hasattr(os, "sysconf"):
+        try:
+            return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        except (ValueError, OSError):
+            pass
+    return 8 * 1024**3  # Windows without psutil: a guess, used only to choose tile sizes

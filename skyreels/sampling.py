@@ -1,0 +1,348 @@
+"""Schedule, guidance and the Euler loop of flow matching.
+
+Latents, sigmas, timesteps and everything guidance does are float32; only the transformer itself
+computes in the dtype of its weights. One branch of the guidance runs at a time: their texts have
+different lengths, and nothing is padded or masked.
+"""
+
+import hashlib
+import math
+import os
+from collections.abc import Callable
+from itertools import pairwise
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from .attention import Attention, sdpa
+from .conditioning import ImageConditioning, latent_shape, to_model_space, to_vae_space
+from .config import NUM_TRAIN_TIMESTEPS, Guidance
+from .errors import CheckpointError, OptionError, ShapeError
+from .layers import rope_table
+from .memory import placed, sampling_bytes
+from .model import RunBlock, SkyReelsTransformer
+from .runtime import Runtime
+from .text import PromptEmbeds, check_prompt_embeds
+
+#: velocity(latents [1, 16, T, h, w] float32, sigma [] float32) -> velocity, the same shape
+Velocity = Callable[[Tensor, Tensor], Tensor]
+#: on_step(step, latents after it, denoised estimate); steps count from 0
+OnStep = Callable[[int, Tensor, Tensor], None]
+#: solver(velocity, latents, sigmas [N + 1], on_step) -> latents at the last sigma
+Solver = Callable[[Velocity, Tensor, Tensor, OnStep], Tensor]
+
+
+def get_sigmas(num_inference_steps: int, shift: float = 7.0, denoise: float = 1.0) -> Tensor:
+    """The official schedule: linear 1..0, shifted towards noise.
+
+    Args:
+        num_inference_steps: steps to be made.
+        shift: 7 is what SkyReels was released with.
+        denoise: below 1, the last part of a longer schedule, for video to video.
+    Returns:
+        [N + 1] float32 from 1 (or where denoise starts) to 0.
+    Raises:
+        OptionError: no steps, or shift or denoise outside their range.
+    Source: sigma' = shift * sigma / (1 + (shift - 1) * sigma), Stable Diffusion 3,
+        arXiv:2403.03206, equation 23.
+    """
+    if num_inference_steps < 1:
+        raise OptionError(f"{num_inference_steps} steps cannot be made: use 30.")
+    if not 0.0 < denoise <= 1.0:
+        raise OptionError(f"Denoise {denoise} is not within 0..1 (without 0): use 1 for all.")
+    if not (shift > 0 and math.isfinite(shift)):
+        raise OptionError(f"Shift {shift} is not a positive number: use 7.")
+    total = int(num_inference_steps / denoise)
+    linear = torch.linspace(1.0, 0.0, total + 1, dtype=torch.float64)
+    sigmas = shift * linear / (1.0 + (shift - 1.0) * linear)
+    return sigmas[-(num_inference_steps + 1) :].float()
+
+
+def initial_noise(seed: int, num_frames: int, height: int, width: int) -> Tensor:
+    """[1, 16, T, h, w] float32 from a CPU generator: one seed, one noise, on every device."""
+    generator = torch.Generator("cpu").manual_seed(seed)
+    return torch.randn(latent_shape(num_frames, height, width), generator=generator)
+
+
+def euler(velocity: Velocity, latents: Tensor, sigmas: Tensor, on_step: OnStep) -> Tensor:
+    """First-order steps along the flow, the reference solver.
+
+    Args:
+        latents: [1, 16, T, h, w] float32 at sigmas[0]. sigmas: [N + 1] float32, falling.
+    Returns:
+        latents at sigmas[-1].
+    """
+    for step, (sigma, sigma_next) in enumerate(pairwise(sigmas)):
+        v = velocity(latents, sigma)
+        denoised = latents - sigma * v
+        latents = latents + (sigma_next - sigma) * v
+        on_step(step, latents, denoised)
+    return latents
+
+
+def combine(positive: Tensor, negative: Tensor, guidance: Guidance) -> Tensor:
+    """Classifier-free guidance of two velocities, with its refinements.
+
+    Args:
+        positive, negative: [B, ...] float32 velocities.
+    Returns:
+        [B, ...] float32.
+    Source: CFG arXiv:2207.12598; CFG-Zero* arXiv:2503.18886, equation 8; rescale
+        arXiv:2305.08891, equation 16.
+    """
+    axes = tuple(range(1, positive.ndim))
+    if guidance.cfg_zero_star:
+        dot = (positive * negative).sum(axes, keepdim=True)
+        negative = negative * (dot / (negative.square().sum(axes, keepdim=True) + 1e-8))
+    guided = negative + guidance.true_cfg_scale * (positive - negative)
+    if guidance.guidance_rescale > 0:
+        factor = positive.std(axes, keepdim=True) / guided.std(axes, keepdim=True)
+        guided = guided * (guidance.guidance_rescale * factor + 1 - guidance.guidance_rescale)
+    return guided
+
+
+def guided_velocity(
+    transformer: SkyReelsTransformer,
+    image_latents: Tensor,
+    prompt: PromptEmbeds,
+    negative: PromptEmbeds | None,
+    sigmas: Tensor,
+    guidance: Guidance,
+    *,
+    rope: Tensor,
+    run_block: RunBlock,
+    attention: Attention = sdpa,
+) -> Velocity:
+    """The function a solver integrates.
+
+    Args:
+        image_latents: [1, 16, T, h, w] float32, model space, zero where nothing is given.
+        negative: needed while true_cfg_scale > 1.
+        sigmas: [N + 1] of the run; where a sigma falls decides about the CFG window.
+        rope: from `rope_table`.
+    """
+    device = image_latents.device
+    num_steps = len(sigmas) - 1
+    schedule = sigmas[:-1].cpu()
+    embedded = torch.tensor(
+        [guidance.guidance_scale * NUM_TRAIN_TIMESTEPS], dtype=torch.float32, device=device
+    )
+
+    def predict(latents: Tensor, timestep: Tensor, embeds: PromptEmbeds) -> Tensor:
+        return transformer(
+            torch.cat([latents, image_latents], dim=1),
+            timestep,
+            embeds.prompt_embeds.to(device),
+            embeds.pooled_prompt_embeds.to(device),
+            embedded,
+            rope=rope,
+            attention=attention,
+            run_block=run_block,
+        ).float()
+
+    def velocity(latents: Tensor, sigma: Tensor) -> Tensor:
+        # a solver may ask between two sigmas of the schedule: that still belongs to the earlier
+        step = max(0, int((schedule >= sigma.cpu() - 1e-6).sum()) - 1)
+        if step < guidance.zero_init_steps:
+            return torch.zeros_like(latents)
+        timestep = (sigma.to(device, torch.float32) * NUM_TRAIN_TIMESTEPS).reshape(1)
+        positive = predict(latents, timestep, prompt)
+        in_window = guidance.cfg_start <= step / num_steps < guidance.cfg_end
+        if negative is None or guidance.true_cfg_scale <= 1 or not in_window:
+            return positive
+        return combine(positive, predict(latents, timestep, negative), guidance)
+
+    return velocity
+
+
+def sample(
+    transformer: SkyReelsTransformer,
+    image: ImageConditioning,
+    prompt: PromptEmbeds,
+    negative: PromptEmbeds | None = None,
+    *,
+    seed: int,
+    sigmas: Tensor,
+    guidance: Guidance = Guidance(),  # noqa: B008 - frozen
+    solver: Solver = euler,
+    init_latents: Tensor | None = None,
+    riflex_k: int = 4,
+    resume: Path | None = None,
+    attention: Attention = sdpa,
+    runtime: Runtime,
+) -> Tensor:
+    """Noise to the latents of a clip.
+
+    Args:
+        transformer: on any device; it is streamed if it does not fit.
+        image: from `encode_image`.
+        prompt, negative: from `encode_prompt` or a host; negative is needed if true CFG is on.
+        seed: of the initial noise.
+        sigmas: [N + 1] float32 falling, from `get_sigmas` or one's own.
+        solver: `euler` or any function of its signature.
+        init_latents: [1, 16, T, h, w] VAE space, the clip to start from when sigmas[0] < 1.
+        riflex_k: see `rope_table`; only clips beyond 197 frames change.
+        resume: file in which each finished step is kept; if it exists and belongs to the same
+            inputs, the run continues from there. Removed when the run is complete. Euler only.
+        attention: see attention.py.
+        runtime: progress "sample" in steps with the denoised estimate; asked for an interrupt
+            before every block.
+    Returns:
+        [1, 16, T, h, w] float32 on the CPU, VAE space.
+    Raises:
+        OptionError, ShapeError, TextError, OutOfRoomError, CheckpointError: see the messages.
+    """
+    _check(transformer, image, prompt, negative, sigmas, guidance, init_latents, riflex_k)
+    if resume is not None and solver is not euler:
+        raise OptionError(
+            "Resuming needs the Euler solver: others carry a history that is not saved. "
+            "Disconnect the sampler or switch resuming off."
+        )
+    device = runtime.device
+    noise = initial_noise(seed, image.num_frames, image.height, image.width)
+    latents = noise * sigmas[0]
+    if init_latents is not None:
+        latents = latents + (1 - sigmas[0]) * to_model_space(init_latents.float().cpu())
+
+    first_step, fingerprint = 0, ""
+    if resume is not None:
+        fingerprint = _fingerprint(
+            transformer, image, prompt, negative, seed, sigmas, guidance, init_latents, riflex_k
+        )
+        first_step, latents = _load_state(resume, fingerprint, latents)
+
+    num_steps = len(sigmas) - 1
+    grid = transformer.token_grid(image.latent_shape)
+    branches = [prompt] if negative is None else [prompt, negative]
+    text_tokens = max(embeds.prompt_embeds.shape[1] for embeds in branches)
+    num_tokens = grid[0] * grid[1] * grid[2] + text_tokens
+    num_bytes = sampling_bytes(transformer.config, num_tokens, transformer.compute_dtype)
+
+    def on_step(step: int, latents: Tensor, denoised: Tensor) -> None:
+        if resume is not None and first_step + step + 1 < num_steps:
+            _save_state(resume, fingerprint, first_step + step + 1, latents)
+        runtime.progress("sample", first_step + step + 1, num_steps, denoised)
+
+    runtime.progress("sample", first_step, num_steps)
+    with torch.inference_mode(), placed(transformer, runtime, num_bytes) as run_block:
+        velocity = guided_velocity(
+            transformer, image.padded().to(device), prompt, negative, sigmas, guidance,
+            rope=rope_table(grid, transformer.config, riflex_k=riflex_k, device=device),
+            run_block=run_block,
+            attention=attention,
+        )  # fmt: skip
+        latents = solver(velocity, latents.to(device), sigmas[first_step:].to(device), on_step)
+    if not bool(latents.isfinite().all()):
+        raise ShapeError(
+            "The sampled latents hold NaN or infinity: try precision bf16 or fp32, and check the "
+            "checkpoint."
+        )
+    if resume is not None:
+        resume.unlink(missing_ok=True)
+    return to_vae_space(latents.float().cpu())
+
+
+def _check(
+    transformer: SkyReelsTransformer,
+    image: ImageConditioning,
+    prompt: PromptEmbeds,
+    negative: PromptEmbeds | None,
+    sigmas: Tensor,
+    guidance: Guidance,
+    init_latents: Tensor | None,
+    riflex_k: int,
+) -> None:
+    check_prompt_embeds(prompt, transformer.config)
+    if negative is not None:
+        check_prompt_embeds(negative, transformer.config)
+    elif guidance.true_cfg_scale > 1:
+        raise OptionError(
+            f"CFG {guidance.true_cfg_scale} needs a negative prompt: give one (it may be empty), "
+            "or set CFG to 1."
+        )
+    if sigmas.ndim != 1 or len(sigmas) < 2 or not bool((sigmas.diff() < 0).all()):
+        raise OptionError(
+            "Sigmas must be a falling row of at least two numbers; got "
+            f"{[round(s, 4) for s in sigmas.flatten().tolist()[:6]]}."
+        )
+    if sigmas[0] > 1 or sigmas[-1] < 0:
+        raise OptionError(
+            f"Sigmas run from {sigmas[0]:.4g} to {sigmas[-1]:.4g}, and flow matching lives within "
+            "1..0: use a flow schedule (shift 7), not one of an older model."
+        )
+    if not 0.0 <= guidance.cfg_start <= guidance.cfg_end <= 1.0:
+        raise OptionError(
+            f"The CFG window {guidance.cfg_start}..{guidance.cfg_end} is not a part of 0..1."
+        )
+    if not 0.0 <= guidance.guidance_rescale <= 1.0:
+        raise OptionError(f"Guidance rescale {guidance.guidance_rescale} is not within 0..1.")
+    highest = transformer.config.rope_axes_dim[0] // 2
+    if not 0 <= riflex_k <= highest:
+        raise OptionError(
+            f"RIFLEx k {riflex_k} is not within 0..{highest}: use 4, or 0 for off."
+        )
+    if tuple(image.image_latents.shape[3:]) != image.latent_shape[3:]:
+        raise ShapeError(
+            f"Image latents of {list(image.image_latents.shape)} do not fit a video of "
+            f"{image.width}x{image.height}: encode the picture at that size."
+        )
+    if init_latents is not None and tuple(init_latents.shape) != image.latent_shape:
+        raise ShapeError(
+            f"The start latent is {list(init_latents.shape)}, and a video of {image.width}x"
+            f"{image.height}x{image.num_frames} has {list(image.latent_shape)}: encode a clip of "
+            "that size."
+        )
+
+
+# --- resuming -----------------------------------------------------------------------------------
+
+
+def _fingerprint(transformer: SkyReelsTransformer, *inputs: object) -> str:
+    """A hash of everything that decides the result; of the weights, a few telling ones."""
+    digest = hashlib.sha256(repr(transformer.config).encode())
+
+    def add(value: object) -> None:
+        if isinstance(value, Tensor):
+            digest.update(value.detach().float().cpu().contiguous().numpy().tobytes())
+        elif hasattr(value, "__dataclass_fields__"):
+            for name in value.__dataclass_fields__:
+                add(getattr(value, name))
+        else:
+            digest.update(repr(value).encode())
+
+    for value in (*inputs, transformer.final_layer.linear.weight, transformer.img_in.proj.bias):
+        add(value)
+    return digest.hexdigest()
+
+
+def _save_state(path: Path, fingerprint: str, step: int, latents: Tensor) -> None:
+    from safetensors.torch import save_file
+
+    part = path.with_name(path.name + ".part")
+    metadata = {"fingerprint": fingerprint, "step": str(step)}
+    save_file({"latents": latents.float().cpu().contiguous()}, part, metadata)
+    os.replace(part, path)
+
+
+def _load_state(path: Path, fingerprint: str, latents: Tensor) -> tuple[int, Tensor]:
+    """Finished steps and the latents after them; 0 and what was given if nothing is saved."""
+    from safetensors import SafetensorError, safe_open
+
+    if not path.exists():
+        return 0, latents
+    try:
+        with safe_open(path, "pt") as file:
+            metadata = file.metadata() or {}
+            saved = file.get_tensor("latents")
+            step = int(metadata["step"])
+    except (SafetensorError, KeyError, ValueError, OSError) as error:
+        raise CheckpointError(
+            f"{path} is not a saved step ({error}): delete it to start over."
+        ) from None
+    if metadata.get("fingerprint") != fingerprint or saved.shape != latents.shape:
+        raise OptionError(
+            f"{path} was saved with other settings, picture, prompt or weights: restore them to "
+            "continue, or delete the file to start over."
+        )
+    return step, saved

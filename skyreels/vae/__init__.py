@@ -1,0 +1,1 @@
+"""The HunyuanVideo causal video VAE and its tiled decoding."""

@@ -1,0 +1,371 @@
+"""Decode a clip in windows of time and tiles of space, and choose them from the free memory.
+
+Window i starts at latent i * stride and decodes tile / 4 + 1 latents: the first is context, and
+the frame it decodes to is dropped for i > 0. Tiles start at every multiple of the stride. Where two
+overlap, a linear ramp leads from the earlier to the later one. Blends are fp32 `torch.lerp`s, so
+wherever both sides agree the result is exactly that value.
+
+Every window is decoded alone: causal padding and GroupNorm statistics start afresh. Seams in time
+are therefore the visible ones, and whole-time spatial tiles come before windows in `choose_tiling`.
+
+Source: the geometry is diffusers 0.42.1 models/autoencoders/autoencoder_kl_hunyuan_video.py and
+Tencent/HunyuanVideo hyvideo/vae/autoencoder_kl_causal_3d.py, which share it.
+"""
+
+from collections.abc import Callable, Iterator
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from ..config import SPATIAL_COMPRESSION, TEMPORAL_COMPRESSION, TILINGS, Tiling, VAEConfig
+from ..errors import OptionError, OutOfRoomError, ShapeError
+from ..runtime import Runtime
+from . import model
+from .model import VideoVAE, level_factors
+
+#: what decode_bytes adds for convolution workspaces and the allocator's rounding
+MEMORY_MARGIN = 1.25
+#: whole-time tiles, largest first; a 64 px overlap is the reference's, smaller tiles afford less
+_SPATIAL_SIZES = ((512, 448), (448, 384), (384, 320), (320, 256), (256, 192), (192, 144), (128, 96))
+_SMALLEST = Tiling(128, 128, 16, 96, 96, 12)
+
+
+class Decoder(Protocol):
+    """What tiling needs of a VAE."""
+
+    def decode(self, vae_latents: Tensor, *, check: Callable[[], None]) -> Tensor:
+        """[1, 16, T, h, w] -> [1, 3, 4 * (T - 1) + 1, 8h, 8w]."""
+        ...
+
+
+def decode_frames(
+    vae: VideoVAE,
+    vae_latents: Tensor,
+    mode: str = "auto",
+    *,
+    tiling: Tiling | None = None,
+    runtime: Runtime,
+) -> Tensor:
+    """Decode a clip to frames ready to show.
+
+    Args:
+        vae_latents: [1, 16, T, h, w], VAE space (unscaled); left as it is.
+        mode: "auto" picks the largest tiles that fit runtime.free_bytes() (nothing is evicted
+            here: make room first), "full" decodes in one pass, or a name in config.TILINGS.
+        tiling: explicit tiles; they override `mode`.
+    Returns:
+        [F, H, W, 3] float32 in [0, 1], contiguous, on runtime.offload_device; F = 4 * (T - 1) + 1.
+    Raises:
+        OptionError: unknown mode or illegal tiles.
+        ShapeError: latents of another shape.
+        OutOfRoomError: "auto" and not even the smallest tiles fit.
+    """
+    if mode not in ("auto", "full", *TILINGS):
+        valid = ", ".join(("auto", "full", *TILINGS))
+        raise OptionError(f'Decode mode "{mode}" does not exist: use one of {valid}.')
+    _check_latents(vae_latents)
+    frames, height, width = _output_size(vae_latents)
+    if tiling is None and mode == "auto":
+        free_bytes = runtime.free_bytes()
+        if runtime.device.type == runtime.offload_device.type:
+            free_bytes -= 4 * 3 * frames * height * width  # the clip itself comes out of the same
+        dtype = next(vae.parameters()).dtype
+        tiling = choose_tiling(vae.config, vae_latents.shape, free_bytes, dtype)
+    elif tiling is None:
+        tiling = TILINGS.get(mode)
+    clip: Tensor | None = None
+    done = 0
+    for chunk in iter_decode(vae, vae_latents, tiling, runtime=runtime):
+        images = chunk[0].permute(1, 2, 3, 0).add_(1).mul_(0.5).clamp_(0, 1)
+        if images.shape[0] == frames:
+            return images
+        if clip is None:
+            clip = torch.empty(frames, height, width, 3, device=images.device)
+        clip[done : done + images.shape[0]] = images
+        done += images.shape[0]
+    assert clip is not None
+    assert done == frames
+    return clip
+
+
+def iter_decode(
+    vae: Decoder, vae_latents: Tensor, tiling: Tiling | None, *, runtime: Runtime
+) -> Iterator[Tensor]:
+    """Decode a clip and yield its frames, in order, as soon as they are final.
+
+    With windows in time only the overlap with the next window is kept back; without them the clip
+    is assembled once and yielded whole. Chunks belong to the receiver, who may overwrite them.
+
+    Args:
+        vae_latents: [1, 16, T, h, w], VAE space (unscaled); left as it is.
+        tiling: windows and tiles; None decodes everything in one pass.
+    Returns:
+        Iterator of [1, 3, f, H, W] float32, about -1 to 1, not clamped, on runtime.offload_device;
+        the memory of a chunk is ordered [f, H, W, 3].
+    Raises:
+        ShapeError: latents are not 5-D or hold more than one clip. OptionError: illegal tiles.
+        Both are raised here, before the first chunk is asked for.
+    Source: diffusers 0.42.1 AutoencoderKLHunyuanVideo._temporal_tiled_decode.
+    """
+    _check_latents(vae_latents)
+    if tiling is not None:
+        check_tiling(tiling)
+    return _windows(vae, vae_latents, tiling, runtime)
+
+
+def _windows(
+    vae: Decoder, vae_latents: Tensor, tiling: Tiling | None, runtime: Runtime
+) -> Iterator[Tensor]:
+    starts, length = window_starts(vae_latents.shape[2], tiling)
+    total = count_decodes(vae_latents.shape, tiling)
+    done = 0
+
+    def decode_tile(latents: Tensor) -> Tensor:
+        nonlocal done
+        runtime.check_interrupt()
+        decoded = vae.decode(latents, check=runtime.check_interrupt)
+        frames = torch.empty(
+            decoded[0].permute(1, 2, 3, 0).shape, device=runtime.offload_device, dtype=torch.float32
+        )
+        frames.copy_(decoded[0].permute(1, 2, 3, 0))
+        done += 1
+        runtime.progress("decode", done, total)
+        return frames
+
+    tail: Tensor | None = None
+    for start in starts:
+        frames = _decode_space(decode_tile, vae_latents[:, :, start : start + length], tiling)
+        if start > 0:
+            frames = frames[1:]
+        if tail is not None:
+            _blend(tail, frames, dim=0)
+        if tiling is None or start == starts[-1]:
+            tail = None
+            final = frames
+        else:
+            stride = tiling.tile_sample_stride_num_frames
+            final = frames[: stride + (start == 0)]
+            tail = _tail(frames, tiling.tile_sample_min_num_frames - stride, dim=0)
+        del frames
+        yield final.permute(3, 0, 1, 2)[None]
+        del final
+
+
+def _decode_space(
+    decode_tile: Callable[[Tensor], Tensor], latents: Tensor, tiling: Tiling | None
+) -> Tensor:
+    """Decode one window, [1, 16, T, h, w] -> [F, H, W, 3], in tiles where it exceeds one."""
+    tops, lefts = tile_starts(latents.shape, tiling)
+    if tiling is None or (len(tops) == 1 and len(lefts) == 1):
+        return decode_tile(latents)
+    frames, height, width = _output_size(latents)
+    tile_h, stride_h = tiling.tile_sample_min_height, tiling.tile_sample_stride_height
+    tile_w, stride_w = tiling.tile_sample_min_width, tiling.tile_sample_stride_width
+    window: Tensor | None = None
+    above: list[Tensor | None] = [None] * len(lefts)
+    for top in tops:
+        before: Tensor | None = None
+        rows = slice(top, top + tile_h // SPATIAL_COMPRESSION)
+        for column, left in enumerate(lefts):
+            columns = slice(left, left + tile_w // SPATIAL_COMPRESSION)
+            tile = decode_tile(latents[:, :, :, rows, columns])
+            for previous, dim in ((above[column], 1), (before, 2)):
+                if previous is not None:
+                    _blend(previous, tile, dim)
+            above[column] = _tail(tile, tile_h - stride_h, dim=1)
+            before = _tail(tile, tile_w - stride_w, dim=2)
+            if window is None:
+                window = tile.new_empty(frames, height, width, 3)
+            y, x = top * SPATIAL_COMPRESSION, left * SPATIAL_COMPRESSION
+            window[:, y : y + stride_h, x : x + stride_w] = tile[:, :stride_h, :stride_w]
+            del tile
+    assert window is not None
+    return window
+
+
+def _blend(previous: Tensor, tile: Tensor, dim: int) -> None:
+    """Lead from the end of `previous` into the start of `tile`, in place, from weight 0."""
+    extent = min(previous.shape[dim], tile.shape[dim])
+    head = tile.narrow(dim, 0, extent)
+    weight = torch.arange(extent, device=tile.device, dtype=torch.float32) / extent
+    weight = weight.view([extent if axis == dim else 1 for axis in range(tile.dim())])
+    old = previous.narrow(dim, previous.shape[dim] - extent, extent)
+    head.copy_(torch.lerp(old, head, weight))
+
+
+def _tail(tile: Tensor, overlap: int, dim: int) -> Tensor | None:
+    """The last `overlap` frames, rows or columns, copied so that the tile itself can go."""
+    if overlap == 0:
+        return None
+    length = min(overlap, tile.shape[dim])
+    return tile.narrow(dim, tile.shape[dim] - length, length).clone()
+
+
+def window_starts(latent_frames: int, tiling: Tiling | None) -> tuple[list[int], int]:
+    """First latent of each window in time, and the most latents a window holds.
+
+    A window left with its context latent alone adds no frame and is not listed (diffusers decodes
+    it and throws the result away: 9 windows for 25 latents instead of 8).
+    """
+    if tiling is None or tiling.tile_sample_min_num_frames == 0:
+        return [0], latent_frames
+    length = tiling.tile_sample_min_num_frames // TEMPORAL_COMPRESSION
+    stride = tiling.tile_sample_stride_num_frames // TEMPORAL_COMPRESSION
+    if latent_frames <= length:
+        return [0], latent_frames
+    starts = [s for s in range(0, latent_frames, stride) if s == 0 or latent_frames - s > 1]
+    return starts, length + 1
+
+
+def tile_starts(latent_shape: torch.Size, tiling: Tiling | None) -> tuple[list[int], list[int]]:
+    """First latent row of each row of tiles, first latent column of each column of tiles.
+
+    Each of them holds pixels that no earlier tile supplies, or is blended over one, so none is
+    useless; a frame that fits one tile is not cut.
+    """
+    height, width = latent_shape[3:]
+    if tiling is None or (
+        height * SPATIAL_COMPRESSION <= tiling.tile_sample_min_height
+        and width * SPATIAL_COMPRESSION <= tiling.tile_sample_min_width
+    ):
+        return [0], [0]
+    return (
+        list(range(0, height, tiling.tile_sample_stride_height // SPATIAL_COMPRESSION)),
+        list(range(0, width, tiling.tile_sample_stride_width // SPATIAL_COMPRESSION)),
+    )
+
+
+def count_decodes(latent_shape: torch.Size, tiling: Tiling | None) -> int:
+    """Number of decoder calls for latents [1, 16, T, h, w]; the total that progress reports."""
+    tops, lefts = tile_starts(latent_shape, tiling)
+    return len(window_starts(latent_shape[2], tiling)[0]) * len(tops) * len(lefts)
+
+
+def largest_tile(latent_shape: torch.Size, tiling: Tiling | None) -> torch.Size:
+    """Shape of the largest piece of latents [1, C, T, h, w] that one decoder call receives."""
+    if tiling is None:
+        return latent_shape
+    batch, channels, frames, height, width = latent_shape
+    tops, lefts = tile_starts(latent_shape, tiling)
+    if len(tops) * len(lefts) > 1:
+        height = min(height, tiling.tile_sample_min_height // SPATIAL_COMPRESSION)
+        width = min(width, tiling.tile_sample_min_width // SPATIAL_COMPRESSION)
+    frames = min(frames, window_starts(frames, tiling)[1])
+    return torch.Size((batch, channels, frames, height, width))
+
+
+def choose_tiling(
+    config: VAEConfig, latent_shape: torch.Size, free_bytes: int, dtype: torch.dtype
+) -> Tiling | None:
+    """The least divided decode that fits: full, whole-time tiles, 64/48 windows, 16/12 windows.
+
+    Args:
+        latent_shape: [1, 16, T, h, w].
+        free_bytes: bytes the decoder may take beside its weights.
+        dtype: the decoder's compute dtype.
+    Returns:
+        The tiling, or None for a full decode.
+    Raises:
+        OutOfRoomError: not even 128 px tiles in 16-frame windows fit.
+    """
+    ladder: list[Tiling | None] = [None]
+    ladder += [Tiling(t, t, 0, s, s, 0) for t, s in _SPATIAL_SIZES]
+    ladder += [TILINGS["tiled-tencent"], TILINGS["tiled-diffusers"], _SMALLEST]
+    for tiling in ladder:
+        needed = decode_bytes(config, largest_tile(latent_shape, tiling), dtype)
+        if needed <= free_bytes:
+            return tiling
+    raise OutOfRoomError(
+        f"Decoding these latents in the smallest tiles needs {needed / 1e6:,.0f} MB beside the "
+        f"weights and {max(free_bytes, 0) / 1e6:,.0f} MB are free: unload other models, use a "
+        "bf16 or fp16 VAE, or close other programs that use this device."
+    )
+
+
+def decode_bytes(config: VAEConfig, latent_shape: torch.Size, dtype: torch.dtype) -> int:
+    """Estimate the peak bytes of one VideoVAE.decode call, beside the weights.
+
+    Walks the decoder and adds up what is alive at the first resnet and the upsampler of each level
+    and in the attention: whole inputs and outputs, and the piece being worked on. Checked against
+    the storages that model.py really allocates on shape-only tensors (tests/engine/test_tiling.py);
+    MEMORY_MARGIN covers what those do not show. Measured that way at full size in bf16, 97 frames,
+    without the margin: 1072 bytes per output pixel and frame for 544x960 at once (54.3 GB), 1293
+    for a 256 px tile (8.2 GB), 1958 for such a tile in a 17-frame window (2.2 GB).
+
+    Args:
+        latent_shape: [B, 16, T, h, w] of what that call receives; see `largest_tile`.
+    """
+    item = dtype.itemsize
+    batch, _, frames, height, width = latent_shape
+    area = batch * height * width
+    channels = config.block_out_channels[::-1]
+    tokens = frames * area * channels[0]
+    scores = min(model.SCORE_BYTES, 4 * area * height * width * frames)
+    peak = 7 * tokens * item + 3 * scores  # norm, q, k, v, out and what a math kernel writes
+    previous = channels[0]
+    for level, width_out in enumerate(channels):
+        inputs, outputs = previous * frames * area, width_out * frames * area
+        shortcut = outputs if previous != width_out else 0
+        first = (inputs + outputs) * item + _piece_bytes(previous, frames, area, item)
+        second = (inputs + outputs + shortcut) * item + _piece_bytes(width_out, frames, area, item)
+        time, rows, columns = level_factors(level, len(channels))
+        frames, area = (frames - 1) * time + 1, area * rows * columns
+        enlarged = 0
+        if (time, rows, columns) != (1, 1, 1):
+            enlarged = (outputs + width_out * frames * area) * item
+            enlarged += _piece_bytes(width_out, frames, area, item)
+        peak = max(peak, first, second, enlarged)
+        previous = width_out
+    return int(peak * MEMORY_MARGIN)
+
+
+def _piece_bytes(channels: int, frames: int, area: int, item: int) -> int:
+    """Bytes of the temporaries with which one convolution works on one piece of its input."""
+    step = max(1, model.PIECE_ELEMENTS // (channels * area))
+    if step >= frames:
+        return channels * (2 * frames + 2) * area * item  # normalised, padded
+    return channels * area * (step + 2) * (4 + item)  # normalised in fp32, cast or padded
+
+
+def check_tiling(tiling: Tiling) -> None:
+    """Raise OptionError unless sizes are multiples of 8 (4 in time) and 0 < stride <= tile."""
+    for axis, multiple in (
+        ("height", SPATIAL_COMPRESSION),
+        ("width", SPATIAL_COMPRESSION),
+        ("num_frames", TEMPORAL_COMPRESSION),
+    ):
+        tile = getattr(tiling, f"tile_sample_min_{axis}")
+        stride = getattr(tiling, f"tile_sample_stride_{axis}")
+        if axis == "num_frames" and tile == 0:
+            continue
+        for name, value in (("min", tile), ("stride", stride)):
+            if value <= 0 or value % multiple:
+                near = max(round(value / multiple), 1) * multiple
+                raise OptionError(
+                    f"tile_sample_{name}_{axis} is {value}; it must be a positive multiple of "
+                    f"{multiple}: use {near}."
+                )
+        if stride > tile:
+            raise OptionError(
+                f"tile_sample_stride_{axis} {stride} is larger than tile_sample_min_{axis} {tile} "
+                f"and would leave gaps: use at most {tile}."
+            )
+
+
+def _check_latents(vae_latents: Tensor) -> None:
+    shape = list(vae_latents.shape)
+    if len(shape) != 5 or shape[0] != 1 or 0 in shape:
+        raise ShapeError(
+            f"The latents to decode have shape {shape}; decoding takes one clip [1, 16, T, h, w] "
+            "at a time: decode the clips of a batch one by one."
+        )
+
+
+def _output_size(latents: Tensor) -> tuple[int, int, int]:
+    frames, height, width = latents.shape[2:]
+    return (
+        (frames - 1) * TEMPORAL_COMPRESSION + 1,
+        height * SPATIAL_COMPRESSION,
+        width * SPATIAL_COMPRESSION,
+    )

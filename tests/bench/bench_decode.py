@@ -1,0 +1,162 @@
+"""Time the decode modes on this machine and count what each costs at full size.
+
+    python tests/bench/bench_decode.py
+    python tests/bench/bench_decode.py --device cuda --dtype bfloat16 --full-size \\
+        --frames 97 --height 544 --width 960
+
+Without options a small VAE decodes a small clip, so that it also runs on a CPU. The counts (decoder
+calls, FLOPs, peak bytes) are always those of the full-size decoder at 97x544x960 in bf16, on
+shape-only tensors. Ends with one line of JSON.
+"""
+
+import argparse
+import json
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+
+from support.peak import PeakBytes  # noqa: E402
+
+from skyreels.config import TILINGS, Tiling, VAEConfig  # noqa: E402
+from skyreels.runtime import TorchRuntime  # noqa: E402
+from skyreels.vae.model import VideoVAE  # noqa: E402
+from skyreels.vae.tiling import (  # noqa: E402
+    count_decodes,
+    decode_bytes,
+    decode_frames,
+    largest_tile,
+    tile_starts,
+    window_starts,
+)
+
+MODES = ("full", *TILINGS)
+FULL_SIZE = torch.Size((1, 16, 25, 68, 120))
+
+
+def tile_shapes(shape: torch.Size, tiling: Tiling | None) -> Counter:
+    """How many decoder calls receive latents of which [T, h, w]."""
+    starts, length = window_starts(shape[2], tiling)
+    tops, lefts = tile_starts(shape, tiling)
+    _, _, _, height, width = largest_tile(shape, tiling)
+    return Counter(
+        (min(length, shape[2] - t), min(height, shape[3] - y), min(width, shape[4] - x))
+        for t in starts
+        for y in tops
+        for x in lefts
+    )
+
+
+def count_full_size(mode: str) -> dict[str, float]:
+    """Decoder calls, TFLOP and peak GB of one 97x544x960 decode by the full-size VAE in bf16."""
+    tiling = TILINGS.get(mode)
+    with torch.device("meta"):
+        vae = VideoVAE(VAEConfig()).bfloat16()
+    flops = peak = 0
+    for (frames, height, width), calls in tile_shapes(FULL_SIZE, tiling).items():
+        latents = torch.empty(1, 16, frames, height, width, device="meta", dtype=torch.bfloat16)
+        with FlopCounterMode(display=False) as counter, PeakBytes() as memory:
+            vae.decode(latents)
+        flops += calls * counter.get_total_flops()
+        peak = max(peak, memory.peak)
+    estimate = decode_bytes(vae.config, largest_tile(FULL_SIZE, tiling), torch.bfloat16)
+    return {
+        "calls": count_decodes(FULL_SIZE, tiling),
+        "tflop": round(flops / 1e12, 1),
+        "peak_gb": round(peak / 1e9, 2),
+        "estimate_gb": round(estimate / 1e9, 2),
+    }
+
+
+def synchronise(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def time_mode(vae: VideoVAE, latents: torch.Tensor, mode: str, repeats: int) -> dict[str, float]:
+    """Seconds of decode_frames after one warm-up, and on CUDA the peak bytes beside the weights."""
+    runtime = TorchRuntime(next(vae.parameters()).device)
+    on_cuda = runtime.device.type == "cuda"
+    seconds: list[float] = []
+    resident = torch.cuda.memory_allocated(runtime.device) if on_cuda else 0
+    if on_cuda:
+        torch.cuda.reset_peak_memory_stats(runtime.device)
+    for repeat in range(repeats + 1):
+        synchronise(runtime.device)
+        start = time.perf_counter()
+        decode_frames(vae, latents, mode, runtime=runtime)
+        synchronise(runtime.device)
+        if repeat > 0:
+            seconds.append(time.perf_counter() - start)
+    result = {
+        "seconds": round(statistics.median(seconds), 4),
+        "spread": round(max(seconds) - min(seconds), 4),
+    }
+    if on_cuda:
+        peak = torch.cuda.max_memory_allocated(runtime.device) - resident
+        result["measured_gb"] = round(peak / 1e9, 2)
+    return result
+
+
+def commit() -> str:
+    command = ["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"]
+    return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
+    parser.add_argument("--full-size", action="store_true", help="the real channel widths")
+    parser.add_argument("--frames", type=int, default=25)
+    parser.add_argument("--height", type=int, default=16)
+    parser.add_argument("--width", type=int, default=264)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--modes", nargs="+", default=MODES, choices=MODES)
+    options = parser.parse_args()
+
+    torch.manual_seed(0)
+    small = VAEConfig(block_out_channels=(8, 8, 16, 16), layers_per_block=1, norm_num_groups=4)
+    config = VAEConfig() if options.full_size else small
+    vae = VideoVAE(config).to(options.device, getattr(torch, options.dtype)).eval()
+    latents = torch.randn(
+        1, 16, (options.frames - 1) // 4 + 1, options.height // 8, options.width // 8
+    )
+    rows = {}
+    print(f"{'mode':18}{'median s':>10}{'spread s':>10}   full size, bf16: calls  TFLOP  peak GB")
+    for mode in options.modes:
+        timed = time_mode(vae, latents, mode, options.repeats)
+        counted = count_full_size(mode)
+        rows[mode] = {**timed, "full_size": counted}
+        print(
+            f"{mode:18}{timed['seconds']:10.3f}{timed['spread']:10.3f}"
+            f"{counted['calls']:26}{counted['tflop']:7.0f}{counted['peak_gb']:9.2f}"
+        )
+    on_cuda = torch.device(options.device).type == "cuda"
+    print(
+        json.dumps(
+            {
+                "bench": "decode",
+                "device": torch.cuda.get_device_name() if on_cuda else platform.machine(),
+                "torch": torch.__version__,
+                "commit": commit(),
+                "dtype": options.dtype,
+                "channels": config.block_out_channels,
+                "size": [options.frames, options.height, options.width],
+                "modes": rows,
+            }
+        )
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,428 @@
+"""Every format gives the same weights; what does not fit is refused before anything is read."""
+
+import math
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from comfyui_skyreels.skyreels.checkpoint import inspect
+from comfyui_skyreels.skyreels.config import TransformerConfig
+from comfyui_skyreels.skyreels.errors import CheckpointError, OptionError
+from comfyui_skyreels.skyreels.keymaps import PREFIXES, transformer_sources, vae_sources
+from comfyui_skyreels.skyreels.loading import load_transformer, load_vae
+from comfyui_skyreels.skyreels.model import SkyReelsTransformer
+from comfyui_skyreels.skyreels.quant import QuantLinear, dequantize, is_quantizable
+from comfyui_skyreels.skyreels.runtime import TorchRuntime
+from comfyui_skyreels.skyreels.vae.model import VideoVAE
+from support import tiny
+
+RUNTIME = TorchRuntime()
+E4M3 = torch.float8_e4m3fn
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny.transformer()
+
+
+@pytest.fixture(scope="module")
+def state(model):
+    return model.state_dict()
+
+
+def assert_same(module: torch.nn.Module, state: dict[str, torch.Tensor]) -> None:
+    loaded = module.state_dict()
+    assert loaded.keys() == state.keys()
+    for name, tensor in state.items():
+        assert torch.equal(loaded[name], tensor), name
+
+
+# --- layouts ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("prefix", PREFIXES)
+def test_original_names_with_any_prefix_load_exactly(tmp_path, state, prefix):
+    path = tiny.save(tmp_path / "x.safetensors", {prefix + k: v for k, v in state.items()})
+    assert_same(load_transformer(path, runtime=RUNTIME), state)
+
+
+def test_comfyui_names_load_exactly(tmp_path, state):
+    path = tiny.save(tmp_path / "x.safetensors", tiny.to_comfyui(state))
+    assert_same(load_transformer(path, runtime=RUNTIME), state)
+
+
+def test_sharded_diffusers_folder_loads_exactly(tmp_path, model, state):
+    theirs = tiny.diffusers_transformer(model)
+    theirs.save_pretrained(tmp_path / "f", max_shard_size="200KB")
+    assert len(list((tmp_path / "f").glob("*.safetensors"))) > 1
+    assert_same(load_transformer(tmp_path / "f", runtime=RUNTIME), state)
+
+
+def test_single_diffusers_file_loads_exactly(tmp_path, state):
+    path = tiny.save(tmp_path / "x.safetensors", tiny.to_diffusers(state, tiny.TRANSFORMER))
+    assert_same(load_transformer(path, runtime=RUNTIME), state)
+
+
+def test_loaded_folder_computes_what_diffusers_computes(tmp_path, model):
+    theirs = tiny.diffusers_transformer(model)
+    theirs.save_pretrained(tmp_path)
+    inputs = tiny.inputs(model.config)
+    mask = torch.ones(inputs["encoder_hidden_states"].shape[:2])
+    expected = theirs(**inputs, encoder_attention_mask=mask, return_dict=False)[0]
+    ours = load_transformer(tmp_path, runtime=RUNTIME)(**inputs)
+    assert tiny.relative_error(ours, expected) <= 1e-5
+
+
+def test_pickled_transformer_loads_exactly(tmp_path, state):
+    torch.save({"module": {"model." + k: v for k, v in state.items()}}, tmp_path / "x.pt")
+    assert_same(load_transformer(tmp_path / "x.pt", runtime=RUNTIME), state)
+
+
+def test_unusual_rotary_axes_come_from_the_folder_config(tmp_path, model):
+    config = {**tiny.diffusers_config(model.config), "rope_axes_dim": [2, 2, 12]}
+    state = tiny.to_diffusers(model.state_dict(), model.config)
+    folder = tiny.save_sharded(tmp_path / "f", state, config)
+    loaded = load_transformer(folder, runtime=RUNTIME)
+    assert loaded.config.rope_axes_dim == (2, 2, 12)
+
+
+@pytest.mark.parametrize("layout", ["original", "comfyui", "diffusers"])
+def test_full_size_names_all_land_with_their_shapes(layout):
+    """856 and 1264 names; the split ones against diffusers' own converter and model."""
+    with torch.device("meta"):
+        ours = SkyReelsTransformer(TransformerConfig()).state_dict()
+    names = [n for name in ours for n in transformer_sources(name, layout)]
+    assert len(names) == len(set(names)) == {"diffusers": 1264}.get(layout, 856)
+    if layout != "diffusers":
+        return
+    from diffusers import HunyuanVideoTransformer3DModel
+    from diffusers.loaders.single_file_utils import (
+        convert_hunyuan_video_transformer_to_diffusers,
+    )
+
+    with torch.device("meta"):
+        theirs = HunyuanVideoTransformer3DModel(in_channels=32).state_dict()
+        converted = convert_hunyuan_video_transformer_to_diffusers(dict(ours))
+    split = tiny.to_diffusers(ours, TransformerConfig())
+    shapes = {name: tensor.shape for name, tensor in theirs.items()}
+    assert {name: tensor.shape for name, tensor in converted.items()} == shapes
+    assert {name: tensor.shape for name, tensor in split.items()} == shapes
+
+
+def test_comfyui_names_are_the_documented_ones():
+    expected = {
+        "double_blocks.3.img_mod.linear.bias": "double_blocks.3.img_mod.lin.bias",
+        "double_blocks.3.txt_attn_q_norm.weight": "double_blocks.3.txt_attn.norm.query_norm.scale",
+        "double_blocks.3.img_attn_qkv.weight": "double_blocks.3.img_attn.qkv.weight",
+        "double_blocks.3.img_mlp.fc2.weight": "double_blocks.3.img_mlp.2.weight",
+        "single_blocks.7.k_norm.weight": "single_blocks.7.norm.key_norm.scale",
+        "single_blocks.7.modulation.linear.weight": "single_blocks.7.modulation.lin.weight",
+        "single_blocks.7.linear1.weight": "single_blocks.7.linear1.weight",
+        "time_in.mlp.0.weight": "time_in.in_layer.weight",
+        "vector_in.in_layer.weight": "vector_in.in_layer.weight",
+        "txt_in.t_embedder.mlp.2.bias": "txt_in.t_embedder.out_layer.bias",
+        "txt_in.c_embedder.linear_1.bias": "txt_in.c_embedder.in_layer.bias",
+        "txt_in.individual_token_refiner.blocks.1.self_attn_qkv.bias":
+            "txt_in.individual_token_refiner.blocks.1.self_attn.qkv.bias",
+        "txt_in.individual_token_refiner.blocks.1.mlp.fc1.bias":
+            "txt_in.individual_token_refiner.blocks.1.mlp.0.bias",
+        "final_layer.adaLN_modulation.1.bias": "final_layer.adaLN_modulation.1.bias",
+    }  # fmt: skip
+    assert {ours: transformer_sources(ours, "comfyui")[0] for ours in expected} == expected
+
+
+# --- 8 bits -------------------------------------------------------------------------------------
+
+
+def plain_fp8(state):
+    return {k: v.to(E4M3) if is_quantizable(k) and v.ndim == 2 else v for k, v in state.items()}
+
+
+def scaled_fp8(state, version: str, per_row: bool):
+    """fp8 weights with scales, and the weights they stand for."""
+    suffix = {"v0": ".scale_weight", "v1": ".weight_scale"}[version]
+    stored, meant = {}, {}
+    for name, tensor in state.items():
+        stored[name] = meant[name] = tensor
+        if is_quantizable(name) and tensor.ndim == 2:
+            absmax = tensor.abs().amax(1, keepdim=True) if per_row else tensor.abs().amax()
+            scale = absmax / 448
+            stored[name] = (tensor / scale).to(E4M3)
+            stored[name.removesuffix(".weight") + suffix] = scale
+            meant[name] = (stored[name].float() * scale).to(tensor.dtype)
+    if version == "v0":
+        stored["scaled_fp8"] = torch.zeros(2, dtype=E4M3)
+    else:
+        quant = torch.tensor(list(b'{"format":"float8_e4m3fn"}'), dtype=torch.uint8)
+        stored["double_blocks.0.img_attn_qkv.comfy_quant"] = quant
+    return stored, meant
+
+
+def dense(module) -> dict[str, torch.Tensor]:
+    """The weights a module computes with, 8-bit ones widened."""
+    state = {k: v for k, v in module.state_dict().items() if not k.endswith("weight_scale")}
+    for name, layer in module.named_modules():
+        if isinstance(layer, QuantLinear):
+            state[name + ".weight"] = dequantize(layer.weight, layer.weight_scale, torch.float32)
+    return state
+
+
+def test_plain_fp8_keeps_the_stored_values(tmp_path, state):
+    stored = plain_fp8(state)
+    loaded = load_transformer(tiny.save(tmp_path / "x.safetensors", stored), runtime=RUNTIME)
+    assert isinstance(loaded.double_blocks[0].img_attn_qkv, QuantLinear)
+    for name, tensor in dense(loaded).items():
+        assert torch.equal(tensor.float(), stored[name].to(loaded.compute_dtype).float()), name
+
+
+@pytest.mark.parametrize("per_row", [False, True])
+@pytest.mark.parametrize("version", ["v0", "v1"])
+def test_scaled_fp8_gives_the_meant_weights(tmp_path, state, version, per_row):
+    stored, meant = scaled_fp8(state, version, per_row)
+    path = tiny.save(tmp_path / "x.safetensors", stored)
+    assert inspect(path).scales == f"{version} per {'row' if per_row else 'tensor'}"
+    loaded = load_transformer(path, runtime=RUNTIME)
+    assert isinstance(loaded.single_blocks[1].linear2, QuantLinear)
+    for name, tensor in dense(loaded).items():
+        assert torch.equal(tensor, meant[name]), name
+
+
+@pytest.mark.parametrize("version", ["v0", "v1"])
+def test_scales_follow_the_parts_of_a_fused_weight(tmp_path, state, version):
+    """diffusers names: q, k and v are scaled one by one and fused while loading."""
+    split = tiny.to_diffusers(state, tiny.TRANSFORMER)
+    suffix = {"v0": ".scale_weight", "v1": ".weight_scale"}[version]
+    stored, meant = {}, {}
+    for name, tensor in split.items():
+        stored[name] = meant[name] = tensor
+        if ".attn." in name and name.endswith(".weight") and tensor.ndim == 2:
+            scale = tensor.abs().amax() / 448
+            stored[name] = (tensor / scale).to(E4M3)
+            stored[name.removesuffix(".weight") + suffix] = scale
+            meant[name] = stored[name].float() * scale
+    path = tiny.save(tmp_path / "x.safetensors", stored)
+    loaded = load_transformer(path, precision="fp32", runtime=RUNTIME)
+    assert_same(
+        loaded,
+        {
+            name: torch.cat([meant[part] for part in transformer_sources(name, "diffusers")])
+            if "adaLN" not in name or "final" not in name
+            else tensor
+            for name, tensor in state.items()
+        },
+    )
+
+
+def test_fp8_file_in_another_precision_is_widened(tmp_path, state):
+    stored, meant = scaled_fp8(state, "v0", per_row=False)
+    path = tiny.save(tmp_path / "x.safetensors", stored)
+    assert_same(load_transformer(path, precision="fp32", runtime=RUNTIME), meant)
+
+
+@pytest.mark.parametrize(("precision", "bound"), [("fp8", 2**-4), ("int8", 2**-7)])
+def test_rounding_to_8_bits_stays_within_its_bound(tmp_path, state, precision, bound):
+    path = tiny.save(tmp_path / "x.safetensors", state)
+    loaded = load_transformer(path, precision=precision, runtime=RUNTIME)
+    quantized = [n for n, m in loaded.named_modules() if isinstance(m, QuantLinear)]
+    assert len(quantized) == 2 * 8 + 2 * 2
+    assert not any("mod" in name for name in quantized)
+    for name in quantized:
+        layer, weight = loaded.get_submodule(name), state[name + ".weight"]
+        wide = dequantize(layer.weight, layer.weight_scale, torch.float32)
+        row_max = weight.abs().amax(1, keepdim=True)
+        assert ((wide - weight).abs() <= bound * row_max).all(), name
+
+
+def test_quantised_model_computes_nearly_the_same(tmp_path, model, state):
+    path = tiny.save(tmp_path / "x.safetensors", state)
+    inputs = tiny.inputs(model.config)
+    expected = model(**inputs)
+    for precision, bound in (("bf16", 0.03), ("int8", 0.04), ("fp8", 0.12)):
+        loaded = load_transformer(path, precision=precision, runtime=RUNTIME)
+        error = (loaded(**inputs).float() - expected).norm() / expected.norm()
+        assert error <= bound, (precision, error)
+
+
+def test_half_precision_file_computes_in_bf16(tmp_path, state):
+    path = tiny.save(tmp_path / "x.safetensors", {k: v.half() for k, v in state.items()})
+    assert load_transformer(path, runtime=RUNTIME).compute_dtype == torch.bfloat16
+
+
+# --- VAE ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def vae_state():
+    return tiny.randomize(VideoVAE(tiny.VAE)).state_dict()
+
+
+def to_sd(state):
+    converted = {}
+    for name, tensor in state.items():
+        if "attentions" in name and tensor.ndim == 2:
+            tensor = tensor[..., None, None, None]
+        converted[vae_sources(name, "sd", 4)[0]] = tensor
+    return converted
+
+
+def test_vae_in_both_layouts_loads_exactly(tmp_path, vae_state):
+    assert_same(load_vae(tiny.save(tmp_path / "a.safetensors", vae_state), runtime=RUNTIME),
+                vae_state)  # fmt: skip
+    sd = to_sd(vae_state)
+    assert "decoder.mid.attn_1.proj_out.weight" in sd
+    assert "decoder.up.3.block.0.norm1.weight" in sd
+    assert "encoder.down.0.downsample.conv.conv.weight" in sd
+    assert_same(load_vae(tiny.save(tmp_path / "b.safetensors", sd), runtime=RUNTIME), vae_state)
+
+
+@pytest.mark.parametrize("nest", [None, "state_dict", "model"])
+def test_vae_from_a_pickle_loads_exactly(tmp_path, vae_state, nest):
+    content = {"vae." + k: v for k, v in vae_state.items()}
+    torch.save({nest: content} if nest else content, tmp_path / "pytorch_model.pt")
+    assert_same(load_vae(tmp_path / "pytorch_model.pt", runtime=RUNTIME), vae_state)
+
+
+def test_full_size_vae_names_map_one_to_one():
+    with torch.device("meta"):
+        from comfyui_skyreels.skyreels.config import VAEConfig
+
+        state = VideoVAE(VAEConfig()).state_dict()
+    names = {vae_sources(name, "sd", 4)[0] for name in state}
+    assert len(names) == len(state) == 248
+    assert {"decoder.up.3.block.0.nin_shortcut.conv.weight"} & names == set()
+    assert "decoder.up.0.block.0.nin_shortcut.conv.weight" in names
+
+
+def test_vae_of_unusual_width_asks_for_its_config(tmp_path):
+    from comfyui_skyreels.skyreels.config import VAEConfig
+
+    vae = VideoVAE(VAEConfig(block_out_channels=(16, 16, 16, 16), norm_num_groups=8))
+    path = tiny.save(tmp_path / "x.safetensors", vae.state_dict())
+    with pytest.raises(CheckpointError, match=r"config\.json"):
+        load_vae(path, runtime=RUNTIME)
+    (tmp_path / "config.json").write_text('{"norm_num_groups": 8}')
+    assert load_vae(tmp_path, runtime=RUNTIME).config.norm_num_groups == 8
+
+
+# --- refusals -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("channels", [16, 33])
+def test_checkpoint_for_another_task_is_refused_with_both_numbers(tmp_path, channels):
+    config = TransformerConfig(**{**tiny.TRANSFORMER.__dict__, "in_channels": channels})
+    path = tiny.save(tmp_path / "i2v.safetensors", SkyReelsTransformer(config).state_dict())
+    with pytest.raises(CheckpointError, match=f"{channels} input channels.*has 32"):
+        load_transformer(path, runtime=RUNTIME)
+
+
+def test_missing_left_over_and_misshapen_tensors_are_named(tmp_path, state):
+    lacking = {k: v for k, v in state.items() if k != "double_blocks.1.img_mlp.fc2.bias"}
+    with pytest.raises(CheckpointError, match=r"lacks tensors double_blocks\.1\.img_mlp\.fc2"):
+        load_transformer(tiny.save(tmp_path / "a.safetensors", lacking), runtime=RUNTIME)
+    extra = {**state, "strange.weight": torch.ones(2)}
+    with pytest.raises(CheckpointError, match=r"unknown tensors strange\.weight"):
+        load_transformer(tiny.save(tmp_path / "b.safetensors", extra), runtime=RUNTIME)
+    bent = {**state, "single_blocks.0.linear2.weight": torch.ones(3, 3)}
+    with pytest.raises(CheckpointError, match=r"\[3, 3\]"):
+        load_transformer(tiny.save(tmp_path / "c.safetensors", bent), runtime=RUNTIME)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_weights_that_are_not_finite_are_refused(tmp_path, state, value, dtype):
+    bad = {k: v.to(dtype, copy=True) for k, v in state.items()}
+    bad["single_blocks.1.linear1.weight"][5, 7] = value
+    with pytest.raises(CheckpointError, match=r"NaN or infinity.*single_blocks\.1\.linear1"):
+        load_transformer(tiny.save(tmp_path / "x.safetensors", bad), runtime=RUNTIME)
+
+
+def test_nan_codes_in_fp8_are_refused(tmp_path, state):
+    bad = plain_fp8(state)
+    bad["single_blocks.1.linear1.weight"].view(torch.uint8)[5, 7] = 0x7F
+    with pytest.raises(CheckpointError, match="NaN"):
+        load_transformer(tiny.save(tmp_path / "x.safetensors", bad), runtime=RUNTIME)
+
+
+def test_huge_but_finite_weights_are_accepted(tmp_path, state):
+    large = {**state, "single_blocks.1.linear1.weight": torch.full((224, 32), 3e38)}
+    load_transformer(tiny.save(tmp_path / "x.safetensors", large), runtime=RUNTIME)
+
+
+def test_four_bit_storage_is_named(tmp_path, state):
+    packed = {**state, "single_blocks.1.linear1.weight": torch.zeros(224, 32, dtype=torch.uint8)}
+    with pytest.raises(CheckpointError, match="stores.*as U8"):
+        load_transformer(tiny.save(tmp_path / "x.safetensors", packed), runtime=RUNTIME)
+
+
+@pytest.mark.parametrize("precision", ["fp16", "fp4", ""])
+def test_unknown_precision_lists_the_legal_ones(tmp_path, precision):
+    with pytest.raises(OptionError, match="auto, fp32, bf16, fp8, int8"):
+        load_transformer(tmp_path, precision=precision, runtime=RUNTIME)
+
+
+def test_interrupted_load_stops_at_the_next_tensor_and_can_be_repeated(tmp_path, state):
+    path = tiny.save(tmp_path / "x.safetensors", state)
+    checks = 0
+
+    class StopError(Exception):
+        pass
+
+    def check():
+        nonlocal checks
+        checks += 1
+        if checks == 10:
+            raise StopError
+
+    with pytest.raises(StopError):
+        load_transformer(path, runtime=TorchRuntime(on_check=check))
+    assert checks == 10
+    assert_same(load_transformer(path, runtime=RUNTIME), state)
+
+
+def test_loading_reports_bytes_up_to_the_size_of_the_file(tmp_path, state):
+    reports = []
+    runtime = TorchRuntime(on_progress=lambda *report: reports.append(report[:3]))
+    load_transformer(tiny.save(tmp_path / "x.safetensors", state), runtime=runtime)
+    assert {stage for stage, _, _ in reports} == {"load"}
+    done = [done for _, done, _ in reports]
+    assert done == sorted(done)
+    assert done[-1] == reports[-1][2] == sum(t.numel() * t.itemsize for t in state.values())
+
+
+# --- memory -------------------------------------------------------------------------------------
+
+MEASURE = """
+import importlib.util, resource, sys
+spec = importlib.util.spec_from_file_location("pack", {root!r} + "/tests/conftest.py")
+conftest = importlib.util.module_from_spec(spec); spec.loader.exec_module(conftest)
+from comfyui_skyreels.skyreels.loading import load_transformer
+from comfyui_skyreels.skyreels.runtime import TorchRuntime
+from comfyui_skyreels.skyreels.memory import weight_bytes
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+model = load_transformer({path!r}, runtime=TorchRuntime())
+peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+print(weight_bytes(model), peak - before)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="peak memory is read the Linux way")
+@pytest.mark.parametrize("layout", ["original", "diffusers"])
+def test_loading_two_gigabytes_needs_little_beyond_the_weights(tmp_path, root, layout):
+    config = TransformerConfig(num_layers=2, num_single_layers=2, num_refiner_layers=1)
+    with torch.device("meta"):
+        state = SkyReelsTransformer(config).state_dict()
+    if layout == "diffusers":
+        state = tiny.to_diffusers(state, config)
+    path = tiny.sparse_file(tmp_path / "x.safetensors", state)
+    assert path.stat().st_size >= 2 * 1024**3
+    code = MEASURE.format(root=str(root), path=str(path))
+    run = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, env=os.environ
+    )
+    weights, grown = map(int, run.stdout.split())
+    largest_fused = 21504 * 3072 * 2
+    assert weights >= 2 * 1024**3
+    assert grown - weights <= largest_fused + 1024**3
