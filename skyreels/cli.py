@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .config import TILINGS
+from .config import TILINGS, TRANSFORMER_PRECISIONS
 from .errors import OptionError, SkyReelsError
 
 if TYPE_CHECKING:
@@ -22,7 +22,6 @@ if TYPE_CHECKING:
 
 EXIT_ERROR = 1
 EXIT_INTERRUPTED = 130
-TRANSFORMER_PRECISIONS = ("auto", "fp32", "bf16", "fp8", "int8")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

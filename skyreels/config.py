@@ -18,6 +18,10 @@ SIZE_MULTIPLE = 16
 MAX_TEXT_TOKENS = 256
 FRAMES_PER_SECOND = 24
 
+#: how a checkpoint is computed with; skyreels/loading.py says what each does
+TRANSFORMER_PRECISIONS = ("auto", "fp32", "bf16", "fp8", "int8")
+VAE_PRECISIONS = ("auto", "fp32", "bf16", "fp16")
+
 
 @dataclass(frozen=True)
 class TransformerConfig:

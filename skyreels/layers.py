@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from .attention import Attention
 from .config import TransformerConfig
+from .errors import OptionError
 
 #: latent frames the model has seen in training; the slow temporal frequency wraps at 50.27
 TRAINED_LATENT_FRAMES = 50
@@ -43,6 +44,8 @@ def rope_table(
         device: where the table is built.
     Returns:
         [N, D / 2] complex64, N = product of the grid, tokens in order time, row, column.
+    Raises:
+        OptionError: a long clip and no such frequency.
     Source: RoPE arXiv:2104.09864; RIFLEx arXiv:2502.15894, equation 8.
     """
     per_axis = []
@@ -50,6 +53,11 @@ def rope_table(
         exponents = torch.arange(0, dim, 2, dtype=torch.float32, device=device) / dim
         frequencies = 1.0 / config.rope_theta**exponents
         if axis == 0 and riflex_k and length > TRAINED_LATENT_FRAMES:
+            if not 1 <= riflex_k <= len(frequencies):
+                raise OptionError(
+                    f"RIFLEx k {riflex_k} is not within 1..{len(frequencies)}, the temporal "
+                    "frequencies of this model: use 4 for SkyReels, or 0 for off."
+                )
             frequencies[riflex_k - 1] = 0.9 * 2 * math.pi / length
         positions = torch.arange(length, dtype=torch.float32, device=device)
         per_axis.append(torch.outer(positions, frequencies))

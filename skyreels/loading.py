@@ -29,7 +29,12 @@ from .checkpoint import (
     load_pickle,
     require,
 )
-from .config import TransformerConfig, VAEConfig
+from .config import (
+    TRANSFORMER_PRECISIONS,
+    VAE_PRECISIONS,
+    TransformerConfig,
+    VAEConfig,
+)
 from .errors import CheckpointError, OptionError
 from .keymaps import HALF_SWAPPED, transformer_sources, vae_sources
 from .model import SkyReelsTransformer
@@ -44,8 +49,6 @@ from .quant import (
 from .runtime import Runtime
 from .vae.model import VideoVAE
 
-TRANSFORMER_PRECISIONS = ("auto", "fp32", "bf16", "fp8", "int8")
-VAE_PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 _FLOAT_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 I2V_FILE = "skyreels_hunyuan_i2v_bf16.safetensors of Kijai/SkyReels-V1-Hunyuan_comfy"

@@ -193,7 +193,7 @@ def sample(
     Raises:
         OptionError, ShapeError, TextError, OutOfRoomError, CheckpointError: see the messages.
     """
-    _check(transformer, image, prompt, negative, sigmas, guidance, init_latents, riflex_k)
+    _check(transformer, image, prompt, negative, sigmas, guidance, init_latents)
     if resume is not None and solver is not euler:
         raise OptionError(
             "Resuming needs the Euler solver: others carry a history that is not saved. "
@@ -251,7 +251,6 @@ def _check(
     sigmas: Tensor,
     guidance: Guidance,
     init_latents: Tensor | None,
-    riflex_k: int,
 ) -> None:
     check_prompt_embeds(prompt, transformer.config)
     if negative is not None:
@@ -277,11 +276,6 @@ def _check(
         )
     if not 0.0 <= guidance.guidance_rescale <= 1.0:
         raise OptionError(f"Guidance rescale {guidance.guidance_rescale} is not within 0..1.")
-    highest = transformer.config.rope_axes_dim[0] // 2
-    if not 0 <= riflex_k <= highest:
-        raise OptionError(
-            f"RIFLEx k {riflex_k} is not within 0..{highest}: use 4, or 0 for off."
-        )
     if tuple(image.image_latents.shape[3:]) != image.latent_shape[3:]:
         raise ShapeError(
             f"Image latents of {list(image.image_latents.shape)} do not fit a video of "

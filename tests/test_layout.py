@@ -1,0 +1,138 @@
+"""Who may import whom, and that importing does nothing."""
+
+import ast
+import re
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+HOST = {"comfy", "folder_paths", "server", "latent_preview", "execution", "comfy_api", "node_helpers"}
+HEAVY = {"diffusers", "transformers", "triton", "av", "PIL", "websocket", "tokenizers"}
+
+#: a module may import those that stand in a later row, or in its own
+LAYERS = [
+    {"cli", "__main__"},
+    {"doctor", "pipeline", "builtin"},
+    {"sampling", "loading", "vae.tiling", "video"},
+    {"conditioning", "text"},
+    {"memory", "checkpoint"},
+    {"model", "vae.model", "vae"},
+    {"layers", "keymaps"},
+    {"attention", "quant"},
+    {"config", "errors", "runtime"},
+]
+
+
+def sources(folder: str) -> list[Path]:
+    return sorted((ROOT / folder).rglob("*.py"))
+
+
+def imports(path: Path) -> list[tuple[str, int, bool]]:
+    """(module, relative level, inside a function or TYPE_CHECKING) of every import."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    top = {id(node) for node in tree.body}
+    found = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found += [(alias.name, 0, id(node) not in top) for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            found.append((node.module or "", node.level, id(node) not in top))
+    return found
+
+
+@pytest.mark.parametrize("path", [*sources("skyreels"), *sources("wiro_api")], ids=str)
+def test_engine_and_client_never_name_the_host_or_each_other(path):
+    for module, level, _ in imports(path):
+        root = module.split(".")[0]
+        assert root not in HOST
+        assert level == 0 or root != "nodes"
+        assert root not in {"skyreels", "wiro_api"}, "imports within the pack are relative"
+    if path.is_relative_to(ROOT / "wiro_api"):
+        assert all(module.split(".")[0] != "torch" for module, _, _ in imports(path))
+
+
+@pytest.mark.parametrize("path", sources("skyreels"), ids=str)
+def test_imports_in_the_engine_only_go_down(path):
+    parts = path.relative_to(ROOT / "skyreels").with_suffix("").parts
+    name = ".".join(part for part in parts if part != "__init__")
+    if not name:
+        return  # the package root re-exports
+    row = next(i for i, layer in enumerate(LAYERS) if name in layer)
+    for module, level, is_late in imports(path):
+        if level == 0 or is_late:
+            continue
+        package = parts[: len(parts) - level]
+        target = ".".join([*package, *filter(None, module.split("."))])
+        if target:
+            assert next(i for i, layer in enumerate(LAYERS) if target in layer) >= row, target
+
+
+@pytest.mark.parametrize("folder", ["nodes", "skyreels", "wiro_api"])
+def test_heavy_packages_are_imported_inside_functions(folder):
+    for path in sources(folder):
+        for module, level, is_late in imports(path):
+            root = module.split(".")[0]
+            assert level or is_late or root not in HEAVY | (HOST if folder == "nodes" else set())
+
+
+def test_library_works_alone_and_leaves_the_host_and_heavy_packages_out():
+    code = (
+        "import sys; import skyreels, wiro_api, skyreels.pipeline, skyreels.cli, skyreels.builtin;"
+        f"print(sorted({HOST | HEAVY!r} & set(sys.modules)))"
+    )
+    run = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert run.stdout.strip() == "[]"
+
+
+def test_public_names_are_exactly_those_listed():
+    import comfyui_skyreels.skyreels as engine
+
+    listed = engine.__all__
+    assert listed == sorted(listed)
+    assert all(hasattr(engine, name) for name in listed)
+
+
+def test_requirements_equal_the_projects_dependencies_and_are_floors():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    lines = (ROOT / "requirements.txt").read_text().split()
+    assert lines == project["dependencies"]
+    assert all(re.fullmatch(r"[a-z-]+>=[\d.]+", line) for line in lines)
+    assert not any(line.startswith("torch") for line in lines)
+
+
+def test_packages_listed_for_installation_exist_and_leave_the_root_out():
+    tool = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
+    expected = {
+        ".".join(path.parent.relative_to(ROOT).parts)
+        for folder in ("skyreels", "wiro_api")
+        for path in (ROOT / folder).rglob("__init__.py")
+    }
+    assert set(tool["packages"]) == expected
+    assert "" not in tool["package-dir"]
+
+
+def test_documented_functions_have_docstrings():
+    bare = []
+    for path in [*sources("skyreels"), *sources("wiro_api")]:
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        assert ast.get_docstring(tree), path
+        for node in tree.body:
+            if isinstance(node, ast.FunctionDef | ast.ClassDef) and not node.name.startswith("_"):
+                if not ast.get_docstring(node):
+                    bare.append(f"{path.name}:{node.name}")
+    assert bare == []
+
+
+def test_repository_holds_no_secret_looking_or_private_path():
+    pattern = re.compile(r"/(root|home|Users)/\w|[A-Z]:\\\\Users")
+    for suffix in ("*.py", "*.json", "*.md", "*.toml", "*.js"):
+        for path in ROOT.rglob(suffix):
+            if ".git" in path.parts or path == Path(__file__):
+                continue
+            assert not pattern.search(path.read_text(encoding="utf-8")), path
