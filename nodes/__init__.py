@@ -1,4 +1,30 @@
-"""ComfyUI nodes: thin adapters over `skyreels`; the only folder that may import ComfyUI."""
+"""ComfyUI nodes: thin adapters over `skyreels`; the only folder that may import ComfyUI.
 
-NODE_CLASS_MAPPINGS: dict[str, type] = {}
-NODE_DISPLAY_NAME_MAPPINGS: dict[str, str] = {}
+Ids equal class names and never change.
+"""
+
+from .conditioning import SkyReelsImageConditioning
+from .decode import SkyReelsVAEDecode
+from .loaders import SkyReelsTransformerLoader, SkyReelsVAELoader
+from .sampler import SkyReelsSampler
+from .text import SkyReelsTextEncode, SkyReelsTextEncoderLoader
+
+NODE_CLASS_MAPPINGS = {
+    "SkyReelsTransformerLoader": SkyReelsTransformerLoader,
+    "SkyReelsVAELoader": SkyReelsVAELoader,
+    "SkyReelsTextEncoderLoader": SkyReelsTextEncoderLoader,
+    "SkyReelsTextEncode": SkyReelsTextEncode,
+    "SkyReelsImageConditioning": SkyReelsImageConditioning,
+    "SkyReelsSampler": SkyReelsSampler,
+    "SkyReelsVAEDecode": SkyReelsVAEDecode,
+}
+
+NODE_DISPLAY_NAME_MAPPINGS = {
+    "SkyReelsTransformerLoader": "SkyReels Load Transformer",
+    "SkyReelsVAELoader": "SkyReels Load VAE",
+    "SkyReelsTextEncoderLoader": "SkyReels Load Text Encoder",
+    "SkyReelsTextEncode": "SkyReels Text Encode",
+    "SkyReelsImageConditioning": "SkyReels Image Conditioning",
+    "SkyReelsSampler": "SkyReels Sampler",
+    "SkyReelsVAEDecode": "SkyReels VAE Decode",
+}

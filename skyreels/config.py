@@ -101,10 +101,6 @@ class Tiling:
 #: geometries of the reference implementations (skyreels/vae/tiling.py says what each costs)
 TILINGS: dict[str, Tiling] = {
     "tiled": Tiling(),
-    "tiled-tencent": Tiling(
-        tile_sample_min_num_frames=64, tile_sample_stride_num_frames=48
-    ),
-    "tiled-diffusers": Tiling(
-        tile_sample_min_num_frames=16, tile_sample_stride_num_frames=12
-    ),
+    "tiled-tencent": Tiling(tile_sample_min_num_frames=64, tile_sample_stride_num_frames=48),
+    "tiled-diffusers": Tiling(tile_sample_min_num_frames=16, tile_sample_stride_num_frames=12),
 }

@@ -209,15 +209,13 @@ class TokenRefiner(nn.Module):
         self.input_embedder = nn.Linear(config.text_embed_dim, hidden)
         self.t_embedder = TimestepEmbedder(hidden)
         self.c_embedder = ContextEmbedder(config.text_embed_dim, hidden)
-        self.individual_token_refiner = nn.Module()
-        self.individual_token_refiner.blocks = nn.ModuleList(
-            RefinerBlock(config) for _ in range(config.num_refiner_layers)
-        )
+        blocks = nn.ModuleList(RefinerBlock(config) for _ in range(config.num_refiner_layers))
+        self.individual_token_refiner = nn.ModuleDict({"blocks": blocks})
 
     def forward(self, states: Tensor, timestep: Tensor, attention: Attention) -> Tensor:
         vec = self.t_embedder(timestep, states.dtype) + self.c_embedder(states.mean(dim=1))
         x = self.input_embedder(states)
-        for block in self.individual_token_refiner.blocks:
+        for block in self.individual_token_refiner["blocks"].children():
             x = block(x, vec, attention)
         return x
 

@@ -224,8 +224,8 @@ def _check_shape(info: CheckpointInfo, target: _Target) -> None:
         stores_integers = not dtype.is_floating_point and dtype != torch.int8
         if stores_integers or (dtype == torch.int8 and part.scale is None):
             raise CheckpointError(
-                f"{info.path.name} stores {part.entry.name} as {DTYPE_NAMES[dtype]}, a quantisation this "
-                "package cannot read: use the bf16, fp8 or scaled fp8 file."
+                f"{info.path.name} stores {part.entry.name} as {DTYPE_NAMES[dtype]}, a "
+                "quantisation this package cannot read: use the bf16, fp8 or scaled fp8 file."
             )
         if shape[1:] != target.shape[1:]:
             rows = -1
@@ -234,8 +234,8 @@ def _check_shape(info: CheckpointInfo, target: _Target) -> None:
     if rows != target.shape[0]:
         got = ", ".join(str(list(part.entry.shape)) for part in target.parts)
         raise CheckpointError(
-            f"{info.path.name} has {target.parts[0].entry.name} of shape {got} where {target.name} is "
-            f"{list(target.shape)}: it is of another model."
+            f"{info.path.name} has {target.parts[0].entry.name} of shape {got} where "
+            f"{target.name} is {list(target.shape)}: it is of another model."
         )
 
 
@@ -268,14 +268,14 @@ class _Reader:
             self._files[entry.file] = self._stack.enter_context(entry.file.open("rb", 0))
         file = self._files[entry.file]
         file.seek(entry.offset)
-        view = memoryview(out.reshape(-1).view(torch.uint8).numpy())
+        view = memoryview(out.reshape(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
         done = 0
         while done < entry.num_bytes:
             count = file.readinto(view[done:])  # type: ignore[attr-defined]
             if not count:
                 raise CheckpointError(
-                    f"{entry.file.name} ended inside tensor {entry.name}: it changed while being read; "
-                    "load it again."
+                    f"{entry.file.name} ended inside tensor {entry.name}: it changed while being "
+                    "read; load it again."
                 )
             done += count
 
@@ -320,8 +320,8 @@ def _assemble(
                 weight = torch.cat(weight.chunk(2)[::-1])
             if weight.dtype in STORAGE_DTYPES.values() or weight.dtype in FLOAT8_DTYPES:
                 scale = None if scale is None else scale.to(device)
-                quantized = QuantLinear(weight.to(device), scale, layer.bias)
-                module.set_submodule(layer_name, quantized)
+                bias = dict(layer.named_parameters()).get("bias")
+                module.set_submodule(layer_name, QuantLinear(weight.to(device), scale, bias))
             else:
                 parameter = nn.Parameter(weight.to(device, compute_dtype), requires_grad=False)
                 setattr(layer, attribute, parameter)
@@ -363,8 +363,8 @@ def _read_target(
     joined = torch.cat(scales).contiguous()
     if not bool(joined.isfinite().all()):
         raise CheckpointError(
-            f"{info.path.name} has a scale of {target.parts[0].entry.name} that is not finite: the file "
-            "is damaged; download it again."
+            f"{info.path.name} has a scale of {target.parts[0].entry.name} that is not finite: the "
+            "file is damaged; download it again."
         )
     return weight, joined if joined.numel() > 1 else joined.reshape(())
 

@@ -100,7 +100,7 @@ def placed(
     if free < largest:
         raise OutOfRoomError(
             f"One step needs {activation_bytes / 1e9:.1f} GB for activations and "
-            f"{largest / 1e9:.1f} GB for a block on {device}, {-(free - largest) / 1e9:.1f} GB more "
+            f"{largest / 1e9:.1f} GB for a block on {device}, {(largest - free) / 1e9:.1f} GB more "
             "than there is: use fewer frames or a smaller size, or close other programs."
         )
     with ExitStack() as stack:

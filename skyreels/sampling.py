@@ -183,8 +183,9 @@ def sample(
         solver: `euler` or any function of its signature.
         init_latents: [1, 16, T, h, w] VAE space, the clip to start from when sigmas[0] < 1.
         riflex_k: see `rope_table`; only clips beyond 197 frames change.
-        resume: file in which each finished step is kept; if it exists and belongs to the same
-            inputs, the run continues from there. Removed when the run is complete. Euler only.
+        resume: file in which each finished step is kept, or a folder in which that file is named
+            by the inputs; if it exists and belongs to the same inputs, the run continues from
+            there. Removed when the run is complete. Euler only.
         attention: see attention.py.
         runtime: progress "sample" in steps with the denoised estimate; asked for an interrupt
             before every block.
@@ -210,6 +211,8 @@ def sample(
         fingerprint = _fingerprint(
             transformer, image, prompt, negative, seed, sigmas, guidance, init_latents, riflex_k
         )
+        if resume.is_dir():
+            resume = resume / f"{fingerprint[:32]}.safetensors"
         first_step, latents = _load_state(resume, fingerprint, latents)
 
     num_steps = len(sigmas) - 1

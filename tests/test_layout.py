@@ -10,7 +10,15 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-HOST = {"comfy", "folder_paths", "server", "latent_preview", "execution", "comfy_api", "node_helpers"}
+HOST = {
+    "comfy",
+    "folder_paths",
+    "server",
+    "latent_preview",
+    "execution",
+    "comfy_api",
+    "node_helpers",
+}
 HEAVY = {"diffusers", "transformers", "triton", "av", "PIL", "websocket", "tokenizers"}
 
 #: a module may import those that stand in a later row, or in its own

@@ -1,1 +1,3 @@
-"""The Wiro client. Not written yet; `docs` of the plan: signing, tasks, files, journal."""
+"""The Wiro client. Nothing is here yet: this version runs SkyReels-V1 locally only."""
+
+__all__: list[str] = []

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from ..config import SPATIAL_COMPRESSION, TEMPORAL_COMPRESSION, TILINGS, Tiling, VAEConfig
 from ..errors import OptionError, OutOfRoomError, ShapeError
+from ..memory import on_device
 from ..runtime import Runtime
 from . import model
 from .model import VideoVAE, level_factors
@@ -51,8 +52,8 @@ def decode_frames(
 
     Args:
         vae_latents: [1, 16, T, h, w], VAE space (unscaled); left as it is.
-        mode: "auto" picks the largest tiles that fit runtime.free_bytes() (nothing is evicted
-            here: make room first), "full" decodes in one pass, or a name in config.TILINGS.
+        mode: "auto" makes room for whole-clip tiles of 256 pixels and picks the largest tiles that
+            then fit, "full" decodes in one pass, or a name in config.TILINGS.
         tiling: explicit tiles; they override `mode`.
     Returns:
         [F, H, W, 3] float32 in [0, 1], contiguous, on runtime.offload_device; F = 4 * (T - 1) + 1.
@@ -66,27 +67,41 @@ def decode_frames(
         raise OptionError(f'Decode mode "{mode}" does not exist: use one of {valid}.')
     _check_latents(vae_latents)
     frames, height, width = _output_size(vae_latents)
-    if tiling is None and mode == "auto":
-        free_bytes = runtime.free_bytes()
-        if runtime.device.type == runtime.offload_device.type:
-            free_bytes -= 4 * 3 * frames * height * width  # the clip itself comes out of the same
-        dtype = next(vae.parameters()).dtype
-        tiling = choose_tiling(vae.config, vae_latents.shape, free_bytes, dtype)
-    elif tiling is None:
-        tiling = TILINGS.get(mode)
     clip: Tensor | None = None
     done = 0
-    for chunk in iter_decode(vae, vae_latents, tiling, runtime=runtime):
-        images = chunk[0].permute(1, 2, 3, 0).add_(1).mul_(0.5).clamp_(0, 1)
-        if images.shape[0] == frames:
-            return images
-        if clip is None:
-            clip = torch.empty(frames, height, width, 3, device=images.device)
-        clip[done : done + images.shape[0]] = images
-        done += images.shape[0]
+    with on_device(vae, runtime.device):
+        if tiling is None:
+            tiling = (
+                _auto_tiling(vae, vae_latents, runtime) if mode == "auto" else TILINGS.get(mode)
+            )
+        for chunk in iter_decode(vae, vae_latents, tiling, runtime=runtime):
+            images = chunk[0].permute(1, 2, 3, 0).add_(1).mul_(0.5).clamp_(0, 1)
+            if images.shape[0] == frames:
+                return images
+            if clip is None:
+                clip = torch.empty(frames, height, width, 3, device=images.device)
+            clip[done : done + images.shape[0]] = images
+            done += images.shape[0]
     assert clip is not None
     assert done == frames
     return clip
+
+
+def _auto_tiling(vae: VideoVAE, vae_latents: Tensor, runtime: Runtime) -> Tiling | None:
+    """`choose_tiling` for the memory that is free once others have made room.
+
+    Room is asked for whole-clip tiles of the reference size, not for a decode in one pass: that
+    would send everything else away for a little speed.
+    """
+    shape, dtype = vae_latents.shape, next(vae.parameters()).dtype
+    whole = decode_bytes(vae.config, shape, dtype)
+    tiled = decode_bytes(vae.config, largest_tile(shape, TILINGS["tiled"]), dtype)
+    runtime.make_room(min(whole, tiled))
+    free_bytes = runtime.free_bytes()
+    if runtime.device.type == runtime.offload_device.type:
+        frames, height, width = _output_size(vae_latents)
+        free_bytes -= 4 * 3 * frames * height * width  # the clip itself comes out of the same
+    return choose_tiling(vae.config, shape, free_bytes, dtype)
 
 
 def iter_decode(

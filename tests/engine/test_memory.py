@@ -171,8 +171,9 @@ def test_streamed_run_on_the_gpu_equals_the_resident_run():
     runtime = TorchRuntime("cuda")
     results = []
     for free in (10**9, 0):
-        runtime.free_bytes = lambda free=free: memory.RESERVE_BYTES + (
-            free or max(map(weight_bytes, model.blocks)) + weight_bytes(model) // 2
+        runtime.free_bytes = lambda free=free: (
+            memory.RESERVE_BYTES
+            + (free or max(map(weight_bytes, model.blocks)) + weight_bytes(model) // 2)
         )
         with torch.inference_mode(), placed(model, runtime, 0) as run_block:
             results.append(model(**inputs, rope=rope, run_block=run_block).cpu())

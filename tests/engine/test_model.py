@@ -110,9 +110,7 @@ def test_bf16_is_as_close_to_fp32_as_diffusers_is():
     inputs = tiny.inputs(model.config)
     truth = model(**inputs)
     theirs = tiny.diffusers_transformer(model).bfloat16()
-    half = {
-        k: v if k in ("timestep", "guidance") else v.bfloat16() for k, v in inputs.items()
-    }
+    half = {k: v if k in ("timestep", "guidance") else v.bfloat16() for k, v in inputs.items()}
     loss = (diffusers_forward(theirs, half).float() - truth).norm()
     ours = (model.bfloat16()(**inputs).float() - truth).norm()
     assert ours <= 1.2 * loss
@@ -161,6 +159,4 @@ def test_riflex_slows_one_temporal_frequency_of_a_long_clip():
 
 def test_riflex_leaves_trained_lengths_alone():
     config = TransformerConfig()
-    assert torch.equal(
-        rope_table((50, 1, 1), config), rope_table((50, 1, 1), config, riflex_k=4)
-    )
+    assert torch.equal(rope_table((50, 1, 1), config), rope_table((50, 1, 1), config, riflex_k=4))

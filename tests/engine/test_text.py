@@ -1,8 +1,11 @@
 """Text: embeddings are checked, the folder is loaded, and prompts encode as diffusers does."""
 
+import importlib
 import logging
+import os
 import shutil
 import sys
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,6 +20,7 @@ from comfyui_skyreels.skyreels.errors import (
     OutOfRoomError,
     TextError,
 )
+from comfyui_skyreels.skyreels.memory import on_device, weight_bytes
 from comfyui_skyreels.skyreels.runtime import TorchRuntime
 from comfyui_skyreels.skyreels.text import PromptEmbeds
 
@@ -111,9 +115,7 @@ def test_the_frame_rate_is_added_in_front(prompt):
 
 
 def test_the_carried_template_is_that_of_diffusers():
-    module = pytest.importorskip(
-        "diffusers.pipelines.hunyuan_video.pipeline_hunyuan_skyreels_image2video"
-    )
+    module = diffusers_pipeline_module()
     theirs = module.DEFAULT_PROMPT_TEMPLATE
     assert theirs["template"] == text.PROMPT_TEMPLATE
     assert theirs["crop_start"] == text.REAL_CROP_START
@@ -161,10 +163,17 @@ def test_an_overlong_prompt_is_cut_as_diffusers_does_and_says_so(encoder, folder
     assert [r for r in caplog.records if r.name == text.__name__ and "256" in r.getMessage()]
 
 
+def diffusers_pipeline_module():
+    try:
+        return importlib.import_module(
+            "diffusers.pipelines.hunyuan_video.pipeline_hunyuan_skyreels_image2video"
+        )
+    except (ImportError, RuntimeError) as error:  # missing, or does not go with transformers
+        pytest.skip(f"diffusers cannot be imported: {error}")
+
+
 def diffusers_embeds(folder, encoder, prompt):
-    module = pytest.importorskip(
-        "diffusers.pipelines.hunyuan_video.pipeline_hunyuan_skyreels_image2video"
-    )
+    module = diffusers_pipeline_module()
     import transformers
 
     pipeline = module.HunyuanSkyreelsImageToVideoPipeline(
@@ -268,16 +277,28 @@ class SmallDevice(TorchRuntime):
         return self._free
 
 
-def test_a_language_model_too_big_for_the_device_goes_through_layer_by_layer(encoder):
-    from comfyui_skyreels.skyreels.memory import weight_bytes
-
+def test_a_language_model_too_big_for_the_device_goes_through_layer_by_layer(encoder, monkeypatch):
     wanted = text.encode_prompt(encoder, "a cat", runtime=RUNTIME)
     homes = [parameter.data_ptr() for parameter in encoder.llm.parameters()]
+    layers = list(encoder.llm.layers)
+    here: list = []
+    most_layers_at_once = []
+
+    @contextmanager
+    def watched(module, device):
+        with on_device(module, device):
+            here.append(module)
+            most_layers_at_once.append([layers.index(m) for m in here if m in layers])
+            yield
+            here.remove(module)
+
+    monkeypatch.setattr(text, "on_device", watched)
     text._cache.clear()
-    got = text.encode_prompt(
-        encoder, "a cat", runtime=SmallDevice(free=weight_bytes(encoder.llm) - 1)
-    )
+    small = SmallDevice(free=weight_bytes(encoder.llm) - 1)
+    got = text.encode_prompt(encoder, "a cat", runtime=small)
     assert torch.equal(got.prompt_embeds, wanted.prompt_embeds)
+    assert [at_once for at_once in most_layers_at_once if at_once] == [[0], [1], [2]]
+    assert encoder.llm not in here
     assert [parameter.data_ptr() for parameter in encoder.llm.parameters()] == homes
 
 
@@ -374,11 +395,24 @@ def test_the_guard_refuses_what_the_declared_class_makes_of_the_file(folder):
     from tokenizers import Tokenizer
 
     plain = Tokenizer.from_file(str(folder / "tokenizer" / "tokenizer.json"))
-    declared = transformers.AutoTokenizer.from_pretrained(folder / "tokenizer")
+    declared = transformers.LlamaTokenizerFast.from_pretrained(folder / "tokenizer")
     if declared(text._GUARD_TEXT)["input_ids"] == plain.encode(text._GUARD_TEXT).ids:
         pytest.skip(f"transformers {transformers.__version__} reads the file rightly")
     with pytest.raises(TextError, match=r"transformers .* tokens and the tokenizer's own file"):
         text.check_tokenizer(declared, plain)
+
+
+@pytest.mark.comfy
+def test_the_real_clip_vocabulary_gives_the_known_ids():
+    pytest.importorskip("transformers")
+    comfy = Path(os.environ.get("COMFYUI_DIR", Path.home() / "ComfyUI"))
+    vocabulary = comfy / "comfy" / "sd1_tokenizer"
+    if not vocabulary.is_dir():
+        pytest.skip(f"no ComfyUI in {comfy}")
+    tokenizer = text.load_clip_tokenizer(vocabulary)
+    words, ids = text._CLIP_KNOWN
+    assert len(tokenizer) == text._CLIP_VOCABULARY
+    assert tokenizer(words)["input_ids"] == ids
 
 
 def test_a_wrong_crop_in_the_real_vocabulary_is_refused():

@@ -1,0 +1,296 @@
+"""The only file that imports ComfyUI: devices, memory, files, progress, cancel, samplers.
+
+Imports stand inside the functions, so the package loads (and its nodes can be listed and tested)
+where there is no ComfyUI.
+"""
+
+import logging
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..skyreels.errors import CheckpointError, OptionError
+from ..skyreels.memory import RESERVE_BYTES, weight_bytes
+from ..skyreels.sampling import OnStep, Solver, Velocity
+
+log = logging.getLogger("skyreels")
+
+#: where to get what a loader does not find, by folder kind
+LINKS = {
+    "diffusion_models": "https://huggingface.co/Kijai/SkyReels-V1-Hunyuan_comfy",
+    "vae": "https://huggingface.co/Comfy-Org/HunyuanVideo_repackaged",
+    "text_encoders": "https://huggingface.co/hunyuanvideo-community/HunyuanVideo",
+}
+WEIGHT_SUFFIXES = (".safetensors", ".sft", ".pt", ".pth", ".ckpt", ".bin")
+FOLDER_MARK = " (folder)"
+RESUME_DAYS = 7
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """What a SKYREELS_MODEL or SKYREELS_VAE socket carries.
+
+    module: SkyReelsTransformer or VideoVAE. patcher: ComfyUI's handle on it, through which its
+    memory manager moves it. name: for messages.
+    """
+
+    module: Any
+    patcher: Any
+    name: str
+
+
+# --- runtime ------------------------------------------------------------------------------------
+
+
+class ComfyRuntime:
+    """The engine's Runtime over ComfyUI's memory manager, progress bar and cancel button."""
+
+    def __init__(self, unique_id: str | None = None, *, with_preview: bool = False) -> None:
+        import comfy.model_management as mm
+        import comfy.utils
+
+        self._mm = mm
+        self._unique_id = unique_id
+        self._bar = comfy.utils.ProgressBar(1, node_id=unique_id)
+        self._started: dict[str, tuple[float, int]] = {}
+        self.device = mm.get_torch_device()
+        self.offload_device = mm.unet_offload_device()
+        if self.offload_device == self.device:  # --highvram keeps models where they compute
+            self.offload_device = torch.device("cpu")
+        self._previewer = _previewer(self.device) if with_preview else None
+
+    def free_bytes(self) -> int:
+        """Bytes ComfyUI considers free on the compute device."""
+        return int(self._mm.get_free_memory(self.device))
+
+    def make_room(self, num_bytes: int) -> None:
+        """Let ComfyUI unload other models until num_bytes are free."""
+        self._mm.free_memory(num_bytes, self.device)
+
+    def progress(self, stage: str, done: int, total: int, preview: Tensor | None = None) -> None:
+        """Move the bar of the node, draw a preview if the server wants one, write a status line."""
+        now = time.monotonic()
+        if stage not in self._started or done <= self._started[stage][1]:
+            self._started[stage] = (now, done)
+        image = None
+        if preview is not None and self._previewer is not None:
+            image = self._previewer.decode_latent_to_preview_image("JPEG", preview)
+        self._bar.update_absolute(done, max(1, total), image)
+        start, first = self._started[stage]
+        self._say(status_line(stage, done, total, (now - start) / max(1, done - first)))
+
+    def check_interrupt(self) -> None:
+        """Raise ComfyUI's own exception if the user pressed Cancel."""
+        self._mm.throw_exception_if_processing_interrupted()
+
+    def _say(self, text: str) -> None:
+        server = _server()
+        if server is not None and self._unique_id is not None:
+            server.send_progress_text(text, self._unique_id)
+
+
+def status_line(stage: str, done: int, total: int, seconds_each: float) -> str:
+    """What stands on the node: "step 12/30 · 3.4 s/step · about 61 s left"."""
+    if stage == "load":
+        return f"loading {done / 1e9:.1f} of {total / 1e9:.1f} GB"
+    if stage == "encode":
+        return "encoding" if done < total else "encoded"
+    unit = "step" if stage == "sample" else "tile"
+    line = f"{unit} {done}/{total}"
+    if done and done < total and seconds_each > 0:
+        left = seconds_each * (total - done)
+        short = f"{left:.0f} s" if left < 90 else f"{left / 60:.0f} min"
+        line += f" · {seconds_each:.1f} s/{unit} · about {short} left"
+    return line
+
+
+def _server() -> Any:
+    """The running server, or None in tests and import-only runs."""
+    try:
+        from server import PromptServer
+    except ImportError:
+        return None
+    return getattr(PromptServer, "instance", None)
+
+
+def _previewer(device: torch.device) -> Any:
+    """ComfyUI's previewer with its own factors, or None where previews are switched off."""
+    import comfy.latent_formats
+    import latent_preview
+
+    return latent_preview.get_previewer(device, comfy.latent_formats.HunyuanVideo())
+
+
+# --- memory manager -----------------------------------------------------------------------------
+
+
+def register(module: nn.Module, name: str, runtime: ComfyRuntime) -> LoadedModel:
+    """Hand a module to ComfyUI's memory manager, idle until it is used."""
+    from comfy.model_patcher import ModelPatcher
+
+    patcher = ModelPatcher(
+        module, load_device=runtime.device, offload_device=runtime.offload_device
+    )
+    return LoadedModel(module, patcher, name)
+
+
+def bring_in(loaded: LoadedModel, runtime: ComfyRuntime, activation_bytes: int) -> bool:
+    """Load a model onto the device through the memory manager, if it fits as a whole.
+
+    Returns:
+        False if it does not fit: others have made room, and the engine streams it instead.
+    """
+    import comfy.model_management as mm
+
+    if runtime.device.type != "cpu":
+        needed = weight_bytes(loaded.module) + activation_bytes + RESERVE_BYTES
+        on_device = mm.get_total_memory(runtime.device)
+        away = sum(
+            p.numel() * p.itemsize for p in loaded.module.parameters() if p.device != runtime.device
+        )
+        if needed > on_device:
+            return False
+        runtime.make_room(away + activation_bytes + RESERVE_BYTES)
+        if runtime.free_bytes() < away + activation_bytes:
+            return False
+    mm.load_models_gpu([loaded.patcher], memory_required=activation_bytes, force_full_load=True)
+    return True
+
+
+# --- files --------------------------------------------------------------------------------------
+
+
+def weight_files(kind: str) -> list[str]:
+    """File names of a folder kind, as ComfyUI lists them."""
+    import folder_paths
+
+    names = folder_paths.get_filename_list(kind)
+    return [name for name in names if name.lower().endswith(WEIGHT_SUFFIXES)]
+
+
+def model_folders(kinds: tuple[str, ...], *required: str) -> dict[str, Path]:
+    """Label -> folder, for the first-level folders of some kinds that hold all of `required`."""
+    import folder_paths
+
+    found: dict[str, Path] = {}
+    for kind in kinds:
+        for root in folder_paths.folder_names_and_paths.get(kind, ([], set()))[0]:
+            if not os.path.isdir(root):
+                continue
+            with os.scandir(root) as entries:
+                folders = sorted(Path(entry.path) for entry in entries if entry.is_dir())
+            for folder in folders:
+                if all(any(folder.glob(pattern)) for pattern in required):
+                    found.setdefault(folder.name + FOLDER_MARK, folder)
+    return found
+
+
+def resolve(kind: str, name: str, folders: dict[str, Path]) -> Path:
+    """The path of a chosen file or folder.
+
+    Raises:
+        CheckpointError: it is not there; names the folder and where to get it.
+    """
+    import folder_paths
+
+    if name in folders:
+        return folders[name]
+    path = folder_paths.get_full_path(kind, name)
+    if path is None:
+        raise CheckpointError(
+            f"{name} is not in models/{kind}: put it there (from {LINKS[kind]}) and press R to "
+            "refresh, or choose another file."
+        )
+    return Path(path)
+
+
+def resume_folder() -> Path:
+    """Folder of saved steps in the user directory; steps nobody came back for are removed.
+
+    Its parent begins with two underscores: ComfyUI's routes do not serve such folders.
+    """
+    import folder_paths
+
+    folder = Path(folder_paths.get_user_directory()) / "__skyreels" / "resume"
+    folder.mkdir(parents=True, exist_ok=True)
+    for file in folder.glob("*.safetensors"):
+        if time.time() - file.stat().st_mtime > RESUME_DAYS * 86_400:
+            file.unlink(missing_ok=True)
+    return folder
+
+
+# --- core samplers ------------------------------------------------------------------------------
+
+
+def core_solver(sampler: Any, shift: float, seed: int) -> Solver:
+    """A core SAMPLER as a solver of the engine.
+
+    Core's samplers are k-diffusion functions: they ask a model for the denoised latents, and some
+    look up the kind of schedule behind it. A small object of that shape stands in for core's model.
+
+    Args:
+        sampler: what a SAMPLER socket carries.
+        shift: of the schedule, for samplers that compute sigmas of their own.
+        seed: of the noise that ancestral and SDE samplers add.
+    Raises:
+        OptionError: a sampler without a k-diffusion function.
+    """
+    import comfy.model_sampling
+
+    function = getattr(sampler, "sampler_function", None)
+    if function is None:
+        raise OptionError(
+            f"{type(sampler).__name__} is not a k-diffusion sampler: use KSamplerSelect, or "
+            "disconnect it for Euler."
+        )
+
+    class Flow(comfy.model_sampling.ModelSamplingDiscreteFlow, comfy.model_sampling.CONST):
+        pass
+
+    model_sampling = Flow()
+    model_sampling.set_parameters(shift=shift)
+
+    def solver(velocity: Velocity, latents: Tensor, sigmas: Tensor, on_step: OnStep) -> Tensor:
+        model = _DenoiserOfFlow(velocity, model_sampling)
+
+        def callback(state: dict[str, Any]) -> None:
+            on_step(state["i"], state["x"], state["denoised"])
+
+        extra_args = {"model_options": {}, "seed": seed, "denoise_mask": None}
+        return function(
+            model, latents, sigmas, extra_args=extra_args, callback=callback, disable=True,
+            **sampler.extra_options,
+        )  # fmt: skip
+
+    return solver
+
+
+class _DenoiserOfFlow:
+    """Denoised latents from a velocity, with the attributes core's samplers look up."""
+
+    def __init__(self, velocity: Velocity, model_sampling: Any) -> None:
+        self._velocity = velocity
+        patcher = SimpleNamespace(get_model_object={"model_sampling": model_sampling}.get)
+        base = SimpleNamespace(model_sampling=model_sampling)
+        self.inner_model = SimpleNamespace(
+            inner_model=base, model_sampling=model_sampling, model_patcher=patcher
+        )
+
+    def __call__(self, x: Tensor, sigma: Tensor, **_: Any) -> Tensor:
+        level = sigma.reshape(-1)[0]
+        return x - level * self._velocity(x, level)
+
+
+@contextmanager
+def plain_tensors() -> Iterator[None]:
+    """Leave ComfyUI's inference mode while modules are built: their weights outlive the prompt."""
+    with torch.inference_mode(False), torch.no_grad():
+        yield

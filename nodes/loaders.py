@@ -1,0 +1,113 @@
+"""Loaders: from files in ComfyUI's model folders, or the built-in stand-in."""
+
+from pathlib import Path
+from typing import Any
+
+from ..skyreels.builtin import BUILTIN_NAME, BUILTIN_NOTICE, builtin_transformer, builtin_vae
+from ..skyreels.config import TRANSFORMER_PRECISIONS, VAE_PRECISIONS
+from ..skyreels.loading import load_transformer, load_vae
+from . import host
+
+
+def transformer_folders() -> dict[str, Path]:
+    """Sharded diffusers folders among the models."""
+    return host.model_folders(("diffusers", "diffusion_models"), "config.json", "*.index.json")
+
+
+class SkyReelsTransformerLoader:
+    CATEGORY = "SkyReels/loaders"
+    DESCRIPTION = (
+        "Loads the SkyReels-V1 image-to-video transformer (13 B parameters). Layout, variant and "
+        "8-bit format are read from the file's tensors, whatever its name; text-to-video and "
+        "Tencent's own I2V files are refused with both channel counts."
+    )
+    FUNCTION = "load"
+    RETURN_TYPES = ("SKYREELS_MODEL",)
+    RETURN_NAMES = ("model",)
+    OUTPUT_TOOLTIPS = ("The transformer, for SkyReels Sampler.",)
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict[str, Any]:
+        names = [BUILTIN_NAME, *host.weight_files("diffusion_models"), *transformer_folders()]
+        return {
+            "required": {
+                "transformer": (
+                    names,
+                    {
+                        "tooltip": "A file in models/diffusion_models (bf16 25.6 GB, fp8 13.2 GB), "
+                        "a sharded diffusers folder in models/diffusers, or the built-in stand-in."
+                    },
+                ),
+                "precision": (
+                    list(TRANSFORMER_PRECISIONS),
+                    {
+                        "default": "auto",
+                        "tooltip": "auto keeps what the file holds. bf16 is exact (25.6 GB). fp8 "
+                        "and int8 store the block weights in 8 bits (16.6 GB): errors per weight "
+                        "about 2.6 % and 0.7 %. fp32 is for checks (51 GB).",
+                    },
+                ),
+            },
+            "hidden": {"unique_id": "UNIQUE_ID"},
+        }
+
+    def load(
+        self, transformer: str, precision: str, unique_id: str | None = None
+    ) -> tuple[host.LoadedModel]:
+        runtime = host.ComfyRuntime(unique_id)
+        with host.plain_tensors():
+            if transformer == BUILTIN_NAME:
+                host.log.info(BUILTIN_NOTICE)
+                module = builtin_transformer(precision, runtime=runtime)
+            else:
+                path = host.resolve("diffusion_models", transformer, transformer_folders())
+                module = load_transformer(path, precision=precision, runtime=runtime)
+        return (host.register(module, transformer, runtime),)
+
+
+class SkyReelsVAELoader:
+    CATEGORY = "SkyReels/loaders"
+    DESCRIPTION = (
+        "Loads the HunyuanVideo VAE in either key layout. Unlike core's, its decoder keeps the "
+        "frame-causal attention the weights were trained with."
+    )
+    FUNCTION = "load"
+    RETURN_TYPES = ("SKYREELS_VAE",)
+    RETURN_NAMES = ("vae",)
+    OUTPUT_TOOLTIPS = ("The VAE, for SkyReels Image Conditioning and SkyReels VAE Decode.",)
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict[str, Any]:
+        return {
+            "required": {
+                "vae": (
+                    [BUILTIN_NAME, *host.weight_files("vae")],
+                    {
+                        "tooltip": "A file in models/vae (hunyuan_video_vae_bf16, 0.5 GB), or the "
+                        "built-in stand-in. Use the built-in VAE with the built-in transformer."
+                    },
+                ),
+                "precision": (
+                    list(VAE_PRECISIONS),
+                    {
+                        "default": "auto",
+                        "tooltip": "auto is bf16 on a GPU and fp32 on the CPU; fp32 doubles memory "
+                        "and time and is for checks.",
+                    },
+                ),
+            },
+            "hidden": {"unique_id": "UNIQUE_ID"},
+        }
+
+    def load(
+        self, vae: str, precision: str, unique_id: str | None = None
+    ) -> tuple[host.LoadedModel]:
+        runtime = host.ComfyRuntime(unique_id)
+        with host.plain_tensors():
+            if vae == BUILTIN_NAME:
+                module = builtin_vae(precision, runtime=runtime)
+            else:
+                module = load_vae(
+                    host.resolve("vae", vae, {}), precision=precision, runtime=runtime
+                )
+        return (host.register(module, vae, runtime),)

@@ -1,0 +1,271 @@
+"""The sampler."""
+
+from typing import Any
+
+from torch import Tensor
+
+from ..skyreels.conditioning import ImageConditioning
+from ..skyreels.config import Guidance
+from ..skyreels.memory import sampling_bytes
+from ..skyreels.sampling import euler, get_sigmas, sample
+from . import convert, host
+
+
+class SkyReelsSampler:
+    CATEGORY = "SkyReels/sampling"
+    DESCRIPTION = (
+        "Turns noise into the latents of a video: 30 Euler steps with true CFG 6 by default, as "
+        "the authors do. A transformer that does not fit the card is streamed block by block. "
+        "Cancel works between blocks."
+    )
+    FUNCTION = "sample"
+    RETURN_TYPES = ("LATENT",)
+    RETURN_NAMES = ("samples",)
+    OUTPUT_TOOLTIPS = (
+        "[1, 16, T, h, w] in VAE space, for SkyReels VAE Decode or core's VAE Decode nodes.",
+    )
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict[str, Any]:
+        fraction = {"min": 0.0, "max": 1.0, "step": 0.01, "advanced": True}
+        return {
+            "required": {
+                "model": ("SKYREELS_MODEL", {"tooltip": "From SkyReels Load Transformer."}),
+                "positive": (
+                    "CONDITIONING",
+                    {
+                        "tooltip": "From core's CLIPTextEncode with a hunyuan_video CLIP, or "
+                        "SkyReels Text Encode. Should begin with 'FPS-24, '."
+                    },
+                ),
+                "seed": (
+                    "INT",
+                    {
+                        "default": 0,
+                        "min": 0,
+                        "max": 2**63 - 1,
+                        "control_after_generate": True,
+                        "tooltip": "One seed gives the same noise on every device.",
+                    },
+                ),
+                "steps": (
+                    "INT",
+                    {
+                        "default": 30,
+                        "min": 1,
+                        "max": 1000,
+                        "tooltip": "30 is the authors' number; at least 5 times CFG. Below 20 "
+                        "with CFG 6 the picture melts.",
+                    },
+                ),
+                "cfg": (
+                    "FLOAT",
+                    {
+                        "default": 6.0,
+                        "min": 0.0,
+                        "max": 30.0,
+                        "step": 0.1,
+                        "tooltip": "True classifier-free guidance, 6 by default. At 1 or below "
+                        "the negative prompt is skipped and a step takes half the time.",
+                    },
+                ),
+                "embedded_guidance": (
+                    "FLOAT",
+                    {
+                        "default": 1.0,
+                        "min": 0.0,
+                        "max": 30.0,
+                        "step": 0.1,
+                        "tooltip": "Keep 1.0: SkyReels is not guidance-distilled (6 is for "
+                        "HunyuanVideo's text-to-video). A FluxGuidance node wins over this.",
+                    },
+                ),
+                "shift": (
+                    "FLOAT",
+                    {
+                        "default": 7.0,
+                        "min": 0.1,
+                        "max": 100.0,
+                        "step": 0.1,
+                        "tooltip": "Of the schedule towards noise; 7 is the released value, 17 is "
+                        "advised below 20 steps.",
+                    },
+                ),
+            },
+            "optional": {
+                "negative": (
+                    "CONDITIONING",
+                    {"tooltip": "What to avoid; needed while cfg is above 1, may be empty text."},
+                ),
+                "image": (
+                    "SKYREELS_IMAGE",
+                    {
+                        "tooltip": "From SkyReels Image Conditioning. Without it the picture is "
+                        "taken from core's InstructPixToPixConditioning."
+                    },
+                ),
+                "latent": (
+                    "LATENT",
+                    {
+                        "tooltip": "A clip of the same size to start from, for video to video "
+                        "with denoise below 1. An empty latent only states the length."
+                    },
+                ),
+                "sampler": (
+                    "SAMPLER",
+                    {"tooltip": "Any core sampler (KSamplerSelect); without one, Euler."},
+                ),
+                "sigmas": (
+                    "SIGMAS",
+                    {
+                        "tooltip": "Sigmas of one's own, falling from 1 to 0; they replace steps, "
+                        "shift and denoise."
+                    },
+                ),
+                "denoise": (
+                    "FLOAT",
+                    {
+                        "default": 1.0,
+                        **fraction,
+                        "min": 0.01,
+                        "tooltip": "Below 1 only the end of the schedule is run on `latent`: 0.5 "
+                        "keeps the layout, 0.8 little more than the colours.",
+                    },
+                ),
+                "cfg_start": (
+                    "FLOAT",
+                    {
+                        "default": 0.0,
+                        **fraction,
+                        "tooltip": "Part of the steps before which the negative prompt is "
+                        "skipped; 0 is from the start.",
+                    },
+                ),
+                "cfg_end": (
+                    "FLOAT",
+                    {
+                        "default": 1.0,
+                        **fraction,
+                        "tooltip": "Part of the steps after which the negative prompt is skipped; "
+                        "0.5 saves a quarter of the time.",
+                    },
+                ),
+                "guidance_rescale": (
+                    "FLOAT",
+                    {
+                        "default": 0.0,
+                        **fraction,
+                        "tooltip": "0 is off; 0.7 tames the contrast of a high CFG.",
+                    },
+                ),
+                "cfg_zero_star": (
+                    "BOOLEAN",
+                    {
+                        "default": False,
+                        "advanced": True,
+                        "tooltip": "CFG-Zero*: scale the negative prediction to fit the positive.",
+                    },
+                ),
+                "zero_init_steps": (
+                    "INT",
+                    {
+                        "default": 0,
+                        "min": 0,
+                        "max": 20,
+                        "advanced": True,
+                        "tooltip": "CFG-Zero*: this many first steps stand still; 0 is off.",
+                    },
+                ),
+                "riflex_k": (
+                    "INT",
+                    {
+                        "default": 4,
+                        "min": 0,
+                        "max": 8,
+                        "advanced": True,
+                        "tooltip": "RIFLEx keeps clips beyond 197 frames from starting over: the "
+                        "temporal frequency to slow, 4 for SkyReels, 0 is off.",
+                    },
+                ),
+                "resume": (
+                    "BOOLEAN",
+                    {
+                        "default": False,
+                        "advanced": True,
+                        "tooltip": "Keep each finished step on disk (13 MB); queueing the same "
+                        "inputs after a cancel or crash continues there. Euler only. Unused steps "
+                        "are removed after 7 days.",
+                    },
+                ),
+            },
+            "hidden": {"unique_id": "UNIQUE_ID"},
+        }
+
+    def sample(
+        self,
+        model: host.LoadedModel,
+        positive: convert.Conditioning,
+        seed: int,
+        steps: int,
+        cfg: float,
+        embedded_guidance: float,
+        shift: float,
+        negative: convert.Conditioning | None = None,
+        image: ImageConditioning | None = None,
+        latent: convert.Latent | None = None,
+        sampler: Any = None,
+        sigmas: Tensor | None = None,
+        denoise: float = 1.0,
+        cfg_start: float = 0.0,
+        cfg_end: float = 1.0,
+        guidance_rescale: float = 0.0,
+        cfg_zero_star: bool = False,
+        zero_init_steps: int = 0,
+        riflex_k: int = 4,
+        resume: bool = False,
+        unique_id: str | None = None,
+    ) -> tuple[convert.Latent]:
+        prompt = convert.to_prompt_embeds(positive, "positive")
+        negative_prompt = None
+        if negative is not None and cfg > 1:
+            negative_prompt = convert.to_prompt_embeds(negative, "negative")
+        if image is None:
+            image = convert.image_from_conditioning(positive, latent)
+        if sigmas is None:
+            sigmas = get_sigmas(steps, shift, denoise)
+        guidance = Guidance(
+            true_cfg_scale=cfg,
+            guidance_scale=convert.embedded_guidance(positive, embedded_guidance),
+            cfg_start=cfg_start,
+            cfg_end=cfg_end,
+            guidance_rescale=guidance_rescale,
+            cfg_zero_star=cfg_zero_star,
+            zero_init_steps=zero_init_steps,
+        )
+        runtime = host.ComfyRuntime(unique_id, with_preview=True)
+        transformer = model.module
+        grid = transformer.token_grid(image.latent_shape)
+        text_tokens = prompt.prompt_embeds.shape[1]
+        if negative_prompt is not None:
+            text_tokens = max(text_tokens, negative_prompt.prompt_embeds.shape[1])
+        num_tokens = grid[0] * grid[1] * grid[2] + text_tokens
+        host.bring_in(
+            model,
+            runtime,
+            sampling_bytes(transformer.config, num_tokens, transformer.compute_dtype),
+        )
+        samples = sample(
+            transformer,
+            image,
+            prompt,
+            negative_prompt,
+            seed=seed,
+            sigmas=sigmas.float().cpu(),
+            guidance=guidance,
+            solver=euler if sampler is None else host.core_solver(sampler, shift, seed),
+            init_latents=None if latent is None else convert.latent_samples(latent),
+            riflex_k=riflex_k,
+            resume=host.resume_folder() if resume else None,
+            runtime=runtime,
+        )
+        return ({**(latent or {}), "samples": samples},)

@@ -1,0 +1,270 @@
+"""The command line: results, exit codes, one JSON object, and sentences instead of tracebacks."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from comfyui_skyreels.skyreels import cli
+from comfyui_skyreels.skyreels.config import TransformerConfig
+from comfyui_skyreels.skyreels.model import SkyReelsTransformer
+from comfyui_skyreels.skyreels.vae.model import VideoVAE
+from PIL import Image
+from support import tiny
+
+ROOT = Path(__file__).resolve().parents[2]
+FAST = ["--prompt", "a red circle moves left", "--steps", "2"]
+
+
+def run(capsys, *arguments) -> tuple[int, str, str]:
+    code = cli.main([str(a) for a in arguments])
+    out, err = capsys.readouterr()
+    return code, out, err
+
+
+@pytest.fixture
+def picture(tmp_path) -> Path:
+    path = tmp_path / "picture.png"
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (50, 70, 3), np.uint8)).save(path)
+    return path
+
+
+def test_generate_writes_a_playable_video_and_says_what_it_is(capsys, tmp_path, picture):
+    import av
+
+    out_file = tmp_path / "clip.mp4"
+    code, out, err = run(capsys, "generate", picture, *FAST, "--out", out_file, "--json")
+    assert code == 0
+    report = json.loads(out)
+    assert out.count("\n") == 1
+    assert (report["file"], report["model"], report["frames"]) == (str(out_file), "built-in", 17)
+    assert "random weights" in err
+    with av.open(str(out_file)) as container:
+        stream = container.streams.video[0]
+        assert stream.codec_context.name == "h264"
+        assert stream.codec_context.pix_fmt == "yuv420p"
+        assert stream.average_rate == 24
+        assert sum(1 for _ in container.decode(stream)) == 17
+
+
+def test_generate_without_a_picture_draws_one(capsys, tmp_path):
+    out_file = tmp_path / "clip.npy"
+    size = ["--width", "32", "--height", "48", "--frames", "5"]
+    code, out, _ = run(capsys, "generate", *FAST, *size, "--out", out_file)
+    assert (code, out) == (0, "")
+    frames = np.load(out_file)
+    assert (frames.shape, frames.dtype) == ((5, 48, 32, 3), np.float32)
+    assert 0 <= frames.min() < frames.max() <= 1
+
+
+def test_same_seed_gives_the_same_file_and_another_seed_another(capsys, tmp_path):
+    size = ["--width", "32", "--height", "32", "--frames", "5"]
+    clips = []
+    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+        path = tmp_path / f"{name}.npy"
+        assert run(capsys, "generate", *FAST, *size, "--seed", seed, "--out", path)[0] == 0
+        clips.append(path.read_bytes())
+    assert clips[0] == clips[1] != clips[2]
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp8", "int8"])
+@pytest.mark.parametrize("decode", ["full", "tiled-diffusers"])
+def test_every_precision_and_decode_mode_makes_a_clip(capsys, tmp_path, precision, decode):
+    out_file = tmp_path / "clip.npy"
+    size = ["--width", "32", "--height", "32", "--frames", "5"]
+    modes = ["--precision", precision, "--decode", decode]
+    assert run(capsys, "generate", *FAST, *size, *modes, "--out", out_file)[0] == 0
+    assert np.isfinite(np.load(out_file)).all()
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--width", "100"], "Width 100 is not a multiple of 16: use 96"),
+        (["--frames", "16"], "use 17"),
+        (["--steps", "0"], "0 steps"),
+        (["--cfg", "nan"], "nan"),
+        (["--shift", "-1"], "Shift -1.0"),
+        (["--device", "tpu"], "'tpu' is not one of"),
+        (["--device", "cuda:99"], "not here"),
+        (["--transformer", "x.safetensors"], "belong together"),
+        (["--noise-augmentation", "3"], "within 0..1"),
+    ],
+)
+def test_bad_options_are_one_sentence_and_exit_code_1(capsys, tmp_path, options, words):
+    out_file = tmp_path / "clip.mp4"
+    code, out, err = run(capsys, "generate", *FAST, *options, "--out", out_file, "--json")
+    assert code == 1
+    assert words in json.loads(out)["error"]
+    assert words in err
+    assert "Traceback" not in err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_output_of_an_unknown_kind_is_refused_before_any_work(capsys, tmp_path):
+    start = time.perf_counter()
+    code, _, err = run(capsys, "generate", *FAST, "--out", tmp_path / "clip.gif")
+    assert code == 1
+    assert ".mp4" in err
+    assert ".npy" in err
+    (tmp_path / "folder.mp4").mkdir()
+    code, _, err = run(capsys, "generate", *FAST, "--out", tmp_path / "folder.mp4")
+    assert code == 1
+    assert "is a folder" in err
+    assert time.perf_counter() - start < 5
+
+
+def damaged_files(tmp_path: Path) -> dict[str, tuple[Path, str]]:
+    """name -> (a path for the transformer slot, words its error must have)."""
+    state = tiny.transformer().state_dict()
+    good = tiny.save(tmp_path / "good.safetensors", state)
+    truncated = tmp_path / "truncated.safetensors"
+    truncated.write_bytes(good.read_bytes()[:-100])
+    flipped = tmp_path / "flipped.safetensors"
+    content = bytearray(good.read_bytes())
+    content[20] ^= 0x80
+    flipped.write_bytes(content)
+    empty = tmp_path / "empty.safetensors"
+    empty.touch()
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    huge = tmp_path / "huge.safetensors"
+    huge.write_bytes((10**15).to_bytes(8, "little") + b"{}")
+    nan = {**state, "img_in.proj.bias": torch.full((32,), torch.nan)}
+    lora = {"diffusion_model.double_blocks.0.img_attn_qkv.lora_A.weight": torch.ones(2, 2)}
+    llama = {"model.layers.0.self_attn.q_proj.weight": torch.ones(2, 2)}
+
+    def variant(channels: int) -> dict[str, torch.Tensor]:
+        config = TransformerConfig(**{**tiny.TRANSFORMER.__dict__, "in_channels": channels})
+        return SkyReelsTransformer(config).state_dict()
+
+    return {
+        "truncated": (truncated, "download it again"),
+        "flipped": (flipped, "damaged header"),
+        "empty": (empty, "0 bytes"),
+        "folder": (folder, "one index"),
+        "huge": (huge, "1000000000000000"),
+        "nan": (tiny.save(tmp_path / "nan.safetensors", nan), "NaN"),
+        "lora": (tiny.save(tmp_path / "lora.safetensors", lora), "LoRA"),
+        "llama": (tiny.save(tmp_path / "llama.safetensors", llama), "DualCLIPLoader"),
+        "t2v": (tiny.save(tmp_path / "t2v.safetensors", variant(16)), "16 input channels"),
+        "33": (tiny.save(tmp_path / "i2v.safetensors", variant(33)), "33 input channels"),
+        "vae": (
+            tiny.save(tmp_path / "vae.safetensors", VideoVAE(tiny.VAE).state_dict()),
+            "HunyuanVideo VAE",
+        ),
+        "missing": (tmp_path / "nothing.safetensors", "does not exist"),
+    }
+
+
+def test_damaged_and_wrong_files_are_one_sentence_in_the_transformer_slot(
+    capsys, tmp_path, monkeypatch
+):
+    from comfyui_skyreels.skyreels import builtin, text
+
+    # the text encoder comes first; the built-in one stands in for the real folder
+    monkeypatch.setattr(
+        text, "load_text_encoder",
+        lambda path, *, runtime: builtin.builtin_text_encoder(runtime=runtime),
+    )  # fmt: skip
+    for name, (path, words) in damaged_files(tmp_path).items():
+        out_file = tmp_path / "clip.mp4"
+        slots = ["--transformer", path, "--vae", path, "--text-encoder", tmp_path]
+        code, out, err = run(capsys, "generate", *FAST, *slots, "--out", out_file)
+        assert (code, out) == (1, ""), name
+        sentence = err.strip().splitlines()[-1]
+        assert sentence.startswith("error: ") and words in sentence, (name, sentence)
+        assert "Traceback" not in err, name
+        assert not out_file.exists(), name
+
+
+def test_transformer_in_the_vae_slot_is_named(capsys, tmp_path, monkeypatch):
+    from comfyui_skyreels.skyreels import builtin, text
+
+    monkeypatch.setattr(
+        text, "load_text_encoder",
+        lambda path, *, runtime: builtin.builtin_text_encoder(runtime=runtime),
+    )  # fmt: skip
+    path = tiny.save(tmp_path / "x.safetensors", tiny.transformer().state_dict())
+    slots = ["--transformer", path, "--vae", path, "--text-encoder", tmp_path]
+    code, _, err = run(capsys, "generate", *FAST, *slots, "--out", tmp_path / "clip.mp4")
+    assert code == 1
+    assert "this slot takes a HunyuanVideo VAE" in err
+
+
+def test_missing_text_encoder_folder_is_explained(capsys, tmp_path):
+    slots = ["--transformer", "a", "--vae", "b", "--text-encoder", tmp_path / "none"]
+    code, _, err = run(capsys, "generate", *FAST, *slots, "--out", tmp_path / "clip.mp4")
+    assert code == 1
+    assert "HunyuanVideo" in err
+
+
+def test_inspect_describes_a_file_for_people_and_for_programs(capsys, tmp_path):
+    path = tiny.save(tmp_path / "x.safetensors", tiny.transformer().state_dict())
+    code, out, err = run(capsys, "inspect", path)
+    assert (code, out) == (0, "")
+    assert "skyreels-i2v" in err
+    code, out, _ = run(capsys, "inspect", path, "--json")
+    report = json.loads(out)
+    assert (report["family"], report["variant"]) == ("transformer", "skyreels-i2v")
+    assert report["config"]["attention_head_dim"] == 16
+
+
+def test_inspect_refuses_each_damaged_file_in_one_sentence(capsys, tmp_path):
+    files = damaged_files(tmp_path)
+    for name in ("truncated", "flipped", "empty", "folder", "huge", "missing"):
+        code, _, err = run(capsys, "inspect", files[name][0])
+        assert code == 1, name
+        assert err.startswith("error: ") and err.count("\n") == 1, (name, err)
+
+
+def test_doctor_names_versions_devices_kernels_and_weights(capsys, tmp_path, monkeypatch):
+    folder = tmp_path / "models" / "diffusion_models"
+    tiny.save(folder / "a.safetensors", tiny.transformer().state_dict())
+    (folder / "b.safetensors").touch()
+    monkeypatch.setenv("COMFYUI_DIR", str(tmp_path))
+    code, out, _ = run(capsys, "doctor", "--json")
+    findings = json.loads(out)
+    assert code == 0
+    assert findings["versions"]["torch"].startswith(torch.__version__.split("+")[0])
+    assert "memory free" in findings["devices"]["cpu"]
+    assert "skyreels-i2v" in findings["weights"]["diffusion_models/a.safetensors"]
+    assert "0 bytes" in findings["weights"]["diffusion_models/b.safetensors"]
+    assert findings["kernels"]["attention"].endswith("exact")
+
+
+def test_wrong_usage_exits_with_2():
+    with pytest.raises(SystemExit) as exit_info:
+        cli.main(["generate"])
+    assert exit_info.value.code == 2
+
+
+def test_resumable_run_leaves_no_state_behind(capsys, tmp_path):
+    out_file, state = tmp_path / "clip.npy", tmp_path / "state"
+    size = ["--width", "32", "--height", "32", "--frames", "5"]
+    assert run(capsys, "generate", *FAST, *size, "--resume", state, "--out", out_file)[0] == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["clip.npy"]
+
+
+@pytest.mark.skipif(os.name == "nt", reason="signals")
+def test_ctrl_c_stops_with_one_line_and_leaves_nothing(tmp_path):
+    out_file = tmp_path / "clip.mp4"
+    command = [sys.executable, "-m", "skyreels", "generate", "--prompt", "x", "--steps", "5000",
+               "--out", str(out_file)]  # fmt: skip
+    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    for line in process.stderr:
+        if "random weights" in line:  # said before the models are made
+            break
+    time.sleep(6)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=30)
+    assert process.returncode == 130
+    assert "Interrupted" in err
+    assert "Traceback" not in err
+    assert list(tmp_path.iterdir()) == []

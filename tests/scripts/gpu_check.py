@@ -1,0 +1,292 @@
+"""Everything that needs a GPU, in one run of under ten minutes; tiny sizes where there is none.
+
+    python tests/scripts/gpu_check.py [--size full|tiny] [--device cuda|cpu]
+
+Each phase compares with a reference in the same process, and ends as "ok", "failed" or "skipped"
+with its reason: a phase never reports what it did not measure. The last line is one JSON object.
+Copy its figures, dated, to tests/bench/LOG.md. Exit code 1 if a phase failed.
+"""
+
+import argparse
+import json
+import statistics
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "bench"))
+import bench_transformer
+import conftest  # noqa: F401 - loads the package the way ComfyUI does
+from bench_transformer import timed
+from comfyui_skyreels.skyreels import memory
+from comfyui_skyreels.skyreels.attention import sdpa
+from comfyui_skyreels.skyreels.config import TransformerConfig
+from comfyui_skyreels.skyreels.layers import rope_table
+from comfyui_skyreels.skyreels.memory import placed, weight_bytes
+from comfyui_skyreels.skyreels.model import SkyReelsTransformer
+from comfyui_skyreels.skyreels.quant import QuantLinear, dequantize, quantize
+from comfyui_skyreels.skyreels.runtime import TorchRuntime
+from comfyui_skyreels.skyreels.vae.model import VideoVAE
+from support import tiny
+
+
+class Skipped(Exception):  # noqa: N818 - not an error
+    """A phase that cannot be measured here, and why."""
+
+
+def require(condition: bool, message: str) -> None:
+    if not condition:
+        raise AssertionError(message)
+
+
+def environment(device: torch.device, full: bool) -> dict:
+    """Versions, the device, and what a matrix product reaches in this run."""
+    result = {"torch": torch.__version__, "python": sys.version.split()[0], "device": str(device)}
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        result["device"] = properties.name
+        result["capability"] = f"{properties.major}.{properties.minor}"
+        result["memory_gb"] = round(properties.total_memory / 1e9, 1)
+        result["cudnn"] = torch.backends.cudnn.version()
+    side = 8192 if full else 512
+    a = torch.randn(side, side, device=device).bfloat16()
+    timed(lambda: a @ a, device)
+    seconds = statistics.median(timed(lambda: a @ a, device) for _ in range(5))
+    result["gemm_tflops"] = round(2 * side**3 / seconds / 1e12, 3)
+    return result
+
+
+def attention(device: torch.device, full: bool) -> dict:
+    """Our attention in bf16 against float32: no worse than twice what rounding costs."""
+    tokens = 4096 if full else 300
+    q, k, v = torch.randn(3, 1, 4, tokens, 128, device=device)
+    scores = (q.double() @ k.double().transpose(-1, -2) * 128**-0.5).softmax(-1)
+    truth = (scores @ v.double()).float()
+    q16, k16, v16 = q.bfloat16(), k.bfloat16(), v.bfloat16()
+    eager = ((q16 @ k16.transpose(-1, -2) * 128**-0.5).softmax(-1) @ v16).float()
+    ours = sdpa(q16, k16, v16).float()
+    error, loss = (ours - truth).norm(), (eager - truth).norm()
+    require(bool(error <= 2 * loss), f"attention error {error:.3g} against eager's {loss:.3g}")
+    return {"tokens": tokens, "error_to_eager_error": round((error / loss).item(), 3)}
+
+
+def linears(device: torch.device, full: bool) -> dict:
+    """8-bit storage: the layer computes exactly its widened weight, close to the original."""
+    result = {}
+    weight, x = torch.randn(512, 384, device=device) * 0.02, torch.randn(64, 384, device=device)
+    for name, dtype in (("fp8", torch.float8_e4m3fn), ("int8", torch.int8)):
+        stored, scale = quantize(weight, dtype)
+        got = QuantLinear(stored, scale, None)(x)
+        wide = x @ dequantize(stored, scale, torch.float32).T
+        require(tiny.relative_error(got, wide) < 1e-4, f"{name} layer differs from its weight")
+        error = ((got - x @ weight.T).norm() / (x @ weight.T).norm()).item()
+        require(error < {"fp8": 0.04, "int8": 0.02}[name], f"{name} error {error:.3g}")
+        result[name + "_relative_error"] = round(error, 5)
+    return result
+
+
+def small_model(device: torch.device, full: bool) -> dict:
+    """Two and two blocks beside diffusers', same weights, both dtypes."""
+    tokens, heads = (16_384, 24) if full else (512, 2)
+    result = {}
+    for dtype in ("fp32", "bf16"):
+        row = bench_transformer.run(
+            tokens=tokens, runs=3, dtype=dtype, device=str(device), heads=heads
+        )
+        bound = {"fp32": 1e-4 if device.type == "cuda" else 1e-5, "bf16": 0.1}[dtype]
+        require(row["relative_error"] <= bound, f"{dtype} differs by {row['relative_error']:.3g}")
+        result[dtype] = {
+            k: row[k] for k in ("median_s", "ratio_to_trimmed", "ratio_to_padded", "relative_error")
+        }
+    return result
+
+
+def fill(model: torch.nn.Module) -> None:
+    """Random weights of a sensible size: zeros would run faster than any real model."""
+    for parameter in model.parameters():
+        if parameter.ndim > 1:
+            parameter.data.normal_(std=0.02)
+        else:
+            parameter.data.normal_(mean=1.0 if parameter.numel() == 128 else 0.0, std=0.02)
+
+
+@torch.inference_mode()
+def full_model(device: torch.device, full: bool) -> dict:
+    """A whole forward pass at full size in bf16, beside diffusers' on the same weights."""
+    if full and torch.cuda.mem_get_info()[0] < 45e9:
+        raise Skipped("full-size weights twice over activations need 45 GB free")
+    config = TransformerConfig() if full else tiny.TRANSFORMER
+    grid, text_tokens = ((25, 68, 120), 60) if full else ((3, 8, 8), 60)
+    with torch.device("meta"):
+        ours = SkyReelsTransformer(config).bfloat16().requires_grad_(False)
+    ours = ours.to_empty(device=device).eval()
+    fill(ours)
+    inputs = tiny.inputs(config, text_tokens, grid)
+    keep = ("timestep", "guidance")
+    inputs = {k: v.to(device) if k in keep else v.to(device).bfloat16() for k, v in inputs.items()}
+    inputs["rope"] = rope_table(ours.token_grid(inputs["hidden_states"].shape), config,
+                                device=device)  # fmt: skip
+
+    from diffusers import HunyuanVideoTransformer3DModel
+
+    with torch.device("meta"):
+        theirs = HunyuanVideoTransformer3DModel(**tiny.diffusers_config(config)).eval()
+    state = tiny.to_diffusers(ours.state_dict(), config)
+    theirs.load_state_dict(state, strict=True, assign=True)
+    padded = {k: v for k, v in inputs.items() if k != "rope"}
+    states = padded["encoder_hidden_states"]
+    pad = 256 - text_tokens
+    padded["encoder_hidden_states"] = torch.nn.functional.pad(states, (0, 0, 0, pad))
+    mask = torch.zeros(1, 256, dtype=torch.long, device=device)
+    mask[:, :text_tokens] = 1
+
+    def run_theirs() -> torch.Tensor:
+        return theirs(**padded, encoder_attention_mask=mask, return_dict=False)[0]
+
+    mine, yours = ours(**inputs).float(), run_theirs().float()
+    require(bool(mine.isfinite().all()), "our output is not finite")
+    difference = ((mine - yours).norm() / yours.norm()).item()
+    require(difference < 0.05, f"bf16 outputs differ by {difference:.3g}")
+    del mine, yours
+    seconds: dict[str, list[float]] = {"ours": [], "diffusers": []}
+    for _ in range(3):
+        seconds["diffusers"].append(timed(run_theirs, device))
+        seconds["ours"].append(timed(lambda: ours(**inputs), device))
+    medians = {name: statistics.median(values) for name, values in seconds.items()}
+    result = {
+        "tokens": inputs["rope"].shape[0],
+        "median_s": {name: round(value, 4) for name, value in medians.items()},
+        "speedup": round(medians["diffusers"] / medians["ours"], 3),
+        "relative_l2": round(difference, 5),
+    }
+    if device.type == "cuda":
+        del theirs
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        ours(**inputs)
+        peak = torch.cuda.max_memory_allocated() - weight_bytes(ours)
+        estimate = memory.sampling_bytes(config, inputs["rope"].shape[0] + 60, torch.bfloat16)
+        result["activation_gb"] = round(peak / 1e9, 2)
+        result["activation_estimate_gb"] = round(estimate / 1e9, 2)
+        if full:
+            require(peak <= 1.1 * estimate, "a step takes more memory than it is planned with")
+    return result
+
+
+@torch.inference_mode()
+def streaming(device: torch.device, full: bool) -> dict:
+    """Streamed blocks give the bits of resident ones; what the visits cost."""
+    if device.type != "cuda":
+        raise Skipped("weights are already on the only device")
+    config = TransformerConfig(num_layers=2, num_single_layers=4) if full else tiny.TRANSFORMER
+    model = tiny.transformer(config).bfloat16()
+    inputs = tiny.inputs(config, 60, (13, 34, 60) if full else (3, 8, 8))
+    inputs = {k: v.to(device) for k, v in inputs.items()}
+    results, seconds = [], []
+    for spare in (10 * weight_bytes(model), max(map(weight_bytes, model.blocks))):
+        runtime = TorchRuntime(device)
+        outside = weight_bytes(model) - sum(map(weight_bytes, model.blocks))
+        runtime.free_bytes = lambda b=outside + spare + memory.RESERVE_BYTES: b
+        with placed(model, runtime, 0) as run_block:
+            results.append(model(**inputs, run_block=run_block).cpu())
+            seconds.append(timed(lambda: model(**inputs, run_block=run_block), device))  # noqa: B023
+    require(torch.equal(*results), "streamed and resident outputs differ")
+    require(all(p.device.type == "cpu" for p in model.parameters()), "weights did not come home")
+    return {"resident_s": round(seconds[0], 4), "streamed_s": round(seconds[1], 4)}
+
+
+@torch.inference_mode()
+def decoding(device: torch.device, full: bool) -> dict:
+    """VAE decode beside diffusers' with the same tiles: same frames, time and memory of each."""
+    from comfyui_skyreels.skyreels.config import VAEConfig
+    from comfyui_skyreels.skyreels.vae.tiling import decode_frames
+    from diffusers import AutoencoderKLHunyuanVideo
+
+    config = VAEConfig() if full else tiny.VAE
+    shape = (1, 16, 25, 68, 120) if full else (1, 16, 5, 10, 12)
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    ours = tiny.randomize(VideoVAE(config)).to(device, dtype)
+    theirs = AutoencoderKLHunyuanVideo(
+        block_out_channels=config.block_out_channels, layers_per_block=config.layers_per_block
+    )
+    theirs.load_state_dict(ours.state_dict())
+    theirs = theirs.to(device, dtype).eval()
+    theirs.enable_tiling()
+    latents = torch.randn(shape, device=device)
+    runtime = TorchRuntime(device)
+    contenders = {
+        "ours tiled-diffusers": lambda: decode_frames(
+            ours, latents, "tiled-diffusers", runtime=runtime
+        ),
+        "diffusers tiled": lambda: theirs.decode(latents.to(dtype)).sample,
+        "ours auto": lambda: decode_frames(ours, latents, "auto", runtime=runtime),
+    }
+    rows = {}
+    for name, function in contenders.items():
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+        row = {"seconds": round(timed(function, device), 3)}
+        if device.type == "cuda":
+            row["peak_gb"] = round(torch.cuda.max_memory_allocated() / 1e9, 2)
+        rows[name] = row
+    frames = contenders["ours tiled-diffusers"]()
+    expected = (contenders["diffusers tiled"]()[0].permute(1, 2, 3, 0).float().cpu() + 1) / 2
+    error = (frames - expected.clamp(0, 1)).abs().max().item()
+    bound = 0.1 if dtype == torch.bfloat16 else 1e-4
+    require(error <= bound, f"tiled frames differ from diffusers' by {error:.3g}")
+    return {"rows": rows, "largest_difference": round(error, 6)}
+
+
+PHASES: dict[str, Callable[[torch.device, bool], dict]] = {
+    "environment": environment,
+    "attention": attention,
+    "linears": linears,
+    "small_model": small_model,
+    "full_model": full_model,
+    "streaming": streaming,
+    "decoding": decoding,
+}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    default = "cuda" if torch.cuda.is_available() else "cpu"
+    parser.add_argument("--device", default=default)
+    parser.add_argument("--size", choices=("full", "tiny"), default=None)
+    parser.add_argument("--only", choices=PHASES, action="append")
+    arguments = parser.parse_args()
+    device = torch.device(arguments.device)
+    full = (arguments.size or ("full" if device.type == "cuda" else "tiny")) == "full"
+    if full and device.type != "cuda":
+        parser.error("full size needs a CUDA device")
+    torch.manual_seed(0)
+    report = {}
+    for name, phase in PHASES.items():
+        if arguments.only and name not in arguments.only:
+            continue
+        start = time.perf_counter()
+        try:
+            outcome = {"status": "ok", **phase(device, full)}
+        except Skipped as reason:
+            outcome = {"status": "skipped", "reason": str(reason)}
+        except Exception as error:  # noqa: BLE001 - the other phases still have their turn
+            traceback.print_exc()
+            outcome = {"status": "failed", "reason": str(error)[:500]}
+        outcome["seconds"] = round(time.perf_counter() - start, 2)
+        report[name] = outcome
+        print(f"{name:12} {json.dumps(outcome)}", flush=True)
+    counts = {
+        s: sum(o["status"] == s for o in report.values()) for s in ("ok", "skipped", "failed")
+    }
+    print(json.dumps({"gpu_check": "full" if full else "tiny", **counts, "phases": report}))
+    return 1 if counts["failed"] else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
