@@ -20,6 +20,9 @@ from .errors import OptionError, SkyReelsError
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from .runtime import Runtime
+    from .text import PromptEmbeds
+
 EXIT_ERROR = 1
 EXIT_INTERRUPTED = 130
 
@@ -101,6 +104,9 @@ def build_parser() -> argparse.ArgumentParser:
     generate.add_argument(
         "--resume", type=Path, metavar="FILE", help="keep finished steps here, continue from them"
     )
+    generate.add_argument(
+        "--prompt-cache", type=Path, metavar="DIR", help="keep encoded prompts in this folder"
+    )
     generate.add_argument("--json", action="store_true")
 
     inspect = commands.add_parser("inspect", help="what a checkpoint is, from its header alone")
@@ -163,25 +169,14 @@ def run_generate(arguments: argparse.Namespace) -> dict[str, Any]:
 def _generate(
     arguments: argparse.Namespace, image: "Tensor", size: tuple[int, int, int], report: Any
 ) -> "Tensor":
-    from .builtin import builtin_text_encoder, builtin_transformer, builtin_vae
+    from .builtin import builtin_transformer, builtin_vae
     from .config import Guidance
     from .loading import load_transformer, load_vae
     from .pipeline import image_to_video
     from .runtime import TorchRuntime
-    from .text import DEFAULT_NEGATIVE_PROMPT, encode_prompt, load_text_encoder
 
     runtime = TorchRuntime(pick_device(arguments.device), on_progress=report)
-    # the text encoder goes first and is gone before the transformer comes: it is 8 B parameters
-    if arguments.text_encoder is None:
-        encoder = builtin_text_encoder(runtime=runtime)
-    else:
-        encoder = load_text_encoder(arguments.text_encoder, runtime=runtime)
-    prompt = encode_prompt(encoder, arguments.prompt, runtime=runtime)
-    negative = None
-    if arguments.cfg > 1:
-        text = DEFAULT_NEGATIVE_PROMPT if arguments.negative is None else arguments.negative
-        negative = encode_prompt(encoder, text, fps_prefix=False, runtime=runtime)
-    del encoder
+    prompt, negative = _encode_prompts(arguments, runtime)
     precision = arguments.precision
     if arguments.transformer is None:
         transformer = builtin_transformer(precision=precision, runtime=runtime)
@@ -199,6 +194,47 @@ def _generate(
         latent_strength=arguments.latent_strength, decode=arguments.decode,
         resume=arguments.resume, runtime=runtime,
     )  # fmt: skip
+
+
+def _encode_prompts(
+    arguments: argparse.Namespace, runtime: "Runtime"
+) -> "tuple[PromptEmbeds, PromptEmbeds | None]":
+    """Prompt and negative prompt; the text encoder (8 B parameters) is gone when this returns.
+
+    With --prompt-cache, prompts encoded earlier are found without loading it at all.
+    """
+    from .builtin import builtin_text_encoder
+    from .text import (
+        DEFAULT_NEGATIVE_PROMPT,
+        cached_prompt,
+        encode_prompt,
+        fingerprint_text_encoder,
+        load_text_encoder,
+    )
+
+    folder, cache = arguments.text_encoder, arguments.prompt_cache
+    negative = DEFAULT_NEGATIVE_PROMPT if arguments.negative is None else arguments.negative
+    texts = [(arguments.prompt, True)]
+    if arguments.cfg > 1:
+        texts.append((negative, False))  # the frame rate belongs to the prompt only
+    found: list[PromptEmbeds | None] = []
+    if folder is not None and cache is not None:
+        fingerprint = fingerprint_text_encoder(folder, runtime=runtime)
+        found = [
+            cached_prompt(fingerprint, text, fps_prefix=prefix, cache_dir=cache)
+            for text, prefix in texts
+        ]
+    if not found or None in found:
+        if folder is None:
+            encoder = builtin_text_encoder(runtime=runtime)
+        else:
+            encoder = load_text_encoder(folder, runtime=runtime)
+        found = [
+            encode_prompt(encoder, text, fps_prefix=prefix, cache_dir=cache, runtime=runtime)
+            for text, prefix in texts
+        ]
+    assert found[0] is not None
+    return found[0], found[1] if len(found) > 1 else None
 
 
 def pick_device(name: str) -> str:

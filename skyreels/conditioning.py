@@ -1,5 +1,6 @@
 """From a picture to the first-frame latents the transformer is conditioned on."""
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -189,6 +190,8 @@ def encode_image(
         )
     if not 0.0 <= noise_augmentation <= 1.0:
         raise OptionError(f"Noise augmentation {noise_augmentation} is not within 0..1: use 0.04.")
+    if not math.isfinite(latent_strength):
+        raise OptionError(f"Latent strength {latent_strength} is not a number: use 1.")
     video = fit_image(image[:prefix_frames], width, height, fit)
     if noise_augmentation > 0:
         generator = torch.Generator("cpu").manual_seed(seed)

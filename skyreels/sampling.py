@@ -60,7 +60,13 @@ def get_sigmas(num_inference_steps: int, shift: float = 7.0, denoise: float = 1.
 
 
 def initial_noise(seed: int, num_frames: int, height: int, width: int) -> Tensor:
-    """[1, 16, T, h, w] float32 from a CPU generator: one seed, one noise, on every device."""
+    """[1, 16, T, h, w] float32 from a CPU generator: one seed, one noise, on every device.
+
+    Raises:
+        OptionError: a seed outside 0..2^64-1.
+    """
+    if not 0 <= seed < 2**64:
+        raise OptionError(f"Seed {seed} is not within 0..2^64-1: use any such number.")
     generator = torch.Generator("cpu").manual_seed(seed)
     return torch.randn(latent_shape(num_frames, height, width), generator=generator)
 
@@ -273,6 +279,12 @@ def _check(
             f"Sigmas run from {sigmas[0]:.4g} to {sigmas[-1]:.4g}, and flow matching lives within "
             "1..0: use a flow schedule (shift 7), not one of an older model."
         )
+    for name, scale in (
+        ("CFG", guidance.true_cfg_scale),
+        ("Embedded guidance", guidance.guidance_scale),
+    ):
+        if not math.isfinite(scale):
+            raise OptionError(f"{name} {scale} is not a number: use {6 if name == 'CFG' else 1}.")
     if not 0.0 <= guidance.cfg_start <= guidance.cfg_end <= 1.0:
         raise OptionError(
             f"The CFG window {guidance.cfg_start}..{guidance.cfg_end} is not a part of 0..1."

@@ -5,8 +5,8 @@ once; colours are converted and tagged as BT.709. A file appears under its name 
 is written as `<name>.part` beside it and renamed.
 """
 
-import logging
 import importlib.util
+import logging
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager

@@ -4,10 +4,10 @@ import ast
 import re
 import subprocess
 import sys
-import tomllib
 from pathlib import Path
 
 import pytest
+import tomllib
 
 ROOT = Path(__file__).resolve().parents[1]
 HOST = {
@@ -131,9 +131,9 @@ def test_documented_functions_have_docstrings():
         tree = ast.parse(path.read_text(encoding="utf-8"))
         assert ast.get_docstring(tree), path
         for node in tree.body:
-            if isinstance(node, ast.FunctionDef | ast.ClassDef) and not node.name.startswith("_"):
-                if not ast.get_docstring(node):
-                    bare.append(f"{path.name}:{node.name}")
+            is_code = isinstance(node, ast.FunctionDef | ast.ClassDef)
+            if is_code and not node.name.startswith("_") and not ast.get_docstring(node):
+                bare.append(f"{path.name}:{node.name}")
     assert bare == []
 
 

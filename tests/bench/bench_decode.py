@@ -25,12 +25,12 @@ from torch.utils.flop_counter import FlopCounterMode
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
-from support.peak import PeakBytes  # noqa: E402
+from support.peak import PeakBytes
 
-from skyreels.config import TILINGS, Tiling, VAEConfig  # noqa: E402
-from skyreels.runtime import TorchRuntime  # noqa: E402
-from skyreels.vae.model import VideoVAE  # noqa: E402
-from skyreels.vae.tiling import (  # noqa: E402
+from skyreels.config import TILINGS, Tiling, VAEConfig
+from skyreels.runtime import TorchRuntime
+from skyreels.vae.model import VideoVAE
+from skyreels.vae.tiling import (
     count_decodes,
     decode_bytes,
     decode_frames,

@@ -89,7 +89,9 @@ def test_every_precision_and_decode_mode_makes_a_clip(capsys, tmp_path, precisio
         (["--width", "100"], "Width 100 is not a multiple of 16: use 96"),
         (["--frames", "16"], "use 17"),
         (["--steps", "0"], "0 steps"),
-        (["--cfg", "nan"], "nan"),
+        (["--cfg", "nan"], "CFG nan"),
+        (["--seed", "-1"], "Seed -1"),
+        (["--latent-strength", "inf"], "strength inf"),
         (["--shift", "-1"], "Shift -1.0"),
         (["--device", "tpu"], "'tpu' is not one of"),
         (["--device", "cuda:99"], "not here"),
@@ -203,6 +205,28 @@ def test_missing_text_encoder_folder_is_explained(capsys, tmp_path):
     code, _, err = run(capsys, "generate", *FAST, *slots, "--out", tmp_path / "clip.mp4")
     assert code == 1
     assert "HunyuanVideo" in err
+
+
+def test_cached_prompts_are_found_without_loading_the_text_encoder(capsys, tmp_path, monkeypatch):
+    from comfyui_skyreels.skyreels import text
+    from support.text import POOLED_DIM, TEXT_DIM, make_text_folder
+
+    config = TransformerConfig(
+        **{**tiny.TRANSFORMER.__dict__, "text_embed_dim": TEXT_DIM,
+           "pooled_projection_dim": POOLED_DIM}
+    )  # fmt: skip
+    model = tiny.save(tmp_path / "t.safetensors", tiny.transformer(config).state_dict())
+    vae = tiny.save(tmp_path / "v.safetensors", tiny.randomize(VideoVAE(tiny.VAE)).state_dict())
+    folder = make_text_folder(tmp_path / "text")
+    slots = ["--transformer", model, "--vae", vae, "--text-encoder", folder,
+             "--width", "32", "--height", "32", "--frames", "5",
+             "--prompt-cache", tmp_path / "cache"]  # fmt: skip
+    first, second = tmp_path / "a.npy", tmp_path / "b.npy"
+    assert run(capsys, "generate", *FAST, *slots, "--out", first)[0] == 0
+    monkeypatch.setattr(text, "load_text_encoder", lambda *_, **__: pytest.fail("was loaded"))
+    text._cache.clear()
+    assert run(capsys, "generate", *FAST, *slots, "--out", second)[0] == 0
+    assert first.read_bytes() == second.read_bytes()
 
 
 def test_inspect_describes_a_file_for_people_and_for_programs(capsys, tmp_path):

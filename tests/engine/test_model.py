@@ -143,7 +143,10 @@ def test_rope_table_holds_the_stated_frequencies():
     angles = rope_table((3, 2, 2), config).angle()
     last = angles[-1]  # token at (2, 1, 1)
     expected = torch.cat(
-        [p / 256 ** (torch.arange(0, d, 2) / d) for p, d in zip((2, 1, 1), (16, 56, 56))]
+        [
+            p / 256 ** (torch.arange(0, d, 2) / d)
+            for p, d in zip((2, 1, 1), (16, 56, 56), strict=True)
+        ]
     )
     torch.testing.assert_close(last, expected)
 

@@ -194,7 +194,7 @@ def streaming(device: torch.device, full: bool) -> dict:
         runtime.free_bytes = lambda b=outside + spare + memory.RESERVE_BYTES: b
         with placed(model, runtime, 0) as run_block:
             results.append(model(**inputs, run_block=run_block).cpu())
-            seconds.append(timed(lambda: model(**inputs, run_block=run_block), device))  # noqa: B023
+            seconds.append(timed(lambda: model(**inputs, run_block=run_block), device))
     require(torch.equal(*results), "streamed and resident outputs differ")
     require(all(p.device.type == "cpu" for p in model.parameters()), "weights did not come home")
     return {"resident_s": round(seconds[0], 4), "streamed_s": round(seconds[1], 4)}

@@ -11,13 +11,13 @@ checkout, checkpoint, inputs_path, output_path = sys.argv[1:5]
 sys.argv = sys.argv[:1]
 sys.path.insert(0, checkout)
 
-import comfy.cli_args  # noqa: E402
+import comfy.cli_args
 
 comfy.cli_args.args.cpu = True
 
-import comfy.sd  # noqa: E402
-import torch  # noqa: E402
-from safetensors.torch import load_file, save_file  # noqa: E402
+import comfy.sd
+import torch
+from safetensors.torch import load_file, save_file
 
 patcher = comfy.sd.load_diffusion_model(checkpoint, model_options={"dtype": torch.float32})
 model = patcher.model.diffusion_model.eval()
