@@ -14,6 +14,10 @@ from ..skyreels.errors import ShapeError
 from ..skyreels.vae.tiling import decode_bytes
 from . import host
 
+#: core checks no range of an input that VALIDATE_INPUTS names, so that does it too
+MAX_SIZE = 4096
+MAX_FRAMES = 1025
+
 
 class SkyReelsImageConditioning:
     CATEGORY = "SkyReels/conditioning"
@@ -28,7 +32,7 @@ class SkyReelsImageConditioning:
 
     @classmethod
     def INPUT_TYPES(cls) -> dict[str, Any]:
-        size = {"min": 16, "max": 4096, "step": 16}
+        size = {"min": 16, "max": MAX_SIZE, "step": 16}
         return {
             "required": {
                 "vae": ("SKYREELS_VAE", {"tooltip": "From SkyReels Load VAE."}),
@@ -57,7 +61,7 @@ class SkyReelsImageConditioning:
                     {
                         "default": 97,
                         "min": 1,
-                        "max": 1025,
+                        "max": MAX_FRAMES,
                         "step": 4,
                         "tooltip": "4k+1 frames at 24 a second: 97 is four seconds and the trained "
                         "length. Twice as long takes 3.3 times as long.",
@@ -114,7 +118,7 @@ class SkyReelsImageConditioning:
                     {
                         "default": 1,
                         "min": 1,
-                        "max": 1025,
+                        "max": MAX_FRAMES,
                         "step": 4,
                         "advanced": True,
                         "tooltip": "1 for a picture; 4k+1 to continue a clip from its frames (the "
@@ -129,9 +133,18 @@ class SkyReelsImageConditioning:
     def VALIDATE_INPUTS(
         cls, width: int | None = None, height: int | None = None, num_frames: int | None = None
     ) -> bool | str:
-        # linked values are not known yet and arrive as None; they are checked again when run
+        # linked values are not known yet and are absent; they are checked again when run
+        limits = {"Width": (width, MAX_SIZE), "Height": (height, MAX_SIZE),
+                  "Number of frames": (num_frames, MAX_FRAMES)}  # fmt: skip
+        for name, (value, limit) in limits.items():
+            if value is not None and value > limit:
+                return f"{name} {value} is more than {limit}: use at most {limit}."
         try:
-            check_size(width or 16, height or 16, num_frames or 1)
+            check_size(
+                16 if width is None else width,
+                16 if height is None else height,
+                1 if num_frames is None else num_frames,
+            )
         except ShapeError as error:
             return str(error)
         return True

@@ -95,8 +95,9 @@ class SkyReelsVAEDecode:
         tiling = chosen_tiling(mode, tile_size, tile_stride, tile_frames, tile_frames_stride)
         runtime = host.ComfyRuntime(unique_id)
         config, dtype = vae.module.config, next(vae.module.parameters()).dtype
-        # room for one tile of the smallest sensible mode; "auto" then takes what there is
-        largest = largest_tile(latents.shape, tiling or TILINGS.get(mode, TILINGS["tiled"]))
+        # "auto" asks for room for whole-clip tiles and then takes what there is
+        planned = tiling or TILINGS.get("tiled" if mode == "auto" else mode)
+        largest = largest_tile(latents.shape, planned)
         host.bring_in(vae, runtime, decode_bytes(config, largest, dtype))
         return (decode_frames(vae.module, latents, mode, tiling=tiling, runtime=runtime),)
 

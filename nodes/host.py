@@ -10,7 +10,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 from types import SimpleNamespace
 from typing import Any
 
@@ -66,6 +66,7 @@ class ComfyRuntime:
         if self.offload_device == self.device:  # --highvram keeps models where they compute
             self.offload_device = torch.device("cpu")
         self._previewer = _previewer(self.device) if with_preview else None
+        self._in_use: list[Any] = []
 
     def free_bytes(self) -> int:
         """Bytes ComfyUI considers free on the compute device."""
@@ -73,7 +74,12 @@ class ComfyRuntime:
 
     def make_room(self, num_bytes: int) -> None:
         """Let ComfyUI unload other models until num_bytes are free."""
-        self._mm.free_memory(num_bytes, self.device)
+        kept = [self._mm.LoadedModel(patcher) for patcher in self._in_use]
+        self._mm.free_memory(num_bytes, self.device, kept)
+
+    def keep(self, patcher: Any) -> None:
+        """Never unload this model to make room: the run needs it."""
+        self._in_use.append(patcher)
 
     def progress(self, stage: str, done: int, total: int, preview: Tensor | None = None) -> None:
         """Move the bar of the node, draw a preview if the server wants one, write a status line."""
@@ -142,27 +148,29 @@ def register(module: nn.Module, name: str, runtime: ComfyRuntime) -> LoadedModel
     return LoadedModel(module, patcher, name)
 
 
-def bring_in(loaded: LoadedModel, runtime: ComfyRuntime, activation_bytes: int) -> bool:
+def bring_in(loaded: LoadedModel, runtime: ComfyRuntime, activation_bytes: int) -> None:
     """Load a model onto the device through the memory manager, if it fits as a whole.
 
-    Returns:
-        False if it does not fit: others have made room, and the engine streams it instead.
+    If not, it and everything else leaves the device: the engine then brings in its parts itself,
+    as far as they fit, and takes them away afterwards.
     """
     import comfy.model_management as mm
 
+    runtime.keep(loaded.patcher)
     if runtime.device.type != "cpu":
-        needed = weight_bytes(loaded.module) + activation_bytes + RESERVE_BYTES
-        on_device = mm.get_total_memory(runtime.device)
         away = sum(
             p.numel() * p.itemsize for p in loaded.module.parameters() if p.device != runtime.device
         )
-        if needed > on_device:
-            return False
         runtime.make_room(away + activation_bytes + RESERVE_BYTES)
         if runtime.free_bytes() < away + activation_bytes:
-            return False
+            size = weight_bytes(loaded.module)
+            log.info(
+                "%s (%.1f GB) does not fit beside %.1f GB of activations: its blocks are streamed.",
+                loaded.name, size / 1e9, activation_bytes / 1e9,
+            )  # fmt: skip
+            mm.unload_all_models()
+            return
     mm.load_models_gpu([loaded.patcher], memory_required=activation_bytes, force_full_load=True)
-    return True
 
 
 # --- files --------------------------------------------------------------------------------------
@@ -193,11 +201,35 @@ def model_folders(kinds: tuple[str, ...], *required: str) -> dict[str, Path]:
     return found
 
 
+def check_choice(kind: str, name: str | None, choices: list[str]) -> bool | str:
+    """VALIDATE_INPUTS of a loader: True, or the sentence that helps with a file that is not here.
+
+    Args:
+        name: of the file or folder a workflow asks for; None if it is linked.
+        choices: what the loader lists.
+    """
+    if name is None or name in choices:
+        return True
+    # a workflow from another machine may only differ in its sub-folder or its kind of slash
+    basename = PureWindowsPath(name).name
+    twins = [choice for choice in choices if PureWindowsPath(choice).name == basename]
+    if twins:
+        return f"{name} is not here, but {twins[0]} is: choose that one."
+    return _not_here(kind, name)
+
+
+def _not_here(kind: str, name: str) -> str:
+    return (
+        f"{name} is not in models/{kind}: put it there (from {LINKS[kind]}) and press R to "
+        "refresh, or choose another one."
+    )
+
+
 def resolve(kind: str, name: str, folders: dict[str, Path]) -> Path:
     """The path of a chosen file or folder.
 
     Raises:
-        CheckpointError: it is not there; names the folder and where to get it.
+        CheckpointError: it is not there (any more); names the folder and where to get it.
     """
     import folder_paths
 
@@ -205,10 +237,7 @@ def resolve(kind: str, name: str, folders: dict[str, Path]) -> Path:
         return folders[name]
     path = folder_paths.get_full_path(kind, name)
     if path is None:
-        raise CheckpointError(
-            f"{name} is not in models/{kind}: put it there (from {LINKS[kind]}) and press R to "
-            "refresh, or choose another file."
-        )
+        raise CheckpointError(_not_here(kind, name))
     return Path(path)
 
 

@@ -14,6 +14,16 @@ def transformer_folders() -> dict[str, Path]:
     return host.model_folders(("diffusers", "diffusion_models"), "config.json", "*.index.json")
 
 
+def transformer_choices() -> list[str]:
+    """Everything SkyReels Load Transformer offers."""
+    return [BUILTIN_NAME, *host.weight_files("diffusion_models"), *transformer_folders()]
+
+
+def vae_choices() -> list[str]:
+    """Everything SkyReels Load VAE offers."""
+    return [BUILTIN_NAME, *host.weight_files("vae")]
+
+
 class SkyReelsTransformerLoader:
     CATEGORY = "SkyReels/loaders"
     DESCRIPTION = (
@@ -28,11 +38,10 @@ class SkyReelsTransformerLoader:
 
     @classmethod
     def INPUT_TYPES(cls) -> dict[str, Any]:
-        names = [BUILTIN_NAME, *host.weight_files("diffusion_models"), *transformer_folders()]
         return {
             "required": {
                 "transformer": (
-                    names,
+                    transformer_choices(),
                     {
                         "tooltip": "A file in models/diffusion_models (bf16 25.6 GB, fp8 13.2 GB), "
                         "a sharded diffusers folder in models/diffusers, or the built-in stand-in."
@@ -50,6 +59,10 @@ class SkyReelsTransformerLoader:
             },
             "hidden": {"unique_id": "UNIQUE_ID"},
         }
+
+    @classmethod
+    def VALIDATE_INPUTS(cls, transformer: str | None = None) -> bool | str:
+        return host.check_choice("diffusion_models", transformer, transformer_choices())
 
     def load(
         self, transformer: str, precision: str, unique_id: str | None = None
@@ -81,7 +94,7 @@ class SkyReelsVAELoader:
         return {
             "required": {
                 "vae": (
-                    [BUILTIN_NAME, *host.weight_files("vae")],
+                    vae_choices(),
                     {
                         "tooltip": "A file in models/vae (hunyuan_video_vae_bf16, 0.5 GB), or the "
                         "built-in stand-in. Use the built-in VAE with the built-in transformer."
@@ -98,6 +111,10 @@ class SkyReelsVAELoader:
             },
             "hidden": {"unique_id": "UNIQUE_ID"},
         }
+
+    @classmethod
+    def VALIDATE_INPUTS(cls, vae: str | None = None) -> bool | str:
+        return host.check_choice("vae", vae, vae_choices())
 
     def load(
         self, vae: str, precision: str, unique_id: str | None = None

@@ -6,8 +6,7 @@ from torch import Tensor
 
 from ..skyreels.conditioning import ImageConditioning
 from ..skyreels.config import Guidance
-from ..skyreels.memory import sampling_bytes
-from ..skyreels.sampling import euler, get_sigmas, sample
+from ..skyreels.sampling import check_inputs, euler, get_sigmas, run_bytes, sample
 from . import convert, host
 
 
@@ -233,6 +232,10 @@ class SkyReelsSampler:
             image = convert.image_from_conditioning(positive, latent)
         if sigmas is None:
             sigmas = get_sigmas(steps, shift, denoise)
+        sigmas = sigmas.float().cpu()
+        init_latents = None if latent is None else convert.latent_samples(latent)
+        if latent is not None and latent.get("noise_mask") is not None:
+            host.log.warning("The latent's noise mask is not used: the whole clip is sampled.")
         guidance = Guidance(
             true_cfg_scale=cfg,
             guidance_scale=convert.embedded_guidance(positive, embedded_guidance),
@@ -243,27 +246,16 @@ class SkyReelsSampler:
             zero_init_steps=zero_init_steps,
         )
         runtime = host.ComfyRuntime(unique_id, with_preview=True)
-        transformer = model.module
-        grid = transformer.token_grid(image.latent_shape)
-        text_tokens = prompt.prompt_embeds.shape[1]
-        if negative_prompt is not None:
-            text_tokens = max(text_tokens, negative_prompt.prompt_embeds.shape[1])
-        num_tokens = grid[0] * grid[1] * grid[2] + text_tokens
-        host.bring_in(
-            model,
-            runtime,
-            sampling_bytes(transformer.config, num_tokens, transformer.compute_dtype),
-        )
+        inputs = (model.module, image, prompt, negative_prompt)
+        check_inputs(*inputs, sigmas, guidance, init_latents)
+        host.bring_in(model, runtime, run_bytes(*inputs))
         samples = sample(
-            transformer,
-            image,
-            prompt,
-            negative_prompt,
+            *inputs,
             seed=seed,
-            sigmas=sigmas.float().cpu(),
+            sigmas=sigmas,
             guidance=guidance,
             solver=euler if sampler is None else host.core_solver(sampler, shift, seed),
-            init_latents=None if latent is None else convert.latent_samples(latent),
+            init_latents=init_latents,
             riflex_k=riflex_k,
             resume=host.resume_folder() if resume else None,
             runtime=runtime,

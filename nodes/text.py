@@ -16,6 +16,11 @@ def encoder_folders() -> dict[str, Path]:
     )
 
 
+def encoder_choices() -> list[str]:
+    """Everything SkyReels Load Text Encoder offers."""
+    return [BUILTIN_NAME, *encoder_folders()]
+
+
 class SkyReelsTextEncoderLoader:
     CATEGORY = "SkyReels/loaders"
     DESCRIPTION = (
@@ -32,7 +37,7 @@ class SkyReelsTextEncoderLoader:
         return {
             "required": {
                 "text_encoder": (
-                    [BUILTIN_NAME, *encoder_folders()],
+                    encoder_choices(),
                     {
                         "tooltip": "A folder in models/text_encoders or models/diffusers with "
                         "text_encoder, text_encoder_2, tokenizer and tokenizer_2 inside (about "
@@ -42,6 +47,10 @@ class SkyReelsTextEncoderLoader:
             },
             "hidden": {"unique_id": "UNIQUE_ID"},
         }
+
+    @classmethod
+    def VALIDATE_INPUTS(cls, text_encoder: str | None = None) -> bool | str:
+        return host.check_choice("text_encoders", text_encoder, encoder_choices())
 
     def load(self, text_encoder: str, unique_id: str | None = None) -> tuple[TextEncoder]:
         runtime = host.ComfyRuntime(unique_id)

@@ -87,10 +87,9 @@ def placed(
         OutOfRoomError: not even one block fits beside the activations.
     """
     device = runtime.device
-    blocks = transformer.blocks
-    away = [block for block in blocks if _is_away(block, device)]
-    missing_bytes = weight_bytes(transformer) if away else 0
+    missing_bytes = weight_bytes(transformer) if _is_away(transformer, device) else 0
     runtime.make_room(missing_bytes + activation_bytes + RESERVE_BYTES)
+    away = [block for block in transformer.blocks if _is_away(block, device)]
     free = runtime.free_bytes() - activation_bytes
     if device.type != "cpu":
         free -= RESERVE_BYTES

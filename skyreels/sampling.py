@@ -200,7 +200,7 @@ def sample(
     Raises:
         OptionError, ShapeError, TextError, OutOfRoomError, CheckpointError: see the messages.
     """
-    _check(transformer, image, prompt, negative, sigmas, guidance, init_latents)
+    check_inputs(transformer, image, prompt, negative, sigmas, guidance, init_latents)
     if resume is not None and solver is not euler:
         raise OptionError(
             "Resuming needs the Euler solver: others carry a history that is not saved. "
@@ -223,10 +223,7 @@ def sample(
 
     num_steps = len(sigmas) - 1
     grid = transformer.token_grid(image.latent_shape)
-    branches = [prompt] if negative is None else [prompt, negative]
-    text_tokens = max(embeds.prompt_embeds.shape[1] for embeds in branches)
-    num_tokens = grid[0] * grid[1] * grid[2] + text_tokens
-    num_bytes = sampling_bytes(transformer.config, num_tokens, transformer.compute_dtype)
+    num_bytes = run_bytes(transformer, image, prompt, negative)
 
     def on_step(step: int, latents: Tensor, denoised: Tensor) -> None:
         if resume is not None and first_step + step + 1 < num_steps:
@@ -252,7 +249,21 @@ def sample(
     return to_vae_space(latents.float().cpu())
 
 
-def _check(
+def run_bytes(
+    transformer: SkyReelsTransformer,
+    image: ImageConditioning,
+    prompt: PromptEmbeds,
+    negative: PromptEmbeds | None,
+) -> int:
+    """Peak bytes of a run beyond the weights, of its longer branch."""
+    frames, rows, columns = transformer.token_grid(image.latent_shape)
+    branches = [prompt] if negative is None else [prompt, negative]
+    text_tokens = max(embeds.prompt_embeds.shape[1] for embeds in branches)
+    num_tokens = frames * rows * columns + text_tokens
+    return sampling_bytes(transformer.config, num_tokens, transformer.compute_dtype)
+
+
+def check_inputs(
     transformer: SkyReelsTransformer,
     image: ImageConditioning,
     prompt: PromptEmbeds,
@@ -261,6 +272,10 @@ def _check(
     guidance: Guidance,
     init_latents: Tensor | None,
 ) -> None:
+    """Refuse what `sample` cannot run, before anything is moved to a device.
+
+    Args and errors: as for `sample`.
+    """
     check_prompt_embeds(prompt, transformer.config)
     if negative is not None:
         check_prompt_embeds(negative, transformer.config)

@@ -1,0 +1,484 @@
+"""Write workflows/*.json and their API form in tests/workflows/ from the graphs described below.
+
+    python tests/scripts/build_workflows.py [--check]
+
+Widget values, their order and the sockets come from the node definitions themselves (ours from the
+classes, core's from tests/support/core_nodes.json, recorded from ComfyUI 0.3.64), so a file cannot
+disagree with them. --check writes nothing and fails if a file differs from what would be written.
+"""
+
+import argparse
+import json
+import sys
+import tempfile
+import uuid
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import conftest  # noqa: F401 - loads the package the way ComfyUI does
+import comfyui_skyreels
+import tomllib
+from comfyui_skyreels.skyreels.builtin import BUILTIN_NAME
+from comfyui_skyreels.skyreels.text import DEFAULT_NEGATIVE_PROMPT
+from support import host
+
+ROOT = Path(__file__).resolve().parents[2]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+CORE_VERSION = "0.3.64"
+WIDGET_TYPES = ("INT", "FLOAT", "STRING", "BOOLEAN", "COMBO")
+
+POSITIVE = {"color": "#232", "bgcolor": "#353"}
+NEGATIVE = {"color": "#322", "bgcolor": "#533"}
+NOTE = {"color": "#432", "bgcolor": "#653"}
+GROUP_COLORS = {"load": "#8A8", "encode": "#88A", "sample": "#A88", "decode and save": "#3f789e"}
+COLUMN_GAP, ROW_GAP, TITLE_HEIGHT = 60, 20, 30
+#: a running node grows by a line of text, the sampler by a preview too
+STATUS_HEIGHT, SAMPLER_HEIGHT = 30, 760
+
+
+@dataclass(frozen=True)
+class Node:
+    """One node: widget values that differ from the default, links as input -> (node, output)."""
+
+    type: str
+    values: dict[str, Any] = field(default_factory=dict)
+    links: dict[str, tuple[str, int]] = field(default_factory=dict)
+    title: str = ""
+    look: dict[str, str] = field(default_factory=dict)
+    models: tuple[str, ...] = ()
+    height: int = 0
+
+
+#: column -> name -> node; columns become groups, left to right
+Graph = dict[str, dict[str, Node]]
+
+HUGGING_FACE = "https://huggingface.co/"
+COMFY_ORG = HUGGING_FACE + "Comfy-Org/HunyuanVideo_repackaged/resolve/main/split_files/"
+KIJAI = HUGGING_FACE + "Kijai/SkyReels-V1-Hunyuan_comfy/resolve/main/"
+#: file -> (folder kind, address)
+MODELS = {
+    "skyreels_hunyuan_i2v_bf16.safetensors": ("diffusion_models", KIJAI),
+    "skyreels_hunyuan_i2v_fp8_e4m3fn.safetensors": ("diffusion_models", KIJAI),
+    "hunyuan_video_vae_bf16.safetensors": ("vae", COMFY_ORG + "vae/"),
+    "clip_l.safetensors": ("text_encoders", COMFY_ORG + "text_encoders/"),
+    "llava_llama3_fp8_scaled.safetensors": ("text_encoders", COMFY_ORG + "text_encoders/"),
+}
+
+
+# --- the graphs ---------------------------------------------------------------------------------
+
+
+def note(text: str, height: int) -> Node:
+    return Node("MarkdownNote", {"text": text}, look=NOTE, height=height)
+
+
+def sample_decode_save(prefix: str, decode: dict[str, Any], sample_note: Node) -> Graph:
+    """The right half, the same in every graph."""
+    return {
+        "sample": {
+            "sample note": sample_note,
+            "sampler": Node(
+                "SkyReelsSampler",
+                links={
+                    "model": ("transformer", 0),
+                    "positive": ("positive", 0),
+                    "negative": ("negative", 0),
+                    "image": ("conditioning", 0),
+                },
+                height=SAMPLER_HEIGHT,
+            ),
+        },
+        "decode and save": {
+            "decode": Node(
+                "SkyReelsVAEDecode", decode, {"vae": ("vae", 0), "samples": ("sampler", 0)}
+            ),
+            "video": Node("CreateVideo", {"fps": 24.0}, {"images": ("decode", 0)}),
+            "save": Node(
+                "SaveVideo", {"filename_prefix": f"video/{prefix}"}, {"video": ("video", 0)},
+                height=430,
+            ),  # fmt: skip
+        },
+    }
+
+
+def conditioning(width: int, height: int, num_frames: int) -> Node:
+    return Node(
+        "SkyReelsImageConditioning",
+        {"width": width, "height": height, "num_frames": num_frames},
+        {"vae": ("vae", 0), "image": ("image", 0)},
+    )
+
+
+def quick_start() -> Graph:
+    """The built-in model and a picture drawn by core nodes: no file is needed."""
+    text = {"text_encoder": ("text encoder", 0)}
+    return {
+        "load": {
+            "note": note(
+                "## Quick start\n\nPress **Run**: a 64x64 clip in seconds, on any machine, without "
+                "a download.\n\nThe built-in model is a tiny stand-in with **random weights**. It "
+                "shows every node at work and looks like noise; it is not SkyReels-V1.\n\nFor real "
+                "videos open the template *local_bf16* or *local_low_memory*.",
+                180,
+            ),
+            "transformer": Node("SkyReelsTransformerLoader", {"transformer": BUILTIN_NAME}),
+            "vae": Node("SkyReelsVAELoader", {"vae": BUILTIN_NAME}),
+            "text encoder": Node("SkyReelsTextEncoderLoader", {"text_encoder": BUILTIN_NAME}),
+        },
+        "picture": {
+            "background": Node(
+                "EmptyImage", {"width": 64, "height": 64, "color": 0x203060}, title="Background"
+            ),
+            "square": Node(
+                "EmptyImage", {"width": 20, "height": 20, "color": 0xE03030}, title="Red square"
+            ),
+            "image": Node(
+                "ImageCompositeMasked",
+                {"x": 30, "y": 22},
+                {"destination": ("background", 0), "source": ("square", 0)},
+                title="Picture (put a Load Image here)",
+            ),
+        },
+        "encode": {
+            "positive": Node(
+                "SkyReelsTextEncode", {"prompt": "a red square moves left"}, text,
+                title="Prompt", look=POSITIVE,
+            ),
+            "negative": Node(
+                "SkyReelsTextEncode", {"prompt": "", "add_fps_prefix": False}, text,
+                title="Negative prompt", look=NEGATIVE,
+            ),
+            "conditioning": conditioning(64, 64, 17),
+        },
+        **sample_decode_save(
+            "skyreels_quick_start",
+            {},
+            note(
+                "**Cancel** stops between two blocks of the network. The same seed gives the same "
+                "video on every device.",
+                90,
+            ),
+        ),
+    }  # fmt: skip
+
+
+def local(transformer: str, prefix: str, introduction: Node, sample_note: Node) -> Graph:
+    """Real weights, core's text encoders, a picture from disk."""
+    vae = "hunyuan_video_vae_bf16.safetensors"
+    clips = ("clip_l.safetensors", "llava_llama3_fp8_scaled.safetensors")
+    return {
+        "load": {
+            "note": introduction,
+            "transformer": Node(
+                "SkyReelsTransformerLoader", {"transformer": transformer}, models=(transformer,)
+            ),
+            "vae": Node("SkyReelsVAELoader", {"vae": vae}, models=(vae,)),
+            "clip": Node(
+                "DualCLIPLoader",
+                {"clip_name1": clips[0], "clip_name2": clips[1], "type": "hunyuan_video"},
+                models=clips,
+            ),
+            "image": Node("LoadImage", {"image": "example.png"}, height=320),
+        },
+        "encode": {
+            "positive": Node(
+                "CLIPTextEncode",
+                {
+                    "text": "FPS-24, A woman in a green coat turns her head towards the camera and "
+                    "smiles, wind moves her hair, soft evening light, medium shot"
+                },
+                {"clip": ("clip", 0)},
+                title="Prompt (begin with FPS-24, )",
+                look=POSITIVE,
+            ),
+            "negative": Node(
+                "CLIPTextEncode", {"text": DEFAULT_NEGATIVE_PROMPT}, {"clip": ("clip", 0)},
+                title="Negative prompt", look=NEGATIVE,
+            ),
+            "conditioning": conditioning(960, 544, 97),
+        },
+        **sample_decode_save(prefix, {}, sample_note),
+    }  # fmt: skip
+
+
+SETTINGS_NOTE = (
+    "30 steps, CFG 6, embedded guidance 1 and shift 7 are the authors' settings. Keep embedded "
+    "guidance at 1. Use at least five times as many steps as CFG.\n\nTrained sizes: 960x544, "
+    "544x960, 720x720, at 97 frames."
+)
+
+
+def local_bf16() -> Graph:
+    return local(
+        "skyreels_hunyuan_i2v_bf16.safetensors",
+        "skyreels",
+        note(
+            "## SkyReels-V1, exact\n\nThe weights as published, 25.6 GB in bf16. On a card below "
+            "40 GB the blocks that do not fit are streamed from main memory (64 GB of it).\n\n"
+            f"[Transformer]({HUGGING_FACE}Kijai/SkyReels-V1-Hunyuan_comfy) · "
+            f"[VAE and text encoders]({HUGGING_FACE}Comfy-Org/HunyuanVideo_repackaged)\n\n"
+            "Choose a picture of a person below: it becomes the first frame.",
+            190,
+        ),
+        note(SETTINGS_NOTE, 140),
+    )
+
+
+def local_low_memory() -> Graph:
+    return local(
+        "skyreels_hunyuan_i2v_fp8_e4m3fn.safetensors",
+        "skyreels_low_memory",
+        note(
+            "## SkyReels-V1 on a 12 GB card\n\nThe 8-bit file, 13.2 GB: blocks are streamed from "
+            "main memory (32 GB of it), and the decoder takes the largest tiles that fit.\n\n"
+            f"[Transformer]({HUGGING_FACE}Kijai/SkyReels-V1-Hunyuan_comfy) · "
+            f"[VAE and text encoders]({HUGGING_FACE}Comfy-Org/HunyuanVideo_repackaged)\n\n"
+            "**Out of memory?** Fewer frames (49) or a smaller size (640x368) first: activations "
+            "count for more than weights.",
+            210,
+        ),
+        note(SETTINGS_NOTE, 140),
+    )
+
+
+GRAPHS = {
+    "quick_start": quick_start,
+    "local_bf16": local_bf16,
+    "local_low_memory": local_low_memory,
+}
+
+
+# --- from definitions to files ------------------------------------------------------------------
+
+
+def definition(node_type: str) -> dict[str, Any]:
+    """{"input": {"required", "optional"}, "output", "output_name"} of a node, as /object_info."""
+    if node_type == "MarkdownNote":  # lives in the page only
+        text = ["STRING", {"default": "", "multiline": True}]
+        return {"input": {"required": {"text": text}}, "output": [], "output_name": []}
+    cls = comfyui_skyreels.NODE_CLASS_MAPPINGS.get(node_type)
+    if cls is None:
+        return host.CORE_NODES[node_type]
+    return {
+        "input": cls.INPUT_TYPES(),
+        "output": list(cls.RETURN_TYPES),
+        "output_name": list(cls.RETURN_NAMES),
+    }
+
+
+def split_inputs(node_type: str) -> tuple[dict[str, tuple], dict[str, tuple]]:
+    """Sockets and widgets of a node: name -> (type, options, is optional), in page order."""
+    sockets: dict[str, tuple] = {}
+    widgets: dict[str, tuple] = {}
+    for kind in ("required", "optional"):
+        for name, (kind_of_input, *rest) in definition(node_type)["input"].get(kind, {}).items():
+            options = dict(rest[0]) if rest else {}
+            if isinstance(kind_of_input, list):
+                options["options"] = kind_of_input
+                kind_of_input = "COMBO"
+            group = widgets if kind_of_input in WIDGET_TYPES else sockets
+            group[name] = (kind_of_input, options, kind == "optional")
+    return sockets, widgets
+
+
+def widget_values(node: Node) -> dict[str, Any]:
+    """Every widget's value, by name."""
+    _, widgets = split_inputs(node.type)
+    unknown = set(node.values) - set(widgets)
+    if unknown:
+        raise ValueError(f"{node.type} has no widget {sorted(unknown)}")
+    values = {}
+    for name, (_, options, _) in widgets.items():
+        choices = options.get("options") or [None]
+        values[name] = node.values.get(name, options.get("default", choices[0]))
+    return values
+
+
+def stored_values(node: Node) -> list[Any]:
+    """Values by position, with the widgets that the page adds on its own."""
+    _, widgets = split_inputs(node.type)
+    stored = []
+    for name, value in widget_values(node).items():
+        stored.append(value)
+        if widgets[name][1].get("control_after_generate"):
+            stored.append("fixed")
+        if widgets[name][1].get("image_upload"):
+            stored.append("image")
+    return stored
+
+
+def node_height(node: Node) -> int:
+    sockets, widgets = split_inputs(node.type)
+    rows = max(len(sockets), len(definition(node.type)["output"]))
+    multiline = sum(bool(options.get("multiline")) for _, options, _ in widgets.values())
+    status = STATUS_HEIGHT if "unique_id" in definition(node.type)["input"].get("hidden", {}) else 0
+    height = 14 + 20 * rows + 24 * len(stored_values(node)) + 90 * multiline + status
+    return node.height or height
+
+
+def to_ui(name: str, graph: Graph) -> dict[str, Any]:
+    """The litegraph file, version 0.4."""
+    flat = {key: node for column in graph.values() for key, node in column.items()}
+    ids = {key: number for number, key in enumerate(flat, 1)}
+    links: list[list[Any]] = []
+    groups: list[dict[str, Any]] = []
+    nodes: list[dict[str, Any]] = []
+    x = 40
+    for title, column in graph.items():
+        width = 400 if title in ("load", "encode") else 340
+        y = 80
+        for key, node in column.items():
+            height = node_height(node)
+            nodes.append(ui_node(ids, key, node, flat, links, (x, y), (width, height)))
+            y += height + TITLE_HEIGHT + ROW_GAP
+        groups.append(
+            {
+                "id": len(groups) + 1,
+                "title": title,
+                "bounding": [x - 20, 0, width + 40, y - TITLE_HEIGHT],
+                "color": GROUP_COLORS.get(title, "#b58b2a"),
+                "font_size": 24,
+                "flags": {},
+            }
+        )
+        x += width + COLUMN_GAP
+    for link in links:
+        origin = nodes[link[1] - 1]["outputs"][link[2]]
+        origin["links"] = [*(origin["links"] or []), link[0]]
+    return {
+        "id": str(uuid.uuid5(uuid.NAMESPACE_URL, f"skyreels-wiro/{name}")),
+        "revision": 0,
+        "last_node_id": len(nodes),
+        "last_link_id": len(links),
+        "nodes": nodes,
+        "links": links,
+        "groups": groups,
+        "config": {},
+        "extra": {},
+        "version": 0.4,
+    }
+
+
+def ui_node(
+    ids: dict[str, int],
+    key: str,
+    node: Node,
+    flat: dict[str, Node],
+    links: list[list[Any]],
+    pos: tuple[int, int],
+    size: tuple[int, int],
+) -> dict[str, Any]:
+    """One entry of "nodes"; its links are appended to `links`."""
+    sockets, widgets = split_inputs(node.type)
+    unknown = set(node.links) - set(sockets)
+    if unknown:
+        raise ValueError(f"{node.type} has no socket {sorted(unknown)}")
+    inputs: list[dict[str, Any]] = []
+    for name, (kind, _, is_optional) in sockets.items():
+        entry = {"name": name, "type": kind, "link": None}
+        if is_optional:
+            entry["shape"] = 7
+        if name in node.links:
+            origin, slot = node.links[name]
+            links.append([len(links) + 1, ids[origin], slot, ids[key], len(inputs), kind])
+            entry["link"] = len(links)
+            given = definition(flat[origin].type)["output"][slot]
+            if given != kind:
+                raise ValueError(f"{key}.{name} takes {kind}, and {origin} gives {given}")
+        inputs.append(entry)
+    for name, (kind, _, is_optional) in widgets.items():
+        entry = {"name": name, "type": kind, "widget": {"name": name}, "link": None}
+        inputs.append({**entry, "shape": 7} if is_optional else entry)
+    described = definition(node.type)
+    outputs = [
+        {"name": label, "type": kind, "links": None}
+        for label, kind in zip(described["output_name"], described["output"], strict=True)
+    ]
+    is_note = node.type == "MarkdownNote"
+    return {
+        "id": ids[key],
+        "type": node.type,
+        "pos": list(pos),
+        "size": list(size),
+        "flags": {},
+        "order": ids[key] - 1,
+        "mode": 0,
+        "inputs": [] if is_note else inputs,
+        "outputs": outputs,
+        "properties": {} if is_note else node_properties(node),
+        "widgets_values": stored_values(node),
+        **({"title": node.title} if node.title else {}),
+        **node.look,
+    }
+
+
+def node_properties(node: Node) -> dict[str, Any]:
+    """Who owns the node, and the files its widgets name with where to get them."""
+    ours = node.type in comfyui_skyreels.NODE_CLASS_MAPPINGS
+    properties: dict[str, Any] = {
+        "Node name for S&R": node.type,
+        "cnr_id": PROJECT["name"] if ours else "comfy-core",
+        "ver": PROJECT["version"] if ours else CORE_VERSION,
+    }
+    if node.models:
+        properties["models"] = [
+            {"name": file, "url": MODELS[file][1] + file, "directory": MODELS[file][0]}
+            for file in node.models
+        ]
+    return properties
+
+
+def to_api(graph: Graph) -> dict[str, Any]:
+    """What the page sends for the same graph."""
+    flat = {key: node for column in graph.values() for key, node in column.items()}
+    ids = {key: str(number) for number, key in enumerate(flat, 1)}
+    return {
+        ids[key]: {
+            "inputs": {
+                **widget_values(node),
+                **{name: [ids[origin], slot] for name, (origin, slot) in node.links.items()},
+            },
+            "class_type": node.type,
+        }
+        for key, node in flat.items()
+        if node.type != "MarkdownNote"
+    }
+
+
+def build() -> dict[Path, str]:
+    """Path -> content of every generated file."""
+    with tempfile.TemporaryDirectory() as folder:
+        host.install(host.Host(Path(folder)))
+        files = {}
+        for name, graph in GRAPHS.items():
+            forms = {
+                ROOT / "workflows" / f"{name}.json": to_ui(name, graph()),
+                ROOT / "tests" / "workflows" / f"{name}.api.json": to_api(graph()),
+            }
+            files |= {p: json.dumps(v, indent=1, ensure_ascii=False) for p, v in forms.items()}
+        for module in host.MODULES:
+            del sys.modules[module]
+    return {path: text + "\n" for path, text in files.items()}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--check", action="store_true")
+    check = parser.parse_args().check
+    stale = []
+    for path, text in build().items():
+        if path.is_file() and path.read_text(encoding="utf-8") == text:
+            continue
+        stale.append(path.relative_to(ROOT))
+        if not check:
+            path.parent.mkdir(exist_ok=True)
+            path.write_text(text, encoding="utf-8")
+    for path in stale:
+        print(f"{path} {'differs from its graph' if check else 'written'}")
+    return 1 if check and stale else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,220 @@
+"""Stand-ins for the parts of ComfyUI that `nodes/` uses, for tests without ComfyUI.
+
+`install` puts modules of ComfyUI's names in sys.modules; `Host` is what they share and what a test
+looks at. `run_prompt` executes an API prompt the way ComfyUI does: validation first, then every
+node after the nodes it depends on. What is checked here is checked again in a real ComfyUI where
+there is one (tests/adapters/test_real_comfyui.py).
+"""
+
+import inspect
+import json
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import torch
+
+CORE_NODES = json.loads((Path(__file__).parent / "core_nodes.json").read_text(encoding="utf-8"))
+SUFFIXES = (".safetensors", ".sft", ".pt", ".pth", ".ckpt", ".bin")
+MODULES = (
+    "folder_paths",
+    "server",
+    "latent_preview",
+    "comfy",
+    "comfy.utils",
+    "comfy.model_management",
+    "comfy.model_patcher",
+    "comfy.model_sampling",
+    "comfy.latent_formats",
+)
+
+
+class InterruptProcessingException(Exception):  # noqa: N818 - ComfyUI's own name
+    """What ComfyUI raises when the user pressed Cancel."""
+
+
+@dataclass
+class Host:
+    """The state behind the stand-ins: what the program has, and what was asked of it."""
+
+    root: Path
+    free_bytes: int = 24 * 1024**3
+    cancel_after: int | None = None
+    checks: int = 0
+    progress: list[tuple[int, int]] = field(default_factory=list)
+    texts: list[str] = field(default_factory=list)
+    previews: list[Any] = field(default_factory=list)
+    loaded: list[Any] = field(default_factory=list)
+    asked: list[tuple[int, list[Any]]] = field(default_factory=list)
+
+    def folder(self, kind: str) -> Path:
+        path = self.root / "models" / kind
+        path.mkdir(parents=True, exist_ok=True)
+        return path
+
+    def check(self) -> None:
+        self.checks += 1
+        if self.cancel_after is not None and self.checks > self.cancel_after:
+            self.cancel_after = None  # the first asker clears the flag
+            raise InterruptProcessingException
+
+
+class ModelPatcher:
+    """A handle on a module; loading and unloading only leaves a record."""
+
+    def __init__(self, model: Any, load_device: torch.device, offload_device: torch.device) -> None:
+        self.model, self.load_device, self.offload_device = model, load_device, offload_device
+
+
+class ProgressBar:
+    """Records what is reported."""
+
+    host: Host
+
+    def __init__(self, total: int, node_id: str | None = None) -> None:
+        self.node_id = node_id
+
+    def update_absolute(self, value: int, total: int, preview: Any = None) -> None:
+        self.host.check()
+        self.host.progress.append((value, total))
+        if preview is not None:
+            self.host.previews.append(preview)
+
+
+def install(host: Host) -> None:
+    """Put the stand-ins in sys.modules; a test's monkeypatch takes them out again."""
+    modules = {name: ModuleType(name) for name in MODULES}
+    for name, module in modules.items():
+        parent, _, child = name.rpartition(".")
+        if parent:
+            setattr(modules[parent], child, module)
+    cpu = torch.device("cpu")
+
+    paths: Any = modules["folder_paths"]
+    paths.folder_names_and_paths = {
+        kind: ([str(host.folder(kind))], set(SUFFIXES))
+        for kind in ("diffusion_models", "vae", "text_encoders", "diffusers")
+    }
+    paths.get_filename_list = lambda kind: sorted(
+        path.relative_to(host.folder(kind)).as_posix()
+        for path in host.folder(kind).rglob("*")
+        if path.suffix in SUFFIXES
+    )
+    paths.get_full_path = lambda kind, name: (
+        str(host.folder(kind) / name) if (host.folder(kind) / name).is_file() else None
+    )
+    paths.get_user_directory = lambda: str(host.root / "user")
+
+    management: Any = modules["comfy.model_management"]
+    management.InterruptProcessingException = InterruptProcessingException
+    management.throw_exception_if_processing_interrupted = host.check
+    management.get_torch_device = management.unet_offload_device = lambda: cpu
+    management.get_free_memory = lambda device: host.free_bytes
+    management.LoadedModel = lambda patcher: patcher
+    management.free_memory = lambda num_bytes, device, keep_loaded=(): host.asked.append(
+        (num_bytes, list(keep_loaded))
+    )
+    management.load_models_gpu = lambda models, memory_required=0, force_full_load=False: (
+        host.loaded.extend(models)
+    )
+    management.unload_all_models = host.loaded.clear
+
+    bar = type("ProgressBar", (ProgressBar,), {"host": host})
+    modules["comfy.utils"].ProgressBar = bar  # type: ignore[attr-defined]
+    modules["comfy.model_patcher"].ModelPatcher = ModelPatcher  # type: ignore[attr-defined]
+    sampling: Any = modules["comfy.model_sampling"]
+    sampling.CONST = type("CONST", (), {})
+    sampling.ModelSamplingDiscreteFlow = type(
+        "ModelSamplingDiscreteFlow",
+        (),
+        {"set_parameters": lambda self, shift: setattr(self, "shift", shift)},
+    )
+    modules["comfy.latent_formats"].HunyuanVideo = type("HunyuanVideo", (), {})  # type: ignore[attr-defined]
+    modules["latent_preview"].get_previewer = lambda device, latent_format: SimpleNamespace(  # type: ignore[attr-defined]
+        decode_latent_to_preview_image=lambda kind, latents: (kind, tuple(latents.shape), None)
+    )
+    instance = SimpleNamespace(send_progress_text=lambda text, node_id: host.texts.append(text))
+    modules["server"].PromptServer = SimpleNamespace(instance=instance)  # type: ignore[attr-defined]
+    sys.modules.update(modules)
+
+
+# --- executing a prompt -------------------------------------------------------------------------
+
+
+def made_up_conditioning(text: str, width: int, pooled: int) -> list[list[Any]]:
+    """CONDITIONING laid out as core's hunyuan_video CLIP does, with numbers made from the text."""
+    generator = torch.Generator().manual_seed(sum(text.encode()) + 1)
+    states = torch.randn(1, len(text.split()) + 1, width, generator=generator)
+    return [[states, {"pooled_output": torch.randn(1, pooled, generator=generator)}]]
+
+
+def core_node(class_type: str, inputs: dict[str, Any], text_sizes: tuple[int, int]) -> tuple:
+    """What the core nodes of our workflows return, near enough for ours."""
+    if class_type == "LoadImage":
+        return torch.rand(1, 48, 80, 3), torch.zeros(1, 48, 80)
+    if class_type == "EmptyImage":
+        colour = [inputs["color"] >> shift & 255 for shift in (16, 8, 0)]
+        size = (inputs["batch_size"], inputs["height"], inputs["width"], 3)
+        return (torch.tensor(colour).div(255).expand(size).clone(),)
+    if class_type == "ImageCompositeMasked":
+        image, source = inputs["destination"].clone(), inputs["source"]
+        x, y = inputs["x"], inputs["y"]
+        image[:, y : y + source.shape[1], x : x + source.shape[2]] = source
+        return (image,)
+    if class_type == "DualCLIPLoader":
+        assert inputs["type"] == "hunyuan_video"
+        return ("clip",)
+    if class_type == "CLIPTextEncode":
+        return (made_up_conditioning(inputs["text"], *text_sizes),)
+    if class_type == "CreateVideo":
+        return ((inputs["images"], inputs["fps"]),)
+    if class_type == "SaveVideo":
+        return ()
+    raise AssertionError(f"unknown core node {class_type}")
+
+
+def validate(prompt: dict[str, Any], classes: dict[str, Any]) -> dict[str, str]:
+    """Node id -> what VALIDATE_INPUTS says against its widget values."""
+    problems = {}
+    for key, node in prompt.items():
+        function = getattr(classes.get(node["class_type"]), "VALIDATE_INPUTS", None)
+        if function is None:
+            continue
+        names = inspect.signature(function).parameters
+        constants = {k: v for k, v in node["inputs"].items() if not isinstance(v, list)}
+        verdict = function(**{k: v for k, v in constants.items() if k in names})
+        if verdict is not True:
+            problems[key] = verdict
+    return problems
+
+
+def run_prompt(
+    prompt: dict[str, Any], classes: dict[str, Any], text_sizes: tuple[int, int] = (4096, 768)
+) -> dict[str, tuple]:
+    """Node id -> outputs, after a validation that must find nothing."""
+    assert validate(prompt, classes) == {}
+    results: dict[str, tuple] = {}
+
+    def result(key: str) -> tuple:
+        if key not in results:
+            node = prompt[key]
+            inputs = {
+                name: result(value[0])[value[1]] if isinstance(value, list) else value
+                for name, value in node["inputs"].items()
+            }
+            class_type = node["class_type"]
+            if class_type in classes:
+                cls = classes[class_type]
+                if "unique_id" in cls.INPUT_TYPES().get("hidden", {}):
+                    inputs["unique_id"] = key
+                with torch.inference_mode():  # as ComfyUI does
+                    results[key] = getattr(cls(), cls.FUNCTION)(**inputs)
+            else:
+                results[key] = core_node(class_type, inputs, text_sizes)
+        return results[key]
+
+    for key in prompt:
+        result(key)
+    return results
