@@ -42,3 +42,14 @@ def seeded() -> None:
 @pytest.fixture
 def root() -> Path:
     return ROOT
+
+
+@pytest.fixture
+def comfy(monkeypatch, tmp_path):
+    """A ComfyUI of stand-ins (support/host.py); its models, user files and records are in it."""
+    from support import host
+
+    comfy = host.Host(tmp_path / "comfyui")
+    for name, module in host.stand_ins(comfy).items():
+        monkeypatch.setitem(sys.modules, name, module)
+    return comfy

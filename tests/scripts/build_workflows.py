@@ -15,10 +15,11 @@ import uuid
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-import conftest  # noqa: F401 - loads the package the way ComfyUI does
 import comfyui_skyreels
+import conftest  # noqa: F401 - loads the package the way ComfyUI does
 import tomllib
 from comfyui_skyreels.skyreels.builtin import BUILTIN_NAME
 from comfyui_skyreels.skyreels.text import DEFAULT_NEGATIVE_PROMPT
@@ -96,9 +97,11 @@ def sample_decode_save(prefix: str, decode: dict[str, Any], sample_note: Node) -
             ),
             "video": Node("CreateVideo", {"fps": 24.0}, {"images": ("decode", 0)}),
             "save": Node(
-                "SaveVideo", {"filename_prefix": f"video/{prefix}"}, {"video": ("video", 0)},
+                "SaveVideo",
+                {"filename_prefix": f"video/{prefix}"},
+                {"video": ("video", 0)},
                 height=430,
-            ),  # fmt: skip
+            ),
         },
     }
 
@@ -449,17 +452,15 @@ def to_api(graph: Graph) -> dict[str, Any]:
 
 def build() -> dict[Path, str]:
     """Path -> content of every generated file."""
-    with tempfile.TemporaryDirectory() as folder:
-        host.install(host.Host(Path(folder)))
-        files = {}
+    files = {}
+    with tempfile.TemporaryDirectory() as folder, patch.dict(sys.modules):
+        sys.modules.update(host.stand_ins(host.Host(Path(folder))))
         for name, graph in GRAPHS.items():
             forms = {
                 ROOT / "workflows" / f"{name}.json": to_ui(name, graph()),
                 ROOT / "tests" / "workflows" / f"{name}.api.json": to_api(graph()),
             }
             files |= {p: json.dumps(v, indent=1, ensure_ascii=False) for p, v in forms.items()}
-        for module in host.MODULES:
-            del sys.modules[module]
     return {path: text + "\n" for path, text in files.items()}
 
 

@@ -1,14 +1,13 @@
 """Stand-ins for the parts of ComfyUI that `nodes/` uses, for tests without ComfyUI.
 
-`install` puts modules of ComfyUI's names in sys.modules; `Host` is what they share and what a test
-looks at. `run_prompt` executes an API prompt the way ComfyUI does: validation first, then every
-node after the nodes it depends on. What is checked here is checked again in a real ComfyUI where
-there is one (tests/adapters/test_real_comfyui.py).
+`stand_ins` makes modules of ComfyUI's names for sys.modules; `Host` is what they share and what a
+test looks at. `run_prompt` executes an API prompt the way ComfyUI does: validation first, then
+every node after the nodes it depends on. What is checked here is checked again in a real ComfyUI
+where there is one (tests/adapters/test_real_comfyui.py).
 """
 
 import inspect
 import json
-import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -83,8 +82,8 @@ class ProgressBar:
             self.host.previews.append(preview)
 
 
-def install(host: Host) -> None:
-    """Put the stand-ins in sys.modules; a test's monkeypatch takes them out again."""
+def stand_ins(host: Host) -> dict[str, ModuleType]:
+    """Name -> module, to be put in sys.modules for a while."""
     modules = {name: ModuleType(name) for name in MODULES}
     for name, module in modules.items():
         parent, _, child = name.rpartition(".")
@@ -137,7 +136,7 @@ def install(host: Host) -> None:
     )
     instance = SimpleNamespace(send_progress_text=lambda text, node_id: host.texts.append(text))
     modules["server"].PromptServer = SimpleNamespace(instance=instance)  # type: ignore[attr-defined]
-    sys.modules.update(modules)
+    return modules
 
 
 # --- executing a prompt -------------------------------------------------------------------------

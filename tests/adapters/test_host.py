@@ -1,0 +1,98 @@
+"""The adapter to ComfyUI: memory manager, status line, files that stay behind."""
+
+import os
+import time
+from types import SimpleNamespace
+
+import pytest
+import torch
+from comfyui_skyreels.nodes import host
+from comfyui_skyreels.skyreels.memory import RESERVE_BYTES, weight_bytes
+from support import tiny
+
+GIB = 1024**3
+
+
+@pytest.fixture
+def on_gpu(comfy):
+    """A runtime that says it computes on a GPU; its weights are on the CPU, none are moved."""
+    runtime = host.ComfyRuntime("1")
+    runtime.device = torch.device("cuda:0")
+    return runtime
+
+
+def loaded_model() -> host.LoadedModel:
+    return host.LoadedModel(tiny.transformer(), "our patcher", "tiny.safetensors")
+
+
+def test_a_model_that_fits_is_loaded_by_comfyuis_memory_manager(comfy, on_gpu):
+    model = loaded_model()
+    host.bring_in(model, on_gpu, GIB)
+    assert comfy.loaded == ["our patcher"]
+    assert comfy.asked[0][0] == weight_bytes(model.module) + GIB + RESERVE_BYTES
+
+
+def test_a_model_that_does_not_fit_leaves_with_all_others_so_that_it_can_be_streamed(
+    comfy, on_gpu, caplog
+):
+    comfy.loaded.append("somebody else's")
+    comfy.free_bytes = GIB
+    with caplog.at_level("INFO"):
+        host.bring_in(loaded_model(), on_gpu, GIB)
+    assert comfy.loaded == []
+    assert "tiny.safetensors" in caplog.text
+    assert "streamed" in caplog.text
+
+
+def test_making_room_never_unloads_the_model_of_the_run(comfy, on_gpu):
+    host.bring_in(loaded_model(), on_gpu, 0)
+    on_gpu.make_room(5 * GIB)
+    assert comfy.asked[-1] == (5 * GIB, ["our patcher"])
+
+
+def test_models_are_registered_with_their_devices(comfy):
+    runtime = host.ComfyRuntime()
+    module = tiny.transformer()
+    patcher = host.register(module, "x", runtime).patcher
+    assert patcher.model is module
+    assert (patcher.load_device, patcher.offload_device) == (runtime.device, runtime.offload_device)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        (("load", 6_600_000_000, 13_200_000_000, 0), "loading 6.6 of 13.2 GB"),
+        (("encode", 0, 1, 0), "encoding"),
+        (("encode", 1, 1, 0), "encoded"),
+        (("sample", 0, 30, 0), "step 0/30"),
+        (("sample", 12, 30, 3.4), "step 12/30 · 3.4 s/step · about 61 s left"),
+        (("sample", 12, 30, 34.0), "step 12/30 · 34.0 s/step · about 10 min left"),
+        (("sample", 30, 30, 3.4), "step 30/30"),
+        (("decode", 3, 15, 2.0), "tile 3/15 · 2.0 s/tile · about 24 s left"),
+    ],
+)
+def test_the_status_line_says_where_it_is_and_how_long_it_takes(arguments, line):
+    assert host.status_line(*arguments) == line
+
+
+def test_a_server_that_is_not_there_is_no_obstacle(comfy, monkeypatch):
+    import sys
+
+    runtime = host.ComfyRuntime("1")
+    monkeypatch.setitem(sys.modules, "server", None)
+    runtime.progress("sample", 1, 2)
+    monkeypatch.setitem(sys.modules, "server", SimpleNamespace(PromptServer=SimpleNamespace()))
+    runtime.progress("sample", 2, 2)
+    assert comfy.progress == [(1, 2), (2, 2)]
+
+
+def test_saved_steps_nobody_came_back_for_are_removed(comfy):
+    folder = host.resume_folder()
+    old, new = folder / "old.safetensors", folder / "new.safetensors"
+    for file in (old, new):
+        file.touch()
+    os.utime(old, (0, time.time() - 8 * 86_400))
+    assert host.resume_folder() == folder
+    assert not old.exists()
+    assert new.exists()
+    assert folder.parent.name == "__skyreels"  # ComfyUI serves no such folder
