@@ -2,21 +2,19 @@
 
 from typing import Any
 
-from torch import Tensor
+from torch import Size, Tensor
 
 from ..skyreels.conditioning import (
     FITS,
     ImageConditioning,
     check_size,
     encode_image,
+    latent_shape,
 )
+from ..skyreels.config import MAX_FRAMES, MAX_SIZE
 from ..skyreels.errors import ShapeError
-from ..skyreels.vae.tiling import decode_bytes
+from ..skyreels.memory import decode_bytes
 from . import host
-
-#: core checks no range of an input that VALIDATE_INPUTS names, so that does it too
-MAX_SIZE = 4096
-MAX_FRAMES = 1025
 
 
 class SkyReelsImageConditioning:
@@ -134,11 +132,6 @@ class SkyReelsImageConditioning:
         cls, width: int | None = None, height: int | None = None, num_frames: int | None = None
     ) -> bool | str:
         # linked values are not known yet and are absent; they are checked again when run
-        limits = {"Width": (width, MAX_SIZE), "Height": (height, MAX_SIZE),
-                  "Number of frames": (num_frames, MAX_FRAMES)}  # fmt: skip
-        for name, (value, limit) in limits.items():
-            if value is not None and value > limit:
-                return f"{name} {value} is more than {limit}: use at most {limit}."
         try:
             check_size(
                 16 if width is None else width,
@@ -165,9 +158,9 @@ class SkyReelsImageConditioning:
     ) -> tuple[ImageConditioning]:
         check_size(width, height, num_frames)
         runtime = host.ComfyRuntime(unique_id)
-        latents = ((prefix_frames - 1) // 4 + 1, height // 8, width // 8)
+        largest = Size(latent_shape(prefix_frames, height, width))
         dtype = next(vae.module.parameters()).dtype
-        host.bring_in(vae, runtime, decode_bytes(vae.module.config, (1, 16, *latents), dtype))
+        host.bring_in(vae, runtime, decode_bytes(vae.module.config, largest, dtype))
         conditioning = encode_image(
             vae.module, image, width=width, height=height, num_frames=num_frames, fit=fit,
             prefix_frames=prefix_frames, noise_augmentation=noise_augmentation,

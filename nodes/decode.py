@@ -7,7 +7,8 @@ from torch import Tensor
 
 from ..skyreels.config import TILINGS, Tiling
 from ..skyreels.errors import OptionError
-from ..skyreels.vae.tiling import decode_bytes, decode_frames, largest_tile
+from ..skyreels.memory import decode_bytes
+from ..skyreels.vae.tiling import decode_frames, largest_tile
 from . import convert, host
 
 

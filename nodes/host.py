@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from ..skyreels.errors import CheckpointError, OptionError
-from ..skyreels.memory import RESERVE_BYTES, weight_bytes
+from ..skyreels.memory import RESERVE_BYTES, missing_bytes, weight_bytes
 from ..skyreels.sampling import OnStep, Solver, Velocity
 
 log = logging.getLogger("skyreels")
@@ -158,9 +158,7 @@ def bring_in(loaded: LoadedModel, runtime: ComfyRuntime, activation_bytes: int) 
 
     runtime.keep(loaded.patcher)
     if runtime.device.type != "cpu":
-        away = sum(
-            p.numel() * p.itemsize for p in loaded.module.parameters() if p.device != runtime.device
-        )
+        away = missing_bytes(loaded.module, runtime.device)
         runtime.make_room(away + activation_bytes + RESERVE_BYTES)
         if runtime.free_bytes() < away + activation_bytes:
             size = weight_bytes(loaded.module)
@@ -294,8 +292,9 @@ def core_solver(sampler: Any, shift: float, seed: int) -> Solver:
             on_step(state["i"], state["x"], state["denoised"])
 
         extra_args = {"model_options": {}, "seed": seed, "denoise_mask": None}
+        # a copy: they are the user's SIGMAS, and samplers may write into them
         return function(
-            model, latents, sigmas, extra_args=extra_args, callback=callback, disable=True,
+            model, latents, sigmas.clone(), extra_args=extra_args, callback=callback, disable=True,
             **sampler.extra_options,
         )  # fmt: skip
 
@@ -307,15 +306,28 @@ class _DenoiserOfFlow:
 
     def __init__(self, velocity: Velocity, model_sampling: Any) -> None:
         self._velocity = velocity
+        self._said = False
         patcher = SimpleNamespace(get_model_object={"model_sampling": model_sampling}.get)
         base = SimpleNamespace(model_sampling=model_sampling)
         self.inner_model = SimpleNamespace(
             inner_model=base, model_sampling=model_sampling, model_patcher=patcher
         )
 
-    def __call__(self, x: Tensor, sigma: Tensor, **_: Any) -> Tensor:
+    def __call__(
+        self, x: Tensor, sigma: Tensor, model_options: dict[str, Any] | None = None, **_: Any
+    ) -> Tensor:
         level = sigma.reshape(-1)[0]
-        return x - level * self._velocity(x, level)
+        guided, negative = self._velocity(x, level)
+        denoised = x - level * guided
+        functions = (model_options or {}).get("sampler_post_cfg_function", [])
+        if functions and negative is None and not self._said:
+            log.warning("CFG++ samplers need the negative prediction: a step without it is plain.")
+            self._said = True
+        unwanted = denoised if negative is None else x - level * negative
+        for function in functions:  # CFG++ samplers collect the negative prediction this way
+            denoised = function({"denoised": denoised, "uncond_denoised": unwanted, "input": x,
+                                 "sigma": sigma})  # fmt: skip
+        return denoised
 
 
 @contextmanager

@@ -6,6 +6,7 @@ truncated or damaged file is reported as such and not as a shape mismatch later.
 """
 
 import json
+import math
 import os
 from collections import Counter
 from collections.abc import Mapping
@@ -33,8 +34,12 @@ DTYPES: dict[str, torch.dtype] = {
     "I32": torch.int32,
     "I16": torch.int16,
     "I8": torch.int8,
+    "U64": torch.uint64,
+    "U32": torch.uint32,
+    "U16": torch.uint16,
     "U8": torch.uint8,
     "BOOL": torch.bool,
+    "C64": torch.complex64,
 }
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
@@ -61,6 +66,8 @@ COMPANION_SUFFIXES = (
     ".comfy_quant",
 )
 MARKER_NAME = "scaled_fp8"
+#: where a .pt file may keep its weights
+_NESTING_KEYS = ("state_dict", "module", "model")
 
 
 @dataclass(frozen=True)
@@ -85,6 +92,7 @@ class CheckpointInfo:
     family: "transformer", "vae", "llama", "clip", "t5", "lora" or "unknown".
     variant: of a transformer, "skyreels-i2v", "t2v", "tencent-i2v" or "<n>-channel".
     layout, prefix: see keymaps.py. dtypes: number of parameters stored in each dtype.
+    metadata: what the header says beside its tensors.
     scales: "none", "v0 per tensor", "v0 per row", "v1 per tensor" or "v1 per row".
     config: TransformerConfig or VAEConfig, else None. tensors: by name without the
     prefix; whatever lacks the prefix belongs to another model of the same file and is not listed.
@@ -102,13 +110,14 @@ class CheckpointInfo:
     num_parameters: int
     num_bytes: int
     config: TransformerConfig | VAEConfig | None
+    metadata: Mapping[str, str] = field(repr=False)
     tensors: Mapping[str, TensorEntry] = field(repr=False)
 
     def to_json(self) -> dict[str, Any]:
-        """The same without the table of tensors, ready for json.dumps."""
+        """The same without the tensors and the metadata, ready for json.dumps."""
         from dataclasses import asdict
 
-        skipped = ("tensors", "path", "config")
+        skipped = ("tensors", "metadata", "path", "config")
         values = {k: v for k, v in self.__dict__.items() if k not in skipped}
         return {
             "path": str(self.path),
@@ -134,6 +143,8 @@ def inspect(path: str | os.PathLike[str]) -> CheckpointInfo:
     if path.is_dir():
         tensors, metadata = _read_folder(path)
         folder_config = _read_folder_config(path)
+    elif not path.is_file():
+        raise CheckpointError(f"{path} is neither a file nor a folder: choose a weight file.")
     elif path.suffix.lower() == ".gguf":
         raise CheckpointError(
             f"{path.name} is a GGUF file, which is not supported: use the .safetensors file of the "
@@ -166,7 +177,7 @@ def _describe(
         config = _transformer_config(path, weights, layout, folder_config)
         variant = VARIANTS.get(config.in_channels, f"{config.in_channels}-channel")
     elif family == "vae":
-        config = _vae_config(weights, layout, folder_config)
+        config = _vae_config(path, weights, layout, folder_config)
     plain = {n: e for n, e in weights.items() if not n.endswith(COMPANION_SUFFIXES)}
     dtypes: Counter[str] = Counter()
     for entry in plain.values():
@@ -178,12 +189,13 @@ def _describe(
         layout=layout,
         prefix=prefix,
         dtypes=dict(dtypes.most_common()),
-        scales=_scales(weights, metadata),
+        scales=_scales(weights),
         guidance_embeds=isinstance(config, TransformerConfig) and config.guidance_embeds,
         num_tensors=len(plain),
         num_parameters=sum(dtypes.values()),
         num_bytes=sum(entry.num_bytes for entry in weights.values()),
         config=config,
+        metadata=metadata,
         tensors=weights,
     )
 
@@ -238,6 +250,8 @@ def read_header(path: Path) -> tuple[dict[str, TensorEntry], dict[str, str]]:
     try:
         header = json.loads(raw, object_pairs_hook=_refuse_duplicates)
         metadata = header.pop("__metadata__", {}) or {}
+        if not all(isinstance(text, str) for text in metadata.values()):
+            raise ValueError("its metadata are not text")
         entries = {
             name: _header_entry(path, name, value, 8 + header_bytes)
             for name, value in header.items()
@@ -269,6 +283,11 @@ def _refuse_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _header_entry(path: Path, name: str, value: dict[str, Any], data_start: int) -> TensorEntry:
+    if value["dtype"] not in DTYPES:
+        raise CheckpointError(
+            f"{path.name} stores {name} as {value['dtype']}, which this package cannot read: use "
+            "the bf16, fp8 or scaled fp8 file of the same model, or download it again if it is one."
+        )
     dtype, shape = DTYPES[value["dtype"]], tuple(value["shape"])
     begin, end = value["data_offsets"]
     if not all(type(number) is int and number >= 0 for number in (*shape, begin, end)):
@@ -281,27 +300,37 @@ def _header_entry(path: Path, name: str, value: dict[str, Any], data_start: int)
 def load_pickle(path: Path, map_location: str) -> dict[str, torch.Tensor]:
     """The tensors of a .pt file, looked for under "state_dict", "module" and "model" too.
 
-    Only plain weights are unpickled; the file is memory-mapped.
+    Only plain weights are unpickled; a file of the present format is memory-mapped, one of before
+    torch 1.6 is read whole.
 
     Raises:
         CheckpointError: damaged file, or one that holds code.
     """
-    import pickle
+    import zipfile
 
     try:
-        content = torch.load(path, map_location=map_location, weights_only=True, mmap=True)
-    except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError, OSError) as error:
-        reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
+        content = torch.load(
+            path, map_location=map_location, weights_only=True, mmap=zipfile.is_zipfile(path)
+        )
+    except Exception:  # noqa: BLE001 - torch's own texts advise to run the code inside
         raise CheckpointError(
-            f"{path.name} cannot be read as plain weights ({reason}): download it again, or use "
-            "the .safetensors file of the same model."
+            f"{path.name} cannot be read as plain weights: it is damaged, not a checkpoint, or "
+            "holds program code, which is never run. Use the .safetensors file of the same model."
         ) from None
-    for key in ("state_dict", "module", "model"):
-        if isinstance(content, dict) and isinstance(content.get(key), dict):
-            content = content[key]
+    while isinstance(content, dict):
+        inner = next((content[k] for k in _NESTING_KEYS if isinstance(content.get(k), dict)), None)
+        if inner is None:
+            break
+        content = inner
     if not isinstance(content, dict):
         raise CheckpointError(f"{path.name} holds no tensors: it is not a checkpoint.")
-    return {name: value for name, value in content.items() if isinstance(value, torch.Tensor)}
+    return {
+        name: value
+        for name, value in content.items()
+        if isinstance(name, str)
+        and isinstance(value, torch.Tensor)
+        and value.layout == torch.strided
+    }
 
 
 def _pickle_entries(path: Path, tensors: dict[str, torch.Tensor]) -> dict[str, TensorEntry]:
@@ -327,7 +356,7 @@ def _read_folder(path: Path) -> tuple[dict[str, TensorEntry], dict[str, str]]:
     try:
         index = json.loads(indices[0].read_text(encoding="utf-8"))
         shard_of = {str(k): str(v) for k, v in index["weight_map"].items()}
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OSError):
         raise CheckpointError(
             f"{indices[0].name} in {path.name} is not a shard index: download it again."
         ) from None
@@ -356,11 +385,18 @@ def _read_folder_config(path: Path) -> dict[str, Any]:
         return {}
     try:
         config = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError:
+    except (ValueError, RecursionError, OSError):
         raise CheckpointError(
             f"config.json in {path.name} is not JSON: download it again."
         ) from None
     return config if isinstance(config, dict) else {}
+
+
+def _bad_config(path: Path, name: str, value: object, rule: str) -> CheckpointError:
+    return CheckpointError(
+        f"config.json in {path.name} has {name} {value!r}, and it must be {rule}: download it "
+        "again."
+    )
 
 
 # --- describing ---------------------------------------------------------------------------------
@@ -373,7 +409,7 @@ def _numel(shape: tuple[int, ...]) -> int:
     return product
 
 
-def _scales(weights: Mapping[str, TensorEntry], metadata: Mapping[str, str]) -> str:
+def _scales(weights: Mapping[str, TensorEntry]) -> str:
     for version, suffix in SCALE_SUFFIXES.items():
         sizes = [_numel(e.shape) for name, e in weights.items() if name.endswith(suffix)]
         if sizes:
@@ -396,16 +432,26 @@ def rope_axes(head_dim: int) -> tuple[int, int, int]:
     return head_dim - 2 * space, space, space
 
 
+def _shape(path: Path, weights: Mapping[str, TensorEntry], name: str, ndim: int) -> tuple[int, ...]:
+    """Shape of a tensor that must be there, with so many dimensions, none of them empty."""
+    if name not in weights:
+        raise CheckpointError(
+            f"{path.name} lacks tensor {name}: it is incomplete; download it again."
+        )
+    shape = weights[name].shape
+    if len(shape) != ndim or 0 in shape:
+        raise CheckpointError(
+            f"{path.name} has {name} of shape {list(shape)} where HunyuanVideo has {ndim} "
+            "dimensions: it is of another model."
+        )
+    return shape
+
+
 def _transformer_config(
     path: Path, weights: Mapping[str, TensorEntry], layout: str, folder_config: dict[str, Any]
 ) -> TransformerConfig:
-    def shape(name: str) -> tuple[int, ...]:
-        source = transformer_sources(name, layout)[0]
-        if source not in weights:
-            raise CheckpointError(
-                f"{path.name} lacks tensor {source}: it is incomplete; download it again."
-            )
-        return weights[source].shape
+    def shape(name: str, ndim: int) -> tuple[int, ...]:
+        return _shape(path, weights, transformer_sources(name, layout)[0], ndim)
 
     stems = {
         "diffusers": (
@@ -414,57 +460,71 @@ def _transformer_config(
             "context_embedder.token_refiner.refiner_blocks",
         )
     }.get(layout, ("double_blocks", "single_blocks", "txt_in.individual_token_refiner.blocks"))
-    patch_in = shape("img_in.proj.weight")
-    if len(patch_in) != 5:
-        raise CheckpointError(
-            f"{path.name} has a {len(patch_in)}-D patch embedder where HunyuanVideo has 5-D: it is "
-            "another model."
-        )
-    hidden, in_channels, patch_t, patch, _ = patch_in
-    head_dim = shape("double_blocks.0.img_attn_q_norm.weight")[0]
+    hidden, in_channels, patch_t, patch, _ = shape("img_in.proj.weight", 5)
+    (head_dim,) = shape("double_blocks.0.img_attn_q_norm.weight", 1)
     guidance = transformer_sources("guidance_in.mlp.0.weight", layout)[0] in weights
-    axes = folder_config.get("rope_axes_dim")
     return TransformerConfig(
         in_channels=in_channels,
-        out_channels=shape("final_layer.linear.weight")[0] // (patch_t * patch * patch),
+        out_channels=shape("final_layer.linear.weight", 2)[0] // (patch_t * patch * patch),
         num_attention_heads=hidden // head_dim,
         attention_head_dim=head_dim,
         num_layers=_count(weights, stems[0]),
         num_single_layers=_count(weights, stems[1]),
         num_refiner_layers=_count(weights, stems[2]),
-        mlp_ratio=shape("double_blocks.0.img_mlp.fc1.weight")[0] / hidden,
+        mlp_ratio=shape("double_blocks.0.img_mlp.fc1.weight", 2)[0] / hidden,
         patch_size=patch,
         patch_size_t=patch_t,
         guidance_embeds=guidance,
-        text_embed_dim=shape("txt_in.input_embedder.weight")[1],
-        pooled_projection_dim=shape("vector_in.in_layer.weight")[1],
-        rope_theta=float(folder_config.get("rope_theta", 256.0)),
-        rope_axes_dim=(axes[0], axes[1], axes[2]) if axes else rope_axes(head_dim),
+        text_embed_dim=shape("txt_in.input_embedder.weight", 2)[1],
+        pooled_projection_dim=shape("vector_in.in_layer.weight", 2)[1],
+        rope_theta=_rope_theta(path, folder_config),
+        rope_axes_dim=_rope_axes_dim(path, folder_config, head_dim),
     )
 
 
+def _rope_theta(path: Path, folder_config: dict[str, Any]) -> float:
+    theta = folder_config.get("rope_theta", 256.0)
+    if type(theta) not in (int, float) or not 0 < theta < math.inf:
+        raise _bad_config(path, "rope_theta", theta, "a positive number (256)")
+    return float(theta)
+
+
+def _rope_axes_dim(
+    path: Path, folder_config: dict[str, Any], head_dim: int
+) -> tuple[int, int, int]:
+    axes = folder_config.get("rope_axes_dim")
+    if axes is None:
+        return rope_axes(head_dim)
+    is_sound = isinstance(axes, list) and len(axes) == 3 and all(type(dim) is int for dim in axes)
+    if not is_sound or any(dim < 2 or dim % 2 for dim in axes) or sum(axes) != head_dim:
+        rule = f"three even numbers with the sum {head_dim}"
+        raise _bad_config(path, "rope_axes_dim", axes, rule)
+    return axes[0], axes[1], axes[2]
+
+
 def _vae_config(
-    weights: Mapping[str, TensorEntry], layout: str, folder_config: dict[str, Any]
+    path: Path, weights: Mapping[str, TensorEntry], layout: str, folder_config: dict[str, Any]
 ) -> VAEConfig:
     stem, conv = (
         ("encoder.down", "block.0.conv1.conv.weight")
         if layout == "sd"
         else ("encoder.down_blocks", "resnets.0.conv1.conv.weight")
     )
-    levels = _count(weights, stem)
     resnets = "block" if layout == "sd" else "resnets"
-    try:
-        return VAEConfig(
-            in_channels=weights["encoder.conv_in.conv.weight"].shape[1],
-            out_channels=weights["decoder.conv_out.conv.weight"].shape[0],
-            latent_channels=weights["post_quant_conv.weight"].shape[0],
-            block_out_channels=tuple(
-                weights[f"{stem}.{level}.{conv}"].shape[0] for level in range(levels)
-            ),
-            layers_per_block=_count(weights, f"{stem}.0.{resnets}"),
-            norm_num_groups=int(folder_config.get("norm_num_groups", 32)),
-        )
-    except KeyError as error:
-        raise CheckpointError(
-            f"The VAE lacks tensor {error.args[0]}: it is incomplete; download it again."
-        ) from None
+    groups = folder_config.get("norm_num_groups", 32)
+    if type(groups) is not int or groups < 1:
+        raise _bad_config(path, "norm_num_groups", groups, "a whole number from 1 (32)")
+
+    def channels(name: str, axis: int) -> int:
+        return _shape(path, weights, name, 5)[axis]
+
+    return VAEConfig(
+        in_channels=channels("encoder.conv_in.conv.weight", 1),
+        out_channels=channels("decoder.conv_out.conv.weight", 0),
+        latent_channels=channels("post_quant_conv.weight", 0),
+        block_out_channels=tuple(
+            channels(f"{stem}.{level}.{conv}", 0) for level in range(_count(weights, stem))
+        ),
+        layers_per_block=_count(weights, f"{stem}.0.{resnets}"),
+        norm_num_groups=groups,
+    )

@@ -8,11 +8,12 @@ import argparse
 import contextlib
 import json
 import logging
+import re
 import sys
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from .config import TILINGS, TRANSFORMER_PRECISIONS
 from .errors import OptionError, SkyReelsError
@@ -41,13 +42,50 @@ def main(argv: Sequence[str] | None = None) -> int:
         result = arguments.run(arguments)
     except SkyReelsError as error:
         return _fail(arguments, str(error), EXIT_ERROR)
-    except (OSError, MemoryError) as error:
-        return _fail(arguments, f"{type(error).__name__}: {error}", EXIT_ERROR)
+    except OSError as error:
+        place = error.filename or "A file"
+        return _fail(
+            arguments, f"{place} cannot be used ({error.strerror}): check the path.", EXIT_ERROR
+        )
     except KeyboardInterrupt:
-        return _fail(arguments, "Interrupted; nothing was written.", EXIT_INTERRUPTED)
+        return _fail(arguments, _interrupted(arguments), EXIT_INTERRUPTED)
+    except Exception as error:
+        if sys.flags.dev_mode:
+            raise
+        return _fail(arguments, _unexpected(error), EXIT_ERROR)
     if arguments.json:
         print(json.dumps(result))  # noqa: T201
     return 0
+
+
+def _interrupted(arguments: argparse.Namespace) -> str:
+    state = getattr(arguments, "resume", None)
+    if state is not None and state.is_file():
+        return f"Interrupted; the same command continues from {state}."
+    return "Interrupted; nothing was written."
+
+
+def _unexpected(error: Exception) -> str:
+    """A sentence for what no check of ours foresaw."""
+    if type(error).__name__ in ("OutOfMemoryError", "MemoryError"):  # torch's, Python's
+        return (
+            "The device ran out of memory: use fewer frames, a smaller size, --decode "
+            "tiled-diffusers or --precision fp8, or close other programs."
+        )
+    reason = next(iter(str(error).splitlines()), "")
+    return (
+        f"Unexpected {type(error).__name__} ({reason}): this is a defect of the program; report it "
+        "with what `python -X dev -m skyreels ...` and `python -m skyreels doctor` print."
+    )
+
+
+class _Parser(argparse.ArgumentParser):
+    """Answers wrong usage with a JSON object too if --json was asked for."""
+
+    def error(self, message: str) -> NoReturn:
+        if "--json" in sys.argv:
+            print(json.dumps({"error": message}))  # noqa: T201
+        super().error(message)
 
 
 def _fail(arguments: argparse.Namespace, message: str, code: int) -> int:
@@ -64,9 +102,7 @@ def say(text: str) -> None:
 
 def build_parser() -> argparse.ArgumentParser:
     """All commands and options."""
-    parser = argparse.ArgumentParser(
-        prog="python -m skyreels", description="SkyReels-V1 image-to-video."
-    )
+    parser = _Parser(prog="python -m skyreels", description="SkyReels-V1 image-to-video.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     generate = commands.add_parser(
@@ -138,9 +174,11 @@ def run_generate(arguments: argparse.Namespace) -> dict[str, Any]:
             "the built-in model."
         )
     is_builtin = not any(paths)
-    width = arguments.width or (64 if is_builtin else 960)
-    height = arguments.height or (64 if is_builtin else 544)
-    num_frames = arguments.frames or (17 if is_builtin else 97)
+    usual = (64, 64, 17) if is_builtin else (960, 544, 97)
+    asked = (arguments.width, arguments.height, arguments.frames)
+    width, height, num_frames = (
+        default if value is None else value for value, default in zip(asked, usual, strict=True)
+    )
 
     from .builtin import BUILTIN_NOTICE, example_image
     from .conditioning import check_size
@@ -153,6 +191,8 @@ def run_generate(arguments: argparse.Namespace) -> dict[str, Any]:
     with progress_bar() as report:
         frames = _generate(arguments, image, (width, height, num_frames), report)
     write_frames(arguments.out, frames)
+    if arguments.resume is not None:
+        arguments.resume.unlink(missing_ok=True)  # the video is safe
     seconds = time.perf_counter() - start
     say(f"{arguments.out}: {num_frames} frames of {width}x{height} in {seconds:.1f} s")
     return {
@@ -171,11 +211,14 @@ def _generate(
 ) -> "Tensor":
     from .builtin import builtin_transformer, builtin_vae
     from .config import Guidance
-    from .loading import load_transformer, load_vae
+    from .loading import check_transformer, check_vae, load_transformer, load_vae
     from .pipeline import image_to_video
     from .runtime import TorchRuntime
 
     runtime = TorchRuntime(pick_device(arguments.device), on_progress=report)
+    if arguments.transformer is not None:  # minutes before they are loaded
+        check_transformer(arguments.transformer)
+        check_vae(arguments.vae)
     prompt, negative = _encode_prompts(arguments, runtime)
     precision = arguments.precision
     if arguments.transformer is None:
@@ -193,6 +236,7 @@ def _generate(
         fit=arguments.fit, noise_augmentation=arguments.noise_augmentation,
         latent_strength=arguments.latent_strength, decode=arguments.decode,
         resume=arguments.resume, runtime=runtime,
+        riflex_k=0 if arguments.transformer is None else 4,  # the stand-in has two frequencies
     )  # fmt: skip
 
 
@@ -247,9 +291,9 @@ def pick_device(name: str) -> str:
 
     if name == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
-    kind, _, index = name.partition(":")
-    if kind not in ("cpu", "cuda") or (index and not index.isdigit()):
+    if not re.fullmatch(r"cpu|cuda(:\d{1,3})?", name):
         raise OptionError(f"Device {name!r} is not one of auto, cpu, cuda, cuda:N.")
+    kind, _, index = name.partition(":")
     if kind == "cuda" and int(index or 0) >= torch.cuda.device_count():
         raise OptionError(
             f"Device {name!r} is not here (CUDA devices: {torch.cuda.device_count()}): use cpu, or "

@@ -1,6 +1,5 @@
 """From a picture to the first-frame latents the transformer is conditioned on."""
 
-import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -8,9 +7,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .config import SCALING_FACTOR, SIZE_MULTIPLE, SPATIAL_COMPRESSION, TEMPORAL_COMPRESSION
+from .config import (
+    MAX_FRAMES,
+    MAX_SIZE,
+    SCALING_FACTOR,
+    SIZE_MULTIPLE,
+    SPATIAL_COMPRESSION,
+    TEMPORAL_COMPRESSION,
+)
 from .errors import DependencyError, OptionError, ShapeError
-from .memory import on_device
+from .memory import decode_bytes, missing_bytes, on_device
 from .runtime import Runtime
 
 if TYPE_CHECKING:
@@ -61,14 +67,26 @@ def to_vae_space(latents: Tensor) -> Tensor:
     return latents / SCALING_FACTOR
 
 
+def seeded_generator(seed: int) -> torch.Generator:
+    """The CPU generator of a run: the clip's noise is drawn from it first.
+
+    Raises:
+        OptionError: a seed outside 0..2^64-1.
+    """
+    if not 0 <= seed < 2**64:
+        raise OptionError(f"Seed {seed} is not within 0..2^64-1: use any such number.")
+    return torch.Generator("cpu").manual_seed(seed)
+
+
 def nearest_frames(num_frames: int) -> int:
     """The legal frame count (4k + 1) closest to a number."""
-    return max(0, round((num_frames - 1) / TEMPORAL_COMPRESSION)) * TEMPORAL_COMPRESSION + 1
+    num_frames = max(1, min(num_frames, MAX_FRAMES))
+    return round((num_frames - 1) / TEMPORAL_COMPRESSION) * TEMPORAL_COMPRESSION + 1
 
 
 def nearest_size(pixels: int) -> int:
     """The legal width or height (a multiple of 16) closest to a number."""
-    return max(1, round(pixels / SIZE_MULTIPLE)) * SIZE_MULTIPLE
+    return round(max(SIZE_MULTIPLE, min(pixels, MAX_SIZE)) / SIZE_MULTIPLE) * SIZE_MULTIPLE
 
 
 def check_size(width: int, height: int, num_frames: int) -> None:
@@ -82,10 +100,14 @@ def check_size(width: int, height: int, num_frames: int) -> None:
             raise ShapeError(
                 f"{name} {value} is not a multiple of {SIZE_MULTIPLE}: use {nearest_size(value)}."
             )
+        if value > MAX_SIZE:
+            raise ShapeError(f"{name} {value} is more than {MAX_SIZE}: use 960 or 544.")
     if num_frames < 1 or (num_frames - 1) % TEMPORAL_COMPRESSION:
         raise ShapeError(
             f"{num_frames} frames is not a multiple of 4 plus 1: use {nearest_frames(num_frames)}."
         )
+    if num_frames > MAX_FRAMES:
+        raise ShapeError(f"{num_frames} frames is more than {MAX_FRAMES}: use 97.")
 
 
 def fit_image(image: Tensor, width: int, height: int, fit: str = "crop") -> Tensor:
@@ -108,6 +130,10 @@ def fit_image(image: Tensor, width: int, height: int, fit: str = "crop") -> Tens
     if image.ndim != 4 or image.shape[-1] < 3 or 0 in image.shape:
         raise ShapeError(
             f"A picture is [frames, height, width, 3 colours]; got {list(image.shape)}."
+        )
+    if not image.is_floating_point():
+        raise ShapeError(
+            f"A picture holds floats within 0..1; got {image.dtype}: divide it by its white."
         )
     pixels = image[..., :3].detach().to("cpu", torch.float32).clamp(0.0, 1.0)
     if not bool(pixels.isfinite().all()):
@@ -190,16 +216,20 @@ def encode_image(
         )
     if not 0.0 <= noise_augmentation <= 1.0:
         raise OptionError(f"Noise augmentation {noise_augmentation} is not within 0..1: use 0.04.")
-    if not math.isfinite(latent_strength):
-        raise OptionError(f"Latent strength {latent_strength} is not a number: use 1.")
+    if not 0.0 <= latent_strength <= 10.0:
+        raise OptionError(f"Latent strength {latent_strength} is not within 0..10: use 1.")
+    generator = seeded_generator(seed)
     video = fit_image(image[:prefix_frames], width, height, fit)
     if noise_augmentation > 0:
-        generator = torch.Generator("cpu").manual_seed(seed)
         torch.randn(latent_shape(num_frames, height, width), generator=generator)
         noise = torch.randn(video.shape, generator=generator) * noise_augmentation
         video = torch.where(video == -1.0, video, video + noise)
     weight = next(vae.parameters())
+    largest = torch.Size(latent_shape(prefix_frames, height, width))
     runtime.check_interrupt()
+    runtime.make_room(
+        missing_bytes(vae, runtime.device) + decode_bytes(vae.config, largest, weight.dtype)
+    )
     runtime.progress("encode", 0, 1)
     with torch.inference_mode(), on_device(vae, runtime.device):
         vae_latents = vae.encode(

@@ -17,6 +17,11 @@ SIZE_MULTIPLE = 16
 #: trained text length, without the template
 MAX_TEXT_TOKENS = 256
 FRAMES_PER_SECOND = 24
+#: largest values accepted anywhere; far beyond what the model was trained for (97 frames of
+#: 960x544), and small enough that a slip of the finger is refused instead of filling the memory
+MAX_SIZE = 4096
+MAX_FRAMES = 1025
+MAX_STEPS = 1000
 
 #: how a checkpoint is computed with; skyreels/loading.py says what each does
 TRANSFORMER_PRECISIONS = ("auto", "fp32", "bf16", "fp8", "int8")
@@ -65,8 +70,8 @@ class VAEConfig:
 class Guidance:
     """How the two predictions of a step become one velocity.
 
-    true_cfg_scale: classifier-free guidance; <= 1 skips the negative pass.
-    guidance_scale: the embedded guidance value; 1.0 is what SkyReels was trained with.
+    true_cfg_scale: classifier-free guidance, 0..100; <= 1 skips the negative pass.
+    guidance_scale: the embedded guidance value, 0..100; SkyReels was trained with 1.0.
     cfg_start, cfg_end: fraction of the steps in which the negative pass runs.
     guidance_rescale: 0..1, pulls the std of the guided velocity to the positive one's.
     cfg_zero_star: project the negative prediction on the positive one (CFG-Zero*).

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from .checkpoint import FAMILY_NAMES, inspect
-from .errors import CheckpointError
+from .errors import SkyReelsError
 from .runtime import TorchRuntime
 
 #: package -> what it is for here
@@ -32,7 +32,7 @@ KERNELS = {
     "comfy_kitchen": "8-bit attention and linears are not used in this version",
     "sageattention": "8-bit attention is not exact and is not used in this version",
 }
-MODEL_FOLDERS = ("diffusion_models", "unet", "vae", "text_encoders", "clip")
+MODEL_FOLDERS = ("diffusion_models", "unet", "diffusers", "vae", "text_encoders", "clip")
 
 
 def examine() -> dict[str, dict[str, str]]:
@@ -100,13 +100,18 @@ def _weights() -> dict[str, str]:
     checkout = Path(os.environ.get("COMFYUI_DIR", Path.home() / "ComfyUI"))
     found = {}
     for folder in MODEL_FOLDERS:
-        for path in sorted((checkout / "models" / folder).glob("*.safetensors")):
+        root = checkout / "models" / folder
+        # shards are one checkpoint, which their folder stands for
+        indices = {path.parent for path in root.rglob("*.safetensors.index.json")}
+        files = {path for path in root.rglob("*.safetensors") if path.parent not in indices}
+        for path in sorted(files | indices):
+            name = f"{folder}/{path.relative_to(root).as_posix()}"
             try:
                 info = inspect(path)
-            except CheckpointError as error:
-                found[f"{folder}/{path.name}"] = str(error)
+            except (SkyReelsError, OSError) as error:
+                found[name] = str(error)
                 continue
             kind = FAMILY_NAMES[info.family] + (f" ({info.variant})" if info.variant else "")
             dtypes = "/".join(info.dtypes)
-            found[f"{folder}/{path.name}"] = f"{kind}, {dtypes}, {info.num_bytes / 1e9:.1f} GB"
+            found[name] = f"{kind}, {dtypes}, {info.num_bytes / 1e9:.1f} GB"
     return found or {"none": f"no .safetensors under {checkout.name}/models; the built-in works"}

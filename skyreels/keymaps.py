@@ -29,6 +29,7 @@ PREFIXES = (
     "module.",
     "vae.",
     "first_stage_model.",
+    "language_model.model.",
 )
 
 #: (family, layout) -> tensors that all must be there, unprefixed; first match wins
@@ -47,7 +48,10 @@ MARKERS: dict[tuple[str, str], tuple[str, ...]] = {
     ("t5", "huggingface"): ("encoder.block.0.layer.0.SelfAttention.q.weight",),
 }
 
-LORA_MARKS = (".lora_A.", ".lora_B.", ".lora_down.", ".lora_up.", ".lora_A.default.")
+LORA_MARKS = (
+    ".lora_A.", ".lora_B.", ".lora_down.", ".lora_up.", ".lora.down.", ".lora.up.", ".hada_w1_a",
+    ".lokr_w1", ".diff_b",
+)  # fmt: skip
 
 #: our module -> the diffusers modules it is concatenated from
 _DIFFUSERS: dict[str, tuple[str, ...]] = {

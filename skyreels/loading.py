@@ -6,9 +6,12 @@ the fused weight. So memory beyond the model itself stays at one tensor, and a b
 anything is allocated. Files are read, not memory-mapped: a mapped file that is replaced or cut
 while in use ends the process, and mapped pages count twice while a copy is made.
 
-Given up: starting without reading the whole file once.
+Given up: starting without reading the whole file once. A .pt file is mapped: its tensors lie behind
+a pickle that only torch reads.
 """
 
+import json
+import math
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -51,6 +54,8 @@ from .vae.model import VideoVAE
 
 _FLOAT_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
+LATENT_CHANNELS = 16
+VAE_FILE = "hunyuan_video_vae_bf16.safetensors of Comfy-Org/HunyuanVideo_repackaged"
 I2V_FILE = "skyreels_hunyuan_i2v_bf16.safetensors of Kijai/SkyReels-V1-Hunyuan_comfy"
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
@@ -78,16 +83,9 @@ def load_transformer(
         OptionError: unknown precision.
     """
     _check_precision(precision, TRANSFORMER_PRECISIONS)
-    info = inspect(path)
-    require(info, "transformer")
+    info = check_transformer(path)
     config = info.config
     assert isinstance(config, TransformerConfig)
-    if config.in_channels != 2 * config.out_channels:
-        raise CheckpointError(
-            f"{info.path.name} has {config.in_channels} input channels ({info.variant}), and "
-            f"SkyReels image-to-video has {2 * config.out_channels} (noise and image latents): "
-            f"use {I2V_FILE}."
-        )
     if precision == "auto":
         compute_dtype = torch.float32 if _main_dtype(info) == torch.float32 else torch.bfloat16
     else:
@@ -114,16 +112,9 @@ def load_vae(path: str | PathLike[str], *, precision: str = "auto", runtime: Run
         CheckpointError, OptionError: as for `load_transformer`.
     """
     _check_precision(precision, VAE_PRECISIONS)
-    info = inspect(path)
-    require(info, "vae")
+    info = check_vae(path)
     config = info.config
     assert isinstance(config, VAEConfig)
-    bad = [c for c in config.block_out_channels if c % config.norm_num_groups]
-    if bad:
-        raise CheckpointError(
-            f"{info.path.name} has {bad[0]} channels, which {config.norm_num_groups} norm groups "
-            "do not divide: a VAE of unusual width needs its config.json (load its folder)."
-        )
     if precision == "auto":
         precision = "bf16" if runtime.device.type == "cuda" else "fp32"
     levels = len(config.block_out_channels)
@@ -136,6 +127,49 @@ def load_vae(path: str | PathLike[str], *, precision: str = "auto", runtime: Run
         compute_dtype=_FLOAT_DTYPES[precision],
         runtime=runtime,
     )
+
+
+def check_transformer(path: str | PathLike[str]) -> CheckpointInfo:
+    """Refuse what `load_transformer` could not load, from the header alone.
+
+    Raises:
+        CheckpointError: unreadable, another family, or another variant (T2V, 33 channels).
+    """
+    info = inspect(path)
+    require(info, "transformer")
+    config = info.config
+    assert isinstance(config, TransformerConfig)
+    if config.in_channels != 2 * config.out_channels:
+        raise CheckpointError(
+            f"{info.path.name} has {config.in_channels} input channels ({info.variant}), and "
+            f"SkyReels image-to-video has {2 * config.out_channels} (noise and image latents): "
+            f"use {I2V_FILE}."
+        )
+    return info
+
+
+def check_vae(path: str | PathLike[str]) -> CheckpointInfo:
+    """Refuse what `load_vae` could not load, from the header alone.
+
+    Raises:
+        CheckpointError: unreadable, another family, or of other sizes than can be.
+    """
+    info = inspect(path)
+    require(info, "vae")
+    config = info.config
+    assert isinstance(config, VAEConfig)
+    if config.latent_channels != LATENT_CHANNELS:
+        raise CheckpointError(
+            f"{info.path.name} is a VAE of {config.latent_channels} latent channels, and "
+            f"HunyuanVideo's has {LATENT_CHANNELS}: use {VAE_FILE}."
+        )
+    bad = [c for c in config.block_out_channels if c % config.norm_num_groups]
+    if bad:
+        raise CheckpointError(
+            f"{info.path.name} has {bad[0]} channels, which {config.norm_num_groups} norm groups "
+            "do not divide: a VAE of unusual width needs its config.json (load its folder)."
+        )
+    return info
 
 
 def _check_precision(precision: str, legal: tuple[str, ...]) -> None:
@@ -203,6 +237,8 @@ def _plan(
             )
     for target in targets:
         _check_shape(info, target)
+        for part in target.parts:
+            _check_scale(info, part)
     return targets
 
 
@@ -216,9 +252,32 @@ def _find_scale(info: CheckpointInfo, source: str) -> TensorEntry | None:
     return None
 
 
+def _check_scale(info: CheckpointInfo, part: _Part) -> None:
+    """A scale belongs to the whole weight or to its rows."""
+    if part.scale is None:
+        return
+    rows, shape = part.entry.shape[0], part.scale.shape
+    per_row = shape in ((rows,), (rows, 1)) and len(part.entry.shape) == 2
+    if math.prod(shape) != 1 and not per_row:
+        raise CheckpointError(
+            f"{info.path.name} has {part.scale.name} of shape {list(shape)} for a weight of "
+            f"{list(part.entry.shape)}: one number, or one for each row of a matrix, can be read; "
+            "use the bf16, fp8 or scaled fp8 file."
+        )
+
+
+def _split_rows(info: CheckpointInfo, target: _Target) -> list[int]:
+    """Rows of each part: all but the last of several are as tall as the model is wide."""
+    leading = len(target.parts) - 1
+    if leading == 0 or not isinstance(info.config, TransformerConfig):
+        return [target.shape[0]]
+    hidden = info.config.hidden_size
+    return [*[hidden] * leading, target.shape[0] - leading * hidden]
+
+
 def _check_shape(info: CheckpointInfo, target: _Target) -> None:
-    rows = 0
-    for part in target.parts:
+    fits = True
+    for part, rows in zip(target.parts, _split_rows(info, target), strict=True):
         shape = _squeezed(part.entry.shape, target.shape)
         dtype = part.entry.dtype
         stores_integers = not dtype.is_floating_point and dtype != torch.int8
@@ -227,11 +286,8 @@ def _check_shape(info: CheckpointInfo, target: _Target) -> None:
                 f"{info.path.name} stores {part.entry.name} as {DTYPE_NAMES[dtype]}, a "
                 "quantisation this package cannot read: use the bf16, fp8 or scaled fp8 file."
             )
-        if shape[1:] != target.shape[1:]:
-            rows = -1
-            break
-        rows += shape[0]
-    if rows != target.shape[0]:
+        fits = fits and shape == (rows, *target.shape[1:])
+    if not fits:
         got = ", ".join(str(list(part.entry.shape)) for part in target.parts)
         raise CheckpointError(
             f"{info.path.name} has {target.parts[0].entry.name} of shape {got} where "
@@ -302,20 +358,25 @@ def _assemble(
     total = sum(part.entry.num_bytes for target in targets for part in target.parts)
     done = 0
     device = runtime.offload_device
+    runtime.progress("load", 0, total)
     with ExitStack() as stack, torch.inference_mode(False), torch.no_grad():
         reader = _Reader(stack)
+        _check_formats(info, reader)
         for target in targets:
             runtime.check_interrupt()
             weight, scale = _read_target(info, reader, target, compute_dtype)
             layer_name, _, attribute = target.name.rpartition(".")
             layer = module.get_submodule(layer_name)
             fits = attribute == "weight" and isinstance(layer, nn.Linear)
-            is_8bit = weight.dtype not in _FLOAT_DTYPES.values()
+            is_8bit = weight.dtype in STORAGE_DTYPES.values() or weight.dtype in FLOAT8_DTYPES
             in_block = target.name.startswith(("double_blocks.", "single_blocks."))
-            if is_8bit and not (keep_8bit and fits and in_block):
-                weight, scale = dequantize(weight, scale, compute_dtype), None
             if storage_dtype is not None and fits and is_quantizable(target.name):
+                if is_8bit or scale is not None:
+                    weight = dequantize(weight, scale, torch.float32)
                 weight, scale = quantize(weight, storage_dtype)
+            elif not (is_8bit and keep_8bit and fits and in_block):
+                weight = _widened(info, target, weight, scale, compute_dtype)
+                scale = None
             if target.swap_halves:
                 weight = torch.cat(weight.chunk(2)[::-1])
             if weight.dtype in STORAGE_DTYPES.values() or weight.dtype in FLOAT8_DTYPES:
@@ -323,11 +384,53 @@ def _assemble(
                 bias = dict(layer.named_parameters()).get("bias")
                 module.set_submodule(layer_name, QuantLinear(weight.to(device), scale, bias))
             else:
-                parameter = nn.Parameter(weight.to(device, compute_dtype), requires_grad=False)
+                parameter = nn.Parameter(weight.to(device), requires_grad=False)
                 setattr(layer, attribute, parameter)
             done += sum(part.entry.num_bytes for part in target.parts)
             runtime.progress("load", done, total)
     return module.eval()
+
+
+def _check_formats(info: CheckpointInfo, reader: _Reader) -> None:
+    """Refuse 8-bit formats that are more than a number and a scale (ComfyUI v1 names them)."""
+    formats = {}
+    try:
+        described = json.loads(info.metadata.get("_quantization_metadata", "{}"))
+        formats = {name: value["format"] for name, value in described.get("layers", {}).items()}
+        for name, entry in info.tensors.items():
+            if name.endswith(".comfy_quant"):
+                described = json.loads(reader.read(entry).numpy().tobytes())
+                formats[name] = described["format"]
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        raise CheckpointError(
+            f"{info.path.name} describes its quantisation in a way that cannot be read: use the "
+            "bf16, fp8 or scaled fp8 file."
+        ) from None
+    for name, kind in formats.items():
+        if kind not in ("float8_e4m3fn", "float8_e5m2"):
+            raise CheckpointError(
+                f"{info.path.name} stores {name.removesuffix('.comfy_quant')} as {kind}, a "
+                "quantisation this package cannot read: use the bf16, fp8 or scaled fp8 file."
+            )
+
+
+def _widened(
+    info: CheckpointInfo,
+    target: _Target,
+    weight: Tensor,
+    scale: Tensor | None,
+    compute_dtype: torch.dtype,
+) -> Tensor:
+    """The weight in the compute dtype, which must be able to hold it."""
+    if weight.dtype == compute_dtype and scale is None:
+        return weight
+    wide = dequantize(weight, scale, compute_dtype)
+    if not _is_finite(wide):
+        raise CheckpointError(
+            f"{info.path.name} has numbers in {target.parts[0].entry.name} beyond the range of "
+            f"{str(compute_dtype).removeprefix('torch.')}: choose precision fp32, or another file."
+        )
+    return wide
 
 
 def _read_target(
@@ -337,7 +440,7 @@ def _read_target(
     dtypes = {part.entry.dtype for part in target.parts}
     scaled = any(part.scale is not None for part in target.parts)
     if len(dtypes) > 1:
-        pieces = []
+        pieces = []  # of several dtypes: joined in the dtype they are computed in
         for part in target.parts:
             piece = reader.read(part.entry).reshape(-1, *target.shape[1:])
             _check_finite(info, part.entry.name, piece)
@@ -361,10 +464,10 @@ def _read_target(
             scale = scale.expand(part.entry.shape[0], 1)
         scales.append(scale)
     joined = torch.cat(scales).contiguous()
-    if not bool(joined.isfinite().all()):
+    if not bool((joined > 0).all()) or not bool(joined.isfinite().all()):
         raise CheckpointError(
-            f"{info.path.name} has a scale of {target.parts[0].entry.name} that is not finite: the "
-            "file is damaged; download it again."
+            f"{info.path.name} has a scale of {target.parts[0].entry.name} that is not a positive "
+            "number: the file is damaged; download it again."
         )
     return weight, joined if joined.numel() > 1 else joined.reshape(())
 
@@ -377,7 +480,15 @@ def _read_scale(reader: _Reader, part: _Part) -> Tensor | None:
 
 
 def _check_finite(info: CheckpointInfo, name: str, weight: Tensor) -> None:
-    """Refuse NaN and infinity.
+    if not _is_finite(weight):
+        raise CheckpointError(
+            f"{info.path.name} has NaN or infinity in tensor {name}: the file is damaged; download "
+            "it again."
+        )
+
+
+def _is_finite(weight: Tensor) -> bool:
+    """Whether a tensor of any dtype holds neither NaN nor infinity.
 
     A float32 sum is finite unless an element is not (or thousands are near the largest float, which
     the slow second look forgives), and reads the weight only once.
@@ -386,14 +497,8 @@ def _check_finite(info: CheckpointInfo, name: str, weight: Tensor) -> None:
         codes = weight.view(torch.uint8) & 0x7F
         # e4m3fn: only 0x7f is NaN; e5m2: everything from 0x7c up is infinity or NaN
         limit = 0x7F if weight.dtype == torch.float8_e4m3fn else 0x7C
-        finite = bool(codes.max() < limit)
-    elif weight.dtype.is_floating_point:
-        wide = torch.promote_types(weight.dtype, torch.float32)
-        finite = bool(weight.sum(dtype=wide).isfinite()) or bool(weight.isfinite().all())
-    else:
-        finite = True
-    if not finite:
-        raise CheckpointError(
-            f"{info.path.name} has NaN or infinity in tensor {name}: the file is damaged; download "
-            "it again."
-        )
+        return weight.numel() == 0 or bool(codes.max() < limit)
+    if not weight.dtype.is_floating_point:
+        return True
+    wide = torch.promote_types(weight.dtype, torch.float32)
+    return bool(weight.sum(dtype=wide).isfinite()) or bool(weight.isfinite().all())

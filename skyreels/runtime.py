@@ -4,12 +4,14 @@ The engine never asks which program it runs in: it is handed a Runtime, places w
 reports progress to it and gives it a chance to stop. ComfyUI's version lives in nodes/host.py.
 """
 
-import os
 from collections.abc import Callable
 from typing import Protocol
 
 import torch
 from torch import Tensor
+
+#: where neither Linux nor psutil tells (the extra "standalone" brings psutil)
+ASSUMED_HOST_BYTES = 16 * 1024**3
 
 
 class Runtime(Protocol):
@@ -90,7 +92,7 @@ class TorchRuntime:
 
 
 def _free_host_bytes() -> int:
-    """Available host memory; MemAvailable where Linux tells it, else the physical free pages."""
+    """Available host memory, from Linux itself or from psutil elsewhere."""
     try:
         with open("/proc/meminfo", encoding="ascii") as meminfo:
             for line in meminfo:
@@ -98,9 +100,8 @@ def _free_host_bytes() -> int:
                     return int(line.split()[1]) * 1024
     except OSError:
         pass
-    if hasattr(os, "sysconf"):
-        try:
-            return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-        except (ValueError, OSError):
-            pass
-    return 8 * 1024**3  # Windows without psutil: a guess, used only to choose tile sizes
+    try:
+        import psutil
+    except ImportError:
+        return ASSUMED_HOST_BYTES
+    return int(psutil.virtual_memory().available)

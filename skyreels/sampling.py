@@ -6,7 +6,7 @@ different lengths, and nothing is padded or masked.
 """
 
 import hashlib
-import math
+import logging
 import os
 from collections.abc import Callable
 from itertools import pairwise
@@ -16,8 +16,14 @@ import torch
 from torch import Tensor
 
 from .attention import Attention, sdpa
-from .conditioning import ImageConditioning, latent_shape, to_model_space, to_vae_space
-from .config import NUM_TRAIN_TIMESTEPS, Guidance
+from .conditioning import (
+    ImageConditioning,
+    latent_shape,
+    seeded_generator,
+    to_model_space,
+    to_vae_space,
+)
+from .config import MAX_STEPS, NUM_TRAIN_TIMESTEPS, Guidance
 from .errors import CheckpointError, OptionError, ShapeError
 from .layers import rope_table
 from .memory import placed, sampling_bytes
@@ -25,8 +31,11 @@ from .model import RunBlock, SkyReelsTransformer
 from .runtime import Runtime
 from .text import PromptEmbeds, check_prompt_embeds
 
-#: velocity(latents [1, 16, T, h, w] float32, sigma [] float32) -> velocity, the same shape
-Velocity = Callable[[Tensor, Tensor], Tensor]
+logger = logging.getLogger(__name__)
+
+#: velocity(latents [1, 16, T, h, w] float32, sigma [] float32) -> the guided velocity and that of
+#: the negative prompt, each of the shape of the latents; None where no negative pass was made
+Velocity = Callable[[Tensor, Tensor], tuple[Tensor, Tensor | None]]
 #: on_step(step, latents after it, denoised estimate); steps count from 0
 OnStep = Callable[[int, Tensor, Tensor], None]
 #: solver(velocity, latents, sigmas [N + 1], on_step) -> latents at the last sigma
@@ -37,22 +46,22 @@ def get_sigmas(num_inference_steps: int, shift: float = 7.0, denoise: float = 1.
     """The official schedule: linear 1..0, shifted towards noise.
 
     Args:
-        num_inference_steps: steps to be made.
-        shift: 7 is what SkyReels was released with.
+        num_inference_steps: steps to be made, 1..1000.
+        shift: 0.01..100; 7 is what SkyReels was released with.
         denoise: below 1, the last part of a longer schedule, for video to video.
     Returns:
         [N + 1] float32 from 1 (or where denoise starts) to 0.
     Raises:
-        OptionError: no steps, or shift or denoise outside their range.
+        OptionError: steps, shift or denoise outside their range.
     Source: sigma' = shift * sigma / (1 + (shift - 1) * sigma), Stable Diffusion 3,
         arXiv:2403.03206, equation 23.
     """
-    if num_inference_steps < 1:
-        raise OptionError(f"{num_inference_steps} steps cannot be made: use 30.")
+    if not 1 <= num_inference_steps <= MAX_STEPS:
+        raise OptionError(f"{num_inference_steps} steps are not within 1..{MAX_STEPS}: use 30.")
     if not 0.0 < denoise <= 1.0:
         raise OptionError(f"Denoise {denoise} is not within 0..1 (without 0): use 1 for all.")
-    if not (shift > 0 and math.isfinite(shift)):
-        raise OptionError(f"Shift {shift} is not a positive number: use 7.")
+    if not 0.01 <= shift <= 100.0:
+        raise OptionError(f"Shift {shift} is not within 0.01..100: use 7.")
     total = int(num_inference_steps / denoise)
     linear = torch.linspace(1.0, 0.0, total + 1, dtype=torch.float64)
     sigmas = shift * linear / (1.0 + (shift - 1.0) * linear)
@@ -65,10 +74,7 @@ def initial_noise(seed: int, num_frames: int, height: int, width: int) -> Tensor
     Raises:
         OptionError: a seed outside 0..2^64-1.
     """
-    if not 0 <= seed < 2**64:
-        raise OptionError(f"Seed {seed} is not within 0..2^64-1: use any such number.")
-    generator = torch.Generator("cpu").manual_seed(seed)
-    return torch.randn(latent_shape(num_frames, height, width), generator=generator)
+    return torch.randn(latent_shape(num_frames, height, width), generator=seeded_generator(seed))
 
 
 def euler(velocity: Velocity, latents: Tensor, sigmas: Tensor, on_step: OnStep) -> Tensor:
@@ -80,7 +86,7 @@ def euler(velocity: Velocity, latents: Tensor, sigmas: Tensor, on_step: OnStep) 
         latents at sigmas[-1].
     """
     for step, (sigma, sigma_next) in enumerate(pairwise(sigmas)):
-        v = velocity(latents, sigma)
+        v, _ = velocity(latents, sigma)
         denoised = latents - sigma * v
         latents = latents + (sigma_next - sigma) * v
         on_step(step, latents, denoised)
@@ -103,7 +109,8 @@ def combine(positive: Tensor, negative: Tensor, guidance: Guidance) -> Tensor:
         negative = negative * (dot / (negative.square().sum(axes, keepdim=True) + 1e-8))
     guided = negative + guidance.true_cfg_scale * (positive - negative)
     if guidance.guidance_rescale > 0:
-        factor = positive.std(axes, keepdim=True) / guided.std(axes, keepdim=True)
+        deviation = guided.std(axes, keepdim=True).clamp_min(1e-12)
+        factor = positive.std(axes, keepdim=True) / deviation
         guided = guided * (guidance.guidance_rescale * factor + 1 - guidance.guidance_rescale)
     return guided
 
@@ -147,17 +154,18 @@ def guided_velocity(
             run_block=run_block,
         ).float()
 
-    def velocity(latents: Tensor, sigma: Tensor) -> Tensor:
+    def velocity(latents: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor | None]:
         # a solver may ask between two sigmas of the schedule: that still belongs to the earlier
         step = max(0, int((schedule >= sigma.cpu() - 1e-6).sum()) - 1)
         if step < guidance.zero_init_steps:
-            return torch.zeros_like(latents)
+            return torch.zeros_like(latents), None
         timestep = (sigma.to(device, torch.float32) * NUM_TRAIN_TIMESTEPS).reshape(1)
         positive = predict(latents, timestep, prompt)
         in_window = guidance.cfg_start <= step / num_steps < guidance.cfg_end
         if negative is None or guidance.true_cfg_scale <= 1 or not in_window:
-            return positive
-        return combine(positive, predict(latents, timestep, negative), guidance)
+            return positive, None
+        unwanted = predict(latents, timestep, negative)
+        return combine(positive, unwanted, guidance), unwanted
 
     return velocity
 
@@ -191,7 +199,7 @@ def sample(
         riflex_k: see `rope_table`; only clips beyond 197 frames change.
         resume: file in which each finished step is kept, or a folder in which that file is named
             by the inputs; if it exists and belongs to the same inputs, the run continues from
-            there. Removed when the run is complete. Euler only.
+            there. The finished latents stay in it: remove it when they are safe. Euler only.
         attention: see attention.py.
         runtime: progress "sample" in steps with the denoised estimate; asked for an interrupt
             before every block.
@@ -217,17 +225,23 @@ def sample(
         fingerprint = _fingerprint(
             transformer, image, prompt, negative, seed, sigmas, guidance, init_latents, riflex_k
         )
-        if resume.is_dir():
+        if os.path.isdir(resume):
             resume = resume / f"{fingerprint[:32]}.safetensors"
-        first_step, latents = _load_state(resume, fingerprint, latents)
+        first_step, latents = _load_state(resume, fingerprint, latents, len(sigmas) - 1)
+        if first_step == len(sigmas) - 1:
+            runtime.progress("sample", first_step, first_step)
+            return to_vae_space(latents)
 
     num_steps = len(sigmas) - 1
     grid = transformer.token_grid(image.latent_shape)
     num_bytes = run_bytes(transformer, image, prompt, negative)
 
     def on_step(step: int, latents: Tensor, denoised: Tensor) -> None:
-        if resume is not None and first_step + step + 1 < num_steps:
-            _save_state(resume, fingerprint, first_step + step + 1, latents)
+        if resume is not None and bool(latents.isfinite().all()):
+            try:
+                _save_state(resume, fingerprint, first_step + step + 1, latents)
+            except OSError as error:  # a full disk must not cost the run
+                logger.warning("Step %d is not kept in %s: %s.", step + 1, resume, error)
         runtime.progress("sample", first_step + step + 1, num_steps, denoised)
 
     runtime.progress("sample", first_step, num_steps)
@@ -244,8 +258,6 @@ def sample(
             "The sampled latents hold NaN or infinity: try precision bf16 or fp32, and check the "
             "checkpoint."
         )
-    if resume is not None:
-        resume.unlink(missing_ok=True)
     return to_vae_space(latents.float().cpu())
 
 
@@ -291,21 +303,25 @@ def check_inputs(
         )
     if sigmas[0] > 1 or sigmas[-1] < 0:
         raise OptionError(
-            f"Sigmas run from {sigmas[0]:.4g} to {sigmas[-1]:.4g}, and flow matching lives within "
-            "1..0: use a flow schedule (shift 7), not one of an older model."
+            f"Sigmas run from {sigmas[0].item():.9g} to {sigmas[-1].item():.9g}, and flow matching "
+            "lives within 1..0: use a flow schedule (shift 7), not one of an older model."
         )
     for name, scale in (
         ("CFG", guidance.true_cfg_scale),
         ("Embedded guidance", guidance.guidance_scale),
     ):
-        if not math.isfinite(scale):
-            raise OptionError(f"{name} {scale} is not a number: use {6 if name == 'CFG' else 1}.")
+        if not 0.0 <= scale <= 100.0:
+            raise OptionError(
+                f"{name} {scale} is not within 0..100: use {6 if name == 'CFG' else 1}."
+            )
     if not 0.0 <= guidance.cfg_start <= guidance.cfg_end <= 1.0:
         raise OptionError(
             f"The CFG window {guidance.cfg_start}..{guidance.cfg_end} is not a part of 0..1."
         )
     if not 0.0 <= guidance.guidance_rescale <= 1.0:
         raise OptionError(f"Guidance rescale {guidance.guidance_rescale} is not within 0..1.")
+    if guidance.zero_init_steps < 0:
+        raise OptionError(f"{guidance.zero_init_steps} zero-init steps cannot be: use 0 for off.")
     if tuple(image.image_latents.shape[3:]) != image.latent_shape[3:]:
         raise ShapeError(
             f"Image latents of {list(image.image_latents.shape)} do not fit a video of "
@@ -323,11 +339,12 @@ def check_inputs(
 
 
 def _fingerprint(transformer: SkyReelsTransformer, *inputs: object) -> str:
-    """A hash of everything that decides the result; of the weights, a few telling ones."""
+    """A hash of everything that decides the result; of each weight, its kind and first numbers."""
     digest = hashlib.sha256(repr(transformer.config).encode())
 
     def add(value: object) -> None:
         if isinstance(value, Tensor):
+            digest.update(f"{value.dtype}{list(value.shape)}".encode())
             digest.update(value.detach().float().cpu().contiguous().numpy().tobytes())
         elif hasattr(value, "__dataclass_fields__"):
             for name in value.__dataclass_fields__:
@@ -335,30 +352,48 @@ def _fingerprint(transformer: SkyReelsTransformer, *inputs: object) -> str:
         else:
             digest.update(repr(value).encode())
 
-    for value in (*inputs, transformer.final_layer.linear.weight, transformer.img_in.proj.bias):
+    for name, weight in transformer.named_parameters():
+        digest.update(f"{name} {list(weight.shape)}".encode())
+        add(weight.detach().flatten()[:16])
+    for value in inputs:
         add(value)
     return digest.hexdigest()
 
 
 def _save_state(path: Path, fingerprint: str, step: int, latents: Tensor) -> None:
-    from safetensors.torch import save_file
+    from safetensors.torch import save
 
     part = path.with_name(path.name + ".part")
     metadata = {"fingerprint": fingerprint, "step": str(step)}
-    save_file({"latents": latents.float().cpu().contiguous()}, part, metadata)
+    part.write_bytes(save({"latents": latents.float().cpu().contiguous()}, metadata))
     os.replace(part, path)
 
 
-def _load_state(path: Path, fingerprint: str, latents: Tensor) -> tuple[int, Tensor]:
-    """Finished steps and the latents after them; 0 and what was given if nothing is saved."""
+def _load_state(
+    path: Path, fingerprint: str, latents: Tensor, num_steps: int
+) -> tuple[int, Tensor]:
+    """Finished steps and the latents after them; 0 and what was given if nothing is saved.
+
+    Then the start is saved, so that a place that cannot be written is found now.
+    """
     from safetensors import SafetensorError, safe_open
 
-    if not path.exists():
-        return 0, latents
+    try:
+        if not path.exists():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            _save_state(path, fingerprint, 0, latents)
+            return 0, latents
+        if not path.is_file():
+            raise OptionError(f"{path} is not a file: name a file for the saved steps.")
+    except (OSError, ValueError) as error:
+        raise OptionError(
+            f"Steps cannot be saved in {path} ({error}): choose another place."
+        ) from None
     try:
         with safe_open(path, "pt") as file:
             metadata = file.metadata() or {}
-            saved = file.get_tensor("latents")
+            # a copy: a mapped file could not be replaced on Windows
+            saved = file.get_tensor("latents").clone()
             step = int(metadata["step"])
     except (SafetensorError, KeyError, ValueError, OSError) as error:
         raise CheckpointError(
@@ -369,4 +404,7 @@ def _load_state(path: Path, fingerprint: str, latents: Tensor) -> tuple[int, Ten
             f"{path} was saved with other settings, picture, prompt or weights: restore them to "
             "continue, or delete the file to start over."
         )
+    whole = saved.dtype == torch.float32 and bool(saved.isfinite().all())
+    if not whole or not 0 <= step <= num_steps:
+        raise CheckpointError(f"{path} is damaged (step {step}): delete it to start over.")
     return step, saved

@@ -26,7 +26,7 @@ import re
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,7 +36,7 @@ from torch import Tensor, nn
 
 from .config import MAX_TEXT_TOKENS, TransformerConfig
 from .errors import CheckpointError, DependencyError, OptionError, OutOfRoomError, TextError
-from .memory import on_device, weight_bytes
+from .memory import missing_bytes, on_device, weight_bytes
 from .runtime import Runtime
 
 logger = logging.getLogger(__name__)
@@ -276,6 +276,15 @@ def load_text_encoder(
     clip_config = _read_config(
         root / "text_encoder_2", "clip_text_model", transformers.CLIPTextConfig
     )
+    for part, tokenizer, config in (
+        ("tokenizer", llm_tokenizer, llm_config),
+        ("tokenizer_2", clip_tokenizer, clip_config),
+    ):
+        if len(tokenizer) > config.vocab_size:
+            raise CheckpointError(
+                f"{root / part} has {len(tokenizer)} tokens and its model {config.vocab_size}: the "
+                f"two do not belong together; {FOLDER_SOURCE}."
+            )
     llm_dtype = _choose_dtype(root / "text_encoder", precision, torch.bfloat16, runtime.device)
     clip_dtype = _choose_dtype(root / "text_encoder_2", precision, torch.float32, runtime.device)
 
@@ -362,7 +371,8 @@ def check_tokenizer(tokenizer: Any, plain: Any) -> None:
     Raises:
         TextError: they differ (the message names the versions).
     """
-    got = list(tokenizer(_GUARD_TEXT)["input_ids"])
+    # not verbose: the sentence is longer than CLIP reads, which matters to no one here
+    got = list(tokenizer(_GUARD_TEXT, verbose=False)["input_ids"])
     expected = list(plain.encode(_GUARD_TEXT).ids)
     if got != expected:
         import tokenizers
@@ -457,7 +467,7 @@ def _read_config(folder: Path, model_type: str, config_class: Any) -> Any:
     try:
         values = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         found = values.get("model_type")
-    except (OSError, ValueError, AttributeError) as error:
+    except (OSError, ValueError, AttributeError, RecursionError) as error:
         raise _unreadable(folder / "config.json", error) from error
     if found != model_type:
         raise CheckpointError(
@@ -495,7 +505,6 @@ def _choose_dtype(
 
 def _load_model(model_class: Any, folder: Path, config: Any, dtype: torch.dtype) -> Any:
     import transformers
-    from safetensors import SafetensorError
 
     version = tuple(int(part) for part in transformers.__version__.split(".")[:2])
     dtype_name = "dtype" if version >= (4, 56) else "torch_dtype"
@@ -509,7 +518,7 @@ def _load_model(model_class: Any, folder: Path, config: Any, dtype: torch.dtype)
                 output_loading_info=True,
                 **{dtype_name: dtype},
             )
-        except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        except Exception as error:  # whatever a strange folder makes transformers stumble over
             raise _unreadable(folder, error) from error
     missing = sorted(str(name) for name in report["missing_keys"])
     if missing:
@@ -538,6 +547,8 @@ def _quiet(transformers: Any) -> Iterator[None]:
 
 def _unreadable(path: Path, error: Exception) -> CheckpointError:
     reason = next(iter(str(error).splitlines()), type(error).__name__)[:200]
+    if "above report" in reason:  # which is not shown
+        reason = "its weights do not fit its config.json"
     return CheckpointError(f"{path} cannot be read ({reason}): download it again; {FOLDER_SOURCE}.")
 
 
@@ -574,10 +585,19 @@ def encode_prompt(
         prompt is cut, with a warning.
     Raises:
         OutOfRoomError: not even one layer fits on the device.
+        TextError: the prompt is not text that can be written in UTF-8.
     """
     text = with_fps_prefix(prompt) if fps_prefix else prompt
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise TextError(
+            f"Character {error.start + 1} of the prompt is half a character: type it again."
+        ) from None
     key = _cache_key(encoder.fingerprint, text)
     if (cached := _find_cached(key, cache_dir)) is not None:
+        if cache_dir is not None and not _cache_path(key, cache_dir).is_file():
+            _write_cache(_cache_path(key, cache_dir), cached)
         return cached
 
     runtime.check_interrupt()
@@ -586,7 +606,7 @@ def encode_prompt(
         runtime.check_interrupt()
         pooled = _pooled_state(encoder, text, runtime)
     embeds = PromptEmbeds(states.float().cpu(), pooled.float().cpu())
-    _remember(key, embeds)
+    _remember(key, PromptEmbeds(embeds.prompt_embeds.clone(), embeds.pooled_prompt_embeds.clone()))
     if cache_dir is not None:
         _write_cache(_cache_path(key, cache_dir), embeds)
     return embeds
@@ -625,8 +645,7 @@ def _pooled_state(encoder: TextEncoder, text: str, runtime: Runtime) -> Tensor:
         text, padding="max_length", max_length=MAX_CLIP_TOKENS, truncation=True
     )["input_ids"]
     input_ids = torch.tensor([ids], device=runtime.device)
-    if _is_away(encoder.clip, runtime.device):
-        runtime.make_room(weight_bytes(encoder.clip))
+    runtime.make_room(missing_bytes(encoder.clip, runtime.device))
     with on_device(encoder.clip, runtime.device):
         pooled: Tensor = encoder.clip(input_ids=input_ids).pooler_output
     return pooled
@@ -642,7 +661,7 @@ def _layers_at_hand(llm: Any, runtime: Runtime) -> Iterator[None]:
     device = runtime.device
     layers = list(llm.layers)
     streams = False
-    if _is_away(llm, device):
+    if missing_bytes(llm, device):
         total = weight_bytes(llm)
         runtime.make_room(total)
         layer_bytes = sum(weight_bytes(layer) for layer in layers)
@@ -683,10 +702,6 @@ def _layers_at_hand(llm: Any, runtime: Runtime) -> Iterator[None]:
         runtime.progress("encode", len(layers), len(layers))
 
 
-def _is_away(module: nn.Module, device: torch.device) -> bool:
-    return any(parameter.device != device for parameter in module.parameters())
-
-
 def _cache_key(fingerprint: str, text: str) -> str:
     return hashlib.sha256(f"{fingerprint}\0{text}".encode("utf-8", "surrogatepass")).hexdigest()
 
@@ -700,7 +715,10 @@ def _find_cached(key: str, cache_dir: Path | None) -> PromptEmbeds | None:
         embeds = _read_cache(_cache_path(key, cache_dir))
         if embeds is not None:
             _remember(key, embeds)
-    return embeds
+    if embeds is None:
+        return None
+    # copies: what a caller does with its tensors must not reach the next one
+    return PromptEmbeds(embeds.prompt_embeds.clone(), embeds.pooled_prompt_embeds.clone())
 
 
 def _remember(key: str, embeds: PromptEmbeds) -> None:
@@ -725,8 +743,15 @@ def _read_cache(path: Path) -> PromptEmbeds | None:
         # read, not mapped: a mapped file that is rewritten would change under the tensors
         tensors = load(path.read_bytes())
         states, pooled = tensors["prompt_embeds"], tensors["pooled_prompt_embeds"]
-        whole = states.ndim == 3 and pooled.ndim == 2 and bool(states.isfinite().all())
-        if not whole or not bool(pooled.isfinite().all()):
+        is_prompt = (
+            states.ndim == 3
+            and states.shape[0] == 1
+            and 1 <= states.shape[1] <= MAX_TEXT_TOKENS
+            and pooled.ndim == 2
+            and pooled.shape[0] == 1
+            and states.dtype == pooled.dtype == torch.float32
+        )
+        if not is_prompt or not all(bool(t.isfinite().all()) for t in (states, pooled)):
             raise ValueError("not the tensors of a prompt")
     except (OSError, KeyError, ValueError, SafetensorError) as error:
         logger.warning("Cached prompt %s is damaged (%s) and will be made again.", path, error)
@@ -748,7 +773,7 @@ def _write_cache(path: Path, embeds: PromptEmbeds) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         part.write_bytes(data)
         os.replace(part, path)
-    except OSError as error:  # a full or read-only disk must not cost the result
+    except (OSError, ValueError) as error:  # a full or read-only disk must not cost the result
         logger.warning("The prompt could not be cached in %s: %s.", path.parent, error)
-    finally:
-        part.unlink(missing_ok=True)
+        with suppress(OSError, ValueError):
+            part.unlink(missing_ok=True)

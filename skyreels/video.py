@@ -88,8 +88,11 @@ def _deep_gray(levels: np.ndarray) -> np.ndarray:
 def check_output(path: str | os.PathLike[str]) -> None:
     """Refuse a file that `write_frames` could not write, before minutes of work are spent on it.
 
+    Its folder is made; the file itself is neither made nor touched.
+
     Raises:
-        OptionError: a suffix other than .mp4 and .npy, or a folder of that name.
+        OptionError: a suffix other than .mp4 and .npy, a folder of that name, or a place that
+            cannot be written.
         DependencyError: .mp4 without PyAV.
     """
     path = Path(path)
@@ -98,8 +101,10 @@ def check_output(path: str | os.PathLike[str]) -> None:
         raise OptionError(
             f"{path} ends in {suffix or 'nothing'}: end it in .mp4 (video) or .npy (float frames)."
         )
-    if path.is_dir():
+    if os.path.isdir(path):
         raise OptionError(f"{path} is a folder: name a file in it.")
+    with _appearing(path, keep=False):
+        pass
     if suffix == ".mp4" and importlib.util.find_spec("av") is None:
         raise DependencyError("Writing a video needs PyAV: pip install av, or write a .npy file.")
 
@@ -214,15 +219,21 @@ def _chunks_of_bytes(frames: Tensor) -> Iterator[np.ndarray]:
 
 
 @contextmanager
-def _appearing(path: Path) -> Iterator[Path]:
-    """A `.part` file that takes its name when the block succeeds and vanishes when it does not."""
+def _appearing(path: Path, *, keep: bool = True) -> Iterator[Path]:
+    """A `.part` file that takes its name when the block succeeds and vanishes when it does not.
+
+    Args:
+        keep: False lets it vanish in any case, which tells whether the place can be written.
+    """
     part = path.with_name(path.name + ".part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        part.open("wb").close()
         yield part
-        os.replace(part, path)
-    except OSError as error:
+        if keep:
+            os.replace(part, path)
+    except (OSError, ValueError) as error:
         raise OptionError(f"{path} cannot be written ({error}): choose another place.") from error
     finally:
-        if part.is_file():  # still there: the block failed or was stopped
+        if os.path.isfile(part):  # still there: the block failed or was stopped
             part.unlink()

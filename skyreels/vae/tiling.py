@@ -20,13 +20,10 @@ from torch import Tensor
 
 from ..config import SPATIAL_COMPRESSION, TEMPORAL_COMPRESSION, TILINGS, Tiling, VAEConfig
 from ..errors import OptionError, OutOfRoomError, ShapeError
-from ..memory import on_device
+from ..memory import decode_bytes, missing_bytes, on_device
 from ..runtime import Runtime
-from . import model
-from .model import VideoVAE, level_factors
+from .model import VideoVAE
 
-#: what decode_bytes adds for convolution workspaces and the allocator's rounding
-MEMORY_MARGIN = 1.25
 #: whole-time tiles, largest first; a 64 px overlap is the reference's, smaller tiles afford less
 _SPATIAL_SIZES = ((512, 448), (448, 384), (384, 320), (320, 256), (256, 192), (192, 144), (128, 96))
 _SMALLEST = Tiling(128, 128, 16, 96, 96, 12)
@@ -67,15 +64,27 @@ def decode_frames(
         raise OptionError(f'Decode mode "{mode}" does not exist: use one of {valid}.')
     _check_latents(vae_latents)
     frames, height, width = _output_size(vae_latents)
+    is_auto = mode == "auto" and tiling is None
+    if tiling is None:
+        # "auto" asks for the reference's tiles: room for a decode in one pass would send everything
+        # else away for a little speed
+        tiling = TILINGS["tiled" if is_auto else mode] if mode != "full" else None
+    largest = largest_tile(vae_latents.shape, tiling)
+    dtype = next(vae.parameters()).dtype
+    runtime.make_room(missing_bytes(vae, runtime.device) + decode_bytes(vae.config, largest, dtype))
     clip: Tensor | None = None
     done = 0
     with on_device(vae, runtime.device):
-        if tiling is None:
-            tiling = (
-                _auto_tiling(vae, vae_latents, runtime) if mode == "auto" else TILINGS.get(mode)
-            )
+        if is_auto:
+            free = _free_beside_the_clip(vae_latents, runtime)
+            tiling = choose_tiling(vae.config, vae_latents.shape, free, dtype)
         for chunk in iter_decode(vae, vae_latents, tiling, runtime=runtime):
             images = chunk[0].permute(1, 2, 3, 0).add_(1).mul_(0.5).clamp_(0, 1)
+            if not bool(images.sum().isfinite()):
+                raise OptionError(
+                    f"The decoded frames hold NaN: load the VAE in bf16 or fp32 instead of "
+                    f"{str(dtype).removeprefix('torch.')}, and check the latents."
+                )
             if images.shape[0] == frames:
                 return images
             if clip is None:
@@ -87,21 +96,13 @@ def decode_frames(
     return clip
 
 
-def _auto_tiling(vae: VideoVAE, vae_latents: Tensor, runtime: Runtime) -> Tiling | None:
-    """`choose_tiling` for the memory that is free once others have made room.
-
-    Room is asked for whole-clip tiles of the reference size, not for a decode in one pass: that
-    would send everything else away for a little speed.
-    """
-    shape, dtype = vae_latents.shape, next(vae.parameters()).dtype
-    whole = decode_bytes(vae.config, shape, dtype)
-    tiled = decode_bytes(vae.config, largest_tile(shape, TILINGS["tiled"]), dtype)
-    runtime.make_room(min(whole, tiled))
+def _free_beside_the_clip(vae_latents: Tensor, runtime: Runtime) -> int:
+    """Free bytes of the device, less the clip itself where it comes out of the same memory."""
     free_bytes = runtime.free_bytes()
     if runtime.device.type == runtime.offload_device.type:
         frames, height, width = _output_size(vae_latents)
-        free_bytes -= 4 * 3 * frames * height * width  # the clip itself comes out of the same
-    return choose_tiling(vae.config, shape, free_bytes, dtype)
+        free_bytes -= 4 * 3 * frames * height * width
+    return free_bytes
 
 
 def iter_decode(
@@ -296,51 +297,6 @@ def choose_tiling(
         f"weights and {max(free_bytes, 0) / 1e6:,.0f} MB are free: unload other models, use a "
         "bf16 or fp16 VAE, or close other programs that use this device."
     )
-
-
-def decode_bytes(config: VAEConfig, latent_shape: torch.Size, dtype: torch.dtype) -> int:
-    """Estimate the peak bytes of one VideoVAE.decode call, beside the weights.
-
-    Walks the decoder and adds up what is alive at the first resnet and the upsampler of each level
-    and in the attention: whole inputs and outputs, and the piece being worked on. Checked against
-    the storages that model.py really allocates on shape-only tensors (tests/engine/test_tiling.py);
-    MEMORY_MARGIN covers what those do not show. Measured that way at full size in bf16, 97 frames,
-    without the margin: 1072 bytes per output pixel and frame for 544x960 at once (54.3 GB), 1293
-    for a 256 px tile (8.2 GB), 1958 for such a tile in a 17-frame window (2.2 GB).
-
-    Args:
-        latent_shape: [B, 16, T, h, w] of what that call receives; see `largest_tile`.
-    """
-    item = dtype.itemsize
-    batch, _, frames, height, width = latent_shape
-    area = batch * height * width
-    channels = config.block_out_channels[::-1]
-    tokens = frames * area * channels[0]
-    scores = min(model.SCORE_BYTES, 4 * area * height * width * frames)
-    peak = 7 * tokens * item + 3 * scores  # norm, q, k, v, out and what a math kernel writes
-    previous = channels[0]
-    for level, width_out in enumerate(channels):
-        inputs, outputs = previous * frames * area, width_out * frames * area
-        shortcut = outputs if previous != width_out else 0
-        first = (inputs + outputs) * item + _piece_bytes(previous, frames, area, item)
-        second = (inputs + outputs + shortcut) * item + _piece_bytes(width_out, frames, area, item)
-        time, rows, columns = level_factors(level, len(channels))
-        frames, area = (frames - 1) * time + 1, area * rows * columns
-        enlarged = 0
-        if (time, rows, columns) != (1, 1, 1):
-            enlarged = (outputs + width_out * frames * area) * item
-            enlarged += _piece_bytes(width_out, frames, area, item)
-        peak = max(peak, first, second, enlarged)
-        previous = width_out
-    return int(peak * MEMORY_MARGIN)
-
-
-def _piece_bytes(channels: int, frames: int, area: int, item: int) -> int:
-    """Bytes of the temporaries with which one convolution works on one piece of its input."""
-    step = max(1, model.PIECE_ELEMENTS // (channels * area))
-    if step >= frames:
-        return channels * (2 * frames + 2) * area * item  # normalised, padded
-    return channels * area * (step + 2) * (4 + item)  # normalised in fp32, cast or padded
 
 
 def check_tiling(tiling: Tiling) -> None:

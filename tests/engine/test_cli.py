@@ -175,9 +175,10 @@ def test_damaged_and_wrong_files_are_one_sentence_in_the_transformer_slot(
         text, "load_text_encoder",
         lambda path, *, runtime: builtin.builtin_text_encoder(runtime=runtime),
     )  # fmt: skip
+    vae = tiny.save(tmp_path / "good vae.safetensors", VideoVAE(tiny.VAE).state_dict())
     for name, (path, words) in damaged_files(tmp_path).items():
         out_file = tmp_path / "clip.mp4"
-        slots = ["--transformer", path, "--vae", path, "--text-encoder", tmp_path]
+        slots = ["--transformer", path, "--vae", vae, "--text-encoder", tmp_path]
         code, out, err = run(capsys, "generate", *FAST, *slots, "--out", out_file)
         assert (code, out) == (1, ""), name
         sentence = err.strip().splitlines()[-1]
@@ -201,7 +202,9 @@ def test_transformer_in_the_vae_slot_is_named(capsys, tmp_path, monkeypatch):
 
 
 def test_missing_text_encoder_folder_is_explained(capsys, tmp_path):
-    slots = ["--transformer", "a", "--vae", "b", "--text-encoder", tmp_path / "none"]
+    transformer = tiny.save(tmp_path / "a.safetensors", tiny.transformer().state_dict())
+    vae = tiny.save(tmp_path / "b.safetensors", VideoVAE(tiny.VAE).state_dict())
+    slots = ["--transformer", transformer, "--vae", vae, "--text-encoder", tmp_path / "none"]
     code, _, err = run(capsys, "generate", *FAST, *slots, "--out", tmp_path / "clip.mp4")
     assert code == 1
     assert "HunyuanVideo" in err
@@ -279,7 +282,7 @@ def test_resumable_run_leaves_no_state_behind(capsys, tmp_path):
 @pytest.mark.skipif(os.name == "nt", reason="signals")
 def test_ctrl_c_stops_with_one_line_and_leaves_nothing(tmp_path):
     out_file = tmp_path / "clip.mp4"
-    command = [sys.executable, "-m", "skyreels", "generate", "--prompt", "x", "--steps", "5000",
+    command = [sys.executable, "-m", "skyreels", "generate", "--prompt", "x", "--steps", "1000",
                "--out", str(out_file)]  # fmt: skip
     process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
     for line in process.stderr:
@@ -292,3 +295,118 @@ def test_ctrl_c_stops_with_one_line_and_leaves_nothing(tmp_path):
     assert "Interrupted" in err
     assert "Traceback" not in err
     assert list(tmp_path.iterdir()) == []
+
+
+# --- what a careless or unlucky person meets -----------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--width", "0"], "Width 0"),
+        (["--height", "0"], "Height 0"),
+        (["--frames", "0"], "0 frames"),
+        (["--width", "1600000000000"], "more than 4096"),
+        (["--frames", "400000000001"], "more than 1025"),
+        (["--steps", "100000000000"], "not within 1..1000"),
+        (["--device", "cpu:"], "'cpu:' is not one of"),
+        (["--device", "cuda:"], "'cuda:' is not one of"),
+        (["--seed", str(2**64), "--noise-augmentation", "0.1"], "Seed"),
+        (["--latent-strength", "1e39"], "Latent strength 1e+39"),
+    ],
+)
+def test_slips_are_refused_before_any_work(capsys, tmp_path, options, words):
+    code, out, err = run(capsys, "generate", *FAST, *options, "--out", tmp_path / "x.npy", "--json")
+    assert code == 1
+    assert words in json.loads(out)["error"]
+    assert "Traceback" not in err
+
+
+@pytest.mark.parametrize("place", ["file/o.npy", "nul\0.npy", "x" * 300 + ".npy", "taken.npy"])
+def test_an_output_that_cannot_be_written_is_found_first(capsys, tmp_path, place, monkeypatch):
+    (tmp_path / "file").touch()
+    (tmp_path / "taken.npy.part").mkdir()
+    monkeypatch.setattr(cli, "_generate", lambda *_: pytest.fail("work was begun"))
+    code, out, _ = run(capsys, "generate", *FAST, "--out", tmp_path / place, "--json")
+    assert code == 1
+    assert "cannot be written" in json.loads(out)["error"]
+
+
+def test_weights_are_looked_at_before_minutes_of_text_encoding(capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr(cli, "_encode_prompts", lambda *_: pytest.fail("text was encoded"))
+    vae = tiny.save(tmp_path / "v.safetensors", VideoVAE(tiny.VAE).state_dict())
+    slots = ["--transformer", vae, "--vae", vae, "--text-encoder", tmp_path]
+    code, _, err = run(capsys, "generate", *FAST, *slots, "--out", tmp_path / "x.npy")
+    assert code == 1
+    assert "this slot takes a HunyuanVideo transformer" in err
+
+
+def test_a_run_that_fails_after_sampling_is_continued(capsys, tmp_path, monkeypatch):
+    from comfyui_skyreels.skyreels import pipeline
+
+    size = ["--width", "32", "--height", "32", "--frames", "5"]
+    state, out_file = tmp_path / "state", tmp_path / "x.npy"
+    command = ["generate", *FAST, *size, "--resume", state, "--out", out_file]
+
+    def fail(*_, **__):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pipeline, "decode_frames", fail)
+        code, _, err = run(capsys, *command)
+    assert code == 130
+    assert f"continues from {state}" in err
+    assert run(capsys, *command)[0] == 0
+    assert not state.exists()
+    whole = np.load(out_file)
+    assert run(capsys, "generate", *FAST, *size, "--out", out_file)[0] == 0
+    assert np.array_equal(np.load(out_file), whole)
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory"), "ran out of memory: use fewer frames"),
+        (MemoryError(), "ran out of memory"),
+        (RuntimeError("strange\nlong"), "Unexpected RuntimeError (strange): this is a defect"),
+    ],
+)
+def test_what_no_check_foresaw_is_still_one_sentence(capsys, tmp_path, monkeypatch, error, words):
+    def fail(*_):
+        raise error
+
+    monkeypatch.setattr(cli, "_generate", fail)
+    code, out, err = run(capsys, "generate", *FAST, "--out", tmp_path / "x.npy", "--json")
+    assert code == 1
+    assert words in json.loads(out)["error"]
+    assert "Traceback" not in err
+
+
+def test_wrong_usage_answers_with_json_too(tmp_path):
+    command = [sys.executable, "-m", "skyreels", "generate", "--json", "--steps", "abc"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert "steps" in json.loads(done.stdout)["error"]
+
+
+def test_the_built_in_model_makes_long_clips(capsys, tmp_path):
+    size = ["--width", "16", "--height", "16", "--frames", "201"]
+    options = ["--steps", "1", "--prompt", "x", "--cfg", "1"]
+    code, _, err = run(capsys, "generate", *options, *size, "--out", tmp_path / "x.npy")
+    assert code == 0, err
+
+
+def test_doctor_survives_files_nobody_can_read_and_finds_folders(capsys, tmp_path, monkeypatch):
+    monkeypatch.setenv("COMFYUI_DIR", str(tmp_path))
+    models = tmp_path / "models"
+    state = tiny.transformer().state_dict()
+    split = tiny.to_diffusers(state, tiny.TRANSFORMER)
+    config = tiny.diffusers_config(tiny.TRANSFORMER)
+    tiny.save_sharded(models / "diffusers" / "SkyReels", split, config)
+    broken = {**state, "final_layer.linear.weight": torch.ones(())}
+    tiny.save(models / "diffusion_models" / "sub" / "broken.safetensors", broken)
+    code, out, _ = run(capsys, "doctor", "--json")
+    assert code == 0
+    weights = json.loads(out)["weights"]
+    assert "skyreels-i2v" in weights["diffusers/SkyReels"]
+    assert "of another model" in weights["diffusion_models/sub/broken.safetensors"]

@@ -11,7 +11,9 @@ from comfyui_skyreels.skyreels.conditioning import (
     to_model_space,
     to_vae_space,
 )
+from comfyui_skyreels.skyreels.config import VAEConfig
 from comfyui_skyreels.skyreels.errors import OptionError, ShapeError
+from comfyui_skyreels.skyreels.memory import decode_bytes
 from comfyui_skyreels.skyreels.runtime import TorchRuntime
 from comfyui_skyreels.skyreels.vae.model import VideoVAE
 from PIL import Image
@@ -103,6 +105,7 @@ def test_augmentation_noise_follows_the_clips_noise_and_spares_black_bars(vae):
         def __init__(self):
             super().__init__()
             self.weight = torch.nn.Parameter(torch.zeros(1))
+            self.config = vae.config
 
         def encode(self, video, *, check):
             seen.append(video)
@@ -192,3 +195,33 @@ def test_conditioning_of_another_size_keeps_its_numbers():
     conditioning = ImageConditioning(torch.zeros(1, 16, 1, 4, 6), 48, 32, 97)
     assert conditioning.latent_shape == (1, 16, 25, 4, 6)
     assert np.prod(conditioning.padded().shape) == 16 * 25 * 24
+
+
+def test_a_picture_of_whole_numbers_is_refused():
+    with pytest.raises(ShapeError, match="floats within 0..1; got torch.uint8"):
+        fit_image(torch.zeros(1, 32, 32, 3, dtype=torch.uint8), 32, 32)
+
+
+def test_room_is_asked_for_before_the_vae_moves(vae):
+    asked = []
+
+    class Recording(TorchRuntime):
+        def make_room(self, num_bytes):
+            asked.append(num_bytes)
+
+    image = torch.rand(1, 32, 32, 3)
+    encode_image(vae, image, width=32, height=32, num_frames=9, runtime=Recording())
+    assert asked
+    assert asked[0] >= decode_bytes(vae.config, torch.Size((1, 16, 1, 4, 4)), torch.float32)
+
+
+@pytest.mark.parametrize("shape", [(1, 3, 1, 544, 960), (1, 3, 9, 256, 256)])
+def test_encoding_takes_no_more_than_what_is_asked_for(shape):
+    from support.peak import PeakBytes
+
+    with torch.device("meta"):
+        big = VideoVAE(VAEConfig()).bfloat16()
+    video = torch.empty(shape, device="meta", dtype=torch.bfloat16)
+    with PeakBytes() as memory:
+        latents = big.encode(video)
+    assert memory.peak <= decode_bytes(big.config, latents.shape, torch.bfloat16)

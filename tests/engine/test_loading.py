@@ -1,9 +1,11 @@
 """Every format gives the same weights; what does not fit is refused before anything is read."""
 
+import json
 import math
 import os
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -426,3 +428,174 @@ def test_loading_two_gigabytes_needs_little_beyond_the_weights(tmp_path, root, l
     largest_fused = 21504 * 3072 * 2
     assert weights >= 2 * 1024**3
     assert grown - weights <= largest_fused + 1024**3
+
+
+# --- what a damaged or strange file must not do -------------------------------------------------
+
+
+QKV = "double_blocks.0.img_attn_qkv"
+
+
+@pytest.mark.parametrize("shape", [(5,), (0,), (1, 96), (32, 2), (96, 1, 1)])
+def test_a_scale_of_another_shape_is_refused(tmp_path, state, shape):
+    scaled = scaled_fp8(state, "v0", per_row=False)[0]
+    scaled[f"{QKV}.scale_weight"] = torch.ones(shape)
+    path = tiny.save(tmp_path / "x.safetensors", scaled)
+    with pytest.raises(CheckpointError, match="scale_weight of shape"):
+        load_transformer(path, runtime=RUNTIME)
+
+
+@pytest.mark.parametrize("value", [0.0, -1.0, torch.nan, torch.inf])
+def test_a_scale_that_is_no_positive_number_is_refused(tmp_path, state, value):
+    scaled = scaled_fp8(state, "v0", per_row=False)[0]
+    scaled[f"{QKV}.scale_weight"] = torch.tensor(value)
+    path = tiny.save(tmp_path / "x.safetensors", scaled)
+    with pytest.raises(CheckpointError, match="not a positive number"):
+        load_transformer(path, runtime=RUNTIME)
+
+
+def test_a_scale_counts_whatever_its_weight_is_stored_as(tmp_path, state):
+    scaled = {**state, f"{QKV}.scale_weight": torch.tensor(3.0)}
+    path = tiny.save(tmp_path / "x.safetensors", scaled)
+    loaded = load_transformer(path, runtime=RUNTIME).state_dict()
+    torch.testing.assert_close(loaded[f"{QKV}.weight"], 3 * state[f"{QKV}.weight"])
+
+
+@pytest.mark.parametrize("described", [b'{"format": "mxfp8"}', b"garbage", b"[1]"])
+def test_a_quantisation_of_another_kind_is_refused(tmp_path, state, described):
+    scaled = scaled_fp8(state, "v1", per_row=False)[0]
+    scaled[f"{QKV}.comfy_quant"] = torch.tensor(list(described), dtype=torch.uint8)
+    path = tiny.save(tmp_path / "x.safetensors", scaled)
+    with pytest.raises(CheckpointError, match="mxfp8|cannot be read"):
+        load_transformer(path, runtime=RUNTIME)
+
+
+def test_formats_in_the_header_are_read_too(tmp_path, state):
+    scaled = scaled_fp8(state, "v1", per_row=False)[0]
+    for kind, is_refused in (("float8_e4m3fn", False), ("nvfp4", True)):
+        metadata = {"_quantization_metadata": json.dumps({"layers": {QKV: {"format": kind}}})}
+        path = tiny.save(tmp_path / "x.safetensors", scaled, metadata)
+        if not is_refused:
+            load_transformer(path, runtime=RUNTIME)
+            continue
+        with pytest.raises(CheckpointError, match=f"stores {QKV} as nvfp4"):
+            load_transformer(path, runtime=RUNTIME)
+
+
+def test_parts_that_only_fit_in_sum_are_refused(tmp_path, state):
+    split = tiny.to_diffusers(state, tiny.TRANSFORMER)
+    stem = "transformer_blocks.0.attn.to_"
+    joined = torch.cat([split[stem + "q.weight"], split[stem + "k.weight"]])
+    split[stem + "q.weight"], split[stem + "k.weight"] = joined.split([16, 48])
+    path = tiny.save(tmp_path / "x.safetensors", split)
+    with pytest.raises(CheckpointError, match="of another model"):
+        load_transformer(path, runtime=RUNTIME)
+
+
+def test_numbers_beyond_the_range_of_the_precision_are_refused(tmp_path, state, vae_state):
+    name = "single_blocks.0.linear2.weight"
+    huge = {**state, name: torch.full_like(state[name], torch.finfo(torch.float32).max)}
+    path = tiny.save(tmp_path / "x.safetensors", huge)
+    with pytest.raises(CheckpointError, match="beyond the range of bfloat16"):
+        load_transformer(path, precision="bf16", runtime=RUNTIME)
+    name = "decoder.conv_out.conv.weight"
+    path = tiny.save(tmp_path / "v.safetensors", {**vae_state, name: vae_state[name] + 1e6})
+    with pytest.raises(CheckpointError, match="beyond the range of float16"):
+        load_vae(path, precision="fp16", runtime=RUNTIME)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("rope_axes_dim", [4, 6]), ("rope_axes_dim", 5), ("rope_axes_dim", "abc"),
+        ("rope_axes_dim", [4, 6, 8]), ("rope_axes_dim", [-4, 10, 10]),
+        ("rope_axes_dim", [1, 3, 12]), ("rope_axes_dim", [4.0, 6, 6]), ("rope_theta", "x"),
+        ("rope_theta", 0), ("rope_theta", -256), ("rope_theta", None),
+    ],
+)  # fmt: skip
+def test_a_folder_config_that_cannot_be_is_refused(tmp_path, model, name, value):
+    config = {**tiny.diffusers_config(model.config), name: value}
+    if value is None:
+        config[name] = float("inf")
+    state = tiny.to_diffusers(model.state_dict(), model.config)
+    folder = tiny.save_sharded(tmp_path / "f", state, config)
+    with pytest.raises(CheckpointError, match=f"config.json in f has {name}"):
+        load_transformer(folder, runtime=RUNTIME)
+
+
+@pytest.mark.parametrize("value", ["x", 0, -32, True, [1], 1.5])
+def test_norm_groups_that_cannot_be_are_refused(tmp_path, vae_state, value):
+    tiny.save(tmp_path / "f" / "x.safetensors", vae_state)
+    (tmp_path / "f" / "config.json").write_text(json.dumps({"norm_num_groups": value}))
+    with pytest.raises(CheckpointError, match="norm_num_groups"):
+        load_vae(tmp_path / "f", runtime=RUNTIME)
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, "nonsense", "\udcff"])
+def test_a_folder_config_that_is_no_json_is_refused(tmp_path, vae_state, text):
+    tiny.save(tmp_path / "f" / "x.safetensors", vae_state)
+    (tmp_path / "f" / "config.json").write_bytes(text.encode("utf-8", "surrogatepass"))
+    with pytest.raises(CheckpointError, match="is not JSON"):
+        load_vae(tmp_path / "f", runtime=RUNTIME)
+
+
+@pytest.mark.parametrize(
+    ("name", "shape"),
+    [
+        ("double_blocks.0.img_attn_q_norm.weight", ()),
+        ("double_blocks.0.img_attn_q_norm.weight", (0,)),
+        ("img_in.proj.weight", (32, 32, 1, 0, 2)),
+        ("img_in.proj.weight", (32, 32)),
+        ("final_layer.linear.weight", ()),
+        ("double_blocks.0.img_mlp.fc1.weight", ()),
+        ("txt_in.input_embedder.weight", (32,)),
+        ("double_blocks.0.img_mlp.fc1.bias", ()),
+    ],
+)
+def test_a_tensor_of_impossible_shape_is_refused(tmp_path, state, name, shape):
+    path = tiny.save(tmp_path / "x.safetensors", {**state, name: torch.ones(shape)})
+    with pytest.raises(CheckpointError, match="of another model"):
+        load_transformer(path, runtime=RUNTIME)
+
+
+def test_a_vae_of_other_latent_channels_is_refused(tmp_path):
+    other = VideoVAE(replace(tiny.VAE, latent_channels=8))
+    path = tiny.save(tmp_path / "x.safetensors", other.state_dict())
+    with pytest.raises(CheckpointError, match="8 latent channels"):
+        load_vae(path, runtime=RUNTIME)
+
+
+@pytest.mark.parametrize("nest", [("model", "module"), ("module", "state_dict"), ("state_dict",)])
+def test_a_pickle_may_nest_its_weights_in_any_order(tmp_path, state, nest):
+    content = dict(state)
+    for key in reversed(nest):
+        content = {key: content, "epoch": 3, 7: "x"}
+    torch.save(content, tmp_path / "x.pt")
+    assert_same(load_transformer(tmp_path / "x.pt", runtime=RUNTIME), state)
+
+
+def test_a_pickle_of_the_old_format_is_read(tmp_path, state):
+    torch.save(state, tmp_path / "x.pt", _use_new_zipfile_serialization=False)
+    assert_same(load_transformer(tmp_path / "x.pt", runtime=RUNTIME), state)
+
+
+class Evil:
+    def __reduce__(self):
+        return print, ("never run",)
+
+
+@pytest.mark.parametrize("kind", ["code", "empty", "garbage", "safetensors", "fifo"])
+def test_a_pickle_that_is_none_is_refused_without_torchs_advice(tmp_path, state, kind, capsys):
+    path = tmp_path / "x.pt"
+    if kind == "code":
+        torch.save({"a": Evil()}, path)
+    elif kind == "fifo":
+        os.mkfifo(path)
+    elif kind == "safetensors":
+        tiny.save(tmp_path / "x.safetensors", state).rename(path)
+    else:
+        path.write_bytes({"empty": b"", "garbage": b"\x80\x02nonsense" * 9}[kind])
+    with pytest.raises(CheckpointError, match="as plain weights|neither a file") as caught:
+        load_transformer(path, runtime=RUNTIME)
+    assert "weights_only" not in str(caught.value)
+    assert "never run" not in capsys.readouterr().out

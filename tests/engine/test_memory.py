@@ -66,7 +66,7 @@ class SmallDevice(TorchRuntime):
     """A host whose compute device has a stated amount of memory.
 
     The compute device is the CPU, and "elsewhere" is where weights are told to come from: placement
-    is decided from `_is_away`, which the tests below replace.
+    is decided from `missing_bytes`, which the tests below replace.
     """
 
     def __init__(self, free: int, **kwargs) -> None:
@@ -89,7 +89,7 @@ def visits(monkeypatch):
         log.append(("in", module))
         return lambda: log.append(("out", module))
 
-    monkeypatch.setattr(memory, "_is_away", lambda module, device: True)
+    monkeypatch.setattr(memory, "missing_bytes", lambda module, device: weight_bytes(module))
     monkeypatch.setattr(memory, "_visit", visit)
     return log
 

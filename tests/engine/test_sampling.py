@@ -1,5 +1,7 @@
 """Schedule, guidance, the loop, and the whole pipeline against the reference procedure."""
 
+import os
+
 import numpy as np
 import pytest
 import torch
@@ -254,7 +256,11 @@ def test_interrupted_run_resumes_to_the_same_latents(model, conditioning, tmp_pa
     runtime = CountingRuntime()
     assert torch.equal(run(model, conditioning, resume=file, runtime=runtime), whole)
     assert runtime.forwards == 4  # two steps of four
-    assert list(tmp_path.iterdir()) == []
+    # a run that fails after sampling, in the decoder say, loses nothing either
+    runtime = CountingRuntime()
+    assert torch.equal(run(model, conditioning, resume=file, runtime=runtime), whole)
+    assert runtime.forwards == 0
+    assert list(tmp_path.iterdir()) == [file]
 
 
 def test_saved_step_of_other_inputs_is_refused_and_kept(model, conditioning, tmp_path):
@@ -380,3 +386,102 @@ def test_pipeline_is_deterministic_to_the_last_bit(model):
         for _ in range(2)
     )
     assert torch.equal(first, second)
+
+
+# --- saved steps that cannot be ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("precision", ["fp8", "int8", "bf16"])
+def test_a_saved_step_of_another_precision_is_refused(conditioning, tmp_path, precision):
+    from comfyui_skyreels.skyreels.loading import load_transformer
+
+    path = tiny.save(tmp_path / "x.safetensors", tiny.transformer().state_dict())
+    models = {p: load_transformer(path, precision=p, runtime=TorchRuntime())
+              for p in ("fp8", "int8", "bf16")}  # fmt: skip
+    file = tmp_path / "state"
+    with pytest.raises(StopError):
+        run(models.pop(precision), conditioning, resume=file, runtime=stop_after(20))
+    for other in models.values():
+        with pytest.raises(OptionError, match="or weights"):
+            run(other, conditioning, resume=file)
+
+
+@pytest.mark.parametrize("damage", ["step -1", "step 99", "int32", "nan"])
+def test_a_saved_step_that_cannot_be_is_refused(model, conditioning, tmp_path, damage):
+    from comfyui_skyreels.skyreels.errors import CheckpointError
+    from safetensors import safe_open
+    from safetensors.torch import save_file
+
+    file = tmp_path / "state"
+    with pytest.raises(StopError):
+        run(model, conditioning, resume=file, runtime=stop_after(20))
+    with safe_open(file, "pt") as saved:
+        metadata, latents = saved.metadata(), saved.get_tensor("latents").clone()
+    if damage.startswith("step"):
+        metadata["step"] = damage.split()[1]
+    latents = (
+        latents.int() if damage == "int32" else latents * (torch.nan if damage == "nan" else 1)
+    )
+    save_file({"latents": latents}, file, metadata)
+    with pytest.raises(CheckpointError, match="damaged"):
+        run(model, conditioning, resume=file)
+
+
+def test_a_place_that_cannot_be_written_is_found_before_the_first_step(
+    model, conditioning, tmp_path
+):
+    (tmp_path / "file").touch()
+    os.mkfifo(tmp_path / "fifo")
+    for place in ("file/state", "fifo", "nul\0", "x" * 300):
+        runtime = CountingRuntime()
+        with pytest.raises(OptionError, match="choose another place|not a file"):
+            run(model, conditioning, resume=tmp_path / place, runtime=runtime)
+        assert runtime.forwards == 0
+    run(model, conditioning, resume=tmp_path / "new" / "folder" / "state")
+
+
+def test_a_disk_that_fills_up_costs_the_saved_step_and_not_the_run(
+    model, conditioning, tmp_path, monkeypatch, caplog
+):
+    from comfyui_skyreels.skyreels import sampling
+
+    save, calls = sampling._save_state, []
+
+    def fail(*args):
+        calls.append(args)
+        if len(calls) > 2:
+            raise OSError(28, "No space left on device")
+        save(*args)
+
+    monkeypatch.setattr(sampling, "_save_state", fail)
+    assert torch.equal(
+        run(model, conditioning, resume=tmp_path / "state"), run(model, conditioning)
+    )
+    assert "No space left" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "words"),
+    [
+        ({"guidance": Guidance(1e39)}, "CFG 1e\\+39 is not within 0..100"),
+        ({"guidance": Guidance(-1.0)}, "CFG -1.0"),
+        ({"guidance": Guidance(6.0, 1e39)}, "Embedded guidance 1e\\+39"),
+        ({"guidance": Guidance(zero_init_steps=-1)}, "-1 zero-init steps"),
+        ({"sigmas": torch.tensor([1.0000001, 0.0])}, "from 1.00000012 to 0"),
+        ({"seed": 2**64}, "Seed 18446744073709551616"),
+    ],
+)
+def test_numbers_beyond_sense_are_refused(model, conditioning, kwargs, words):
+    with pytest.raises(OptionError, match=words):
+        run(model, conditioning, **kwargs)
+
+
+@pytest.mark.parametrize("arguments", [(1001,), (10**11,), (30, 1e9), (30, 1e-308), (30, -7.0)])
+def test_schedules_beyond_sense_are_refused(arguments):
+    with pytest.raises(OptionError, match="is not within|are not within"):
+        get_sigmas(*arguments)
+
+
+def test_rescaling_constant_velocities_stays_finite():
+    constant = torch.ones(1, 16, 3, 4, 6)
+    assert bool(combine(constant, constant, Guidance(guidance_rescale=0.7)).isfinite().all())

@@ -1,6 +1,7 @@
 """Text: embeddings are checked, the folder is loaded, and prompts encode as diffusers does."""
 
 import importlib
+import json
 import logging
 import os
 import shutil
@@ -217,7 +218,7 @@ def test_the_prefix_reaches_both_encoders(encoder):
     bare = text.encode_prompt(encoder, "a cat", fps_prefix=False, runtime=RUNTIME)
     prefixed = text.encode_prompt(encoder, "a cat", runtime=RUNTIME)
     spelled = text.encode_prompt(encoder, "FPS-24, a cat", fps_prefix=False, runtime=RUNTIME)
-    assert prefixed is spelled  # one content, one cache entry
+    assert torch.equal(prefixed.prompt_embeds, spelled.prompt_embeds)
     assert prefixed.prompt_embeds.shape[1] > bare.prompt_embeds.shape[1]
     assert not torch.equal(prefixed.pooled_prompt_embeds, bare.pooled_prompt_embeds)
 
@@ -322,7 +323,11 @@ def test_progress_ends_at_its_total(encoder):
 def test_a_second_encoding_runs_no_model(encoder):
     first = text.encode_prompt(encoder, "a cat", runtime=RUNTIME)
     without_models = replace(encoder, llm=None, clip=None)
-    assert text.encode_prompt(without_models, "a cat", runtime=RUNTIME) is first
+    again = text.encode_prompt(without_models, "a cat", runtime=RUNTIME)
+    assert torch.equal(again.prompt_embeds, first.prompt_embeds)
+    again.prompt_embeds.zero_()  # a caller's tensors are its own
+    third = text.encode_prompt(without_models, "a cat", runtime=RUNTIME)
+    assert torch.equal(third.prompt_embeds, first.prompt_embeds)
 
 
 def test_the_cache_folder_serves_another_process(encoder, tmp_path):
@@ -518,3 +523,67 @@ def test_without_transformers_the_command_that_installs_it_is_named(tmp_path, mo
 def test_a_stop_while_loading_passes_through(folder):
     with pytest.raises(Stopped):
         text.load_text_encoder(folder, runtime=stopping(2))
+
+
+# --- strange folders, prompts and caches ---------------------------------------------------------
+
+
+@pytest.mark.parametrize("tensor", ["width", "batch", "empty", "int"])
+def test_a_cache_entry_that_is_no_prompt_is_made_again(encoder, tmp_path, caplog, tensor):
+    from safetensors.torch import save_file
+
+    good = text.encode_prompt(encoder, "a cat", cache_dir=tmp_path, runtime=RUNTIME)
+    file = next(tmp_path.iterdir())
+    states = {
+        "width": good.prompt_embeds[0],
+        "batch": good.prompt_embeds.repeat(2, 1, 1),
+        "empty": good.prompt_embeds[:, :0],
+        "int": good.prompt_embeds.long(),
+    }[tensor]
+    pooled = good.pooled_prompt_embeds
+    save_file({"prompt_embeds": states.contiguous(), "pooled_prompt_embeds": pooled}, file)
+    text._cache.clear()
+    again = text.encode_prompt(encoder, "a cat", cache_dir=tmp_path, runtime=RUNTIME)
+    assert torch.equal(again.prompt_embeds, good.prompt_embeds)
+    assert "made again" in caplog.text
+
+
+@pytest.mark.parametrize("place", ["file", "nul\0"])
+def test_a_cache_that_cannot_be_written_does_not_cost_the_prompt(encoder, tmp_path, caplog, place):
+    (tmp_path / "file").touch()
+    text._cache.clear()
+    text.encode_prompt(encoder, "a dog", cache_dir=tmp_path / place, runtime=RUNTIME)
+    assert "could not be cached" in caplog.text
+
+
+def test_a_prompt_known_in_memory_still_reaches_the_cache_folder(encoder, tmp_path):
+    text.encode_prompt(encoder, "a bird", runtime=RUNTIME)
+    text.encode_prompt(encoder, "a bird", cache_dir=tmp_path, runtime=RUNTIME)
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_half_a_character_is_refused(encoder):
+    with pytest.raises(TextError, match="Character 10 of the prompt is half a character"):
+        text.encode_prompt(encoder, "a\udcff", runtime=RUNTIME)
+
+
+def test_tokenizers_of_the_other_model_are_refused(copy):
+    (copy / "tokenizer").rename(copy / "x")
+    (copy / "tokenizer_2").rename(copy / "tokenizer")
+    (copy / "x").rename(copy / "tokenizer_2")
+    with pytest.raises((CheckpointError, TextError), match="do not belong together|misread"):
+        text.load_text_encoder(copy, runtime=RUNTIME)
+
+
+@pytest.mark.parametrize("change", [{"hidden_act": "zzz"}, {"hidden_size": 48}])
+def test_a_config_that_does_not_fit_is_one_sentence(copy, change):
+    file = copy / "text_encoder" / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **change}))
+    with pytest.raises(CheckpointError, match="download it again") as caught:
+        text.load_text_encoder(copy, runtime=RUNTIME)
+    assert "above report" not in str(caught.value)
+
+
+def test_loading_prints_no_remark_of_transformers(folder, capfd):
+    text.load_text_encoder(folder, runtime=RUNTIME)
+    assert capfd.readouterr() == ("", "")

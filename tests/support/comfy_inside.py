@@ -1,0 +1,134 @@
+"""Run inside ComfyUI's own environment: our nodes beside core's, on the same weights.
+
+    python comfy_inside.py CHECKOUT PACK FOLDER
+
+The last line of the output is one JSON object.
+"""
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+
+checkout, pack, folder = sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3])
+sys.argv = sys.argv[:1]
+sys.path.insert(0, checkout)
+
+import comfy.cli_args
+
+comfy.cli_args.args.cpu = True
+
+import comfy.latent_formats
+import comfy.sample
+import comfy.samplers
+import comfy.sd
+import folder_paths
+import torch
+
+name = "comfyui_skyreels"
+spec = importlib.util.spec_from_file_location(
+    name, pack / "__init__.py", submodule_search_locations=[str(pack)]
+)
+module = sys.modules[name] = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(module)
+sys.path.append(str(pack / "tests"))  # behind ComfyUI's own `tests`
+
+from comfyui_skyreels.skyreels.conditioning import to_model_space
+from comfyui_skyreels.skyreels.config import TransformerConfig, VAEConfig
+from comfyui_skyreels.skyreels.keymaps import vae_sources
+from comfyui_skyreels.skyreels.sampling import get_sigmas
+from comfyui_skyreels.skyreels.vae.model import VideoVAE
+
+from support import tiny
+from support.host import made_up_conditioning
+
+NODES = module.NODE_CLASS_MAPPINGS
+# ComfyUI fixes the rotary axes to 16, 56, 56 and two refiner blocks
+CONFIG = TransformerConfig(num_attention_heads=1, num_layers=1, num_single_layers=1)
+SIZE = {"width": 64, "height": 48, "num_frames": 9}
+STEPS = 4
+
+
+def node(class_type, **inputs):
+    cls = NODES[class_type]
+    with torch.inference_mode():
+        return getattr(cls(), cls.FUNCTION)(**inputs)[0]
+
+
+def relative_error(got, expected):
+    return ((got - expected).abs().max() / expected.abs().max()).item()
+
+
+# --- weights ------------------------------------------------------------------------------------
+
+folder_paths.folder_names_and_paths["diffusion_models"] = ([str(folder)], {".safetensors"})
+folder_paths.folder_names_and_paths["vae"] = ([str(folder)], {".safetensors"})
+tiny.save(folder / "transformer.safetensors", tiny.transformer(CONFIG).state_dict())
+vae = VideoVAE(VAEConfig(block_out_channels=(32, 32, 32, 32)))
+wide = VideoVAE(VAEConfig())  # core's is of one size
+for parameter in wide.parameters():
+    parameter.requires_grad_(False)
+state = {vae_sources(k, "sd", 4)[0]: v for k, v in tiny.randomize(wide).state_dict().items()}
+for key, value in state.items():
+    if "attn_1" in key and key.endswith(("q.weight", "k.weight", "v.weight", "proj_out.weight")):
+        state[key] = value[:, :, None, None, None]
+tiny.save(folder / "vae.safetensors", state)
+
+# --- samplers -----------------------------------------------------------------------------------
+
+model = node("SkyReelsTransformerLoader", transformer="transformer.safetensors", precision="auto")
+our_vae = node("SkyReelsVAELoader", vae="vae.safetensors", precision="fp32")
+picture = torch.rand(1, 48, 64, 3, generator=torch.Generator().manual_seed(1))
+image = node("SkyReelsImageConditioning", vae=our_vae, image=picture, fit="crop", **SIZE)
+positive, negative = (made_up_conditioning(t, 4096, 768) for t in ("a cat walks", ""))
+sigmas = get_sigmas(STEPS)
+ours = {
+    "model": model, "positive": positive, "negative": negative, "image": image, "seed": 3,
+    "steps": STEPS, "cfg": 6.0, "embedded_guidance": 1.0, "shift": 7.0, "sigmas": sigmas,
+}  # fmt: skip
+reference = node("SkyReelsSampler", **ours)["samples"]
+result = {"samplers": {}}
+for sampler_name in comfy.samplers.SAMPLER_NAMES:
+    sampler = comfy.samplers.sampler_object(sampler_name)
+    try:
+        samples = node("SkyReelsSampler", **ours, sampler=sampler)["samples"]
+    except Exception as error:  # noqa: BLE001 - whatever a sampler trips over is the result
+        result["samplers"][sampler_name] = f"{type(error).__name__}: {error}"
+        continue
+    is_finite = bool(samples.isfinite().all()) and samples.shape == reference.shape
+    result["samplers"][sampler_name] = "finite" if is_finite else "not finite"
+    if sampler_name == "euler":
+        result["euler_relative_error"] = relative_error(samples, reference)
+
+# core's own path: UNETLoader, FluxGuidance 1, InstructPixToPixConditioning, a custom sampler
+core_model = comfy.sd.load_diffusion_model(
+    str(folder / "transformer.safetensors"), model_options={"dtype": torch.float32}
+)
+concat = image.image_latents / comfy.latent_formats.HunyuanVideo().scale_factor
+extra = {"guidance": 1.0, "concat_latent_image": concat}
+with torch.inference_mode():
+    core = comfy.sample.sample_custom(
+        core_model,
+        torch.randn(image.latent_shape, generator=torch.manual_seed(3)),
+        6.0,
+        comfy.samplers.sampler_object("euler"),
+        sigmas,
+        *([[c[0][0], {**c[0][1], **extra}]] for c in (positive, negative)),
+        torch.zeros(image.latent_shape),
+        seed=3,
+    )
+result["sampler_relative_error"] = relative_error(reference, core)
+
+# --- VAE ----------------------------------------------------------------------------------------
+
+core_vae = comfy.sd.VAE(sd=dict(state), dtype=torch.float32)
+with torch.inference_mode():
+    encoded = core_vae.encode(picture)
+    # one latent frame: core's decoder and encoder leave the causal mask out, which shows from two
+    decoded = core_vae.decode(reference[:, :, :1])
+    still = node("SkyReelsVAEDecode", vae=our_vae, samples={"samples": reference[:, :, :1]},
+                 mode="full")  # fmt: skip
+result["encode_relative_error"] = relative_error(image.image_latents, to_model_space(encoded))
+result["decode_relative_error"] = relative_error(still, decoded[0])
+result["latent_format_scale"] = comfy.latent_formats.HunyuanVideo().scale_factor
+print(json.dumps(result))  # noqa: T201

@@ -1,0 +1,187 @@
+"""Every shipped workflow: a file the page opens without complaint, and a graph that runs."""
+
+import json
+import re
+import uuid
+from pathlib import Path
+
+import comfyui_skyreels
+import pytest
+import torch
+from comfyui_skyreels.skyreels.builtin import BUILTIN_NAME
+from comfyui_skyreels.skyreels.vae.model import VideoVAE
+from PIL import Image
+from support import host, tiny
+
+ROOT = Path(__file__).resolve().parents[1]
+FILES = sorted((ROOT / "workflows").glob("*.json"))
+NODES = comfyui_skyreels.NODE_CLASS_MAPPINGS
+PAGE_ONLY = {"MarkdownNote"}
+#: widgets that the page adds behind a widget with this option
+ADDED = {"control_after_generate": {"fixed"}, "image_upload": {"image"}}
+MODEL_HOSTS = ("https://huggingface.co/", "https://civitai.com/")
+
+pytestmark = pytest.mark.usefixtures("comfy")
+each_file = pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+
+
+def read(path: Path) -> dict:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def api_form(path: Path) -> dict:
+    return read(ROOT / "tests" / "workflows" / f"{path.stem}.api.json")
+
+
+def widgets(node_type: str) -> list[tuple[str, str, dict]]:
+    """(name, type, options) of a node's widgets, in the order of its values."""
+    if node_type in NODES:
+        groups = NODES[node_type].INPUT_TYPES()
+    else:
+        groups = host.CORE_NODES[node_type]["input"]
+    found = []
+    for kind in ("required", "optional"):
+        for name, (what, *rest) in groups.get(kind, {}).items():
+            options = dict(rest[0]) if rest else {}
+            if isinstance(what, list):
+                what, options = "COMBO", {**options, "options": what}
+            if what in ("INT", "FLOAT", "STRING", "BOOLEAN", "COMBO"):
+                found.append((name, what, options))
+    return found
+
+
+def test_the_three_local_workflows_are_here():
+    assert {"quick_start", "local_bf16", "local_low_memory"} <= {path.stem for path in FILES}
+
+
+@each_file
+def test_ids_and_links_are_sound(path):
+    graph = read(path)
+    assert str(uuid.UUID(graph["id"])) == graph["id"]
+    assert graph["version"] == 0.4
+    nodes = {node["id"]: node for node in graph["nodes"]}
+    assert len(nodes) == len(graph["nodes"])
+    assert graph["last_node_id"] >= max(nodes)
+    links = {link[0]: link for link in graph["links"]}
+    assert len(links) == len(graph["links"])
+    assert graph["last_link_id"] >= max(links)
+    for number, origin, slot, target, place, kind in graph["links"]:
+        assert nodes[origin]["outputs"][slot]["type"] == kind
+        assert number in nodes[origin]["outputs"][slot]["links"]
+        assert nodes[target]["inputs"][place]["type"] == kind
+        assert nodes[target]["inputs"][place]["link"] == number
+    used = [i["link"] for node in nodes.values() for i in node["inputs"] if i["link"] is not None]
+    given = [n for node in nodes.values() for out in node["outputs"] for n in out["links"] or []]
+    assert sorted(used) == sorted(given) == sorted(links)
+
+
+@each_file
+def test_every_value_stands_in_its_place_and_range(path):
+    for node in read(path)["nodes"]:
+        if node["type"] in PAGE_ONLY:
+            continue
+        values = iter(node["widgets_values"])
+        for name, kind, options in widgets(node["type"]):
+            value = next(values)
+            where = f"{node['type']}.{name} = {value!r}"
+            if kind in ("INT", "FLOAT"):
+                assert type(value) in ((int,) if kind == "INT" else (int, float)), where
+                assert options.get("min", value) <= value <= options.get("max", value), where
+            elif kind == "BOOLEAN":
+                assert type(value) is bool, where
+            else:
+                assert type(value) is str, where
+                is_file = value.endswith((".safetensors", ".png"))
+                assert kind != "COMBO" or is_file or value in options["options"], where
+            for option, expected in ADDED.items():
+                if options.get(option):
+                    assert next(values) in expected
+        assert list(values) == []
+
+
+@each_file
+def test_nodes_say_whose_they_are_and_where_their_files_are(path):
+    for node in read(path)["nodes"]:
+        if node["type"] in PAGE_ONLY:
+            continue
+        properties = node["properties"]
+        ours = node["type"] in NODES
+        assert properties["cnr_id"] == ("skyreels-wiro" if ours else "comfy-core")
+        files = {v for v in node["widgets_values"] if str(v).endswith(".safetensors")}
+        assert {model["name"] for model in properties.get("models", [])} == files
+        for model in properties.get("models", []):
+            assert model["url"].startswith(MODEL_HOSTS)
+            assert model["url"].endswith(f"/{model['name']}")
+            assert model["directory"] in ("diffusion_models", "vae", "text_encoders")
+            assert "/" not in model["name"]
+
+
+@each_file
+def test_groups_and_notes_explain_the_graph(path):
+    graph = read(path)
+    assert len(graph["groups"]) >= 4
+    assert sum(node["type"] == "MarkdownNote" for node in graph["nodes"]) >= 2
+    boxes = [group["bounding"] for group in graph["groups"]]
+    for node in graph["nodes"]:
+        x, y = node["pos"]
+        right, bottom = x + node["size"][0], y + node["size"][1]
+        assert any(
+            gx <= x and gy <= y and right <= gx + w and bottom <= gy + h for gx, gy, w, h in boxes
+        ), node["type"]
+    rectangles = [(*node["pos"], *node["size"]) for node in graph["nodes"]]
+    for i, (ax, ay, aw, ah) in enumerate(rectangles):
+        for bx, by, bw, bh in rectangles[:i]:
+            apart = ax + aw <= bx or bx + bw <= ax or ay + ah <= by - 30 or by + bh <= ay - 30
+            assert apart, "two nodes overlap"
+
+
+@each_file
+def test_prompts_for_the_real_model_name_the_frame_rate(path):
+    titles = {
+        node["title"]: node["widgets_values"][0]
+        for node in read(path)["nodes"]
+        if node["type"] == "CLIPTextEncode"
+    }
+    for title, prompt in titles.items():
+        assert prompt.startswith("FPS-24, ") == title.startswith("Prompt")
+
+
+@each_file
+def test_nothing_private_is_in_the_file(path):
+    text = path.read_text(encoding="utf-8")
+    assert not re.search(r"(?<![:/\w])/(home|root|Users|mnt|tmp)/|[A-Za-z]:\\\\", text)
+    assert not re.search(r"api[_-]?key|token|secret", text, re.IGNORECASE)
+
+
+@each_file
+def test_the_thumbnail_is_what_the_template_browser_takes(path):
+    thumbnail = path.with_suffix(".jpg")
+    assert thumbnail.stat().st_size < 100_000
+    with Image.open(thumbnail) as image:
+        assert image.format == "JPEG"
+        assert 1 <= image.width / image.height <= 1.7
+
+
+@each_file
+def test_the_graph_runs_to_a_video_on_tiny_weights(path, comfy):
+    prompt = api_form(path)
+    tiny_transformer, tiny_vae = tiny.transformer(), tiny.randomize(VideoVAE(tiny.VAE))
+    saved = {"transformer": tiny_transformer, "vae": tiny_vae}
+    for node in prompt.values():
+        inputs = node["inputs"]
+        for name, module in saved.items():
+            file = inputs.get(name)
+            if isinstance(file, str) and file != BUILTIN_NAME:
+                kind = "vae" if name == "vae" else "diffusion_models"
+                tiny.save(comfy.folder(kind) / file, module.state_dict())
+        inputs |= {
+            name: value
+            for name, value in {"width": 48, "height": 32, "num_frames": 5, "steps": 2}.items()
+            if name in inputs and node["class_type"].startswith("SkyReels")
+        }
+    text_sizes = (tiny.TRANSFORMER.text_embed_dim, tiny.TRANSFORMER.pooled_projection_dim)
+    results = host.run_prompt(prompt, NODES, text_sizes)
+    types = {node["class_type"]: key for key, node in prompt.items()}
+    frames, fps = results[types["CreateVideo"]][0]
+    assert (frames.shape, frames.dtype, fps) == ((5, 32, 48, 3), torch.float32, 24.0)
+    assert types["SaveVideo"] in results
