@@ -43,10 +43,11 @@ class Server:
                    "--disable-auto-launch", "--disable-api-nodes", "--base-directory", base,
                    "--database-url", f"sqlite:///{base}/comfyui.db"]  # fmt: skip
         environment = {**os.environ, "HOME": str(base), "PYTHONDONTWRITEBYTECODE": "1"}
-        self.process = subprocess.Popen(
-            list(map(str, command)), cwd=checkout.CHECKOUT, env=environment,
-            stdout=self.log.open("w"), stderr=subprocess.STDOUT,
-        )  # fmt: skip
+        with self.log.open("w") as log:
+            self.process = subprocess.Popen(
+                list(map(str, command)), cwd=checkout.CHECKOUT, env=environment, stdout=log,
+                stderr=subprocess.STDOUT,
+            )  # fmt: skip
 
     def wait_until_ready(self) -> None:
         for _ in range(600):

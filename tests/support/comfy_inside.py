@@ -64,7 +64,6 @@ def relative_error(got, expected):
 folder_paths.folder_names_and_paths["diffusion_models"] = ([str(folder)], {".safetensors"})
 folder_paths.folder_names_and_paths["vae"] = ([str(folder)], {".safetensors"})
 tiny.save(folder / "transformer.safetensors", tiny.transformer(CONFIG).state_dict())
-vae = VideoVAE(VAEConfig(block_out_channels=(32, 32, 32, 32)))
 wide = VideoVAE(VAEConfig())  # core's is of one size
 for parameter in wide.parameters():
     parameter.requires_grad_(False)
