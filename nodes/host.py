@@ -106,7 +106,9 @@ class ComfyRuntime:
 def status_line(stage: str, done: int, total: int, seconds_each: float) -> str:
     """What stands on the node: "step 12/30 · 3.4 s/step · about 61 s left"."""
     if stage == "load":
-        return f"loading {done / 1e9:.1f} of {total / 1e9:.1f} GB"
+        scale, unit = (1e9, "GB") if total >= 1e8 else (1e6, "MB")
+        size = f"{total / scale:.1f} {unit}"
+        return f"loading {done / scale:.1f} of {size}" if done < total else f"loaded {size}"
     if stage == "encode":
         return "encoding" if done < total else "encoded"
     unit = "step" if stage == "sample" else "tile"
@@ -114,7 +116,8 @@ def status_line(stage: str, done: int, total: int, seconds_each: float) -> str:
     if done and done < total and seconds_each > 0:
         left = seconds_each * (total - done)
         short = f"{left:.0f} s" if left < 90 else f"{left / 60:.0f} min"
-        line += f" · {seconds_each:.1f} s/{unit} · about {short} left"
+        each = f"{seconds_each:.1f}" if seconds_each >= 1 else f"{seconds_each:.2f}"
+        line += f" · {each} s/{unit} · about {short} left"
     return line
 
 

@@ -62,10 +62,13 @@ def test_models_are_registered_with_their_devices(comfy):
     ("arguments", "line"),
     [
         (("load", 6_600_000_000, 13_200_000_000, 0), "loading 6.6 of 13.2 GB"),
+        (("load", 13_200_000_000, 13_200_000_000, 0), "loaded 13.2 GB"),
+        (("load", 1_000_000, 2_200_000, 0), "loading 1.0 of 2.2 MB"),
         (("encode", 0, 1, 0), "encoding"),
         (("encode", 1, 1, 0), "encoded"),
         (("sample", 0, 30, 0), "step 0/30"),
         (("sample", 12, 30, 3.4), "step 12/30 · 3.4 s/step · about 61 s left"),
+        (("sample", 12, 30, 0.04), "step 12/30 · 0.04 s/step · about 1 s left"),
         (("sample", 12, 30, 34.0), "step 12/30 · 34.0 s/step · about 10 min left"),
         (("sample", 30, 30, 3.4), "step 30/30"),
         (("decode", 3, 15, 2.0), "tile 3/15 · 2.0 s/tile · about 24 s left"),
