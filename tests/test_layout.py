@@ -7,9 +7,8 @@ import sys
 from pathlib import Path
 
 import pytest
-import tomllib
+from support.project import PYPROJECT, ROOT
 
-ROOT = Path(__file__).resolve().parents[1]
 HOST = {
     "comfy",
     "folder_paths",
@@ -107,7 +106,7 @@ def test_public_names_are_exactly_those_listed():
 
 
 def test_requirements_equal_the_projects_dependencies_and_are_floors():
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    project = PYPROJECT["project"]
     lines = (ROOT / "requirements.txt").read_text().split()
     assert lines == project["dependencies"]
     assert all(re.fullmatch(r"[a-z-]+>=[\d.]+", line) for line in lines)
@@ -115,7 +114,7 @@ def test_requirements_equal_the_projects_dependencies_and_are_floors():
 
 
 def test_packages_listed_for_installation_exist_and_leave_the_root_out():
-    tool = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
+    tool = PYPROJECT["tool"]["setuptools"]
     expected = {
         ".".join(path.parent.relative_to(ROOT).parts)
         for folder in ("skyreels", "wiro_api")

@@ -18,15 +18,14 @@ from typing import Any
 from unittest.mock import patch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-import comfyui_skyreels
 import conftest  # noqa: F401 - loads the package the way ComfyUI does
-import tomllib
+from comfyui_skyreels.nodes import NODE_CLASS_MAPPINGS
 from comfyui_skyreels.skyreels.builtin import BUILTIN_NAME
 from comfyui_skyreels.skyreels.text import DEFAULT_NEGATIVE_PROMPT
 from support import host
+from support.project import PYPROJECT, ROOT
 
-ROOT = Path(__file__).resolve().parents[2]
-PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+PROJECT = PYPROJECT["project"]
 CORE_VERSION = "0.3.64"
 WIDGET_TYPES = ("INT", "FLOAT", "STRING", "BOOLEAN", "COMBO")
 
@@ -261,7 +260,7 @@ def definition(node_type: str) -> dict[str, Any]:
     if node_type == "MarkdownNote":  # lives in the page only
         text = ["STRING", {"default": "", "multiline": True}]
         return {"input": {"required": {"text": text}}, "output": [], "output_name": []}
-    cls = comfyui_skyreels.NODE_CLASS_MAPPINGS.get(node_type)
+    cls = NODE_CLASS_MAPPINGS.get(node_type)
     if cls is None:
         return host.CORE_NODES[node_type]
     return {
@@ -419,7 +418,7 @@ def ui_node(
 
 def node_properties(node: Node) -> dict[str, Any]:
     """Who owns the node, and the files its widgets name with where to get them."""
-    ours = node.type in comfyui_skyreels.NODE_CLASS_MAPPINGS
+    ours = node.type in NODE_CLASS_MAPPINGS
     properties: dict[str, Any] = {
         "Node name for S&R": node.type,
         "cnr_id": PROJECT["name"] if ours else "comfy-core",
