@@ -166,7 +166,8 @@ def bring_in(loaded: LoadedModel, runtime: ComfyRuntime, activation_bytes: int) 
         if runtime.free_bytes() < away + activation_bytes:
             size = weight_bytes(loaded.module)
             log.info(
-                "%s (%.1f GB) does not fit beside %.1f GB of activations: its blocks are streamed.",
+                "%s (%.1f GB) does not fit beside %.1f GB of activations: the part that does is "
+                "brought in, the rest is streamed.",
                 loaded.name, size / 1e9, activation_bytes / 1e9,
             )  # fmt: skip
             mm.unload_all_models()

@@ -122,6 +122,20 @@ def test_small_device_streams_the_blocks_that_do_not_fit(visits):
     assert torch.equal(result, model(**inputs))
 
 
+def test_blocks_that_left_while_room_was_made_are_brought_back(visits, monkeypatch):
+    # ComfyUI's memory manager may unload a part of the very model that asks for room
+    model = tiny.transformer()
+    gone: list[torch.nn.Module] = []
+    monkeypatch.setattr(
+        memory, "missing_bytes", lambda module, device: module in gone and weight_bytes(module)
+    )
+    runtime = SmallDevice(10 * weight_bytes(model))
+    runtime.make_room = lambda num_bytes: gone.extend(model.blocks[1:3])
+    with placed(model, runtime, 0) as run_block:
+        model(**tiny.inputs(model.config), run_block=run_block)
+    assert [module for kind, module in visits if kind == "in" and module in model.blocks] == gone
+
+
 def test_too_little_room_says_how_much_and_what_helps(visits):
     model = tiny.transformer()
     with (
