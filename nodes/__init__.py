@@ -6,7 +6,7 @@ Ids equal class names and never change.
 from .conditioning import SkyReelsImageConditioning
 from .decode import SkyReelsVAEDecode
 from .loaders import SkyReelsTransformerLoader, SkyReelsVAELoader
-from .sampler import SkyReelsSampler
+from .sampler import SkyReelsSampler, SkyReelsScheduler
 from .text import SkyReelsTextEncode, SkyReelsTextEncoderLoader
 
 NODE_CLASS_MAPPINGS = {
@@ -15,6 +15,7 @@ NODE_CLASS_MAPPINGS = {
     "SkyReelsTextEncoderLoader": SkyReelsTextEncoderLoader,
     "SkyReelsTextEncode": SkyReelsTextEncode,
     "SkyReelsImageConditioning": SkyReelsImageConditioning,
+    "SkyReelsScheduler": SkyReelsScheduler,
     "SkyReelsSampler": SkyReelsSampler,
     "SkyReelsVAEDecode": SkyReelsVAEDecode,
 }
@@ -25,6 +26,7 @@ NODE_DISPLAY_NAME_MAPPINGS = {
     "SkyReelsTextEncoderLoader": "SkyReels Load Text Encoder",
     "SkyReelsTextEncode": "SkyReels Text Encode",
     "SkyReelsImageConditioning": "SkyReels Image Conditioning",
+    "SkyReelsScheduler": "SkyReels Scheduler",
     "SkyReelsSampler": "SkyReels Sampler",
     "SkyReelsVAEDecode": "SkyReels VAE Decode",
 }

@@ -11,7 +11,7 @@ from ..skyreels.conditioning import (
     encode_image,
     latent_shape,
 )
-from ..skyreels.config import MAX_FRAMES, MAX_SIZE
+from ..skyreels.config import MAX_FRAMES, MAX_SIZE, SIZE_MULTIPLE
 from ..skyreels.errors import ShapeError
 from ..skyreels.memory import decode_bytes
 from . import host
@@ -30,7 +30,7 @@ class SkyReelsImageConditioning:
 
     @classmethod
     def INPUT_TYPES(cls) -> dict[str, Any]:
-        size = {"min": 16, "max": MAX_SIZE, "step": 16}
+        size = {"min": SIZE_MULTIPLE, "max": MAX_SIZE, "step": SIZE_MULTIPLE}
         return {
             "required": {
                 "vae": ("SKYREELS_VAE", {"tooltip": "From SkyReels Load VAE."}),
@@ -104,7 +104,7 @@ class SkyReelsImageConditioning:
                     {
                         "default": 0,
                         "min": 0,
-                        "max": 2**63 - 1,
+                        "max": 2**64 - 1,
                         "control_after_generate": False,
                         "advanced": True,
                         "tooltip": "Seed of the augmentation noise; the sampler's seed gives what "
@@ -128,16 +128,11 @@ class SkyReelsImageConditioning:
         }
 
     @classmethod
-    def VALIDATE_INPUTS(
-        cls, width: int | None = None, height: int | None = None, num_frames: int | None = None
-    ) -> bool | str:
-        # linked values are not known yet and are absent; they are checked again when run
+    def VALIDATE_INPUTS(cls, num_frames: int | None = None) -> bool | str:
+        # only this one, because core shows the answer once for every input that is named here;
+        # the rest, and linked values, are checked when the node runs
         try:
-            check_size(
-                16 if width is None else width,
-                16 if height is None else height,
-                1 if num_frames is None else num_frames,
-            )
+            check_size(SIZE_MULTIPLE, SIZE_MULTIPLE, 1 if num_frames is None else num_frames)
         except ShapeError as error:
             return str(error)
         return True

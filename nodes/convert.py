@@ -57,6 +57,11 @@ def to_prompt_embeds(conditioning: Conditioning, name: str) -> PromptEmbeds:
             f"The {name} conditioning holds {states.shape[0]} prompts at once: encode one prompt."
         )
     mask = extras.get("attention_mask")
+    if mask is not None and mask.numel() < states.shape[1]:
+        raise TextError(
+            f"The {name} conditioning has {states.shape[1]} tokens and a mask of {mask.numel()}: "
+            f"{TEXT_FIX}."
+        )
     if mask is not None:
         states = states[:, mask.reshape(-1)[: states.shape[1]].bool().to(states.device)]
     return trim(PromptEmbeds(states.float().cpu(), pooled.float().cpu()))
@@ -78,7 +83,9 @@ def latent_samples(latent: Latent) -> Tensor:
     Raises:
         ShapeError: another model's latent, or a batch of clips.
     """
-    samples = latent["samples"]
+    samples = latent.get("samples")
+    if not isinstance(samples, Tensor):
+        raise ShapeError("The latent holds no samples: connect a LATENT of HunyuanVideo.")
     if samples.ndim != 5 or samples.shape[1] != 16:
         raise ShapeError(
             f"The latent is {list(samples.shape)}, and HunyuanVideo's is [1, 16, frames, height, "
@@ -104,6 +111,12 @@ def image_from_conditioning(positive: Conditioning, latent: Latent | None) -> Im
         raise ShapeError(
             "There is no picture: connect SkyReels Image Conditioning to `image` (or use core's "
             "InstructPixToPixConditioning on both prompts)."
+        )
+    if given.ndim != 5 or given.shape[:2] != (1, 16):
+        raise ShapeError(
+            f"The picture's latent in the conditioning is {list(given.shape)}, and HunyuanVideo's "
+            "is [1, 16, frames, height, width]: use the HunyuanVideo VAE and one picture in "
+            "InstructPixToPixConditioning."
         )
     frames = given.shape[2]
     if latent is not None:

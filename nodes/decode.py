@@ -1,14 +1,12 @@
 """Latents to frames."""
 
-from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
 
-from ..skyreels.config import TILINGS, Tiling
-from ..skyreels.errors import OptionError
+from ..skyreels.config import TILINGS
 from ..skyreels.memory import decode_bytes
-from ..skyreels.vae.tiling import decode_frames, largest_tile
+from ..skyreels.vae.tiling import decode_frames, explicit_tiling, largest_tile
 from . import convert, host
 
 
@@ -51,7 +49,8 @@ class SkyReelsVAEDecode:
                     {
                         **tile,
                         "tooltip": "Tile height and width in pixels, multiple of 8; 0 is the "
-                        "mode's own (256). Larger tiles have fewer seams and need more memory.",
+                        "mode's own (256; auto chooses). Larger tiles have fewer seams and need "
+                        "more memory.",
                     },
                 ),
                 "tile_stride": (
@@ -93,7 +92,7 @@ class SkyReelsVAEDecode:
         unique_id: str | None = None,
     ) -> tuple[Tensor]:
         latents = convert.latent_samples(samples)
-        tiling = chosen_tiling(mode, tile_size, tile_stride, tile_frames, tile_frames_stride)
+        tiling = explicit_tiling(mode, tile_size, tile_stride, tile_frames, tile_frames_stride)
         runtime = host.ComfyRuntime(unique_id)
         config, dtype = vae.module.config, next(vae.module.parameters()).dtype
         # "auto" asks for room for whole-clip tiles and then takes what there is
@@ -101,35 +100,3 @@ class SkyReelsVAEDecode:
         largest = largest_tile(latents.shape, planned)
         host.bring_in(vae, runtime, decode_bytes(config, largest, dtype))
         return (decode_frames(vae.module, latents, mode, tiling=tiling, runtime=runtime),)
-
-
-def chosen_tiling(
-    mode: str, size: int, stride: int, frames: int, frames_stride: int
-) -> Tiling | None:
-    """The mode's tiles with what the widgets say instead; None leaves the mode alone.
-
-    Raises:
-        OptionError: tile widgets set in a mode without tiles.
-    """
-    if not any((size, stride, frames, frames_stride)):
-        return None
-    if mode not in TILINGS:
-        raise OptionError(
-            f"Tile sizes have no meaning in mode {mode}: choose {' or '.join(TILINGS)}, or set "
-            "them to 0."
-        )
-    tiling = TILINGS[mode]
-    if size:
-        kept = stride or min(size, max(8, size * 3 // 4 // 8 * 8))
-        tiling = replace(tiling, tile_sample_min_height=size, tile_sample_min_width=size,
-                         tile_sample_stride_height=kept, tile_sample_stride_width=kept)  # fmt: skip
-    elif stride:
-        tiling = replace(tiling, tile_sample_stride_height=stride, tile_sample_stride_width=stride)
-    if frames:
-        kept = frames_stride or min(frames, max(4, frames * 3 // 4 // 4 * 4))
-        tiling = replace(
-            tiling, tile_sample_min_num_frames=frames, tile_sample_stride_num_frames=kept
-        )
-    elif frames_stride:
-        tiling = replace(tiling, tile_sample_stride_num_frames=frames_stride)
-    return tiling

@@ -28,10 +28,14 @@ LINKS = {
     "diffusion_models": "https://huggingface.co/Kijai/SkyReels-V1-Hunyuan_comfy",
     "vae": "https://huggingface.co/Comfy-Org/HunyuanVideo_repackaged",
     "text_encoders": "https://huggingface.co/hunyuanvideo-community/HunyuanVideo",
+    "diffusers": "https://huggingface.co/Skywork/SkyReels-V1-Hunyuan-I2V, or "
+    "hunyuanvideo-community/HunyuanVideo for text encoders",
 }
 WEIGHT_SUFFIXES = (".safetensors", ".sft", ".pt", ".pth", ".ckpt", ".bin")
 FOLDER_MARK = " (folder)"
 RESUME_DAYS = 7
+#: more than any device has
+UNKNOWN_BYTES = 2**50
 
 
 @dataclass(frozen=True)
@@ -61,16 +65,19 @@ class ComfyRuntime:
         self._unique_id = unique_id
         self._bar = comfy.utils.ProgressBar(1, node_id=unique_id)
         self._started: dict[str, tuple[float, int]] = {}
-        self.device = mm.get_torch_device()
+        # as weights name it: "mps" becomes "mps:0"
+        self.device = torch.empty(0, device=mm.get_torch_device()).device
         self.offload_device = mm.unet_offload_device()
-        if self.offload_device == self.device:  # --highvram keeps models where they compute
+        if self.offload_device.type != "cpu":  # --highvram keeps models where they compute
             self.offload_device = torch.device("cpu")
         self._previewer = _previewer(self.device) if with_preview else None
         self._in_use: list[Any] = []
 
     def free_bytes(self) -> int:
-        """Bytes ComfyUI considers free on the compute device."""
-        return int(self._mm.get_free_memory(self.device))
+        """Bytes ComfyUI considers free on the compute device, less what --reserve-vram keeps."""
+        if self.device.type == "privateuseone":  # DirectML tells nothing: try, and see
+            return UNKNOWN_BYTES
+        return int(self._mm.get_free_memory(self.device) - self._mm.extra_reserved_memory())
 
     def make_room(self, num_bytes: int) -> None:
         """Let ComfyUI unload other models until num_bytes are free."""
@@ -112,6 +119,8 @@ def status_line(stage: str, done: int, total: int, seconds_each: float) -> str:
     if stage == "encode":
         return "encoding" if done < total else "encoded"
     unit = "step" if stage == "sample" else "tile"
+    if done > total:  # adaptive samplers take as many as they need
+        return f"{unit} {done}"
     line = f"{unit} {done}/{total}"
     if done and done < total and seconds_each > 0:
         left = seconds_each * (total - done)
@@ -163,11 +172,11 @@ def bring_in(loaded: LoadedModel, runtime: ComfyRuntime, activation_bytes: int) 
     if runtime.device.type != "cpu":
         away = missing_bytes(loaded.module, runtime.device)
         runtime.make_room(away + activation_bytes + RESERVE_BYTES)
-        if runtime.free_bytes() < away + activation_bytes:
+        if runtime.free_bytes() < away + activation_bytes + RESERVE_BYTES:
             size = weight_bytes(loaded.module)
             log.info(
-                "%s (%.1f GB) does not fit beside %.1f GB of activations: the part that does is "
-                "brought in, the rest is streamed.",
+                "%s (%.1f GB) and %.1f GB of activations do not fit the card together: it works on "
+                "a part at a time.",
                 loaded.name, size / 1e9, activation_bytes / 1e9,
             )  # fmt: skip
             mm.unload_all_models()
@@ -195,15 +204,18 @@ def model_folders(kinds: tuple[str, ...], *required: str) -> dict[str, Path]:
         for root in folder_paths.folder_names_and_paths.get(kind, ([], set()))[0]:
             if not os.path.isdir(root):
                 continue
-            with os.scandir(root) as entries:
-                folders = sorted(Path(entry.path) for entry in entries if entry.is_dir())
-            for folder in folders:
-                if all(any(folder.glob(pattern)) for pattern in required):
-                    found.setdefault(folder.name + FOLDER_MARK, folder)
+            try:
+                with os.scandir(root) as entries:
+                    folders = sorted(Path(entry.path) for entry in entries if entry.is_dir())
+                for folder in folders:
+                    if all(any(folder.glob(pattern)) for pattern in required):
+                        found.setdefault(folder.name + FOLDER_MARK, folder)
+            except OSError as error:  # one unreadable folder must not take the node away
+                log.warning("Models in %s are not listed: %s.", root, error)
     return found
 
 
-def check_choice(kind: str, name: str | None, choices: list[str]) -> bool | str:
+def check_choice(kind: str, name: object, choices: list[str]) -> bool | str:
     """VALIDATE_INPUTS of a loader: True, or the sentence that helps with a file that is not here.
 
     Args:
@@ -212,6 +224,9 @@ def check_choice(kind: str, name: str | None, choices: list[str]) -> bool | str:
     """
     if name is None or name in choices:
         return True
+    name = str(name)
+    if name.lower().endswith(".gguf"):
+        return f"{name} is a GGUF file, which is not supported: take the fp8 .safetensors file."
     # a workflow from another machine may only differ in its sub-folder or its kind of slash
     basename = PureWindowsPath(name).name
     twins = [choice for choice in choices if PureWindowsPath(choice).name == basename]
@@ -221,6 +236,8 @@ def check_choice(kind: str, name: str | None, choices: list[str]) -> bool | str:
 
 
 def _not_here(kind: str, name: str) -> str:
+    if name.endswith(FOLDER_MARK):
+        kind, name = "diffusers", name.removesuffix(FOLDER_MARK)
     return (
         f"{name} is not in models/{kind}: put it there (from {LINKS[kind]}) and press R to "
         "refresh, or choose another one."
@@ -296,11 +313,17 @@ def core_solver(sampler: Any, shift: float, seed: int) -> Solver:
             on_step(state["i"], state["x"], state["denoised"])
 
         extra_args = {"model_options": {}, "seed": seed, "denoise_mask": None}
-        # a copy: they are the user's SIGMAS, and samplers may write into them
-        return function(
-            model, latents, sigmas.clone(), extra_args=extra_args, callback=callback, disable=True,
-            **sampler.extra_options,
-        )  # fmt: skip
+        try:
+            # a copy: they are the user's SIGMAS, and samplers may write into them
+            return function(
+                model, latents, sigmas.clone(), extra_args=extra_args, callback=callback,
+                disable=True, **sampler.extra_options,
+            )  # fmt: skip
+        except AttributeError as error:
+            raise OptionError(
+                f"Sampler {getattr(function, '__name__', function)} wants more of core's model "
+                f"than SkyReels has ({error}): choose another in KSamplerSelect."
+            ) from error
 
     return solver
 

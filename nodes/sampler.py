@@ -5,9 +5,68 @@ from typing import Any
 from torch import Tensor
 
 from ..skyreels.conditioning import ImageConditioning
-from ..skyreels.config import Guidance
+from ..skyreels.config import MAX_STEPS, Guidance
 from ..skyreels.sampling import check_inputs, euler, get_sigmas, run_bytes, sample
 from . import convert, host
+
+STEPS = {
+    "steps": (
+        "INT",
+        {
+            "default": 30,
+            "min": 1,
+            "max": MAX_STEPS,
+            "tooltip": "30 is the authors' number; at least 5 times CFG. Below 20 with CFG 6 the "
+            "picture melts.",
+        },
+    ),
+}
+SHIFT = {
+    "shift": (
+        "FLOAT",
+        {
+            "default": 7.0,
+            "min": 0.1,
+            "max": 100.0,
+            "step": 0.1,
+            "tooltip": "Of the schedule towards noise; 7 is the released value, 17 is advised "
+            "below 20 steps.",
+        },
+    ),
+}
+DENOISE = {
+    "denoise": (
+        "FLOAT",
+        {
+            "default": 1.0,
+            "min": 0.01,
+            "max": 1.0,
+            "step": 0.01,
+            "advanced": True,
+            "tooltip": "Below 1 only the end of the schedule is run on a start latent: 0.5 keeps "
+            "the layout, 0.8 little more than the colours.",
+        },
+    ),
+}
+
+
+class SkyReelsScheduler:
+    CATEGORY = "SkyReels/sampling"
+    DESCRIPTION = (
+        "The schedule that SkyReels Sampler makes by itself, as SIGMAS: to split it between two "
+        "samplers, or to change it on the way."
+    )
+    FUNCTION = "schedule"
+    RETURN_TYPES = ("SIGMAS",)
+    RETURN_NAMES = ("sigmas",)
+    OUTPUT_TOOLTIPS = ("steps + 1 numbers from 1 (or where denoise starts) to 0.",)
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict[str, Any]:
+        return {"required": {**STEPS, **SHIFT, **DENOISE}}
+
+    def schedule(self, steps: int, shift: float, denoise: float) -> tuple[Tensor]:
+        return (get_sigmas(steps, shift, denoise),)
 
 
 class SkyReelsSampler:
@@ -42,21 +101,12 @@ class SkyReelsSampler:
                     {
                         "default": 0,
                         "min": 0,
-                        "max": 2**63 - 1,
+                        "max": 2**64 - 1,
                         "control_after_generate": True,
                         "tooltip": "One seed gives the same noise on every device.",
                     },
                 ),
-                "steps": (
-                    "INT",
-                    {
-                        "default": 30,
-                        "min": 1,
-                        "max": 1000,
-                        "tooltip": "30 is the authors' number; at least 5 times CFG. Below 20 "
-                        "with CFG 6 the picture melts.",
-                    },
-                ),
+                **STEPS,
                 "cfg": (
                     "FLOAT",
                     {
@@ -79,17 +129,7 @@ class SkyReelsSampler:
                         "HunyuanVideo's text-to-video). A FluxGuidance node wins over this.",
                     },
                 ),
-                "shift": (
-                    "FLOAT",
-                    {
-                        "default": 7.0,
-                        "min": 0.1,
-                        "max": 100.0,
-                        "step": 0.1,
-                        "tooltip": "Of the schedule towards noise; 7 is the released value, 17 is "
-                        "advised below 20 steps.",
-                    },
-                ),
+                **SHIFT,
             },
             "optional": {
                 "negative": (
@@ -112,25 +152,20 @@ class SkyReelsSampler:
                 ),
                 "sampler": (
                     "SAMPLER",
-                    {"tooltip": "Any core sampler (KSamplerSelect); without one, Euler."},
+                    {
+                        "tooltip": "From KSamplerSelect or another core node without a model "
+                        "input; without one, Euler."
+                    },
                 ),
                 "sigmas": (
                     "SIGMAS",
                     {
-                        "tooltip": "Sigmas of one's own, falling from 1 to 0; they replace steps, "
-                        "shift and denoise."
+                        "tooltip": "From SkyReels Scheduler or one's own, falling within 1..0; "
+                        "they replace steps, shift and denoise. A part of a schedule (SplitSigmas) "
+                        "gives an unfinished latent, for a second sampler with add_noise off."
                     },
                 ),
-                "denoise": (
-                    "FLOAT",
-                    {
-                        "default": 1.0,
-                        **fraction,
-                        "min": 0.01,
-                        "tooltip": "Below 1 only the end of the schedule is run on `latent`: 0.5 "
-                        "keeps the layout, 0.8 little more than the colours.",
-                    },
-                ),
+                **DENOISE,
                 "cfg_start": (
                     "FLOAT",
                     {
@@ -196,6 +231,15 @@ class SkyReelsSampler:
                         "are removed after 7 days.",
                     },
                 ),
+                "add_noise": (
+                    "BOOLEAN",
+                    {
+                        "default": True,
+                        "advanced": True,
+                        "tooltip": "Off continues an unfinished latent of another sampler, whose "
+                        "sigmas ended where these begin.",
+                    },
+                ),
             },
             "hidden": {"unique_id": "UNIQUE_ID"},
         }
@@ -222,6 +266,7 @@ class SkyReelsSampler:
         zero_init_steps: int = 0,
         riflex_k: int = 4,
         resume: bool = False,
+        add_noise: bool = True,
         unique_id: str | None = None,
     ) -> tuple[convert.Latent]:
         prompt = convert.to_prompt_embeds(positive, "positive")
@@ -256,6 +301,7 @@ class SkyReelsSampler:
             guidance=guidance,
             solver=euler if sampler is None else host.core_solver(sampler, shift, seed),
             init_latents=init_latents,
+            add_noise=add_noise,
             riflex_k=riflex_k,
             resume=host.resume_folder() if resume else None,
             runtime=runtime,

@@ -95,6 +95,9 @@ def check_size(width: int, height: int, num_frames: int) -> None:
     Raises:
         ShapeError: names the value, the rule and the nearest legal value.
     """
+    for name, value in (("Width", width), ("Height", height), ("Number of frames", num_frames)):
+        if not isinstance(value, int):
+            raise ShapeError(f"{name} {value!r} is not a whole number.")
     for name, value in (("Width", width), ("Height", height)):
         if value < SIZE_MULTIPLE or value % SIZE_MULTIPLE:
             raise ShapeError(
@@ -127,9 +130,9 @@ def fit_image(image: Tensor, width: int, height: int, fit: str = "crop") -> Tens
     """
     if fit not in FITS:
         raise OptionError(f"Fit {fit!r} is not one of {', '.join(FITS)}.")
-    if image.ndim != 4 or image.shape[-1] < 3 or 0 in image.shape:
+    if image.ndim != 4 or image.shape[-1] not in (3, 4) or 0 in image.shape:
         raise ShapeError(
-            f"A picture is [frames, height, width, 3 colours]; got {list(image.shape)}."
+            f"A picture is [frames, height, width, 3 or 4 colours]; got {list(image.shape)}."
         )
     if not image.is_floating_point():
         raise ShapeError(
@@ -209,7 +212,7 @@ def encode_image(
             f"{prefix_frames} prefix frames is not a multiple of 4 plus 1: use "
             f"{nearest_frames(prefix_frames)}."
         )
-    if prefix_frames > min(num_frames, image.shape[0]):
+    if image.ndim == 4 and len(image) and prefix_frames > min(num_frames, image.shape[0]):
         raise ShapeError(
             f"{prefix_frames} prefix frames do not fit: the picture has {image.shape[0]} and the "
             f"video {num_frames}; use 1 for a single picture."

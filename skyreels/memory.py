@@ -150,7 +150,7 @@ def placed(
     outside = [child for name, child in transformer.named_children() if "blocks" not in name]
     free -= sum(missing_bytes(child, device) for child in outside)
     largest = max((weight_bytes(block) for block in away), default=0)
-    if free < largest:
+    if away and free < largest:
         raise OutOfRoomError(
             f"One step needs {activation_bytes / 1e9:.1f} GB for activations and "
             f"{largest / 1e9:.1f} GB for a block on {device}, {(largest - free) / 1e9:.1f} GB more "

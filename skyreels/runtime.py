@@ -64,7 +64,8 @@ class TorchRuntime:
         on_progress: Callable[[str, int, int, Tensor | None], None] = ignore_progress,
         on_check: Callable[[], None] = never_interrupt,
     ) -> None:
-        self.device = torch.device(device)
+        # as tensors name it: "cuda" becomes "cuda:0"
+        self.device = torch.empty(0, device=device).device
         self.offload_device = torch.device("cpu")
         self._on_progress = on_progress
         self._on_check = on_check

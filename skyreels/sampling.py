@@ -181,12 +181,16 @@ def sample(
     guidance: Guidance = Guidance(),  # noqa: B008 - frozen
     solver: Solver = euler,
     init_latents: Tensor | None = None,
+    add_noise: bool = True,
     riflex_k: int = 4,
     resume: Path | None = None,
     attention: Attention = sdpa,
     runtime: Runtime,
 ) -> Tensor:
     """Noise to the latents of a clip.
+
+    A schedule may be run in parts: one that stops above 0 gives latents that the next continues
+    from with add_noise off. Between the two they are divided by 1 - sigma, as ComfyUI does.
 
     Args:
         transformer: on any device; it is streamed if it does not fit.
@@ -196,6 +200,7 @@ def sample(
         sigmas: [N + 1] float32 falling, from `get_sigmas` or one's own.
         solver: `euler` or any function of its signature.
         init_latents: [1, 16, T, h, w] VAE space, the clip to start from when sigmas[0] < 1.
+        add_noise: False continues the unfinished clip in init_latents.
         riflex_k: see `rope_table`; only clips beyond 197 frames change.
         resume: file in which each finished step is kept, or a folder in which that file is named
             by the inputs; if it exists and belongs to the same inputs, the run continues from
@@ -209,6 +214,10 @@ def sample(
         OptionError, ShapeError, TextError, OutOfRoomError, CheckpointError: see the messages.
     """
     check_inputs(transformer, image, prompt, negative, sigmas, guidance, init_latents)
+    if not add_noise and init_latents is None:
+        raise OptionError("Without noise there must be a clip to continue: give a start latent.")
+    if riflex_k < 0:
+        raise OptionError(f"RIFLEx k {riflex_k} cannot be: use 4, or 0 for off.")
     if resume is not None and solver is not euler:
         raise OptionError(
             "Resuming needs the Euler solver: others carry a history that is not saved. "
@@ -216,35 +225,39 @@ def sample(
         )
     device = runtime.device
     noise = initial_noise(seed, image.num_frames, image.height, image.width)
-    latents = noise * sigmas[0]
+    latents = noise * (sigmas[0] if add_noise else 0.0)
     if init_latents is not None:
         latents = latents + (1 - sigmas[0]) * to_model_space(init_latents.float().cpu())
 
     first_step, fingerprint = 0, ""
     if resume is not None:
         fingerprint = _fingerprint(
-            transformer, image, prompt, negative, seed, sigmas, guidance, init_latents, riflex_k
-        )
+            transformer, image, prompt, negative, seed, sigmas, guidance, init_latents, add_noise,
+            riflex_k,
+        )  # fmt: skip
         if os.path.isdir(resume):
             resume = resume / f"{fingerprint[:32]}.safetensors"
         first_step, latents = _load_state(resume, fingerprint, latents, len(sigmas) - 1)
-        if first_step == len(sigmas) - 1:
-            runtime.progress("sample", first_step, first_step)
-            return to_vae_space(latents)
 
     num_steps = len(sigmas) - 1
     grid = transformer.token_grid(image.latent_shape)
     num_bytes = run_bytes(transformer, image, prompt, negative)
 
+    reported = first_step
+
     def on_step(step: int, latents: Tensor, denoised: Tensor) -> None:
+        nonlocal reported
+        reported = first_step + step + 1
         if resume is not None and bool(latents.isfinite().all()):
             try:
                 _save_state(resume, fingerprint, first_step + step + 1, latents)
             except OSError as error:  # a full disk must not cost the run
                 logger.warning("Step %d is not kept in %s: %s.", step + 1, resume, error)
-        runtime.progress("sample", first_step + step + 1, num_steps, denoised)
+        runtime.progress("sample", reported, num_steps, denoised)
 
     runtime.progress("sample", first_step, num_steps)
+    if first_step == num_steps:
+        return to_vae_space(latents / (1 - sigmas[-1]))
     with torch.inference_mode(), placed(transformer, runtime, num_bytes) as run_block:
         velocity = guided_velocity(
             transformer, image.padded().to(device), prompt, negative, sigmas, guidance,
@@ -258,7 +271,9 @@ def sample(
             "The sampled latents hold NaN or infinity: try precision bf16 or fp32, and check the "
             "checkpoint."
         )
-    return to_vae_space(latents.float().cpu())
+    if reported != num_steps:  # solvers may take fewer or more steps than there are sigmas
+        runtime.progress("sample", num_steps, num_steps)
+    return to_vae_space(latents.float().cpu() / (1 - sigmas[-1].cpu()))
 
 
 def run_bytes(
@@ -320,6 +335,8 @@ def check_inputs(
         )
     if not 0.0 <= guidance.guidance_rescale <= 1.0:
         raise OptionError(f"Guidance rescale {guidance.guidance_rescale} is not within 0..1.")
+    if init_latents is not None and not bool(init_latents.isfinite().all()):
+        raise ShapeError("The start latent holds NaN or infinity: check the node that made it.")
     if guidance.zero_init_steps < 0:
         raise OptionError(f"{guidance.zero_init_steps} zero-init steps cannot be: use 0 for off.")
     if tuple(image.image_latents.shape[3:]) != image.latent_shape[3:]:

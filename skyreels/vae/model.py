@@ -121,7 +121,9 @@ def group_statistics(hidden: Tensor, norm: nn.GroupNorm) -> tuple[Tensor, Tensor
     """
     batch, channels, frames, height, width = hidden.shape
     step = max(1, PIECE_ELEMENTS // (2 * batch * channels * height * width))
-    mean = torch.zeros(batch, norm.num_groups, dtype=torch.float64, device=hidden.device)
+    # a few numbers per piece, on the CPU where the device may have no float64 (MPS, Arc)
+    at = hidden.device if hidden.device.type in ("cuda", "cpu", "meta") else torch.device("cpu")
+    mean = torch.zeros(batch, norm.num_groups, dtype=torch.float64, device=at)
     spread = torch.zeros_like(mean)  # sum of squared deviations, in units of one frame
     seen = 0
     for piece in hidden.split(step, dim=2):
@@ -129,15 +131,17 @@ def group_statistics(hidden: Tensor, norm: nn.GroupNorm) -> tuple[Tensor, Tensor
         grouped = piece.float().unflatten(1, (norm.num_groups, -1))
         piece_var, piece_mean = torch.var_mean(grouped, dim=(2, 3, 4, 5), correction=0)
         del grouped
-        delta = piece_mean.double() - mean
-        spread += piece_var.double() * count + delta.square() * (seen * count / (seen + count))
+        delta = piece_mean.to(at).double() - mean
+        between = delta.square() * (seen * count / (seen + count))
+        spread += piece_var.to(at).double() * count + between
         seen += count
         mean += delta * (count / seen)
     per_group = channels // norm.num_groups
     scale = (spread / frames + norm.eps).rsqrt().repeat_interleave(per_group, dim=1)
-    scale = scale * norm.weight.double()
-    shift = norm.bias.double() - mean.repeat_interleave(per_group, dim=1) * scale
-    return scale.float()[..., None, None, None], shift.float()[..., None, None, None]
+    scale = scale * norm.weight.to(at).double()
+    shift = norm.bias.to(at).double() - mean.repeat_interleave(per_group, dim=1) * scale
+    scale, shift = (x.float().to(hidden.device) for x in (scale, shift))
+    return scale[..., None, None, None], shift[..., None, None, None]
 
 
 def norm_silu(

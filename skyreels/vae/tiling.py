@@ -299,6 +299,43 @@ def choose_tiling(
     )
 
 
+def explicit_tiling(
+    mode: str, size: int, stride: int, num_frames: int, num_frames_stride: int
+) -> Tiling | None:
+    """The tiles of a mode with one's own numbers instead; "auto" then means "tiled".
+
+    Args:
+        mode: as for `decode_frames`.
+        size, stride: of tiles in pixels; 0 is the mode's own, and of a given size alone three
+            quarters are the stride.
+        num_frames, num_frames_stride: of windows in frames, likewise.
+    Returns:
+        None if every number is 0: the mode decides.
+    Raises:
+        OptionError: numbers for a mode that has no tiles.
+    """
+    if not any((size, stride, num_frames, num_frames_stride)):
+        return None
+    mode = "tiled" if mode == "auto" else mode
+    if mode not in TILINGS:
+        raise OptionError(
+            f"Tile sizes have no meaning in mode {mode}: choose auto, {' or '.join(TILINGS)}, or "
+            "set them to 0."
+        )
+    own = TILINGS[mode]
+    tile = size or own.tile_sample_min_height
+    step = stride or (_three_quarters(size, SPATIAL_COMPRESSION) or own.tile_sample_stride_height)
+    window = num_frames or own.tile_sample_min_num_frames
+    window_step = num_frames_stride or (
+        _three_quarters(num_frames, TEMPORAL_COMPRESSION) or own.tile_sample_stride_num_frames
+    )
+    return Tiling(tile, tile, window, step, step, window_step)
+
+
+def _three_quarters(length: int, multiple: int) -> int:
+    return max(multiple, length * 3 // 4 // multiple * multiple) if length else 0
+
+
 def check_tiling(tiling: Tiling) -> None:
     """Raise OptionError unless sizes are multiples of 8 (4 in time) and 0 < stride <= tile."""
     for axis, multiple in (

@@ -42,8 +42,14 @@ FROZEN = {
         "SkyReels Sampler",
         ["model", "positive", "seed", "steps", "cfg", "embedded_guidance", "shift", "negative",
          "image", "latent", "sampler", "sigmas", "denoise", "cfg_start", "cfg_end",
-         "guidance_rescale", "cfg_zero_star", "zero_init_steps", "riflex_k", "resume"],
+         "guidance_rescale", "cfg_zero_star", "zero_init_steps", "riflex_k", "resume",
+         "add_noise"],
         [("samples", "LATENT")],
+    ),
+    "SkyReelsScheduler": (
+        "SkyReels Scheduler",
+        ["steps", "shift", "denoise"],
+        [("sigmas", "SIGMAS")],
     ),
     "SkyReelsVAEDecode": (
         "SkyReels VAE Decode",
@@ -93,7 +99,7 @@ def test_the_function_takes_the_inputs_with_the_widgets_defaults(cls):
     groups = cls.INPUT_TYPES()
     parameters = dict(inspect.signature(getattr(cls, cls.FUNCTION)).parameters)
     del parameters["self"]
-    assert list(parameters) == [*inputs_of(cls), *groups["hidden"]]
+    assert list(parameters) == [*inputs_of(cls), *groups.get("hidden", {})]
     for name, (kind, options) in groups.get("optional", {}).items():
         expected = options["default"] if str(kind) in TYPES else None
         assert parameters[name].default == expected, name

@@ -7,7 +7,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 from comfyui_skyreels.nodes import host
-from comfyui_skyreels.skyreels.memory import RESERVE_BYTES, weight_bytes
+from comfyui_skyreels.skyreels import memory
+from comfyui_skyreels.skyreels.memory import RESERVE_BYTES, placed, weight_bytes
 from support import tiny
 
 GIB = 1024**3
@@ -41,7 +42,7 @@ def test_a_model_that_does_not_fit_leaves_with_all_others_so_that_it_can_be_stre
         host.bring_in(loaded_model(), on_gpu, GIB)
     assert comfy.loaded == []
     assert "tiny.safetensors" in caplog.text
-    assert "streamed" in caplog.text
+    assert "do not fit the card together" in caplog.text
 
 
 def test_making_room_never_unloads_the_model_of_the_run(comfy, on_gpu):
@@ -99,3 +100,72 @@ def test_saved_steps_nobody_came_back_for_are_removed(comfy):
     assert not old.exists()
     assert new.exists()
     assert folder.parent.name == "__skyreels"  # ComfyUI serves no such folder
+
+
+@pytest.mark.parametrize("spare", [0, 1, 99_999, 100_000, 100_001])
+def test_a_model_near_the_limit_runs_whole_or_streamed(comfy, on_gpu, monkeypatch, spare):
+    """Free memory is what the device has, less the weights that are there, as on a real one."""
+    monkeypatch.setattr(memory, "RESERVE_BYTES", 100_000)  # in proportion to a tiny model
+    monkeypatch.setattr(host, "RESERVE_BYTES", 100_000)
+    model = loaded_model()
+    whole, activations = weight_bytes(model.module), 10_000_000
+    inside: set[int] = set()
+    comfy.free_bytes = whole + activations + spare
+
+    def missing(module, device):
+        return sum(weight_bytes(b) for b in blocks_of(module) if id(b) not in inside)
+
+    def visit(module, device):
+        mine = [b for b in blocks_of(module) if id(b) not in inside]
+        inside.update(map(id, mine))
+        comfy.free_bytes -= sum(map(weight_bytes, mine))
+        assert comfy.free_bytes >= 0
+
+        def leave():
+            inside.difference_update(map(id, mine))
+            comfy.free_bytes += sum(map(weight_bytes, mine))
+
+        return leave
+
+    def blocks_of(module):
+        transformer = model.module
+        parts = [*transformer.blocks, *(c for n, c in transformer.named_children()
+                                        if "blocks" not in n)]  # fmt: skip
+        return [p for p in parts if p is module or module is transformer]
+
+    monkeypatch.setattr(memory, "missing_bytes", missing)
+    monkeypatch.setattr(host, "missing_bytes", missing)
+    monkeypatch.setattr(memory, "_visit", visit)
+    host.bring_in(model, on_gpu, activations)
+    if comfy.loaded:
+        visit(model.module, on_gpu.device)
+    with placed(model.module, on_gpu, activations) as run_block:
+        model.module(**tiny.inputs(model.module.config), run_block=run_block)
+
+
+def test_reserved_memory_is_not_counted_as_free(comfy):
+    comfy.reserved_bytes = GIB
+    assert host.ComfyRuntime().free_bytes() == comfy.free_bytes - GIB
+
+
+def test_a_device_that_tells_nothing_is_tried(comfy):
+    runtime = host.ComfyRuntime()
+    runtime.device = SimpleNamespace(type="privateuseone")
+    assert runtime.free_bytes() > 1000 * GIB
+
+
+def test_highvram_does_not_make_the_card_the_resting_place(comfy, monkeypatch):
+    import sys
+
+    management = sys.modules["comfy.model_management"]
+    monkeypatch.setattr(management, "unet_offload_device", lambda: torch.device("cuda:0"))
+    assert host.ComfyRuntime().offload_device == torch.device("cpu")
+
+
+def test_an_unreadable_model_folder_does_not_take_the_node_away(comfy, monkeypatch, caplog):
+    def refuse(root):
+        raise PermissionError(13, "Permission denied", root)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    assert host.model_folders(("diffusers",), "config.json") == {}
+    assert "Permission denied" in caplog.text

@@ -3,6 +3,7 @@
 import logging
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import comfyui_skyreels
@@ -10,12 +11,16 @@ import pytest
 import torch
 from comfyui_skyreels.nodes import convert
 from comfyui_skyreels.skyreels.builtin import BUILTIN_NAME
-from comfyui_skyreels.skyreels.conditioning import to_vae_space
+from comfyui_skyreels.skyreels.conditioning import encode_image, to_vae_space
+from comfyui_skyreels.skyreels.config import Guidance, Tiling
 from comfyui_skyreels.skyreels.errors import CheckpointError, OptionError, ShapeError, TextError
 from comfyui_skyreels.skyreels.loading import load_transformer, load_vae
+from comfyui_skyreels.skyreels.memory import decode_bytes, sampling_bytes
 from comfyui_skyreels.skyreels.pipeline import image_to_video
 from comfyui_skyreels.skyreels.runtime import TorchRuntime
+from comfyui_skyreels.skyreels.sampling import get_sigmas, sample
 from comfyui_skyreels.skyreels.vae.model import VideoVAE
+from comfyui_skyreels.skyreels.vae.tiling import decode_frames
 from support import host, tiny
 
 NODES = comfyui_skyreels.NODE_CLASS_MAPPINGS
@@ -249,22 +254,33 @@ def test_a_cancelled_resumable_run_continues_to_the_same_bits(comfy, picture):
 
 
 @pytest.mark.parametrize(
+    ("num_frames", "words"),
+    [
+        (98, "98 frames is not a multiple of 4 plus 1: use 97"),
+        (0, "use 1"),
+        (2001, "is more than 1025"),
+        ("abc", "'abc' is not a whole number"),
+    ],
+)
+def test_a_length_that_cannot_be_is_refused_before_anything_runs(comfy, num_frames, words):
+    validate = NODES["SkyReelsImageConditioning"].VALIDATE_INPUTS
+    assert validate(97) is True
+    assert validate() is True  # linked
+    assert words in validate(num_frames)
+
+
+@pytest.mark.parametrize(
     ("inputs", "words"),
     [
         ({"width": 100}, "Width 100 is not a multiple of 16: use 96"),
         ({"height": 0}, "Height 0 is not a multiple of 16: use 16"),
-        ({"num_frames": 98}, "98 frames is not a multiple of 4 plus 1: use 97"),
-        ({"num_frames": 0}, "use 1"),
         ({"width": 8192}, "is more than 4096"),
-        ({"num_frames": 2001}, "is more than 1025"),
     ],
 )
-def test_sizes_that_cannot_be_are_refused_before_anything_runs(comfy, inputs, words):
-    validate = NODES["SkyReelsImageConditioning"].VALIDATE_INPUTS
-    good = {"width": 960, "height": 544, "num_frames": 97}
-    assert validate(**good) is True
-    assert validate() is True  # all linked
-    assert words in validate(**{**good, **inputs})
+def test_a_size_that_cannot_be_is_refused_when_the_node_runs(comfy, picture, inputs, words):
+    with pytest.raises(ShapeError, match=words):
+        node("SkyReelsImageConditioning", vae=load_vae_node(), image=picture, fit="crop",
+             **{**SIZE, **inputs})  # fmt: skip
 
 
 def test_a_file_that_is_not_here_is_answered_with_where_to_get_it(comfy):
@@ -277,6 +293,9 @@ def test_a_file_that_is_not_here_is_answered_with_where_to_get_it(comfy):
     assert "https://huggingface.co/Kijai" in answer
     assert validate("sub\\tiny.safetensors").endswith("but tiny.safetensors is: choose that one.")
     assert "models/vae" in NODES["SkyReelsVAELoader"].VALIDATE_INPUTS("gone.safetensors")
+    assert "models/diffusers" in validate("SkyReels (folder)")
+    assert "GGUF" in validate("q.gguf")
+    assert "5 is not in" in validate(5)
     assert "hunyuanvideo" in NODES["SkyReelsTextEncoderLoader"].VALIDATE_INPUTS("gone")
     with pytest.raises(CheckpointError, match="models/vae"):
         node("SkyReelsVAELoader", vae="gone.safetensors", precision="auto")
@@ -396,3 +415,276 @@ def test_the_length_of_a_core_conditioned_clip_must_be_known():
     other = {"samples": torch.zeros(1, 16, 3, 8, 6)}
     with pytest.raises(ShapeError, match="same video size"):
         convert.image_from_conditioning(positive, other)
+
+
+# --- every widget reaches the engine ------------------------------------------------------------
+
+
+def library_samples(inputs, *, guidance=None, denoise=1.0, **keywords) -> torch.Tensor:
+    """What `sample` makes of a sampler node's inputs, with some of its keywords set by hand."""
+    runtime = TorchRuntime()
+    return sample(
+        inputs["model"].module, inputs["image"],
+        convert.to_prompt_embeds(inputs["positive"], "x"),
+        convert.to_prompt_embeds(inputs["negative"], "x"),
+        guidance=guidance or Guidance(), runtime=runtime,
+        **{"seed": 5, "sigmas": get_sigmas(4, 7.0, denoise), **keywords},
+    )  # fmt: skip
+
+
+START = torch.randn(1, 16, 3, 4, 6, generator=torch.Generator().manual_seed(9))
+
+
+@pytest.mark.parametrize(
+    ("widgets", "keywords"),
+    [
+        ({"seed": 6}, {"seed": 6}),
+        ({"cfg": 2.0}, {"guidance": Guidance(2.0)}),
+        ({"embedded_guidance": 4.0}, {"guidance": Guidance(guidance_scale=4.0)}),
+        ({"shift": 3.0}, {"sigmas": get_sigmas(4, 3.0)}),
+        ({"cfg_start": 0.5}, {"guidance": Guidance(cfg_start=0.5)}),
+        ({"cfg_end": 0.5}, {"guidance": Guidance(cfg_end=0.5)}),
+        ({"guidance_rescale": 0.7}, {"guidance": Guidance(guidance_rescale=0.7)}),
+        ({"cfg_zero_star": True}, {"guidance": Guidance(cfg_zero_star=True)}),
+        ({"zero_init_steps": 1}, {"guidance": Guidance(zero_init_steps=1)}),
+        (
+            {"denoise": 0.5, "latent": {"samples": START}},
+            {"denoise": 0.5, "init_latents": START},
+        ),
+        (
+            {"sigmas": get_sigmas(4)[2:], "latent": {"samples": START}, "add_noise": False},
+            {"sigmas": get_sigmas(4)[2:], "init_latents": START, "add_noise": False},
+        ),
+    ],
+    ids=lambda value: "-".join(value) if isinstance(value, dict) else None,
+)
+def test_a_sampler_widget_does_what_the_library_does(comfy, picture, widgets, keywords):
+    _, inputs = prepare(picture)
+    inputs["steps"] = 4
+    plain = node("SkyReelsSampler", **inputs)["samples"]
+    changed = node("SkyReelsSampler", **{**inputs, **widgets})["samples"]
+    assert not torch.equal(changed, plain)
+    assert torch.equal(changed, library_samples(inputs, **keywords))
+
+
+def test_riflex_reaches_a_long_clip(comfy, picture):
+    _, inputs = prepare(picture)
+    image = inputs["image"]
+    long = type(image)(image.image_latents[..., :2, :2], 16, 16, 241)
+    inputs |= {"image": long, "cfg": 1.0, "steps": 1}
+    off, on = (node("SkyReelsSampler", **inputs, riflex_k=k)["samples"] for k in (0, 2))
+    assert not torch.equal(off, on)
+
+
+def test_a_split_schedule_gives_what_the_whole_gives(comfy, picture):
+    _, inputs = prepare(picture)
+    sigmas = node("SkyReelsScheduler", steps=6, shift=7.0, denoise=1.0)
+    whole = node("SkyReelsSampler", **inputs, sigmas=sigmas)["samples"]
+    first = node("SkyReelsSampler", **inputs, sigmas=sigmas[:4])
+    second = node("SkyReelsSampler", **inputs, sigmas=sigmas[3:], latent=first, add_noise=False)
+    assert tiny.relative_error(second["samples"], whole) <= 1e-5
+    with pytest.raises(OptionError, match="clip to continue"):
+        node("SkyReelsSampler", **inputs, sigmas=sigmas[3:], add_noise=False)
+
+
+@pytest.mark.parametrize(
+    "widgets",
+    [
+        {"latent_strength": 0.8},
+        {"noise_augmentation": 0.1},
+        {"noise_augmentation": 0.1, "augmentation_seed": 4},
+        {"prefix_frames": 5},
+        {"fit": "pad"},
+        {"num_frames": 13},
+    ],
+    ids=str,
+)
+def test_a_conditioning_widget_does_what_the_library_does(comfy, weights, widgets):
+    clip = torch.rand(5, 40, 50, 3, generator=torch.Generator().manual_seed(3))
+    vae = load_vae_node()
+    base = {**SIZE, "fit": "crop"}
+    made = node("SkyReelsImageConditioning", vae=vae, image=clip, **{**base, **widgets})
+    keywords = {**base, **widgets}
+    keywords["seed"] = keywords.pop("augmentation_seed", 0)
+    expected = encode_image(vae.module, clip, **keywords, runtime=TorchRuntime())
+    assert torch.equal(made.image_latents, expected.image_latents)
+    assert made.num_frames == expected.num_frames
+    if widgets != {"num_frames": 13}:
+        plain = node("SkyReelsImageConditioning", vae=vae, image=clip, **base)
+        assert not torch.equal(made.image_latents, plain.image_latents)
+
+
+@pytest.mark.parametrize(
+    ("widgets", "tiling"),
+    [
+        ({"mode": "tiled", "tile_size": 16}, Tiling(16, 16, 0, 8, 8, 0)),
+        ({"mode": "auto", "tile_size": 16, "tile_stride": 16}, Tiling(16, 16, 0, 16, 16, 0)),
+        ({"mode": "tiled", "tile_size": 32}, Tiling(32, 32, 0, 24, 24, 0)),
+        ({"mode": "tiled", "tile_frames": 8}, Tiling(256, 256, 8, 192, 192, 4)),
+        (
+            {"mode": "tiled-diffusers", "tile_frames": 4, "tile_frames_stride": 4},
+            Tiling(256, 256, 4, 192, 192, 4),
+        ),
+        ({"mode": "tiled", "tile_stride": 64}, Tiling(256, 256, 0, 64, 64, 0)),
+    ],
+    ids=str,
+)
+def test_a_tile_widget_does_what_the_library_does(comfy, widgets, tiling):
+    vae = load_vae_node()
+    samples = {"samples": START}
+    frames = node("SkyReelsVAEDecode", vae=vae, samples=samples, **widgets)
+    expected = decode_frames(vae.module, START, tiling=tiling, runtime=TorchRuntime())
+    assert torch.equal(frames, expected)
+
+
+def test_the_frame_rate_switch_reaches_the_encoder(comfy):
+    encoder = node("SkyReelsTextEncoderLoader", text_encoder=BUILTIN_NAME)
+    on, off, spelled = (
+        node("SkyReelsTextEncode", text_encoder=encoder, prompt=prompt, add_fps_prefix=prefix)
+        for prompt, prefix in (("a", True), ("a", False), ("FPS-24, a", False))
+    )
+    assert torch.equal(on[0][0], spelled[0][0])
+    assert on[0][0].shape != off[0][0].shape
+
+
+@pytest.mark.parametrize("name", ["tiny.safetensors", BUILTIN_NAME])
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp8", "int8"])
+def test_a_precision_reaches_the_transformer(comfy, name, precision):
+    model = node("SkyReelsTransformerLoader", transformer=name, precision=precision).module
+    weight = model.double_blocks[0].img_attn_qkv.weight
+    stored = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp8": torch.float8_e4m3fn,
+              "int8": torch.int8}[precision]  # fmt: skip
+    assert weight.dtype == stored
+
+
+@pytest.mark.parametrize("name", ["vae.safetensors", BUILTIN_NAME])
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+def test_a_precision_reaches_the_vae(comfy, name, precision):
+    vae = node("SkyReelsVAELoader", vae=name, precision=precision).module
+    stored = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+    assert {p.dtype for p in vae.parameters()} == {stored}
+
+
+def test_every_model_is_brought_in_by_the_memory_manager_before_it_works(comfy, picture):
+    vae, inputs = prepare(picture)
+    assert comfy.loaded == [vae.patcher]
+    samples = node("SkyReelsSampler", **inputs)
+    node("SkyReelsVAEDecode", vae=vae, samples=samples, mode="tiled")
+    assert comfy.loaded == [vae.patcher, inputs["model"].patcher, vae.patcher]
+    assert all(load["force_full_load"] for load in comfy.loads)
+    needed = [load["memory_required"] for load in comfy.loads]
+    latents = samples["samples"].shape
+    assert needed[0] == decode_bytes(tiny.VAE, torch.Size((1, 16, 1, *latents[3:])), torch.float32)
+    tokens = 3 * 2 * 3 + 4  # latent frames, rows, columns; "a dog runs" and the end of its turn
+    assert needed[1] == sampling_bytes(tiny.TRANSFORMER, tokens, torch.float32)
+    assert needed[2] == decode_bytes(tiny.VAE, latents, torch.float32)
+
+
+# --- odd things on a socket ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        (torch.zeros(1, 4, 1, 8, 8), "use the HunyuanVideo VAE"),
+        (torch.zeros(2, 16, 1, 4, 6), "one picture"),
+        (torch.zeros(1, 16, 4, 6), "use the HunyuanVideo VAE"),
+    ],
+)
+def test_a_picture_of_another_vae_is_named(given, words):
+    states, extras = text("a")[0]
+    positive = [[states, {**extras, "concat_latent_image": given}]]
+    for latent in (None, {"samples": torch.zeros(1, 16, 3, 4, 6)}):
+        with pytest.raises(ShapeError, match=words):
+            convert.image_from_conditioning(positive, latent)
+
+
+def test_a_mask_shorter_than_its_text_and_a_latent_without_samples_are_named():
+    states, extras = text("a b c")[0]
+    with pytest.raises(TextError, match="4 tokens and a mask of 2"):
+        convert.to_prompt_embeds([[states, {**extras, "attention_mask": torch.ones(1, 2)}]], "x")
+    for latent in ({}, {"samples": None}):
+        with pytest.raises(ShapeError, match="holds no samples"):
+            convert.latent_samples(latent)
+
+
+@pytest.mark.parametrize(
+    ("image", "words"),
+    [
+        (torch.rand(1, 3, 40, 50), "3 or 4 colours"),
+        (torch.rand(0, 40, 50, 3), "3 or 4 colours"),
+        (torch.full((1, 40, 50, 3), torch.nan), "NaN"),
+    ],
+)
+def test_an_image_that_is_none_is_named(comfy, image, words):
+    with pytest.raises(ShapeError, match=words):
+        node("SkyReelsImageConditioning", vae=load_vae_node(), image=image, fit="crop", **SIZE)
+
+
+@pytest.mark.parametrize("name", ["width", "height", "num_frames"])
+def test_a_size_that_is_no_whole_number_is_named(comfy, picture, name):
+    with pytest.raises(ShapeError, match="17.0 is not a whole number"):
+        node("SkyReelsImageConditioning", vae=load_vae_node(), image=picture, fit="crop",
+             **{**SIZE, name: 17.0})  # fmt: skip
+
+
+def test_a_start_latent_with_nan_is_named(comfy, picture):
+    _, inputs = prepare(picture)
+    latent = {"samples": torch.full((1, 16, 3, 4, 6), torch.nan)}
+    with pytest.raises(ShapeError, match="start latent holds NaN"):
+        node("SkyReelsSampler", **inputs, latent=latent)
+
+
+def test_a_sampler_that_looks_for_more_of_cores_model_is_named(comfy, picture):
+    def sample_strange(model, x, sigmas, **_):
+        return model.inner_model.conds
+
+    sampler = SimpleNamespace(sampler_function=sample_strange, extra_options={})
+    with pytest.raises(OptionError, match="Sampler sample_strange wants more"):
+        make_clip(picture, sampler=sampler)
+
+
+def test_a_core_sampler_gets_seed_shift_options_and_its_own_sigmas(comfy, picture):
+    seen = {}
+
+    def sample_spy(model, x, sigmas, extra_args=None, callback=None, disable=None, eta=0):
+        seen.update(seed=extra_args["seed"], eta=eta, shift=model.inner_model.model_sampling.shift)
+        sigmas[0] = 0.123  # as some do
+        return x
+
+    sigmas = torch.tensor([1.0, 0.5, 0.0])
+    sampler = SimpleNamespace(sampler_function=sample_spy, extra_options={"eta": 0.5})
+    make_clip(picture, sampler=sampler, sigmas=sigmas, shift=5.0, seed=77)
+    assert seen == {"seed": 77, "eta": 0.5, "shift": 5.0}
+    assert sigmas[0] == 1.0
+
+
+def test_a_cfg_plus_plus_sampler_gets_the_negative_prediction(comfy, picture, caplog):
+    seen = []
+
+    def sample_spy(model, x, sigmas, extra_args=None, **_):
+        options = {
+            "sampler_post_cfg_function": [lambda args: seen.append(args) or args["denoised"]]
+        }
+        model(x, sigmas[:1], **{**extra_args, "model_options": options})
+        return x
+
+    sampler = SimpleNamespace(sampler_function=sample_spy, extra_options={})
+    make_clip(picture, sampler=sampler)
+    assert not torch.equal(seen[0]["denoised"], seen[0]["uncond_denoised"])
+    assert caplog.text == ""
+    make_clip(picture, sampler=sampler, cfg=1.0)
+    assert torch.equal(seen[1]["denoised"], seen[1]["uncond_denoised"])
+    assert "CFG++" in caplog.text
+
+
+def test_an_adaptive_samplers_steps_are_told_as_they_come(comfy, picture):
+    def sample_many(model, x, sigmas, callback=None, **_):
+        for i in range(4):
+            callback({"i": i, "x": x, "denoised": x})
+        return x
+
+    sampler = SimpleNamespace(sampler_function=sample_many, extra_options={})
+    make_clip(picture, sampler=sampler, unique_id="1")
+    lines = [line for line in comfy.texts if line.startswith("step")]
+    assert lines[-2:] == ["step 4", "step 2/2"]

@@ -46,7 +46,9 @@ class Host:
     texts: list[str] = field(default_factory=list)
     previews: list[Any] = field(default_factory=list)
     loaded: list[Any] = field(default_factory=list)
+    loads: list[dict[str, Any]] = field(default_factory=list)
     asked: list[tuple[int, list[Any]]] = field(default_factory=list)
+    reserved_bytes: int = 0
 
     def folder(self, kind: str) -> Path:
         path = self.root / "models" / kind
@@ -115,9 +117,13 @@ def stand_ins(host: Host) -> dict[str, ModuleType]:
     management.free_memory = lambda num_bytes, device, keep_loaded=(): host.asked.append(
         (num_bytes, list(keep_loaded))
     )
-    management.load_models_gpu = lambda models, memory_required=0, force_full_load=False: (
+    management.extra_reserved_memory = lambda: host.reserved_bytes
+
+    def load_models_gpu(models: list[Any], **options: Any) -> None:
         host.loaded.extend(models)
-    )
+        host.loads.append(options)
+
+    management.load_models_gpu = load_models_gpu
     management.unload_all_models = host.loaded.clear
 
     bar = type("ProgressBar", (ProgressBar,), {"host": host})
