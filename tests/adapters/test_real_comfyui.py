@@ -95,10 +95,6 @@ class Server:
             time.sleep(0.02)
         raise AssertionError(f"still running; log: {self.log.read_text()[-2000:]}")
 
-    def resident_bytes(self) -> int:
-        status = Path(f"/proc/{self.process.pid}/status").read_text()
-        return int(re.search(r"VmRSS:\s+(\d+)", status)[1]) * 1024
-
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory):
@@ -221,13 +217,18 @@ def test_an_error_in_a_node_is_one_sentence(server):
     assert message.strip().startswith("CFG 6.0 needs a negative prompt")
 
 
-def test_memory_does_not_grow_from_run_to_run(server):
-    for seed in range(3):
-        server.result(server.queue(small_prompt("local_bf16", seed=seed)))
-    before = server.resident_bytes()
-    for seed in range(3, 13):
-        server.result(server.queue(small_prompt("local_bf16", seed=seed)))
-    assert server.resident_bytes() - before < 30e6
+def test_models_that_were_replaced_are_let_go(server):
+    def live_models(seed: int) -> int:
+        prompt = small_prompt("local_bf16", seed=seed, precision=("bf16", "fp32")[seed % 2])
+        (decode,) = (k for k, n in prompt.items() if n["class_type"] == "SkyReelsVAEDecode")
+        prompt["count"] = {"class_type": "TestLiveModels", "inputs": {"after": [decode, 0]}}
+        result = server.result(server.queue(prompt))
+        assert result["status"]["status_str"] == "success"
+        return int(result["outputs"]["count"]["text"][0])
+
+    counts = [live_models(seed) for seed in range(8)]
+    assert counts[0] >= 1
+    assert max(counts[2:]) <= counts[1]
 
 
 # --- inside the process -------------------------------------------------------------------------
@@ -251,12 +252,17 @@ def test_euler_of_core_equals_ours(inside):
     assert inside["euler_relative_error"] <= 1e-5
 
 
-def test_every_core_sampler_runs_or_says_why_not(inside):
-    outcomes = inside["samplers"]
-    refused = {name: text for name, text in outcomes.items() if text != "finite"}
-    assert len(outcomes) > 30
-    assert "euler" not in refused
-    assert refused == {}
+def test_every_sampler_gives_with_our_model_what_it_gives_with_cores(inside):
+    errors = inside["samplers"]
+    assert len(errors) > 30
+    # core hands uni_pc a last sigma of 0.001 instead of 0
+    bounds = dict.fromkeys(errors, 1e-4) | {"uni_pc": 5e-3, "uni_pc_bh2": 5e-3}
+    assert {name: error for name, error in errors.items() if not error <= bounds[name]} == {}
+
+
+@pytest.mark.parametrize("what", ["unfinished", "continued", "video_to_video"])
+def test_parts_of_a_schedule_give_what_they_give_in_core(inside, what):
+    assert inside[f"{what}_relative_error"] <= 1e-4
 
 
 def test_latents_interchange_with_cores_vae_nodes(inside):

@@ -35,7 +35,7 @@ NOTE = {"color": "#432", "bgcolor": "#653"}
 GROUP_COLORS = {"load": "#8A8", "encode": "#88A", "sample": "#A88", "decode and save": "#3f789e"}
 COLUMN_GAP, ROW_GAP, TITLE_HEIGHT = 60, 20, 30
 #: a running node grows by a line of text, the sampler by a preview too
-STATUS_HEIGHT, SAMPLER_HEIGHT = 30, 760
+STATUS_HEIGHT, SAMPLER_HEIGHT = 30, 790
 
 
 @dataclass(frozen=True)

@@ -86,18 +86,6 @@ ours = {
     "steps": STEPS, "cfg": 6.0, "embedded_guidance": 1.0, "shift": 7.0, "sigmas": sigmas,
 }  # fmt: skip
 reference = node("SkyReelsSampler", **ours)["samples"]
-result = {"samplers": {}}
-for sampler_name in comfy.samplers.SAMPLER_NAMES:
-    sampler = comfy.samplers.sampler_object(sampler_name)
-    try:
-        samples = node("SkyReelsSampler", **ours, sampler=sampler)["samples"]
-    except Exception as error:  # noqa: BLE001 - whatever a sampler trips over is the result
-        result["samplers"][sampler_name] = f"{type(error).__name__}: {error}"
-        continue
-    is_finite = bool(samples.isfinite().all()) and samples.shape == reference.shape
-    result["samplers"][sampler_name] = "finite" if is_finite else "not finite"
-    if sampler_name == "euler":
-        result["euler_relative_error"] = relative_error(samples, reference)
 
 # core's own path: UNETLoader, FluxGuidance 1, InstructPixToPixConditioning, a custom sampler
 core_model = comfy.sd.load_diffusion_model(
@@ -105,18 +93,45 @@ core_model = comfy.sd.load_diffusion_model(
 )
 concat = image.image_latents / comfy.latent_formats.HunyuanVideo().scale_factor
 extra = {"guidance": 1.0, "concat_latent_image": concat}
-with torch.inference_mode():
-    core = comfy.sample.sample_custom(
-        core_model,
-        torch.randn(image.latent_shape, generator=torch.manual_seed(3)),
-        6.0,
-        comfy.samplers.sampler_object("euler"),
-        sigmas,
-        *([[c[0][0], {**c[0][1], **extra}]] for c in (positive, negative)),
-        torch.zeros(image.latent_shape),
-        seed=3,
-    )
-result["sampler_relative_error"] = relative_error(reference, core)
+
+
+def core_samples(sampler, sigmas, *, start=None, add_noise=True):
+    noise = torch.randn(image.latent_shape, generator=torch.manual_seed(3))
+    with torch.inference_mode():
+        return comfy.sample.sample_custom(
+            core_model,
+            noise if add_noise else torch.zeros_like(noise),
+            6.0,
+            sampler,
+            sigmas.clone(),
+            *([[c[0][0], {**c[0][1], **extra}]] for c in (positive, negative)),
+            torch.zeros(image.latent_shape) if start is None else start,
+            seed=3,
+        )
+
+
+euler = comfy.samplers.sampler_object("euler")
+result = {"samplers": {}, "sampler_relative_error": relative_error(
+    reference, core_samples(euler, sigmas))}  # fmt: skip
+for sampler_name in comfy.samplers.SAMPLER_NAMES:
+    sampler = comfy.samplers.sampler_object(sampler_name)
+    samples = node("SkyReelsSampler", **ours, sampler=sampler)["samples"]
+    error = relative_error(samples, core_samples(sampler, sigmas))
+    result["samplers"][sampler_name] = error
+    if sampler_name == "euler":
+        result["euler_relative_error"] = relative_error(samples, reference)
+
+# a schedule in two parts, and a clip to start from
+high, low = sigmas[:3], sigmas[2:]
+part = node("SkyReelsSampler", **{**ours, "sigmas": high})
+core_part = core_samples(euler, high)
+result["unfinished_relative_error"] = relative_error(part["samples"], core_part)
+rest = node("SkyReelsSampler", **{**ours, "sigmas": low}, latent=part, add_noise=False)
+core_rest = core_samples(euler, low, start=core_part, add_noise=False)
+result["continued_relative_error"] = relative_error(rest["samples"], core_rest)
+again = node("SkyReelsSampler", **{**ours, "sigmas": low}, latent={"samples": reference})
+core_again = core_samples(euler, low, start=reference)
+result["video_to_video_relative_error"] = relative_error(again["samples"], core_again)
 
 # --- VAE ----------------------------------------------------------------------------------------
 

@@ -1,4 +1,6 @@
-"""A pack of one node for the real-ComfyUI tests: CONDITIONING without 9 GB of text encoders."""
+"""Nodes for the real-ComfyUI tests: CONDITIONING without 9 GB of text encoders, a census."""
+
+import gc
 
 import torch
 
@@ -18,4 +20,23 @@ class TestConditioning:
         return ([[states, {"pooled_output": torch.randn(1, pooled, generator=generator)}]],)
 
 
-NODE_CLASS_MAPPINGS = {"TestConditioning": TestConditioning}
+class TestLiveModels:
+    """How many transformers and VAEs of ours are alive in the process."""
+
+    CATEGORY = "tests"
+    FUNCTION = "count"
+    RETURN_TYPES = ()
+    OUTPUT_NODE = True
+
+    @classmethod
+    def INPUT_TYPES(cls):
+        return {"required": {"after": ("IMAGE", {})}}
+
+    def count(self, after):
+        gc.collect()
+        names = [type(thing).__name__ for thing in gc.get_objects()]
+        live = names.count("SkyReelsTransformer") + names.count("VideoVAE")
+        return {"ui": {"text": [str(live)]}, "result": ()}
+
+
+NODE_CLASS_MAPPINGS = {"TestConditioning": TestConditioning, "TestLiveModels": TestLiveModels}
