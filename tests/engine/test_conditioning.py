@@ -158,8 +158,8 @@ def test_illegal_sizes_name_the_nearest_legal_one(size, words):
 @pytest.mark.parametrize(
     ("image", "kwargs", "error", "words"),
     [
-        (torch.ones(1, 3, 32, 2), {}, ShapeError, "3 colours"),
-        (torch.ones(32, 32, 3), {}, ShapeError, "3 colours"),
+        (torch.ones(1, 3, 32, 2), {}, ShapeError, "3 or 4 colours"),
+        (torch.ones(32, 32, 3), {}, ShapeError, "3 or 4 colours"),
         (torch.full((1, 32, 32, 3), torch.nan), {}, ShapeError, "NaN"),
         (torch.ones(1, 32, 32, 3), {"fit": "zoom"}, OptionError, "crop, pad, stretch"),
         (torch.ones(1, 32, 32, 3), {"noise_augmentation": -1.0}, OptionError, "0..1"),

@@ -271,7 +271,8 @@ class SmallDevice(TorchRuntime):
     """A device the weights are not on ("cpu:0" is not "cpu" to torch), with little room."""
 
     def __init__(self, free: int, on_check=lambda: None) -> None:
-        super().__init__(torch.device("cpu", 0), on_check=on_check)
+        super().__init__(on_check=on_check)
+        self.device = torch.device("cpu", 0)
         self._free = free
 
     def free_bytes(self) -> int:
