@@ -283,6 +283,7 @@ def test_resumable_run_leaves_no_state_behind(capsys, tmp_path):
 def test_ctrl_c_stops_with_one_line_and_leaves_nothing(tmp_path):
     out_file = tmp_path / "clip.mp4"
     command = [sys.executable, "-m", "skyreels", "generate", "--prompt", "x", "--steps", "1000",
+               "--width", "256", "--height", "256", "--frames", "65",
                "--out", str(out_file)]  # fmt: skip
     process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
     for line in process.stderr:
