@@ -1,0 +1,148 @@
+"""The remote command line, as a process of its own against a loopback server."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from support.wiro_server import KEY, MP4, SECRET, WiroServer
+
+ROOT = Path(__file__).resolve().parents[2]
+RUN = ["run", "wiro/SkyReels-V1", "--param", "prompt=FPS-24, a woman smiles", "--param", "steps=30"]
+SHORT = ("task_queue", "task_start", "task_postprocess_end")
+
+
+@pytest.fixture
+def server():
+    with WiroServer(states=SHORT) as server:
+        yield server
+
+
+def wiro(server, *arguments, **changes) -> subprocess.CompletedProcess:
+    environment = {
+        **{k: v for k, v in os.environ.items() if not k.startswith("WIRO_")},
+        "WIRO_API_KEY": KEY, "WIRO_API_SECRET": SECRET, "WIRO_API_BASE_URL": server.url, **changes,
+    }  # fmt: skip
+    command = [sys.executable, "-m", "wiro_api", *map(str, arguments)]
+    return subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False
+    )
+
+
+def test_a_run_ends_with_the_file_and_one_json_object(server, tmp_path):
+    image = tmp_path / "ä b.PNG"
+    image.write_bytes(b"\x89PNG")
+    done = wiro(server, *RUN, "--file", f"inputImage={image}", "--out", tmp_path / "o", "--json")
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout)
+    assert done.stdout.count("\n") == 1
+    (file,) = report.pop("files")
+    assert Path(file).read_bytes() == MP4
+    (output,) = report.pop("outputs")
+    assert output["name"] == "0.mp4"
+    assert report == {
+        "taskid": "2221", "status": "task_postprocess_end", "verdict": "succeeded",
+        "exit_code": "0", "cost": "0.00351", "elapsed_s": 6.0,
+    }  # fmt: skip
+    assert "task 2221 started" in done.stderr
+    assert "cost: 0.00351 USD" in done.stderr
+    assert server.seen[0].files[0][:3] == ("inputImage", "input.png", "image/png")
+
+
+def test_a_task_is_looked_at_watched_collected_and_stopped(server, tmp_path):
+    taskid = server.add_task({"prompt": "x"})
+    token = server.tasks[taskid]["socketaccesstoken"]
+    seen = wiro(server, "detail", taskid, "--json")
+    assert json.loads(seen.stdout)["verdict"] == "running"
+    early = wiro(server, "collect", taskid, "--json")
+    assert early.returncode == 1
+    assert "watch it instead" in json.loads(early.stdout)["error"]
+    assert wiro(server, "watch", f"token:{token}", "--out", tmp_path).returncode == 0
+    collected = json.loads(wiro(server, "collect", taskid, "--out", tmp_path, "--json").stdout)
+    assert Path(collected["files"][0]).name == "0 (1).mp4"
+    other = server.add_task({"prompt": "x"})
+    stopped = wiro(server, "stop", other, "--json")
+    assert json.loads(stopped.stdout)["verdict"] == "cancelled"
+    listed = json.loads(wiro(server, "list", "--json").stdout)["tasks"]
+    assert [task["taskid"] for task in listed] == [other, taskid]
+    for command in ("cancel", "kill"):
+        server.tasks[other]["status"] = {"cancel": "task_queue", "kill": "task_start"}[command]
+        assert wiro(server, command, other).returncode == 0
+
+
+def test_models_and_uploads(server, tmp_path):
+    assert json.loads(wiro(server, "model", "wiro/SkyReels-V1", "--json").stdout)["id"] == "598"
+    picture = tmp_path / "a.png"
+    picture.write_bytes(b"\x89PNG")
+    sent = wiro(server, "upload", picture, "--folder", "mine", "--json")
+    assert json.loads(sent.stdout)["url"] == "https://cdn.wiro.ai/u1.png"
+    assert server.paths()[-2:] == ["File/FolderCreate", "File/Upload"]
+    assert server.seen[-1].body == {"folderid": "f1"}
+
+
+def test_a_failed_task_is_exit_code_1_with_its_id(server, tmp_path):
+    server.final = {"pexit": "1", "outputs": [], "debugerror": "CUDA error"}
+    done = wiro(server, *RUN, "--out", tmp_path, "--json")
+    assert done.returncode == 1
+    assert json.loads(done.stdout)["taskid"] == "2221"
+    assert "CUDA error" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "changes", "words"),
+    [
+        (RUN, {"WIRO_API_KEY": ""}, "no Wiro API key"),
+        (RUN, {"WIRO_API_KEY": "wrong"}, "check key, secret"),
+        (RUN, {"WIRO_API_SECRET": "wrong"}, "check key, secret"),
+        (RUN, {"WIRO_API_BASE_URL": "http://api.wiro.ai/v1"}, "not a https address"),
+        (["run", "SkyReels"], {}, "owner/project"),
+        (["run", "wiro/SkyReels-V1", "--param", "prompt="], {}, "[prompt] required"),
+        (["run", "wiro/SkyReels-V1", "--param", "prompt"], {}, "NAME=VALUE"),
+        ([*RUN, "--file", "inputImage=/nowhere.png"], {}, "no file"),
+        ([*RUN, "--out", "/proc/nowhere"], {}, "cannot be used"),
+        (["detail", "abc"], {}, "not a task"),
+        (["detail", "999"], {}, "There is no task yet"),
+    ],
+)
+def test_mistakes_are_one_sentence_and_cost_nothing(server, arguments, changes, words):
+    done = wiro(server, *arguments, "--json", **changes)
+    assert done.returncode == 1
+    assert words in json.loads(done.stdout)["error"]
+    assert "Traceback" not in done.stderr
+    assert len(server.tasks) == 0
+
+
+def test_a_picture_too_large_is_refused_before_anything_is_sent(server, tmp_path):
+    picture = tmp_path / "big.png"
+    with picture.open("wb") as file:
+        file.truncate(200_000_000)
+    done = wiro(server, *RUN, "--file", f"inputImage={picture}", "--json")
+    assert "200000000 bytes" in json.loads(done.stdout)["error"]
+    assert server.seen == []
+
+
+def test_wrong_usage_answers_with_json_too(server):
+    done = wiro(server, "run", "--json")
+    assert done.returncode == 2
+    assert "model" in json.loads(done.stdout)["error"]
+
+
+def test_the_client_works_where_there_is_no_torch():
+    code = (
+        "import sys; sys.modules['torch'] = None; import wiro_api, wiro_api.cli; "
+        "print('comfy' in sys.modules, wiro_api.sign('test-key', 'test-secret', '1734513807'))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    signature = "e843f5e4ef86b64976d1e75eb4164d4f145813524596c9daa0c83c70668a9f98"
+    assert done.stdout.split() == ["False", signature]
+
+
+def test_public_names_are_exactly_those_listed():
+    import comfyui_skyreels.wiro_api as client
+
+    assert client.__all__ == sorted(client.__all__)
+    assert all(hasattr(client, name) for name in client.__all__)

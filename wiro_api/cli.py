@@ -1,0 +1,283 @@
+"""The command line: run a model and bring its result home, and what else can be done to a task.
+
+Exit code 0 only when the job is done. With --json, standard output carries exactly one JSON object;
+everything meant for people goes to standard error. The key is read from the environment, never from
+an argument: arguments are seen by every program on the machine.
+"""
+
+import argparse
+import json
+import mimetypes
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+from urllib.parse import urlsplit
+
+from .client import WATCH_S, Client, Model, RunHandle, raise_for_failure
+from .errors import ConfigError, WiroError
+from .files import download
+from .signing import load_credentials
+from .task import Task, Verdict, verdict
+from .transport import BASE_URL, BASE_URL_VARIABLE, FilePart
+
+#: the service's limit for an uploaded file
+MAX_FILE_BYTES = 100 * 1000 * 1000
+EXIT_ERROR, EXIT_INTERRUPTED = 1, 130
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command.
+
+    Args:
+        argv: arguments without the program's name; None means sys.argv.
+    Returns:
+        0 done, 1 an error that was explained, 2 wrong usage, 130 interrupted.
+    """
+    arguments = build_parser().parse_args(argv)
+    try:
+        result = arguments.run(make_client(), arguments)
+    except WiroError as error:
+        return _fail(arguments, error)
+    except OSError as error:
+        place = error.filename or "A file"
+        message = f"{place} cannot be used ({error.strerror}): check the path."
+        return _fail(arguments, WiroError(message))
+    except KeyboardInterrupt:
+        say("Interrupted. A task that was started goes on at Wiro: collect or stop it by its id.")
+        return EXIT_INTERRUPTED
+    if arguments.json:
+        print(json.dumps(result))  # noqa: T201
+    return 0
+
+
+def _fail(arguments: argparse.Namespace, error: WiroError) -> int:
+    say(f"error: {error}")
+    if arguments.json:
+        print(json.dumps({"error": str(error), "taskid": error.taskid}))  # noqa: T201
+    return EXIT_ERROR
+
+
+def say(text: str) -> None:
+    """Write a line for people."""
+    print(text, file=sys.stderr, flush=True)  # noqa: T201
+
+
+def make_client() -> Client:
+    """A client of the environment's key and address."""
+    return Client(load_credentials(), base_url=os.environ.get(BASE_URL_VARIABLE) or BASE_URL)
+
+
+def local_host() -> str:
+    """host:port of a test server on this machine, "" for the real service."""
+    address = urlsplit(os.environ.get(BASE_URL_VARIABLE) or BASE_URL)
+    return address.netloc if address.scheme == "http" else ""
+
+
+class _Parser(argparse.ArgumentParser):
+    """Answers wrong usage with a JSON object too if --json was asked for."""
+
+    def error(self, message: str) -> NoReturn:
+        if "--json" in sys.argv:
+            print(json.dumps({"error": message, "taskid": ""}))  # noqa: T201
+        super().error(message)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """All commands and options."""
+    parser = _Parser(prog="python -m wiro_api", description="Models on wiro.ai.")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    def command(name: str, function: Any, text: str) -> argparse.ArgumentParser:
+        added = commands.add_parser(name, help=text, description=text)
+        added.set_defaults(run=function)
+        added.add_argument("--json", action="store_true")
+        return added
+
+    run = command("run", run_run, "start a model, wait, download; costs money")
+    run.add_argument("model", help="owner/project, as wiro/SkyReels-V1")
+    run.add_argument("--param", action="append", default=[], metavar="NAME=VALUE")
+    run.add_argument("--file", action="append", default=[], metavar="NAME=PATH")
+    watch = command("watch", run_watch, "wait for a task that was started earlier, download")
+    collect = command("collect", run_collect, "download the result of an ended task")
+    detail = command("detail", run_detail, "what the service says of a task")
+    cancel = command("cancel", run_cancel, "cancel a queued task")
+    kill = command("kill", run_kill, "end a running task")
+    stop = command("stop", run_stop, "cancel or kill, and wait until it has ended")
+    for added in (watch, collect, detail, cancel, kill, stop):
+        added.add_argument("task", help="a task id, or token:<task token>")
+    for added in (run, watch, collect):
+        added.add_argument("--out", type=Path, default=Path(), metavar="DIR")
+    for added in (run, watch):
+        added.add_argument("--timeout", type=float, default=WATCH_S, metavar="S")
+
+    upload = command("upload", run_upload, "upload a file once and print its address")
+    upload.add_argument("file", type=Path)
+    upload.add_argument("--folder", default="", help="made if it is not there")
+    command("list", run_list, "the account's newest tasks")
+    model = command("model", run_model, "parameters and price of a model")
+    model.add_argument("model")
+    return parser
+
+
+# --- commands -----------------------------------------------------------------------------------
+
+
+def run_run(client: Client, arguments: argparse.Namespace) -> dict[str, Any]:
+    """`run`: start, wait, download."""
+    model = Model.parse(arguments.model)
+    parameters = dict(_pair(text, "--param") for text in arguments.param)
+    files = [(name, read_part(Path(path))) for name, path in
+             (_pair(text, "--file") for text in arguments.file)]  # fmt: skip
+    _check_folder(arguments.out)
+    handle = client.run(model, parameters, files)
+    say(f"task {handle.taskid} started; it goes on if this program ends")
+    return _finish(client, arguments, handle)
+
+
+def run_watch(client: Client, arguments: argparse.Namespace) -> dict[str, Any]:
+    """`watch`: wait, download."""
+    _check_folder(arguments.out)
+    return _finish(client, arguments, RunHandle.parse(arguments.task))
+
+
+def run_collect(client: Client, arguments: argparse.Namespace) -> dict[str, Any]:
+    """`collect`: download what an ended task made."""
+    _check_folder(arguments.out)
+    task = client.detail(RunHandle.parse(arguments.task))
+    if verdict(task) is Verdict.RUNNING:
+        raise WiroError(
+            f"Task {task.taskid} has not ended ({task.status}): watch it instead.",
+            taskid=task.taskid,
+        )
+    return _bring_home(arguments, task)
+
+
+def run_detail(client: Client, arguments: argparse.Namespace) -> dict[str, Any]:
+    """`detail`: one record."""
+    task = client.detail(RunHandle.parse(arguments.task))
+    say(f"task {task.taskid}: {task.status}, {verdict(task).value}")
+    return describe(task)
+
+
+def run_cancel(client: Client, arguments: argparse.Namespace) -> dict[str, Any]:
+    """`cancel`: of a queued task."""
+    handle = RunHandle.parse(arguments.task)
+    client.cancel(handle)
+    return describe(client.detail(handle))
+
+
+def run_kill(client: Client, arguments: argparse.Namespace) -> dict[str, Any]:
+    """`kill`: of a running task."""
+    handle = RunHandle.parse(arguments.task)
+    client.kill(handle)
+    return describe(client.detail(handle))
+
+
+def run_stop(client: Client, arguments: argparse.Namespace) -> dict[str, Any]:
+    """`stop`: whichever the state demands."""
+    task = client.stop(RunHandle.parse(arguments.task))
+    say(f"task {task.taskid}: {verdict(task).value}")
+    return describe(task)
+
+
+def run_upload(client: Client, arguments: argparse.Namespace) -> dict[str, Any]:
+    """`upload`: a file, into a folder if asked for."""
+    part = read_part(arguments.file)
+    folder = str(client.create_folder(arguments.folder)["id"]) if arguments.folder else ""
+    record = client.upload(part, folder)
+    say(str(record.get("url", "")))
+    return {name: record.get(name) for name in ("id", "name", "url", "size", "contenttype")}
+
+
+def run_list(client: Client, arguments: argparse.Namespace) -> dict[str, Any]:
+    """`list`: the newest tasks."""
+    tasks = client.list_tasks()
+    for task in tasks:
+        say(f"{task.taskid:>10}  {verdict(task).value:10} {task.status:22} {task.model}")
+    return {"tasks": [describe(task) for task in tasks]}
+
+
+def run_model(client: Client, arguments: argparse.Namespace) -> dict[str, Any]:
+    """`model`: parameters and price."""
+    record = client.model_detail(Model.parse(arguments.model))
+    for group in record.get("parameters") or []:
+        for item in group.get("items", []):
+            need = "required" if item.get("required") else "optional"
+            name, kind, label = (str(item.get(k) or "") for k in ("id", "type", "label"))
+            say(f"{name:20} {kind:16} {need}  {label}")
+    return dict(record)
+
+
+def _finish(client: Client, arguments: argparse.Namespace, handle: RunHandle) -> dict[str, Any]:
+    last = ""
+    for task in client.watch(handle, timeout_s=arguments.timeout):
+        if task.status != last:
+            last = task.status
+            say(f"task {task.taskid}: {last}")
+    return _bring_home(arguments, task)
+
+
+def _bring_home(arguments: argparse.Namespace, task: Task) -> dict[str, Any]:
+    raise_for_failure(task)
+    paths = [
+        download(output, arguments.out, taskid=task.taskid, local_host=local_host())
+        for output in task.outputs
+        if output.url
+    ]
+    for path in paths:
+        say(str(path))
+    if task.totalcost is not None:
+        say(f"cost: {task.totalcost.normalize():f} USD")
+    return describe(task, paths)
+
+
+def describe(task: Task, paths: Sequence[Path] = ()) -> dict[str, Any]:
+    """The JSON of a task: no token, no access key."""
+    outputs = [
+        {"name": o.name, "contenttype": o.contenttype, "url": o.url, "content": o.content}
+        for o in task.outputs
+    ]
+    return {
+        "taskid": task.taskid,
+        "status": task.status,
+        "verdict": verdict(task).value,
+        "exit_code": task.exit_code,
+        "cost": None if task.totalcost is None else f"{task.totalcost.normalize():f}",
+        "elapsed_s": None if task.elapsed_s is None else float(task.elapsed_s),
+        "files": [str(path) for path in paths],
+        "outputs": outputs,
+    }
+
+
+def read_part(path: Path) -> FilePart:
+    """A file as a part of a request, under an ASCII name that keeps its suffix.
+
+    Raises:
+        ConfigError: missing, empty or too large.
+    """
+    if not path.is_file():
+        raise ConfigError(f"There is no file {path}: check the path.")
+    num_bytes = path.stat().st_size
+    if not 0 < num_bytes <= MAX_FILE_BYTES:
+        raise ConfigError(
+            f"{path} has {num_bytes} bytes, and Wiro takes 1 to {MAX_FILE_BYTES}: use another file."
+        )
+    kind = mimetypes.guess_type(path.name)[0] or "application/octet-stream"
+    suffix = path.suffix.lower() if path.suffix.isascii() else ""
+    return f"input{suffix}", path.read_bytes(), kind
+
+
+def _pair(text: str, option: str) -> tuple[str, str]:
+    name, equals, value = text.partition("=")
+    if not name or not equals:
+        raise ConfigError(f"{option} {text!r} is not NAME=VALUE: write it so.")
+    return name, value
+
+
+def _check_folder(folder: Path) -> None:
+    """Before money is spent: the result must have a place to go to."""
+    folder.mkdir(parents=True, exist_ok=True)
+    if not os.access(folder, os.W_OK):
+        raise ConfigError(f"{folder} cannot be written: choose another folder.")

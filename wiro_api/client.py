@@ -1,0 +1,481 @@
+"""The calls of the service, and the three things built on them: run, watch, stop.
+
+A Run costs money and cannot be repeated safely, so it is sent again only if it surely never left;
+otherwise its outcome is looked up in the list of tasks, and if that does not settle it the caller
+is asked. A wait that ends, or a program that ends, stops nothing: both identifiers of a task lead
+back to it.
+"""
+
+import random
+import re
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+from urllib.parse import quote
+
+import requests
+
+from .errors import (
+    ApiError,
+    ConfigError,
+    NotFoundError,
+    RunOutcomeUnknownError,
+    TaskCancelledError,
+    TaskFailedError,
+    TaskStalledError,
+    TaskTimeoutError,
+    TransportError,
+    WiroError,
+)
+from .signing import Credentials, Nonces, WiroAuth
+from .task import QUEUED, Task, Verdict, failure_text, parse_task, text_of, verdict
+from .transport import (
+    BASE_URL,
+    READ_S,
+    RUN_S,
+    UPLOAD_S,
+    FilePart,
+    check_base_url,
+    is_passing,
+    post,
+    wait_s,
+)
+
+#: attempts of a read, and of a Run that never left
+READ_ATTEMPTS, RUN_ATTEMPTS = 5, 3
+#: (until this many seconds into the wait, seconds between polls)
+POLL_SCHEDULE = ((15.0, 2.0), (60.0, 5.0), (float("inf"), 10.0))
+#: seconds of `watch`; the service's own longest wait
+WATCH_S = 2400.0
+#: a task is "not found" for this long after its Run, at most
+SETTLING_S = 30.0
+#: a stored "task_error" that stands still this long with a log is reported
+STALLED_S = 120.0
+#: seconds after which an unknown Run is looked for
+RECONCILE_AT_S = (2.0, 5.0, 10.0, 20.0, 30.0)
+#: the clock of the service may be behind ours by this much
+CLOCK_SKEW_S = 60
+STOP_ROUNDS, STOP_WAIT_S = 3, 2.0
+NO_OUTPUT_READS, NO_OUTPUT_WAIT_S = 3, 2.0
+
+
+@dataclass(frozen=True)
+class RunHandle:
+    """Both identifiers of a task; either may be "". Keep it before anything else is done.
+
+    started_at: Unix seconds of the Run, or None for a handle made later.
+    """
+
+    taskid: str
+    token: str = field(repr=False)
+    started_at: float | None = None
+
+    @classmethod
+    def parse(cls, text: str) -> "RunHandle":
+        """A handle of what a person types: a task id, or "token:" and a task token."""
+        text = text.strip()
+        if text.startswith("token:"):
+            return cls("", text.removeprefix("token:"))
+        if not text.isdigit():
+            raise ConfigError(
+                f"{text[:40]!r} is not a task: give the id (digits), or token:<task token>."
+            )
+        return cls(text, "")
+
+
+@dataclass(frozen=True)
+class Model:
+    """Owner and project of a model, as its page's address says."""
+
+    owner: str
+    project: str
+
+    @classmethod
+    def parse(cls, slug: str) -> "Model":
+        """A model of "owner/project"; blanks and capitals are kept."""
+        owner, _, project = slug.strip().strip("/").partition("/")
+        if not owner.strip() or not project.strip() or "/" in project:
+            raise ConfigError(f"{slug!r} is not a model: give owner/project, as wiro/SkyReels-V1.")
+        return cls(owner.strip(), project.strip())
+
+    @property
+    def clean(self) -> "Model":
+        """Lower case with hyphens, the service's other spelling."""
+        return Model(*(re.sub(r"[^a-z0-9]+", "-", part.lower()).strip("-") for part in
+                       (self.owner, self.project)))  # fmt: skip
+
+    def __str__(self) -> str:
+        return f"{self.owner}/{self.project}"
+
+
+class Client:
+    """Talks to one account. Threads may share it.
+
+    Args:
+        credentials: from `load_credentials`.
+        base_url: https, or http for this machine only.
+        session: for tests and proxies.
+        sleep, clock: seconds; replaced where a wait must be interruptible or a test must not wait.
+            `sleep` may raise to end the wait.
+        now: Unix seconds.
+    """
+
+    def __init__(
+        self,
+        credentials: Credentials,
+        *,
+        base_url: str = BASE_URL,
+        session: requests.Session | None = None,
+        sleep: Callable[[float], None] = time.sleep,
+        clock: Callable[[], float] = time.monotonic,
+        now: Callable[[], float] = time.time,
+    ) -> None:
+        self._base_url = check_base_url(base_url)
+        self._auth = WiroAuth(credentials, Nonces(now))
+        self._session = session or requests.Session()
+        self._sleep, self._clock, self._now = sleep, clock, now
+        self._rng = random.Random()
+
+    # --- calls ----------------------------------------------------------------------------------
+
+    def detail(self, handle: RunHandle) -> Task:
+        """The record of a task, by its token if there is one.
+
+        Raises:
+            NotFoundError: there is no such task (yet). TransportError, ApiError: see errors.py.
+        """
+        body = self._read("Task/Detail", _identifier(handle, "tasktoken"), ("tasklist",))
+        return _only_task(body)
+
+    def list_tasks(self, *, limit: int = 20, start: int = 0, model: str = "") -> list[Task]:
+        """The account's newest tasks; `model` is (a part of) a slug."""
+        body = {"type": "model", "sort": "id", "order": "DESC",
+                "start": str(start), "limit": str(limit)}  # fmt: skip
+        if model:
+            body["modelName"] = model
+        tasks = self._read("Task/List", body, ("tasklist", "total")).get("tasklist")
+        return [parse_task(t) for t in tasks or [] if isinstance(t, Mapping)]
+
+    def cancel(self, handle: RunHandle) -> None:
+        """Cancel a task that is still queued; the body is the task id alone."""
+        taskid = handle.taskid or self.detail(handle).taskid
+        self._read("Task/Cancel", {"taskid": taskid}, ("tasklist",))
+
+    def kill(self, handle: RunHandle) -> None:
+        """End a task that a worker has taken."""
+        body = _identifier(handle, "socketaccesstoken", prefer_token=False)
+        self._read("Task/Kill", body, ("tasklist",))
+
+    def delete_files(self, handle: RunHandle) -> None:
+        """Remove inputs and outputs of an ended task from the service; the record stays."""
+        token = handle.token or self.detail(handle).token
+        self._read("Task/InputOutputDelete", {"tasktoken": token}, ())
+
+    def create_folder(self, name: str, parent: str = "") -> Mapping[str, Any]:
+        """Make a folder; returns its record with "id".
+
+        Raises:
+            ConfigError: a name with anything but letters, digits, "_" and "-".
+        """
+        if not re.fullmatch(r"[A-Za-z0-9_-]+", name):
+            raise ConfigError(
+                f"Folder name {name!r} may hold letters, digits, _ and - only: choose another."
+            )
+        body = {"name": name, **({"parentid": parent} if parent else {})}
+        return _first_of(self._post("File/FolderCreate", body, ("list", "id")), "list")
+
+    def upload(self, part: FilePart, folder: str = "") -> Mapping[str, Any]:
+        """Upload a file once; returns its record with "url". Never repeated by itself."""
+        body = {"folderid": folder} if folder else {}
+        answer = self._post("File/Upload", body, ("list",), [("file", part)], read_s=UPLOAD_S)
+        return _first_of(answer, "list")
+
+    def model_detail(self, model: Model) -> Mapping[str, Any]:
+        """What the service says of a model: parameters, price, texts."""
+        body = {"slugowner": model.owner, "slugproject": model.project}
+        return _first_of(self._read("Tool/Detail", body, ("tool",)), "tool")
+
+    def list_models(self, search: str = "", *, limit: int = 20) -> list[Mapping[str, Any]]:
+        """Models whose name or text fits a search."""
+        body = {"start": "0", "limit": str(limit), "search": search, "sort": "relevance",
+                "order": "DESC", "hideworkflows": True, "summary": True}  # fmt: skip
+        tools = self._read("Tool/List", body, ("tool", "total")).get("tool")
+        return [t for t in tools or [] if isinstance(t, Mapping)]
+
+    def _post(
+        self,
+        path: str,
+        body: Mapping[str, Any],
+        payload_keys: Sequence[str],
+        files: Sequence[tuple[str, FilePart]] = (),
+        read_s: float = READ_S,
+    ) -> dict[str, Any]:
+        return post(
+            self._session, f"{self._base_url}/{path}", self._auth, body=body, files=files,
+            read_s=read_s, payload_keys=payload_keys,
+        )  # fmt: skip
+
+    def _read(
+        self, path: str, body: Mapping[str, Any], payload_keys: Sequence[str]
+    ) -> dict[str, Any]:
+        """A call that may be repeated, and is."""
+        for attempt in range(1, READ_ATTEMPTS):
+            try:
+                return self._post(path, body, payload_keys)
+            except (TransportError, ApiError) as error:
+                if not is_passing(error):
+                    raise
+                self._sleep(wait_s(attempt, error, self._rng))
+        return self._post(path, body, payload_keys)
+
+    # --- run ------------------------------------------------------------------------------------
+
+    def run(
+        self,
+        model: Model,
+        parameters: Mapping[str, Any],
+        files: Sequence[tuple[str, FilePart]] = (),
+    ) -> RunHandle:
+        """Start a task, once.
+
+        Args:
+            parameters: every parameter of the model's schema; "" for texts that are not used.
+            files: (parameter, part) of local files; the request is multipart then.
+        Raises:
+            RunOutcomeUnknownError: it went out, and neither an answer nor the list of tasks tells
+                what became of it. Do not run again without asking.
+            ApiError, TransportError: it was refused or never left; no task was made.
+        """
+        began = self._now()
+        known = {model, model.clean}
+        spelling = model
+        attempt = 1
+        while True:
+            path = f"Run/{quote(spelling.owner, safe='')}/{quote(spelling.project, safe='')}"
+            keys = ("taskid", "socketaccesstoken")
+            try:
+                answer = self._post(path, parameters, keys, files, UPLOAD_S if files else RUN_S)
+            except NotFoundError:
+                known.discard(spelling)
+                if not known:
+                    raise
+                spelling = known.pop()  # no task was made; the slug has another spelling
+                continue
+            except TransportError as error:
+                if error.status is not None and 300 <= error.status < 500:
+                    raise  # refused before anything was made
+                if error.was_sent:
+                    return self._reconcile(model, parameters, began, error)
+                if attempt >= RUN_ATTEMPTS:
+                    raise
+                self._sleep(wait_s(attempt, error, self._rng))
+                attempt += 1
+                continue
+            except ApiError as error:
+                if is_passing(error):  # code 0 without a clear reason
+                    return self._reconcile(model, parameters, began, error)
+                raise
+            handle = RunHandle(
+                text_of(answer.get("taskid")), text_of(answer.get("socketaccesstoken")), began
+            )
+            if handle.taskid or handle.token:
+                return handle
+            return self._reconcile(model, parameters, began, WiroError("the answer named no task"))
+
+    def _reconcile(
+        self, model: Model, parameters: Mapping[str, Any], began: float, cause: WiroError
+    ) -> RunHandle:
+        """Find the task of a Run whose answer was lost; never resends it."""
+        candidates: list[Task] = []
+        waited = 0.0
+        for moment in RECONCILE_AT_S:
+            self._sleep(moment - waited)
+            waited = moment
+            try:
+                tasks = self.list_tasks(model=model.project)
+            except (TransportError, ApiError):
+                continue
+            candidates = [t for t in tasks if _may_be(t, model, parameters, began)]
+            if len(candidates) == 1:
+                return RunHandle(candidates[0].taskid, candidates[0].token, began)
+        ids = ", ".join(task.taskid for task in candidates) or "none"
+        raise RunOutcomeUnknownError(
+            f"The run of {model} was sent and its outcome is unknown ({cause}). Tasks that may be "
+            f"it: {ids}. Look at the list of tasks before running again: it may have been started, "
+            "and would be paid twice.",
+            candidates,
+        )
+
+    # --- watch and stop -------------------------------------------------------------------------
+
+    def watch(self, handle: RunHandle, *, timeout_s: float = WATCH_S) -> Iterator[Task]:
+        """Records of a task as they change, until the one that ends it.
+
+        Failures that may pass are waited through; what will not pass is raised, with the task's id.
+        Leaving the loop stops nothing.
+
+        Args:
+            timeout_s: longest wait.
+        Raises:
+            TaskTimeoutError: the wait is over, with both identifiers to go on later.
+            TaskStalledError: it stands still on an error of its own.
+        """
+        start = self._clock()
+        changed_at, last = start, ("", "")
+        failures = empty_reads = 0
+        while True:
+            task: Task | None = None
+            pause = 0.0
+            try:
+                task = _only_task(
+                    self._post("Task/Detail", _identifier(handle, "tasktoken"), ("tasklist",))
+                )
+                failures = 0
+            except (TransportError, ApiError) as error:
+                settling = isinstance(error, NotFoundError) and self._is_settling(handle)
+                if not settling and not is_passing(error):
+                    error.taskid = handle.taskid
+                    raise
+                failures += 1
+                pause = wait_s(failures, error, self._rng)
+            now = self._clock()
+            if task is not None:
+                handle = RunHandle(
+                    task.taskid or handle.taskid, task.token or handle.token, handle.started_at
+                )
+                if (task.status, task.error_log) != last:
+                    last, changed_at = (task.status, task.error_log), now
+                judged = verdict(task)
+                if judged is Verdict.NO_OUTPUT and empty_reads < NO_OUTPUT_READS:
+                    empty_reads += 1  # the record may lag behind its files
+                    self._sleep(NO_OUTPUT_WAIT_S)
+                    continue
+                yield task
+                if judged is not Verdict.RUNNING:
+                    return
+                stands = task.status == "task_error" and task.error_log
+                if stands and now - changed_at >= STALLED_S:
+                    raise TaskStalledError(
+                        f"Task {task.taskid} has stood still on an error for {STALLED_S:.0f} s: "
+                        f"{task.error_log.strip()[-200:]}. It was not stopped; watch it again, or "
+                        "stop it.",
+                        task,
+                    )
+                pause = self._poll_pause(now - start)
+            left = start + timeout_s - now
+            if left <= 0:
+                raise TaskTimeoutError(
+                    f"Task {handle.taskid or '(by token)'} has not ended after {timeout_s:.0f} s. "
+                    "It goes on at Wiro: collect it later by its id.",
+                    taskid=handle.taskid,
+                    handle=handle,
+                )
+            self._sleep(min(pause, left))
+
+    def _is_settling(self, handle: RunHandle) -> bool:
+        return handle.started_at is not None and self._now() - handle.started_at < SETTLING_S
+
+    def _poll_pause(self, elapsed: float) -> float:
+        pause = next(every for until, every in POLL_SCHEDULE if elapsed < until)
+        return pause * self._rng.uniform(0.8, 1.2)
+
+    def stop(self, handle: RunHandle) -> Task:
+        """Cancel or kill a task, whichever its state demands, until the service says it has ended.
+
+        Returns:
+            The final record; a task that had ended by itself is returned as it is.
+        Raises:
+            WiroError: it still runs after several rounds.
+        """
+        reason = ""
+        for round_number in range(STOP_ROUNDS + 1):
+            task = self.detail(handle)
+            handle = RunHandle(task.taskid or handle.taskid, task.token or handle.token)
+            if task.is_terminal:
+                return task
+            if round_number == STOP_ROUNDS:
+                break
+            try:
+                if task.status == QUEUED:
+                    self.cancel(handle)
+                    continue
+            except ApiError as error:  # a worker took it meanwhile
+                reason = str(error)
+            try:
+                self.kill(handle)
+            except ApiError as error:
+                reason = str(error)
+            self._sleep(STOP_WAIT_S)
+        raise WiroError(
+            f"Task {handle.taskid} could not be stopped ({reason or 'it goes on'}): stop it in the "
+            "Wiro dashboard.",
+            taskid=handle.taskid,
+        )
+
+
+def raise_for_failure(task: Task) -> None:
+    """Nothing for a task that succeeded.
+
+    Raises:
+        TaskCancelledError, TaskFailedError: with the task's id and the end of its log.
+    """
+    judged = verdict(task)
+    if judged is Verdict.CANCELLED:
+        raise TaskCancelledError(f"Task {task.taskid} was cancelled.", task)
+    if judged is Verdict.NO_OUTPUT:
+        raise TaskFailedError(
+            f"Task {task.taskid} ended well and has no files; they may have been deleted.", task
+        )
+    if judged is Verdict.FAILED:
+        raise TaskFailedError(f"{failure_text(task)}.", task)
+
+
+def _identifier(handle: RunHandle, token_name: str, *, prefer_token: bool = True) -> dict[str, str]:
+    """Exactly one key: the service refuses two."""
+    by_token = {token_name: handle.token}
+    by_id = {"taskid": handle.taskid}
+    if not handle.token and not handle.taskid:
+        raise ConfigError("A task needs its id or its token: give one.")
+    if prefer_token:
+        return by_token if handle.token else by_id
+    return by_id if handle.taskid else by_token
+
+
+def _only_task(body: Mapping[str, Any]) -> Task:
+    tasks = body.get("tasklist")
+    if not isinstance(tasks, list) or not tasks or not isinstance(tasks[0], Mapping):
+        raise NotFoundError("Wiro knows no such task (yet).", code=1, status=200)
+    return parse_task(tasks[0])
+
+
+def _first_of(body: Mapping[str, Any], key: str) -> Mapping[str, Any]:
+    items = body.get(key)
+    if isinstance(items, list) and items and isinstance(items[0], Mapping):
+        return items[0]
+    if body.get("id"):
+        return body
+    raise NotFoundError(f"Wiro's answer holds no {key}.", code=1, status=200)
+
+
+def _may_be(task: Task, model: Model, parameters: Mapping[str, Any], began: float) -> bool:
+    """Whether a listed task can be the one a lost Run started."""
+    if task.createtime is None or task.createtime < began - CLOCK_SKEW_S:
+        return False
+    if task.model and Model.parse(task.model).clean != model.clean:
+        return False
+    # files are stored under other addresses; everything else must be equal as text
+    return all(
+        _same(task.parameters[name], value)
+        for name, value in parameters.items()
+        if name in task.parameters and not str(value).startswith("http")
+    )
+
+
+def _same(stored: object, sent: object) -> bool:
+    if str(stored) == str(sent):
+        return True
+    try:
+        return float(str(stored)) == float(str(sent))
+    except ValueError:
+        return False

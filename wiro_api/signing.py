@@ -1,0 +1,131 @@
+"""Who is asking: credentials, nonces and the signature.
+
+    message     = secret + nonce                     (UTF-8, no separator, no newline)
+    x-signature = hex(HMAC-SHA256(key = API key, message))
+
+The roles are unusual (the secret is in the message, the key travels in clear), and method, path and
+body are not signed. A project without a secret sends the key alone. Every attempt, retries
+included, has a nonce of its own.
+
+Source: the API sample on the model page of wiro/SkyReels-V1, 2025-03-13.
+"""
+
+import hashlib
+import hmac
+import os
+import threading
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import requests
+
+from .errors import ConfigError
+
+KEY_VARIABLE = "WIRO_API_KEY"
+SECRET_VARIABLE = "WIRO_API_SECRET"
+HOW_TO_SET = (
+    f"set {KEY_VARIABLE} (and {SECRET_VARIABLE} for a project with signature) in the environment; "
+    "the key is on the project's page in the Wiro dashboard"
+)
+
+
+@dataclass(frozen=True)
+class Credentials:
+    """An API key and, for projects with signature, its secret; neither is ever shown."""
+
+    api_key: str = field(repr=False)
+    api_secret: str = field(default="", repr=False)
+
+    @property
+    def hint(self) -> str:
+        """The last letters of the key, to tell one from another."""
+        return f"...{self.api_key[-4:]}" if len(self.api_key) >= 12 else "..."
+
+
+def load_credentials(
+    environment: Mapping[str, str] = os.environ, file: Path | None = None
+) -> Credentials:
+    """The key and secret of the environment, else of a file.
+
+    Blanks and one pair of quotes around them are taken off: shells and Windows dialogs leave them.
+
+    Args:
+        environment: where WIRO_API_KEY and WIRO_API_SECRET are looked for.
+        file: lines NAME=VALUE with the same names, as `save_credentials` writes it.
+    Raises:
+        ConfigError: no key, or one with characters no header can carry.
+    """
+    values = dict(environment)
+    if not _trimmed(values.get(KEY_VARIABLE, "")) and file is not None and file.is_file():
+        for line in file.read_text(encoding="utf-8").splitlines():
+            name, _, value = line.partition("=")
+            values[name.strip()] = value
+    api_key = _trimmed(values.get(KEY_VARIABLE, ""))
+    api_secret = _trimmed(values.get(SECRET_VARIABLE, ""))
+    if not api_key:
+        raise ConfigError(f"There is no Wiro API key: {HOW_TO_SET}.")
+    for name, value in ((KEY_VARIABLE, api_key), (SECRET_VARIABLE, api_secret)):
+        if not value.isascii() or not value.isprintable() or " " in value:
+            raise ConfigError(
+                f"{name} holds a blank or a character no key has: copy it again; {HOW_TO_SET}."
+            )
+    return Credentials(api_key, api_secret)
+
+
+def _trimmed(value: str) -> str:
+    value = value.strip()
+    if len(value) >= 2 and value[0] == value[-1] and value[0] in "\"'":
+        value = value[1:-1].strip()
+    return value
+
+
+def save_credentials(file: Path, credentials: Credentials) -> None:
+    """Write both to a file that only its owner can read; it replaces the old one as a whole."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    part = file.with_name(file.name + ".part")
+    text = f"{KEY_VARIABLE}={credentials.api_key}\n{SECRET_VARIABLE}={credentials.api_secret}\n"
+    part.unlink(missing_ok=True)
+    descriptor = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    with os.fdopen(descriptor, "w", encoding="utf-8") as stream:
+        stream.write(text)
+    os.replace(part, file)
+
+
+def sign(api_key: str, api_secret: str, nonce: str) -> str:
+    """The value of x-signature: 64 lowercase hex digits."""
+    message = (api_secret + nonce).encode()
+    return hmac.new(api_key.encode(), message, hashlib.sha256).hexdigest()
+
+
+class Nonces:
+    """Unix milliseconds that never repeat and never fall, in all threads of a process."""
+
+    def __init__(self, now_s: Callable[[], float] = time.time) -> None:
+        self._now_s = now_s
+        self._last = 0
+        self._lock = threading.Lock()
+
+    def next(self) -> str:
+        """The next one."""
+        with self._lock:
+            self._last = max(self._last + 1, int(self._now_s() * 1000))
+            return str(self._last)
+
+
+class WiroAuth(requests.auth.AuthBase):
+    """Puts the headers of one attempt on a request."""
+
+    def __init__(self, credentials: Credentials, nonces: Nonces) -> None:
+        self._credentials, self._nonces = credentials, nonces
+
+    def __call__(self, request: requests.PreparedRequest) -> requests.PreparedRequest:
+        request.headers["x-api-key"] = self._credentials.api_key
+        if self._credentials.api_secret:
+            nonce = self._nonces.next()
+            request.headers["x-nonce"] = nonce
+            request.headers["x-signature"] = sign(
+                self._credentials.api_key, self._credentials.api_secret, nonce
+            )
+        return request
