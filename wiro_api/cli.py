@@ -18,8 +18,9 @@ from urllib.parse import urlsplit
 from .client import WATCH_S, Client, Model, RunHandle, raise_for_failure
 from .errors import ConfigError, WiroError
 from .files import download
+from .journal import Entry, Journal, default_path, start, to_handle
 from .signing import load_credentials
-from .task import Task, Verdict, verdict
+from .task import Task, Verdict, dollars, verdict
 from .transport import BASE_URL, BASE_URL_VARIABLE, FilePart
 
 #: the service's limit for an uploaded file
@@ -99,6 +100,13 @@ def build_parser() -> argparse.ArgumentParser:
     run.add_argument("model", help="owner/project, as wiro/SkyReels-V1")
     run.add_argument("--param", action="append", default=[], metavar="NAME=VALUE")
     run.add_argument("--file", action="append", default=[], metavar="NAME=PATH")
+    run.add_argument(
+        "--again", action="store_true", help="pay for another run of what was run before"
+    )
+    run.add_argument(
+        "--journal", type=Path, default=default_path(), metavar="FILE",
+        help="what was started and paid for (default: in the user's folder for program state)",
+    )  # fmt: skip
     watch = command("watch", run_watch, "wait for a task that was started earlier, download")
     collect = command("collect", run_collect, "download the result of an ended task")
     detail = command("detail", run_detail, "what the service says of a task")
@@ -131,9 +139,15 @@ def run_run(client: Client, arguments: argparse.Namespace) -> dict[str, Any]:
     files = [(name, read_part(Path(path))) for name, path in
              (_pair(text, "--file") for text in arguments.file)]  # fmt: skip
     _check_folder(arguments.out)
-    handle = client.run(model, parameters, files)
-    say(f"task {handle.taskid} started; it goes on if this program ends")
-    return _finish(client, arguments, handle)
+    journal = Journal(arguments.journal)
+    entry = start(client, journal, model, parameters, files, again=arguments.again)
+    if entry.state == "ended" and entry.files and all(path.is_file() for path in entry.files):
+        say(f"made before, by task {entry.taskid}; --again pays for another run")
+        for path in entry.files:
+            say(str(path))
+        return _describe_entry(entry)
+    say(f"task {entry.taskid} started; it goes on if this program ends")
+    return _finish(client, arguments, to_handle(entry), journal, entry)
 
 
 def run_watch(client: Client, arguments: argparse.Namespace) -> dict[str, Any]:
@@ -210,13 +224,40 @@ def run_model(client: Client, arguments: argparse.Namespace) -> dict[str, Any]:
     return dict(record)
 
 
-def _finish(client: Client, arguments: argparse.Namespace, handle: RunHandle) -> dict[str, Any]:
+def _finish(
+    client: Client,
+    arguments: argparse.Namespace,
+    handle: RunHandle,
+    journal: Journal | None = None,
+    entry: Entry | None = None,
+) -> dict[str, Any]:
     last = ""
     for task in client.watch(handle, timeout_s=arguments.timeout):
         if task.status != last:
             last = task.status
             say(f"task {task.taskid}: {last}")
-    return _bring_home(arguments, task)
+            if journal is not None and entry is not None:
+                journal.seen(entry.id, last)
+    failed = verdict(task) is not Verdict.SUCCEEDED
+    if journal is not None and entry is not None and failed:
+        journal.ended(entry.id, task)
+    result = _bring_home(arguments, task)
+    if journal is not None and entry is not None:
+        journal.ended(entry.id, task, [Path(path) for path in result["files"]])
+    return result
+
+
+def _describe_entry(entry: Entry) -> dict[str, Any]:
+    return {
+        "taskid": entry.taskid,
+        "status": entry.status,
+        "verdict": entry.verdict,
+        "exit_code": "0",
+        "cost": entry.cost or None,
+        "elapsed_s": float(entry.elapsed_s) if entry.elapsed_s else None,
+        "files": [str(path) for path in entry.files],
+        "outputs": [],
+    }
 
 
 def _bring_home(arguments: argparse.Namespace, task: Task) -> dict[str, Any]:
@@ -229,7 +270,7 @@ def _bring_home(arguments: argparse.Namespace, task: Task) -> dict[str, Any]:
     for path in paths:
         say(str(path))
     if task.totalcost is not None:
-        say(f"cost: {task.totalcost.normalize():f} USD")
+        say(f"cost: {dollars(task.totalcost)} USD")
     return describe(task, paths)
 
 
@@ -244,7 +285,7 @@ def describe(task: Task, paths: Sequence[Path] = ()) -> dict[str, Any]:
         "status": task.status,
         "verdict": verdict(task).value,
         "exit_code": task.exit_code,
-        "cost": None if task.totalcost is None else f"{task.totalcost.normalize():f}",
+        "cost": dollars(task.totalcost),
         "elapsed_s": None if task.elapsed_s is None else float(task.elapsed_s),
         "files": [str(path) for path in paths],
         "outputs": outputs,

@@ -9,7 +9,7 @@ back to it.
 import random
 import re
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import quote
@@ -58,6 +58,10 @@ RECONCILE_AT_S = (2.0, 5.0, 10.0, 20.0, 30.0)
 CLOCK_SKEW_S = 60
 STOP_ROUNDS, STOP_WAIT_S = 3, 2.0
 NO_OUTPUT_READS, NO_OUTPUT_WAIT_S = 3, 2.0
+
+
+def nothing() -> None:
+    """Do nothing."""
 
 
 @dataclass(frozen=True)
@@ -236,37 +240,43 @@ class Client:
         model: Model,
         parameters: Mapping[str, Any],
         files: Sequence[tuple[str, FilePart]] = (),
+        *,
+        known: Collection[str] = (),
+        before_sending: Callable[[], None] = nothing,
     ) -> RunHandle:
         """Start a task, once.
 
         Args:
             parameters: every parameter of the model's schema; "" for texts that are not used.
             files: (parameter, part) of local files; the request is multipart then.
+            known: ids of tasks that are of other runs.
+            before_sending: called before each attempt; what it raises keeps it from being sent.
         Raises:
             RunOutcomeUnknownError: it went out, and neither an answer nor the list of tasks tells
                 what became of it. Do not run again without asking.
             ApiError, TransportError: it was refused or never left; no task was made.
         """
         began = self._now()
-        known = {model, model.clean}
+        spellings = {model, model.clean}
         spelling = model
         attempt = 1
         while True:
             path = f"Run/{quote(spelling.owner, safe='')}/{quote(spelling.project, safe='')}"
             keys = ("taskid", "socketaccesstoken")
+            before_sending()
             try:
                 answer = self._post(path, parameters, keys, files, UPLOAD_S if files else RUN_S)
             except NotFoundError:
-                known.discard(spelling)
-                if not known:
+                spellings.discard(spelling)
+                if not spellings:
                     raise
-                spelling = known.pop()  # no task was made; the slug has another spelling
+                spelling = spellings.pop()  # no task was made; the slug has another spelling
                 continue
             except TransportError as error:
                 if error.status is not None and 300 <= error.status < 500:
                     raise  # refused before anything was made
                 if error.was_sent:
-                    return self._reconcile(model, parameters, began, error)
+                    return self._reconcile(model, parameters, began, error, known)
                 if attempt >= RUN_ATTEMPTS:
                     raise
                 self._sleep(wait_s(attempt, error, self._rng))
@@ -274,17 +284,43 @@ class Client:
                 continue
             except ApiError as error:
                 if is_passing(error):  # code 0 without a clear reason
-                    return self._reconcile(model, parameters, began, error)
+                    return self._reconcile(model, parameters, began, error, known)
                 raise
             handle = RunHandle(
                 text_of(answer.get("taskid")), text_of(answer.get("socketaccesstoken")), began
             )
             if handle.taskid or handle.token:
                 return handle
-            return self._reconcile(model, parameters, began, WiroError("the answer named no task"))
+            return self._reconcile(
+                model, parameters, began, WiroError("the answer named no task"), known
+            )
+
+    def find_run(
+        self,
+        model: Model,
+        parameters: Mapping[str, Any],
+        began: float,
+        *,
+        known: Collection[str] = (),
+    ) -> RunHandle:
+        """The task of a Run that a program sent and did not live to see answered.
+
+        Args:
+            model, parameters: of that Run. began: when it went out, Unix seconds.
+            known: ids of tasks that are of other runs.
+        Raises:
+            RunOutcomeUnknownError: no task, or several, may be it.
+        """
+        cause = WiroError("the program that sent it ended before the answer")
+        return self._reconcile(model, parameters, began, cause, known)
 
     def _reconcile(
-        self, model: Model, parameters: Mapping[str, Any], began: float, cause: WiroError
+        self,
+        model: Model,
+        parameters: Mapping[str, Any],
+        began: float,
+        cause: WiroError,
+        known: Collection[str],
     ) -> RunHandle:
         """Find the task of a Run whose answer was lost; never resends it."""
         candidates: list[Task] = []
@@ -296,7 +332,11 @@ class Client:
                 tasks = self.list_tasks(model=model.project)
             except (TransportError, ApiError):
                 continue
-            candidates = [t for t in tasks if _may_be(t, model, parameters, began)]
+            candidates = [
+                task
+                for task in tasks
+                if task.taskid not in known and _may_be(task, model, parameters, began)
+            ]
             if len(candidates) == 1:
                 return RunHandle(candidates[0].taskid, candidates[0].token, began)
         ids = ", ".join(task.taskid for task in candidates) or "none"

@@ -229,6 +229,11 @@ def decimal_of(value: object) -> Decimal | None:
     return number if number.is_finite() else None
 
 
+def dollars(amount: Decimal | None) -> str | None:
+    """An amount without the zeros at its end: "0.00351"."""
+    return None if amount is None else f"{amount.normalize():f}"
+
+
 def time_of(value: object) -> int | None:
     """Unix seconds; 0 and empty mean not yet."""
     return int_of(value) or None

@@ -27,35 +27,13 @@ from comfyui_skyreels.wiro_api.errors import (
 )
 from comfyui_skyreels.wiro_api.signing import Credentials
 from comfyui_skyreels.wiro_api.transport import check_base_url, redact
+from support.wiro_client import MODEL, PARAMETERS, Clock, make_client
 from support.wiro_server import KEY, NOW, SECRET, STATES, WiroServer
 
-MODEL = Model("wiro", "SkyReels-V1")
-PARAMETERS = {
-    "inputImageUrl": "", "prompt": "FPS-24, a woman smiles", "negativePrompt": "", "scale": 6.0,
-    "numFrames": 97, "size": "960x544", "steps": 30,
-}  # fmt: skip
 IMAGE = ("inputImage", ("input.png", b"\x89PNG picture", "image/png"))
 
 
 STRANGE = {"status": 200, "body": {"result": False, "errors": [{"code": 0, "message": "strange"}]}}
-
-
-class Clock:
-    """A time that only sleeping moves."""
-
-    def __init__(self) -> None:
-        self.time_s = 0.0
-        self.sleeps: list[float] = []
-
-    def __call__(self) -> float:
-        return self.time_s
-
-    def now(self) -> float:
-        return NOW + self.time_s
-
-    def sleep(self, seconds: float) -> None:
-        self.sleeps.append(seconds)
-        self.time_s += seconds
 
 
 @pytest.fixture
@@ -72,13 +50,6 @@ def clock():
 @pytest.fixture
 def client(server, clock):
     return make_client(server, clock)
-
-
-def make_client(server, clock, key: str = KEY, secret: str = SECRET) -> Client:
-    return Client(
-        Credentials(key, secret), base_url=server.url, sleep=clock.sleep, clock=clock,
-        now=clock.now,
-    )  # fmt: skip
 
 
 def runs(server) -> int:

@@ -2,8 +2,10 @@
 
 import json
 import os
+import random
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -11,21 +13,28 @@ from support.wiro_server import KEY, MP4, SECRET, WiroServer
 
 ROOT = Path(__file__).resolve().parents[2]
 RUN = ["run", "wiro/SkyReels-V1", "--param", "prompt=FPS-24, a woman smiles", "--param", "steps=30"]
+ENDED = ("task_postprocess_end",)  # nothing to wait for
 SHORT = ("task_queue", "task_start", "task_postprocess_end")
 
 
 @pytest.fixture
-def server():
+def server(tmp_path_factory):
     with WiroServer(states=SHORT) as server:
+        server.state = tmp_path_factory.mktemp("state")
         yield server
 
 
-def wiro(server, *arguments, **changes) -> subprocess.CompletedProcess:
-    environment = {
+def environment_for(server, **changes) -> dict[str, str]:
+    return {
         **{k: v for k, v in os.environ.items() if not k.startswith("WIRO_")},
-        "WIRO_API_KEY": KEY, "WIRO_API_SECRET": SECRET, "WIRO_API_BASE_URL": server.url, **changes,
+        "WIRO_API_KEY": KEY, "WIRO_API_SECRET": SECRET, "WIRO_API_BASE_URL": server.url,
+        "XDG_STATE_HOME": str(server.state), **changes,
     }  # fmt: skip
+
+
+def wiro(server, *arguments, **changes) -> subprocess.CompletedProcess:
     command = [sys.executable, "-m", "wiro_api", *map(str, arguments)]
+    environment = environment_for(server, **changes)
     return subprocess.run(
         command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False
     )
@@ -146,3 +155,59 @@ def test_public_names_are_exactly_those_listed():
 
     assert client.__all__ == sorted(client.__all__)
     assert all(hasattr(client, name) for name in client.__all__)
+
+
+# --- nothing is paid for twice ------------------------------------------------------------------
+
+
+def runs(server) -> int:
+    return sum(path.startswith("Run/") for path in server.paths())
+
+
+def test_the_same_run_again_pays_nothing_and_gives_the_same_file(server, tmp_path):
+    server.states = ENDED
+    first = json.loads(wiro(server, *RUN, "--out", tmp_path, "--json").stdout)
+    second = wiro(server, *RUN, "--out", tmp_path, "--json")
+    assert json.loads(second.stdout)["files"] == first["files"]
+    assert json.loads(second.stdout)["cost"] == first["cost"]
+    assert "made before, by task 2221" in second.stderr
+    assert runs(server) == 1
+    Path(first["files"][0]).unlink()
+    third = json.loads(wiro(server, *RUN, "--out", tmp_path, "--json").stdout)
+    assert Path(third["files"][0]).is_file()
+    assert runs(server) == 1
+    assert wiro(server, *RUN, "--out", tmp_path, "--again").returncode == 0
+    other = [*RUN[:2], "--param", "prompt=another"]
+    assert wiro(server, *other, "--out", tmp_path).returncode == 0
+    assert runs(server) == 3
+
+
+def test_a_failed_run_may_be_run_again(server, tmp_path):
+    server.states = ENDED
+    server.final = {"pexit": "1", "outputs": []}
+    assert wiro(server, *RUN, "--out", tmp_path).returncode == 1
+    server.final = {}
+    assert wiro(server, *RUN, "--out", tmp_path).returncode == 0
+    assert runs(server) == 2
+
+
+@pytest.mark.slow
+def test_a_program_that_is_killed_at_any_moment_has_run_once_in_the_end(server, tmp_path):
+    server.states = ENDED
+    random_moments = random.Random(1)
+    for number in range(20):
+        arguments = [*RUN[:2], "--param", f"prompt=number {number}", "--out", str(tmp_path)]
+        before = runs(server)
+        command = [sys.executable, "-m", "wiro_api", *arguments]
+        process = subprocess.Popen(
+            command, cwd=ROOT, env=environment_for(server), stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )  # fmt: skip
+        time.sleep(random_moments.uniform(0.1, 0.6))
+        process.kill()
+        process.wait()
+        again = wiro(server, *arguments, "--json")
+        assert again.returncode == 0, again.stderr
+        (file,) = json.loads(again.stdout)["files"]
+        assert Path(file).read_bytes() == MP4
+        assert runs(server) - before == 1, "paid twice, or not at all"

@@ -1,0 +1,228 @@
+"""The journal: whatever happens to a program, a job is sent once."""
+
+import stat
+import subprocess
+import threading
+
+import pytest
+from comfyui_skyreels.wiro_api import journal as journal_module
+from comfyui_skyreels.wiro_api.client import Model
+from comfyui_skyreels.wiro_api.errors import (
+    BalanceError,
+    ConfigError,
+    RunOutcomeUnknownError,
+)
+from comfyui_skyreels.wiro_api.journal import Journal, LostEntryError, job_key, start, to_handle
+from support.wiro_client import MODEL, PARAMETERS, Clock, make_client
+from support.wiro_server import NOW, WiroServer
+
+FILE = ("inputImage", ("a.png", b"picture", "image/png"))
+
+
+@pytest.fixture
+def server():
+    with WiroServer() as server:
+        yield server
+
+
+@pytest.fixture
+def clock():
+    return Clock()
+
+
+@pytest.fixture
+def client(server, clock):
+    return make_client(server, clock)
+
+
+@pytest.fixture
+def journal(tmp_path, clock):
+    return Journal(tmp_path / "state" / "journal.sqlite", now=clock.now)
+
+
+def runs(server) -> int:
+    return sum(path.startswith("Run/") for path in server.paths())
+
+
+def test_a_job_is_known_by_its_contents():
+    key = job_key(MODEL, PARAMETERS, [FILE])
+    assert key == job_key(Model("WIRO", "skyreels-v1"), dict(reversed(PARAMETERS.items())), [FILE])
+    renamed = ("inputImage", ("b.png", b"picture", "image/png"))
+    assert key == job_key(MODEL, PARAMETERS, [renamed])
+    others = [
+        job_key(MODEL, {**PARAMETERS, "steps": 31}, [FILE]),
+        job_key(MODEL, PARAMETERS, []),
+        job_key(MODEL, PARAMETERS, [("inputImage", ("a.png", b"other", "image/png"))]),
+        job_key(Model("wiro", "other"), PARAMETERS, [FILE]),
+    ]
+    assert len({key, *others}) == 5
+
+
+def test_a_job_goes_through_its_states_and_is_found_again(server, client, journal):
+    entry = start(client, journal, MODEL, PARAMETERS)
+    assert (entry.state, entry.taskid) == ("started", "2221")
+    again = start(client, journal, MODEL, PARAMETERS)
+    assert (again.state, again.taskid) == ("started", "2221")
+    *_, task = client.watch(to_handle(again))
+    journal.ended(again.id, task, [journal.path])
+    done = start(client, journal, MODEL, PARAMETERS)
+    assert (done.state, done.verdict, done.cost) == ("ended", "succeeded", "0.00351")
+    assert done.files == (journal.path,)
+    assert runs(server) == 1
+
+
+def test_the_intent_is_on_disk_before_anything_is_sent(server, client, journal):
+    states = []
+    send = journal.sending
+
+    def spy(entry):
+        states.append(journal.newest()[0].state)
+        send(entry)
+        states.append(journal.newest()[0].state)
+        assert server.seen == []
+
+    journal.sending = spy
+    start(client, journal, MODEL, PARAMETERS)
+    assert states == ["intent", "sending"]
+
+
+def test_a_job_that_was_never_sent_is_sent(server, client, journal):
+    journal.begin(job_key(MODEL, PARAMETERS), str(MODEL))  # and the program ends
+    assert start(client, journal, MODEL, PARAMETERS).taskid == "2221"
+    assert runs(server) == 1
+    assert len(journal.newest()) == 1
+
+
+def test_a_job_that_was_sent_and_not_answered_is_looked_up(server, client, journal):
+    entry = journal.begin(job_key(MODEL, PARAMETERS), str(MODEL))
+    journal.sending(entry)
+    server.add_task(dict(PARAMETERS))  # the Run arrived, and the program ended
+    found = start(client, journal, MODEL, PARAMETERS)
+    assert (found.state, found.taskid) == ("started", "2221")
+    assert runs(server) == 0
+
+
+def test_a_job_that_was_sent_and_cannot_be_found_asks_and_is_sent_anew_if_told(
+    server, client, journal
+):
+    entry = journal.begin(job_key(MODEL, PARAMETERS), str(MODEL))
+    journal.sending(entry)
+    for _ in range(2):
+        with pytest.raises(RunOutcomeUnknownError, match="before running again"):
+            start(client, journal, MODEL, PARAMETERS)
+    assert runs(server) == 0
+    assert start(client, journal, MODEL, PARAMETERS, again=True).taskid == "2221"
+    assert runs(server) == 1
+
+
+def test_a_task_of_another_row_is_not_taken_for_the_lost_one(server, client, journal):
+    start(client, journal, MODEL, PARAMETERS)
+    server.fail("Run", "lost")
+    entry = start(client, journal, MODEL, PARAMETERS, again=True)
+    assert entry.taskid == "2222"
+    assert runs(server) == 2
+
+
+def test_a_refused_job_may_be_tried_again(server, client, journal):
+    server.fail("Run", (97, "balance too low"))
+    with pytest.raises(BalanceError):
+        start(client, journal, MODEL, PARAMETERS)
+    assert journal.newest()[0].state == "refused"
+    assert start(client, journal, MODEL, PARAMETERS).state == "started"
+
+
+def test_two_programs_with_one_job_send_it_once(server, clock, journal):
+    other = Journal(journal.path, now=clock.now)
+    mine = journal.begin("job", "m")
+    theirs = other.begin("job", "m")
+    assert mine.id == theirs.id
+    other.sending(theirs)
+    with pytest.raises(LostEntryError):
+        journal.sending(mine)
+
+
+def test_many_threads_with_one_job_send_it_once(server, journal):
+    taskids, errors = [], []
+
+    def work() -> None:
+        clock = Clock()
+        try:
+            entry = start(make_client(server, clock), Journal(journal.path, now=clock.now), MODEL,
+                          PARAMETERS)  # fmt: skip
+            taskids.append(entry.taskid)
+        except RunOutcomeUnknownError as error:  # looked it up before the other's Run arrived
+            errors.append(error)
+
+    threads = [threading.Thread(target=work) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert set(taskids) == {"2221"}
+    assert len(taskids) + len(errors) == 8
+    assert runs(server) == 1
+
+
+@pytest.mark.parametrize("damage", [b"", b"not a database at all" * 100])
+def test_a_damaged_journal_starts_nothing_and_says_what_to_do(server, client, journal, damage):
+    start(client, journal, MODEL, PARAMETERS)
+    journal.path.write_bytes(damage)
+    if not damage:  # an empty file is a new journal
+        assert start(client, journal, MODEL, {**PARAMETERS, "steps": 1}).state == "started"
+        return
+    with pytest.raises(ConfigError, match="Move the file away"):
+        start(client, journal, MODEL, PARAMETERS, again=True)
+    assert runs(server) == 1
+
+
+def test_a_journal_that_fails_later_does_not_cost_the_result(server, client, journal, caplog):
+    entry = start(client, journal, MODEL, PARAMETERS)
+    journal.path.write_bytes(b"not a database at all" * 100)
+    *_, task = client.watch(to_handle(entry))
+    journal.seen(entry.id, "task_start")
+    journal.ended(entry.id, task)
+    assert "could not be written" in caplog.text
+    assert journal.newest() == []
+
+
+def test_a_disk_without_room_starts_nothing(server, client, journal, monkeypatch):
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(journal_module.os, "open", full)
+    with pytest.raises(ConfigError, match="No space left"):
+        start(client, journal, MODEL, PARAMETERS)
+    assert server.seen == []
+
+
+def test_it_is_for_its_owner_only_and_holds_no_secret(server, client, journal):
+    entry = start(client, journal, MODEL, {**PARAMETERS, "prompt": "planted-prompt"}, [FILE])
+    *_, task = client.watch(to_handle(entry))
+    journal.ended(entry.id, task)
+    assert stat.S_IMODE(journal.path.stat().st_mode) == 0o600
+    content = b"".join(p.read_bytes() for p in journal.path.parent.iterdir())
+    token = server.tasks["2221"]["socketaccesstoken"].encode()
+    for secret in (b"test-key", b"test-secret", token, b"access-secret", b"planted-prompt"):
+        assert secret not in content
+
+
+def test_times_are_the_clocks(journal, clock):
+    entry = journal.begin("job", "m")
+    assert (entry.created_at, entry.sent_at) == (NOW, None)
+    clock.time_s = 5
+    journal.sending(entry)
+    assert journal.newest()[0].sent_at == NOW + 5
+
+
+def test_the_file_is_an_ordinary_sqlite_file(journal):
+    journal.begin("job", "m")
+    code = (
+        "import sqlite3, sys; "
+        "print(sqlite3.connect(sys.argv[1]).execute('select state from jobs').fetchall())"
+    )
+    import sys
+
+    run = subprocess.run(
+        [sys.executable, "-c", code, str(journal.path)], capture_output=True, text=True, check=True
+    )
+    assert run.stdout.strip() == "[('intent',)]"

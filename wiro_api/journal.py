@@ -1,0 +1,315 @@
+"""What was started and paid for, on disk, so that nothing is paid for twice.
+
+One SQLite file, shared by every process of a user. A job is a model with its inputs, known by their
+digest. Its row is written before the Run goes out and goes through
+
+    intent     written down; surely nothing was sent
+    sending    about to be sent, or sent; no answer yet
+    started    the service named a task
+    ended      the task has ended: verdict, cost, files
+    refused    the service or the network said no; no task was made
+
+So the same job after a crash goes on where it was: from "intent" it is sent, from "sending" its
+task is looked up at the service and never sent again unasked, from "started" it is watched, and
+from "ended" its files are there. Rows hold no key, no token and no prompt.
+"""
+
+import hashlib
+import json
+import logging
+import os
+import sqlite3
+import sys
+import time
+import uuid
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from .client import Client, Model, RunHandle
+from .errors import ApiError, ConfigError, RunOutcomeUnknownError, TransportError
+from .task import Task, Verdict, dollars, verdict
+from .transport import FilePart
+
+logger = logging.getLogger(__name__)
+
+#: seconds to wait for another process that is writing
+BUSY_S = 10.0
+_COLUMNS = ("id", "job", "owner", "model", "state", "taskid", "status", "verdict", "cost",
+            "elapsed_s", "files", "error", "created_at", "sent_at", "updated_at")  # fmt: skip
+_SCHEMA = """
+CREATE TABLE IF NOT EXISTS jobs (
+    id INTEGER PRIMARY KEY,
+    job TEXT NOT NULL, owner TEXT NOT NULL, model TEXT NOT NULL, state TEXT NOT NULL,
+    taskid TEXT NOT NULL DEFAULT '', status TEXT NOT NULL DEFAULT '',
+    verdict TEXT NOT NULL DEFAULT '', cost TEXT NOT NULL DEFAULT '',
+    elapsed_s TEXT NOT NULL DEFAULT '', files TEXT NOT NULL DEFAULT '[]',
+    error TEXT NOT NULL DEFAULT '',
+    created_at REAL NOT NULL, sent_at REAL, updated_at REAL NOT NULL
+);
+CREATE INDEX IF NOT EXISTS jobs_by_job ON jobs (job, id);
+"""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One row. files: paths of what was downloaded. times are Unix seconds."""
+
+    id: int
+    job: str
+    owner: str
+    model: str
+    state: str
+    taskid: str
+    status: str
+    verdict: str
+    cost: str
+    elapsed_s: str
+    files: tuple[Path, ...]
+    error: str
+    created_at: float
+    sent_at: float | None
+    updated_at: float
+
+
+class LostEntryError(Exception):
+    """Another process has taken the job over."""
+
+
+def default_path() -> Path:
+    """Where the command line keeps its journal: the user's folder for program state."""
+    if sys.platform == "win32":
+        root = Path(os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local")
+    else:
+        root = Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state")
+    return root / "skyreels-wiro" / "journal.sqlite"
+
+
+def job_key(
+    model: Model, parameters: Mapping[str, Any], files: Sequence[tuple[str, FilePart]] = ()
+) -> str:
+    """The digest of a job: model, parameters and what is in the files, whatever their names."""
+    digest = hashlib.sha256()
+    values = sorted((name, json.dumps(value, sort_keys=True)) for name, value in parameters.items())
+    digest.update(json.dumps([str(model.clean), values]).encode())
+    for name, (_, content, _) in files:
+        digest.update(f"\0{name}\0{len(content)}\0".encode())
+        digest.update(content)
+    return digest.hexdigest()
+
+
+class Journal:
+    """The file; opened for each access, so that threads and processes may share it.
+
+    Args:
+        path: made with its folder if it is not there, for its owner only.
+        now: Unix seconds.
+    """
+
+    def __init__(self, path: Path, *, now: Callable[[], float] = time.time) -> None:
+        self.path = path
+        self._now = now
+
+    @contextmanager
+    def _open(self) -> Iterator[sqlite3.Connection]:
+        """A transaction that is written as a whole, or not at all."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        if not self.path.exists():
+            os.close(os.open(self.path, os.O_CREAT | os.O_RDWR, 0o600))
+        connection = sqlite3.connect(self.path, timeout=BUSY_S, isolation_level=None)
+        try:
+            connection.execute("PRAGMA synchronous = FULL")
+            connection.executescript(_SCHEMA)
+            connection.execute("BEGIN IMMEDIATE")
+            yield connection
+            connection.execute("COMMIT")
+        finally:
+            connection.close()
+
+    def begin(self, job: str, model: str, *, again: bool = False) -> Entry:
+        """The row of a job that is under way or done, else a new one of ours in "intent".
+
+        Args:
+            again: make a new one in any case.
+        Raises:
+            ConfigError: the journal cannot be read or written; without it nothing may be started.
+        """
+        owner = uuid.uuid4().hex
+        try:
+            with self._open() as connection:
+                found = None if again else _newest(connection, job)
+                if found is not None and found.state == "intent":
+                    # of a process that died, or one that has not sent yet and will notice
+                    connection.execute(
+                        "UPDATE jobs SET owner = ?, updated_at = ? WHERE id = ?",
+                        (owner, self._now(), found.id),
+                    )
+                    return replace(found, owner=owner)
+                if found is not None and not _may_start_again(found):
+                    return found
+                cursor = connection.execute(
+                    "INSERT INTO jobs (job, owner, model, state, created_at, updated_at) "
+                    "VALUES (?, ?, ?, 'intent', ?, ?)",
+                    (job, owner, model, self._now(), self._now()),
+                )
+                made = _get(connection, int(cursor.lastrowid or 0))
+                assert made is not None
+                return made
+        except (sqlite3.Error, OSError) as error:
+            raise ConfigError(
+                f"The journal {self.path} cannot be used ({error}), and nothing is started without "
+                "it: a crash could make you pay twice. Move the file away, or make room."
+            ) from None
+
+    def sending(self, entry: Entry) -> None:
+        """Note that the Run goes out now.
+
+        Raises:
+            LostEntryError: another process has taken the job over; do not send.
+            ConfigError: it cannot be written; do not send.
+        """
+        try:
+            with self._open() as connection:
+                cursor = connection.execute(
+                    "UPDATE jobs SET state = 'sending', sent_at = ?, updated_at = ? "
+                    "WHERE id = ? AND owner = ? AND state IN ('intent', 'sending')",
+                    (self._now(), self._now(), entry.id, entry.owner),
+                )
+                if cursor.rowcount != 1:
+                    raise LostEntryError
+        except (sqlite3.Error, OSError) as error:
+            raise ConfigError(
+                f"The journal {self.path} cannot be written ({error}): make room, or move it away."
+            ) from None
+
+    def started(self, entry_id: int, taskid: str) -> None:
+        """Note the task that the service named."""
+        self._note(entry_id, state="started", taskid=taskid)
+
+    def refused(self, entry_id: int, reason: str) -> None:
+        """Note that no task was made."""
+        self._note(entry_id, state="refused", error=reason)
+
+    def seen(self, entry_id: int, status: str) -> None:
+        """Note the state of a running task."""
+        self._note(entry_id, status=status)
+
+    def ended(self, entry_id: int, task: Task, files: Sequence[Path] = ()) -> None:
+        """Note the end of a task, its cost and its files."""
+        self._note(
+            entry_id, state="ended", taskid=task.taskid, status=task.status,
+            verdict=verdict(task).value,
+            cost=dollars(task.totalcost) or "",
+            elapsed_s="" if task.elapsed_s is None else str(task.elapsed_s),
+            files=json.dumps([str(path.absolute()) for path in files]),
+        )  # fmt: skip
+
+    def _note(self, entry_id: int, **values: str) -> None:
+        """Write what is known; a failure is told and costs nothing that was paid for."""
+        columns = ", ".join(f"{name} = ?" for name in (*values, "updated_at"))
+        try:
+            with self._open() as connection:
+                connection.execute(
+                    f"UPDATE jobs SET {columns} WHERE id = ?",
+                    (*values.values(), self._now(), entry_id),
+                )
+        except (sqlite3.Error, OSError) as error:
+            logger.warning("The journal %s could not be written: %s.", self.path, error)
+
+    def newest(self, limit: int = 100) -> list[Entry]:
+        """The newest rows, newest first; empty if the journal cannot be read, which is logged."""
+        try:
+            with self._open() as connection:
+                rows = connection.execute(
+                    f"SELECT {', '.join(_COLUMNS)} FROM jobs ORDER BY id DESC LIMIT ?", (limit,)
+                ).fetchall()
+        except (sqlite3.Error, OSError) as error:
+            logger.warning("The journal %s could not be read: %s.", self.path, error)
+            return []
+        return [_to_entry(row) for row in rows]
+
+    def known_taskids(self) -> frozenset[str]:
+        """The tasks that belong to a row: none of them is the task of a lost Run."""
+        return frozenset(entry.taskid for entry in self.newest(1000) if entry.taskid)
+
+
+def _may_start_again(entry: Entry) -> bool:
+    """Whether a new Run of the job pays for nothing that is there or on its way."""
+    failed = (Verdict.FAILED.value, Verdict.CANCELLED.value, Verdict.NO_OUTPUT.value)
+    return entry.state == "refused" or (entry.state == "ended" and entry.verdict in failed)
+
+
+def _newest(connection: sqlite3.Connection, job: str) -> Entry | None:
+    row = connection.execute(
+        f"SELECT {', '.join(_COLUMNS)} FROM jobs WHERE job = ? ORDER BY id DESC LIMIT 1", (job,)
+    ).fetchone()
+    return None if row is None else _to_entry(row)
+
+
+def _get(connection: sqlite3.Connection, entry_id: int) -> Entry | None:
+    row = connection.execute(
+        f"SELECT {', '.join(_COLUMNS)} FROM jobs WHERE id = ?", (entry_id,)
+    ).fetchone()
+    return None if row is None else _to_entry(row)
+
+
+def _to_entry(row: Sequence[Any]) -> Entry:
+    values = dict(zip(_COLUMNS, row, strict=True))
+    values["files"] = tuple(Path(path) for path in json.loads(values["files"]))
+    return Entry(**values)
+
+
+def start(
+    client: Client,
+    journal: Journal,
+    model: Model,
+    parameters: Mapping[str, Any],
+    files: Sequence[tuple[str, FilePart]] = (),
+    *,
+    again: bool = False,
+) -> Entry:
+    """Start a job, or find it if it was started before, in whatever process.
+
+    Args:
+        model, parameters, files: as for `Client.run`.
+        again: pay for another run although the job is under way or done.
+    Returns:
+        A row in "started" or "ended".
+    Raises:
+        RunOutcomeUnknownError: it was sent once, and neither an answer nor the list of tasks tells
+            what became of it; with `again` it is sent anew.
+        ConfigError: the journal cannot be used. Others: as for `Client.run`.
+    """
+    job = job_key(model, parameters, files)
+    while True:
+        entry = journal.begin(job, str(model), again=again)
+        if entry.state in ("started", "ended"):
+            return entry
+        if entry.state == "sending":
+            began = entry.sent_at if entry.sent_at is not None else entry.created_at
+            handle = client.find_run(model, parameters, began, known=journal.known_taskids())
+            break
+        try:
+            handle = client.run(
+                model, parameters, files, known=journal.known_taskids(),
+                before_sending=partial(journal.sending, entry),
+            )  # fmt: skip
+            break
+        except LostEntryError:
+            again = False  # the other one's row is now the newest
+        except RunOutcomeUnknownError:
+            raise  # the row stays in "sending"
+        except (ApiError, TransportError) as error:
+            journal.refused(entry.id, str(error))
+            raise
+    taskid = handle.taskid or client.detail(handle).taskid
+    journal.started(entry.id, taskid)
+    return replace(entry, state="started", taskid=taskid)
+
+
+def to_handle(entry: Entry) -> RunHandle:
+    """The identifiers of a row's task."""
+    return RunHandle(entry.taskid, "", entry.sent_at)
