@@ -6,6 +6,7 @@ an argument: arguments are seen by every program on the machine.
 """
 
 import argparse
+import contextlib
 import json
 import mimetypes
 import os
@@ -20,8 +21,9 @@ from .errors import ConfigError, WiroError
 from .files import download
 from .journal import Entry, Journal, default_path, start, to_handle
 from .signing import load_credentials
-from .task import Task, Verdict, dollars, verdict
+from .task import Progress, Task, Verdict, dollars, verdict
 from .transport import BASE_URL, BASE_URL_VARIABLE, FilePart
+from .websocket import SOCKET_URL, SOCKET_URL_VARIABLE, ProgressSocket
 
 #: the service's limit for an uploaded file
 MAX_FILE_BYTES = 100 * 1000 * 1000
@@ -74,6 +76,12 @@ def local_host() -> str:
     """host:port of a test server on this machine, "" for the real service."""
     address = urlsplit(os.environ.get(BASE_URL_VARIABLE) or BASE_URL)
     return address.netloc if address.scheme == "http" else ""
+
+
+def socket_url() -> str:
+    """Address of the progress socket; "" if another service is used and it has none named."""
+    given = os.environ.get(SOCKET_URL_VARIABLE, "")
+    return given or ("" if os.environ.get(BASE_URL_VARIABLE) else SOCKET_URL)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -232,12 +240,19 @@ def _finish(
     entry: Entry | None = None,
 ) -> dict[str, Any]:
     last = ""
-    for task in client.watch(handle, timeout_s=arguments.timeout):
-        if task.status != last:
-            last = task.status
-            say(f"task {task.taskid}: {last}")
-            if journal is not None and entry is not None:
-                journal.seen(entry.id, last)
+    task = next(client.watch(handle, timeout_s=arguments.timeout))
+    handle = RunHandle(task.taskid, task.token)
+    with contextlib.ExitStack() as stack:
+        socket = None
+        if socket_url() and verdict(task) is Verdict.RUNNING:
+            feed = ProgressSocket(task.token, url=socket_url(), on_progress=_say_progress)
+            socket = stack.enter_context(feed)
+        for task in client.watch(handle, timeout_s=arguments.timeout, socket=socket):
+            if task.status != last:
+                last = task.status
+                say(f"task {task.taskid}: {last}")
+                if journal is not None and entry is not None:
+                    journal.seen(entry.id, last)
     failed = verdict(task) is not Verdict.SUCCEEDED
     if journal is not None and entry is not None and failed:
         journal.ended(entry.id, task)
@@ -245,6 +260,16 @@ def _finish(
     if journal is not None and entry is not None:
         journal.ended(entry.id, task, [Path(path) for path in result["files"]])
     return result
+
+
+def _say_progress(progress: Progress) -> None:
+    parts = [
+        f"step {progress.step}/{progress.total_steps}" if progress.step is not None else "",
+        f"{100 * progress.fraction:.0f} %" if progress.fraction is not None else "",
+        progress.speed,
+        f"{progress.remaining} left" if progress.remaining else "",
+    ]
+    say("  ".join(part for part in parts if part))
 
 
 def _describe_entry(entry: Entry) -> dict[str, Any]:

@@ -11,7 +11,7 @@ import re
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
 import requests
@@ -42,10 +42,15 @@ from .transport import (
     wait_s,
 )
 
+if TYPE_CHECKING:
+    from .websocket import ProgressSocket
+
 #: attempts of a read, and of a Run that never left
 READ_ATTEMPTS, RUN_ATTEMPTS = 5, 3
 #: (until this many seconds into the wait, seconds between polls)
 POLL_SCHEDULE = ((15.0, 2.0), (60.0, 5.0), (float("inf"), 10.0))
+#: seconds between polls beside a healthy socket, and between two looks at it
+WATCHDOG_S, SLICE_S = 30.0, 0.2
 #: seconds of `watch`; the service's own longest wait
 WATCH_S = 2400.0
 #: a task is "not found" for this long after its Run, at most
@@ -349,7 +354,13 @@ class Client:
 
     # --- watch and stop -------------------------------------------------------------------------
 
-    def watch(self, handle: RunHandle, *, timeout_s: float = WATCH_S) -> Iterator[Task]:
+    def watch(
+        self,
+        handle: RunHandle,
+        *,
+        timeout_s: float = WATCH_S,
+        socket: "ProgressSocket | None" = None,
+    ) -> Iterator[Task]:
         """Records of a task as they change, until the one that ends it.
 
         Failures that may pass are waited through; what will not pass is raised, with the task's id.
@@ -357,6 +368,8 @@ class Client:
 
         Args:
             timeout_s: longest wait.
+            socket: of the same task; while it is healthy polls are rare, and the frame that
+                announces the end brings the next one forward.
         Raises:
             TaskTimeoutError: the wait is over, with both identifiers to go on later.
             TaskStalledError: it stands still on an error of its own.
@@ -402,7 +415,8 @@ class Client:
                         "stop it.",
                         task,
                     )
-                pause = self._poll_pause(now - start)
+                is_live = socket is not None and socket.is_healthy
+                pause = WATCHDOG_S if is_live else self._poll_pause(now - start)
             left = start + timeout_s - now
             if left <= 0:
                 raise TaskTimeoutError(
@@ -411,7 +425,16 @@ class Client:
                     taskid=handle.taskid,
                     handle=handle,
                 )
-            self._sleep(min(pause, left))
+            self._pause(min(pause, left), socket)
+
+    def _pause(self, seconds: float, socket: "ProgressSocket | None") -> None:
+        """Sleep, but with a socket no longer than to the news that the task has ended."""
+        if socket is None:
+            self._sleep(seconds)
+            return
+        end = self._clock() + seconds
+        while (left := end - self._clock()) > 0 and not socket.take_news():
+            self._sleep(min(left, SLICE_S))
 
     def _is_settling(self, handle: RunHandle) -> bool:
         return handle.started_at is not None and self._now() - handle.started_at < SETTLING_S

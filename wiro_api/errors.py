@@ -1,6 +1,7 @@
 """Everything the client raises.
 
     WiroError
+    ├── DependencyError        a package is missing
     ├── ConfigError            no key, a key that cannot be one, an address that is not allowed
     ├── TransportError         no usable answer: connection, time-out, server error, not JSON
     ├── ApiError               the service said no; .code and .status tell how
@@ -34,6 +35,10 @@ class WiroError(Exception):
     def __init__(self, message: str, *, taskid: str = "") -> None:
         super().__init__(message)
         self.taskid = taskid
+
+
+class DependencyError(WiroError):
+    """A package is missing."""
 
 
 class ConfigError(WiroError):

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from support.wiro_server import KEY, MP4, SECRET, WiroServer
+from support.wiro_socket import SocketServer
 
 ROOT = Path(__file__).resolve().parents[2]
 RUN = ["run", "wiro/SkyReels-V1", "--param", "prompt=FPS-24, a woman smiles", "--param", "steps=30"]
@@ -79,6 +80,19 @@ def test_a_task_is_looked_at_watched_collected_and_stopped(server, tmp_path):
     for command in ("cancel", "kill"):
         server.tasks[other]["status"] = {"cancel": "task_queue", "kill": "task_start"}[command]
         assert wiro(server, command, other).returncode == 0
+
+
+def test_progress_of_the_socket_is_shown_and_a_dead_socket_costs_nothing(server, tmp_path):
+    report = {"stepCurrent": "6", "stepTotal": "10", "percentage": "60", "speed": "1.2",
+              "speedType": "it/s", "remainingTime": "3s"}  # fmt: skip
+    with SocketServer([("text", {"type": "task_output", "message": report})]) as socket:
+        done = wiro(server, *RUN, "--out", tmp_path, WIRO_SOCKET_URL=socket.url)
+        assert "step 6/10  60 %  1.2 it/s  3s left" in done.stderr
+        assert socket.registered[0]["tasktoken"] == server.tasks["2221"]["socketaccesstoken"]
+    assert done.returncode == 0
+    again = wiro(server, *RUN, "--again", "--out", tmp_path, WIRO_SOCKET_URL=socket.url)
+    assert again.returncode == 0
+    assert again.stderr.count("polling goes on") == 1
 
 
 def test_models_and_uploads(server, tmp_path):
