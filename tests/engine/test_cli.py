@@ -279,19 +279,31 @@ def test_resumable_run_leaves_no_state_behind(capsys, tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["clip.npy"]
 
 
+#: as `python -m skyreels`, also where the tests run in the background, which ignores SIGINT
+PROGRAM = """
+import signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)
+from skyreels.cli import main
+sys.exit(main(sys.argv[1:]))
+"""
+
+
 @pytest.mark.skipif(os.name == "nt", reason="signals")
 def test_ctrl_c_stops_with_one_line_and_leaves_nothing(tmp_path):
     out_file = tmp_path / "clip.mp4"
-    command = [sys.executable, "-m", "skyreels", "generate", "--prompt", "x", "--steps", "1000",
+    command = [sys.executable, "-c", PROGRAM, "generate", "--prompt", "x", "--steps", "1000",
                "--width", "256", "--height", "256", "--frames", "65",
                "--out", str(out_file)]  # fmt: skip
     process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
-    for line in process.stderr:
-        if "random weights" in line:  # said before the models are made
-            break
-    time.sleep(6)
-    process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=30)
+    try:
+        for line in process.stderr:
+            if "random weights" in line:  # said before the models are made
+                break
+        time.sleep(6)
+        process.send_signal(signal.SIGINT)
+        _, err = process.communicate(timeout=60)
+    finally:
+        process.kill()
     assert process.returncode == 130
     assert "Interrupted" in err
     assert "Traceback" not in err
