@@ -27,29 +27,13 @@ from comfyui_skyreels.wiro_api.errors import (
 )
 from comfyui_skyreels.wiro_api.signing import Credentials
 from comfyui_skyreels.wiro_api.transport import check_base_url, redact
-from support.wiro_client import MODEL, PARAMETERS, Clock, make_client
+from support.wiro_client import MODEL, PARAMETERS, make_client
 from support.wiro_server import KEY, NOW, SECRET, STATES, WiroServer
 
 IMAGE = ("inputImage", ("input.png", b"\x89PNG picture", "image/png"))
 
 
 STRANGE = {"status": 200, "body": {"result": False, "errors": [{"code": 0, "message": "strange"}]}}
-
-
-@pytest.fixture
-def server():
-    with WiroServer() as server:
-        yield server
-
-
-@pytest.fixture
-def clock():
-    return Clock()
-
-
-@pytest.fixture
-def client(server, clock):
-    return make_client(server, clock)
 
 
 def runs(server) -> int:

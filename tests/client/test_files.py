@@ -8,13 +8,7 @@ from comfyui_skyreels.wiro_api import files
 from comfyui_skyreels.wiro_api.errors import DownloadError
 from comfyui_skyreels.wiro_api.files import download, safe_name
 from comfyui_skyreels.wiro_api.task import Output, parse_task
-from support.wiro_server import MP4, WiroServer
-
-
-@pytest.fixture
-def server():
-    with WiroServer() as server:
-        yield server
+from support.wiro_server import MP4
 
 
 def result(server, name: str = "0.mp4", num_bytes: int | None = 1000) -> Output:

@@ -14,25 +14,9 @@ from comfyui_skyreels.wiro_api.errors import (
 )
 from comfyui_skyreels.wiro_api.journal import Journal, LostEntryError, job_key, start, to_handle
 from support.wiro_client import MODEL, PARAMETERS, Clock, make_client
-from support.wiro_server import NOW, WiroServer
+from support.wiro_server import NOW
 
 FILE = ("inputImage", ("a.png", b"picture", "image/png"))
-
-
-@pytest.fixture
-def server():
-    with WiroServer() as server:
-        yield server
-
-
-@pytest.fixture
-def clock():
-    return Clock()
-
-
-@pytest.fixture
-def client(server, clock):
-    return make_client(server, clock)
 
 
 @pytest.fixture
