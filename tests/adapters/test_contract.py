@@ -151,8 +151,9 @@ class Block(importlib.abc.MetaPathFinder):
     def find_spec(self, name, path=None, target=None):
         if name.split(".")[0] in blocked:
             raise ImportError(f"{name} is blocked")
+import torch  # ComfyUI has it before any pack, with what it needs itself
 sys.meta_path.insert(0, Block())
-import torch
+sys.modules.update(dict.fromkeys(blocked & set(sys.modules)))
 start = time.perf_counter()
 name = "/some where/custom_nodes/sky-reels_x_1"
 spec = importlib.util.spec_from_file_location(
