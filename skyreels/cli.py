@@ -49,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
     except KeyboardInterrupt:
         return _fail(arguments, _interrupted(arguments), EXIT_INTERRUPTED)
-    except Exception as error:
+    except Exception as error:  # nobody here reads a traceback, unless Python's -X dev asks for it
         if sys.flags.dev_mode:
             raise
         return _fail(arguments, _unexpected(error), EXIT_ERROR)

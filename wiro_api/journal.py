@@ -237,8 +237,11 @@ class Journal:
 
 
 def _may_start_again(entry: Entry) -> bool:
-    """Whether a new Run of the job pays for nothing that is there or on its way."""
-    failed = (Verdict.FAILED.value, Verdict.CANCELLED.value, Verdict.NO_OUTPUT.value)
+    """Whether a new Run of the job pays for nothing that is paid for or on its way.
+
+    A task that ended well without a file was paid for: that one is not run again unasked.
+    """
+    failed = (Verdict.FAILED.value, Verdict.CANCELLED.value)
     return entry.state == "refused" or (entry.state == "ended" and entry.verdict in failed)
 
 

@@ -205,6 +205,15 @@ def test_a_failed_run_may_be_run_again(server, tmp_path):
     assert runs(server) == 2
 
 
+def test_a_run_that_was_paid_for_and_has_no_file_is_not_paid_for_again_unasked(server, tmp_path):
+    server.states, server.final = ENDED, {"outputs": []}
+    for _ in range(2):
+        done = wiro(server, *RUN, "--out", tmp_path)
+        assert done.returncode == 1
+        assert "2221 ended well and has no files" in done.stderr
+    assert runs(server) == 1
+
+
 @pytest.mark.slow
 def test_a_program_that_is_killed_at_any_moment_has_run_once_in_the_end(server, tmp_path):
     server.states = ENDED
