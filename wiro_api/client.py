@@ -219,10 +219,11 @@ class Client:
         payload_keys: Sequence[str],
         files: Sequence[tuple[str, FilePart]] = (),
         read_s: float = READ_S,
+        before_last_byte: Callable[[], None] | None = None,
     ) -> dict[str, Any]:
         return post(
             self._session, f"{self._base_url}/{path}", self._auth, body=body, files=files,
-            read_s=read_s, payload_keys=payload_keys,
+            read_s=read_s, payload_keys=payload_keys, before_last_byte=before_last_byte,
         )  # fmt: skip
 
     def _read(
@@ -255,7 +256,8 @@ class Client:
             parameters: every parameter of the model's schema; "" for texts that are not used.
             files: (parameter, part) of local files; the request is multipart then.
             known: ids of tasks that are of other runs.
-            before_sending: called before each attempt; what it raises keeps it from being sent.
+            before_sending: called in each attempt when all but the end of the request has left;
+                what it raises keeps the end from leaving, and so the task from being made.
         Raises:
             RunOutcomeUnknownError: it went out, and neither an answer nor the list of tasks tells
                 what became of it. Do not run again without asking.
@@ -268,9 +270,9 @@ class Client:
         while True:
             path = f"Run/{quote(spelling.owner, safe='')}/{quote(spelling.project, safe='')}"
             keys = ("taskid", "socketaccesstoken")
-            before_sending()
+            read_s = UPLOAD_S if files else RUN_S
             try:
-                answer = self._post(path, parameters, keys, files, UPLOAD_S if files else RUN_S)
+                answer = self._post(path, parameters, keys, files, read_s, before_sending)
             except NotFoundError:
                 spellings.discard(spelling)
                 if not spellings:

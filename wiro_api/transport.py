@@ -8,12 +8,11 @@ HTTP 200 with `result: false` as well as by status, so the body is read before t
 import json
 import random
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 from urllib.parse import urlsplit
 
 import requests
-import urllib3.exceptions
 
 from .errors import CODES, ApiError, AuthError, ConfigError, RequestError, TransportError
 from .signing import WiroAuth
@@ -80,6 +79,7 @@ def post(
     files: Sequence[tuple[str, FilePart]] = (),
     read_s: float = READ_S,
     payload_keys: Sequence[str] = (),
+    before_last_byte: Callable[[], None] | None = None,
 ) -> dict[str, Any]:
     """Send once; never follows a redirect, which would carry the key elsewhere.
 
@@ -88,6 +88,8 @@ def post(
         files: (parameter, part), in order; a parameter may come several times.
         read_s: longest wait between two bytes of the answer.
         payload_keys: one of these makes an answer without `result` a success.
+        before_last_byte: called when all but the end of the request has left; what it raises keeps
+            the end from leaving, and without its end the service cannot act on a request.
     Returns:
         The answer's object, its "data" merged in below the top level.
     Raises:
@@ -99,29 +101,53 @@ def post(
         content = {"files": [*fields, *files]}
     else:
         content = {"json": dict(body or {})}
+    request = session.prepare_request(requests.Request("POST", url, auth=auth, **content))
+    whole = _Body(request.body, before_last_byte)
+    request.body = whole  # type: ignore[assignment]
+    settings = session.merge_environment_settings(url, {}, None, None, None)
     try:
-        response = session.post(
-            url, auth=auth, timeout=(CONNECT_S, read_s), allow_redirects=False, **content
+        response = session.send(
+            request, timeout=(CONNECT_S, read_s), allow_redirects=False, **settings
         )
     except requests.RequestException as error:
         raise TransportError(
             f"Wiro could not be reached ({_reason(error)}): check the network.",
-            was_sent=_was_sent(error),
+            was_sent=whole.is_whole,
         ) from None
     return read_answer(response, payload_keys)
 
 
+class _Body:
+    """A request's content, read piece by piece as it leaves, which knows when its end does.
+
+    is_whole: whether the last piece was handed out; before that nothing can have been done.
+    """
+
+    def __init__(
+        self, content: bytes | str | None, before_last_byte: Callable[[], None] | None
+    ) -> None:
+        self._content = content.encode() if isinstance(content, str) else content or b""
+        self._before_last_byte = before_last_byte
+        self._position = 0
+        self.is_whole = False
+
+    def __len__(self) -> int:
+        return len(self._content)
+
+    def read(self, size: int = -1) -> bytes:
+        """The next piece, b"" after the last."""
+        end = len(self._content) if size < 0 else self._position + size
+        if end >= len(self._content) and not self.is_whole:
+            if self._before_last_byte is not None:
+                self._before_last_byte()
+            self.is_whole = True
+        piece = self._content[self._position : end]
+        self._position = end
+        return piece
+
+
 def _as_text(value: object) -> str:
     return json.dumps(value) if isinstance(value, list | dict | bool) else str(value)
-
-
-def _was_sent(error: requests.RequestException) -> bool:
-    """False only where no byte of the request can have left this machine."""
-    if isinstance(error, requests.exceptions.ConnectTimeout | requests.exceptions.SSLError):
-        return False
-    inner = error.args[0] if error.args else None
-    reason = getattr(inner, "reason", inner)
-    return not isinstance(reason, urllib3.exceptions.NewConnectionError)
 
 
 def _reason(error: requests.RequestException) -> str:

@@ -218,8 +218,12 @@ def test_a_run_that_was_paid_for_and_has_no_file_is_not_paid_for_again_unasked(s
 def test_a_program_that_is_killed_at_any_moment_has_run_once_in_the_end(server, tmp_path):
     server.states = ENDED
     random_moments = random.Random(1)
+    picture = tmp_path / "a.png"
+    picture.write_bytes(b"\x89PNG" + bytes(2_000_000))
+    asked = 0
     for number in range(20):
-        arguments = [*RUN[:2], "--param", f"prompt=number {number}", "--out", str(tmp_path)]
+        arguments = [*RUN[:2], "--param", f"prompt=number {number}", "--out", str(tmp_path),
+                     "--file", f"inputImage={picture}"]  # fmt: skip
         before = runs(server)
         command = [sys.executable, "-m", "wiro_api", *arguments]
         process = subprocess.Popen(
@@ -230,7 +234,12 @@ def test_a_program_that_is_killed_at_any_moment_has_run_once_in_the_end(server, 
         process.kill()
         process.wait()
         again = wiro(server, *arguments, "--json")
+        if "its outcome is unknown" in again.stderr:  # died between its last note and the last byte
+            assert runs(server) == before
+            asked += 1
+            again = wiro(server, *arguments, "--again", "--json")
         assert again.returncode == 0, again.stderr
         (file,) = json.loads(again.stdout)["files"]
         assert Path(file).read_bytes() == MP4
         assert runs(server) - before == 1, "paid twice, or not at all"
+    assert asked <= 1

@@ -172,7 +172,11 @@ class WiroServer:
     # --- one request ----------------------------------------------------------------------------
 
     def _handle(self, handler: BaseHTTPRequestHandler) -> None:
-        raw = handler.rfile.read(int(handler.headers.get("Content-Length") or 0))
+        length = int(handler.headers.get("Content-Length") or 0)
+        raw = handler.rfile.read(length)
+        if len(raw) < length:  # the sender went away: nobody acts on half a request
+            handler.close_connection = True
+            return
         path = handler.path.removeprefix("/v1/")
         headers = {name.lower(): value for name, value in handler.headers.items()}
         with self._lock:
