@@ -20,7 +20,7 @@ SHORT = ("task_queue", "task_start", "task_postprocess_end")
 
 @pytest.fixture
 def server(tmp_path_factory):
-    with WiroServer(states=SHORT) as server:
+    with WiroServer(states=SHORT, now=time.time) as server:
         server.state = tmp_path_factory.mktemp("state")
         yield server
 

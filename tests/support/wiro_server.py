@@ -16,6 +16,7 @@ import hmac
 import json
 import threading
 from collections import defaultdict
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
@@ -49,6 +50,7 @@ class WiroServer:
 
     states: what each task walks through, one state per Task/Detail; with the last alone, a task
     has ended when it is made. steps_by_itself: False stops that. key_only: no signature.
+    now: Unix seconds.
     """
 
     key: str = KEY
@@ -62,6 +64,7 @@ class WiroServer:
     tasks: dict[str, dict[str, Any]] = field(default_factory=dict)
     files: dict[str, bytes] = field(default_factory=lambda: {"0.mp4": MP4})
     fetched: list[dict[str, str]] = field(default_factory=list)
+    now: Callable[[], float] = lambda: NOW
 
     def __post_init__(self) -> None:
         self._faults: dict[str, list[Any]] = defaultdict(list)
@@ -155,7 +158,7 @@ class WiroServer:
             "outputs": [],
             "debugoutput": "",
             "debugerror": "",
-            "createtime": str(NOW),
+            "createtime": str(int(self.now())),
             "starttime": "0",
             "endtime": "0",
             "postprocessendtime": "0",
@@ -294,7 +297,7 @@ class WiroServer:
             "url": self.file_url("0.mp4"),
             "accesskey": "access-secret",
         }
-        task |= {"pexit": "0", "outputs": [output], "postprocessendtime": str(NOW + 7),
+        task |= {"pexit": "0", "outputs": [output], "postprocessendtime": str(int(self.now()) + 7),
                  "totalcost": "0.003510000000", "elapsedseconds": "6.0000"}  # fmt: skip
         task |= self.final
 
