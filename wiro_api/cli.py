@@ -6,24 +6,27 @@ an argument: arguments are seen by every program on the machine.
 """
 
 import argparse
-import contextlib
 import json
 import mimetypes
 import os
 import sys
 from collections.abc import Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, NoReturn
 from urllib.parse import urlsplit
 
-from .client import WATCH_S, Client, Model, RunHandle, raise_for_failure
-from .errors import ConfigError, WiroError
-from .files import download
-from .journal import Entry, Journal, default_path, start, to_handle
+from .client import WATCH_S, Client, Model, RunHandle
+from .errors import ApiError, AuthError, ConfigError, DependencyError, TransportError, WiroError
+from .jobs import finish, start, to_handle
+from .journal import Entry, Journal, default_path
+from .schema import complete, items_of
 from .signing import load_credentials
-from .task import Progress, Task, Verdict, dollars, verdict
+from .spending import Limits, load_limits, parse_limit, price_of, save_limits, to_json
+from .task import Output, Task, Verdict, dollars, verdict
 from .transport import BASE_URL, BASE_URL_VARIABLE, FilePart
-from .websocket import SOCKET_URL, SOCKET_URL_VARIABLE, ProgressSocket
+from .video import check_video, is_video
+from .websocket import SOCKET_URL, SOCKET_URL_VARIABLE
 
 #: the service's limit for an uploaded file
 MAX_FILE_BYTES = 100 * 1000 * 1000
@@ -112,9 +115,8 @@ def build_parser() -> argparse.ArgumentParser:
         "--again", action="store_true", help="pay for another run of what was run before"
     )
     run.add_argument(
-        "--journal", type=Path, default=default_path(), metavar="FILE",
-        help="what was started and paid for (default: in the user's folder for program state)",
-    )  # fmt: skip
+        "--wait", action="store_true", help="wait for a place if too many tasks of yours run"
+    )
     watch = command("watch", run_watch, "wait for a task that was started earlier, download")
     collect = command("collect", run_collect, "download the result of an ended task")
     detail = command("detail", run_detail, "what the service says of a task")
@@ -134,6 +136,17 @@ def build_parser() -> argparse.ArgumentParser:
     command("list", run_list, "the account's newest tasks")
     model = command("model", run_model, "parameters and price of a model")
     model.add_argument("model")
+    limits = command("limits", run_limits, "show or set how many US dollars may be spent")
+    for name in asdict(Limits()):
+        limits.add_argument(
+            f"--{name.replace('_', '-')}", metavar="USD", help="an amount, or none for no limit"
+        )
+    for added in (run, limits):
+        added.add_argument(
+            "--journal", type=Path, default=default_path(), metavar="FILE",
+            help="what was started and paid for (default: in the user's folder for program state); "
+            "limits are kept beside it",
+        )  # fmt: skip
     return parser
 
 
@@ -143,12 +156,26 @@ def build_parser() -> argparse.ArgumentParser:
 def run_run(client: Client, arguments: argparse.Namespace) -> dict[str, Any]:
     """`run`: start, wait, download."""
     model = Model.parse(arguments.model)
-    parameters = dict(_pair(text, "--param") for text in arguments.param)
+    given = dict(_pair(text, "--param") for text in arguments.param)
     files = [(name, read_part(Path(path))) for name, path in
              (_pair(text, "--file") for text in arguments.file)]  # fmt: skip
     _check_folder(arguments.out)
     journal = Journal(arguments.journal)
-    entry = start(client, journal, model, parameters, files, again=arguments.again)
+    try:
+        record = client.model_detail(model)
+    except (ApiError, TransportError) as error:
+        if isinstance(error, AuthError):
+            raise
+        say(f"parameters and price are not checked before the run: {error}")
+        record = {}
+    parameters = complete(items_of(record, model), given, files)
+    price = price_of(record, parameters, len(files), journal.costs(str(model)))
+    say(f"price: {'not told before the run' if price is None else price}")
+    entry = start(
+        client, journal, model, parameters, files, again=arguments.again, price=price,
+        limits=load_limits(limits_path(arguments.journal)), wait_when_busy=arguments.wait,
+        on_wait=lambda left: say(f"all places of the account are taken; next try in {left:.0f} s"),
+    )  # fmt: skip
     if entry.state == "ended" and entry.files and all(path.is_file() for path in entry.files):
         say(f"made before, by task {entry.taskid}; --again pays for another run")
         for path in entry.files:
@@ -173,7 +200,8 @@ def run_collect(client: Client, arguments: argparse.Namespace) -> dict[str, Any]
             f"Task {task.taskid} has not ended ({task.status}): watch it instead.",
             taskid=task.taskid,
         )
-    return _bring_home(arguments, task)
+    arguments.timeout = WATCH_S
+    return _finish(client, arguments, RunHandle(task.taskid, task.token))
 
 
 def run_detail(client: Client, arguments: argparse.Namespace) -> dict[str, Any]:
@@ -232,6 +260,31 @@ def run_model(client: Client, arguments: argparse.Namespace) -> dict[str, Any]:
     return dict(record)
 
 
+def limits_path(journal: Path) -> Path:
+    """Where the spending limits of a journal are kept."""
+    return journal.with_name("limits.json")
+
+
+def run_limits(_: Client, arguments: argparse.Namespace) -> dict[str, Any]:
+    """`limits`: set what is given, show all."""
+    file = limits_path(arguments.journal)
+    limits = load_limits(file)
+    given = {
+        name: parse_limit("" if value == "none" else value)
+        for name in asdict(limits)
+        if (value := getattr(arguments, name)) is not None
+    }
+    if given:
+        limits = replace(limits, **given)
+        save_limits(file, limits)
+    spent = Journal(arguments.journal).spent()
+    for name, amount in to_json(limits).items():
+        say(f"{name.replace('_', ' '):10} {'no limit' if amount is None else f'${amount}'}")
+    say(f"spent: ${dollars(spent.day)} today, ${dollars(spent.month)} this month")
+    return {"limits": to_json(limits),
+            "spent": {"day": dollars(spent.day), "month": dollars(spent.month)}}  # fmt: skip
+
+
 def _finish(
     client: Client,
     arguments: argparse.Namespace,
@@ -240,36 +293,34 @@ def _finish(
     entry: Entry | None = None,
 ) -> dict[str, Any]:
     last = ""
-    task = next(client.watch(handle, timeout_s=arguments.timeout))
-    handle = RunHandle(task.taskid, task.token)
-    with contextlib.ExitStack() as stack:
-        socket = None
-        if socket_url() and verdict(task) is Verdict.RUNNING:
-            feed = ProgressSocket(task.token, url=socket_url(), on_progress=_say_progress)
-            socket = stack.enter_context(feed)
-        for task in client.watch(handle, timeout_s=arguments.timeout, socket=socket):
-            if task.status != last:
-                last = task.status
-                say(f"task {task.taskid}: {last}")
-                if journal is not None and entry is not None:
-                    journal.seen(entry.id, last)
-    failed = verdict(task) is not Verdict.SUCCEEDED
-    if journal is not None and entry is not None and failed:
-        journal.ended(entry.id, task)
-    result = _bring_home(arguments, task)
-    if journal is not None and entry is not None:
-        journal.ended(entry.id, task, [Path(path) for path in result["files"]])
-    return result
+
+    def say_state(task: Task) -> None:
+        nonlocal last
+        if task.status != last:
+            last = task.status
+            say(f"task {task.taskid}: {task.phase} ({last})")
+
+    task, paths = finish(
+        client, handle, arguments.out, journal=journal,
+        entry_id=None if entry is None else entry.id, timeout_s=arguments.timeout,
+        socket_url=socket_url(), local_host=local_host(), on_task=say_state,
+        on_progress=lambda progress: say(str(progress)), verify=verify,
+    )  # fmt: skip
+    return _report(task, paths)
 
 
-def _say_progress(progress: Progress) -> None:
-    parts = [
-        f"step {progress.step}/{progress.total_steps}" if progress.step is not None else "",
-        f"{100 * progress.fraction:.0f} %" if progress.fraction is not None else "",
-        progress.speed,
-        f"{progress.remaining} left" if progress.remaining else "",
-    ]
-    say("  ".join(part for part in parts if part))
+def verify(path: Path, output: Output) -> None:
+    """Decode a video once, if PyAV is here to do it.
+
+    Raises:
+        DownloadError: it does not decode.
+    """
+    if not is_video(output):
+        return
+    try:
+        check_video(path)
+    except DependencyError:
+        say("the video was not decoded to be sure: PyAV is missing (pip install av)")
 
 
 def _describe_entry(entry: Entry) -> dict[str, Any]:
@@ -285,13 +336,7 @@ def _describe_entry(entry: Entry) -> dict[str, Any]:
     }
 
 
-def _bring_home(arguments: argparse.Namespace, task: Task) -> dict[str, Any]:
-    raise_for_failure(task)
-    paths = [
-        download(output, arguments.out, taskid=task.taskid, local_host=local_host())
-        for output in task.outputs
-        if output.url
-    ]
+def _report(task: Task, paths: Sequence[Path]) -> dict[str, Any]:
     for path in paths:
         say(str(path))
     if task.totalcost is not None:

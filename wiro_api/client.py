@@ -140,10 +140,10 @@ class Client:
         clock: Callable[[], float] = time.monotonic,
         now: Callable[[], float] = time.time,
     ) -> None:
-        self._base_url = check_base_url(base_url)
+        self.base_url = check_base_url(base_url)
         self._auth = WiroAuth(credentials, Nonces(now))
         self._session = session or requests.Session()
-        self._sleep, self._clock, self._now = sleep, clock, now
+        self.sleep, self._clock, self._now = sleep, clock, now
         self._rng = random.Random()
 
     # --- calls ----------------------------------------------------------------------------------
@@ -222,7 +222,7 @@ class Client:
         before_last_byte: Callable[[], None] | None = None,
     ) -> dict[str, Any]:
         return post(
-            self._session, f"{self._base_url}/{path}", self._auth, body=body, files=files,
+            self._session, f"{self.base_url}/{path}", self._auth, body=body, files=files,
             read_s=read_s, payload_keys=payload_keys, before_last_byte=before_last_byte,
         )  # fmt: skip
 
@@ -236,7 +236,7 @@ class Client:
             except (TransportError, ApiError) as error:
                 if not is_passing(error):
                     raise
-                self._sleep(wait_s(attempt, error, self._rng))
+                self.sleep(wait_s(attempt, error, self._rng))
         return self._post(path, body, payload_keys)
 
     # --- run ------------------------------------------------------------------------------------
@@ -286,7 +286,7 @@ class Client:
                     return self._reconcile(model, parameters, began, error, known)
                 if attempt >= RUN_ATTEMPTS:
                     raise
-                self._sleep(wait_s(attempt, error, self._rng))
+                self.sleep(wait_s(attempt, error, self._rng))
                 attempt += 1
                 continue
             except ApiError as error:
@@ -333,7 +333,7 @@ class Client:
         candidates: list[Task] = []
         waited = 0.0
         for moment in RECONCILE_AT_S:
-            self._sleep(moment - waited)
+            self.sleep(moment - waited)
             waited = moment
             try:
                 tasks = self.list_tasks(model=model.project)
@@ -404,7 +404,7 @@ class Client:
                 judged = verdict(task)
                 if judged is Verdict.NO_OUTPUT and empty_reads < NO_OUTPUT_READS:
                     empty_reads += 1  # the record may lag behind its files
-                    self._sleep(NO_OUTPUT_WAIT_S)
+                    self.sleep(NO_OUTPUT_WAIT_S)
                     continue
                 yield task
                 if judged is not Verdict.RUNNING:
@@ -432,11 +432,11 @@ class Client:
     def _pause(self, seconds: float, socket: "ProgressSocket | None") -> None:
         """Sleep, but with a socket no longer than to the news that the task has ended."""
         if socket is None:
-            self._sleep(seconds)
+            self.sleep(seconds)
             return
         end = self._clock() + seconds
         while (left := end - self._clock()) > 0 and not socket.take_news():
-            self._sleep(min(left, SLICE_S))
+            self.sleep(min(left, SLICE_S))
 
     def _is_settling(self, handle: RunHandle) -> bool:
         return handle.started_at is not None and self._now() - handle.started_at < SETTLING_S
@@ -471,7 +471,7 @@ class Client:
                 self.kill(handle)
             except ApiError as error:
                 reason = str(error)
-            self._sleep(STOP_WAIT_S)
+            self.sleep(STOP_WAIT_S)
         raise WiroError(
             f"Task {handle.taskid} could not be stopped ({reason or 'it goes on'}): stop it in the "
             "Wiro dashboard.",

@@ -3,6 +3,7 @@
     WiroError
     ├── DependencyError        a package is missing
     ├── ConfigError            no key, a key that cannot be one, an address that is not allowed
+    ├── LimitError             the run would pass a spending limit; nothing was sent
     ├── TransportError         no usable answer: connection, time-out, server error, not JSON
     ├── ApiError               the service said no; .code and .status tell how
     │   ├── AuthError          401, 403, code 99: key, secret, signature or IP list
@@ -43,6 +44,10 @@ class DependencyError(WiroError):
 
 class ConfigError(WiroError):
     """No key, a key that cannot be one, or an address that is not allowed."""
+
+
+class LimitError(WiroError):
+    """The run would pass a spending limit; nothing was sent."""
 
 
 class TransportError(WiroError):

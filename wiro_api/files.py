@@ -45,7 +45,7 @@ def download(
     session: requests.Session | None = None,
     check: Callable[[], None] = nothing,
     on_bytes: Callable[[int, int | None], None] = nothing,
-    verify: Callable[[Path], None] = nothing,
+    verify: Callable[[Path, Output], None] = nothing,
     sleep: Callable[[float], None] = time.sleep,
     max_bytes: int = MAX_BYTES,
 ) -> Path:
@@ -88,7 +88,10 @@ def download(
                 sleep(wait_s(attempt, error, rng))
             except _LastingError as error:
                 raise _refusal(output, taskid, str(error)) from None
-        verify(part)
+        try:
+            verify(part, output)
+        except DownloadError as error:
+            raise _refusal(output, taskid, str(error)) from None
         target = free_name(folder, safe_name(output))
         os.replace(part, target)
         return target

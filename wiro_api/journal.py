@@ -3,8 +3,8 @@
 One SQLite file, shared by every process of a user. A job is a model with its inputs, known by their
 digest. Its row is written before the Run goes out and goes through
 
-    intent     written down; surely nothing was sent
-    sending    about to be sent, or sent; no answer yet
+    intent     written down; the end of the Run has surely not left, so no task was made
+    sending    the end is leaving, or has left; no answer yet
     started    the service named a task
     ended      the task has ended: verdict, cost, files
     refused    the service or the network said no; no task was made
@@ -14,7 +14,6 @@ task is looked up at the service and never sent again unasked, from "started" it
 from "ended" its files are there. Rows hold no key, no token and no prompt.
 """
 
-import hashlib
 import json
 import logging
 import os
@@ -22,32 +21,34 @@ import sqlite3
 import sys
 import time
 import uuid
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import partial
+from datetime import datetime
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
-from .client import Client, Model, RunHandle
-from .errors import ApiError, ConfigError, RunOutcomeUnknownError, TransportError
-from .task import Task, Verdict, dollars, verdict
-from .transport import FilePart
+from .errors import ConfigError
+from .spending import Limits, Price, Spent, check_limits
+from .task import Task, Verdict, decimal_of, dollars, verdict
 
 logger = logging.getLogger(__name__)
 
 #: seconds to wait for another process that is writing
 BUSY_S = 10.0
-_COLUMNS = ("id", "job", "owner", "model", "state", "taskid", "status", "verdict", "cost",
-            "elapsed_s", "files", "error", "created_at", "sent_at", "updated_at")  # fmt: skip
+_COLUMNS = ("id", "job", "owner", "model", "state", "taskid", "status", "verdict", "projected",
+            "cost", "elapsed_s", "files", "remote_deleted", "error", "created_at", "sent_at",
+            "updated_at")  # fmt: skip
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS jobs (
     id INTEGER PRIMARY KEY,
     job TEXT NOT NULL, owner TEXT NOT NULL, model TEXT NOT NULL, state TEXT NOT NULL,
     taskid TEXT NOT NULL DEFAULT '', status TEXT NOT NULL DEFAULT '',
-    verdict TEXT NOT NULL DEFAULT '', cost TEXT NOT NULL DEFAULT '',
+    verdict TEXT NOT NULL DEFAULT '', projected TEXT NOT NULL DEFAULT '',
+    cost TEXT NOT NULL DEFAULT '',
     elapsed_s TEXT NOT NULL DEFAULT '', files TEXT NOT NULL DEFAULT '[]',
-    error TEXT NOT NULL DEFAULT '',
+    remote_deleted INTEGER NOT NULL DEFAULT 0, error TEXT NOT NULL DEFAULT '',
     created_at REAL NOT NULL, sent_at REAL, updated_at REAL NOT NULL
 );
 CREATE INDEX IF NOT EXISTS jobs_by_job ON jobs (job, id);
@@ -56,7 +57,11 @@ CREATE INDEX IF NOT EXISTS jobs_by_job ON jobs (job, id);
 
 @dataclass(frozen=True)
 class Entry:
-    """One row. files: paths of what was downloaded. times are Unix seconds."""
+    """One row.
+
+    projected, cost: US dollars, before and after the run. files: paths of what was downloaded.
+    remote_deleted: whether its files were removed from the service. Times are Unix seconds.
+    """
 
     id: int
     job: str
@@ -66,9 +71,11 @@ class Entry:
     taskid: str
     status: str
     verdict: str
+    projected: str
     cost: str
     elapsed_s: str
     files: tuple[Path, ...]
+    remote_deleted: bool
     error: str
     created_at: float
     sent_at: float | None
@@ -86,19 +93,6 @@ def default_path() -> Path:
     else:
         root = Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state")
     return root / "skyreels-wiro" / "journal.sqlite"
-
-
-def job_key(
-    model: Model, parameters: Mapping[str, Any], files: Sequence[tuple[str, FilePart]] = ()
-) -> str:
-    """The digest of a job: model, parameters and what is in the files, whatever their names."""
-    digest = hashlib.sha256()
-    values = sorted((name, json.dumps(value, sort_keys=True)) for name, value in parameters.items())
-    digest.update(json.dumps([str(model.clean), values]).encode())
-    for name, (_, content, _) in files:
-        digest.update(f"\0{name}\0{len(content)}\0".encode())
-        digest.update(content)
-    return digest.hexdigest()
 
 
 class Journal:
@@ -161,23 +155,33 @@ class Journal:
         except (sqlite3.Error, OSError) as error:
             raise ConfigError(
                 f"The journal {self.path} cannot be used ({error}), and nothing is started without "
-                "it: a crash could make you pay twice. Move the file away, or make room."
+                "it: a crash could make you pay twice. Move the file away, or make room. Tasks "
+                "that were started before are not lost: list and collect them by their ids."
             ) from None
 
-    def sending(self, entry: Entry) -> None:
-        """Note that the Run goes out now.
+    def sending(
+        self,
+        entry: Entry,
+        model: str = "",
+        price: Price | None = None,
+        limits: Limits | None = None,
+    ) -> None:
+        """Note that the end of the Run leaves now, and reserve its price.
 
         Raises:
             LostEntryError: another process has taken the job over; do not send.
+            LimitError: with what others reserved meanwhile it would pass a limit; do not send.
             ConfigError: it cannot be written; do not send.
         """
         try:
             with self._open() as connection:
+                check_limits(limits or Limits(), price, self._spent(connection, entry.id), model)
                 cursor = connection.execute(
-                    "UPDATE jobs SET state = 'sending', sent_at = ?, updated_at = ? "
+                    "UPDATE jobs SET state = 'sending', projected = ?, sent_at = ?, updated_at = ? "
                     "WHERE id = ? AND owner = ? AND state IN ('intent', 'sending')",
-                    (self._now(), self._now(), entry.id, entry.owner),
-                )
+                    ("" if price is None else dollars(price.amount), self._now(), self._now(),
+                     entry.id, entry.owner),
+                )  # fmt: skip
                 if cursor.rowcount != 1:
                     raise LostEntryError
         except (sqlite3.Error, OSError) as error:
@@ -185,9 +189,51 @@ class Journal:
                 f"The journal {self.path} cannot be written ({error}): make room, or move it away."
             ) from None
 
+    def spent(self) -> Spent:
+        """Of this day and this month.
+
+        Raises:
+            ConfigError: it cannot be read, so limits cannot be checked.
+        """
+        try:
+            with self._open() as connection:
+                return self._spent(connection)
+        except (sqlite3.Error, OSError) as error:
+            raise ConfigError(
+                f"The journal {self.path} cannot be read ({error}), so what was spent is not "
+                "known: move the file away."
+            ) from None
+
+    def _spent(self, connection: sqlite3.Connection, but: int = 0) -> Spent:
+        today = datetime.fromtimestamp(self._now()).replace(
+            hour=0, minute=0, second=0, microsecond=0
+        )
+        month = today.replace(day=1)
+        day_sum = month_sum = Decimal(0)
+        rows = connection.execute(
+            "SELECT sent_at, state, projected, cost FROM jobs WHERE sent_at >= ? AND id != ? "
+            "AND state IN ('sending', 'started', 'ended')",
+            (month.timestamp(), but),
+        )
+        for sent_at, state, projected, cost in rows:
+            amount = decimal_of(cost if state == "ended" else cost or projected) or Decimal(0)
+            month_sum += amount
+            day_sum += amount if sent_at >= today.timestamp() else Decimal(0)
+        return Spent(day_sum, month_sum)
+
+    def costs(self, model: str, limit: int = 10) -> list[Decimal]:
+        """What the newest successful runs of a model did cost."""
+        done = (e for e in self.newest(1000) if e.model.lower() == model.lower())
+        costs = (decimal_of(e.cost) for e in done if e.verdict == Verdict.SUCCEEDED.value)
+        return [cost for cost in costs if cost is not None][:limit]
+
     def started(self, entry_id: int, taskid: str) -> None:
         """Note the task that the service named."""
         self._note(entry_id, state="started", taskid=taskid)
+
+    def waiting(self, entry_id: int) -> None:
+        """Note that the service had no place for it and made no task; it will be sent again."""
+        self._note(entry_id, state="intent")
 
     def refused(self, entry_id: int, reason: str) -> None:
         """Note that no task was made."""
@@ -207,7 +253,20 @@ class Journal:
             files=json.dumps([str(path.absolute()) for path in files]),
         )  # fmt: skip
 
-    def _note(self, entry_id: int, **values: str) -> None:
+    def remote_deleted(self, entry_id: int) -> None:
+        """Note that the service holds no files of it any more."""
+        self._note(entry_id, remote_deleted=1)
+
+    def get(self, entry_id: int) -> Entry | None:
+        """One row, or None if it is not there or cannot be read, which is logged."""
+        try:
+            with self._open() as connection:
+                return _get(connection, entry_id)
+        except (sqlite3.Error, OSError) as error:
+            logger.warning("The journal %s could not be read: %s.", self.path, error)
+            return None
+
+    def _note(self, entry_id: int, **values: str | int | None) -> None:
         """Write what is known; a failure is told and costs nothing that was paid for."""
         columns = ", ".join(f"{name} = ?" for name in (*values, "updated_at"))
         try:
@@ -262,57 +321,5 @@ def _get(connection: sqlite3.Connection, entry_id: int) -> Entry | None:
 def _to_entry(row: Sequence[Any]) -> Entry:
     values = dict(zip(_COLUMNS, row, strict=True))
     values["files"] = tuple(Path(path) for path in json.loads(values["files"]))
+    values["remote_deleted"] = bool(values["remote_deleted"])
     return Entry(**values)
-
-
-def start(
-    client: Client,
-    journal: Journal,
-    model: Model,
-    parameters: Mapping[str, Any],
-    files: Sequence[tuple[str, FilePart]] = (),
-    *,
-    again: bool = False,
-) -> Entry:
-    """Start a job, or find it if it was started before, in whatever process.
-
-    Args:
-        model, parameters, files: as for `Client.run`.
-        again: pay for another run although the job is under way or done.
-    Returns:
-        A row in "started" or "ended".
-    Raises:
-        RunOutcomeUnknownError: it was sent once, and neither an answer nor the list of tasks tells
-            what became of it; with `again` it is sent anew.
-        ConfigError: the journal cannot be used. Others: as for `Client.run`.
-    """
-    job = job_key(model, parameters, files)
-    while True:
-        entry = journal.begin(job, str(model), again=again)
-        if entry.state in ("started", "ended"):
-            return entry
-        if entry.state == "sending":
-            began = entry.sent_at if entry.sent_at is not None else entry.created_at
-            handle = client.find_run(model, parameters, began, known=journal.known_taskids())
-            break
-        try:
-            handle = client.run(
-                model, parameters, files, known=journal.known_taskids(),
-                before_sending=partial(journal.sending, entry),
-            )  # fmt: skip
-            break
-        except LostEntryError:
-            again = False  # the other one's row is now the newest
-        except RunOutcomeUnknownError:
-            raise  # the row stays in "sending"
-        except (ApiError, TransportError) as error:
-            journal.refused(entry.id, str(error))
-            raise
-    taskid = handle.taskid or client.detail(handle).taskid
-    journal.started(entry.id, taskid)
-    return replace(entry, state="started", taskid=taskid)
-
-
-def to_handle(entry: Entry) -> RunHandle:
-    """The identifiers of a row's task."""
-    return RunHandle(entry.taskid, "", entry.sent_at)

@@ -33,6 +33,8 @@ RANKS: Mapping[str, int] = {
     "task_postprocess_end": 10,
     "task_cancel": 10,
 }
+#: (up to this rank, what people call it)
+PHASES = ((0, "queued"), (4, "preparing"), (7, "running"), (9, "finishing"), (10, "ended"))
 #: of a log, how much an error message quotes
 LOG_TAIL = 600
 
@@ -101,6 +103,13 @@ class Task:
         """How far it is, 0 (queued) to 10 (ended); -1 for a state this client does not know."""
         return RANKS.get(self.status, -1)
 
+    @property
+    def phase(self) -> str:
+        """How far it is, in a word; the service's own for a state this client does not know."""
+        if self.rank < 0:
+            return self.status or "unknown"
+        return next(word for last, word in PHASES if self.rank <= last)
+
 
 @dataclass(frozen=True)
 class Progress:
@@ -114,6 +123,15 @@ class Progress:
     total_steps: int | None
     speed: str
     remaining: str
+
+    def __str__(self) -> str:
+        parts = [
+            f"step {self.step}/{self.total_steps or '?'}" if self.step is not None else "",
+            f"{100 * self.fraction:.0f} %" if self.fraction is not None else "",
+            self.speed,
+            f"{self.remaining} left" if self.remaining else "",
+        ]
+        return " · ".join(part for part in parts if part)
 
 
 def verdict(task: Task) -> Verdict:

@@ -84,7 +84,7 @@ def test_more_than_the_limit_is_refused_while_it_comes(server, tmp_path):
 
 
 def test_a_file_that_does_not_verify_gets_no_name(server, tmp_path):
-    def refuse(path):
+    def refuse(path, _):
         raise ValueError(f"not a video: {path.stat().st_size}")
 
     with pytest.raises(ValueError, match="1000"):

@@ -12,7 +12,8 @@ from comfyui_skyreels.wiro_api.errors import (
     ConfigError,
     RunOutcomeUnknownError,
 )
-from comfyui_skyreels.wiro_api.journal import Journal, LostEntryError, job_key, start, to_handle
+from comfyui_skyreels.wiro_api.jobs import job_key, start, to_handle
+from comfyui_skyreels.wiro_api.journal import Journal, LostEntryError
 from support.wiro_client import MODEL, PARAMETERS, Clock, make_client
 from support.wiro_server import NOW
 
@@ -38,8 +39,10 @@ def test_a_job_is_known_by_its_contents():
         job_key(MODEL, PARAMETERS, []),
         job_key(MODEL, PARAMETERS, [("inputImage", ("a.png", b"other", "image/png"))]),
         job_key(Model("wiro", "other"), PARAMETERS, [FILE]),
+        job_key(MODEL, PARAMETERS, [FILE], take=2),
+        job_key(MODEL, PARAMETERS, [FILE], service="http://127.0.0.1:1/v1"),
     ]
-    assert len({key, *others}) == 5
+    assert len({key, *others}) == 7
 
 
 def test_a_job_goes_through_its_states_and_is_found_again(server, client, journal):
@@ -59,9 +62,9 @@ def test_the_intent_is_on_disk_before_anything_is_sent(server, client, journal):
     states = []
     send = journal.sending
 
-    def spy(entry):
+    def spy(entry, *others):
         states.append(journal.newest()[0].state)
-        send(entry)
+        send(entry, *others)
         states.append(journal.newest()[0].state)
         assert server.seen == []
 
@@ -71,14 +74,16 @@ def test_the_intent_is_on_disk_before_anything_is_sent(server, client, journal):
 
 
 def test_a_job_that_was_never_sent_is_sent(server, client, journal):
-    journal.begin(job_key(MODEL, PARAMETERS), str(MODEL))  # and the program ends
+    journal.begin(
+        job_key(MODEL, PARAMETERS, service=server.url), str(MODEL)
+    )  # and the program ends
     assert start(client, journal, MODEL, PARAMETERS).taskid == "2221"
     assert runs(server) == 1
     assert len(journal.newest()) == 1
 
 
 def test_a_job_that_was_sent_and_not_answered_is_looked_up(server, client, journal):
-    entry = journal.begin(job_key(MODEL, PARAMETERS), str(MODEL))
+    entry = journal.begin(job_key(MODEL, PARAMETERS, service=server.url), str(MODEL))
     journal.sending(entry)
     server.add_task(dict(PARAMETERS))  # the Run arrived, and the program ended
     found = start(client, journal, MODEL, PARAMETERS)
@@ -89,7 +94,7 @@ def test_a_job_that_was_sent_and_not_answered_is_looked_up(server, client, journ
 def test_a_job_that_was_sent_and_cannot_be_found_asks_and_is_sent_anew_if_told(
     server, client, journal
 ):
-    entry = journal.begin(job_key(MODEL, PARAMETERS), str(MODEL))
+    entry = journal.begin(job_key(MODEL, PARAMETERS, service=server.url), str(MODEL))
     journal.sending(entry)
     for _ in range(2):
         with pytest.raises(RunOutcomeUnknownError, match="before running again"):
@@ -128,8 +133,9 @@ def test_two_programs_with_one_job_send_it_once(server, clock, journal):
 def test_many_threads_with_one_job_send_it_once(server, journal):
     taskids, errors = [], []
 
-    def work() -> None:
+    def work(number: int) -> None:
         clock = Clock()
+        clock.sleep(number / 10)  # nonces are milliseconds, and the service takes each once
         try:
             entry = start(make_client(server, clock), Journal(journal.path, now=clock.now), MODEL,
                           PARAMETERS)  # fmt: skip
@@ -137,7 +143,7 @@ def test_many_threads_with_one_job_send_it_once(server, journal):
         except RunOutcomeUnknownError as error:  # looked it up before the other's Run arrived
             errors.append(error)
 
-    threads = [threading.Thread(target=work) for _ in range(8)]
+    threads = [threading.Thread(target=work, args=(n,)) for n in range(8)]
     for thread in threads:
         thread.start()
     for thread in threads:

@@ -9,18 +9,23 @@ import time
 from pathlib import Path
 
 import pytest
-from support.wiro_server import KEY, MP4, SECRET, WiroServer
+from support.clip import make_clip
+from support.wiro_server import KEY, SECRET, WiroServer
 from support.wiro_socket import SocketServer
 
 ROOT = Path(__file__).resolve().parents[2]
-RUN = ["run", "wiro/SkyReels-V1", "--param", "prompt=FPS-24, a woman smiles", "--param", "steps=30"]
+CLIP = make_clip()
+PICTURE = ROOT / "workflows" / "quick_start.jpg"
+RUN = ["run", "wiro/SkyReels-V1", "--param", "size=960x544", "--file", f"inputImage={PICTURE}",
+       "--param", "prompt=FPS-24, a woman smiles", "--param", "steps=30"]  # fmt: skip
 ENDED = ("task_postprocess_end",)  # nothing to wait for
 SHORT = ("task_queue", "task_start", "task_postprocess_end")
 
 
 @pytest.fixture
 def server(tmp_path_factory):
-    with WiroServer(states=SHORT, now=time.time) as server:
+    with WiroServer(states=SHORT) as server:
+        server.files["0.mp4"] = CLIP
         server.state = tmp_path_factory.mktemp("state")
         yield server
 
@@ -44,12 +49,13 @@ def wiro(server, *arguments, **changes) -> subprocess.CompletedProcess:
 def test_a_run_ends_with_the_file_and_one_json_object(server, tmp_path):
     image = tmp_path / "ä b.PNG"
     image.write_bytes(b"\x89PNG")
-    done = wiro(server, *RUN, "--file", f"inputImage={image}", "--out", tmp_path / "o", "--json")
+    run = [f"inputImage={image}" if part.startswith("inputImage=") else part for part in RUN]
+    done = wiro(server, *run, "--out", tmp_path / "o", "--json")
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout)
     assert done.stdout.count("\n") == 1
     (file,) = report.pop("files")
-    assert Path(file).read_bytes() == MP4
+    assert Path(file).read_bytes() == CLIP
     (output,) = report.pop("outputs")
     assert output["name"] == "0.mp4"
     assert report == {
@@ -58,7 +64,8 @@ def test_a_run_ends_with_the_file_and_one_json_object(server, tmp_path):
     }  # fmt: skip
     assert "task 2221 started" in done.stderr
     assert "cost: 0.00351 USD" in done.stderr
-    assert server.seen[0].files[0][:3] == ("inputImage", "input.png", "image/png")
+    (run,) = (seen for seen in server.seen if seen.path.startswith("Run/"))
+    assert run.files[0][:3] == ("inputImage", "input.png", "image/png")
 
 
 def test_a_task_is_looked_at_watched_collected_and_stopped(server, tmp_path):
@@ -87,7 +94,7 @@ def test_progress_of_the_socket_is_shown_and_a_dead_socket_costs_nothing(server,
               "speedType": "it/s", "remainingTime": "3s"}  # fmt: skip
     with SocketServer([("text", {"type": "task_output", "message": report})]) as socket:
         done = wiro(server, *RUN, "--out", tmp_path, WIRO_SOCKET_URL=socket.url)
-        assert "step 6/10  60 %  1.2 it/s  3s left" in done.stderr
+        assert "step 6/10 · 60 % · 1.2 it/s · 3s left" in done.stderr
         assert socket.registered[0]["tasktoken"] == server.tasks["2221"]["socketaccesstoken"]
     assert done.returncode == 0
     again = wiro(server, *RUN, "--again", "--out", tmp_path, WIRO_SOCKET_URL=socket.url)
@@ -121,7 +128,11 @@ def test_a_failed_task_is_exit_code_1_with_its_id(server, tmp_path):
         (RUN, {"WIRO_API_SECRET": "wrong"}, "check key, secret"),
         (RUN, {"WIRO_API_BASE_URL": "http://api.wiro.ai/v1"}, "not a https address"),
         (["run", "SkyReels"], {}, "owner/project"),
-        (["run", "wiro/SkyReels-V1", "--param", "prompt="], {}, "[prompt] required"),
+        (["run", "wiro/SkyReels-V1", *RUN[2:6], "--param", "prompt="], {}, "wants prompt"),
+        (RUN[:4], {}, "wants a file for inputImage"),
+        ([*RUN[:2], *RUN[4:]], {}, "choose one of 960x544, 544x960"),
+        ([*RUN, "--param", "seed=1"], {}, "no parameter 'seed'"),
+        ([*RUN, "--param", "numFrames=many"], {}, "no number"),
         (["run", "wiro/SkyReels-V1", "--param", "prompt"], {}, "NAME=VALUE"),
         ([*RUN, "--file", "inputImage=/nowhere.png"], {}, "no file"),
         ([*RUN, "--out", "/proc/nowhere"], {}, "cannot be used"),
@@ -141,7 +152,7 @@ def test_a_picture_too_large_is_refused_before_anything_is_sent(server, tmp_path
     picture = tmp_path / "big.png"
     with picture.open("wb") as file:
         file.truncate(200_000_000)
-    done = wiro(server, *RUN, "--file", f"inputImage={picture}", "--json")
+    done = wiro(server, *RUN[:4], "--file", f"inputImage={picture}", "--json")
     assert "200000000 bytes" in json.loads(done.stdout)["error"]
     assert server.seen == []
 
@@ -191,7 +202,7 @@ def test_the_same_run_again_pays_nothing_and_gives_the_same_file(server, tmp_pat
     assert Path(third["files"][0]).is_file()
     assert runs(server) == 1
     assert wiro(server, *RUN, "--out", tmp_path, "--again").returncode == 0
-    other = [*RUN[:2], "--param", "prompt=another"]
+    other = [*RUN, "--param", "prompt=another"]
     assert wiro(server, *other, "--out", tmp_path).returncode == 0
     assert runs(server) == 3
 
@@ -216,13 +227,13 @@ def test_a_run_that_was_paid_for_and_has_no_file_is_not_paid_for_again_unasked(s
 
 @pytest.mark.slow
 def test_a_program_that_is_killed_at_any_moment_has_run_once_in_the_end(server, tmp_path):
-    server.states = ENDED
+    server.pace_s = 0.05  # by the real clock: that is how a lost task is recognised
     random_moments = random.Random(1)
     picture = tmp_path / "a.png"
     picture.write_bytes(b"\x89PNG" + bytes(2_000_000))
     asked = 0
     for number in range(20):
-        arguments = [*RUN[:2], "--param", f"prompt=number {number}", "--out", str(tmp_path),
+        arguments = [*RUN[:4], "--param", f"prompt=number {number}", "--out", str(tmp_path),
                      "--file", f"inputImage={picture}"]  # fmt: skip
         before = runs(server)
         command = [sys.executable, "-m", "wiro_api", *arguments]
@@ -240,6 +251,6 @@ def test_a_program_that_is_killed_at_any_moment_has_run_once_in_the_end(server, 
             again = wiro(server, *arguments, "--again", "--json")
         assert again.returncode == 0, again.stderr
         (file,) = json.loads(again.stdout)["files"]
-        assert Path(file).read_bytes() == MP4
+        assert Path(file).read_bytes() == CLIP
         assert runs(server) - before == 1, "paid twice, or not at all"
     assert asked <= 1

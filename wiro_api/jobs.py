@@ -1,0 +1,216 @@
+"""A run from its inputs to its files: started once, followed, brought home, whatever happens.
+
+    entry = start(client, journal, model, parameters, files)
+    task, paths = finish(client, to_handle(entry), folder, journal=journal, entry_id=entry.id)
+
+Both are for the command line and for hosts with a window alike; what they see on the way comes
+through callbacks.
+"""
+
+import contextlib
+import hashlib
+import json
+import random
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from .client import WATCH_S, Client, Model, RunHandle, raise_for_failure
+from .errors import ApiError, ConcurrencyError, LimitError, TransportError
+from .files import download
+from .journal import Entry, Journal, LostEntryError
+from .spending import Limits, Price, check_limits
+from .task import Output, Progress, Task, Verdict, verdict
+from .transport import FilePart
+from .websocket import ProgressSocket
+
+#: seconds between two tries while the account's places are taken
+FIRST_BUSY_S, LAST_BUSY_S = 5.0, 60.0
+
+
+def ignore(*_: object) -> None:
+    """Do nothing."""
+
+
+def job_key(
+    model: Model,
+    parameters: Mapping[str, Any],
+    files: Sequence[tuple[str, FilePart]] = (),
+    *,
+    service: str = "",
+    take: int = 1,
+) -> str:
+    """The digest of a job: service, model, parameters and what is in the files.
+
+    Args:
+        files: their names do not count.
+        service: base address; a test server's tasks are not the real one's.
+        take: another number is another run of the same inputs.
+    """
+    digest = hashlib.sha256()
+    values = sorted((name, json.dumps(value, sort_keys=True)) for name, value in parameters.items())
+    digest.update(json.dumps([service, take, str(model.clean), values]).encode())
+    for name, (_, content, _) in files:
+        digest.update(f"\0{name}\0{len(content)}\0".encode())
+        digest.update(content)
+    return digest.hexdigest()
+
+
+def start(
+    client: Client,
+    journal: Journal,
+    model: Model,
+    parameters: Mapping[str, Any],
+    files: Sequence[tuple[str, FilePart]] = (),
+    *,
+    take: int = 1,
+    again: bool = False,
+    price: Price | None = None,
+    limits: Limits | None = None,
+    wait_when_busy: bool = False,
+    on_entry: Callable[[Entry], None] = ignore,
+    on_wait: Callable[[float], None] = ignore,
+    check: Callable[[], None] = ignore,
+) -> Entry:
+    """Start a job, or find it if it was started before, in whatever process.
+
+    Args:
+        model, parameters, files: as for `Client.run`.
+        take: another number is another run of the same inputs.
+        again: pay for another run although the job is under way or done.
+        price: of the run, if known. limits: of spending, checked again as the Run leaves.
+        wait_when_busy: wait for a place if too many tasks of the account run.
+        on_entry: called with the row before anything is sent.
+        on_wait: called each second of that wait with the seconds to the next try.
+        check: called before the Run leaves; may raise to keep it.
+    Returns:
+        A row in "started" or "ended".
+    Raises:
+        RunOutcomeUnknownError: it was sent once, and neither an answer nor the list of tasks tells
+            what became of it; with `again` it is sent anew.
+        LimitError: it may not be paid for. ConfigError: the journal cannot be used.
+        Others: as for `Client.run`.
+    """
+    key = job_key(model, parameters, files, service=client.base_url, take=take)
+    busy_s = FIRST_BUSY_S
+    lost = 0
+    while True:
+        entry = journal.begin(key, str(model), again=again)
+        on_entry(entry)
+        if entry.state in ("started", "ended"):
+            return entry
+        known = journal.known_taskids()
+        if entry.state == "sending":
+            began = entry.sent_at if entry.sent_at is not None else entry.created_at
+            handle = client.find_run(model, parameters, began, known=known)
+            break
+
+        def before_last_byte(entry: Entry = entry) -> None:
+            check()
+            journal.sending(entry, str(model), price, limits)
+
+        try:
+            if limits is not None and limits.is_set:  # before the picture is uploaded
+                check_limits(limits, price, journal.spent(), str(model))
+            handle = client.run(
+                model, parameters, files, known=known, before_sending=before_last_byte
+            )
+            break
+        except LostEntryError:
+            again = False  # the other one's row is now the newest
+            lost += 1
+            client.sleep(random.uniform(0.5, 1.0) * 2.0 ** min(lost, 5))
+        except ConcurrencyError as error:
+            if not wait_when_busy:
+                journal.refused(entry.id, str(error))
+                raise
+            journal.waiting(entry.id)
+            again = False  # the row is there
+            _count_down(client, busy_s, on_wait)
+            busy_s = min(2 * busy_s, LAST_BUSY_S)
+        except (ApiError, TransportError, LimitError) as error:
+            journal.refused(entry.id, str(error))
+            raise
+    taskid = handle.taskid or client.detail(handle).taskid
+    journal.started(entry.id, taskid)
+    # a journal that cannot be written any more is told by itself; the task goes on
+    return replace(journal.get(entry.id) or entry, state="started", taskid=taskid)
+
+
+def _count_down(client: Client, seconds: float, on_wait: Callable[[float], None]) -> None:
+    left = seconds
+    while left > 0:
+        on_wait(left)
+        client.sleep(min(1.0, left))
+        left -= 1.0
+
+
+def to_handle(entry: Entry) -> RunHandle:
+    """The identifiers of a row's task."""
+    return RunHandle(entry.taskid, "", entry.sent_at)
+
+
+def finish(
+    client: Client,
+    handle: RunHandle,
+    folder: Path,
+    *,
+    journal: Journal | None = None,
+    entry_id: int | None = None,
+    timeout_s: float = WATCH_S,
+    socket_url: str = "",
+    local_host: str = "",
+    on_task: Callable[[Task], None] = ignore,
+    on_progress: Callable[[Progress], None] = ignore,
+    on_log: Callable[[str], None] = ignore,
+    on_bytes: Callable[[int, int | None], None] = ignore,
+    check: Callable[[], None] = ignore,
+    verify: Callable[[Path, Output], None] = ignore,
+) -> tuple[Task, list[Path]]:
+    """Follow a task to its end and download what it made.
+
+    Args:
+        folder: for the files.
+        journal, entry_id: the row to keep; None for a task that has none.
+        timeout_s: longest wait for its end.
+        socket_url: of the progress socket; "" to poll only.
+        local_host: "host:port" of a test server, as for `download`.
+        on_task: called with each new record. on_bytes: as for `download`.
+        on_progress, on_log: called in the socket's thread.
+        check, verify: as for `download`.
+    Returns:
+        The final record and the paths.
+    Raises:
+        TaskFailedError, TaskCancelledError: it ended without success.
+        TaskTimeoutError, TaskStalledError: it has not ended. DownloadError: it has, and is paid.
+    """
+    task = next(client.watch(handle, timeout_s=timeout_s))
+    handle = RunHandle(task.taskid, task.token)
+    last = ""
+    with contextlib.ExitStack() as stack:
+        socket = None
+        if socket_url and verdict(task) is Verdict.RUNNING:
+            feed = ProgressSocket(
+                task.token, url=socket_url, on_progress=on_progress, on_log=on_log
+            )
+            socket = stack.enter_context(feed)
+        for task in client.watch(handle, timeout_s=timeout_s, socket=socket):
+            on_task(task)
+            if task.status != last and journal is not None and entry_id is not None:
+                journal.seen(entry_id, task.status)
+            last = task.status
+    if journal is not None and entry_id is not None:
+        journal.ended(entry_id, task)
+    raise_for_failure(task)
+    paths = []
+    for output in task.outputs:
+        if output.url:
+            path = download(
+                output, folder, taskid=task.taskid, local_host=local_host, check=check,
+                on_bytes=on_bytes, verify=verify, sleep=client.sleep,
+            )  # fmt: skip
+            paths.append(path)
+    if journal is not None and entry_id is not None:
+        journal.ended(entry_id, task, paths)
+    return task, paths

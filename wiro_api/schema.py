@@ -1,0 +1,149 @@
+"""The parameters of a model: what Tool/Detail lists, made whole and checked before money is spent.
+
+The service rejects some runs when a key of its schema is missing, so all are sent: "" for a text
+that is not used, the model's default for a number that is not given.
+"""
+
+from collections.abc import Mapping, Sequence
+from decimal import Decimal
+from typing import Any
+
+from .client import Model
+from .errors import ConfigError
+from .task import decimal_of, text_of
+from .transport import FilePart
+
+SKYREELS = Model("wiro", "SkyReels-V1")
+#: sizes of SkyReels-V1, (width, height)
+SIZES = {"960x544": (960, 544), "544x960": (544, 960)}
+#: of SkyReels-V1, where the service does not tell; names, order and options from the n8n node
+#: Skyreels1 of wiroai/n8n-nodes-wiroai 2.0.1, defaults from upstream's README
+SKYREELS_ITEMS: tuple[Mapping[str, Any], ...] = (
+    {"id": "inputImage", "type": "fileinput", "required": True},
+    {"id": "prompt", "type": "textarea", "required": True},
+    {"id": "negativePrompt", "type": "textarea"},
+    {"id": "scale", "type": "range", "default": 6.0},
+    {"id": "numFrames", "type": "number", "default": 97},
+    {"id": "size", "type": "select", "required": True,
+     "options": [{"value": size} for size in SIZES]},
+    {"id": "steps", "type": "range", "default": 30},
+)  # fmt: skip
+MIN_FRAMES = 5
+_FILES = ("fileinput", "multifileinput", "combinefileinput")
+_NUMBERS = ("range", "number", "float")
+#: optional fields that every model takes
+_COMMON = ("callbackUrl", "projectid")
+
+
+def items_of(record: Mapping[str, Any], model: Model | None = None) -> list[Mapping[str, Any]]:
+    """The parameters that a record of Tool/Detail lists, without their groups.
+
+    Args:
+        model: SkyReels-V1 has known ones if the record lists none.
+    """
+    groups = record.get("parameters")
+    items = [
+        item
+        for group in (groups if isinstance(groups, list) else [])
+        if isinstance(group, Mapping)
+        for item in group.get("items") or []
+        if isinstance(item, Mapping) and item.get("id")
+    ]
+    if not items and model is not None and model.clean == SKYREELS.clean:
+        return list(SKYREELS_ITEMS)
+    return items
+
+
+def complete(
+    items: Sequence[Mapping[str, Any]],
+    values: Mapping[str, Any],
+    files: Sequence[tuple[str, FilePart]] = (),
+) -> dict[str, Any]:
+    """The parameters of a run with every key of the schema, numbers as numbers.
+
+    Args:
+        items: of `items_of`; with none, the values are returned as they are.
+        values: by parameter; addresses of files as the parameter or as its "...Url".
+        files: (parameter, part) of the files that are sent along.
+    Raises:
+        ConfigError: an unknown parameter, a required one missing, a number or choice that is none.
+    """
+    if not items:
+        return dict(values)
+    types = {str(item["id"]): text_of(item.get("type")) for item in items}
+    urls = {f"{name}Url": name for name, kind in types.items() if kind in _FILES[:2]}
+    sent = {name for name, _ in files}
+    for name in [*values, *sent]:
+        if name not in types and name not in urls and name not in _COMMON:
+            raise ConfigError(
+                f"The model has no parameter {name!r}: it knows {', '.join(types)}. Nothing was "
+                "sent."
+            )
+    whole: dict[str, Any] = {}
+    for item in items:
+        name, kind = str(item["id"]), types[str(item["id"])]
+        if kind in _FILES:
+            whole |= _file_values(name, kind, values, name in sent, bool(item.get("required")))
+            continue
+        value = values.get(name, item.get("default"))
+        if value is None or value == "":
+            if item.get("required"):
+                options = ", ".join(_options(item))
+                fix = f"choose one of {options}" if options else "fill it in"
+                raise ConfigError(f"The model wants {name}, which is empty: {fix}.")
+            if kind not in _NUMBERS:
+                whole[name] = ""
+            continue
+        whole[name] = _checked(item, name, kind, value)
+    return whole | {name: values[name] for name in _COMMON if name in values}
+
+
+def _file_values(
+    name: str, kind: str, values: Mapping[str, Any], is_sent: bool, is_required: bool
+) -> dict[str, Any]:
+    """What stands in the fields of a file parameter beside the file itself."""
+    url = values.get(f"{name}Url") or values.get(name) or ""
+    if is_required and not url and not is_sent:
+        raise ConfigError(f"The model wants a file for {name}: connect or name one.")
+    if kind == "combinefileinput":
+        return {name: [url] if isinstance(url, str) else url} if url else {}
+    return {f"{name}Url": url}
+
+
+def _checked(item: Mapping[str, Any], name: str, kind: str, value: object) -> object:
+    if kind in _NUMBERS:
+        number = decimal_of(value)
+        if number is None:
+            raise ConfigError(f"{name} is {str(value)[:40]!r}, which is no number: give one.")
+        low, high = decimal_of(item.get("min")), decimal_of(item.get("max"))
+        # schemas hold 0 for both where nothing was filled in
+        if low is not None and high is not None and low < high and not low <= number <= high:
+            raise ConfigError(f"{name} is {number}, and the model takes {low} to {high}.")
+        return _plain(number, value)
+    options = _options(item)
+    if kind == "select" and options and str(value) not in options:
+        raise ConfigError(f"{name} is {str(value)[:40]!r}: choose one of {', '.join(options)}.")
+    return str(value) if kind == "select" else value
+
+
+def _options(item: Mapping[str, Any]) -> list[str]:
+    return [text_of(o.get("value")) for o in item.get("options") or [] if isinstance(o, Mapping)]
+
+
+def _plain(number: Decimal, value: object) -> int | float:
+    if isinstance(value, float):
+        return value
+    return int(number) if number == number.to_integral_value() else float(number)
+
+
+def frame_count(num_frames: int) -> int:
+    """The next count that the video VAE can make: 4k + 1, at least 5.
+
+    Raises:
+        ConfigError: fewer than 5.
+    """
+    if num_frames < MIN_FRAMES:
+        raise ConfigError(
+            f"num_frames is {num_frames}: the least is {MIN_FRAMES}, and counts are 4k + 1, as 97."
+        )
+    return num_frames + (1 - num_frames) % 4

@@ -1,0 +1,257 @@
+"""What a run will cost, as far as the service tells, and what may be spent.
+
+Tool/Detail lists prices by input values and method. What can be computed before a run: per request,
+per output, per pixel, per character of the prompt, per second of video, and per second of computing
+by the service's own average. What cannot (tokens, audio length, what a model reports itself) has no
+price here. Source of the methods: pricing.md of wiroai/Wiro-Docs, 2026-04-17.
+"""
+
+import json
+import os
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from decimal import ROUND_CEILING, Decimal
+from pathlib import Path
+from typing import Any
+
+from .errors import ConfigError, LimitError
+from .task import decimal_of, dollars, text_of
+
+#: frames per second of the videos of models that are asked for a number of frames
+FPS = 24
+#: pixels of one price step of "cp-pixel"
+TIER_PIXELS = 1024 * 1024
+_COUNTS = ("samples", "numoutputs", "num_outputs", "numimages", "num_images", "outputcount")
+_SECONDS = ("duration", "videoduration", "seconds")
+
+
+@dataclass(frozen=True)
+class Price:
+    """US dollars of one run. is_exact: as listed; otherwise it rests on an average or a guess."""
+
+    amount: Decimal
+    is_exact: bool
+
+    def __str__(self) -> str:
+        return f"{'' if self.is_exact else 'about '}${dollars(self.amount)}"
+
+
+@dataclass(frozen=True)
+class Limits:
+    """US dollars; None is no limit. A day and a month are those of the local calendar."""
+
+    per_run: Decimal | None = None
+    per_day: Decimal | None = None
+    per_month: Decimal | None = None
+
+    @property
+    def is_set(self) -> bool:
+        """Whether there is any."""
+        return self != Limits()
+
+
+@dataclass(frozen=True)
+class Spent:
+    """US dollars of this day and this month: paid, and projected for what is under way."""
+
+    day: Decimal = Decimal(0)
+    month: Decimal = Decimal(0)
+
+
+# --- price --------------------------------------------------------------------------------------
+
+
+def price_of(
+    record: Mapping[str, Any],
+    parameters: Mapping[str, Any],
+    num_files: int = 0,
+    earlier: Sequence[Decimal] = (),
+) -> Price | None:
+    """The price of a run, or None if nothing tells it.
+
+    Args:
+        record: of Tool/Detail.
+        parameters, num_files: of the run.
+        earlier: what runs of this model did cost, for models that are billed by the second.
+    """
+    rows = _rows(record.get("dynamicprice"))
+    if rows:
+        row = _matching(rows, parameters, num_files)
+        price = None if row is None else _price_of_row(row, record, parameters, num_files)
+    else:
+        price = _by_second(record, decimal_of(record.get("cps")))
+    if price is None and earlier:
+        price = Price(max(earlier), is_exact=False)
+    return price
+
+
+def _rows(value: object) -> list[Mapping[str, Any]]:
+    if isinstance(value, str):
+        try:
+            value = json.loads(value)
+        except (ValueError, RecursionError):
+            return []
+    return [row for row in value if isinstance(row, Mapping)] if isinstance(value, list) else []
+
+
+def _matching(
+    rows: list[Mapping[str, Any]], parameters: Mapping[str, Any], num_files: int
+) -> Mapping[str, Any] | None:
+    """The row with the most conditions that the run meets."""
+
+    def meets(name: str, wanted: object) -> bool:
+        if str(wanted).startswith("QUANTITY:"):
+            return str(num_files) == str(wanted).removeprefix("QUANTITY:")
+        return str(parameters.get(name, "")).lower() == str(wanted).lower()
+
+    met: list[tuple[int, Mapping[str, Any]]] = []
+    for row in rows:
+        inputs = row.get("inputs")
+        conditions = inputs if isinstance(inputs, Mapping) else {}
+        if all(meets(name, wanted) for name, wanted in conditions.items()):
+            met.append((len(conditions), row))
+    return max(met, key=lambda pair: pair[0])[1] if met else None
+
+
+def _price_of_row(
+    row: Mapping[str, Any], record: Mapping[str, Any], parameters: Mapping[str, Any], num_files: int
+) -> Price | None:
+    each = decimal_of(row.get("price"))
+    method = text_of(row.get("priceMethod"))
+    if each is None or each < 0:
+        return None
+    if method == "cpr":
+        return Price(each, is_exact=True)
+    if method == "cpo":
+        count = _number(parameters, _COUNTS)
+        return Price(each * (count or 1), is_exact=count is not None)
+    if method == "cp-promptlength":
+        return Price(each * len(str(parameters.get("prompt", ""))), is_exact=True)
+    if method == "cp-outputVideoLength":
+        seconds = _number(parameters, _SECONDS)
+        frames = _number(parameters, ("numframes", "num_frames"))
+        if seconds is None and frames is not None:
+            seconds = frames / FPS
+        return None if seconds is None else Price(_cents_up(each * seconds), is_exact=False)
+    if method == "cp-pixel":
+        return _by_pixel(row, each, parameters, num_files)
+    if method == "cps":
+        return _by_second(record, each)
+    return None
+
+
+def _by_pixel(
+    row: Mapping[str, Any], each: Decimal, parameters: Mapping[str, Any], num_files: int
+) -> Price | None:
+    width, height = _number(parameters, ("width",)), _number(parameters, ("height",))
+    for name in ("size", "resolution"):
+        match = re.fullmatch(r"\s*(\d+)\s*[xX*]\s*(\d+)\s*", str(parameters.get(name, "")))
+        if match:
+            width, height = Decimal(match[1]), Decimal(match[2])
+    if not width or not height:
+        return None
+    tiers = int((width * height / TIER_PIXELS).to_integral_value(ROUND_CEILING))
+    extra = decimal_of(row.get("priceExtra"))
+    per_input = decimal_of(row.get("priceInput")) or Decimal(0)
+    amount = each + (tiers - 1) * (each if extra is None else extra)
+    return Price(amount + per_input * num_files * tiers, is_exact=False)
+
+
+def _by_second(record: Mapping[str, Any], cps: Decimal | None) -> Price | None:
+    """By the average that the service tells as `approximatelycost` at its own rate."""
+    average, own_rate = decimal_of(record.get("approximatelycost")), decimal_of(record.get("cps"))
+    if not average or average < 0:
+        return None
+    if cps and own_rate:
+        average = average * cps / own_rate
+    return Price(average, is_exact=False)
+
+
+def _number(parameters: Mapping[str, Any], names: Sequence[str]) -> Decimal | None:
+    for name, value in parameters.items():
+        if name.lower() in names:
+            return decimal_of(value)
+    return None
+
+
+def _cents_up(amount: Decimal) -> Decimal:
+    return amount.quantize(Decimal("0.0001"), ROUND_CEILING)
+
+
+# --- limits -------------------------------------------------------------------------------------
+
+
+def parse_limit(value: object) -> Decimal | None:
+    """A limit of what a person typed: None for nothing.
+
+    Raises:
+        ConfigError: not an amount of dollars.
+    """
+    if value is None or str(value).strip() == "":
+        return None
+    amount = decimal_of(str(value).strip().removeprefix("$"))
+    if amount is None or amount < 0:
+        raise ConfigError(
+            f"{str(value)[:40]!r} is not a limit: give US dollars as 2.50, or nothing for no limit."
+        )
+    return amount
+
+
+def load_limits(file: Path) -> Limits:
+    """The limits in a file; none if there is no file.
+
+    Raises:
+        ConfigError: it cannot be read. Nothing may be spent then: what it said is not known.
+    """
+    if not file.exists():
+        return Limits()
+    try:
+        stored = json.loads(file.read_text(encoding="utf-8"))
+        return Limits(**{name: parse_limit(stored.get(name)) for name in asdict(Limits())})
+    except (OSError, ValueError, AttributeError) as error:
+        raise ConfigError(
+            f"The spending limits in {file} cannot be read ({error}): set them again, or delete it."
+        ) from None
+
+
+def save_limits(file: Path, limits: Limits) -> None:
+    """Write limits; the old file is replaced as a whole."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    part = file.with_name(file.name + ".part")
+    part.write_text(json.dumps(to_json(limits)), encoding="utf-8")
+    os.replace(part, file)
+
+
+def to_json(limits: Limits) -> dict[str, str | None]:
+    """Limits as texts, None for none."""
+    return {name: dollars(value) for name, value in asdict(limits).items()}
+
+
+def check_limits(limits: Limits, price: Price | None, spent: Spent, model: str) -> None:
+    """Nothing if a run may be paid for.
+
+    Raises:
+        LimitError: it would pass a limit, or its price is not known and there is one.
+    """
+    if not limits.is_set:
+        return
+    fix = "Nothing was sent. Raise the limit in the Wiro settings if you want it"
+    if price is None:
+        raise LimitError(
+            f"Wiro tells no price for {model} with these settings, so your spending limits cannot "
+            "be checked. Nothing was sent. Remove the limits for one run; later runs are judged by "
+            "what it cost."
+        )
+    periods = (
+        ("a run", limits.per_run, Decimal(0)),
+        ("a day", limits.per_day, spent.day),
+        ("a month", limits.per_month, spent.month),
+    )
+    for period, limit, already in periods:
+        if limit is not None and already + price.amount > limit:
+            so_far = f", and ${dollars(already)} of it is spent" if already else ""
+            raise LimitError(
+                f"{model} would cost {price}; your limit is ${dollars(limit)} {period}{so_far}. "
+                f"{fix}."
+            )
