@@ -3,9 +3,11 @@
 Ids equal class names and never change.
 """
 
+from . import host, routes
 from .conditioning import SkyReelsImageConditioning
 from .decode import SkyReelsVAEDecode
 from .loaders import SkyReelsTransformerLoader, SkyReelsVAELoader
+from .remote import WiroRemoteI2V, WiroRunModel, WiroTaskResult, WiroUploadFile
 from .sampler import SkyReelsSampler, SkyReelsScheduler
 from .text import SkyReelsTextEncode, SkyReelsTextEncoderLoader
 
@@ -18,6 +20,10 @@ NODE_CLASS_MAPPINGS = {
     "SkyReelsScheduler": SkyReelsScheduler,
     "SkyReelsSampler": SkyReelsSampler,
     "SkyReelsVAEDecode": SkyReelsVAEDecode,
+    "WiroRemoteI2V": WiroRemoteI2V,
+    "WiroRunModel": WiroRunModel,
+    "WiroTaskResult": WiroTaskResult,
+    "WiroUploadFile": WiroUploadFile,
 }
 
 NODE_DISPLAY_NAME_MAPPINGS = {
@@ -29,4 +35,11 @@ NODE_DISPLAY_NAME_MAPPINGS = {
     "SkyReelsScheduler": "SkyReels Scheduler",
     "SkyReelsSampler": "SkyReels Sampler",
     "SkyReelsVAEDecode": "SkyReels VAE Decode",
+    "WiroRemoteI2V": "Wiro Remote I2V",
+    "WiroRunModel": "Wiro Run Model",
+    "WiroTaskResult": "Wiro Task Result",
+    "WiroUploadFile": "Wiro Upload File",
 }
+
+if (_table := host.routes()) is not None:
+    routes.register(_table)

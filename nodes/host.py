@@ -1,18 +1,21 @@
-"""The only file that imports ComfyUI: devices, memory, files, progress, cancel, samplers.
+"""The only file that imports ComfyUI: devices, memory, files, progress, cancel, samplers, routes.
 
 Imports stand inside the functions, so the package loads (and its nodes can be listed and tested)
 where there is no ComfyUI.
 """
 
+import asyncio
+import contextvars
 import logging
 import os
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PureWindowsPath
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +25,7 @@ from ..skyreels.memory import RESERVE_BYTES, missing_bytes, weight_bytes
 from ..skyreels.sampling import OnStep, Solver, Velocity
 
 log = logging.getLogger("skyreels")
+T = TypeVar("T")
 
 #: where to get what a loader does not find, by folder kind
 LINKS = {
@@ -105,9 +109,117 @@ class ComfyRuntime:
         self._mm.throw_exception_if_processing_interrupted()
 
     def _say(self, text: str) -> None:
-        server = _server()
-        if server is not None and self._unique_id is not None:
-            server.send_progress_text(text, self._unique_id)
+        say_on_node(text, self._unique_id)
+
+
+def say_on_node(text: str, unique_id: str | None) -> None:
+    """Write a line on a node of the page, if there is a page."""
+    server = _server()
+    if server is not None and unique_id is not None:
+        server.send_progress_text(text, unique_id)
+
+
+class RemoteProgress:
+    """Bar, line and cancel button of a node that waits for another machine."""
+
+    def __init__(self, unique_id: str | None) -> None:
+        import comfy.model_management as mm
+        import comfy.utils
+
+        self._mm = mm
+        self._unique_id = unique_id
+        self._bar = comfy.utils.ProgressBar(1000, node_id=unique_id)
+        self._shown: tuple[float, str] = (-1.0, "")
+
+    def show(self, fraction: float, line: str) -> None:
+        """Move the bar, 0..1, and write the line, if they are new."""
+        if (fraction, line) == self._shown:
+            return
+        if fraction != self._shown[0]:
+            self._bar.update_absolute(round(1000 * fraction), 1000)  # asks for the interrupt too
+        self.say(line)
+        self._shown = (fraction, line)
+
+    def say(self, line: str) -> None:
+        """Write the line alone."""
+        say_on_node(line, self._unique_id)
+
+    def check_interrupt(self) -> None:
+        """Raise ComfyUI's own exception if the user pressed Cancel."""
+        self._mm.throw_exception_if_processing_interrupted()
+
+
+async def in_thread(work: Callable[[], T], over: threading.Event) -> T:
+    """Run blocking work beside the host's loop, in a thread of its own, under the caller's context.
+
+    Args:
+        over: set if the wait is ended from outside (another node failed, or the prompt was
+            cancelled); the work must then put its things in order and return soon. The caller is
+            left only after that.
+    """
+    loop = asyncio.get_running_loop()
+    future: asyncio.Future[T] = loop.create_future()
+    context = contextvars.copy_context()
+
+    def settle(result: T | None, error: BaseException | None) -> None:
+        if future.cancelled():
+            return
+        if error is None:
+            future.set_result(result)  # type: ignore[arg-type]
+        else:
+            future.set_exception(error)
+
+    def body() -> None:
+        result, error = None, None
+        try:
+            result = context.run(work)
+        except BaseException as caught:  # noqa: BLE001 - it is raised again in the caller
+            error = caught
+        loop.call_soon_threadsafe(settle, result, error)
+
+    threading.Thread(target=body, name="wiro", daemon=True).start()
+    try:
+        return await asyncio.shield(future)
+    except BaseException:
+        over.set()
+        await asyncio.wait({future})
+        if not future.cancelled():
+            future.exception()  # seen: what ended the wait from outside goes on
+        raise
+
+
+def is_interrupt(error: BaseException) -> bool:
+    """Whether it is what the host raises when the user pressed Cancel."""
+    import comfy.model_management as mm
+
+    return isinstance(error, mm.InterruptProcessingException)
+
+
+def send_event(name: str, data: dict[str, Any]) -> None:
+    """Tell every open page; no secrets."""
+    server = _server()
+    if server is not None:
+        server.send_sync(name, data)
+
+
+def routes() -> Any:
+    """The server's table of routes, or None in tests and import-only runs."""
+    server = _server()
+    return None if server is None else server.routes
+
+
+def blocked(message: str) -> Any:
+    """An output that stops, with a message, only what depends on it."""
+    from comfy_execution.graph_utils import ExecutionBlocker
+
+    return ExecutionBlocker(message)
+
+
+def video_of(path: Path) -> Any:
+    """A file as core's VIDEO; saved in its own format it is copied, not encoded again."""
+    from comfy_api.latest import InputImpl
+
+    return InputImpl.VideoFromFile(str(path))
 
 
 def status_line(stage: str, done: int, total: int, seconds_each: float) -> str:
@@ -260,14 +372,45 @@ def resolve(kind: str, name: str, folders: dict[str, Path]) -> Path:
     return Path(path)
 
 
-def resume_folder() -> Path:
-    """Folder of saved steps in the user directory; steps nobody came back for are removed.
+def state_folder() -> Path:
+    """Our folder in the user directory, which may not be there yet.
 
-    Its parent begins with two underscores: ComfyUI's routes do not serve such folders.
+    It begins with two underscores: ComfyUI's routes do not serve such folders.
     """
     import folder_paths
 
-    folder = Path(folder_paths.get_user_directory()) / "__skyreels" / "resume"
+    return Path(folder_paths.get_user_directory()) / "__skyreels"
+
+
+def output_folder() -> Path:
+    """Where the page looks for results."""
+    import folder_paths
+
+    return Path(folder_paths.get_output_directory())
+
+
+def input_files() -> list[str]:
+    """Names of the files directly in the input folder."""
+    import folder_paths
+
+    try:
+        with os.scandir(folder_paths.get_input_directory()) as entries:
+            return sorted(entry.name for entry in entries if entry.is_file())
+    except OSError as error:  # an unreadable folder must not take the node away
+        log.warning("Files of the input folder are not listed: %s.", error)
+        return []
+
+
+def input_file(name: str) -> Path:
+    """The path of a file in the input folder; it may be missing."""
+    import folder_paths
+
+    return Path(folder_paths.get_annotated_filepath(name))
+
+
+def resume_folder() -> Path:
+    """Folder of saved steps in the user directory; steps nobody came back for are removed."""
+    folder = state_folder() / "resume"
     folder.mkdir(parents=True, exist_ok=True)
     for file in folder.glob("*.safetensors"):
         if time.time() - file.stat().st_mtime > RESUME_DAYS * 86_400:

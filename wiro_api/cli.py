@@ -7,7 +7,6 @@ an argument: arguments are seen by every program on the machine.
 
 import argparse
 import json
-import mimetypes
 import os
 import sys
 from collections.abc import Sequence
@@ -18,18 +17,17 @@ from urllib.parse import urlsplit
 
 from .client import WATCH_S, Client, Model, RunHandle
 from .errors import ApiError, AuthError, ConfigError, DependencyError, TransportError, WiroError
+from .files import read_part
 from .jobs import finish, start, to_handle
 from .journal import Entry, Journal, default_path
 from .schema import complete, items_of
 from .signing import load_credentials
 from .spending import Limits, load_limits, parse_limit, price_of, save_limits, to_json
 from .task import Output, Task, Verdict, dollars, verdict
-from .transport import BASE_URL, BASE_URL_VARIABLE, FilePart
+from .transport import BASE_URL, BASE_URL_VARIABLE
 from .video import check_video, is_video
 from .websocket import SOCKET_URL, SOCKET_URL_VARIABLE
 
-#: the service's limit for an uploaded file
-MAX_FILE_BYTES = 100 * 1000 * 1000
 EXIT_ERROR, EXIT_INTERRUPTED = 1, 130
 
 
@@ -360,24 +358,6 @@ def describe(task: Task, paths: Sequence[Path] = ()) -> dict[str, Any]:
         "files": [str(path) for path in paths],
         "outputs": outputs,
     }
-
-
-def read_part(path: Path) -> FilePart:
-    """A file as a part of a request, under an ASCII name that keeps its suffix.
-
-    Raises:
-        ConfigError: missing, empty or too large.
-    """
-    if not path.is_file():
-        raise ConfigError(f"There is no file {path}: check the path.")
-    num_bytes = path.stat().st_size
-    if not 0 < num_bytes <= MAX_FILE_BYTES:
-        raise ConfigError(
-            f"{path} has {num_bytes} bytes, and Wiro takes 1 to {MAX_FILE_BYTES}: use another file."
-        )
-    kind = mimetypes.guess_type(path.name)[0] or "application/octet-stream"
-    suffix = path.suffix.lower() if path.suffix.isascii() else ""
-    return f"input{suffix}", path.read_bytes(), kind
 
 
 def _pair(text: str, option: str) -> tuple[str, str]:

@@ -6,6 +6,7 @@ is asked. A wait that ends, or a program that ends, stops nothing: both identifi
 back to it.
 """
 
+import contextlib
 import random
 import re
 import time
@@ -370,8 +371,8 @@ class Client:
 
         Args:
             timeout_s: longest wait.
-            socket: of the same task; while it is healthy polls are rare, and the frame that
-                announces the end brings the next one forward.
+            socket: of the same task; while it is healthy polls are rare, and a frame that
+                announces another state brings the next one forward.
         Raises:
             TaskTimeoutError: the wait is over, with both identifiers to go on later.
             TaskStalledError: it stands still on an error of its own.
@@ -430,7 +431,7 @@ class Client:
             self._pause(min(pause, left), socket)
 
     def _pause(self, seconds: float, socket: "ProgressSocket | None") -> None:
-        """Sleep, but with a socket no longer than to the news that the task has ended."""
+        """Sleep, but with a socket no longer than to the news of another state."""
         if socket is None:
             self.sleep(seconds)
             return
@@ -454,24 +455,24 @@ class Client:
             WiroError: it still runs after several rounds.
         """
         reason = ""
-        for round_number in range(STOP_ROUNDS + 1):
-            task = self.detail(handle)
-            handle = RunHandle(task.taskid or handle.taskid, task.token or handle.token)
+        task = self.detail(handle)
+        for _ in range(STOP_ROUNDS):
             if task.is_terminal:
                 return task
-            if round_number == STOP_ROUNDS:
-                break
+            handle = RunHandle(task.taskid or handle.taskid, task.token or handle.token)
             try:
+                (self.cancel if task.status == QUEUED else self.kill)(handle)
+            except ApiError as error:  # a worker took it meanwhile, or it is between two states
+                reason = str(error)
                 if task.status == QUEUED:
-                    self.cancel(handle)
-                    continue
-            except ApiError as error:  # a worker took it meanwhile
-                reason = str(error)
-            try:
-                self.kill(handle)
-            except ApiError as error:
-                reason = str(error)
-            self.sleep(STOP_WAIT_S)
+                    with contextlib.suppress(ApiError):
+                        self.kill(handle)
+            task = self.detail(handle)
+            if not task.is_terminal:
+                self.sleep(STOP_WAIT_S)
+                task = self.detail(handle)
+        if task.is_terminal:
+            return task
         raise WiroError(
             f"Task {handle.taskid} could not be stopped ({reason or 'it goes on'}): stop it in the "
             "Wiro dashboard.",

@@ -1,4 +1,4 @@
-"""Bringing a result home, whole or not at all.
+"""Files: bringing a result home, whole or not at all; reading what is sent.
 
 The address comes from outside, so it is fetched without any header of ours, over https, from public
 addresses only, and redirects are checked one by one. The file grows under a temporary name and
@@ -6,6 +6,7 @@ takes its own when its size and its first bytes are right.
 """
 
 import ipaddress
+import mimetypes
 import os
 import random
 import re
@@ -17,10 +18,12 @@ from urllib.parse import urljoin, urlsplit
 
 import requests
 
-from .errors import DownloadError
+from .errors import ConfigError, DownloadError
 from .task import Output
-from .transport import CONNECT_S, LOOPBACK, READ_S, wait_s
+from .transport import CONNECT_S, LOOPBACK, READ_S, FilePart, wait_s
 
+#: the service's limit for an uploaded file
+MAX_UPLOAD_BYTES = 100 * 1000 * 1000
 #: no result is larger than this
 MAX_BYTES = 2 * 1024**3
 ATTEMPTS = 5
@@ -236,3 +239,22 @@ def _new_part(folder: Path) -> Path:
     part = folder / f".wiro-{os.getpid()}-{random.getrandbits(48):012x}.part"
     part.open("xb").close()
     return part
+
+
+def read_part(path: Path) -> FilePart:
+    """A file as a part of a request, under an ASCII name that keeps its suffix.
+
+    Raises:
+        ConfigError: missing, empty or too large.
+    """
+    if not path.is_file():
+        raise ConfigError(f"There is no file {path}: check the path.")
+    num_bytes = path.stat().st_size
+    if not 0 < num_bytes <= MAX_UPLOAD_BYTES:
+        raise ConfigError(
+            f"{path} has {num_bytes} bytes, and Wiro takes 1 to {MAX_UPLOAD_BYTES}: use another "
+            "file."
+        )
+    kind = mimetypes.guess_type(path.name)[0] or "application/octet-stream"
+    suffix = path.suffix.lower() if path.suffix.isascii() else ""
+    return f"input{suffix}", path.read_bytes(), kind

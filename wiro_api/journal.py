@@ -227,6 +227,26 @@ class Journal:
         costs = (decimal_of(e.cost) for e in done if e.verdict == Verdict.SUCCEEDED.value)
         return [cost for cost in costs if cost is not None][:limit]
 
+    def adopt(self, taskid: str, model: str) -> Entry | None:
+        """The row of a task, made if a task has none; None if that fails, which is logged."""
+        try:
+            with self._open() as connection:
+                row = connection.execute(
+                    f"SELECT {', '.join(_COLUMNS)} FROM jobs WHERE taskid = ? ORDER BY id DESC",
+                    (taskid,),
+                ).fetchone()
+                if row is not None:
+                    return _to_entry(row)
+                cursor = connection.execute(
+                    "INSERT INTO jobs (job, owner, model, state, taskid, created_at, updated_at) "
+                    "VALUES (?, '', ?, 'started', ?, ?, ?)",
+                    (f"task {taskid}", model, taskid, self._now(), self._now()),
+                )
+                return _get(connection, int(cursor.lastrowid or 0))
+        except (sqlite3.Error, OSError) as error:
+            logger.warning("The journal %s could not be written: %s.", self.path, error)
+            return None
+
     def started(self, entry_id: int, taskid: str) -> None:
         """Note the task that the service named."""
         self._note(entry_id, state="started", taskid=taskid)

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import ConfigError, LimitError
-from .task import decimal_of, dollars, text_of
+from .task import decimal_of, dollars, money, text_of
 
 #: frames per second of the videos of models that are asked for a number of frames
 FPS = 24
@@ -34,7 +34,7 @@ class Price:
     is_exact: bool
 
     def __str__(self) -> str:
-        return f"{'' if self.is_exact else 'about '}${dollars(self.amount)}"
+        return f"{'' if self.is_exact else 'about '}{money(self.amount)}"
 
 
 @dataclass(frozen=True)
@@ -250,8 +250,8 @@ def check_limits(limits: Limits, price: Price | None, spent: Spent, model: str) 
     )
     for period, limit, already in periods:
         if limit is not None and already + price.amount > limit:
-            so_far = f", and ${dollars(already)} of it is spent" if already else ""
+            so_far = f", and {money(already)} of it is spent" if already else ""
             raise LimitError(
-                f"{model} would cost {price}; your limit is ${dollars(limit)} {period}{so_far}. "
+                f"{model} would cost {price}; your limit is {money(limit)} {period}{so_far}. "
                 f"{fix}."
             )

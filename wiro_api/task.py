@@ -252,6 +252,13 @@ def dollars(amount: Decimal | None) -> str | None:
     return None if amount is None else f"{amount.normalize():f}"
 
 
+def money(amount: Decimal) -> str:
+    """An amount for people: "$0.30", "$0.00351"."""
+    text = dollars(amount) or "0"
+    whole, _, cents = text.partition(".")
+    return f"${whole}.{cents:0<2}"
+
+
 def time_of(value: object) -> int | None:
     """Unix seconds; 0 and empty mean not yet."""
     return int_of(value) or None

@@ -28,16 +28,11 @@ def is_image(output: Output) -> bool:
     return output.name.lower().endswith((".png", ".jpg", ".jpeg", ".webp"))
 
 
-def num_frames(path: Path) -> int:
-    """How many frames its container announces; 0 if it does not tell."""
-    import av
+def read_frames(path: Path) -> "Iterator[tuple[NDArray[np.uint8], int]]":
+    """The frames of a video or picture, one at a time.
 
-    with av.open(str(path)) as container:
-        return int(container.streams.video[0].frames) if container.streams.video else 0
-
-
-def read_frames(path: Path) -> "Iterator[NDArray[np.uint8]]":
-    """The frames of a video or picture, [H, W, 3] each, one at a time.
+    Returns:
+        (frame [H, W, 3], how many the container announces or 0) for each.
 
     Raises:
         DependencyError: PyAV is missing.
@@ -57,7 +52,7 @@ def read_frames(path: Path) -> "Iterator[NDArray[np.uint8]]":
             announced = stream.frames
             for frame in container.decode(stream):
                 count += 1
-                yield frame.to_ndarray(format="rgb24")
+                yield frame.to_ndarray(format="rgb24"), announced
     except av.error.FFmpegError as error:
         raise DownloadError(
             f"The video does not decode ({error.strerror}) after {count} frames"

@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable
 
 from .errors import DependencyError
-from .task import TERMINAL, Progress, parse_progress
+from .task import RANKS, TERMINAL, Progress, parse_progress
 from .transport import check_base_url
 
 logger = logging.getLogger(__name__)
@@ -28,6 +28,8 @@ TICK_S = 0.5
 RECONNECTS, LONGEST_WAIT_S = 5, 30.0
 #: the service pings every 30 s; a socket that is silent for longer than this is taken for dead
 SILENT_S = 90.0
+#: frames that come many times while a task is in one state
+_REPEATED = ("task_output", "task_error")
 MAX_FRAME_BYTES = 4 * 1024 * 1024
 
 
@@ -65,7 +67,7 @@ class ProgressSocket:
         return self._healthy
 
     def take_news(self) -> bool:
-        """Whether the end of the task was announced since the last call."""
+        """Whether a new state of the task was announced since the last call."""
         has_news = self._news.is_set()
         self._news.clear()
         return has_news
@@ -150,7 +152,6 @@ class ProgressSocket:
                 self._on_progress(progress)
             elif isinstance(message, str) and message.strip():
                 self._on_log(message.strip())
-        if kind in TERMINAL:
+        if kind in RANKS and kind not in _REPEATED:
             self._news.set()
-            return True
-        return False
+        return kind in TERMINAL

@@ -1,0 +1,205 @@
+"""What the remote nodes and the page share: the account, its limits, the journal, live tasks.
+
+All of it lies in the user's folder under `__skyreels`, which ComfyUI's routes do not serve. The key
+is in the environment or in a file of its own there, and nowhere else.
+"""
+
+import os
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
+
+from . import host
+
+if TYPE_CHECKING:
+    from ..wiro_api.client import Client
+    from ..wiro_api.journal import Entry, Journal
+
+VIDEO_SUFFIXES = (".mp4", ".webm", ".mov", ".mkv")
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".gif")
+#: event of the page; its data is what `describe` makes
+EVENT = "skyreels.wiro"
+#: lines of a task's log that are kept for the page
+LOG_LINES = 200
+#: seconds between two events of one task
+EVENT_EVERY_S = 0.25
+
+
+@dataclass
+class Live:
+    """What is known of a task that a node of this server follows, beside its row."""
+
+    fraction: float | None = None
+    line: str = ""
+    log: deque[str] = field(default_factory=lambda: deque(maxlen=LOG_LINES))
+    told_at: float = 0.0
+
+
+#: row of the journal -> Live; how many nodes follow each
+_live: dict[int, Live] = {}
+_followers: dict[int, int] = {}
+_lock = threading.Lock()
+
+
+# --- account ------------------------------------------------------------------------------------
+
+
+def credentials_file() -> Path:
+    """Where the settings panel keeps the key."""
+    return host.state_folder() / "wiro.env"
+
+
+def limits_file() -> Path:
+    """Where the spending limits are kept."""
+    return host.state_folder() / "wiro_limits.json"
+
+
+def journal() -> "Journal":
+    """The journal of this ComfyUI's user folder."""
+    from ..wiro_api.journal import Journal
+
+    return Journal(host.state_folder() / "wiro_journal.sqlite")
+
+
+def base_url() -> str:
+    """Of the service, or of a test server."""
+    from ..wiro_api.transport import BASE_URL, BASE_URL_VARIABLE
+
+    return os.environ.get(BASE_URL_VARIABLE) or BASE_URL
+
+
+def socket_url() -> str:
+    """Of the progress socket; "" if another service is used and it has none named."""
+    from ..wiro_api.transport import BASE_URL_VARIABLE
+    from ..wiro_api.websocket import SOCKET_URL, SOCKET_URL_VARIABLE
+
+    given = os.environ.get(SOCKET_URL_VARIABLE, "")
+    return given or ("" if os.environ.get(BASE_URL_VARIABLE) else SOCKET_URL)
+
+
+def local_host() -> str:
+    """host:port of a test server on this machine, "" for the real service."""
+    address = urlsplit(base_url())
+    return address.netloc if address.scheme == "http" else ""
+
+
+def make_client(sleep: Callable[[float], None] = time.sleep) -> "Client":
+    """A client of the environment's key, else of the one in the user's folder.
+
+    Raises:
+        ConfigError: there is no key; says where to put it.
+    """
+    from ..wiro_api.client import Client
+    from ..wiro_api.errors import ConfigError
+    from ..wiro_api.signing import load_credentials
+
+    try:
+        credentials = load_credentials(file=credentials_file())
+    except ConfigError as error:
+        raise ConfigError(f"{error} In ComfyUI: Settings > SkyReels > Wiro.") from None
+    return Client(credentials, base_url=base_url(), sleep=sleep)
+
+
+def describe_account() -> dict[str, Any]:
+    """What the page may know: whether there is a key, where from, its last letters, limits."""
+    from ..wiro_api.errors import ConfigError
+    from ..wiro_api.signing import KEY_VARIABLE, load_credentials
+    from ..wiro_api.spending import Limits, Spent, load_limits, to_json
+    from ..wiro_api.task import dollars
+
+    problem, hint, source = "", "", "none"
+    try:
+        hint = load_credentials(file=credentials_file()).hint
+        source = "environment" if os.environ.get(KEY_VARIABLE, "").strip() else "file"
+    except ConfigError as error:
+        problem = str(error)
+    try:
+        limits, spent = load_limits(limits_file()), journal().spent()
+    except ConfigError as error:
+        limits, spent, problem = Limits(), Spent(), str(error)
+    return {
+        "has_key": source != "none",
+        "hint": hint,
+        "source": source,
+        "service": base_url(),
+        "limits": to_json(limits),
+        "spent": {"day": dollars(spent.day), "month": dollars(spent.month)},
+        "problem": problem,
+    }
+
+
+# --- live tasks ---------------------------------------------------------------------------------
+
+
+def follow(row: int) -> Live:
+    """Say that a node follows a task from now on."""
+    with _lock:
+        _followers[row] = _followers.get(row, 0) + 1
+        return _live.setdefault(row, Live())
+
+
+def leave(row: int) -> None:
+    """Say that it does not any more; the log is kept while the server runs."""
+    with _lock:
+        _followers[row] = _followers.get(row, 1) - 1
+    tell(row, always=True)
+
+
+def tell(row: int, *, always: bool = False) -> None:
+    """Send the page the state of a task, if it was not just sent."""
+    live = _live.get(row)
+    now = time.monotonic()
+    if live is not None:
+        if not always and now - live.told_at < EVENT_EVERY_S:
+            return
+        live.told_at = now
+    entry = journal().get(row)
+    if entry is not None:
+        host.send_event(EVENT, describe(entry))
+
+
+def describe(entry: "Entry") -> dict[str, Any]:
+    """A row and what is live of it, as the page shows it; no token, no prompt, no full path."""
+    live = _live.get(entry.id, Live())
+    return {
+        "id": entry.id,
+        "taskid": entry.taskid,
+        "model": entry.model,
+        "state": entry.state,
+        "status": entry.status,
+        "verdict": entry.verdict,
+        "fraction": live.fraction,
+        "line": live.line,
+        "log": list(live.log),
+        "cost": entry.cost,
+        "projected": entry.projected,
+        "elapsed_s": entry.elapsed_s,
+        "created_at": entry.created_at,
+        "updated_at": entry.updated_at,
+        "is_live": _followers.get(entry.id, 0) > 0,
+        "error": entry.error,
+        "files": [file for path in entry.files if (file := _describe_file(path)) is not None],
+        "remote_deleted": entry.remote_deleted,
+    }
+
+
+def _describe_file(path: Path) -> dict[str, str] | None:
+    """Where the page finds a file, or None if it is not (any more) in the output folder."""
+    try:
+        folder = path.parent.relative_to(host.output_folder())
+    except ValueError:
+        return None
+    if not path.is_file():
+        return None
+    suffix = path.suffix.lower()
+    kind = "other"
+    if suffix in VIDEO_SUFFIXES:
+        kind = "video"
+    elif suffix in IMAGE_SUFFIXES:
+        kind = "image"
+    return {"filename": path.name, "subfolder": folder.as_posix(), "type": "output", "kind": kind}

@@ -1,0 +1,449 @@
+"""Nodes that run models on wiro.ai.
+
+The key is in the environment or in the user's folder, never in a widget.
+"""
+
+import io
+import json
+import logging
+import threading
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from ..skyreels.conditioning import FITS, fit_image
+from ..skyreels.text import with_fps_prefix
+from . import account, host
+from .wiro_run import Result, Window, collect, run_model
+
+if TYPE_CHECKING:
+    from ..wiro_api.transport import FilePart
+
+log = logging.getLogger("skyreels")
+
+ORIENTATION = "by orientation"
+SIZES = ("960x544", "544x960")
+FROM_IMAGE = "the image"
+
+
+def _common_widgets() -> dict[str, Any]:
+    return {
+        "take": (
+            "INT",
+            {
+                "default": 1,
+                "min": 1,
+                "max": 1_000_000,
+                "tooltip": "The service draws its own noise. The same inputs with the same number "
+                "give the video that was paid for before; another number, as 2, pays for another.",
+            },
+        ),
+        "wait_when_busy": (
+            "BOOLEAN",
+            {
+                "default": False,
+                "tooltip": "If as many tasks run as your balance allows (code 96), wait for a "
+                "place and try again; otherwise it is an error.",
+            },
+        ),
+        "timeout_minutes": (
+            "FLOAT",
+            {
+                "default": 40.0,
+                "min": 0.1,
+                "max": 1440.0,
+                "step": 0.1,
+                "advanced": True,
+                "tooltip": "Longest wait for the end, in minutes (40 is the service's own). The "
+                "task then goes on at Wiro, and queueing again goes on waiting.",
+            },
+        ),
+    }
+
+
+class WiroRemoteI2V:
+    CATEGORY = "SkyReels/remote"
+    DESCRIPTION = (
+        "Makes the video on wiro.ai with SkyReels-V1 instead of on this machine. Costs money: the "
+        "price is shown before and the cost after, and Cancel stops the remote task. Needs a key "
+        "(WIRO_API_KEY, or Settings > SkyReels > Wiro)."
+    )
+    FUNCTION = "generate"
+    RETURN_TYPES = ("IMAGE", "VIDEO", "STRING", "STRING")
+    RETURN_NAMES = ("images", "video", "task_id", "receipt")
+    OUTPUT_TOOLTIPS = (
+        "The frames, for CreateVideo at 24 fps or anything else.",
+        "The video as the service made it; SaveVideo copies it.",
+        "The task's id at Wiro, for Wiro Task Result.",
+        "JSON: model, parameters, task id, cost in US dollars, seconds, files.",
+    )
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict[str, Any]:
+        return {
+            "required": {
+                "image": (
+                    "IMAGE",
+                    {"tooltip": "The first frame; of a batch the first picture is used."},
+                ),
+                "prompt": (
+                    "STRING",
+                    {
+                        "multiline": True,
+                        "dynamicPrompts": True,
+                        "default": "",
+                        "tooltip": "What happens in the video. Must not be empty.",
+                    },
+                ),
+                "size": (
+                    [ORIENTATION, *SIZES],
+                    {
+                        "default": ORIENTATION,
+                        "tooltip": "Width x height. By orientation: 544x960 for a picture that is "
+                        "higher than wide, else 960x544.",
+                    },
+                ),
+                "fit": (
+                    list(FITS),
+                    {
+                        "default": "crop",
+                        "tooltip": "crop cuts the centre to the video's proportions (as the "
+                        "authors do), pad adds black bars (letterbox), stretch distorts.",
+                    },
+                ),
+                "num_frames": (
+                    "INT",
+                    {
+                        "default": 97,
+                        "min": 5,
+                        "max": 289,
+                        "step": 4,
+                        "tooltip": "4k+1 frames at 24 a second: 97 is four seconds. Other numbers "
+                        "are rounded up to the next 4k+1.",
+                    },
+                ),
+                "steps": (
+                    "INT",
+                    {
+                        "default": 30,
+                        "min": 1,
+                        "max": 100,
+                        "tooltip": "Sampling steps; the authors use 30.",
+                    },
+                ),
+                "cfg": (
+                    "FLOAT",
+                    {
+                        "default": 6.0,
+                        "min": 1.0,
+                        "max": 30.0,
+                        "step": 0.1,
+                        "tooltip": "How closely the prompt is followed; the authors use 6.",
+                    },
+                ),
+            },
+            "optional": {
+                "negative_prompt": (
+                    "STRING",
+                    {
+                        "multiline": True,
+                        "default": "",
+                        "tooltip": "What the video should not show; may be empty.",
+                    },
+                ),
+                "add_fps_prefix": (
+                    "BOOLEAN",
+                    {
+                        "default": True,
+                        "tooltip": "Put 'FPS-24, ' in front, as in training, unless the prompt "
+                        "names a frame rate itself.",
+                    },
+                ),
+                **_common_widgets(),
+            },
+            "hidden": {"unique_id": "UNIQUE_ID"},
+        }
+
+    @classmethod
+    def VALIDATE_INPUTS(cls, prompt: str | None = None) -> bool | str:
+        if prompt is not None and not prompt.strip():
+            return "The prompt is empty: say what happens in the video. Nothing was sent."
+        return True
+
+    async def generate(
+        self,
+        image: Tensor,
+        prompt: str,
+        size: str,
+        fit: str,
+        num_frames: int,
+        steps: int,
+        cfg: float,
+        negative_prompt: str = "",
+        add_fps_prefix: bool = True,
+        take: int = 1,
+        wait_when_busy: bool = False,
+        timeout_minutes: float = 40.0,
+        unique_id: str | None = None,
+    ) -> tuple[Any, ...]:
+        from ..wiro_api.errors import ConfigError
+        from ..wiro_api.schema import SKYREELS, frame_count
+
+        if not prompt.strip():
+            raise ConfigError("The prompt is empty: say what happens in the video.")
+        if size == ORIENTATION:
+            size = SIZES[int(image.shape[1] > image.shape[2])]
+        frames = frame_count(num_frames)
+        if frames != num_frames:
+            log.info("num_frames %d is not 4k + 1: %d frames are made.", num_frames, frames)
+        values = {
+            "prompt": with_fps_prefix(prompt) if add_fps_prefix else prompt,
+            "negativePrompt": negative_prompt,
+            "scale": cfg,
+            "numFrames": frames,
+            "size": size,
+            "steps": steps,
+        }
+        result = await run_model(
+            SKYREELS, values, lambda: [("inputImage", png_part(image, size, fit))], take=take,
+            wait_when_busy=wait_when_busy, timeout_minutes=timeout_minutes, unique_id=unique_id,
+        )  # fmt: skip
+        return (*_outputs(result)[:2], result.taskid, result.receipt)
+
+
+class WiroRunModel:
+    CATEGORY = "SkyReels/remote"
+    DESCRIPTION = (
+        "Runs any model on wiro.ai by its owner/project, as the address of its page says. Costs "
+        "money: the price is shown before if the service tells it, and Cancel stops the task."
+    )
+    FUNCTION = "run"
+    RETURN_TYPES = ("IMAGE", "VIDEO", "STRING", "STRING", "STRING")
+    RETURN_NAMES = ("images", "video", "text", "task_id", "receipt")
+    OUTPUT_TOOLTIPS = (
+        "Frames of the first video, or all pictures, if the model makes any.",
+        "The first video as the service made it, if the model makes any.",
+        "What a model that writes has written.",
+        "The task's id at Wiro, for Wiro Task Result.",
+        "JSON: model, parameters, task id, cost in US dollars, seconds, files.",
+    )
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict[str, Any]:
+        return {
+            "required": {
+                "model": (
+                    "STRING",
+                    {
+                        "default": "wiro/SkyReels-V1",
+                        "tooltip": "owner/project, as in the address of the model's page.",
+                    },
+                ),
+                "parameters": (
+                    "STRING",
+                    {
+                        "multiline": True,
+                        "default": '{\n  "prompt": ""\n}',
+                        "tooltip": "JSON object of parameter names and values, as the model's page "
+                        "lists them; the model's defaults fill the rest. No key belongs here.",
+                    },
+                ),
+            },
+            "optional": {
+                "image": (
+                    "IMAGE",
+                    {"tooltip": "A picture for image_parameter; of a batch the first is used."},
+                ),
+                "image_parameter": (
+                    "STRING",
+                    {
+                        "default": "inputImage",
+                        "tooltip": "The model's parameter that takes the picture.",
+                    },
+                ),
+                **_common_widgets(),
+            },
+            "hidden": {"unique_id": "UNIQUE_ID"},
+        }
+
+    @classmethod
+    def VALIDATE_INPUTS(cls, parameters: str | None = None) -> bool | str:
+        if parameters is None:
+            return True
+        try:
+            parse_parameters(parameters)
+        except ValueError as error:
+            return str(error)
+        return True
+
+    async def run(
+        self,
+        model: str,
+        parameters: str,
+        image: Tensor | None = None,
+        image_parameter: str = "inputImage",
+        take: int = 1,
+        wait_when_busy: bool = False,
+        timeout_minutes: float = 40.0,
+        unique_id: str | None = None,
+    ) -> tuple[Any, ...]:
+        from ..wiro_api.client import Model
+
+        def make_files() -> "list[tuple[str, FilePart]]":
+            return [] if image is None else [(image_parameter.strip(), png_part(image))]
+
+        result = await run_model(
+            Model.parse(model), parse_parameters(parameters), make_files, take=take,
+            wait_when_busy=wait_when_busy, timeout_minutes=timeout_minutes, unique_id=unique_id,
+        )  # fmt: skip
+        return (*_outputs(result), result.taskid, result.receipt)
+
+
+class WiroTaskResult:
+    CATEGORY = "SkyReels/remote"
+    DESCRIPTION = (
+        "Brings home the result of a task that was started earlier, here or elsewhere; waits if it "
+        "still runs. Costs nothing. Cancel stops the wait, not the task."
+    )
+    FUNCTION = "collect"
+    RETURN_TYPES = ("IMAGE", "VIDEO", "STRING", "STRING", "STRING")
+    RETURN_NAMES = ("images", "video", "text", "task_id", "receipt")
+    OUTPUT_TOOLTIPS = WiroRunModel.OUTPUT_TOOLTIPS
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict[str, Any]:
+        return {
+            "required": {
+                "task": (
+                    "STRING",
+                    {
+                        "default": "",
+                        "tooltip": "The task's id (digits), from the Wiro panel, a receipt or an "
+                        "error. token:... works too, but is saved with the workflow, and lets "
+                        "anyone who has it look at the task: prefer the id.",
+                    },
+                ),
+            },
+            "optional": {"timeout_minutes": _common_widgets()["timeout_minutes"]},
+            "hidden": {"unique_id": "UNIQUE_ID"},
+        }
+
+    async def collect(
+        self, task: str, timeout_minutes: float = 40.0, unique_id: str | None = None
+    ) -> tuple[Any, ...]:
+        over = threading.Event()
+        result = await host.in_thread(
+            lambda: collect(Window(unique_id, over), task, timeout_minutes), over
+        )
+        return (*_outputs(result), result.taskid, result.receipt)
+
+
+class WiroUploadFile:
+    CATEGORY = "SkyReels/remote"
+    DESCRIPTION = (
+        "Uploads a picture, or a file of the input folder, to your files at Wiro once, and gives "
+        "its address for parameters of models. Costs nothing."
+    )
+    FUNCTION = "upload"
+    RETURN_TYPES = ("STRING", "STRING")
+    RETURN_NAMES = ("url", "file_id")
+    OUTPUT_TOOLTIPS = ("The file's address, for a model's ...Url parameter.", "Its id at Wiro.")
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict[str, Any]:
+        return {
+            "required": {
+                "file": (
+                    [FROM_IMAGE, *host.input_files()],
+                    {"tooltip": "A file of ComfyUI's input folder, at most 100 MB, or the image."},
+                ),
+                "folder": (
+                    "STRING",
+                    {
+                        "default": "",
+                        "tooltip": "Name of a folder to make for it (letters, digits, _ and -); "
+                        "empty for none.",
+                    },
+                ),
+            },
+            "optional": {
+                "image": ("IMAGE", {"tooltip": "The picture, if file is 'the image'."}),
+            },
+            "hidden": {"unique_id": "UNIQUE_ID"},
+        }
+
+    async def upload(
+        self,
+        file: str,
+        folder: str,
+        image: Tensor | None = None,
+        unique_id: str | None = None,
+    ) -> tuple[str, str]:
+        from ..wiro_api.errors import ConfigError
+        from ..wiro_api.files import read_part
+
+        over = threading.Event()
+
+        def work() -> tuple[str, str]:
+            window = Window(unique_id, over)
+            if file != FROM_IMAGE:
+                part = read_part(host.input_file(file))
+            elif image is not None:
+                part = png_part(image)
+            else:
+                raise ConfigError("No image is connected: connect one, or choose a file.")
+            client = account.make_client(window.sleep)
+            window.check()
+            window.say(f"uploading {len(part[1]) / 1e6:.1f} MB")
+            made = str(client.create_folder(folder.strip())["id"]) if folder.strip() else ""
+            record = client.upload(part, made)
+            window.say("uploaded", 1.0)
+            return str(record.get("url") or ""), str(record.get("id") or "")
+
+        return await host.in_thread(work, over)
+
+
+def _outputs(result: Result) -> tuple[Any, Any, str]:
+    """IMAGE, VIDEO and text; what the task did not make stops only the nodes that want it."""
+    images = result.frames
+    if images is None:
+        images = host.blocked(f"Task {result.taskid} made no picture and no video.")
+    video: Any = host.blocked(f"Task {result.taskid} made no video.")
+    if result.video is not None:
+        video = host.video_of(result.video)
+    return images, video, result.text
+
+
+def png_part(image: Tensor, size: str = "", fit: str = "crop") -> "FilePart":
+    """The first picture of an IMAGE as a PNG part, at a size such as "960x544" if one is given.
+
+    Raises:
+        ShapeError: not a picture.
+    """
+    from PIL import Image
+
+    height, width = image.shape[1:3] if image.ndim == 4 else (0, 0)
+    if size:
+        width, height = (int(side) for side in size.split("x"))
+    fitted = fit_image(image[:1], width, height, fit)[0, :, 0].permute(1, 2, 0)
+    pixels = fitted.add(1.0).mul(127.5).round().to(torch.uint8).numpy()
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, "PNG")
+    return "input.png", file.getvalue(), "image/png"
+
+
+def parse_parameters(text: str) -> dict[str, Any]:
+    """The parameters of a JSON text.
+
+    Raises:
+        ValueError: not a JSON object; says where.
+    """
+    fix = 'write {"name": value}, with double quotes'
+    try:
+        values = json.loads(text.strip() or "{}")
+    except ValueError as error:
+        raise ValueError(f"The parameters are not JSON ({error}): {fix}.") from None
+    if not isinstance(values, dict):
+        raise ValueError(f"The parameters are no JSON object: {fix}.")
+    return values

@@ -1,0 +1,234 @@
+"""What the page asks of the server about the remote account and its tasks.
+
+ComfyUI's server has no login: whoever reaches its port may call these. So none of them returns a
+key or a token, and what costs money is not among them.
+"""
+
+import asyncio
+import json
+import logging
+import os
+from collections.abc import Awaitable, Callable
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+from . import account, host
+
+if TYPE_CHECKING:
+    from aiohttp import web
+
+    from ..wiro_api.journal import Entry
+
+log = logging.getLogger("skyreels")
+
+#: no request of the page is longer
+MAX_BODY = 10_000
+PREFIX = "/skyreels/wiro"
+
+
+# --- what they do; blocking, called in a thread -------------------------------------------------
+
+
+def save_account(body: dict[str, Any]) -> dict[str, Any]:
+    """Write the key to its file, or remove it; answers as `account.describe_account`."""
+    from ..wiro_api.errors import ConfigError
+    from ..wiro_api.signing import KEY_VARIABLE, SECRET_VARIABLE, load_credentials, save_credentials
+
+    if os.environ.get(KEY_VARIABLE, "").strip():
+        raise ConfigError(
+            f"{KEY_VARIABLE} is set in the environment of ComfyUI, and it wins: change it there."
+        )
+    file = account.credentials_file()
+    api_key = _text(body, "api_key")
+    if not api_key.strip():
+        file.unlink(missing_ok=True)
+        return account.describe_account()
+    given = {KEY_VARIABLE: api_key, SECRET_VARIABLE: _text(body, "api_secret")}
+    save_credentials(file, load_credentials(given))
+    return account.describe_account()
+
+
+def test_account(_: dict[str, Any]) -> dict[str, Any]:
+    """Make a call that is signed and free, and say how it went."""
+    client = account.make_client()
+    client.list_tasks(limit=1)
+    return {"message": f"{account.base_url()} accepts the key."}
+
+
+def save_limits(body: dict[str, Any]) -> dict[str, Any]:
+    """Write the spending limits; answers as `account.describe_account`."""
+    from ..wiro_api import spending
+
+    limits = spending.Limits(
+        **{name: spending.parse_limit(body.get(name)) for name in asdict(spending.Limits())}
+    )
+    spending.save_limits(account.limits_file(), limits)
+    return account.describe_account()
+
+
+def list_tasks(limit: int) -> dict[str, Any]:
+    """The journal's newest tasks."""
+    entries = account.journal().newest(limit)
+    return {"tasks": [account.describe(entry) for entry in entries], "error": ""}
+
+
+def refresh(entry: "Entry") -> None:
+    """Ask the service how a task stands."""
+    from ..wiro_api.jobs import to_handle
+    from ..wiro_api.task import Verdict, verdict
+
+    if not entry.taskid:
+        return
+    task = account.make_client().detail(to_handle(entry))
+    if verdict(task) is Verdict.RUNNING:
+        account.journal().seen(entry.id, task.status)
+    elif entry.state != "ended":
+        account.journal().ended(entry.id, task)
+
+
+def stop(entry: "Entry") -> None:
+    """Cancel or kill a task."""
+    from ..wiro_api.jobs import to_handle
+
+    task = account.make_client().stop(to_handle(_with_task(entry)))
+    account.journal().ended(entry.id, task, entry.files)
+
+
+def collect(entry: "Entry") -> None:
+    """Download the files of an ended task."""
+    from ..wiro_api.errors import WiroError
+    from ..wiro_api.jobs import finish, to_handle
+    from ..wiro_api.task import Verdict, verdict
+    from ..wiro_api.video import check_video, is_video
+
+    client, handle = account.make_client(), to_handle(_with_task(entry))
+    task = client.detail(handle)
+    if verdict(task) is Verdict.RUNNING:
+        raise WiroError(
+            f"Task {task.taskid} has not ended ({task.phase}): wait for it, or stop it."
+        )
+    finish(
+        client, handle, host.output_folder() / "wiro" / task.taskid, journal=account.journal(),
+        entry_id=entry.id, local_host=account.local_host(),
+        verify=lambda path, output: check_video(path) if is_video(output) else None,
+    )  # fmt: skip
+
+
+def delete_files(entry: "Entry") -> None:
+    """Remove what the service keeps of an ended task; what was downloaded stays."""
+    from ..wiro_api.jobs import to_handle
+
+    account.make_client().delete_files(to_handle(_with_task(entry)))
+    account.journal().remote_deleted(entry.id)
+
+
+def forget(entry: "Entry") -> None:
+    """Take a person's word that a run whose outcome is unknown did not start."""
+    from ..wiro_api.errors import WiroError
+
+    if entry.state != "sending":
+        raise WiroError("Only a run whose outcome is unknown can be called not started.")
+    account.journal().refused(entry.id, "not started, as you said")
+
+
+ACTIONS: dict[str, Callable[["Entry"], None]] = {
+    "refresh": refresh,
+    "stop": stop,
+    "collect": collect,
+    "delete_files": delete_files,
+    "forget": forget,
+}
+
+
+def act(row: int, action: str) -> dict[str, Any]:
+    """Do something to a task of the journal and describe it afterwards."""
+    from ..wiro_api.errors import WiroError
+
+    entry = account.journal().get(row)
+    if entry is None or action not in ACTIONS:
+        raise WiroError(f"There is no task {row} in the journal, or no action {action!r}.")
+    ACTIONS[action](entry)
+    account.tell(row, always=True)
+    return {"task": account.describe(account.journal().get(row) or entry)}
+
+
+def _with_task(entry: "Entry") -> "Entry":
+    from ..wiro_api.errors import WiroError
+
+    if not entry.taskid:
+        raise WiroError("No task of this run is known at Wiro.")
+    return entry
+
+
+def _text(body: dict[str, Any], name: str) -> str:
+    from ..wiro_api.errors import ConfigError
+
+    value = body.get(name, "")
+    if not isinstance(value, str) or len(value) > 1000:
+        raise ConfigError(f"{name} is no text of at most 1000 characters.")
+    return value
+
+
+# --- over HTTP ----------------------------------------------------------------------------------
+
+
+def register(table: Any) -> None:
+    """Add the routes to the server's table."""
+
+    @table.get(f"{PREFIX}/account")
+    async def get_account(_: "web.Request") -> "web.Response":
+        return await _answer(account.describe_account)
+
+    @table.get(f"{PREFIX}/tasks")
+    async def get_tasks(request: "web.Request") -> "web.Response":
+        limit = request.query.get("limit", "50")
+        return await _answer(lambda: list_tasks(min(int(limit), 500) if limit.isdigit() else 50))
+
+    for path, function in {
+        "account": save_account,
+        "account/test": test_account,
+        "limits": save_limits,
+    }.items():
+        table.post(f"{PREFIX}/{path}")(_post(function))
+
+    @table.post(f"{PREFIX}/tasks/{{row:[0-9]+}}/{{action}}")
+    async def post_action(request: "web.Request") -> "web.Response":
+        row, action = int(request.match_info["row"]), request.match_info["action"]
+        return await _answer(lambda: act(row, action))
+
+
+def _post(
+    function: Callable[[dict[str, Any]], dict[str, Any]],
+) -> "Callable[[web.Request], Awaitable[web.Response]]":
+    async def handle(request: "web.Request") -> "web.Response":
+        from aiohttp import web
+
+        try:
+            text = await request.text() if (request.content_length or 0) <= MAX_BODY else ""
+            body = json.loads(text or "{}")
+        except ValueError:
+            body = None
+        if not isinstance(body, dict):
+            return web.json_response({"error": "The request is no JSON object."}, status=400)
+        return await _answer(lambda: function(body))
+
+    return handle
+
+
+async def _answer(work: Callable[[], dict[str, Any]]) -> "web.Response":
+    """The result of blocking work, or the sentence of what went wrong."""
+    from aiohttp import web
+
+    from ..wiro_api.errors import ConfigError, WiroError
+
+    try:
+        return web.json_response(await asyncio.to_thread(work))
+    except ConfigError as error:
+        return web.json_response({"error": str(error)}, status=400)
+    except WiroError as error:
+        return web.json_response({"error": str(error)}, status=502)
+    except OSError as error:
+        log.warning("A file of the Wiro account cannot be used: %s", error)
+        return web.json_response(
+            {"error": f"A file cannot be used ({error.strerror})."}, status=500
+        )

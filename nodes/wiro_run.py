@@ -1,0 +1,407 @@
+"""One run on wiro.ai as a node sees it: started once, shown, stopped with the prompt, brought home.
+
+The work is done in a thread beside the host's loop. A run that was started is found again by its
+inputs: queueing the same node after a crash goes on instead of paying again.
+"""
+
+import json
+import logging
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from . import account, host
+
+if TYPE_CHECKING:
+    from ..wiro_api.client import Client, Model, RunHandle
+    from ..wiro_api.journal import Entry
+    from ..wiro_api.task import Output, Progress, Task
+    from ..wiro_api.transport import FilePart
+
+log = logging.getLogger("skyreels")
+
+#: between two looks at the cancel button
+SLICE_S = 0.25
+#: longest that a cancelled prompt waits for the service to confirm
+STOP_S = 20.0
+#: seconds for which what the service said of a model is taken as current
+RECORD_S = 600.0
+#: rank of a task's state -> where the bar stands while nothing better is known
+_BAR = {-1: 0.0, 0: 0.0, 1: 0.02, 2: 0.03, 3: 0.04, 4: 0.05, 5: 0.06, 6: 0.06, 7: 0.92, 8: 0.93,
+        9: 0.95, 10: 0.97}  # fmt: skip
+_RUNNING_FROM, _RUNNING_TO = 0.06, 0.92
+
+_records: dict[tuple[str, str], tuple[float, Mapping[str, Any]]] = {}
+
+
+class StoppedError(Exception):
+    """The prompt has ended elsewhere: another node failed, or Cancel was seen there first."""
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a run brought home.
+
+    frames: [F, H, W, 3] float32 in 0..1 of its first video or all its pictures, or None.
+    video: path of its first video, or None. text: of models that write.
+    """
+
+    taskid: str
+    frames: Tensor | None
+    video: Path | None
+    text: str
+    receipt: str
+
+
+# --- one run ------------------------------------------------------------------------------------
+
+
+class Window:
+    """What one run shows on its node and in the panel, and how it is stopped.
+
+    Callbacks of the progress socket only leave a note; the worker's thread shows it, because only
+    that thread may meet the host's cancel exception.
+    """
+
+    def __init__(self, unique_id: str | None, over: threading.Event) -> None:
+        self._progress = host.RemoteProgress(unique_id)
+        self._over = over
+        self._fraction, self._line = 0.0, "asking Wiro"
+        self._began = time.monotonic()
+        self._report: Progress | None = None
+        self._task: Task | None = None
+        self.live = account.Live()
+        self.row = 0
+
+    def check(self) -> None:
+        """Raise if the run shall stop: the host's exception, or StoppedError."""
+        if self._over.is_set():
+            raise StoppedError
+        self._progress.check_interrupt()
+
+    def sleep(self, seconds: float) -> None:
+        """Wait, showing what comes in and looking at the cancel button."""
+        end = time.monotonic() + seconds
+        while True:
+            self.check()
+            self._show()
+            left = end - time.monotonic()
+            if left <= 0:
+                return
+            self._over.wait(min(left, SLICE_S))
+
+    def say(self, line: str, fraction: float | None = None) -> None:
+        """Show a line now."""
+        self._line = line
+        self._fraction = self._fraction if fraction is None else fraction
+        self._show()
+
+    def on_entry(self, entry: "Entry") -> None:
+        if self.row != entry.id:
+            if self.row:
+                account.leave(self.row)
+            self.row, self.live = entry.id, account.follow(entry.id)
+        account.tell(self.row, always=True)
+
+    def on_task(self, task: "Task") -> None:
+        if self._task is None or task.status != self._task.status:
+            self._began = time.monotonic()
+            self.live.log.append(f"{time.strftime('%H:%M:%S')} {task.status}")
+        self._task = task
+        self._show()
+
+    def on_progress(self, report: "Progress") -> None:
+        self._report = report
+
+    def on_log(self, line: str) -> None:
+        self.live.log.extend(line.splitlines())
+
+    def on_bytes(self, done: int, total: int | None) -> None:
+        of = f" of {total / 1e6:.1f}" if total else ""
+        self.say(f"downloading {done / 1e6:.1f}{of} MB", 0.97)
+
+    def on_wait(self, left: float) -> None:
+        self.say(f"all places of the account are taken · next try in {left:.0f} s", 0.0)
+
+    def _show(self) -> None:
+        task = self._task
+        if task is not None and not task.is_terminal:
+            where = _BAR[task.rank]
+            line = f"{task.phase} for {time.monotonic() - self._began:.0f} s"
+            if self._report is not None and task.rank <= 7:
+                line = str(self._report)
+                done = self._report.fraction or 0.0
+                where = _RUNNING_FROM + done * (_RUNNING_TO - _RUNNING_FROM)
+            self._fraction, self._line = max(self._fraction, where), f"{line} · task {task.taskid}"
+        self.live.fraction, self.live.line = self._fraction, self._line
+        self._progress.show(self._fraction, self._line)
+        if self.row:
+            account.tell(self.row)
+
+    def close(self, line: str) -> None:
+        """Show the last line, without looking at the cancel button."""
+        self.live.line = line
+        self._progress.say(line)
+        if self.row:
+            account.leave(self.row)
+
+
+async def run_model(
+    model: "Model",
+    values: Mapping[str, Any],
+    make_files: "Callable[[], list[tuple[str, FilePart]]]",
+    *,
+    take: int,
+    wait_when_busy: bool,
+    timeout_minutes: float,
+    unique_id: str | None,
+) -> Result:
+    """Run a model on Wiro once, or go on with the run that these inputs started before.
+
+    Args:
+        values: of its parameters. make_files: makes its (parameter, part) of files.
+        take: another number is another run of the same inputs.
+    Raises:
+        WiroError: with a sentence that helps. The host's cancel exception, after the remote task
+            was stopped.
+    """
+    over = threading.Event()
+
+    def work() -> Result:
+        window = Window(unique_id, over)
+        return _run(window, model, values, make_files(), take, wait_when_busy, timeout_minutes)
+
+    return await host.in_thread(work, over)
+
+
+def _run(
+    window: Window,
+    model: "Model",
+    values: Mapping[str, Any],
+    files: "list[tuple[str, FilePart]]",
+    take: int,
+    wait_when_busy: bool,
+    timeout_minutes: float,
+) -> Result:
+    from ..wiro_api.errors import WiroError
+    from ..wiro_api.jobs import start, to_handle
+    from ..wiro_api.schema import complete, items_of
+    from ..wiro_api.spending import load_limits, price_of
+
+    line, parameters = "not started", dict(values)
+    try:
+        client, journal = account.make_client(window.sleep), account.journal()
+        window.check()
+        window.say("asking Wiro for the price")
+        record = model_record(client, model)
+        parameters = complete(items_of(record, model), values, files)
+        price = price_of(record, parameters, len(files), journal.costs(str(model)))
+        window.say(f"sending · price {'not told before the run' if price is None else price}")
+        entry = start(
+            client, journal, model, parameters, files, take=take, price=price,
+            limits=load_limits(account.limits_file()), wait_when_busy=wait_when_busy,
+            on_entry=window.on_entry, on_wait=window.on_wait, check=window.check,
+        )  # fmt: skip
+        line = f"task {entry.taskid} goes on at Wiro"
+        receipt = {"model": str(model), "parameters": parameters, "take": take}
+        if entry.state == "ended" and entry.files and all(p.is_file() for p in entry.files):
+            line = f"made before by task {entry.taskid}: nothing was paid for it now"
+            return _from_disk(entry, receipt)
+        result = _follow(window, client, to_handle(entry), timeout_minutes, receipt, entry.id)
+        line = "done"
+        return result
+    except BaseException as error:
+        if isinstance(error, StoppedError) or host.is_interrupt(error):
+            line = _stop(window.row, model, parameters)
+        elif isinstance(error, WiroError):
+            line = str(error)
+        raise
+    finally:
+        window.close(line)
+
+
+def model_record(client: "Client", model: "Model") -> Mapping[str, Any]:
+    """What Wiro says of a model, from the last minutes; {} if it does not say, which is logged."""
+    from ..wiro_api.errors import ApiError, AuthError, NotFoundError, TransportError
+
+    key = (client.base_url, str(model.clean))
+    read_at, record = _records.get(key, (-RECORD_S, {}))
+    if time.monotonic() - read_at < RECORD_S:
+        return record
+    try:
+        record = client.model_detail(model)
+    except (AuthError, NotFoundError):
+        raise
+    except (ApiError, TransportError) as error:
+        log.warning("Wiro does not describe %s, so its price is not known: %s", model, error)
+        return {}
+    _records[key] = (time.monotonic(), record)
+    return record
+
+
+def _follow(
+    window: Window,
+    client: "Client",
+    handle: "RunHandle",
+    timeout_minutes: float,
+    receipt: dict[str, Any],
+    row: int | None,
+) -> Result:
+    from ..wiro_api.jobs import finish
+    from ..wiro_api.task import dollars
+    from ..wiro_api.video import is_image, is_video
+
+    frames: list[Tensor] = []
+
+    def decode(path: Path, output: "Output") -> None:
+        window.say("decoding", 0.98)
+        if is_video(output):
+            clip = read_clip(path, window.check)
+            if not frames:
+                frames.append(clip)
+        elif is_image(output):
+            frames.append(read_clip(path, window.check))
+
+    folder = host.output_folder() / "wiro" / (handle.taskid or "task")
+    task, paths = finish(
+        client, handle, folder, journal=account.journal(), entry_id=row,
+        timeout_s=60.0 * timeout_minutes, socket_url=account.socket_url(),
+        local_host=account.local_host(), on_task=window.on_task, on_progress=window.on_progress,
+        on_log=window.on_log, on_bytes=window.on_bytes, check=window.check, verify=decode,
+    )  # fmt: skip
+    window.say("done", 1.0)
+    return _to_result(
+        receipt, task.taskid, dollars(task.totalcost), task.elapsed_s, paths, frames,
+        "\n".join(output.content for output in task.outputs if output.content),
+    )  # fmt: skip
+
+
+def _from_disk(entry: "Entry", receipt: dict[str, Any]) -> Result:
+    videos = [path for path in entry.files if path.suffix.lower() in account.VIDEO_SUFFIXES]
+    pictures = [path for path in entry.files if path.suffix.lower() in account.IMAGE_SUFFIXES]
+    frames = [read_clip(path) for path in videos[:1] or pictures]
+    return _to_result(receipt, entry.taskid, entry.cost, entry.elapsed_s, entry.files, frames, "")
+
+
+def _to_result(
+    receipt: dict[str, Any],
+    taskid: str,
+    cost: str | None,
+    elapsed_s: object,
+    paths: Sequence[Path],
+    frames: list[Tensor],
+    text: str,
+) -> Result:
+    whole = {
+        **receipt,
+        "taskid": taskid,
+        "cost_usd": cost or None,
+        "elapsed_s": None if elapsed_s in (None, "") else float(str(elapsed_s)),
+        "files": [path.relative_to(host.output_folder()).as_posix() for path in paths],
+    }
+    same = [clip for clip in frames if clip.shape[1:] == frames[0].shape[1:]]
+    if len(same) < len(frames):
+        log.warning("Task %s made pictures of several sizes: IMAGE holds the first size.", taskid)
+    videos = [path for path in paths if path.suffix.lower() in account.VIDEO_SUFFIXES]
+    return Result(
+        taskid, torch.cat(same) if len(same) > 1 else next(iter(same), None),
+        videos[0] if videos else None, text, json.dumps(whole, indent=2, ensure_ascii=False),
+    )  # fmt: skip
+
+
+def read_clip(path: Path, check: Callable[[], None] = lambda: None) -> Tensor:
+    """The frames of a video or picture, [F, H, W, 3] float32 in 0..1, decoded one at a time.
+
+    Args:
+        check: called before each; may raise to stop.
+    Raises:
+        DownloadError: it does not decode. DependencyError: PyAV is missing.
+    """
+    from ..wiro_api.video import read_frames
+
+    clip, count = torch.empty(0), 0
+    for frame, announced in read_frames(path):
+        check()
+        if count == len(clip):  # the first, or more than the container announced
+            grown = torch.empty((max(announced, count + 1, count * 5 // 4), *frame.shape))
+            grown[:count] = clip[:count] if count else 0.0
+            clip = grown
+        clip[count].copy_(torch.from_numpy(frame)).div_(255.0)
+        count += 1
+    return clip[:count]
+
+
+def _stop(row: int, model: "Model", parameters: Mapping[str, Any]) -> str:
+    """Stop what a row has started, and say what came of it; never raises.
+
+    Returns:
+        The line for the node.
+    """
+    from ..wiro_api.errors import WiroError
+    from ..wiro_api.jobs import to_handle
+    from ..wiro_api.task import dollars
+
+    deadline = time.monotonic() + STOP_S
+
+    def sleep(seconds: float) -> None:
+        if time.monotonic() + seconds > deadline:
+            raise WiroError(f"Wiro did not confirm within {STOP_S:.0f} s")
+        time.sleep(seconds)
+
+    journal = account.journal()
+    entry = journal.get(row) if row else None
+    if entry is None or entry.state in ("intent", "refused"):
+        return "cancelled before anything was sent"
+    taskid = entry.taskid
+    try:
+        client = account.make_client(sleep)
+        handle = to_handle(entry)
+        if entry.state == "sending":
+            began = entry.sent_at or entry.created_at
+            handle = client.find_run(model, parameters, began, known=journal.known_taskids())
+            taskid = handle.taskid
+            journal.started(row, taskid)
+        task = client.stop(handle)
+    except WiroError as error:
+        what = f"task {taskid}" if taskid else "the run"
+        log.error("Cancelled, but %s may go on at Wiro and cost money: %s", what, error)
+        return f"cancelled here, but {what} may go on at Wiro: stop it in the Wiro panel"
+    journal.ended(row, task)
+    charged = f"charged ${dollars(task.totalcost)}" if task.totalcost else "nothing was charged"
+    log.info("Wiro task %s: %s, %s.", task.taskid, task.status, charged)
+    word = "stopped" if task.status == "task_cancel" else "had ended"
+    return f"task {task.taskid} {word} · {charged}"
+
+
+def collect(window: Window, text: str, timeout_minutes: float) -> Result:
+    """Follow a task that a person named, to its files."""
+    from ..wiro_api.client import RunHandle
+    from ..wiro_api.errors import WiroError
+
+    line = "stopped waiting"
+    try:
+        handle = RunHandle.parse(text)
+        client = account.make_client(window.sleep)
+        task = client.detail(handle)
+        entry = account.journal().adopt(task.taskid, task.model)
+        if entry is not None:
+            window.on_entry(entry)
+        line = f"stopped waiting; task {task.taskid} goes on at Wiro"
+        receipt = {"model": task.model, "parameters": dict(task.parameters)}
+        result = _follow(
+            window, client, RunHandle(task.taskid, task.token), timeout_minutes, receipt,
+            None if entry is None else entry.id,
+        )  # fmt: skip
+        line = "done"
+        return result
+    except WiroError as error:
+        line = str(error)
+        raise
+    finally:
+        window.close(line)
