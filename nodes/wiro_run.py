@@ -345,7 +345,7 @@ def _stop(row: int, model: "Model", parameters: Mapping[str, Any]) -> str:
     """
     from ..wiro_api.errors import WiroError
     from ..wiro_api.jobs import to_handle
-    from ..wiro_api.task import dollars
+    from ..wiro_api.task import money
 
     deadline = time.monotonic() + STOP_S
 
@@ -373,7 +373,7 @@ def _stop(row: int, model: "Model", parameters: Mapping[str, Any]) -> str:
         log.error("Cancelled, but %s may go on at Wiro and cost money: %s", what, error)
         return f"cancelled here, but {what} may go on at Wiro: stop it in the Wiro panel"
     journal.ended(row, task)
-    charged = f"charged ${dollars(task.totalcost)}" if task.totalcost else "nothing was charged"
+    charged = f"charged {money(task.totalcost)}" if task.totalcost else "nothing was charged"
     log.info("Wiro task %s: %s, %s.", task.taskid, task.status, charged)
     word = "stopped" if task.status == "task_cancel" else "had ended"
     return f"task {task.taskid} {word} · {charged}"

@@ -23,7 +23,7 @@ from .journal import Entry, Journal, default_path
 from .schema import complete, items_of
 from .signing import load_credentials
 from .spending import Limits, load_limits, parse_limit, price_of, save_limits, to_json
-from .task import Output, Task, Verdict, dollars, verdict
+from .task import Output, Task, Verdict, dollars, money, verdict
 from .transport import BASE_URL, BASE_URL_VARIABLE
 from .video import check_video, is_video
 from .websocket import SOCKET_URL, SOCKET_URL_VARIABLE
@@ -278,7 +278,7 @@ def run_limits(_: Client, arguments: argparse.Namespace) -> dict[str, Any]:
     spent = Journal(arguments.journal).spent()
     for name, amount in to_json(limits).items():
         say(f"{name.replace('_', ' '):10} {'no limit' if amount is None else f'${amount}'}")
-    say(f"spent: ${dollars(spent.day)} today, ${dollars(spent.month)} this month")
+    say(f"spent: {money(spent.day)} today, {money(spent.month)} this month")
     return {"limits": to_json(limits),
             "spent": {"day": dollars(spent.day), "month": dollars(spent.month)}}  # fmt: skip
 
@@ -338,7 +338,7 @@ def _report(task: Task, paths: Sequence[Path]) -> dict[str, Any]:
     for path in paths:
         say(str(path))
     if task.totalcost is not None:
-        say(f"cost: {dollars(task.totalcost)} USD")
+        say(f"cost: {money(task.totalcost)}")
     return describe(task, paths)
 
 

@@ -63,7 +63,7 @@ def test_a_run_ends_with_the_file_and_one_json_object(server, tmp_path):
         "exit_code": "0", "cost": "0.00351", "elapsed_s": 6.0,
     }  # fmt: skip
     assert "task 2221 started" in done.stderr
-    assert "cost: 0.00351 USD" in done.stderr
+    assert "cost: $0.00351" in done.stderr
     (run,) = (seen for seen in server.seen if seen.path.startswith("Run/"))
     assert run.files[0][:3] == ("inputImage", "input.png", "image/png")
 
