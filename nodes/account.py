@@ -113,11 +113,13 @@ def describe_account() -> dict[str, Any]:
     from ..wiro_api.task import dollars
 
     problem, hint, source = "", "", "none"
+    has_text = bool(os.environ.get(KEY_VARIABLE, "").strip()) or credentials_file().is_file()
     try:
         hint = load_credentials(file=credentials_file()).hint
         source = "environment" if os.environ.get(KEY_VARIABLE, "").strip() else "file"
     except ConfigError as error:
-        problem = str(error)
+        if has_text:
+            problem = str(error)
     try:
         limits, spent = load_limits(limits_file()), journal().spent()
     except ConfigError as error:
@@ -147,6 +149,8 @@ def leave(row: int) -> None:
     """Say that it does not any more; the log is kept while the server runs."""
     with _lock:
         _followers[row] = _followers.get(row, 1) - 1
+        if _followers[row] <= 0:
+            _live[row].fraction = None
     tell(row, always=True)
 
 

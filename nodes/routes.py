@@ -67,9 +67,15 @@ def save_limits(body: dict[str, Any]) -> dict[str, Any]:
 
 
 def list_tasks(limit: int) -> dict[str, Any]:
-    """The journal's newest tasks."""
-    entries = account.journal().newest(limit)
-    return {"tasks": [account.describe(entry) for entry in entries], "error": ""}
+    """The journal's newest tasks; what keeps it from being read is told beside."""
+    from ..wiro_api.errors import ConfigError
+
+    error, journal = "", account.journal()
+    try:
+        journal.spent()
+    except ConfigError as problem:
+        error = str(problem)
+    return {"tasks": [account.describe(entry) for entry in journal.newest(limit)], "error": error}
 
 
 def refresh(entry: "Entry") -> None:
@@ -128,7 +134,7 @@ def forget(entry: "Entry") -> None:
 
     if entry.state != "sending":
         raise WiroError("Only a run whose outcome is unknown can be called not started.")
-    account.journal().refused(entry.id, "not started, as you said")
+    account.journal().refused(entry.id, "Marked as not started.")
 
 
 ACTIONS: dict[str, Callable[["Entry"], None]] = {

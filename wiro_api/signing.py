@@ -66,10 +66,11 @@ def load_credentials(
     api_secret = _trimmed(values.get(SECRET_VARIABLE, ""))
     if not api_key:
         raise ConfigError(f"There is no Wiro API key: {HOW_TO_SET}.")
-    for name, value in ((KEY_VARIABLE, api_key), (SECRET_VARIABLE, api_secret)):
+    for words, value in (("key", api_key), ("secret", api_secret)):
         if not value.isascii() or not value.isprintable() or " " in value:
             raise ConfigError(
-                f"{name} holds a blank or a character no key has: copy it again; {HOW_TO_SET}."
+                f"The API {words} holds a blank or a character no key has: copy it again; "
+                f"{HOW_TO_SET}."
             )
     return Credentials(api_key, api_secret)
 

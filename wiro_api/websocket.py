@@ -123,9 +123,7 @@ class ProgressSocket:
                         return False
                     continue
                 heard = self._clock()
-                if opcode == websocket.ABNF.OPCODE_PING:
-                    connection.pong(data)
-                elif opcode == websocket.ABNF.OPCODE_CLOSE:
+                if opcode == websocket.ABNF.OPCODE_CLOSE:
                     return False
                 elif opcode == websocket.ABNF.OPCODE_TEXT and self._take(data):
                     return True

@@ -1,0 +1,227 @@
+// One task of the list. Its elements are made once and changed in place, so that an open log,
+// a playing video and the keyboard's focus survive every event.
+import { actionButton, askingButton, make, setLine, setText } from "./dom.mjs";
+import { addResultNode } from "./graph.mjs";
+import { fileUrl, post } from "./server.mjs";
+import { costOf, describe, durationOf, possible, timeOf } from "./words.mjs";
+
+const SHOWN_FILES = 6; // of a task with more, the rest are links only
+
+export class TaskRow {
+  constructor(task) {
+    this.id = task.id;
+    this.heardAt = 0; // the panel's counter at the last event
+    this.pauses = 0; // rounds of asking to leave out after errors
+    this.failures = 0;
+    this.files = new Map();
+    this.element = make("li", "skw-row");
+    this.#build();
+    this.update(task);
+  }
+
+  #build() {
+    this.word = make("span", "skw-word");
+    this.cost = make("span", "skw-cost");
+    this.model = make("div", "skw-model");
+    this.when = make("time");
+    this.facts = make("span");
+    this.bar = make("div", "skw-bar", { "aria-label": "Progress", role: "progressbar" });
+    this.bar.setAttribute("aria-valuemin", "0");
+    this.bar.setAttribute("aria-valuemax", "100");
+    this.fill = make("div", "skw-fill");
+    this.bar.append(this.fill);
+    this.line = make("div", "skw-line");
+    this.progress = make("div", "skw-progress", {}, this.bar, this.line);
+    this.media = make("div", "skw-media");
+    this.error = make("p", "skw-error");
+    this.warning = make("p", "skw-warning");
+    this.note = make("p", "skw-note", { role: "status" });
+    this.#buildLog();
+    this.#buildButtons();
+    this.group = make(
+      "div", "skw-group", { role: "group" },
+      make("div", "skw-head", {}, this.word, this.cost),
+      this.model,
+      make("div", "skw-faint skw-facts", {}, this.when, this.facts),
+      this.progress, this.media, this.error, this.warning, this.log, this.actions, this.note,
+    );
+    this.element.append(this.group);
+  }
+
+  #buildLog() {
+    this.logTitle = make("summary");
+    this.logText = make("pre", "skw-log", { tabindex: "0" });
+    this.log = make("details", "", {}, this.logTitle, this.logText);
+    this.log.addEventListener("toggle", () => this.#scrollLog());
+  }
+
+  #buildButtons() {
+    this.links = make("span", "skw-links");
+    this.buttons = {
+      collect: actionButton("Collect into graph", () => this.#addNode()),
+      download: actionButton("Download", () => this.#act("collect", "Downloaded.")),
+      stop: askingButton("Stop", "Really stop?", () => this.#act("stop", "")),
+      erase: askingButton("Delete remote files", "Really delete?", () =>
+        this.#act("delete_files", "The service's copies are deleted."),
+      ),
+      forget: askingButton("It did not start", "Really not started?", () =>
+        this.#act("forget", ""),
+      ),
+    };
+    this.buttons.collect.title = "Add a node that brings this task's files into the graph";
+    this.buttons.download.title = "Fetch the files into the output folder";
+    this.buttons.erase.title = "Delete this task's files at the service; local files stay";
+    this.actions = make("div", "skw-buttons", {}, this.links, ...Object.values(this.buttons));
+  }
+
+  update(task) {
+    const state = describe(task);
+    this.task = task;
+    this.state = state;
+    this.element.dataset.tone = state.tone;
+    setText(this.word, state.word);
+    setText(this.cost, costOf(task));
+    setText(this.model, task.model);
+    this.model.title = task.model;
+    this.group.setAttribute("aria-label", `${task.model} ${task.taskid}: ${state.word}`);
+    this.tick();
+    this.#updateProgress();
+    this.#updateFiles();
+    this.#updateLog();
+    setLine(this.error, task.error);
+    setLine(this.warning, state.warning);
+    this.#updateButtons();
+  }
+
+  /** What changes by time alone. */
+  tick() {
+    const { task } = this;
+    const parts = [durationOf(task, Date.now() / 1000), task.taskid && `task ${task.taskid}`];
+    if (task.remote_deleted) parts.push("remote files deleted");
+    setText(this.when, timeOf(task.created_at));
+    setText(this.facts, parts.filter(Boolean).map((part) => ` · ${part}`).join(""));
+    this.when.title = new Date(task.created_at * 1000).toLocaleString();
+  }
+
+  #updateProgress() {
+    const { fraction } = this.task;
+    const isKnown = typeof fraction === "number";
+    this.progress.hidden = !this.state.isActive;
+    this.bar.classList.toggle("skw-unknown", !isKnown);
+    const percent = isKnown ? Math.round(Math.min(Math.max(fraction, 0), 1) * 100) : 0;
+    if (isKnown) this.bar.setAttribute("aria-valuenow", percent);
+    else this.bar.removeAttribute("aria-valuenow");
+    this.fill.style.width = isKnown ? `${percent}%` : "";
+    setText(this.line, this.task.line || this.state.line || "\u00a0"); // keeps its height
+    this.line.title = this.task.line;
+  }
+
+  #updateFiles() {
+    const shown = new Map(this.task.files.map((file) => [fileUrl(file), file]));
+    for (const [url, made] of this.files) {
+      if (shown.has(url)) continue;
+      made.figure?.remove();
+      made.link.remove();
+      this.files.delete(url);
+    }
+    for (const [url, file] of shown) {
+      if (!this.files.has(url)) this.files.set(url, this.#addFile(url, file));
+    }
+    this.media.hidden = !this.media.childElementCount;
+    this.media.classList.toggle("skw-many", this.media.childElementCount > 1);
+    for (const { link, name } of this.files.values()) {
+      setText(link, this.files.size > 1 ? `Open ${name}` : "Open");
+    }
+  }
+
+  #addFile(url, file) {
+    const name = file.filename;
+    const link = make("a", "skw-button", { href: url, target: "_blank", rel: "noopener" });
+    link.setAttribute("aria-label", `Open ${name} in a new tab`);
+    this.links.append(link);
+    const isShown = this.media.childElementCount < SHOWN_FILES;
+    const figure = isShown ? makeFigure(url, file) : null;
+    if (figure) this.media.append(figure);
+    return { name, link, figure };
+  }
+
+  #updateLog() {
+    const lines = this.task.log;
+    this.log.hidden = !lines.length;
+    setText(this.logTitle, `Log (${lines.length} ${lines.length === 1 ? "line" : "lines"})`);
+    const box = this.logText;
+    const isAtEnd = box.scrollTop + box.clientHeight >= box.scrollHeight - 4;
+    setText(box, lines.join("\n"));
+    if (isAtEnd) this.#scrollLog();
+  }
+
+  #scrollLog() {
+    this.logText.scrollTop = this.logText.scrollHeight;
+  }
+
+  #updateButtons() {
+    const can = possible(this.task);
+    for (const [name, button] of Object.entries(this.buttons)) button.hidden = !can[name];
+    this.links.hidden = !this.files.size;
+    const isLoss = this.task.verdict === "succeeded" && !this.files.size;
+    setText(this.buttons.erase.lastChild, isLoss ? "Not downloaded: delete?" : "Really delete?");
+    this.actions.hidden = !this.files.size && !Object.values(can).some(Boolean);
+  }
+
+  say(text, isBad = false) {
+    setLine(this.note, text);
+    this.note.classList.toggle("skw-bad", isBad);
+  }
+
+  async #act(verb, done) {
+    this.say("");
+    try {
+      this.update((await post(`tasks/${this.id}/${verb}`)).task);
+      this.say(done);
+    } catch (error) {
+      this.say(error.message, true);
+    }
+  }
+
+  #addNode() {
+    try {
+      addResultNode(this.task.taskid, this.element);
+      this.say("Added to the graph: run it to collect the files.");
+    } catch (error) {
+      this.say(error.message, true);
+    }
+  }
+
+  /** Ask the service through the server; after errors less and less often. */
+  async refresh() {
+    try {
+      this.update((await post(`tasks/${this.id}/refresh`)).task);
+      if (this.failures) this.say("");
+      this.failures = 0;
+      return true;
+    } catch (error) {
+      this.failures += 1;
+      this.pauses = Math.min(2 ** this.failures, 32);
+      this.say(error.message, true);
+      return false;
+    }
+  }
+}
+
+function makeFigure(url, file) {
+  const element = makeMedia(url, file);
+  if (!element) return null;
+  const figure = make("figure", "skw-figure", {}, element);
+  element.addEventListener("error", () => {
+    figure.replaceChildren(make("span", "skw-faint", {}, `${file.filename} cannot be shown`));
+  });
+  return figure;
+}
+
+function makeMedia(url, file) {
+  if (file.kind === "image") return make("img", "", { alt: file.filename, src: url });
+  if (file.kind !== "video") return null;
+  const video = make("video", "", { "aria-label": file.filename, preload: "metadata" });
+  Object.assign(video, { muted: true, loop: true, controls: true, playsInline: true, src: url });
+  return video;
+}

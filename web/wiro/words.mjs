@@ -1,0 +1,120 @@
+// What a task's record means for people, and what can be done with it. No page in here.
+
+const QUEUED = ["", "task_queue"];
+const PREPARING = ["task_accept", "task_preprocess_start", "task_preprocess_end", "task_assign"];
+const FINISHING = ["task_end", "task_postprocess_start", "task_postprocess_end"];
+
+const VERDICTS = {
+  succeeded: { word: "succeeded", tone: "good" },
+  failed: { word: "failed", tone: "bad" },
+  cancelled: { word: "cancelled", tone: "off" },
+  no_output: { word: "ended without a file", tone: "warn" },
+};
+
+const NEVER_SENT = "It was never sent to the service, so it cost nothing.";
+const UNKNOWN =
+  "It was sent, but no answer came back: the task may be running, and may be paid for. " +
+  "Look for it in the Wiro dashboard. Only if it is not there, say so here: the node may then " +
+  "start another run, which is paid for as well.";
+
+/** {word, tone, isActive, line, warning}: line is shown while the task says nothing itself. */
+export function describe(task) {
+  const ended = VERDICTS[task.verdict];
+  if (task.state === "refused") return state("not started", "bad");
+  if (task.state === "intent" && !task.is_live) {
+    return { ...state("not started", "off"), warning: task.error ? "" : NEVER_SENT };
+  }
+  if (task.state === "sending" && !task.is_live) {
+    return { ...state("outcome unknown", "warn"), warning: UNKNOWN };
+  }
+  if (task.state === "intent" || task.state === "sending") return active("starting", "wait");
+  if (ended) return state(ended.word, ended.tone);
+  if (task.state === "ended") return state("ended", "off");
+  return followed(task.status);
+}
+
+function followed(status) {
+  if (QUEUED.includes(status)) {
+    return active("queued", "wait", "waiting for its turn at the service");
+  }
+  if (PREPARING.includes(status)) return active("preparing", "run", "loading files and model");
+  if (FINISHING.includes(status)) return active("finishing", "run", "writing the files");
+  return active("running", "run");
+}
+
+function state(word, tone) {
+  return { word, tone, isActive: false, line: "", warning: "" };
+}
+
+function active(word, tone, line = "") {
+  return { word, tone, isActive: true, line, warning: "" };
+}
+
+/** Which buttons make sense. */
+export function possible(task) {
+  const isKnown = Boolean(task.taskid) && ["started", "ended"].includes(task.state);
+  const isOver = task.verdict in VERDICTS;
+  const hasFiles = task.files.length > 0;
+  const hasResult = hasFiles || !task.remote_deleted;
+  const isLost = ["failed", "cancelled"].includes(task.verdict);
+  return {
+    // while a node of this server follows it, that node brings the files
+    collect: isKnown && hasResult && !isLost && !(task.is_live && !isOver),
+    download: isKnown && !hasFiles && hasResult && !isLost && (isOver || task.state === "ended"),
+    stop: isKnown && task.state === "started" && !isOver,
+    erase: isKnown && isOver && !task.remote_deleted,
+    forget: task.state === "sending" && !task.is_live,
+  };
+}
+
+/** Nobody on the server follows it, but it goes on: the page has to ask. */
+export function needsAsking(task) {
+  return task.state === "started" && !task.is_live;
+}
+
+export function dollars(amount) {
+  if (!/^\d+(\.\d+)?$/.test(amount)) return String(amount);
+  const [whole, part = ""] = String(amount).split(".");
+  return `$${whole}.${part.padEnd(2, "0")}`;
+}
+
+export function costOf(task) {
+  if (task.cost) return dollars(task.cost);
+  return task.projected ? `about ${dollars(task.projected)}` : "";
+}
+
+/** How long it took, or has taken so far. */
+export function durationOf(task, nowS) {
+  if (task.elapsed_s) return duration(Number(task.elapsed_s));
+  return describe(task).isActive ? duration(nowS - task.created_at) : "";
+}
+
+function duration(seconds) {
+  const whole = Math.round(seconds);
+  if (!(whole >= 0)) return ""; // no number, or clocks that differ
+  if (whole < 60) return `${whole} s`;
+  const minutes = Math.floor(whole / 60);
+  if (minutes < 60) return `${minutes} min ${whole % 60} s`;
+  return `${Math.floor(minutes / 60)} h ${minutes % 60} min`;
+}
+
+export function timeOf(seconds, now = new Date()) {
+  const date = new Date(seconds * 1000);
+  if (Number.isNaN(date.getTime())) return "";
+  const time = { hour: "2-digit", minute: "2-digit" };
+  if (date.toDateString() === now.toDateString()) return date.toLocaleTimeString([], time);
+  return date.toLocaleString([], { day: "numeric", month: "short", ...time });
+}
+
+export function keyLine(account) {
+  if (!account.has_key) return "No key";
+  const place = account.source === "environment" ? "from the environment" : "stored on the server";
+  return `Key ${account.hint} ${place}`;
+}
+
+export function spentLine(account) {
+  const { spent, limits } = account;
+  const of = (limit) => (limit === null ? "" : ` of ${dollars(limit)}`);
+  const day = `${dollars(spent.day)}${of(limits.per_day)} today`;
+  return `Spent ${day}, ${dollars(spent.month)}${of(limits.per_month)} this month`;
+}
