@@ -193,7 +193,8 @@ class WiroRemoteI2V:
         if not prompt.strip():
             raise ConfigError("The prompt is empty: say what happens in the video.")
         if size == ORIENTATION:
-            size = SIZES[int(image.shape[1] > image.shape[2])]
+            is_upright = image.ndim == 4 and image.shape[1] > image.shape[2]
+            size = SIZES[int(is_upright)]
         frames = frame_count(num_frames)
         if frames != num_frames:
             log.info("num_frames %d is not 4k + 1: %d frames are made.", num_frames, frames)

@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from decimal import Decimal
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -49,7 +50,7 @@ class Result:
     """What a run brought home.
 
     frames: [F, H, W, 3] float32 in 0..1 of its first video or all its pictures, or None.
-    video: path of its first video, or None. text: of models that write.
+    video: path of its first video, or None. text: of models that write. cost: for people.
     """
 
     taskid: str
@@ -57,6 +58,7 @@ class Result:
     video: Path | None
     text: str
     receipt: str
+    cost: str
 
 
 # --- one run ------------------------------------------------------------------------------------
@@ -112,6 +114,7 @@ class Window:
     def on_task(self, task: "Task") -> None:
         if self._task is None or task.status != self._task.status:
             self._began = time.monotonic()
+            self._line = task.phase
             self.live.log.append(f"{time.strftime('%H:%M:%S')} {task.status}")
         self._task = task
         self._show()
@@ -138,9 +141,10 @@ class Window:
                 line = str(self._report)
                 done = self._report.fraction or 0.0
                 where = _RUNNING_FROM + done * (_RUNNING_TO - _RUNNING_FROM)
-            self._fraction, self._line = max(self._fraction, where), f"{line} · task {task.taskid}"
+            self._fraction, self._line = max(self._fraction, where), line
         self.live.fraction, self.live.line = self._fraction, self._line
-        self._progress.show(self._fraction, self._line)
+        of = "" if task is None else f" · task {task.taskid}"  # the panel shows it beside
+        self._progress.show(self._fraction, self._line + of)
         if self.row:
             account.tell(self.row)
 
@@ -214,7 +218,7 @@ def _run(
             line = f"made before by task {entry.taskid}: nothing was paid for it now"
             return _from_disk(entry, receipt)
         result = _follow(window, client, to_handle(entry), timeout_minutes, receipt, entry.id)
-        line = "done"
+        line = f"done · {result.cost} · task {result.taskid}"
         return result
     except BaseException as error:
         if isinstance(error, StoppedError) or host.is_interrupt(error):
@@ -298,6 +302,8 @@ def _to_result(
     frames: list[Tensor],
     text: str,
 ) -> Result:
+    from ..wiro_api.task import money
+
     whole = {
         **receipt,
         "taskid": taskid,
@@ -312,6 +318,7 @@ def _to_result(
     return Result(
         taskid, torch.cat(same) if len(same) > 1 else next(iter(same), None),
         videos[0] if videos else None, text, json.dumps(whole, indent=2, ensure_ascii=False),
+        money(Decimal(cost)) if cost else "cost not told",
     )  # fmt: skip
 
 
@@ -398,7 +405,7 @@ def collect(window: Window, text: str, timeout_minutes: float) -> Result:
             window, client, RunHandle(task.taskid, task.token), timeout_minutes, receipt,
             None if entry is None else entry.id,
         )  # fmt: skip
-        line = "done"
+        line = f"done · {result.cost} · task {result.taskid}"
         return result
     except WiroError as error:
         line = str(error)

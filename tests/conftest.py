@@ -53,3 +53,20 @@ def comfy(monkeypatch, tmp_path):
     for name, module in host.stand_ins(comfy).items():
         monkeypatch.setitem(sys.modules, name, module)
     return comfy
+
+
+@pytest.fixture
+def wiro(monkeypatch):
+    """A loopback Wiro whose tasks end at once with a small video, and its key in the environment."""
+    from comfyui_skyreels.nodes import wiro_run
+    from support.clip import make_clip
+    from support.wiro_server import KEY, SECRET, WiroServer
+
+    wiro_run._records.clear()
+    monkeypatch.delenv("WIRO_SOCKET_URL", raising=False)
+    with WiroServer(states=("task_postprocess_end",), schema=True) as server:
+        server.files["0.mp4"] = make_clip(5, 48, 32)
+        monkeypatch.setenv("WIRO_API_KEY", KEY)
+        monkeypatch.setenv("WIRO_API_SECRET", SECRET)
+        monkeypatch.setenv("WIRO_API_BASE_URL", server.url)
+        yield server

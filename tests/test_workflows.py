@@ -50,8 +50,9 @@ def widgets(node_type: str) -> list[tuple[str, str, dict]]:
     return found
 
 
-def test_the_three_local_workflows_are_here():
-    assert {"quick_start", "local_bf16", "local_low_memory"} <= {path.stem for path in FILES}
+def test_the_workflows_are_here():
+    names = {"quick_start", "local_bf16", "local_low_memory", "remote", "local_and_remote"}
+    assert {path.stem for path in FILES} == names
 
 
 @each_file
@@ -163,7 +164,7 @@ def test_the_thumbnail_is_what_the_template_browser_takes(path):
 
 
 @each_file
-def test_the_graph_runs_to_a_video_on_tiny_weights(path, comfy):
+def test_the_graph_runs_to_a_video_on_tiny_weights(path, comfy, wiro):
     prompt = api_form(path)
     tiny_transformer, tiny_vae = tiny.transformer(), tiny.randomize(VideoVAE(tiny.VAE))
     saved = {"transformer": tiny_transformer, "vae": tiny_vae}
@@ -182,6 +183,14 @@ def test_the_graph_runs_to_a_video_on_tiny_weights(path, comfy):
     text_sizes = (tiny.TRANSFORMER.text_embed_dim, tiny.TRANSFORMER.pooled_projection_dim)
     results = host.run_prompt(prompt, NODES, text_sizes)
     types = {node["class_type"]: key for key, node in prompt.items()}
-    frames, fps = results[types["CreateVideo"]][0]
-    assert (frames.shape, frames.dtype, fps) == ((5, 32, 48, 3), torch.float32, 24.0)
+    videos = [results[key][0] for key in prompt if prompt[key]["class_type"] == "CreateVideo"]
+    assert all((v[0].dtype, v[1]) == (torch.float32, 24.0) for v in videos)
+    shapes = [tuple(v[0].shape) for v in videos]
+    expected = {"remote": [], "local_and_remote": [(5, 32, 48, 3), (5, 32, 96, 3)]}
+    assert shapes == expected.get(path.stem, [(5, 32, 48, 3)])
     assert types["SaveVideo"] in results
+    if "WiroRemoteI2V" in types:
+        frames, video, taskid, receipt = results[types["WiroRemoteI2V"]]
+        assert (tuple(frames.shape), taskid) == ((5, 32, 48, 3), "2221")
+        assert Path(video.file).read_bytes() == wiro.files["0.mp4"]
+        assert json.loads(receipt)["cost_usd"] == "0.00351"

@@ -12,7 +12,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 NODES = comfyui_skyreels.NODE_CLASS_MAPPINGS
 TYPES = {"INT": int, "FLOAT": float, "STRING": str, "BOOLEAN": bool}
-CORE_SOCKETS = {"IMAGE", "LATENT", "CONDITIONING", "SAMPLER", "SIGMAS"}
+CORE_SOCKETS = {"IMAGE", "VIDEO", "LATENT", "CONDITIONING", "SAMPLER", "SIGMAS"}
 
 #: frozen: display name, inputs in order, outputs. New widgets only at the end of a list
 FROZEN = {
@@ -56,6 +56,30 @@ FROZEN = {
         ["vae", "samples", "mode", "tile_size", "tile_stride", "tile_frames",
          "tile_frames_stride"],
         [("images", "IMAGE")],
+    ),
+    "WiroRemoteI2V": (
+        "Wiro Remote I2V",
+        ["image", "prompt", "size", "fit", "num_frames", "steps", "cfg", "negative_prompt",
+         "add_fps_prefix", "take", "wait_when_busy", "timeout_minutes"],
+        [("images", "IMAGE"), ("video", "VIDEO"), ("task_id", "STRING"), ("receipt", "STRING")],
+    ),
+    "WiroRunModel": (
+        "Wiro Run Model",
+        ["model", "parameters", "image", "image_parameter", "take", "wait_when_busy",
+         "timeout_minutes"],
+        [("images", "IMAGE"), ("video", "VIDEO"), ("text", "STRING"), ("task_id", "STRING"),
+         ("receipt", "STRING")],
+    ),
+    "WiroTaskResult": (
+        "Wiro Task Result",
+        ["task", "timeout_minutes"],
+        [("images", "IMAGE"), ("video", "VIDEO"), ("text", "STRING"), ("task_id", "STRING"),
+         ("receipt", "STRING")],
+    ),
+    "WiroUploadFile": (
+        "Wiro Upload File",
+        ["file", "folder", "image"],
+        [("url", "STRING"), ("file_id", "STRING")],
     ),
 }  # fmt: skip
 
@@ -138,7 +162,9 @@ def test_every_node_has_a_help_page_that_names_its_inputs_and_outputs(name):
 
 def test_the_web_folder_is_there_and_asks_no_other_host():
     assert (ROOT / comfyui_skyreels.WEB_DIRECTORY).is_dir()
-    for script in (ROOT / "web").rglob("*.js"):
+    scripts = [p for p in (ROOT / "web").rglob("*") if p.suffix in (".js", ".mjs", ".css")]
+    assert len(scripts) > 5
+    for script in scripts:
         text = script.read_text(encoding="utf-8")
         assert "http" not in text
         assert "prototype" not in text

@@ -32,7 +32,10 @@ WIDGET_TYPES = ("INT", "FLOAT", "STRING", "BOOLEAN", "COMBO")
 POSITIVE = {"color": "#232", "bgcolor": "#353"}
 NEGATIVE = {"color": "#322", "bgcolor": "#533"}
 NOTE = {"color": "#432", "bgcolor": "#653"}
-GROUP_COLORS = {"load": "#8A8", "encode": "#88A", "sample": "#A88", "decode and save": "#3f789e"}
+GROUP_COLORS = {
+    "load": "#8A8", "encode": "#88A", "prompt": "#88A", "sample": "#A88",
+    "run on Wiro": "#A88", "decode and save": "#3f789e", "save": "#3f789e",
+}  # fmt: skip
 COLUMN_GAP, ROW_GAP, TITLE_HEIGHT = 60, 20, 30
 #: a running node grows by a line of text, the sampler by a preview too
 STATUS_HEIGHT, SAMPLER_HEIGHT = 30, 790
@@ -187,10 +190,7 @@ def local(transformer: str, prefix: str, introduction: Node, sample_note: Node) 
         "encode": {
             "positive": Node(
                 "CLIPTextEncode",
-                {
-                    "text": "FPS-24, A woman in a green coat turns her head towards the camera and "
-                    "smiles, wind moves her hair, soft evening light, medium shot"
-                },
+                {"text": PROMPT},
                 {"clip": ("clip", 0)},
                 title="Prompt (begin with FPS-24, )",
                 look=POSITIVE,
@@ -245,10 +245,97 @@ def local_low_memory() -> Graph:
     )
 
 
+WIRO_NOTE = (
+    "## SkyReels-V1 on Wiro\n\nNo graphics card is needed: the video is made on "
+    "[wiro.ai](https://wiro.ai/models/wiro/SkyReels-V1), **which costs money**. The price stands "
+    "on the node before the run, the cost after it.\n\n1. Put your Wiro key into *Settings > "
+    "SkyReels > Wiro*; limits of spending are set there too.\n2. Choose a picture of a person.\n"
+    "3. **Run**. *Cancel* stops the task at Wiro too."
+)
+TAKE_NOTE = (
+    "Running the same inputs again costs nothing, even after a crash or a restart: the video is "
+    "there, or is waited for. For another one of the same inputs set **take** to 2, 3, ...\n\nThe "
+    "tab **Wiro** in the sidebar shows all tasks."
+)
+PROMPT = (
+    "FPS-24, A woman in a green coat turns her head towards the camera and smiles, wind moves her "
+    "hair, soft evening light, medium shot"
+)
+
+
+def prompt_text() -> Node:
+    return Node(
+        "PrimitiveStringMultiline", {"value": PROMPT}, title="Prompt", look=POSITIVE, height=200
+    )
+
+
+def wiro_node() -> Node:
+    return Node(
+        "WiroRemoteI2V",
+        {"negative_prompt": DEFAULT_NEGATIVE_PROMPT},
+        {"image": ("image", 0), "prompt": ("prompt", 0)},
+        height=620,
+    )
+
+
+def save(prefix: str, video: tuple[str, int], title: str = "") -> Node:
+    return Node(
+        "SaveVideo", {"filename_prefix": f"video/{prefix}"}, {"video": video}, title, height=430
+    )
+
+
+def remote() -> Graph:
+    """Picture and prompt, one node, the video."""
+    return {
+        "picture": {
+            "note": note(WIRO_NOTE, 260),
+            "image": Node("LoadImage", {"image": "example.png"}, height=320),
+        },
+        "prompt": {"prompt": prompt_text()},
+        "run on Wiro": {"remote": wiro_node(), "take note": note(TAKE_NOTE, 150)},
+        "save": {"save": save("wiro", ("remote", 1))},
+    }
+
+
+def local_and_remote() -> Graph:
+    """The same picture and prompt on this card and on Wiro, and both beside each other."""
+    graph = local(
+        "skyreels_hunyuan_i2v_fp8_e4m3fn.safetensors",
+        "skyreels_here",
+        note(
+            "## Here and on Wiro\n\nThe same picture and prompt, once on this machine with the "
+            "8-bit file (12 GB card, 32 GB of memory) and once on Wiro, **which costs money**. "
+            "Both run at the same time. Mute a branch (Ctrl+M) to run the other alone.\n\nThe two "
+            "draw different noise: the videos differ as two seeds do.",
+            220,
+        ),
+        note(SETTINGS_NOTE, 140),
+    )
+    encode = graph["encode"]
+    encode["positive"] = Node(
+        "CLIPTextEncode", {"text": ""}, {"clip": ("clip", 0), "text": ("prompt", 0)},
+        title="Encoded prompt", look=POSITIVE,
+    )  # fmt: skip
+    graph["encode"] = {"prompt": prompt_text(), **encode}
+    both = {"image1": ("decode", 0), "image2": ("remote", 0)}
+    return {
+        **graph,
+        "run on Wiro": {"remote": wiro_node(), "take note": note(TAKE_NOTE, 150)},
+        "compare": {
+            "save remote": save("skyreels_wiro", ("remote", 1), "Save Video (Wiro)"),
+            "stitch": Node("ImageStitch", {"spacing_width": 8}, both, title="Here | on Wiro"),
+            "both": Node("CreateVideo", {"fps": 24.0}, {"images": ("stitch", 0)}),
+            "save both": save("skyreels_compared", ("both", 0), "Save Video (both)"),
+        },
+    }
+
+
 GRAPHS = {
     "quick_start": quick_start,
     "local_bf16": local_bf16,
     "local_low_memory": local_low_memory,
+    "remote": remote,
+    "local_and_remote": local_and_remote,
 }
 
 
@@ -374,25 +461,23 @@ def ui_node(
 ) -> dict[str, Any]:
     """One entry of "nodes"; its links are appended to `links`."""
     sockets, widgets = split_inputs(node.type)
-    unknown = set(node.links) - set(sockets)
+    unknown = set(node.links) - set(sockets) - set(widgets)
     if unknown:
-        raise ValueError(f"{node.type} has no socket {sorted(unknown)}")
+        raise ValueError(f"{node.type} has no input {sorted(unknown)}")
     inputs: list[dict[str, Any]] = []
-    for name, (kind, _, is_optional) in sockets.items():
-        entry = {"name": name, "type": kind, "link": None}
+    for name, (kind, _, is_optional) in {**sockets, **widgets}.items():
+        of_widget = {"widget": {"name": name}} if name in widgets else {}
+        entry: dict[str, Any] = {"name": name, "type": kind, **of_widget, "link": None}
         if is_optional:
             entry["shape"] = 7
         if name in node.links:
             origin, slot = node.links[name]
-            links.append([len(links) + 1, ids[origin], slot, ids[key], len(inputs), kind])
-            entry["link"] = len(links)
             given = definition(flat[origin].type)["output"][slot]
             if given != kind:
                 raise ValueError(f"{key}.{name} takes {kind}, and {origin} gives {given}")
+            links.append([len(links) + 1, ids[origin], slot, ids[key], len(inputs), given])
+            entry["link"] = len(links)
         inputs.append(entry)
-    for name, (kind, _, is_optional) in widgets.items():
-        entry = {"name": name, "type": kind, "widget": {"name": name}, "link": None}
-        inputs.append({**entry, "shape": 7} if is_optional else entry)
     described = definition(node.type)
     outputs = [
         {"name": label, "type": kind, "links": None}

@@ -6,6 +6,7 @@ every node after the nodes it depends on. What is checked here is checked again 
 where there is one (tests/adapters/test_real_comfyui.py).
 """
 
+import asyncio
 import inspect
 import json
 from dataclasses import dataclass, field
@@ -27,6 +28,10 @@ MODULES = (
     "comfy.model_patcher",
     "comfy.model_sampling",
     "comfy.latent_formats",
+    "comfy_api",
+    "comfy_api.latest",
+    "comfy_execution",
+    "comfy_execution.graph_utils",
 )
 
 
@@ -49,6 +54,8 @@ class Host:
     loads: list[dict[str, Any]] = field(default_factory=list)
     asked: list[tuple[int, list[Any]]] = field(default_factory=list)
     reserved_bytes: int = 0
+    events: list[tuple[str, dict[str, Any]]] = field(default_factory=list)
+    is_cancelled: bool = False
 
     def folder(self, kind: str) -> Path:
         path = self.root / "models" / kind
@@ -57,9 +64,26 @@ class Host:
 
     def check(self) -> None:
         self.checks += 1
+        if self.is_cancelled:  # the first asker clears the flag
+            self.is_cancelled = False
+            raise InterruptProcessingException
         if self.cancel_after is not None and self.checks > self.cancel_after:
             self.cancel_after = None  # the first asker clears the flag
             raise InterruptProcessingException
+
+
+class ExecutionBlocker:
+    """An output that stops what depends on it."""
+
+    def __init__(self, message: str | None) -> None:
+        self.message = message
+
+
+class VideoFromFile:
+    """A VIDEO that lies in a file."""
+
+    def __init__(self, file: str) -> None:
+        self.file = file
 
 
 class ModelPatcher:
@@ -107,6 +131,10 @@ def stand_ins(host: Host) -> dict[str, ModuleType]:
         str(host.folder(kind) / name) if (host.folder(kind) / name).is_file() else None
     )
     paths.get_user_directory = lambda: str(host.root / "user")
+    paths.get_output_directory = lambda: str(host.root / "output")
+    paths.get_input_directory = lambda: str(host.root / "input")
+    paths.get_annotated_filepath = lambda name: str(host.root / "input" / name)
+    (host.root / "input").mkdir(parents=True, exist_ok=True)
 
     management: Any = modules["comfy.model_management"]
     management.InterruptProcessingException = InterruptProcessingException
@@ -140,7 +168,14 @@ def stand_ins(host: Host) -> dict[str, ModuleType]:
     modules["latent_preview"].get_previewer = lambda device, latent_format: SimpleNamespace(  # type: ignore[attr-defined]
         decode_latent_to_preview_image=lambda kind, latents: (kind, tuple(latents.shape), None)
     )
-    instance = SimpleNamespace(send_progress_text=lambda text, node_id: host.texts.append(text))
+    latest: Any = modules["comfy_api.latest"]
+    latest.InputImpl = SimpleNamespace(VideoFromFile=VideoFromFile)
+    graph_utils: Any = modules["comfy_execution.graph_utils"]
+    graph_utils.ExecutionBlocker = ExecutionBlocker
+    instance = SimpleNamespace(
+        send_progress_text=lambda text, node_id: host.texts.append(text),
+        send_sync=lambda event, data, sid=None: host.events.append((event, data)),
+    )
     modules["server"].PromptServer = SimpleNamespace(instance=instance)  # type: ignore[attr-defined]
     return modules
 
@@ -175,6 +210,10 @@ def core_node(class_type: str, inputs: dict[str, Any], text_sizes: tuple[int, in
         return (made_up_conditioning(inputs["text"], *text_sizes),)
     if class_type == "CreateVideo":
         return ((inputs["images"], inputs["fps"]),)
+    if class_type == "PrimitiveStringMultiline":
+        return (inputs["value"],)
+    if class_type == "ImageStitch":
+        return (torch.cat([inputs["image1"], inputs["image2"]], dim=2),)
     if class_type == "SaveVideo":
         return ()
     raise AssertionError(f"unknown core node {class_type}")
@@ -215,7 +254,8 @@ def run_prompt(
                 if "unique_id" in cls.INPUT_TYPES().get("hidden", {}):
                     inputs["unique_id"] = key
                 with torch.inference_mode():  # as ComfyUI does
-                    results[key] = getattr(cls(), cls.FUNCTION)(**inputs)
+                    outputs = getattr(cls(), cls.FUNCTION)(**inputs)
+                    results[key] = asyncio.run(outputs) if asyncio.iscoroutine(outputs) else outputs
             else:
                 results[key] = core_node(class_type, inputs, text_sizes)
         return results[key]
