@@ -5,6 +5,7 @@ import os
 import re
 import signal
 import socket
+import stat
 import subprocess
 import time
 import urllib.error
@@ -16,6 +17,8 @@ import pytest
 from comfyui_skyreels.skyreels.builtin import BUILTIN_NAME
 from comfyui_skyreels.skyreels.vae.model import VideoVAE
 from support import checkout, tiny
+from support.clip import make_clip
+from support.wiro_server import KEY, SECRET, WiroServer
 
 ROOT = Path(__file__).resolve().parents[2]
 SUPPORT = ROOT / "tests" / "support"
@@ -32,8 +35,8 @@ pytestmark = [pytest.mark.comfy, checkout.needs_comfy]
 class Server:
     """A running ComfyUI and the few calls the tests make."""
 
-    def __init__(self, base: Path) -> None:
-        self.base = base
+    def __init__(self, base: Path, wiro: WiroServer) -> None:
+        self.base, self.wiro = base, wiro
         self.log = base / "server.log"
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
@@ -41,11 +44,20 @@ class Server:
         self.url = f"http://127.0.0.1:{port}"
         command = [checkout.python(), "main.py", "--cpu", "--listen", "127.0.0.1", "--port", port,
                    "--disable-auto-launch", "--disable-api-nodes", "--base-directory", base,
+                   "--verbose", "DEBUG",
                    "--database-url", f"sqlite:///{base}/comfyui.db"]  # fmt: skip
-        environment = {**os.environ, "HOME": str(base), "PYTHONDONTWRITEBYTECODE": "1"}
-        with self.log.open("w") as log:
+        environment = {
+            **{k: v for k, v in os.environ.items() if not k.startswith("WIRO_")},
+            "WIRO_API_BASE_URL": wiro.url, "WIRO_SOCKET_URL": wiro.socket_url,
+            "HOME": str(base), "PYTHONDONTWRITEBYTECODE": "1",
+        }  # fmt: skip
+        self.command, self.environment = list(map(str, command)), environment
+        self.start()
+
+    def start(self) -> None:
+        with self.log.open("a") as log:
             self.process = subprocess.Popen(
-                list(map(str, command)), cwd=checkout.CHECKOUT, env=environment, stdout=log,
+                self.command, cwd=checkout.CHECKOUT, env=self.environment, stdout=log,
                 stderr=subprocess.STDOUT,
             )  # fmt: skip
 
@@ -111,12 +123,19 @@ def server(tmp_path_factory):
     (base / "input" / "example.png").write_bytes(
         (checkout.CHECKOUT / "input" / "example.png").read_bytes()
     )
-    server = Server(base)
-    try:
-        server.wait_until_ready()
-        yield server
-    finally:
-        server.stop()
+    with WiroServer(pace_s=2.0, with_socket=True, schema=True) as wiro:
+        wiro.files["0.mp4"] = make_clip(5, 48, 32)
+        server = Server(base, wiro)
+        try:
+            server.wait_until_ready()
+            # the key comes as a person gives it: through the settings, once
+            status, _ = server.post(
+                "/skyreels/wiro/account", {"api_key": KEY, "api_secret": SECRET}
+            )
+            assert status == 200
+            yield server
+        finally:
+            server.stop()
 
 
 def small_prompt(name: str, **changes) -> dict:
@@ -139,10 +158,9 @@ def small_prompt(name: str, **changes) -> dict:
     return prompt
 
 
-def saved_video(server: Server, result: dict) -> Path:
+def saved_videos(server: Server, result: dict) -> list[Path]:
     files = [f for output in result["outputs"].values() for f in output.get("images", [])]
-    assert len(files) == 1, result["status"]
-    return server.base / "output" / files[0]["subfolder"] / files[0]["filename"]
+    return [server.base / "output" / file["subfolder"] / file["filename"] for file in files]
 
 
 def test_the_pack_is_imported_quickly_and_all_nodes_are_listed(server):
@@ -166,7 +184,9 @@ def test_templates_thumbnails_help_and_script_are_served(server):
         assert server.get(template + ".jpg")[:2] == b"\xff\xd8"
     assert f"/extensions/{PACK}/skyreels.js" in json.loads(server.get("/extensions"))
     for name in comfyui_skyreels.NODE_CLASS_MAPPINGS:
-        assert server.get(f"/extensions/{PACK}/docs/{name}.md").startswith(b"# SkyReels")
+        assert server.get(f"/extensions/{PACK}/docs/{name}.md").startswith(b"# ")
+    assert f"/extensions/{PACK}/wiro.js" in json.loads(server.get("/extensions"))
+    assert b"createPanel" in server.get(f"/extensions/{PACK}/wiro/panel.mjs")
 
 
 @pytest.mark.parametrize("name", WORKFLOWS)
@@ -175,11 +195,15 @@ def test_a_workflow_runs_to_a_playable_video(server, name):
 
     result = server.result(server.queue(small_prompt(name)))
     assert result["status"]["status_str"] == "success", result["status"]
-    with av.open(str(saved_video(server, result))) as container:
-        stream = container.streams.video[0]
-        assert (stream.codec_context.name, stream.codec_context.pix_fmt) == ("h264", "yuv420p")
-        assert (stream.width, stream.height, stream.average_rate) == (48, 32, 24)
-        assert sum(1 for _ in container.decode(stream)) == 5
+    videos = saved_videos(server, result)
+    assert len(videos) == (3 if name == "local_and_remote" else 1)
+    for path in videos:
+        width = 48 + 8 + 48 if "compared" in path.name else 48
+        with av.open(str(path)) as container:
+            stream = container.streams.video[0]
+            assert (stream.codec_context.name, stream.codec_context.pix_fmt) == ("h264", "yuv420p")
+            assert (stream.width, stream.height, stream.average_rate) == (width, 32, 24)
+            assert sum(1 for _ in container.decode(stream)) == 5
 
 
 def test_cancel_in_mid_run_stops_at_once_and_the_next_run_is_good(server):
@@ -229,6 +253,142 @@ def test_models_that_were_replaced_are_let_go(server):
     counts = [live_models(seed) for seed in range(8)]
     assert counts[0] >= 1
     assert max(counts[2:]) <= counts[1]
+
+
+# --- remote -------------------------------------------------------------------------------------
+
+
+def remote_prompt(prompt: str, *, copies: int = 1) -> dict:
+    """The shipped remote workflow with another prompt, and its node several times."""
+    graph = json.loads((ROOT / "tests" / "workflows" / "remote.api.json").read_text())
+    (key,) = (k for k, node in graph.items() if node["class_type"] == "WiroRemoteI2V")
+    (save,) = (k for k, node in graph.items() if node["class_type"] == "SaveVideo")
+    for number in range(copies):
+        inputs = {**graph[key]["inputs"], "prompt": f"{prompt} {number}"}
+        graph[f"remote {number}"] = {"class_type": "WiroRemoteI2V", "inputs": inputs}
+        graph[f"save {number}"] = {
+            "class_type": "SaveVideo",
+            "inputs": {**graph[save]["inputs"], "video": [f"remote {number}", 1]},
+        }
+    return {k: node for k, node in graph.items() if k not in (key, save)}
+
+
+def test_two_remote_nodes_of_one_graph_run_at_the_same_time(server):
+    start = time.monotonic()
+    result = server.result(server.queue(remote_prompt("two", copies=2)))
+    assert result["status"]["status_str"] == "success", result["status"]
+    prompts = [task["parameters"]["prompt"] for task in server.wiro.tasks.values()]
+    assert sum(prompt.endswith(("two 0", "two 1")) for prompt in prompts) == 2
+    assert time.monotonic() - start < 2 * server.wiro.pace_s, "one after the other"
+
+
+def wait_for_task(server: Server, prompt: str, *states: str) -> dict:
+    for _ in range(500):
+        for task in list(server.wiro.tasks.values()):
+            if task["parameters"]["prompt"].endswith(prompt) and task["status"] in states:
+                return task
+        time.sleep(0.01)
+    raise AssertionError(f"no task of {prompt!r} in {states}")
+
+
+@pytest.mark.parametrize(("state", "call"), [("queue", "Task/Cancel"), ("output", "Task/Kill")])
+def test_cancel_in_comfyui_stops_the_remote_task(server, monkeypatch, state, call):
+    monkeypatch.setattr(server.wiro, "pace_s", 8.0)
+    before = len(server.wiro.seen)
+    queued = server.queue(remote_prompt(f"cancel {state}"))
+    task = wait_for_task(server, f"cancel {state} 0", f"task_{state}")
+    start = time.monotonic()
+    server.post("/interrupt", {"prompt_id": queued})
+    result = server.result(queued)
+    assert time.monotonic() - start < 2.0
+    assert "execution_interrupted" in [kind for kind, _ in result["status"]["messages"]]
+    assert task["status"] == "task_cancel"
+    assert call in [seen.path for seen in server.wiro.seen[before:]]
+    monkeypatch.setattr(server.wiro, "pace_s", 2.0)
+    again = server.result(server.queue(remote_prompt(f"after {state}")))
+    assert again["status"]["status_str"] == "success", "the next run is good"
+
+
+def test_a_neighbour_that_fails_stops_the_remote_task(server):
+    prompt = remote_prompt("neighbour")
+    prompt["bad"] = {"class_type": "TestFailsLater", "inputs": {"seconds": 0.7}}
+    queued = server.queue(prompt)
+    task = wait_for_task(server, "neighbour 0", "task_queue", "task_start", "task_output")
+    result = server.result(queued)
+    assert result["status"]["status_str"] == "error"
+    assert task["status"] == "task_cancel"
+
+
+def test_the_panel_is_told_of_tasks_and_files_and_acts_on_them(server):
+    listed = json.loads(server.get("/skyreels/wiro/tasks?limit=100"))
+    assert listed["error"] == ""
+    assert {task["verdict"] for task in listed["tasks"]} >= {"succeeded", "cancelled"}
+    done = next(task for task in listed["tasks"] if task["files"])
+    file = done["files"][0]
+    clip = server.get(
+        f"/view?filename={file['filename']}&subfolder={file['subfolder']}&type=output"
+    )
+    assert clip == server.wiro.files["0.mp4"]
+    assert server.post(f"/skyreels/wiro/tasks/{done['id']}/delete_files", {})[1]["task"][
+        "remote_deleted"
+    ]
+    status, answer = server.post("/skyreels/wiro/tasks/9999/stop", {})
+    assert (status, "no task 9999" in answer["error"]) == (502, True)
+    status, answer = server.post("/skyreels/wiro/account/test", {})
+    assert (status, "accepts the key" in answer["message"]) == (200, True)
+
+
+def test_the_planted_key_is_nowhere_but_in_its_file(server):
+    """Runs last of the remote tests: the server has done everything by now."""
+    secret_file = server.base / "user" / "__skyreels" / "wiro.env"
+    assert KEY in secret_file.read_text()
+    assert stat.S_IMODE(secret_file.stat().st_mode) == 0o600
+    failed = remote_prompt("fails")
+    server.wiro.fail("Run", {"status": 401, "body": {"result": False, "errors": [
+        {"code": 0, "message": "Project authorization is not valid."}]}})  # fmt: skip
+    assert server.result(server.queue(failed))["status"]["status_str"] == "error"
+    secrets = [KEY, SECRET, *(t["socketaccesstoken"] for t in server.wiro.tasks.values())]
+    answers = [
+        server.get(path)
+        for path in ("/history", "/queue", "/prompt", "/settings", "/skyreels/wiro/account",
+                     "/skyreels/wiro/tasks", "/users", "/system_stats")
+    ]  # fmt: skip
+    files = [p for p in server.base.rglob("*") if p.is_file() and p != secret_file]
+    assert any(path.suffix == ".mp4" for path in files)
+    assert any(path.name == "wiro_journal.sqlite" for path in files)
+    texts = [*answers, *(p.read_bytes() for p in files if "models" not in p.parts)]
+    for secret in secrets:
+        assert not [t[:200] for t in texts if secret.encode() in t], "a secret leaked"
+
+
+@pytest.mark.parametrize(
+    "path",
+    ["/userdata/__skyreels%2Fwiro.env", "/userdata/..%2F__skyreels%2Fwiro.env",
+     "/userdata/%2E%2E%2F__skyreels%2Fwiro.env", "/api/userdata/..%2F..%2F__skyreels%2Fwiro.env",
+     "/view?filename=wiro.env&subfolder=../user/__skyreels&type=output",
+     "/view?filename=wiro.env&subfolder=__skyreels&type=input",
+     "/v2/userdata?path=../__skyreels", "/extensions/../user/__skyreels/wiro.env"],
+)  # fmt: skip
+def test_the_key_file_is_not_served(server, path):
+    try:
+        assert KEY.encode() not in server.get(path)
+    except urllib.error.HTTPError as error:
+        assert error.code in (400, 403, 404)
+        assert KEY.encode() not in error.read()
+
+
+def test_killed_in_mid_task_and_queued_again_it_goes_on(server):
+    queued = server.queue(remote_prompt("killed"))
+    task = wait_for_task(server, "killed 0", "task_start", "task_output")
+    server.process.kill()
+    server.process.wait()
+    server.start()
+    server.wait_until_ready()
+    assert queued not in json.loads(server.get("/history"))
+    result = server.result(server.queue(remote_prompt("killed")))
+    assert result["status"]["status_str"] == "success", result["status"]
+    same = [t for t in server.wiro.tasks.values() if t["parameters"]["prompt"].endswith("killed 0")]
+    assert same == [task], "one Run"
 
 
 # --- inside the process -------------------------------------------------------------------------

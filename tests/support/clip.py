@@ -13,7 +13,7 @@ def make_clip(num_frames: int = 9, width: int = 64, height: int = 48) -> bytes:
 
     file = io.BytesIO()
     with av.open(file, "w", format="mp4") as container:
-        stream = container.add_stream("mpeg4", rate=24)
+        stream = container.add_stream("libx264", rate=24)
         stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
         for number in range(num_frames):
             picture = np.zeros((height, width, 3), np.uint8)

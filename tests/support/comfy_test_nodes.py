@@ -1,5 +1,6 @@
-"""Nodes for the real-ComfyUI tests: CONDITIONING without 9 GB of text encoders, a census."""
+"""Nodes for the real-ComfyUI tests: CONDITIONING without 9 GB of encoders, a census, a failure."""
 
+import asyncio
 import gc
 
 import torch
@@ -39,4 +40,25 @@ class TestLiveModels:
         return {"ui": {"text": [str(live)]}, "result": ()}
 
 
-NODE_CLASS_MAPPINGS = {"TestConditioning": TestConditioning, "TestLiveModels": TestLiveModels}
+class TestFailsLater:
+    """Raises after a while, beside other nodes that wait."""
+
+    CATEGORY = "tests"
+    FUNCTION = "fail"
+    RETURN_TYPES = ()
+    OUTPUT_NODE = True
+
+    @classmethod
+    def INPUT_TYPES(cls):
+        return {"required": {"seconds": ("FLOAT", {})}}
+
+    async def fail(self, seconds):
+        await asyncio.sleep(seconds)
+        raise RuntimeError("this node fails")
+
+
+NODE_CLASS_MAPPINGS = {
+    "TestConditioning": TestConditioning,
+    "TestLiveModels": TestLiveModels,
+    "TestFailsLater": TestFailsLater,
+}
