@@ -20,7 +20,7 @@ from .errors import ApiError, AuthError, ConfigError, DependencyError, Transport
 from .files import read_part
 from .jobs import finish, start, to_handle
 from .journal import Entry, Journal, default_path
-from .schema import complete, items_of
+from .schema import SKYREELS, check_skyreels, complete, items_of
 from .signing import load_credentials
 from .spending import Limits, load_limits, parse_limit, price_of, save_limits, to_json
 from .task import Output, Task, Verdict, dollars, money, verdict
@@ -154,10 +154,12 @@ def build_parser() -> argparse.ArgumentParser:
 def run_run(client: Client, arguments: argparse.Namespace) -> dict[str, Any]:
     """`run`: start, wait, download."""
     model = Model.parse(arguments.model)
-    given = dict(_pair(text, "--param") for text in arguments.param)
+    given: dict[str, Any] = dict(_pair(text, "--param") for text in arguments.param)
     files = [(name, read_part(Path(path))) for name, path in
              (_pair(text, "--file") for text in arguments.file)]  # fmt: skip
     _check_folder(arguments.out)
+    if model.clean == SKYREELS.clean:
+        given = check_skyreels(given, files)
     journal = Journal(arguments.journal)
     try:
         record = client.model_detail(model)

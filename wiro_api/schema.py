@@ -29,6 +29,8 @@ SKYREELS_ITEMS: tuple[Mapping[str, Any], ...] = (
     {"id": "steps", "type": "range", "default": 30},
 )  # fmt: skip
 MIN_FRAMES = 5
+#: how PNG, JPEG, WebP and GIF files begin
+_PICTURES = (b"\x89PNG", b"\xff\xd8", b"RIFF", b"GIF8")
 _FILES = ("fileinput", "multifileinput", "combinefileinput")
 _NUMBERS = ("range", "number", "float")
 #: optional fields that every model takes
@@ -136,6 +138,25 @@ def _plain(number: Decimal, value: object) -> int | float:
     return int(number) if number == number.to_integral_value() else float(number)
 
 
+def check_skyreels(
+    values: Mapping[str, Any], files: Sequence[tuple[str, FilePart]] = ()
+) -> dict[str, Any]:
+    """The values with a frame count that the model can make.
+
+    Raises:
+        ConfigError: too few frames, or a file that is no picture.
+    """
+    for name, (_, content, _) in files:
+        if not content.startswith(_PICTURES) and content[4:8] != b"ftyp":
+            raise ConfigError(
+                f"The file for {name} is no picture: use a PNG, JPEG, WebP, GIF or HEIC file."
+            )
+    frames = decimal_of(values.get("numFrames"))
+    if frames is None:  # not given, or no number, which the schema tells
+        return dict(values)
+    return {**values, "numFrames": frame_count(int(frames))}
+
+
 def frame_count(num_frames: int) -> int:
     """The next count that the video VAE can make: 4k + 1, at least 5.
 
@@ -144,6 +165,6 @@ def frame_count(num_frames: int) -> int:
     """
     if num_frames < MIN_FRAMES:
         raise ConfigError(
-            f"num_frames is {num_frames}: the least is {MIN_FRAMES}, and counts are 4k + 1, as 97."
+            f"The number of frames is {num_frames}: the least is {MIN_FRAMES}, and counts are 4k + 1, as 97."
         )
     return num_frames + (1 - num_frames) % 4

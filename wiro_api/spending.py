@@ -252,6 +252,5 @@ def check_limits(limits: Limits, price: Price | None, spent: Spent, model: str) 
         if limit is not None and already + price.amount > limit:
             so_far = f", and {money(already)} of it is spent" if already else ""
             raise LimitError(
-                f"{model} would cost {price}; your limit is {money(limit)} {period}{so_far}. "
-                f"{fix}."
+                f"{model} would cost {price}; your limit is {money(limit)} {period}{so_far}. {fix}."
             )

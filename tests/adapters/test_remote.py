@@ -298,7 +298,7 @@ def test_cancel_in_mid_download_leaves_nothing_half_written(comfy, wiro):
         ({"WIRO_API_KEY": "test key"}, {}, ConfigError, "API key holds a blank"),
         ({"WIRO_API_BASE_URL": "http://api.wiro.ai/v1"}, {}, ConfigError, "not a https address"),
         ({}, {"prompt": "  "}, ConfigError, "The prompt is empty"),
-        ({}, {"num_frames": 0}, ConfigError, "num_frames is 0: the least is 5"),
+        ({}, {"num_frames": 0}, ConfigError, "frames is 0: the least is 5"),
         ({}, {"image": torch.zeros(3, 5)}, ShapeError, "A picture is"),
         ({}, {"image": torch.full((1, 8, 8, 3), float("nan"))}, ShapeError, "NaN"),
         ({}, {"steps": 5000}, ConfigError, "steps is 5000, and the model takes"),
