@@ -165,6 +165,7 @@ def frame_count(num_frames: int) -> int:
     """
     if num_frames < MIN_FRAMES:
         raise ConfigError(
-            f"The number of frames is {num_frames}: the least is {MIN_FRAMES}, and counts are 4k + 1, as 97."
+            f"The number of frames is {num_frames}: the least is {MIN_FRAMES}, and counts are "
+            "4k + 1, as 97."
         )
     return num_frames + (1 - num_frames) % 4
