@@ -11,6 +11,7 @@ import os
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, replace
+from decimal import Decimal
 from pathlib import Path
 from typing import Any, NoReturn
 from urllib.parse import urlsplit
@@ -257,6 +258,8 @@ def run_model(client: Client, arguments: argparse.Namespace) -> dict[str, Any]:
             need = "required" if item.get("required") else "optional"
             name, kind, label = (str(item.get(k) or "") for k in ("id", "type", "label"))
             say(f"{name:20} {kind:16} {need}  {label}")
+    price = price_of(record, {item["id"]: item.get("default") for item in items_of(record)})
+    say(f"price with the defaults: {'not told before the run' if price is None else price}")
     return dict(record)
 
 
@@ -279,7 +282,8 @@ def run_limits(_: Client, arguments: argparse.Namespace) -> dict[str, Any]:
         save_limits(file, limits)
     spent = Journal(arguments.journal).spent()
     for name, amount in to_json(limits).items():
-        say(f"{name.replace('_', ' '):10} {'no limit' if amount is None else f'${amount}'}")
+        shown = "no limit" if amount is None else money(Decimal(amount))
+        say(f"{name.replace('_', ' '):10} {shown}")
     say(f"spent: {money(spent.day)} today, {money(spent.month)} this month")
     return {"limits": to_json(limits),
             "spent": {"day": dollars(spent.day), "month": dollars(spent.month)}}  # fmt: skip

@@ -236,7 +236,7 @@ def check_limits(limits: Limits, price: Price | None, spent: Spent, model: str) 
     """
     if not limits.is_set:
         return
-    fix = "Nothing was sent. Raise the limit in the Wiro settings if you want it"
+    fix = "Nothing was sent. Raise the limit in the Wiro settings (or: python -m wiro_api limits)"
     if price is None:
         raise LimitError(
             f"Wiro tells no price for {model} with these settings, so your spending limits cannot "
