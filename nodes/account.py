@@ -145,6 +145,12 @@ def follow(row: int) -> Live:
         return _live.setdefault(row, Live())
 
 
+def add_log(live: Live, lines: list[str]) -> None:
+    """Append lines of a task's log; the socket's thread and the node's both do."""
+    with _lock:
+        live.log.extend(lines)
+
+
 def leave(row: int) -> None:
     """Say that it does not any more; the log is kept while the server runs."""
     with _lock:
@@ -170,6 +176,8 @@ def tell(row: int, *, always: bool = False) -> None:
 def describe(entry: "Entry") -> dict[str, Any]:
     """A row and what is live of it, as the page shows it; no token, no prompt, no full path."""
     live = _live.get(entry.id, Live())
+    with _lock:
+        lines = list(live.log)
     return {
         "id": entry.id,
         "taskid": entry.taskid,
@@ -179,7 +187,7 @@ def describe(entry: "Entry") -> dict[str, Any]:
         "verdict": entry.verdict,
         "fraction": live.fraction,
         "line": live.line,
-        "log": list(live.log),
+        "log": lines,
         "cost": entry.cost,
         "projected": entry.projected,
         "elapsed_s": entry.elapsed_s,

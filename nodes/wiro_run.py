@@ -115,7 +115,7 @@ class Window:
         if self._task is None or task.status != self._task.status:
             self._began = time.monotonic()
             self._line = task.phase
-            self.live.log.append(f"{time.strftime('%H:%M:%S')} {task.status}")
+            account.add_log(self.live, [f"{time.strftime('%H:%M:%S')} {task.status}"])
         self._task = task
         self._show()
 
@@ -123,7 +123,7 @@ class Window:
         self._report = report
 
     def on_log(self, line: str) -> None:
-        self.live.log.extend(line.splitlines())
+        account.add_log(self.live, line.splitlines())
 
     def on_bytes(self, done: int, total: int | None) -> None:
         of = f" of {total / 1e6:.1f}" if total else ""

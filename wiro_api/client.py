@@ -202,9 +202,19 @@ class Client:
         return _first_of(answer, "list")
 
     def model_detail(self, model: Model) -> Mapping[str, Any]:
-        """What the service says of a model: parameters, price, texts."""
-        body = {"slugowner": model.owner, "slugproject": model.project}
-        return _first_of(self._read("Tool/Detail", body, ("tool",)), "tool")
+        """What the service says of a model: parameters, price, texts.
+
+        Raises:
+            NotFoundError: it has no such model, in either spelling.
+        """
+        for spelling in dict.fromkeys((model, model.clean)):
+            body = {"slugowner": spelling.owner, "slugproject": spelling.project}
+            with contextlib.suppress(NotFoundError):
+                return _first_of(self._read("Tool/Detail", body, ("tool",)), "tool")
+        raise NotFoundError(
+            f"Wiro has no model {model}: take owner/project from the address of its page.",
+            code=1, status=200,
+        )  # fmt: skip
 
     def list_models(self, search: str = "", *, limit: int = 20) -> list[Mapping[str, Any]]:
         """Models whose name or text fits a search."""

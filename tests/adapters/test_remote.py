@@ -408,7 +408,7 @@ def test_any_model_is_run_by_its_slug_with_its_defaults(comfy, wiro):
         ({"image": None}, "wants a file for inputImage"),
         ({"image_parameter": "photo"}, "no parameter 'photo'"),
         ({"model": "SkyReels"}, "owner/project"),
-        ({"model": "wiro/nothing"}, "not-exist|no tool"),
+        ({"model": "wiro/nothing"}, "Wiro has no model wiro/nothing: take owner/project"),
     ],
 )
 def test_a_model_that_cannot_run_so_is_not_started(comfy, wiro, changes, words):
