@@ -29,8 +29,8 @@ from .errors import (
     TransportError,
     WiroError,
 )
-from .signing import Credentials, Nonces, WiroAuth
-from .task import QUEUED, Task, Verdict, failure_text, parse_task, text_of, verdict
+from .signing import Credentials, WiroAuth, nonces_of
+from .task import QUEUED, Task, Verdict, failure_text, log_tail, parse_task, text_of, verdict
 from .transport import (
     BASE_URL,
     READ_S,
@@ -142,7 +142,7 @@ class Client:
         now: Callable[[], float] = time.time,
     ) -> None:
         self.base_url = check_base_url(base_url)
-        self._auth = WiroAuth(credentials, Nonces(now))
+        self._auth = WiroAuth(credentials, nonces_of(now))
         self._session = session or requests.Session()
         self.sleep, self._clock, self._now = sleep, clock, now
         self._rng = random.Random()
@@ -424,7 +424,7 @@ class Client:
                 if stands and now - changed_at >= STALLED_S:
                     raise TaskStalledError(
                         f"Task {task.taskid} has stood still on an error for {STALLED_S:.0f} s: "
-                        f"{task.error_log.strip()[-200:]}. It was not stopped; watch it again, or "
+                        f"{log_tail(task, 200)}. It was not stopped; watch it again, or "
                         "stop it.",
                         task,
                     )

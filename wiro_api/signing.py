@@ -17,6 +17,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 
 import requests
@@ -115,11 +116,22 @@ class Nonces:
             return str(self._last)
 
 
+@lru_cache(maxsize=8)
+def nonces_of(now_s: Callable[[], float]) -> Nonces:
+    """The one source of nonces of a clock: clients of a process that share a clock share it too."""
+    return Nonces(now_s)
+
+
 class WiroAuth(requests.auth.AuthBase):
     """Puts the headers of one attempt on a request."""
 
     def __init__(self, credentials: Credentials, nonces: Nonces) -> None:
         self._credentials, self._nonces = credentials, nonces
+
+    @property
+    def secrets(self) -> tuple[str, str]:
+        """What no message may hold."""
+        return self._credentials.api_key, self._credentials.api_secret
 
     def __call__(self, request: requests.PreparedRequest) -> requests.PreparedRequest:
         request.headers["x-api-key"] = self._credentials.api_key

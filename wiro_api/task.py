@@ -8,7 +8,8 @@ tells) and "task_cancel". "task_end" is not the end, and "task_error" is a line 
 """
 
 import json
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from decimal import Decimal, InvalidOperation
 from enum import Enum
@@ -37,6 +38,13 @@ RANKS: Mapping[str, int] = {
 PHASES = ((0, "queued"), (4, "preparing"), (7, "running"), (9, "finishing"), (10, "ended"))
 #: of a log, how much an error message quotes
 LOG_TAIL = 600
+
+
+_SECRET = re.compile(
+    r'("?(?:x-api-key|x-nonce|x-signature|socketaccesstoken|tasktoken|accesskey)"?\s*[:=]\s*"?)'
+    r"[^\s\",}&]+",
+    re.IGNORECASE,
+)
 
 
 class Verdict(Enum):
@@ -151,10 +159,15 @@ def verdict(task: Task) -> Verdict:
     return Verdict.FAILED
 
 
+def log_tail(task: Task, length: int = LOG_TAIL) -> str:
+    """The end of a task's log, without secrets."""
+    return redact((task.error_log or task.output_log).strip(), [task.token])[-length:]
+
+
 def failure_text(task: Task) -> str:
     """One sentence on a task that did not succeed, with the end of its log."""
-    log = (task.error_log or task.output_log).strip()
-    tail = f": {log[-LOG_TAIL:]}" if log else " and left no log"
+    log = log_tail(task)
+    tail = f": {log}" if log else " and left no log"
     code = task.exit_code or "none"
     return f"Task {task.taskid} failed on Wiro with exit code {code}{tail}"
 
@@ -221,6 +234,18 @@ def parse_progress(message: object) -> Progress | None:
     if speed and message.get("speedType"):
         speed = f"{speed} {text_of(message.get('speedType'))}"
     return Progress(fraction, step, total, speed, text_of(message.get("remainingTime")))
+
+
+def redact(text: str, secrets: Sequence[str] = ()) -> str:
+    """A text of the service without keys, signatures and tokens.
+
+    Args:
+        secrets: that are known, besides those a text names as such.
+    """
+    for secret in secrets:
+        if len(secret) >= 4:  # a shorter one would hide words
+            text = text.replace(secret, "...")
+    return _SECRET.sub(r"\1...", text)
 
 
 def text_of(value: object) -> str:

@@ -16,7 +16,7 @@ import requests
 
 from .errors import CODES, ApiError, AuthError, ConfigError, RequestError, TransportError
 from .signing import WiroAuth
-from .task import bool_of, int_of, text_of
+from .task import bool_of, int_of, redact, text_of
 
 BASE_URL = "https://api.wiro.ai/v1"
 BASE_URL_VARIABLE = "WIRO_API_BASE_URL"
@@ -36,12 +36,6 @@ _PERMANENT = re.compile(
     r"|authoriz|authoris|signature|must be (integer|between)|-required|invalid-parameters",
     re.IGNORECASE,
 )
-_SECRET = re.compile(
-    r'("?(?:x-api-key|x-nonce|x-signature|socketaccesstoken|tasktoken|accesskey)"?\s*[:=]\s*"?)'
-    r"[^\s\",}&]+",
-    re.IGNORECASE,
-)
-
 #: (name, content, content type) of a file part
 FilePart = tuple[str, bytes, str]
 
@@ -114,7 +108,8 @@ def post(
             f"Wiro could not be reached ({_reason(error)}): check the network.",
             was_sent=whole.is_whole,
         ) from None
-    return read_answer(response, payload_keys)
+    sent = [text_of((body or {}).get(name)) for name in ("tasktoken", "socketaccesstoken")]
+    return read_answer(response, payload_keys, (*auth.secrets, *sent))
 
 
 class _Body:
@@ -156,8 +151,14 @@ def _reason(error: requests.RequestException) -> str:
     return type(getattr(inner, "reason", None) or inner or error).__name__
 
 
-def read_answer(response: requests.Response, payload_keys: Sequence[str] = ()) -> dict[str, Any]:
-    """The object of an answer, or the error it means; args and errors as for `post`."""
+def read_answer(
+    response: requests.Response, payload_keys: Sequence[str] = (), secrets: Sequence[str] = ()
+) -> dict[str, Any]:
+    """The object of an answer, or the error it means; args and errors as for `post`.
+
+    Args:
+        secrets: no error quotes them, whatever the service says.
+    """
     status = response.status_code
     if 300 <= status < 400:
         raise TransportError(
@@ -170,7 +171,7 @@ def read_answer(response: requests.Response, payload_keys: Sequence[str] = ()) -
     except (ValueError, RecursionError):
         body = None
     if not isinstance(body, dict):
-        excerpt = redact(response.text[:EXCERPT].strip())
+        excerpt = redact(response.text, secrets)[:EXCERPT].strip()
         raise TransportError(
             f"Wiro answered HTTP {status} with something else than an object: {excerpt!r}.",
             status=status,
@@ -184,6 +185,7 @@ def read_answer(response: requests.Response, payload_keys: Sequence[str] = ()) -
     if success and status < 400:
         return merged
     code, message = _first_error(body.get("errors"))
+    message = redact(message, secrets)
     if status in (408, 429) or status >= 500:
         raise TransportError(
             f"Wiro answered HTTP {status} ({message or 'no reason given'}).",
@@ -196,8 +198,8 @@ def read_answer(response: requests.Response, payload_keys: Sequence[str] = ()) -
 def _first_error(errors: object) -> tuple[int, str]:
     first = errors[0] if isinstance(errors, list) and errors else errors
     if isinstance(first, Mapping):
-        return int_of(first.get("code")) or 0, redact(text_of(first.get("message")))
-    return 0, redact(text_of(first))
+        return int_of(first.get("code")) or 0, text_of(first.get("message"))
+    return 0, text_of(first)
 
 
 def to_error(code: int, message: str, status: int) -> ApiError:
@@ -236,8 +238,3 @@ def wait_s(attempt: int, error: Exception, rng: random.Random) -> float:
 def _retry_after(response: requests.Response) -> float | None:
     value = response.headers.get("Retry-After", "")
     return float(value) if value.isdigit() else None
-
-
-def redact(text: str) -> str:
-    """A text of the service without keys, signatures and tokens."""
-    return _SECRET.sub(r"\1...", text)
