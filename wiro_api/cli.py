@@ -12,12 +12,21 @@ import sys
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from decimal import Decimal
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 from urllib.parse import urlsplit
 
 from .client import WATCH_S, Client, Model, RunHandle
-from .errors import ApiError, AuthError, ConfigError, DependencyError, TransportError, WiroError
+from .errors import (
+    ApiError,
+    AuthError,
+    ConfigError,
+    DependencyError,
+    NotFoundError,
+    TransportError,
+    WiroError,
+)
 from .files import read_part
 from .jobs import finish, start, to_handle
 from .journal import Entry, Journal, default_path
@@ -42,7 +51,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     arguments = build_parser().parse_args(argv)
     try:
-        result = arguments.run(make_client(), arguments)
+        # setting a limit needs no key
+        client = None if arguments.run is run_limits else make_client()
+        result = arguments.run(client, arguments)
     except WiroError as error:
         return _fail(arguments, error)
     except OSError as error:
@@ -50,7 +61,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         message = f"{place} cannot be used ({error.strerror}): check the path."
         return _fail(arguments, WiroError(message))
     except KeyboardInterrupt:
-        say("Interrupted. A task that was started goes on at Wiro: collect or stop it by its id.")
+        task = (
+            f"Task {arguments.taskid} goes" if arguments.taskid else "A task that was started goes"
+        )
+        message = f"Interrupted. {task} on at Wiro: watch, collect or stop it by its id."
+        say(message)
+        if arguments.json:
+            print(json.dumps({"error": message, "taskid": arguments.taskid}))  # noqa: T201
         return EXIT_INTERRUPTED
     if arguments.json:
         print(json.dumps(result))  # noqa: T201
@@ -98,10 +115,11 @@ class _Parser(argparse.ArgumentParser):
 def build_parser() -> argparse.ArgumentParser:
     """All commands and options."""
     parser = _Parser(prog="python -m wiro_api", description="Models on wiro.ai.")
+    parser.set_defaults(taskid="")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     def command(name: str, function: Any, text: str) -> argparse.ArgumentParser:
-        added = commands.add_parser(name, help=text, description=text)
+        added = commands.add_parser(name, help=text, description=text, allow_abbrev=False)
         added.set_defaults(run=function)
         added.add_argument("--json", action="store_true")
         return added
@@ -165,16 +183,17 @@ def run_run(client: Client, arguments: argparse.Namespace) -> dict[str, Any]:
     try:
         record = client.model_detail(model)
     except (ApiError, TransportError) as error:
-        if isinstance(error, AuthError):
+        if isinstance(error, AuthError | NotFoundError) or model.clean != SKYREELS.clean:
             raise
-        say(f"parameters and price are not checked before the run: {error}")
+        say(f"the price is not known before the run: {error}")
         record = {}
     parameters = complete(items_of(record, model), given, files)
     price = price_of(record, parameters, len(files), journal.costs(str(model)))
     say(f"price: {'not told before the run' if price is None else price}")
     entry = start(
-        client, journal, model, parameters, files, again=arguments.again, price=price,
-        limits=load_limits(limits_path(arguments.journal)), wait_when_busy=arguments.wait,
+        client, journal, model, parameters, files, given=given, again=arguments.again,
+        price=price, limits=partial(load_limits, limits_path(arguments.journal)),
+        wait_when_busy=arguments.wait,
         on_wait=lambda left: say(f"all places of the account are taken; next try in {left:.0f} s"),
     )  # fmt: skip
     if entry.state == "ended" and entry.files and all(path.is_file() for path in entry.files):
@@ -182,6 +201,7 @@ def run_run(client: Client, arguments: argparse.Namespace) -> dict[str, Any]:
         for path in entry.files:
             say(str(path))
         return _describe_entry(entry)
+    arguments.taskid = entry.taskid
     say(f"task {entry.taskid} started; it goes on if this program ends")
     return _finish(client, arguments, to_handle(entry), journal, entry)
 
@@ -268,7 +288,7 @@ def limits_path(journal: Path) -> Path:
     return journal.with_name("limits.json")
 
 
-def run_limits(_: Client, arguments: argparse.Namespace) -> dict[str, Any]:
+def run_limits(_: None, arguments: argparse.Namespace) -> dict[str, Any]:
     """`limits`: set what is given, show all."""
     file = limits_path(arguments.journal)
     limits = load_limits(file)
@@ -300,6 +320,7 @@ def _finish(
 
     def say_state(task: Task) -> None:
         nonlocal last
+        arguments.taskid = task.taskid
         if task.status != last:
             last = task.status
             say(f"task {task.taskid}: {task.phase} ({last})")

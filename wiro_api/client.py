@@ -7,8 +7,10 @@ back to it.
 """
 
 import contextlib
+import contextvars
 import random
 import re
+import threading
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -28,9 +30,21 @@ from .errors import (
     TaskTimeoutError,
     TransportError,
     WiroError,
+    tell_task,
 )
 from .signing import Credentials, WiroAuth, nonces_of
-from .task import QUEUED, Task, Verdict, failure_text, log_tail, parse_task, text_of, verdict
+from .task import (
+    QUEUED,
+    Task,
+    Verdict,
+    failure_text,
+    log_tail,
+    may_lag,
+    parse_task,
+    same_value,
+    text_of,
+    verdict,
+)
 from .transport import (
     BASE_URL,
     READ_S,
@@ -51,7 +65,7 @@ READ_ATTEMPTS, RUN_ATTEMPTS = 5, 3
 #: (until this many seconds into the wait, seconds between polls)
 POLL_SCHEDULE = ((15.0, 2.0), (60.0, 5.0), (float("inf"), 10.0))
 #: seconds between polls beside a healthy socket, and between two looks at it
-WATCHDOG_S, SLICE_S = 30.0, 0.2
+WATCHDOG_S, SLICE_S, SHORTEST_POLL_S = 30.0, 0.2, 0.5
 #: seconds of `watch`; the service's own longest wait
 WATCH_S = 2400.0
 #: a task is "not found" for this long after its Run, at most
@@ -87,10 +101,8 @@ class RunHandle:
         text = text.strip()
         if text.startswith("token:"):
             return cls("", text.removeprefix("token:"))
-        if not text.isdigit():
-            raise ConfigError(
-                f"{text[:40]!r} is not a task: give the id (digits), or token:<task token>."
-            )
+        if not (text.isascii() and text.isdigit()):  # not quoted: it may be a token
+            raise ConfigError("This is not a task: give the id (digits), or token:<task token>.")
         return cls(text, "")
 
 
@@ -129,6 +141,8 @@ class Client:
         sleep, clock: seconds; replaced where a wait must be interruptible or a test must not wait.
             `sleep` may raise to end the wait.
         now: Unix seconds.
+        interruptible: `sleep` is called while an answer is waited for too, so it can end that; each
+            call then has a thread of its own.
     """
 
     def __init__(
@@ -140,8 +154,10 @@ class Client:
         sleep: Callable[[float], None] = time.sleep,
         clock: Callable[[], float] = time.monotonic,
         now: Callable[[], float] = time.time,
+        interruptible: bool = False,
     ) -> None:
         self.base_url = check_base_url(base_url)
+        self._interruptible = interruptible
         self._auth = WiroAuth(credentials, nonces_of(now))
         self._session = session or requests.Session()
         self.sleep, self._clock, self._now = sleep, clock, now
@@ -232,10 +248,15 @@ class Client:
         read_s: float = READ_S,
         before_last_byte: Callable[[], None] | None = None,
     ) -> dict[str, Any]:
-        return post(
-            self._session, f"{self.base_url}/{path}", self._auth, body=body, files=files,
-            read_s=read_s, payload_keys=payload_keys, before_last_byte=before_last_byte,
-        )  # fmt: skip
+        def call(guard: Callable[[], None] | None) -> dict[str, Any]:
+            return post(
+                self._session, f"{self.base_url}/{path}", self._auth, body=body, files=files,
+                read_s=read_s, payload_keys=payload_keys, before_last_byte=guard,
+            )  # fmt: skip
+
+        if not self._interruptible:
+            return call(before_last_byte)
+        return _leave_open(call, self.sleep, before_last_byte or nothing)
 
     def _read(
         self, path: str, body: Mapping[str, Any], payload_keys: Sequence[str]
@@ -258,7 +279,7 @@ class Client:
         parameters: Mapping[str, Any],
         files: Sequence[tuple[str, FilePart]] = (),
         *,
-        known: Collection[str] = (),
+        known: Callable[[], Collection[str]] = frozenset,
         before_sending: Callable[[], None] = nothing,
     ) -> RunHandle:
         """Start a task, once.
@@ -266,7 +287,7 @@ class Client:
         Args:
             parameters: every parameter of the model's schema; "" for texts that are not used.
             files: (parameter, part) of local files; the request is multipart then.
-            known: ids of tasks that are of other runs.
+            known: tells the ids of tasks that are of other runs.
             before_sending: called in each attempt when all but the end of the request has left;
                 what it raises keeps the end from leaving, and so the task from being made.
         Raises:
@@ -319,13 +340,14 @@ class Client:
         parameters: Mapping[str, Any],
         began: float,
         *,
-        known: Collection[str] = (),
+        known: Callable[[], Collection[str]] = frozenset,
     ) -> RunHandle:
         """The task of a Run that a program sent and did not live to see answered.
 
         Args:
             model, parameters: of that Run. began: when it went out, Unix seconds.
-            known: ids of tasks that are of other runs.
+            known: tells, before each look, the ids of tasks that are of other runs; may raise to
+                end the search.
         Raises:
             RunOutcomeUnknownError: no task, or several, may be it.
         """
@@ -338,7 +360,7 @@ class Client:
         parameters: Mapping[str, Any],
         began: float,
         cause: WiroError,
-        known: Collection[str],
+        known: Callable[[], Collection[str]],
     ) -> RunHandle:
         """Find the task of a Run whose answer was lost; never resends it."""
         candidates: list[Task] = []
@@ -346,14 +368,17 @@ class Client:
         for moment in RECONCILE_AT_S:
             self.sleep(moment - waited)
             waited = moment
+            others = known()
             try:
                 tasks = self.list_tasks(model=model.project)
             except (TransportError, ApiError):
                 continue
+            latest = self._now() + CLOCK_SKEW_S
             candidates = [
                 task
                 for task in tasks
-                if task.taskid not in known and _may_be(task, model, parameters, began)
+                if task.taskid not in others
+                and _may_be(task, model, parameters, began - CLOCK_SKEW_S, latest)
             ]
             if len(candidates) == 1:
                 return RunHandle(candidates[0].taskid, candidates[0].token, began)
@@ -361,7 +386,8 @@ class Client:
         raise RunOutcomeUnknownError(
             f"The run of {model} was sent and its outcome is unknown ({cause}). Tasks that may be "
             f"it: {ids}. Look at the list of tasks before running again: it may have been started, "
-            "and would be paid twice.",
+            'and would be paid twice. If it is not there: --again on the command line, or "It did '
+            "not start\" in ComfyUI's Wiro panel.",
             candidates,
         )
 
@@ -401,7 +427,10 @@ class Client:
             except (TransportError, ApiError) as error:
                 settling = isinstance(error, NotFoundError) and self._is_settling(handle)
                 if not settling and not is_passing(error):
-                    error.taskid = handle.taskid
+                    tell_task(
+                        error, handle.taskid,
+                        "If it runs, it goes on at Wiro: mend this, then collect it by its id.",
+                    )  # fmt: skip
                     raise
                 failures += 1
                 pause = wait_s(failures, error, self._rng)
@@ -413,7 +442,7 @@ class Client:
                 if (task.status, task.error_log) != last:
                     last, changed_at = (task.status, task.error_log), now
                 judged = verdict(task)
-                if judged is Verdict.NO_OUTPUT and empty_reads < NO_OUTPUT_READS:
+                if may_lag(task) and empty_reads < NO_OUTPUT_READS:
                     empty_reads += 1  # the record may lag behind its files
                     self.sleep(NO_OUTPUT_WAIT_S)
                     continue
@@ -438,7 +467,8 @@ class Client:
                     taskid=handle.taskid,
                     handle=handle,
                 )
-            self._pause(min(pause, left), socket)
+            # news cannot bring forward what a failure or politeness holds back
+            self._pause(min(pause, left), socket if failures == 0 else None)
 
     def _pause(self, seconds: float, socket: "ProgressSocket | None") -> None:
         """Sleep, but with a socket no longer than to the news of another state."""
@@ -446,6 +476,7 @@ class Client:
             self.sleep(seconds)
             return
         end = self._clock() + seconds
+        self.sleep(min(seconds, SHORTEST_POLL_S))
         while (left := end - self._clock()) > 0 and not socket.take_news():
             self.sleep(min(left, SLICE_S))
 
@@ -499,9 +530,12 @@ def raise_for_failure(task: Task) -> None:
     judged = verdict(task)
     if judged is Verdict.CANCELLED:
         raise TaskCancelledError(f"Task {task.taskid} was cancelled.", task)
-    if judged is Verdict.NO_OUTPUT:
+    if may_lag(task):
         raise TaskFailedError(
-            f"Task {task.taskid} ended well and has no files; they may have been deleted.", task
+            f"Task {task.taskid} ended {'well' if task.exit_code else 'without an exit code'} and "
+            "has no files; they may have been deleted. It may be paid for, so it is not run again "
+            "unasked: choose another number in take, or --again.",
+            task,
         )
     if judged is Verdict.FAILED:
         raise TaskFailedError(f"{failure_text(task)}.", task)
@@ -534,24 +568,64 @@ def _first_of(body: Mapping[str, Any], key: str) -> Mapping[str, Any]:
     raise NotFoundError(f"Wiro's answer holds no {key}.", code=1, status=200)
 
 
-def _may_be(task: Task, model: Model, parameters: Mapping[str, Any], began: float) -> bool:
+def _may_be(
+    task: Task, model: Model, parameters: Mapping[str, Any], earliest: float, latest: float
+) -> bool:
     """Whether a listed task can be the one a lost Run started."""
-    if task.createtime is None or task.createtime < began - CLOCK_SKEW_S:
+    if task.createtime is None or not earliest <= task.createtime <= latest:
         return False
     if task.model and Model.parse(task.model).clean != model.clean:
         return False
-    # files are stored under other addresses; everything else must be equal as text
-    return all(
-        _same(task.parameters[name], value)
+    # files are stored under other addresses; everything else must be there, equal as text
+    plain = {
+        name: value
         for name, value in parameters.items()
-        if name in task.parameters and not str(value).startswith("http")
+        if str(value) and not str(value).startswith("http")
+    }
+    return bool(plain) and all(
+        name in task.parameters and same_value(task.parameters[name], value)
+        for name, value in plain.items()
     )
 
 
-def _same(stored: object, sent: object) -> bool:
-    if str(stored) == str(sent):
-        return True
+def _leave_open(
+    call: Callable[[Callable[[], None]], dict[str, Any]],
+    sleep: Callable[[float], None],
+    before_last_byte: Callable[[], None],
+) -> dict[str, Any]:
+    """Make a call in a thread and wait for it with `sleep`, which may raise to leave it.
+
+    A call that is left does not send its last byte any more: either `before_last_byte` was called
+    before, or it never is.
+    """
+    lock = threading.Lock()
+    over = threading.Event()
+    answer: list[dict[str, Any]] = []
+    errors: list[BaseException] = []
+    is_left = False
+
+    def guard() -> None:
+        with lock:
+            if is_left:
+                raise WiroError("the caller has left")
+            before_last_byte()
+
+    def work() -> None:
+        try:
+            answer.append(call(guard))
+        except BaseException as error:  # noqa: BLE001 - it is raised again in the caller
+            errors.append(error)
+        over.set()
+
+    context = contextvars.copy_context()
+    threading.Thread(target=context.run, args=(work,), name="wiro call", daemon=True).start()
     try:
-        return float(str(stored)) == float(str(sent))
-    except ValueError:
-        return False
+        while not over.wait(0.02):
+            sleep(0.0)
+    except BaseException:
+        with lock:
+            is_left = True
+        raise
+    if errors:
+        raise errors[0]
+    return answer[0]

@@ -38,6 +38,14 @@ class WiroError(Exception):
         self.taskid = taskid
 
 
+def tell_task(error: WiroError, taskid: str, advice: str = "") -> None:
+    """Make an error one about a task, and say so in its words."""
+    if taskid and not error.taskid:
+        error.taskid = taskid
+    if taskid and taskid not in str(error):
+        error.args = (f"{error} It is about task {taskid}. {advice}".rstrip(),)
+
+
 class DependencyError(WiroError):
     """A package is missing."""
 
@@ -87,6 +95,8 @@ class NotFoundError(ApiError):
 
 class ConcurrencyError(ApiError):
     """Too many tasks at once; none was made."""
+
+    CODE = 96
 
 
 class BalanceError(ApiError):
@@ -147,7 +157,7 @@ class DownloadError(WiroError):
 
 CODES: Mapping[int, type[ApiError]] = {
     1: NotFoundError,
-    96: ConcurrencyError,
+    ConcurrencyError.CODE: ConcurrencyError,
     97: BalanceError,
     98: AccountError,
     99: AuthError,

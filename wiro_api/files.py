@@ -12,11 +12,12 @@ import random
 import re
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from urllib.parse import urljoin, urlsplit
 
 import requests
+import urllib3.exceptions
 
 from .errors import ConfigError, DownloadError
 from .task import Output
@@ -28,7 +29,9 @@ MAX_UPLOAD_BYTES = 100 * 1000 * 1000
 MAX_BYTES = 2 * 1024**3
 ATTEMPTS = 5
 MAX_REDIRECTS = 3
-CHUNK_BYTES = 1024 * 1024
+CHUNK_BYTES = 256 * 1024
+#: of a file's name, in UTF-8, with room for a number
+MAX_NAME_BYTES = 120
 #: HTTP answers that may pass: a file may reach the delivery network late
 PASSING = (403, 404, 408, 425, 429)
 _SUFFIXES = {"video/mp4": ".mp4", "video/webm": ".webm", "image/png": ".png", "image/jpeg": ".jpg"}
@@ -96,7 +99,11 @@ def download(
         except DownloadError as error:
             raise _refusal(output, taskid, str(error)) from None
         target = free_name(folder, safe_name(output))
-        os.replace(part, target)
+        try:
+            os.replace(part, target)
+        except OSError:
+            target.unlink(missing_ok=True)
+            raise
         return target
     except OSError as error:
         raise DownloadError(
@@ -142,7 +149,7 @@ def _fetch(
                     raise _LastingError(f"it is announced with {size} bytes, over {max_bytes}")
             done = 0
             with part.open("wb") as file:
-                for piece in response.iter_content(CHUNK_BYTES):
+                for piece in _pieces(response):
                     check()
                     done += len(piece)
                     if done > max_bytes:
@@ -158,6 +165,20 @@ def _fetch(
     if output.num_bytes is not None and done != output.num_bytes:
         raise _PassingError(f"{done} bytes came where Wiro names {output.num_bytes}")
     _check_container(output, part)
+
+
+def _pieces(response: requests.Response) -> Iterator[bytes]:
+    """The content as it comes, so that a slow server does not hold up `check`."""
+    raw = response.raw
+    # urllib3 has read1 since version 2.1; before it, small pieces must do
+    read, size = getattr(raw, "read1", None), CHUNK_BYTES
+    if read is None:
+        read, size = raw.read, 16 * 1024
+    try:
+        while piece := read(size):
+            yield piece
+    except (urllib3.exceptions.HTTPError, OSError) as error:
+        raise _PassingError(f"the connection failed ({type(error).__name__})") from None
 
 
 def _check_container(output: Output, part: Path) -> None:
@@ -183,7 +204,10 @@ def _open(url: str, local_host: str, session: requests.Session) -> requests.Resp
             return response
         response.close()
         if status in (301, 302, 303, 307, 308) and response.headers.get("Location"):
-            url = urljoin(url, response.headers["Location"])
+            try:
+                url = urljoin(url, response.headers["Location"])
+            except ValueError:
+                raise _LastingError("it is redirected to no address") from None
             continue
         if status in PASSING or status >= 500:
             raise _PassingError(f"the server answered HTTP {status}")
@@ -198,16 +222,21 @@ def _no_auth(request: requests.PreparedRequest) -> requests.PreparedRequest:
 
 def check_address(url: str, local_host: str = "") -> None:
     """Refuse everything but https to public addresses (and one test server on this machine)."""
-    parts = urlsplit(url)
-    host = parts.hostname or ""
+    try:
+        parts = urlsplit(url)
+        host, port = parts.hostname or "", parts.port
+    except ValueError:
+        raise _LastingError("its address is none") from None
     if local_host and parts.netloc == local_host and host in LOOPBACK:
         return
     if parts.scheme != "https" or not host or parts.username or parts.password:
         raise _LastingError(f"its address is {parts.scheme or 'no'}: only https is fetched")
     try:
-        found = socket.getaddrinfo(host, parts.port or 443, type=socket.SOCK_STREAM)
+        found = socket.getaddrinfo(host, port or 443, type=socket.SOCK_STREAM)
     except OSError:
         raise _PassingError(f"{host} is not known") from None
+    except UnicodeError:
+        raise _LastingError("its address is none") from None
     for entry in found:
         address = ipaddress.ip_address(str(entry[4][0]).partition("%")[0])
         if not address.is_global or address.is_multicast:
@@ -217,7 +246,9 @@ def check_address(url: str, local_host: str = "") -> None:
 def safe_name(output: Output) -> str:
     """A file name that stays in its folder on every system."""
     name = re.split(r"[/\\]", output.name)[-1]
-    name = re.sub(r"[^\w.()\- ]", "_", name).strip(" .")[-120:]
+    name = re.sub(r"[^\w.()\- ]", "_", name).strip(" .")
+    # the end holds the suffix; half a letter at the cut is dropped
+    name = name.encode()[-MAX_NAME_BYTES:].decode(errors="ignore").strip(" .")
     if not name or _WINDOWS_NAMES.fullmatch(name):
         name = "result"
     if "." not in name:
@@ -226,13 +257,16 @@ def safe_name(output: Output) -> str:
 
 
 def free_name(folder: Path, name: str) -> Path:
-    """The name, or with a number if it is taken."""
+    """A new empty file of that name, or with a number if it is taken."""
     stem, dot, suffix = name.rpartition(".")
     candidate, number = folder / name, 1
-    while candidate.exists():
-        candidate = folder / f"{stem} ({number}){dot}{suffix}"
-        number += 1
-    return candidate
+    while True:
+        try:
+            candidate.open("xb").close()  # taken at once: others look for names too
+            return candidate
+        except FileExistsError:
+            candidate = folder / f"{stem} ({number}){dot}{suffix}"
+            number += 1
 
 
 def _new_part(folder: Path) -> Path:

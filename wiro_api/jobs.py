@@ -10,20 +10,31 @@ through callbacks.
 import contextlib
 import hashlib
 import json
+import logging
 import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from .client import WATCH_S, Client, Model, RunHandle, raise_for_failure
-from .errors import ApiError, ConcurrencyError, LimitError, TransportError
+from .errors import (
+    ApiError,
+    ConcurrencyError,
+    ConfigError,
+    DependencyError,
+    LimitError,
+    TransportError,
+)
 from .files import download
 from .journal import Entry, Journal, LostEntryError
 from .spending import Limits, Price, check_limits
 from .task import Output, Progress, Task, Verdict, verdict
 from .transport import FilePart
 from .websocket import ProgressSocket
+
+logger = logging.getLogger(__name__)
 
 #: seconds between two tries while the account's places are taken
 FIRST_BUSY_S, LAST_BUSY_S = 5.0, 60.0
@@ -64,10 +75,11 @@ def start(
     parameters: Mapping[str, Any],
     files: Sequence[tuple[str, FilePart]] = (),
     *,
+    given: Mapping[str, Any] | None = None,
     take: int = 1,
     again: bool = False,
     price: Price | None = None,
-    limits: Limits | None = None,
+    limits: Callable[[], Limits] = Limits,
     wait_when_busy: bool = False,
     on_entry: Callable[[Entry], None] = ignore,
     on_wait: Callable[[float], None] = ignore,
@@ -77,9 +89,11 @@ def start(
 
     Args:
         model, parameters, files: as for `Client.run`.
+        given: what the caller was asked for, before defaults were filled in. The job is known by
+            it: defaults of the service may change, and the job is still the same.
         take: another number is another run of the same inputs.
         again: pay for another run although the job is under way or done.
-        price: of the run, if known. limits: of spending, checked again as the Run leaves.
+        price: of the run, if known. limits: tells those of spending; asked again as the Run leaves.
         wait_when_busy: wait for a place if too many tasks of the account run.
         on_entry: called with the row before anything is sent.
         on_wait: called each second of that wait with the seconds to the next try.
@@ -92,7 +106,8 @@ def start(
         LimitError: it may not be paid for. ConfigError: the journal cannot be used.
         Others: as for `Client.run`.
     """
-    key = job_key(model, parameters, files, service=client.base_url, take=take)
+    asked = parameters if given is None else given
+    key = job_key(model, asked, files, service=client.base_url, take=take)
     busy_s = FIRST_BUSY_S
     lost = 0
     while True:
@@ -100,42 +115,56 @@ def start(
         on_entry(entry)
         if entry.state in ("started", "ended"):
             return entry
-        known = journal.known_taskids()
-        if entry.state == "sending":
-            began = entry.sent_at if entry.sent_at is not None else entry.created_at
-            handle = client.find_run(model, parameters, began, known=known)
-            break
+        others = partial(_other_tasks, journal, entry)
 
         def before_last_byte(entry: Entry = entry) -> None:
             check()
-            journal.sending(entry, str(model), price, limits)
+            journal.sending(entry, str(model), price, limits())
 
         try:
-            if limits is not None and limits.is_set:  # before the picture is uploaded
-                check_limits(limits, price, journal.spent(), str(model))
+            if entry.state == "sending":
+                began = entry.sent_at if entry.sent_at is not None else entry.created_at
+                handle = client.find_run(model, parameters, began, known=others)
+                break
+            check_limits(limits(), price, journal.spent(but=entry.id), str(model))  # before uploads
             handle = client.run(
-                model, parameters, files, known=known, before_sending=before_last_byte
+                model, parameters, files, known=others, before_sending=before_last_byte
             )
             break
         except LostEntryError:
             again = False  # the other one's row is now the newest
             lost += 1
             client.sleep(random.uniform(0.5, 1.0) * 2.0 ** min(lost, 5))
-        except ConcurrencyError as error:
-            if not wait_when_busy:
-                journal.refused(entry.id, str(error))
-                raise
-            journal.waiting(entry.id)
-            again = False  # the row is there
-            _count_down(client, busy_s, on_wait)
-            busy_s = min(2 * busy_s, LAST_BUSY_S)
         except (ApiError, TransportError, LimitError) as error:
-            journal.refused(entry.id, str(error))
-            raise
+            is_busy = isinstance(error, ConcurrencyError) or (
+                isinstance(error, TransportError) and error.status == 429
+            )
+            if is_busy and wait_when_busy:
+                if journal.waiting(entry):
+                    asked_s = getattr(error, "retry_after_s", None)
+                    _count_down(client, asked_s or busy_s, on_wait)
+                    busy_s = min(2 * busy_s, LAST_BUSY_S)
+                again = False  # the row is there
+                continue
+            if journal.refused(entry, str(error)):
+                raise
+            again = False  # another process has taken the job over: see what it made of it
     taskid = handle.taskid or client.detail(handle).taskid
     journal.started(entry.id, taskid)
     # a journal that cannot be written any more is told by itself; the task goes on
     return replace(journal.get(entry.id) or entry, state="started", taskid=taskid)
+
+
+def _other_tasks(journal: Journal, entry: Entry) -> frozenset[str]:
+    """The tasks of other rows, while a row waits for its own.
+
+    Raises:
+        LostEntryError: the row has changed meanwhile: its owner has heard from the service.
+    """
+    now = journal.get(entry.id)
+    if now is not None and (now.state != "sending" or now.taskid or now.owner != entry.owner):
+        raise LostEntryError
+    return journal.known_taskids(but=entry.id)
 
 
 def _count_down(client: Client, seconds: float, on_wait: Callable[[float], None]) -> None:
@@ -186,15 +215,18 @@ def finish(
         TaskTimeoutError, TaskStalledError: it has not ended. DownloadError: it has, and is paid.
     """
     task = next(client.watch(handle, timeout_s=timeout_s))
-    handle = RunHandle(task.taskid, task.token)
+    handle = RunHandle(task.taskid or handle.taskid, task.token or handle.token, handle.started_at)
     last = ""
     with contextlib.ExitStack() as stack:
         socket = None
-        if socket_url and verdict(task) is Verdict.RUNNING:
-            feed = ProgressSocket(
-                task.token, url=socket_url, on_progress=on_progress, on_log=on_log
-            )
-            socket = stack.enter_context(feed)
+        if socket_url and task.token and verdict(task) is Verdict.RUNNING:
+            try:
+                feed = ProgressSocket(
+                    task.token, url=socket_url, on_progress=on_progress, on_log=on_log
+                )
+                socket = stack.enter_context(feed)
+            except (DependencyError, ConfigError) as error:  # the task is paid for: go on
+                logger.warning("%s Until then progress comes by polling alone.", error)
         for task in client.watch(handle, timeout_s=timeout_s, socket=socket):
             on_task(task)
             if task.status != last and journal is not None and entry_id is not None:

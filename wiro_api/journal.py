@@ -31,7 +31,7 @@ from typing import Any
 
 from .errors import ConfigError
 from .spending import Limits, Price, Spent, check_limits
-from .task import Task, Verdict, decimal_of, dollars, verdict
+from .task import Task, Verdict, decimal_of, dollars, may_lag, verdict
 
 logger = logging.getLogger(__name__)
 
@@ -189,15 +189,15 @@ class Journal:
                 f"The journal {self.path} cannot be written ({error}): make room, or move it away."
             ) from None
 
-    def spent(self) -> Spent:
-        """Of this day and this month.
+    def spent(self, but: int = 0) -> Spent:
+        """Of this day and this month, leaving out one row.
 
         Raises:
             ConfigError: it cannot be read, so limits cannot be checked.
         """
         try:
             with self._open() as connection:
-                return self._spent(connection)
+                return self._spent(connection, but)
         except (sqlite3.Error, OSError) as error:
             raise ConfigError(
                 f"The journal {self.path} cannot be read ({error}), so what was spent is not "
@@ -211,12 +211,14 @@ class Journal:
         month = today.replace(day=1)
         day_sum = month_sum = Decimal(0)
         rows = connection.execute(
-            "SELECT sent_at, state, projected, cost FROM jobs WHERE sent_at >= ? AND id != ? "
-            "AND state IN ('sending', 'started', 'ended')",
+            "SELECT sent_at, state, verdict, projected, cost FROM jobs "
+            "WHERE sent_at >= ? AND id != ? AND state IN ('sending', 'started', 'ended')",
             (month.timestamp(), but),
         )
-        for sent_at, state, projected, cost in rows:
-            amount = decimal_of(cost if state == "ended" else cost or projected) or Decimal(0)
+        free = (Verdict.FAILED.value, Verdict.CANCELLED.value)  # unless the service tells a cost
+        for sent_at, state, judged, projected, cost in rows:
+            is_free = state == "ended" and judged in free
+            amount = decimal_of(cost or ("" if is_free else projected)) or Decimal(0)
             month_sum += amount
             day_sum += amount if sent_at >= today.timestamp() else Decimal(0)
         return Spent(day_sum, month_sum)
@@ -251,13 +253,17 @@ class Journal:
         """Note the task that the service named."""
         self._note(entry_id, state="started", taskid=taskid)
 
-    def waiting(self, entry_id: int) -> None:
-        """Note that the service had no place for it and made no task; it will be sent again."""
-        self._note(entry_id, state="intent")
+    def waiting(self, entry: Entry) -> bool:
+        """Note that the service had no place for it and made no task; it will be sent again.
 
-    def refused(self, entry_id: int, reason: str) -> None:
-        """Note that no task was made."""
-        self._note(entry_id, state="refused", error=reason)
+        Returns:
+            False if another process has taken the job over.
+        """
+        return self._note(entry.id, owner=entry.owner, state="intent")
+
+    def refused(self, entry: Entry, reason: str) -> bool:
+        """Note that no task was made; False if another process has taken the job over."""
+        return self._note(entry.id, owner=entry.owner, state="refused", error=reason)
 
     def seen(self, entry_id: int, status: str) -> None:
         """Note the state of a running task."""
@@ -267,7 +273,8 @@ class Journal:
         """Note the end of a task, its cost and its files."""
         self._note(
             entry_id, state="ended", taskid=task.taskid, status=task.status,
-            verdict=verdict(task).value,
+            # a record that tells nothing of its end is not run again unasked
+            verdict=(Verdict.NO_OUTPUT if may_lag(task) else verdict(task)).value,
             cost=dollars(task.totalcost) or "",
             elapsed_s="" if task.elapsed_s is None else str(task.elapsed_s),
             files=json.dumps([str(path.absolute()) for path in files]),
@@ -286,17 +293,28 @@ class Journal:
             logger.warning("The journal %s could not be read: %s.", self.path, error)
             return None
 
-    def _note(self, entry_id: int, **values: str | int | None) -> None:
-        """Write what is known; a failure is told and costs nothing that was paid for."""
+    def _note(self, entry_id: int, owner: str = "", **values: str | int | None) -> bool:
+        """Write what is known; a failure is told and costs nothing that was paid for.
+
+        Args:
+            owner: write only if the row is still this one's, and no task was named yet.
+        Returns:
+            Whether the row was there, and the owner's.
+        """
         columns = ", ".join(f"{name} = ?" for name in (*values, "updated_at"))
+        condition, arguments = "id = ?", [str(entry_id)]
+        if owner:
+            condition, arguments = "id = ? AND owner = ? AND taskid = ''", [str(entry_id), owner]
         try:
             with self._open() as connection:
-                connection.execute(
-                    f"UPDATE jobs SET {columns} WHERE id = ?",
-                    (*values.values(), self._now(), entry_id),
+                cursor = connection.execute(
+                    f"UPDATE jobs SET {columns} WHERE {condition}",
+                    (*values.values(), self._now(), *arguments),
                 )
+                return cursor.rowcount == 1
         except (sqlite3.Error, OSError) as error:
             logger.warning("The journal %s could not be written: %s.", self.path, error)
+            return True
 
     def newest(self, limit: int = 100) -> list[Entry]:
         """The newest rows, newest first; empty if the journal cannot be read, which is logged."""
@@ -310,9 +328,10 @@ class Journal:
             return []
         return [_to_entry(row) for row in rows]
 
-    def known_taskids(self) -> frozenset[str]:
-        """The tasks that belong to a row: none of them is the task of a lost Run."""
-        return frozenset(entry.taskid for entry in self.newest(1000) if entry.taskid)
+    def known_taskids(self, but: int = 0) -> frozenset[str]:
+        """The tasks that belong to other rows: none of them is the task of this row's lost Run."""
+        rows = self.newest(1000)
+        return frozenset(entry.taskid for entry in rows if entry.taskid and entry.id != but)
 
 
 def _may_start_again(entry: Entry) -> bool:
@@ -340,6 +359,10 @@ def _get(connection: sqlite3.Connection, entry_id: int) -> Entry | None:
 
 def _to_entry(row: Sequence[Any]) -> Entry:
     values = dict(zip(_COLUMNS, row, strict=True))
-    values["files"] = tuple(Path(path) for path in json.loads(values["files"]))
+    try:
+        paths = [str(path) for path in json.loads(values["files"])]
+    except (ValueError, TypeError):
+        paths = []
+    values["files"] = tuple(Path(path) for path in paths)
     values["remote_deleted"] = bool(values["remote_deleted"])
     return Entry(**values)

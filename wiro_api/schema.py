@@ -10,7 +10,7 @@ from typing import Any
 
 from .client import Model
 from .errors import ConfigError
-from .task import decimal_of, text_of
+from .task import bool_of, decimal_of, text_of
 from .transport import FilePart
 
 SKYREELS = Model("wiro", "SkyReels-V1")
@@ -85,11 +85,11 @@ def complete(
     for item in items:
         name, kind = str(item["id"]), types[str(item["id"])]
         if kind in _FILES:
-            whole |= _file_values(name, kind, values, name in sent, bool(item.get("required")))
+            whole |= _file_values(name, kind, values, name in sent, _is_required(item))
             continue
         value = values.get(name, item.get("default"))
         if value is None or value == "":
-            if item.get("required"):
+            if _is_required(item):
                 options = ", ".join(_options(item))
                 fix = f"choose one of {options}" if options else "fill it in"
                 raise ConfigError(f"The model wants {name}, which is empty: {fix}.")
@@ -108,8 +108,8 @@ def _file_values(
     if is_required and not url and not is_sent:
         raise ConfigError(f"The model wants a file for {name}: connect or name one.")
     if kind == "combinefileinput":
-        return {name: [url] if isinstance(url, str) else url} if url else {}
-    return {f"{name}Url": url}
+        return {name: [url] if isinstance(url, str) else list(url)} if url else {}
+    return {f"{name}Url": url if isinstance(url, str) else ",".join(map(str, url))}
 
 
 def _checked(item: Mapping[str, Any], name: str, kind: str, value: object) -> object:
@@ -126,6 +126,10 @@ def _checked(item: Mapping[str, Any], name: str, kind: str, value: object) -> ob
     if kind == "select" and options and str(value) not in options:
         raise ConfigError(f"{name} is {str(value)[:40]!r}: choose one of {', '.join(options)}.")
     return str(value) if kind == "select" else value
+
+
+def _is_required(item: Mapping[str, Any]) -> bool:
+    return bool(bool_of(item.get("required")))
 
 
 def _options(item: Mapping[str, Any]) -> list[str]:

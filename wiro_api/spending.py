@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import ConfigError, LimitError
-from .task import decimal_of, dollars, money, text_of
+from .task import decimal_of, dollars, money, same_value, text_of
 
 #: frames per second of the videos of models that are asked for a number of frames
 FPS = 24
@@ -76,9 +76,15 @@ def price_of(
         earlier: what runs of this model did cost, for models that are billed by the second.
     """
     rows = _rows(record.get("dynamicprice"))
+    num_files += sum(
+        str(value).startswith("https://") and name != "callbackUrl"
+        for name, value in parameters.items()
+    )
     if rows:
         row = _matching(rows, parameters, num_files)
-        price = None if row is None else _price_of_row(row, record, parameters, num_files)
+        if row is None:  # other settings have prices, these have none
+            return None
+        price = _price_of_row(row, record, parameters, num_files)
     else:
         price = _by_second(record, decimal_of(record.get("cps")))
     if price is None and earlier:
@@ -103,7 +109,7 @@ def _matching(
     def meets(name: str, wanted: object) -> bool:
         if str(wanted).startswith("QUANTITY:"):
             return str(num_files) == str(wanted).removeprefix("QUANTITY:")
-        return str(parameters.get(name, "")).lower() == str(wanted).lower()
+        return same_value(parameters.get(name, ""), wanted)
 
     met: list[tuple[int, Mapping[str, Any]]] = []
     for row in rows:
@@ -127,13 +133,15 @@ def _price_of_row(
         count = _number(parameters, _COUNTS)
         return Price(each * (count or 1), is_exact=count is not None)
     if method == "cp-promptlength":
-        return Price(each * len(str(parameters.get("prompt", ""))), is_exact=True)
+        prompt = parameters.get("prompt")
+        return None if prompt is None else Price(each * len(str(prompt)), is_exact=True)
     if method == "cp-outputVideoLength":
         seconds = _number(parameters, _SECONDS)
         frames = _number(parameters, ("numframes", "num_frames"))
-        if seconds is None and frames is not None:
-            seconds = frames / FPS
-        return None if seconds is None else Price(_cents_up(each * seconds), is_exact=False)
+        if seconds is not None:
+            return Price(_cents_up(each * seconds), is_exact=False)
+        # the product first: 97 frames / 24 has no end
+        return None if frames is None else Price(_cents_up(each * frames / FPS), is_exact=False)
     if method == "cp-pixel":
         return _by_pixel(row, each, parameters, num_files)
     if method == "cps":

@@ -36,13 +36,14 @@ RANKS: Mapping[str, int] = {
 }
 #: (up to this rank, what people call it)
 PHASES = ((0, "queued"), (4, "preparing"), (7, "running"), (9, "finishing"), (10, "ended"))
+LONGEST_NUMBER = 30
 #: of a log, how much an error message quotes
 LOG_TAIL = 600
 
 
 _SECRET = re.compile(
-    r'("?(?:x-api-key|x-nonce|x-signature|socketaccesstoken|tasktoken|accesskey)"?\s*[:=]\s*"?)'
-    r"[^\s\",}&]+",
+    r"""((?:\\?["'])?(?:x-api-key|x-nonce|x-signature|socketaccesstoken|tasktoken|accesskey)"""
+    r"""(?:\\?["'])?\s*[:=]\s*(?:\\?["'])?)[^\s"',}&\\]+""",
     re.IGNORECASE,
 )
 
@@ -159,6 +160,12 @@ def verdict(task: Task) -> Verdict:
     return Verdict.FAILED
 
 
+def may_lag(task: Task) -> bool:
+    """Whether an ended record tells neither a file nor an error: it may not be whole yet."""
+    judged = verdict(task)
+    return judged is Verdict.NO_OUTPUT or (judged is Verdict.FAILED and task.exit_code == "")
+
+
 def log_tail(task: Task, length: int = LOG_TAIL) -> str:
     """The end of a task's log, without secrets."""
     return redact((task.error_log or task.output_log).strip(), [task.token])[-length:]
@@ -206,7 +213,7 @@ def _parse_output(record: Mapping[str, Any]) -> Output:
         name=text_of(record.get("name")),
         contenttype=text_of(record.get("contenttype")),
         url=text_of(record.get("url")),
-        num_bytes=int_of(record.get("size")),
+        num_bytes=int_of(record.get("size")) or None,
         content=text_of(record.get("content")),
         raw=record,
     )
@@ -248,6 +255,14 @@ def redact(text: str, secrets: Sequence[str] = ()) -> str:
     return _SECRET.sub(r"\1...", text)
 
 
+def same_value(one: object, other: object) -> bool:
+    """Whether two parameter values are equal as text or as numbers."""
+    if str(one).strip().lower() == str(other).strip().lower():
+        return True
+    first, second = decimal_of(one), decimal_of(other)
+    return first is not None and first == second
+
+
 def text_of(value: object) -> str:
     """A scalar as text; None and anything with structure as ""."""
     if isinstance(value, bool) or value is None or isinstance(value, Mapping | list):
@@ -269,7 +284,8 @@ def decimal_of(value: object) -> Decimal | None:
         number = Decimal(str(value).strip())
     except InvalidOperation:
         return None
-    return number if number.is_finite() else None
+    # a number as long as a book is no number, and would keep the processor busy
+    return number if number.is_finite() and abs(number.adjusted()) <= LONGEST_NUMBER else None
 
 
 def dollars(amount: Decimal | None) -> str | None:

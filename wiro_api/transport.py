@@ -14,7 +14,15 @@ from urllib.parse import urlsplit
 
 import requests
 
-from .errors import CODES, ApiError, AuthError, ConfigError, RequestError, TransportError
+from .errors import (
+    CODES,
+    ApiError,
+    AuthError,
+    ConcurrencyError,
+    ConfigError,
+    RequestError,
+    TransportError,
+)
 from .signing import WiroAuth
 from .task import bool_of, int_of, redact, text_of
 
@@ -48,8 +56,12 @@ def check_base_url(url: str, *, schemes: tuple[str, str] = ("https", "http")) ->
     Raises:
         ConfigError: not such an address, or one with user, query or fragment.
     """
-    parts = urlsplit(url.strip())
     safe, local = schemes
+    try:
+        parts = urlsplit(url.strip())
+        _ = parts.port
+    except ValueError:
+        parts = urlsplit("")
     is_local = parts.scheme == local and parts.hostname in LOOPBACK
     bare = not (parts.username or parts.password or parts.query or parts.fragment)
     if not parts.hostname or not bare or not (parts.scheme == safe or is_local):
@@ -91,11 +103,21 @@ def post(
     """
     content: dict[str, Any]
     if files:
-        fields = [(name, (None, _as_text(value))) for name, value in (body or {}).items()]
+        fields = [
+            (name, (None, _as_text(one)))
+            for name, value in (body or {}).items()
+            for one in (value if isinstance(value, list) else [value])
+        ]
         content = {"files": [*fields, *files]}
     else:
         content = {"json": dict(body or {})}
-    request = session.prepare_request(requests.Request("POST", url, auth=auth, **content))
+    try:
+        request = session.prepare_request(requests.Request("POST", url, auth=auth, **content))
+    except (ValueError, requests.RequestException) as error:  # NaN, half a character, ...
+        raise ConfigError(
+            f"The parameters cannot be sent ({type(error).__name__}): they hold a number that is "
+            "none or a broken character."
+        ) from None
     whole = _Body(request.body, before_last_byte)
     request.body = whole  # type: ignore[assignment]
     settings = session.merge_environment_settings(url, {}, None, None, None)
@@ -142,7 +164,7 @@ class _Body:
 
 
 def _as_text(value: object) -> str:
-    return json.dumps(value) if isinstance(value, list | dict | bool) else str(value)
+    return json.dumps(value) if isinstance(value, dict | bool) else str(value)
 
 
 def _reason(error: requests.RequestException) -> str:
@@ -186,7 +208,7 @@ def read_answer(
         return merged
     code, message = _first_error(body.get("errors"))
     message = redact(message, secrets)
-    if status in (408, 429) or status >= 500:
+    if code != ConcurrencyError.CODE and (status in (408, 429) or status >= 500):
         raise TransportError(
             f"Wiro answered HTTP {status} ({message or 'no reason given'}).",
             status=status,

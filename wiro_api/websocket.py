@@ -109,8 +109,11 @@ class ProgressSocket:
         """Read until the end of the task or of the watch (True), or of the connection (False)."""
         import websocket
 
-        connection = websocket.create_connection(self._url, timeout=OPEN_S)
+        # a redirect is not followed: the token would go elsewhere
+        connection = websocket.create_connection(self._url, timeout=OPEN_S, redirect_limit=0)
         try:
+            if connection.getstatus() != 101:
+                raise ConnectionError(f"answered {connection.getstatus()}")
             connection.send(json.dumps({"type": "task_info", "tasktoken": self._token}))
             connection.settimeout(TICK_S)
             self._healthy = True
