@@ -5,6 +5,7 @@ is in the environment or in a file of its own there, and nowhere else.
 """
 
 import os
+import re
 import threading
 import time
 from collections import deque
@@ -25,7 +26,9 @@ IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".gif")
 #: event of the page; its data is what `describe` makes
 EVENT = "skyreels.wiro"
 #: lines of a task's log that are kept for the page
-LOG_LINES = 200
+LOG_LINES, LINE_LETTERS = 200, 500
+#: tasks whose log is kept
+KEPT_ROWS = 100
 #: seconds between two events of one task
 EVENT_EVERY_S = 0.25
 
@@ -82,6 +85,27 @@ def socket_url() -> str:
     return given or ("" if os.environ.get(BASE_URL_VARIABLE) else SOCKET_URL)
 
 
+def check_socket_url() -> None:
+    """Raise ConfigError if the socket's address is not allowed: before a run, not after."""
+    from ..wiro_api.websocket import check_socket_url
+
+    if socket_url():
+        check_socket_url(socket_url())
+
+
+def task_folder(taskid: str) -> Path:
+    """Where the files of a task go; the id comes from outside."""
+    return host.output_folder() / "wiro" / (re.sub(r"\W", "_", taskid)[:40] or "task")
+
+
+def place_of(path: Path) -> str:
+    """A file of ours without what leads to the output folder."""
+    try:
+        return path.relative_to(host.output_folder()).as_posix()
+    except ValueError:  # the output folder was another one then
+        return path.name
+
+
 def local_host() -> str:
     """host:port of a test server on this machine, "" for the real service."""
     address = urlsplit(base_url())
@@ -102,7 +126,7 @@ def make_client(sleep: Callable[[float], None] = time.sleep) -> "Client":
         credentials = load_credentials(file=credentials_file())
     except ConfigError as error:
         raise ConfigError(f"{error} In ComfyUI: Settings > SkyReels > Wiro.") from None
-    return Client(credentials, base_url=base_url(), sleep=sleep)
+    return Client(credentials, base_url=base_url(), sleep=sleep, interruptible=True)
 
 
 def describe_account() -> dict[str, Any]:
@@ -138,6 +162,11 @@ def describe_account() -> dict[str, Any]:
 # --- live tasks ---------------------------------------------------------------------------------
 
 
+def is_followed(row: int) -> bool:
+    """Whether a node of this server follows a task."""
+    return _followers.get(row, 0) > 0
+
+
 def follow(row: int) -> Live:
     """Say that a node follows a task from now on."""
     with _lock:
@@ -148,7 +177,7 @@ def follow(row: int) -> Live:
 def add_log(live: Live, lines: list[str]) -> None:
     """Append lines of a task's log; the socket's thread and the node's both do."""
     with _lock:
-        live.log.extend(lines)
+        live.log.extend(line[:LINE_LETTERS] for line in lines[-LOG_LINES:])
 
 
 def leave(row: int) -> None:
@@ -156,7 +185,13 @@ def leave(row: int) -> None:
     with _lock:
         _followers[row] = _followers.get(row, 1) - 1
         if _followers[row] <= 0:
+            del _followers[row]
             _live[row].fraction = None
+        while len(_live) > KEPT_ROWS:  # the oldest that nobody follows
+            idle = next((old for old in _live if old not in _followers), None)
+            if idle is None:
+                break
+            del _live[idle]
     tell(row, always=True)
 
 
@@ -193,7 +228,7 @@ def describe(entry: "Entry") -> dict[str, Any]:
         "elapsed_s": entry.elapsed_s,
         "created_at": entry.created_at,
         "updated_at": entry.updated_at,
-        "is_live": _followers.get(entry.id, 0) > 0,
+        "is_live": is_followed(entry.id),
         "error": entry.error,
         "files": [file for path in entry.files if (file := _describe_file(path)) is not None],
         "remote_deleted": entry.remote_deleted,

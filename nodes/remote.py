@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ..skyreels.conditioning import FITS, fit_image
+from ..skyreels.errors import ShapeError
 from ..skyreels.text import with_fps_prefix
 from . import account, host
 from .wiro_run import Result, Window, collect, run_model
@@ -420,9 +421,11 @@ def png_part(image: Tensor, size: str = "", fit: str = "crop") -> "FilePart":
     """The first picture of an IMAGE as a PNG part, at a size such as "960x544" if one is given.
 
     Raises:
-        ShapeError: not a picture.
+        ShapeError: not a picture, or one too large to be sent.
     """
     from PIL import Image
+
+    from ..wiro_api.files import MAX_UPLOAD_BYTES
 
     height, width = image.shape[1:3] if image.ndim == 4 else (0, 0)
     if size:
@@ -431,7 +434,13 @@ def png_part(image: Tensor, size: str = "", fit: str = "crop") -> "FilePart":
     pixels = fitted.add(1.0).mul(127.5).round().to(torch.uint8).numpy()
     file = io.BytesIO()
     Image.fromarray(pixels).save(file, "PNG")
-    return "input.png", file.getvalue(), "image/png"
+    content = file.getvalue()
+    if len(content) > MAX_UPLOAD_BYTES:
+        raise ShapeError(
+            f"The picture of {width}x{height} has {len(content)} bytes as PNG, and Wiro takes "
+            f"{MAX_UPLOAD_BYTES}: make it smaller."
+        )
+    return "input.png", content, "image/png"
 
 
 def parse_parameters(text: str) -> dict[str, Any]:

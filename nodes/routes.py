@@ -4,10 +4,11 @@ ComfyUI's server has no login: whoever reaches its port may call these. So none 
 key or a token, and what costs money is not among them.
 """
 
-import asyncio
 import json
 import logging
 import os
+import threading
+import time
 from collections.abc import Awaitable, Callable
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
@@ -39,6 +40,7 @@ def save_account(body: dict[str, Any]) -> dict[str, Any]:
             f"{KEY_VARIABLE} is set in the environment of ComfyUI, and it wins: change it there."
         )
     file = account.credentials_file()
+    _check_names(body, "api_key")
     api_key = _text(body, "api_key")
     if not api_key.strip():
         file.unlink(missing_ok=True)
@@ -59,6 +61,7 @@ def save_limits(body: dict[str, Any]) -> dict[str, Any]:
     """Write the spending limits; answers as `account.describe_account`."""
     from ..wiro_api import spending
 
+    _check_names(body, *asdict(spending.Limits()))
     limits = spending.Limits(
         **{name: spending.parse_limit(body.get(name)) for name in asdict(spending.Limits())}
     )
@@ -114,7 +117,7 @@ def collect(entry: "Entry") -> None:
             f"Task {task.taskid} has not ended ({task.phase}): wait for it, or stop it."
         )
     finish(
-        client, handle, host.output_folder() / "wiro" / task.taskid, journal=account.journal(),
+        client, handle, account.task_folder(task.taskid), journal=account.journal(),
         entry_id=entry.id, local_host=account.local_host(),
         verify=lambda path, output: check_video(path) if is_video(output) else None,
     )  # fmt: skip
@@ -131,10 +134,14 @@ def delete_files(entry: "Entry") -> None:
 def forget(entry: "Entry") -> None:
     """Take a person's word that a run whose outcome is unknown did not start."""
     from ..wiro_api.errors import WiroError
+    from ..wiro_api.transport import UPLOAD_S
 
     if entry.state != "sending":
         raise WiroError("Only a run whose outcome is unknown can be called not started.")
-    account.journal().refused(entry.id, "Marked as not started.")
+    age_s = time.time() - (entry.sent_at or 0.0)
+    if account.is_followed(entry.id) or age_s < UPLOAD_S + 60:
+        raise WiroError("It was sent moments ago, and an answer may still come: wait 6 minutes.")
+    account.journal().refused(entry, "Marked as not started.")
 
 
 ACTIONS: dict[str, Callable[["Entry"], None]] = {
@@ -164,6 +171,15 @@ def _with_task(entry: "Entry") -> "Entry":
     if not entry.taskid:
         raise WiroError("No task of this run is known at Wiro.")
     return entry
+
+
+def _check_names(body: dict[str, Any], *names: str) -> None:
+    """Nothing is taken for a wish to remove what it does not name."""
+    from ..wiro_api.errors import ConfigError
+
+    missing = [name for name in names if name not in body]
+    if missing:
+        raise ConfigError(f"The request names no {', '.join(missing)}: reload the page.")
 
 
 def _text(body: dict[str, Any], name: str) -> str:
@@ -197,10 +213,10 @@ def register(table: Any) -> None:
     }.items():
         table.post(f"{PREFIX}/{path}")(_post(function))
 
-    @table.post(f"{PREFIX}/tasks/{{row:[0-9]+}}/{{action}}")
+    @table.post(f"{PREFIX}/tasks/{{row:[0-9]{{1,18}}}}/{{action}}")
     async def post_action(request: "web.Request") -> "web.Response":
         row, action = int(request.match_info["row"]), request.match_info["action"]
-        return await _answer(lambda: act(row, action))
+        return await _post(lambda _: act(row, action))(request)
 
 
 def _post(
@@ -209,10 +225,17 @@ def _post(
     async def handle(request: "web.Request") -> "web.Response":
         from aiohttp import web
 
+        # a form or a script of another site cannot send this type without asking first
+        if request.content_type != "application/json":
+            return web.json_response({"error": "The request is not JSON."}, status=415)
+        content = b""
+        async for piece in request.content.iter_chunked(MAX_BODY):
+            content += piece
+            if len(content) > MAX_BODY:
+                return web.json_response({"error": "The request is too long."}, status=413)
         try:
-            text = await request.text() if (request.content_length or 0) <= MAX_BODY else ""
-            body = json.loads(text or "{}")
-        except ValueError:
+            body = json.loads(content)
+        except (ValueError, RecursionError):
             body = None
         if not isinstance(body, dict):
             return web.json_response({"error": "The request is no JSON object."}, status=400)
@@ -228,7 +251,8 @@ async def _answer(work: Callable[[], dict[str, Any]]) -> "web.Response":
     from ..wiro_api.errors import ConfigError, WiroError
 
     try:
-        return web.json_response(await asyncio.to_thread(work))
+        # not asyncio's own threads: the program would wait for them when it ends
+        return web.json_response(await host.in_thread(work, threading.Event()))
     except ConfigError as error:
         return web.json_response({"error": str(error)}, status=400)
     except WiroError as error:

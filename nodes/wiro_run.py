@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -80,6 +81,8 @@ class Window:
         self._task: Task | None = None
         self.live = account.Live()
         self.row = 0
+        #: of the task, as soon as one is known
+        self.handle: RunHandle | None = None
 
     def check(self) -> None:
         """Raise if the run shall stop: the host's exception, or StoppedError."""
@@ -112,11 +115,14 @@ class Window:
         account.tell(self.row, always=True)
 
     def on_task(self, task: "Task") -> None:
+        from ..wiro_api.client import RunHandle
+
         if self._task is None or task.status != self._task.status:
             self._began = time.monotonic()
             self._line = task.phase
             account.add_log(self.live, [f"{time.strftime('%H:%M:%S')} {task.status}"])
         self._task = task
+        self.handle = RunHandle(task.taskid, task.token)
         self._show()
 
     def on_progress(self, report: "Progress") -> None:
@@ -150,7 +156,8 @@ class Window:
 
     def close(self, line: str) -> None:
         """Show the last line, without looking at the cancel button."""
-        self.live.line = line
+        # every open page gets this one: it needs no place of this machine
+        self.live.line = line.replace(str(host.output_folder()), "output")
         self._progress.say(line)
         if self.row:
             account.leave(self.row)
@@ -193,7 +200,7 @@ def _run(
     wait_when_busy: bool,
     timeout_minutes: float,
 ) -> Result:
-    from ..wiro_api.errors import WiroError
+    from ..wiro_api.errors import DownloadError, WiroError
     from ..wiro_api.jobs import start, to_handle
     from ..wiro_api.schema import complete, items_of
     from ..wiro_api.spending import load_limits, price_of
@@ -201,6 +208,7 @@ def _run(
     line, parameters = "not started", dict(values)
     try:
         client, journal = account.make_client(window.sleep), account.journal()
+        account.check_socket_url()
         window.check()
         window.say("asking Wiro for the price")
         record = model_record(client, model)
@@ -208,21 +216,26 @@ def _run(
         price = price_of(record, parameters, len(files), journal.costs(str(model)))
         window.say(f"sending · price {'not told before the run' if price is None else price}")
         entry = start(
-            client, journal, model, parameters, files, take=take, price=price,
-            limits=load_limits(account.limits_file()), wait_when_busy=wait_when_busy,
+            client, journal, model, parameters, files, given=values, take=take, price=price,
+            limits=lambda: load_limits(account.limits_file()), wait_when_busy=wait_when_busy,
             on_entry=window.on_entry, on_wait=window.on_wait, check=window.check,
         )  # fmt: skip
+        window.handle = to_handle(entry)
         line = f"task {entry.taskid} goes on at Wiro"
         receipt = {"model": str(model), "parameters": parameters, "take": take}
         if entry.state == "ended" and entry.files and all(p.is_file() for p in entry.files):
-            line = f"made before by task {entry.taskid}: nothing was paid for it now"
-            return _from_disk(entry, receipt)
+            try:
+                result = _from_disk(entry, receipt)
+                line = f"made before by task {entry.taskid}: nothing was paid for it now"
+                return result
+            except DownloadError as error:
+                log.warning("A file of task %s is fetched anew: %s.", entry.taskid, error)
         result = _follow(window, client, to_handle(entry), timeout_minutes, receipt, entry.id)
         line = f"done · {result.cost} · task {result.taskid}"
         return result
     except BaseException as error:
         if isinstance(error, StoppedError) or host.is_interrupt(error):
-            line = _stop(window.row, model, parameters)
+            line = _stop(window, model, parameters)
         elif isinstance(error, WiroError):
             line = str(error)
         raise
@@ -231,8 +244,12 @@ def _run(
 
 
 def model_record(client: "Client", model: "Model") -> Mapping[str, Any]:
-    """What Wiro says of a model, from the last minutes; {} if it does not say, which is logged."""
+    """What Wiro says of a model, from the last minutes.
+
+    Of SkyReels-V1 enough is known without: {} if Wiro does not say, which is logged.
+    """
     from ..wiro_api.errors import ApiError, AuthError, NotFoundError, TransportError
+    from ..wiro_api.schema import SKYREELS
 
     key = (client.base_url, str(model.clean))
     read_at, record = _records.get(key, (-RECORD_S, {}))
@@ -243,6 +260,8 @@ def model_record(client: "Client", model: "Model") -> Mapping[str, Any]:
     except (AuthError, NotFoundError):
         raise
     except (ApiError, TransportError) as error:
+        if model.clean != SKYREELS.clean:
+            raise
         log.warning("Wiro does not describe %s, so its price is not known: %s", model, error)
         return {}
     _records[key] = (time.monotonic(), record)
@@ -272,7 +291,7 @@ def _follow(
         elif is_image(output):
             frames.append(read_clip(path, window.check))
 
-    folder = host.output_folder() / "wiro" / (handle.taskid or "task")
+    folder = account.task_folder(handle.taskid)
     task, paths = finish(
         client, handle, folder, journal=account.journal(), entry_id=row,
         timeout_s=60.0 * timeout_minutes, socket_url=account.socket_url(),
@@ -309,7 +328,7 @@ def _to_result(
         "taskid": taskid,
         "cost_usd": cost or None,
         "elapsed_s": None if elapsed_s in (None, "") else float(str(elapsed_s)),
-        "files": [path.relative_to(host.output_folder()).as_posix() for path in paths],
+        "files": [account.place_of(path) for path in paths],
     }
     same = [clip for clip in frames if clip.shape[1:] == frames[0].shape[1:]]
     if len(same) < len(frames):
@@ -332,20 +351,21 @@ def read_clip(path: Path, check: Callable[[], None] = lambda: None) -> Tensor:
     """
     from ..wiro_api.video import read_frames
 
-    clip, count = torch.empty(0), 0
-    for frame, announced in read_frames(path):
+    clip: Tensor | None = None
+    for number, (frame, announced) in enumerate(read_frames(path)):
         check()
-        if count == len(clip):  # the first, or more than the container announced
-            grown = torch.empty((max(announced, count + 1, count * 5 // 4), *frame.shape))
-            grown[:count] = clip[:count] if count else 0.0
-            clip = grown
-        clip[count].copy_(torch.from_numpy(frame)).div_(255.0)
-        count += 1
-    return clip[:count]
+        if clip is None:
+            # a container that does not tell is read twice: the clip must not be held twice
+            total = announced or sum(1 for _ in read_frames(path))
+            clip = torch.empty((total, *frame.shape))
+        if number < len(clip):
+            clip[number].copy_(torch.from_numpy(frame)).div_(255.0)
+    assert clip is not None, "read_frames raises where there is no frame"
+    return clip
 
 
-def _stop(row: int, model: "Model", parameters: Mapping[str, Any]) -> str:
-    """Stop what a row has started, and say what came of it; never raises.
+def _stop(window: Window, model: "Model", parameters: Mapping[str, Any]) -> str:
+    """Stop what a run has started, and say what came of it; raises nothing.
 
     Returns:
         The line for the node.
@@ -361,17 +381,22 @@ def _stop(row: int, model: "Model", parameters: Mapping[str, Any]) -> str:
             raise WiroError(f"Wiro did not confirm within {STOP_S:.0f} s")
         time.sleep(seconds)
 
-    journal = account.journal()
+    journal, row, handle = account.journal(), window.row, window.handle
     entry = journal.get(row) if row else None
-    if entry is None or entry.state in ("intent", "refused"):
-        return "cancelled before anything was sent"
-    taskid = entry.taskid
+    is_sent = entry is not None and entry.state == "sending"
+    if handle is None and (row == 0 or (entry is not None and not is_sent)):
+        if entry is None or not entry.taskid:
+            return "cancelled before anything was sent"
+        handle = to_handle(entry)
+    taskid = handle.taskid if handle is not None else ""
     try:
         client = account.make_client(sleep)
-        handle = to_handle(entry)
-        if entry.state == "sending":
+        if handle is None:
+            if entry is None:
+                raise WiroError(f"the journal {journal.path} cannot be read")
             began = entry.sent_at or entry.created_at
-            handle = client.find_run(model, parameters, began, known=journal.known_taskids())
+            others = partial(journal.known_taskids, but=row)
+            handle = client.find_run(model, parameters, began, known=others)
             taskid = handle.taskid
             journal.started(row, taskid)
         task = client.stop(handle)
@@ -379,7 +404,8 @@ def _stop(row: int, model: "Model", parameters: Mapping[str, Any]) -> str:
         what = f"task {taskid}" if taskid else "the run"
         log.error("Cancelled, but %s may go on at Wiro and cost money: %s", what, error)
         return f"cancelled here, but {what} may go on at Wiro: stop it in the Wiro panel"
-    journal.ended(row, task)
+    if row:
+        journal.ended(row, task, () if entry is None else entry.files)
     charged = f"charged {money(task.totalcost)}" if task.totalcost else "nothing was charged"
     log.info("Wiro task %s: %s, %s.", task.taskid, task.status, charged)
     word = "stopped" if task.status == "task_cancel" else "had ended"
@@ -393,6 +419,7 @@ def collect(window: Window, text: str, timeout_minutes: float) -> Result:
 
     line = "stopped waiting"
     try:
+        account.check_socket_url()
         handle = RunHandle.parse(text)
         client = account.make_client(window.sleep)
         task = client.detail(handle)

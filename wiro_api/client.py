@@ -160,7 +160,7 @@ class Client:
         self._interruptible = interruptible
         self._auth = WiroAuth(credentials, nonces_of(now))
         self._session = session or requests.Session()
-        self.sleep, self._clock, self._now = sleep, clock, now
+        self.sleep, self.clock, self._now = sleep, clock, now
         self._rng = random.Random()
 
     # --- calls ----------------------------------------------------------------------------------
@@ -413,7 +413,7 @@ class Client:
             TaskTimeoutError: the wait is over, with both identifiers to go on later.
             TaskStalledError: it stands still on an error of its own.
         """
-        start = self._clock()
+        start = self.clock()
         changed_at, last = start, ("", "")
         failures = empty_reads = 0
         while True:
@@ -434,7 +434,7 @@ class Client:
                     raise
                 failures += 1
                 pause = wait_s(failures, error, self._rng)
-            now = self._clock()
+            now = self.clock()
             if task is not None:
                 handle = RunHandle(
                     task.taskid or handle.taskid, task.token or handle.token, handle.started_at
@@ -475,9 +475,9 @@ class Client:
         if socket is None:
             self.sleep(seconds)
             return
-        end = self._clock() + seconds
+        end = self.clock() + seconds
         self.sleep(min(seconds, SHORTEST_POLL_S))
-        while (left := end - self._clock()) > 0 and not socket.take_news():
+        while (left := end - self.clock()) > 0 and not socket.take_news():
             self.sleep(min(left, SLICE_S))
 
     def _is_settling(self, handle: RunHandle) -> bool:

@@ -195,19 +195,19 @@ def _open(url: str, local_host: str, session: requests.Session) -> requests.Resp
     """The answer at the end of a chain of allowed addresses."""
     for _ in range(MAX_REDIRECTS + 1):
         check_address(url, local_host)
-        response = session.get(
-            url, stream=True, allow_redirects=False, timeout=(CONNECT_S, READ_S),
-            headers={"Accept-Encoding": "identity"}, auth=_no_auth,
-        )  # fmt: skip
+        try:
+            response = session.get(
+                url, stream=True, allow_redirects=False, timeout=(CONNECT_S, READ_S),
+                headers={"Accept-Encoding": "identity"}, auth=_no_auth,
+            )  # fmt: skip
+        except ValueError:  # of an address, or of one it is redirected to
+            raise _LastingError("its address is none, or is redirected to none") from None
         status = response.status_code
         if status == 200:
             return response
         response.close()
         if status in (301, 302, 303, 307, 308) and response.headers.get("Location"):
-            try:
-                url = urljoin(url, response.headers["Location"])
-            except ValueError:
-                raise _LastingError("it is redirected to no address") from None
+            url = urljoin(url, response.headers["Location"])
             continue
         if status in PASSING or status >= 500:
             raise _PassingError(f"the server answered HTTP {status}")

@@ -214,6 +214,7 @@ def finish(
         TaskFailedError, TaskCancelledError: it ended without success.
         TaskTimeoutError, TaskStalledError: it has not ended. DownloadError: it has, and is paid.
     """
+    end = client.clock() + timeout_s
     task = next(client.watch(handle, timeout_s=timeout_s))
     handle = RunHandle(task.taskid or handle.taskid, task.token or handle.token, handle.started_at)
     last = ""
@@ -227,7 +228,7 @@ def finish(
                 socket = stack.enter_context(feed)
             except (DependencyError, ConfigError) as error:  # the task is paid for: go on
                 logger.warning("%s Until then progress comes by polling alone.", error)
-        for task in client.watch(handle, timeout_s=timeout_s, socket=socket):
+        for task in client.watch(handle, timeout_s=max(0.0, end - client.clock()), socket=socket):
             on_task(task)
             if task.status != last and journal is not None and entry_id is not None:
                 journal.seen(entry_id, task.status)

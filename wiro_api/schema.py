@@ -46,14 +46,18 @@ def items_of(record: Mapping[str, Any], model: Model | None = None) -> list[Mapp
     groups = record.get("parameters")
     items = [
         item
-        for group in (groups if isinstance(groups, list) else [])
+        for group in _as_list(groups)
         if isinstance(group, Mapping)
-        for item in group.get("items") or []
+        for item in _as_list(group.get("items"))
         if isinstance(item, Mapping) and item.get("id")
     ]
     if not items and model is not None and model.clean == SKYREELS.clean:
         return list(SKYREELS_ITEMS)
     return items
+
+
+def _as_list(value: object) -> list[Any]:
+    return value if isinstance(value, list) else []
 
 
 def complete(
@@ -87,7 +91,9 @@ def complete(
         if kind in _FILES:
             whole |= _file_values(name, kind, values, name in sent, _is_required(item))
             continue
-        value = values.get(name, item.get("default"))
+        value = values.get(name)
+        if value is None or (value == "" and kind in _NUMBERS):
+            value = item.get("default")
         if value is None or value == "":
             if _is_required(item):
                 options = ", ".join(_options(item))

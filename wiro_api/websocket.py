@@ -14,7 +14,7 @@ import threading
 import time
 from collections.abc import Callable
 
-from .errors import DependencyError
+from .errors import ConfigError, DependencyError
 from .task import RANKS, TERMINAL, Progress, parse_progress
 from .transport import check_base_url
 
@@ -31,6 +31,21 @@ SILENT_S = 90.0
 #: frames that come many times while a task is in one state
 _REPEATED = ("task_output", "task_error")
 MAX_FRAME_BYTES = 4 * 1024 * 1024
+
+
+def check_socket_url(url: str) -> str:
+    """The address, without its trailing slash.
+
+    Raises:
+        ConfigError: it is not one of wss, or of ws on this machine.
+    """
+    try:
+        return check_base_url(url, schemes=("wss", "ws"))
+    except ConfigError:
+        raise ConfigError(
+            f"{SOCKET_URL_VARIABLE} is not a wss address without user, query and fragment (ws is "
+            f"for this machine only): use {SOCKET_URL}, or unset it."
+        ) from None
 
 
 class ProgressSocket:
@@ -52,7 +67,7 @@ class ProgressSocket:
         on_log: Callable[[str], None] = lambda _: None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._url = check_base_url(url, schemes=("wss", "ws"))
+        self._url = check_socket_url(url)
         self._token = token
         self._on_progress, self._on_log = on_progress, on_log
         self._clock = clock

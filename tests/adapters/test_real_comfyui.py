@@ -338,6 +338,31 @@ def test_the_panel_is_told_of_tasks_and_files_and_acts_on_them(server):
     assert (status, "accepts the key" in answer["message"]) == (200, True)
 
 
+@pytest.mark.parametrize(
+    ("body", "kind", "status", "words"),
+    [
+        (b'{"per_run": null, "per_day": null, "per_month": null}', "text/plain", 415, "not JSON"),
+        (b"{" + b" " * 20_000 + b"}", "application/json", 413, "too long"),
+        (b"[]", "application/json", 400, "no JSON object"),
+        (b"", "application/json", 400, "no JSON object"),
+        (b"{}", "application/json", 400, "names no per_run, per_day, per_month"),
+        (b'{"per_run": "1e50", "per_day": "", "per_month": ""}', "application/json", 400, "1e50"),
+    ],
+)
+def test_a_request_that_is_not_the_pages_changes_nothing(server, body, kind, status, words):
+    limits = {"per_run": "9", "per_day": None, "per_month": None}
+    assert server.post("/skyreels/wiro/limits", limits)[0] == 200
+    request = urllib.request.Request(
+        server.url + "/skyreels/wiro/limits", body, {"Content-Type": kind}
+    )
+    with pytest.raises(urllib.error.HTTPError) as caught:
+        urllib.request.urlopen(request, timeout=30)
+    assert caught.value.code == status
+    assert words in json.loads(caught.value.read())["error"]
+    assert json.loads(server.get("/skyreels/wiro/account"))["limits"] == limits
+    assert server.post("/skyreels/wiro/limits", dict.fromkeys(limits))[0] == 200
+
+
 def test_the_planted_key_is_nowhere_but_in_its_file(server):
     """Runs last of the remote tests: the server has done everything by now."""
     secret_file = server.base / "user" / "__skyreels" / "wiro.env"

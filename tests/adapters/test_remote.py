@@ -7,6 +7,7 @@ import stat
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -571,7 +572,9 @@ def test_an_ended_task_is_downloaded_and_its_remote_files_deleted(comfy, wiro):
     assert wiro.tasks["2221"]["outputs"] == []
 
 
-def test_a_run_whose_outcome_is_unknown_asks_and_may_be_called_not_started(comfy, wiro):
+def test_a_run_whose_outcome_is_unknown_asks_and_may_be_called_not_started(
+    comfy, wiro, monkeypatch
+):
     wiro.fail("Run", "reset")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(wiro_run.Window, "sleep", lambda self, seconds: None)
@@ -584,6 +587,10 @@ def test_a_run_whose_outcome_is_unknown_asks_and_may_be_called_not_started(comfy
     assert task["state"] == "sending"
     with pytest.raises(WiroError, match="No task of this run is known"):
         routes.act(task["id"], "stop")
+    with pytest.raises(WiroError, match="an answer may still come"):
+        routes.act(task["id"], "forget")
+    later = time.time() + 400
+    monkeypatch.setattr(routes, "time", SimpleNamespace(time=lambda: later))
     assert routes.act(task["id"], "forget")["task"]["state"] == "refused"
     assert generate()[2] == "2221"
     with pytest.raises(WiroError, match="Only a run whose outcome is unknown"):
@@ -642,3 +649,157 @@ def test_work_in_a_thread_keeps_its_context_and_hands_its_error_on():
             await host.in_thread(lambda: 1 / 0, threading.Event())
 
     asyncio.run(prompt())
+
+
+# --- what an audit found ------------------------------------------------------------------------
+
+
+def test_defaults_of_the_service_may_change_and_the_job_is_still_the_same(comfy, wiro, monkeypatch):
+    from support import wiro_server
+
+    generate()
+    Path(comfy.root / "output" / "wiro" / "2221" / "0.mp4").unlink()
+    wiro_run._records.clear()
+    more = {"title": "More", "items": [{"id": "extra", "type": "text", "default": "x"}]}
+    monkeypatch.setattr(wiro_server, "PARAMETERS", [*wiro_server.PARAMETERS, more])
+    assert generate()[2] == "2221"
+    assert len(runs(wiro)) == 1
+    assert generate(take=2)[2] == "2222"
+    assert runs(wiro)[-1].body["extra"] == "x"
+
+
+def test_a_model_that_is_not_described_is_not_run_unchecked(comfy, wiro, monkeypatch):
+    monkeypatch.setattr(wiro_run.Window, "sleep", lambda self, seconds: None)
+    wiro.fail("Tool/Detail", *[{"status": 502}] * 10)
+    wiro.slugs = ("acme/other",)
+    with pytest.raises(WiroError, match="502"):
+        run_model(model="acme/other")
+    assert wiro.tasks == {}
+    wiro.fail("Tool/Detail", *[{"status": 502}] * 5)
+    wiro.slugs = ("wiro/SkyReels-V1",)
+    wiro._faults["Tool/Detail"] = [{"status": 502}] * 5
+    assert generate()[2] == "2221", "of SkyReels-V1 enough is known"
+
+
+@pytest.mark.parametrize("damage", ["garbage", "gone"])
+def test_cancel_stops_the_task_although_the_journal_is_lost(comfy, wiro, damage):
+    wiro.states, wiro.steps_by_itself = ("task_start", "task_postprocess_end"), False
+
+    def lose() -> None:
+        path = account.journal().path
+        path.write_bytes(b"garbage" * 99) if damage == "garbage" else path.unlink()
+        cancel(comfy)
+
+    watching = when(lambda: wiro.paths().count("Task/Detail") >= 2, lose)
+    with pytest.raises(InterruptProcessingException):
+        generate()
+    watching.join()
+    assert wiro.tasks["2221"]["status"] == "task_cancel"
+    assert "2221 stopped" in comfy.texts[-1]
+
+
+@pytest.mark.parametrize("damage", ["cut", "moved"])
+def test_a_file_that_is_damaged_or_elsewhere_is_no_dead_end(comfy, wiro, monkeypatch, damage):
+    path = Path(generate()[1].file)
+    if damage == "cut":
+        path.write_bytes(path.read_bytes()[:500])
+    else:
+        import folder_paths
+
+        monkeypatch.setattr(folder_paths, "get_output_directory", lambda: str(comfy.root / "new"))
+    frames, video, _, receipt = generate()
+    assert frames.shape == (5, 32, 48, 3)
+    assert Path(video.file).read_bytes() == wiro.files["0.mp4"]
+    assert len(runs(wiro)) == 1
+    assert str(comfy.root) not in receipt
+
+
+def test_an_evil_id_of_a_task_stays_in_the_output_folder(comfy, wiro):
+    folder = account.task_folder("../../../evil")
+    assert folder.parent == comfy.root / "output" / "wiro"
+    assert folder.name == "_________evil"
+
+
+def test_an_address_of_the_socket_that_is_not_allowed_is_told_before_anything_is_paid(
+    comfy, wiro, monkeypatch
+):
+    monkeypatch.setenv("WIRO_SOCKET_URL", "ws://socket.example/v1")
+    with pytest.raises(ConfigError, match="WIRO_SOCKET_URL is not a wss address"):
+        generate()
+    assert wiro.tasks == {}
+
+
+def test_without_the_websocket_package_polling_brings_the_result(comfy, wiro, monkeypatch, caplog):
+    import sys
+
+    monkeypatch.setitem(sys.modules, "websocket", None)
+    monkeypatch.setenv("WIRO_SOCKET_URL", "ws://127.0.0.1:9/v1")
+    wiro.states = ("task_start", "task_postprocess_end")
+    assert generate()[2] == "2221"
+    assert caplog.text.count("pip install websocket-client") == 1
+
+
+def test_a_task_that_is_not_there_in_the_first_second_is_waited_for(comfy, wiro):
+    wiro.now = time.time
+    wiro.states = ("task_start", "task_postprocess_end")
+    wiro.fail("Task/Detail", *[(1, "There is no task yet.")] * 2)
+    assert generate()[2] == "2221"
+
+
+def test_cancel_is_seen_while_an_answer_is_waited_for(comfy, wiro):
+    wiro.now = time.time
+    wiro.states, wiro.steps_by_itself = ("task_start", "task_postprocess_end"), False
+    wiro.fail("Run", ("silent", 8))
+    watching = when(lambda: wiro.tasks, lambda: cancel(comfy))
+    start = time.monotonic()
+    with pytest.raises(InterruptProcessingException):
+        generate()
+    watching.join()
+    assert time.monotonic() - start < 6
+    assert wiro.tasks["2221"]["status"] == "task_cancel"
+
+
+def test_cancel_is_seen_while_a_slow_server_sends_the_file(comfy, wiro):
+    wiro.fail("GET 0.mp4", ("slow", 10))
+    watching = when(lambda: wiro.fetched, lambda: cancel(comfy))
+    start = time.monotonic()
+    with pytest.raises(InterruptProcessingException):
+        generate()
+    watching.join()
+    assert time.monotonic() - start < 3
+
+
+def test_two_nodes_with_the_same_inputs_pay_once(comfy, wiro):
+    wiro.states = ("task_start", "task_postprocess_end")
+    inputs = (picture(), PROMPT, "960x544", "crop", 97, 30, 6.0)
+
+    async def two():
+        nodes = [remote.WiroRemoteI2V().generate(*inputs, unique_id=str(n)) for n in range(2)]
+        return await asyncio.gather(*nodes)
+
+    first, second = asyncio.run(two())
+    assert first[2] == second[2] == "2221"
+    assert len(runs(wiro)) == 1
+
+
+def test_the_log_of_a_task_and_the_rows_that_are_kept_are_bounded(comfy, wiro):
+    live = account.follow(1)
+    account.add_log(live, ["x" * 10_000] * 1000)
+    assert len(live.log) == account.LOG_LINES
+    assert len(live.log[0]) == account.LINE_LETTERS
+    account.leave(1)
+    for row in range(2, 400):
+        account.follow(row)
+        account.leave(row)
+    assert len(account._live) <= account.KEPT_ROWS
+    assert account._followers == {}
+
+
+def test_an_error_on_the_page_names_no_folder_of_this_machine(comfy, wiro, monkeypatch):
+    (comfy.root / "output").mkdir()
+    (comfy.root / "output" / "wiro").write_text("a file where the folder should be")
+    with pytest.raises(DownloadError):
+        generate()
+    told = json.dumps([data for _, data in comfy.events])
+    assert "output/wiro" in told
+    assert str(comfy.root) not in told

@@ -216,3 +216,56 @@ def test_the_file_is_an_ordinary_sqlite_file(journal):
         [sys.executable, "-c", code, str(journal.path)], capture_output=True, text=True, check=True
     )
     assert run.stdout.strip() == "[('intent',)]"
+
+
+def test_the_loser_of_a_race_does_not_overwrite_what_the_winner_has_started(journal, clock):
+    mine = journal.begin("job", "m")
+    theirs = journal.begin("job", "m")
+    journal.sending(theirs)
+    journal.started(theirs.id, "2221")
+    assert journal.refused(mine, "no place") is False
+    assert journal.waiting(mine) is False
+    row = journal.get(mine.id)
+    assert (row.state, row.taskid, row.error) == ("started", "2221", "")
+
+
+def test_a_row_that_is_answered_while_it_is_looked_for_is_gone_on_with(server, client, journal):
+    entry = journal.begin(job_key(MODEL, PARAMETERS, service=server.url), str(MODEL))
+    journal.sending(entry)
+    server.add_task(dict(PARAMETERS))
+    listed = journal.known_taskids
+
+    def answered(but=0):
+        journal.started(entry.id, "2221")
+        return listed(but)
+
+    journal.known_taskids = answered
+    assert start(client, journal, MODEL, PARAMETERS).taskid == "2221"
+    assert runs(server) == 0
+
+
+def test_a_listed_task_that_tells_nothing_of_itself_is_not_taken_for_ours(server, client, journal):
+    entry = journal.begin(job_key(MODEL, PARAMETERS, service=server.url), str(MODEL))
+    journal.sending(entry)
+    server.tasks[server.add_task({})] |= {"parameters": "no JSON", "modelslugowner": ""}
+    with pytest.raises(RunOutcomeUnknownError):
+        start(client, journal, MODEL, PARAMETERS)
+
+
+def test_an_end_without_exit_code_and_files_is_not_paid_for_again_unasked(server, client, journal):
+    server.states, server.final = ("task_postprocess_end",), {"pexit": "", "outputs": []}
+    entry = start(client, journal, MODEL, PARAMETERS)
+    *_, task = client.watch(to_handle(entry))
+    journal.ended(entry.id, task)
+    assert start(client, journal, MODEL, PARAMETERS).id == entry.id
+    assert runs(server) == 1
+
+
+def test_a_row_that_cannot_be_read_stops_neither_the_list_nor_the_others(journal):
+    import sqlite3
+
+    journal.begin("job", "m")
+    with sqlite3.connect(journal.path) as connection:
+        connection.execute("UPDATE jobs SET files = '{'")
+    connection.close()
+    assert journal.newest()[0].files == ()
