@@ -15,7 +15,7 @@ from torch import Tensor
 from ..skyreels.conditioning import FITS, fit_image
 from ..skyreels.errors import ShapeError
 from ..skyreels.text import with_fps_prefix
-from . import account, host
+from . import host
 from .wiro_run import Result, Window, collect, run_model
 
 if TYPE_CHECKING:
@@ -395,11 +395,11 @@ class WiroUploadFile:
                 part = png_part(image)
             else:
                 raise ConfigError("No image is connected: connect one, or choose a file.")
-            client = account.make_client(window.sleep)
-            window.check()
-            window.say(f"uploading {len(part[1]) / 1e6:.1f} MB")
-            made = str(client.create_folder(folder.strip())["id"]) if folder.strip() else ""
-            record = client.upload(part, made)
+            with window.make_client() as client:
+                window.check()
+                window.say(f"uploading {len(part[1]) / 1e6:.1f} MB")
+                made = str(client.create_folder(folder.strip())["id"]) if folder.strip() else ""
+                record = client.upload(part, made)
             window.say("uploaded", 1.0)
             return str(record.get("url") or ""), str(record.get("id") or "")
 

@@ -52,8 +52,8 @@ def save_account(body: dict[str, Any]) -> dict[str, Any]:
 
 def test_account(_: dict[str, Any]) -> dict[str, Any]:
     """Make a call that is signed and free, and say how it went."""
-    client = account.make_client()
-    client.list_tasks(limit=1)
+    with account.make_client() as client:
+        client.list_tasks(limit=1)
     return {"message": f"{account.base_url()} accepts the key."}
 
 
@@ -88,7 +88,8 @@ def refresh(entry: "Entry") -> None:
 
     if not entry.taskid:
         return
-    task = account.make_client().detail(to_handle(entry))
+    with account.make_client() as client:
+        task = client.detail(to_handle(entry))
     if verdict(task) is Verdict.RUNNING:
         account.journal().seen(entry.id, task.status)
     elif entry.state != "ended":
@@ -99,7 +100,8 @@ def stop(entry: "Entry") -> None:
     """Cancel or kill a task."""
     from ..wiro_api.jobs import to_handle
 
-    task = account.make_client().stop(to_handle(_with_task(entry)))
+    with account.make_client() as client:
+        task = client.stop(to_handle(_with_task(entry)))
     account.journal().ended(entry.id, task, entry.files)
 
 
@@ -110,24 +112,24 @@ def collect(entry: "Entry") -> None:
     from ..wiro_api.task import Verdict, verdict
     from ..wiro_api.video import check_video, is_video
 
-    client, handle = account.make_client(), to_handle(_with_task(entry))
-    task = client.detail(handle)
-    if verdict(task) is Verdict.RUNNING:
-        raise WiroError(
-            f"Task {task.taskid} has not ended ({task.phase}): wait for it, or stop it."
-        )
-    finish(
-        client, handle, account.task_folder(task.taskid), journal=account.journal(),
-        entry_id=entry.id, local_host=account.local_host(),
-        verify=lambda path, output: check_video(path) if is_video(output) else None,
-    )  # fmt: skip
+    handle = to_handle(_with_task(entry))
+    with account.make_client() as client:
+        task = client.detail(handle)
+        if verdict(task) is Verdict.RUNNING:
+            raise WiroError(f"Task {task.taskid} has not ended ({task.phase}): wait, or stop it.")
+        finish(
+            client, handle, account.task_folder(task.taskid), journal=account.journal(),
+            entry_id=entry.id, local_host=account.local_host(),
+            verify=lambda path, output: check_video(path) if is_video(output) else None,
+        )  # fmt: skip
 
 
 def delete_files(entry: "Entry") -> None:
     """Remove what the service keeps of an ended task; what was downloaded stays."""
     from ..wiro_api.jobs import to_handle
 
-    account.make_client().delete_files(to_handle(_with_task(entry)))
+    with account.make_client() as client:
+        client.delete_files(to_handle(_with_task(entry)))
     account.journal().remote_deleted(entry.id)
 
 

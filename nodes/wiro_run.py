@@ -79,10 +79,16 @@ class Window:
         self._began = time.monotonic()
         self._report: Progress | None = None
         self._task: Task | None = None
+        self._client: Client | None = None
         self.live = account.Live()
         self.row = 0
         #: of the task, as soon as one is known
         self.handle: RunHandle | None = None
+
+    def make_client(self) -> "Client":
+        """A client whose waits this run can end; let go of with `close`."""
+        self._client = account.make_client(self.sleep)
+        return self._client
 
     def check(self) -> None:
         """Raise if the run shall stop: the host's exception, or StoppedError."""
@@ -161,6 +167,8 @@ class Window:
         self._progress.say(line)
         if self.row:
             account.leave(self.row)
+        if self._client is not None:
+            self._client.close()
 
 
 async def run_model(
@@ -207,7 +215,7 @@ def _run(
 
     line, parameters = "not started", dict(values)
     try:
-        client, journal = account.make_client(window.sleep), account.journal()
+        client, journal = window.make_client(), account.journal()
         account.check_socket_url()
         window.check()
         window.say("asking Wiro for the price")
@@ -390,16 +398,16 @@ def _stop(window: Window, model: "Model", parameters: Mapping[str, Any]) -> str:
         handle = to_handle(entry)
     taskid = handle.taskid if handle is not None else ""
     try:
-        client = account.make_client(sleep)
-        if handle is None:
-            if entry is None:
-                raise WiroError(f"the journal {journal.path} cannot be read")
-            began = entry.sent_at or entry.created_at
-            others = partial(journal.known_taskids, but=row)
-            handle = client.find_run(model, parameters, began, known=others)
-            taskid = handle.taskid
-            journal.started(row, taskid)
-        task = client.stop(handle)
+        with account.make_client(sleep) as client:
+            if handle is None:
+                if entry is None:
+                    raise WiroError(f"the journal {journal.path} cannot be read")
+                began = entry.sent_at or entry.created_at
+                others = partial(journal.known_taskids, but=row)
+                handle = client.find_run(model, parameters, began, known=others)
+                taskid = handle.taskid
+                journal.started(row, taskid)
+            task = client.stop(handle)
     except WiroError as error:
         what = f"task {taskid}" if taskid else "the run"
         log.error("Cancelled, but %s may go on at Wiro and cost money: %s", what, error)
@@ -421,7 +429,7 @@ def collect(window: Window, text: str, timeout_minutes: float) -> Result:
     try:
         account.check_socket_url()
         handle = RunHandle.parse(text)
-        client = account.make_client(window.sleep)
+        client = window.make_client()
         task = client.detail(handle)
         entry = account.journal().adopt(task.taskid, task.model)
         if entry is not None:

@@ -163,6 +163,16 @@ class Client:
         self.sleep, self.clock, self._now = sleep, clock, now
         self._rng = random.Random()
 
+    def close(self) -> None:
+        """Let go of the connections; a call after that makes new ones."""
+        self._session.close()
+
+    def __enter__(self) -> "Client":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
     # --- calls ----------------------------------------------------------------------------------
 
     def detail(self, handle: RunHandle) -> Task:

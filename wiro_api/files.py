@@ -72,7 +72,12 @@ def download(
     Raises:
         DownloadError: it cannot be had, is not what was announced, or its address is not allowed.
     """
-    session = session or requests.Session()
+    if session is None:
+        with requests.Session() as own:
+            return download(
+                output, folder, taskid=taskid, local_host=local_host, session=own, check=check,
+                on_bytes=on_bytes, verify=verify, sleep=sleep, max_bytes=max_bytes,
+            )  # fmt: skip
     try:
         folder.mkdir(parents=True, exist_ok=True)
         part = _new_part(folder)

@@ -179,7 +179,8 @@ def _by_second(record: Mapping[str, Any], cps: Decimal | None) -> Price | None:
 def _number(parameters: Mapping[str, Any], names: Sequence[str]) -> Decimal | None:
     for name, value in parameters.items():
         if name.lower() in names:
-            return decimal_of(value)
+            number = decimal_of(value)
+            return number if number is not None and number >= 0 else None
     return None
 
 
