@@ -12,6 +12,7 @@ import random
 import re
 import threading
 import time
+import weakref
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -160,6 +161,7 @@ class Client:
         self._interruptible = interruptible
         self._auth = WiroAuth(credentials, nonces_of(now))
         self._session = session or requests.Session()
+        weakref.finalize(self, self._session.close)  # for clients that nobody closes
         self.sleep, self.clock, self._now = sleep, clock, now
         self._rng = random.Random()
 

@@ -218,6 +218,8 @@ def finish(
     task = next(client.watch(handle, timeout_s=timeout_s))
     handle = RunHandle(task.taskid or handle.taskid, task.token or handle.token, handle.started_at)
     last = ""
+    if verdict(task) is not Verdict.RUNNING:
+        on_task(task)
     with contextlib.ExitStack() as stack:
         socket = None
         if socket_url and task.token and verdict(task) is Verdict.RUNNING:
@@ -228,7 +230,10 @@ def finish(
                 socket = stack.enter_context(feed)
             except (DependencyError, ConfigError) as error:  # the task is paid for: go on
                 logger.warning("%s Until then progress comes by polling alone.", error)
-        for task in client.watch(handle, timeout_s=max(0.0, end - client.clock()), socket=socket):
+        left = max(0.0, end - client.clock())
+        records = client.watch(handle, timeout_s=left, socket=socket)
+        rest = records if verdict(task) is Verdict.RUNNING else ()
+        for task in rest:
             on_task(task)
             if task.status != last and journal is not None and entry_id is not None:
                 journal.seen(entry_id, task.status)

@@ -1,0 +1,375 @@
+"""The yardstick: what the built-in model makes of held-out pictures and prompts, one row a setting.
+
+    python -m tests.bench.quality [--model FOLDER] [--cases 128] [--setting NAME]... [--sheet PNG]
+        [--suite settings|bars|all]
+
+`settings` renders the same cases under every setting of SETTINGS (a new mode is one line there):
+
+    told      share of the clips in which the shape did what the prompt says (measured from pixels)
+    kept      share in which colour and shape are those of the picture in the last frame (no fades)
+    first     median PSNR of the first frame against the picture given
+    true      median PSNR of the clip against the true clip
+    exact     median PSNR of the clip against the clip of the first setting
+    flicker   of the ground, root mean square, in steps of 1/255
+    seam      step of the error across tile borders over the step elsewhere (tiled decodes)
+    seconds   median for one clip, text and loading not included
+
+`bars` measures the rest: opposite verbs on one picture, negative prompts, sizes not trained for, a
+VAE round trip. --model takes a diffusers folder (tests/train/export.py); without it the built-in
+model is measured. Figures are printed as a table, then as one line of JSON.
+"""
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import conftest  # noqa: F401 - loads the package the way ComfyUI does
+from comfyui_skyreels.skyreels import builtin
+from comfyui_skyreels.skyreels.conditioning import encode_image
+from comfyui_skyreels.skyreels.config import Guidance, Tiling
+from comfyui_skyreels.skyreels.loading import load_transformer, load_vae
+from comfyui_skyreels.skyreels.runtime import TorchRuntime
+from comfyui_skyreels.skyreels.sampling import get_sigmas, sample
+from comfyui_skyreels.skyreels.text import (
+    DEFAULT_NEGATIVE_PROMPT,
+    encode_prompt,
+    load_text_encoder,
+)
+from comfyui_skyreels.skyreels.vae.tiling import decode_frames
+from torch import Tensor
+from train import data, measure
+
+OPPOSITE = {
+    "left": "right", "right": "left", "up": "down", "down": "up",
+    "grow": "shrink", "shrink": "grow", "still": "fade", "fade": "still",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Setting:
+    """How clips are made.
+
+    precision, vae_precision: of the loaders. decode: a mode, or explicit tiles in `tiling`.
+    """
+
+    precision: str = "fp32"
+    vae_precision: str = "fp32"
+    decode: str = "full"
+    tiling: Tiling | None = None
+    steps: int = 30
+    guidance: Guidance = field(default_factory=Guidance)
+
+
+#: tiles of 32 pixels: as many in a clip of 64 as the real ones are in a real clip
+_TILES = Tiling(32, 32, 0, 24, 24, 0)
+_SHORT = Tiling(32, 32, 8, 24, 24, 4)
+#: name -> how; the first is what the others are compared with
+SETTINGS = {
+    "fp32": Setting(),
+    "bf16": Setting(precision="bf16", vae_precision="bf16"),
+    "fp8": Setting(precision="fp8"),
+    "int8": Setting(precision="int8"),
+    "tiled 32/24": Setting(tiling=_TILES),
+    "tiled 32/24, 8/4 frames": Setting(tiling=_SHORT),
+    "tiled-diffusers": Setting(decode="tiled-diffusers"),
+    "12 steps": Setting(steps=12),
+    "6 steps": Setting(steps=6),
+    "CFG 1": Setting(guidance=Guidance(true_cfg_scale=1.0)),
+    "CFG 3": Setting(guidance=Guidance(true_cfg_scale=3.0)),
+    "CFG until half": Setting(guidance=Guidance(cfg_end=0.5)),
+    "CFG-Zero*": Setting(guidance=Guidance(cfg_zero_star=True)),
+    "CFG rescaled 0.7": Setting(guidance=Guidance(guidance_rescale=0.7)),
+}
+
+
+class Studio:
+    """The model under test; its parts are loaded once for each precision."""
+
+    def __init__(self, folder: Path | None, device: str) -> None:
+        self.folder, self.runtime = folder, TorchRuntime(device)
+        self.text_precision = "auto"
+        self._parts: dict = {}
+
+    def precise(self) -> "Studio":
+        """The same with text encoders in float32."""
+        studio = Studio(self.folder, str(self.runtime.device))
+        studio.text_precision = "fp32"
+        return studio
+
+    def _part(self, kind: str, precision: str):
+        key = (kind, precision)
+        if key not in self._parts:
+            name = {"text_encoder": ""}.get(kind, kind)
+            loaders = {
+                "transformer": (load_transformer, builtin.builtin_transformer),
+                "vae": (load_vae, builtin.builtin_vae),
+                "text_encoder": (load_text_encoder, builtin.builtin_text_encoder),
+            }
+            load, make = loaders[kind]
+            if self.folder is None:
+                self._parts[key] = make(precision, runtime=self.runtime)
+            else:
+                path = self.folder / name
+                self._parts[key] = load(path, precision=precision, runtime=self.runtime)
+        return self._parts[key]
+
+    def vae(self, setting: Setting):
+        """The VAE of a setting."""
+        return self._part("vae", setting.vae_precision)
+
+    def make(
+        self,
+        setting: Setting,
+        image: Tensor,
+        prompt: str,
+        *,
+        seed: int,
+        negative: str = DEFAULT_NEGATIVE_PROMPT,
+        num_frames: int = data.FRAMES,
+    ) -> tuple[Tensor, float]:
+        """A clip [F, H, W, 3] in 0..1 from a picture [1, H, W, 3], and its seconds."""
+        encoder = self._part("text_encoder", self.text_precision)
+        transformer = self._part("transformer", setting.precision)
+        vae, runtime = self.vae(setting), self.runtime
+        embeds = [
+            encode_prompt(encoder, prompt, runtime=runtime),
+            encode_prompt(encoder, negative, fps_prefix=False, runtime=runtime),
+        ]
+        started = time.perf_counter()
+        conditioning = encode_image(
+            vae, image, width=image.shape[2], height=image.shape[1], num_frames=num_frames,
+            runtime=runtime,
+        )  # fmt: skip
+        latents = sample(
+            transformer, conditioning, *embeds, seed=seed, sigmas=get_sigmas(setting.steps),
+            guidance=setting.guidance, riflex_k=0, runtime=runtime,
+        )  # fmt: skip
+        clip = decode_frames(vae, latents, setting.decode, tiling=setting.tiling, runtime=runtime)
+        return clip.cpu(), time.perf_counter() - started
+
+
+def run_setting(
+    studio: Studio, setting: Setting, cases: list[measure.Case], exact: list[Tensor] | None
+) -> tuple[dict, list[Tensor], list[measure.Finding]]:
+    """One row of the table, its clips, and what was seen in each."""
+    clips, findings, seconds = [], [], []
+    for index, case in enumerate(cases):
+        truth = case.truth()
+        clip, took = studio.make(setting, truth[:1], case.prompt, seed=index)
+        clips.append(clip)
+        findings.append(measure.measure(clip, case.scene))
+        seconds.append(took)
+    truths = [case.truth() for case in cases]
+    lasting = [
+        (f.colour, f.shape) == (case_colour(case), case_shape(case))
+        for f, case in zip(findings, cases, strict=True)
+        if case.verb != "fade"
+    ]
+    tiles = setting.tiling.tile_sample_stride_width if setting.tiling else 0
+    pairs = list(zip(clips, cases, strict=True))
+    told = [f.verb == c.verb for f, c in zip(findings, cases, strict=True)]
+    row = {
+        "told": round(100 * statistics.mean(told), 1),
+        "kept": round(100 * statistics.mean(lasting), 1),
+        "first": _median(measure.psnr(c[0], t[0]) for c, t in zip(clips, truths, strict=True)),
+        "true": _median(measure.psnr(c, t) for c, t in zip(clips, truths, strict=True)),
+        "exact": _median(map(measure.psnr, clips, exact)) if exact else None,
+        "flicker": _median(measure.flicker(clip, case) for clip, case in pairs),
+        "seam": _median(measure.seam(*pair, tiles) for pair in pairs) if tiles else None,
+        "seconds": _median(seconds),
+    }
+    return row, clips, findings
+
+
+def case_colour(case: measure.Case) -> str:
+    """Name of the colour of a case's shape."""
+    return list(data.COLOURS)[int(case.scene.colour[0])]
+
+
+def case_shape(case: measure.Case) -> str:
+    """Name of the shape of a case."""
+    return data.SHAPES[int(case.scene.shape[0])]
+
+
+def _median(values) -> float:
+    return round(statistics.median(values), 2)
+
+
+# --- the other bars -----------------------------------------------------------------------------
+
+
+def opposites(studio: Studio, cases: list[measure.Case]) -> dict[str, float]:
+    """Per cent of pictures whose two clips, told opposite things, each do as told."""
+    right = []
+    for index, case in enumerate(cases):
+        image = case.truth()[:1]
+        pair = (case, case.told(OPPOSITE[case.verb]))
+        done = [studio.make(SETTINGS["fp32"], image, c.prompt, seed=index)[0] for c in pair]
+        seen = [measure.measure(clip, case.scene).verb for clip in done]
+        right.append(seen == [c.verb for c in pair])
+    return {"pairs that differ as told, %": round(100 * statistics.mean(right), 1)}
+
+
+def negatives(studio: Studio, cases: list[measure.Case]) -> dict[str, float]:
+    """Mean movement to the right in pixels, prompt empty, negative prompt "moves ..." """
+    shifts = {}
+    for negative in ("", "moves left", "moves right"):
+        moved = []
+        for index, case in enumerate(cases):
+            clip, _ = studio.make(
+                SETTINGS["fp32"], case.truth()[:1], "", seed=index, negative=negative
+            )
+            moved.append(measure.measure(clip, case.scene).shift[0])
+        name = f"shift right, empty prompt, negative {negative!r}, px"
+        shifts[name] = round(statistics.mean(moved), 2)
+    return shifts
+
+
+def other_sizes(studio: Studio, count: int) -> dict[str, float]:
+    """Per cent of clips in which the shape is still there at the end; no fades among them."""
+    found = {}
+    for width, height, frames in ((64, 64, 33), (96, 64, 17), (64, 96, 17)):
+        cases = measure.held_out_cases(count, seed=33, width=width, height=height)
+        there, told = [], []
+        for index, case in enumerate(c for c in cases if c.verb != "fade"):
+            image = case.truth(frames, width, height)[:1]
+            clip, _ = studio.make(
+                SETTINGS["fp32"], image, case.prompt, seed=index, num_frames=frames
+            )
+            finding = measure.measure(clip, case.scene)
+            there.append(finding.colour == case_colour(case) and finding.shape != "none")
+            told.append(finding.verb == case.verb)
+        name = f"{frames} frames of {width}x{height}"
+        found[f"{name}: shape present, %"] = round(100 * statistics.mean(there), 1)
+        found[f"{name}: as told, %"] = round(100 * statistics.mean(told), 1)
+    return found
+
+
+@torch.inference_mode()
+def round_trip(studio: Studio, cases: list[measure.Case]) -> dict[str, float]:
+    """Median PSNR of true clips through the VAE."""
+    vae, values = studio.vae(SETTINGS["fp32"]), []
+    for case in cases:
+        truth = case.truth()
+        latents = vae.encode((truth * 2 - 1).permute(3, 0, 1, 2)[None])
+        values.append(
+            measure.psnr(decode_frames(vae, latents, "full", runtime=studio.runtime), truth)
+        )
+    return {"VAE round trip, dB": _median(values)}
+
+
+@torch.inference_mode()
+def through_diffusers(studio: Studio, case: measure.Case) -> dict[str, float]:
+    """Largest difference to the clip that diffusers' and transformers' own classes make.
+
+    The same files in float32: their VAE, transformer, text encoders and scheduler, the posterior's
+    mode, the whole clip decoded at once. Pixels in 0..1.
+    """
+    import diffusers
+    from transformers import AutoTokenizer, CLIPTextModel, LlamaModel
+
+    folder = studio.folder
+    vae = diffusers.AutoencoderKLHunyuanVideo.from_pretrained(folder / "vae").float()
+    vae.use_framewise_decoding = False
+    transformer = diffusers.HunyuanVideoTransformer3DModel.from_pretrained(folder / "transformer")
+    pipeline = diffusers.HunyuanSkyreelsImageToVideoPipeline(
+        text_encoder=LlamaModel.from_pretrained(folder / "text_encoder").float(),
+        tokenizer=AutoTokenizer.from_pretrained(folder / "tokenizer"),
+        text_encoder_2=CLIPTextModel.from_pretrained(folder / "text_encoder_2").float(),
+        tokenizer_2=AutoTokenizer.from_pretrained(folder / "tokenizer_2"),
+        transformer=transformer.float(),
+        vae=vae,
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=7.0),
+    )
+    image = case.truth()[:1]
+    shape = (1, 16, 5, 8, 8)
+    noise = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    first = vae.encode((image * 2 - 1).permute(3, 0, 1, 2)[None]).latent_dist.mode()
+    padded = torch.zeros(shape)
+    padded[:, :, :1] = first * vae.config.scaling_factor
+    pipeline.prepare_latents = lambda *args, **kwargs: (noise.clone(), padded)
+    theirs = pipeline(
+        image=image.permute(0, 3, 1, 2), prompt=f"FPS-24, {case.prompt}",
+        negative_prompt=DEFAULT_NEGATIVE_PROMPT, width=64, height=64, num_frames=17,
+        num_inference_steps=30, true_cfg_scale=6.0, guidance_scale=1.0, output_type="pt",
+    ).frames[0].permute(0, 2, 3, 1)  # fmt: skip
+    precise = studio.precise()
+    ours, _ = precise.make(SETTINGS["fp32"], image, case.prompt, seed=0)
+    return {"through diffusers, largest difference": float((theirs - ours).abs().max())}
+
+
+def contact_sheet(
+    path: Path, cases: list[measure.Case], clips: list[Tensor], columns: int = 4
+) -> None:
+    """A picture for people: of every case the true frames 0, 4 .. 16 above those that were made."""
+    from PIL import Image
+
+    rows = []
+    for case, clip in zip(cases, clips, strict=True):
+        strips = [video[::4].permute(1, 0, 2, 3).flatten(1, 2) for video in (case.truth(), clip)]
+        tile = torch.cat([*strips, torch.zeros(6, strips[0].shape[1], 3)])
+        rows.append(torch.cat([tile, torch.zeros(tile.shape[0], 6, 3)], dim=1))
+    rows += [torch.zeros_like(rows[0])] * (-len(rows) % columns)
+    lines = [torch.cat(rows[i : i + columns], dim=1) for i in range(0, len(rows), columns)]
+    sheet = (torch.cat(lines) * 255).round().clamp(0, 255).byte()
+    Image.fromarray(sheet.numpy()).save(path)
+
+
+def print_table(rows: dict[str, dict]) -> None:
+    """Settings down, measures across."""
+    names = list(next(iter(rows.values())))
+    wide = max(map(len, rows)) + 2
+    print(" " * wide + "".join(f"{name:>9}" for name in names))
+    for label, row in rows.items():
+        cells = ("-" if row[name] is None else row[name] for name in names)
+        print(f"{label:<{wide}}" + "".join(f"{cell:>9}" for cell in cells))
+
+
+def main() -> None:
+    """Parse, measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", type=Path)
+    parser.add_argument("--cases", type=int, default=128)
+    parser.add_argument("--setting", action="append", choices=list(SETTINGS))
+    parser.add_argument("--suite", choices=("settings", "bars", "all"), default="settings")
+    parser.add_argument("--sheet", type=Path)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--threads", type=int)
+    arguments = parser.parse_args()
+    if arguments.threads:
+        torch.set_num_threads(arguments.threads)
+    studio = Studio(arguments.model, arguments.device)
+    cases = measure.held_out_cases(arguments.cases)
+    rows, bars, exact = {}, {}, None
+    if arguments.suite != "bars":
+        for name in arguments.setting or SETTINGS:
+            row, clips, findings = run_setting(studio, SETTINGS[name], cases, exact)
+            rows[name] = row
+            if exact is None:
+                exact = clips
+                for case, finding in zip(cases, findings, strict=True):
+                    if finding.verb != case.verb:
+                        print(f"not as told: {case.prompt!r}: {finding}", file=sys.stderr)
+                if arguments.sheet:
+                    contact_sheet(arguments.sheet, cases[:64], clips[:64])
+        print_table(rows)
+    if arguments.suite != "settings":
+        few = cases[: max(8, arguments.cases // 4)]
+        bars = round_trip(studio, cases) | opposites(studio, few) | negatives(studio, few[:16])
+        bars |= other_sizes(studio, len(few))
+        if studio.folder is not None:
+            bars |= through_diffusers(studio, cases[0])
+        for name, value in bars.items():
+            print(f"{name:<60}{value:>9}")
+    print(json.dumps({"cases": arguments.cases, "settings": rows, "bars": bars}))
+
+
+if __name__ == "__main__":
+    main()
