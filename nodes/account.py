@@ -13,7 +13,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from urllib.parse import urlsplit
 
 from . import host
 
@@ -69,25 +68,9 @@ def journal() -> "Journal":
     return Journal(host.state_folder() / "wiro_journal.sqlite")
 
 
-def base_url() -> str:
-    """Of the service, or of a test server."""
-    from ..wiro_api.transport import BASE_URL, BASE_URL_VARIABLE
-
-    return os.environ.get(BASE_URL_VARIABLE) or BASE_URL
-
-
-def socket_url() -> str:
-    """Of the progress socket; "" if another service is used and it has none named."""
-    from ..wiro_api.transport import BASE_URL_VARIABLE
-    from ..wiro_api.websocket import SOCKET_URL, SOCKET_URL_VARIABLE
-
-    given = os.environ.get(SOCKET_URL_VARIABLE, "")
-    return given or ("" if os.environ.get(BASE_URL_VARIABLE) else SOCKET_URL)
-
-
 def check_socket_url() -> None:
     """Raise ConfigError if the socket's address is not allowed: before a run, not after."""
-    from ..wiro_api.websocket import check_socket_url
+    from ..wiro_api.websocket import check_socket_url, socket_url
 
     if socket_url():
         check_socket_url(socket_url())
@@ -106,12 +89,6 @@ def place_of(path: Path) -> str:
         return path.name
 
 
-def local_host() -> str:
-    """host:port of a test server on this machine, "" for the real service."""
-    address = urlsplit(base_url())
-    return address.netloc if address.scheme == "http" else ""
-
-
 def make_client(sleep: Callable[[float], None] = time.sleep) -> "Client":
     """A client of the environment's key, else of the one in the user's folder.
 
@@ -121,6 +98,7 @@ def make_client(sleep: Callable[[float], None] = time.sleep) -> "Client":
     from ..wiro_api.client import Client
     from ..wiro_api.errors import ConfigError
     from ..wiro_api.signing import load_credentials
+    from ..wiro_api.transport import base_url
 
     try:
         credentials = load_credentials(file=credentials_file())
@@ -135,6 +113,7 @@ def describe_account() -> dict[str, Any]:
     from ..wiro_api.signing import KEY_VARIABLE, load_credentials
     from ..wiro_api.spending import Limits, Spent, load_limits, to_json
     from ..wiro_api.task import dollars
+    from ..wiro_api.transport import base_url
 
     problem, hint, source = "", "", "none"
     has_text = bool(os.environ.get(KEY_VARIABLE, "").strip()) or credentials_file().is_file()

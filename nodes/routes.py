@@ -54,7 +54,7 @@ def test_account(_: dict[str, Any]) -> dict[str, Any]:
     """Make a call that is signed and free, and say how it went."""
     with account.make_client() as client:
         client.list_tasks(limit=1)
-    return {"message": f"{account.base_url()} accepts the key."}
+    return {"message": f"{client.base_url} accepts the key."}
 
 
 def save_limits(body: dict[str, Any]) -> dict[str, Any]:
@@ -110,6 +110,7 @@ def collect(entry: "Entry") -> None:
     from ..wiro_api.errors import WiroError
     from ..wiro_api.jobs import finish, to_handle
     from ..wiro_api.task import Verdict, verdict
+    from ..wiro_api.transport import local_host
     from ..wiro_api.video import check_video, is_video
 
     handle = to_handle(_with_task(entry))
@@ -119,7 +120,7 @@ def collect(entry: "Entry") -> None:
             raise WiroError(f"Task {task.taskid} has not ended ({task.phase}): wait, or stop it.")
         finish(
             client, handle, account.task_folder(task.taskid), journal=account.journal(),
-            entry_id=entry.id, local_host=account.local_host(),
+            entry_id=entry.id, local_host=local_host(),
             verify=lambda path, output: check_video(path) if is_video(output) else None,
         )  # fmt: skip
 

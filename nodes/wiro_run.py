@@ -286,7 +286,9 @@ def _follow(
 ) -> Result:
     from ..wiro_api.jobs import finish
     from ..wiro_api.task import dollars
+    from ..wiro_api.transport import local_host
     from ..wiro_api.video import is_image, is_video
+    from ..wiro_api.websocket import socket_url
 
     frames: list[Tensor] = []
 
@@ -302,8 +304,8 @@ def _follow(
     folder = account.task_folder(handle.taskid)
     task, paths = finish(
         client, handle, folder, journal=account.journal(), entry_id=row,
-        timeout_s=60.0 * timeout_minutes, socket_url=account.socket_url(),
-        local_host=account.local_host(), on_task=window.on_task, on_progress=window.on_progress,
+        timeout_s=60.0 * timeout_minutes, socket_url=socket_url(),
+        local_host=local_host(), on_task=window.on_task, on_progress=window.on_progress,
         on_log=window.on_log, on_bytes=window.on_bytes, check=window.check, verify=decode,
     )  # fmt: skip
     window.say("done", 1.0)

@@ -15,7 +15,6 @@ from decimal import Decimal
 from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
-from urllib.parse import urlsplit
 
 from .client import WATCH_S, Client, Model, RunHandle
 from .errors import (
@@ -34,9 +33,9 @@ from .schema import SKYREELS, check_skyreels, complete, items_of
 from .signing import load_credentials
 from .spending import Limits, load_limits, parse_limit, price_of, save_limits, to_json
 from .task import Output, Task, Verdict, dollars, money, verdict
-from .transport import BASE_URL, BASE_URL_VARIABLE
+from .transport import base_url, local_host
 from .video import check_video, is_video
-from .websocket import SOCKET_URL, SOCKET_URL_VARIABLE
+from .websocket import socket_url
 
 EXIT_ERROR, EXIT_INTERRUPTED = 1, 130
 
@@ -88,19 +87,7 @@ def say(text: str) -> None:
 
 def make_client() -> Client:
     """A client of the environment's key and address."""
-    return Client(load_credentials(), base_url=os.environ.get(BASE_URL_VARIABLE) or BASE_URL)
-
-
-def local_host() -> str:
-    """host:port of a test server on this machine, "" for the real service."""
-    address = urlsplit(os.environ.get(BASE_URL_VARIABLE) or BASE_URL)
-    return address.netloc if address.scheme == "http" else ""
-
-
-def socket_url() -> str:
-    """Address of the progress socket; "" if another service is used and it has none named."""
-    given = os.environ.get(SOCKET_URL_VARIABLE, "")
-    return given or ("" if os.environ.get(BASE_URL_VARIABLE) else SOCKET_URL)
+    return Client(load_credentials(), base_url=base_url())
 
 
 class _Parser(argparse.ArgumentParser):

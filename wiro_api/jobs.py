@@ -27,7 +27,7 @@ from .errors import (
     LimitError,
     TransportError,
 )
-from .files import download
+from .files import download, nothing
 from .journal import Entry, Journal, LostEntryError
 from .spending import Limits, Price, check_limits
 from .task import Output, Progress, Task, Verdict, verdict
@@ -38,10 +38,6 @@ logger = logging.getLogger(__name__)
 
 #: seconds between two tries while the account's places are taken
 FIRST_BUSY_S, LAST_BUSY_S = 5.0, 60.0
-
-
-def ignore(*_: object) -> None:
-    """Do nothing."""
 
 
 def job_key(
@@ -81,9 +77,9 @@ def start(
     price: Price | None = None,
     limits: Callable[[], Limits] = Limits,
     wait_when_busy: bool = False,
-    on_entry: Callable[[Entry], None] = ignore,
-    on_wait: Callable[[float], None] = ignore,
-    check: Callable[[], None] = ignore,
+    on_entry: Callable[[Entry], None] = nothing,
+    on_wait: Callable[[float], None] = nothing,
+    check: Callable[[], None] = nothing,
 ) -> Entry:
     """Start a job, or find it if it was started before, in whatever process.
 
@@ -190,12 +186,12 @@ def finish(
     timeout_s: float = WATCH_S,
     socket_url: str = "",
     local_host: str = "",
-    on_task: Callable[[Task], None] = ignore,
-    on_progress: Callable[[Progress], None] = ignore,
-    on_log: Callable[[str], None] = ignore,
-    on_bytes: Callable[[int, int | None], None] = ignore,
-    check: Callable[[], None] = ignore,
-    verify: Callable[[Path, Output], None] = ignore,
+    on_task: Callable[[Task], None] = nothing,
+    on_progress: Callable[[Progress], None] = nothing,
+    on_log: Callable[[str], None] = nothing,
+    on_bytes: Callable[[int, int | None], None] = nothing,
+    check: Callable[[], None] = nothing,
+    verify: Callable[[Path, Output], None] = nothing,
 ) -> tuple[Task, list[Path]]:
     """Follow a task to its end and download what it made.
 

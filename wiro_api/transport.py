@@ -6,6 +6,7 @@ HTTP 200 with `result: false` as well as by status, so the body is read before t
 """
 
 import json
+import os
 import random
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -70,6 +71,17 @@ def check_base_url(url: str, *, schemes: tuple[str, str] = ("https", "http")) ->
             f"({local} is for this machine only): use {BASE_URL}, or unset {BASE_URL_VARIABLE}."
         )
     return url.strip().rstrip("/")
+
+
+def base_url() -> str:
+    """Of the service, or of the one that the environment names."""
+    return os.environ.get(BASE_URL_VARIABLE) or BASE_URL
+
+
+def local_host() -> str:
+    """host:port of a test server on this machine, "" for the real service."""
+    address = urlsplit(base_url())
+    return address.netloc if address.scheme == "http" else ""
 
 
 def _without_user(url: str) -> str:

@@ -10,13 +10,14 @@ The task token is the credential. Source: websocket.md of wiroai/Wiro-Docs, 2026
 
 import json
 import logging
+import os
 import threading
 import time
 from collections.abc import Callable
 
 from .errors import ConfigError, DependencyError
 from .task import RANKS, TERMINAL, Progress, parse_progress
-from .transport import check_base_url
+from .transport import BASE_URL_VARIABLE, check_base_url
 
 logger = logging.getLogger(__name__)
 
@@ -31,6 +32,12 @@ SILENT_S = 90.0
 #: frames that come many times while a task is in one state
 _REPEATED = ("task_output", "task_error")
 MAX_FRAME_BYTES = 4 * 1024 * 1024
+
+
+def socket_url() -> str:
+    """Of the progress socket; "" if another service is used and it has none named."""
+    given = os.environ.get(SOCKET_URL_VARIABLE, "")
+    return given or ("" if os.environ.get(BASE_URL_VARIABLE) else SOCKET_URL)
 
 
 def check_socket_url(url: str) -> str:
