@@ -1,4 +1,4 @@
-"""Loaders: from files in ComfyUI's model folders, or the built-in stand-in."""
+"""Loaders: from files in ComfyUI's model folders, or the tiny built-in model."""
 
 from pathlib import Path
 from typing import Any
@@ -44,7 +44,8 @@ class SkyReelsTransformerLoader:
                     transformer_choices(),
                     {
                         "tooltip": "A file in models/diffusion_models (bf16 25.6 GB, fp8 13.2 GB), "
-                        "a sharded diffusers folder in models/diffusers, or the built-in stand-in."
+                        "a sharded diffusers folder in models/diffusers, or the built-in one: not "
+                        "SkyReels but a tiny model that moves coloured shapes, 64x64."
                     },
                 ),
                 "precision": (
@@ -97,7 +98,7 @@ class SkyReelsVAELoader:
                     vae_choices(),
                     {
                         "tooltip": "A file in models/vae (hunyuan_video_vae_bf16, 0.5 GB), or the "
-                        "built-in stand-in. Use the built-in VAE with the built-in transformer."
+                        "built-in one. Use the built-in VAE with the built-in transformer."
                     },
                 ),
                 "precision": (

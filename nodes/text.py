@@ -41,7 +41,7 @@ class SkyReelsTextEncoderLoader:
                     {
                         "tooltip": "A folder in models/text_encoders or models/diffusers with "
                         "text_encoder, text_encoder_2, tokenizer and tokenizer_2 inside (about "
-                        "16 GB), or the built-in stand-in for the built-in transformer."
+                        "16 GB), or the built-in one for the built-in transformer."
                     },
                 ),
             },

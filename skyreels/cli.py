@@ -236,7 +236,7 @@ def _generate(
         fit=arguments.fit, noise_augmentation=arguments.noise_augmentation,
         latent_strength=arguments.latent_strength, decode=arguments.decode,
         resume=arguments.resume, runtime=runtime,
-        riflex_k=0 if arguments.transformer is None else 4,  # the stand-in has two frequencies
+        riflex_k=0 if arguments.transformer is None else 4,  # the tiny one has two frequencies
     )  # fmt: skip
 
 

@@ -404,7 +404,7 @@ def test_conditioning_made_here_is_laid_out_as_cores(comfy):
     assert states.ndim == 3
     assert states.shape[0] == 1
     assert list(extras) == ["pooled_output"]
-    assert extras["pooled_output"].shape == (1, 32)
+    assert extras["pooled_output"].shape == (1, 64)
 
 
 def test_the_length_of_a_core_conditioned_clip_must_be_known():

@@ -1,7 +1,7 @@
 """The yardstick: what the built-in model makes of held-out pictures and prompts, one row a setting.
 
-    python -m tests.bench.quality [--model FOLDER] [--cases 128] [--setting NAME]... [--sheet PNG]
-        [--suite settings|bars|all]
+    python -m tests.bench.quality [--model FOLDER] [--cases 128] [--seed 11] [--setting NAME]...
+        [--suite settings|bars|all] [--sheet PNG]
 
 `settings` renders the same cases under every setting of SETTINGS (a new mode is one line there):
 
@@ -15,8 +15,8 @@
     seconds   median for one clip, text and loading not included
 
 `bars` measures the rest: opposite verbs on one picture, negative prompts, sizes not trained for, a
-VAE round trip. --model takes a diffusers folder (tests/train/export.py); without it the built-in
-model is measured. Figures are printed as a table, then as one line of JSON.
+VAE round trip, diffusers. --model takes another diffusers folder (tests/train/export.py) than the
+built-in model's. Figures are printed as a table, then as one line of JSON.
 """
 
 import argparse
@@ -24,6 +24,7 @@ import json
 import statistics
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -31,10 +32,12 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import conftest  # noqa: F401 - loads the package the way ComfyUI does
-from comfyui_skyreels.skyreels import builtin
+from comfyui_skyreels.skyreels.attention import Attention, sdpa
+from comfyui_skyreels.skyreels.builtin import BUILTIN_FOLDER
 from comfyui_skyreels.skyreels.conditioning import encode_image
 from comfyui_skyreels.skyreels.config import Guidance, Tiling
 from comfyui_skyreels.skyreels.loading import load_transformer, load_vae
+from comfyui_skyreels.skyreels.memory import RESERVE_BYTES
 from comfyui_skyreels.skyreels.runtime import TorchRuntime
 from comfyui_skyreels.skyreels.sampling import get_sigmas, sample
 from comfyui_skyreels.skyreels.text import (
@@ -44,6 +47,7 @@ from comfyui_skyreels.skyreels.text import (
 )
 from comfyui_skyreels.skyreels.vae.tiling import decode_frames
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from train import data, measure
 
 OPPOSITE = {
@@ -57,6 +61,7 @@ class Setting:
     """How clips are made.
 
     precision, vae_precision: of the loaders. decode: a mode, or explicit tiles in `tiling`.
+    free_bytes: what the device pretends to have, so that blocks are streamed.
     """
 
     precision: str = "fp32"
@@ -65,6 +70,19 @@ class Setting:
     tiling: Tiling | None = None
     steps: int = 30
     guidance: Guidance = field(default_factory=Guidance)
+    attention: Attention = sdpa
+    free_bytes: int | None = None
+    needs_cuda: bool = False
+
+
+def _kernel(backend: SDPBackend) -> Attention:
+    """Attention by one of torch's kernels alone."""
+
+    def attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        with sdpa_kernel(backend):
+            return sdpa(query, key, value)
+
+    return attention
 
 
 #: tiles of 32 pixels: as many in a clip of 64 as the real ones are in a real clip
@@ -79,6 +97,15 @@ SETTINGS = {
     "tiled 32/24": Setting(tiling=_TILES),
     "tiled 32/24, 8/4 frames": Setting(tiling=_SHORT),
     "tiled-diffusers": Setting(decode="tiled-diffusers"),
+    "streamed": Setting(free_bytes=RESERVE_BYTES + 8 * 1024**2, needs_cuda=True),
+    "math attention": Setting(attention=_kernel(SDPBackend.MATH)),
+    "flash attention": Setting(attention=_kernel(SDPBackend.FLASH_ATTENTION), precision="bf16"),
+    "cuDNN attention": Setting(
+        attention=_kernel(SDPBackend.CUDNN_ATTENTION), precision="bf16", needs_cuda=True
+    ),
+    "efficient attention": Setting(
+        attention=_kernel(SDPBackend.EFFICIENT_ATTENTION), needs_cuda=True
+    ),
     "12 steps": Setting(steps=12),
     "6 steps": Setting(steps=6),
     "CFG 1": Setting(guidance=Guidance(true_cfg_scale=1.0)),
@@ -89,40 +116,33 @@ SETTINGS = {
 }
 
 
+class _Cramped(TorchRuntime):
+    """A device with little room."""
+
+    def __init__(self, device: torch.device, free_bytes: int) -> None:
+        super().__init__(device)
+        self.room = free_bytes
+
+    def free_bytes(self) -> int:
+        return self.room
+
+
 class Studio:
     """The model under test; its parts are loaded once for each precision."""
 
-    def __init__(self, folder: Path | None, device: str) -> None:
+    def __init__(self, folder: Path = BUILTIN_FOLDER, device: str = "cpu") -> None:
         self.folder, self.runtime = folder, TorchRuntime(device)
-        self.text_precision = "auto"
         self._parts: dict = {}
 
-    def precise(self) -> "Studio":
-        """The same with text encoders in float32."""
-        studio = Studio(self.folder, str(self.runtime.device))
-        studio.text_precision = "fp32"
-        return studio
-
-    def _part(self, kind: str, precision: str):
-        key = (kind, precision)
+    def _part(self, load: Callable, name: str, precision: str):
+        key = (name, precision)
         if key not in self._parts:
-            name = {"text_encoder": ""}.get(kind, kind)
-            loaders = {
-                "transformer": (load_transformer, builtin.builtin_transformer),
-                "vae": (load_vae, builtin.builtin_vae),
-                "text_encoder": (load_text_encoder, builtin.builtin_text_encoder),
-            }
-            load, make = loaders[kind]
-            if self.folder is None:
-                self._parts[key] = make(precision, runtime=self.runtime)
-            else:
-                path = self.folder / name
-                self._parts[key] = load(path, precision=precision, runtime=self.runtime)
+            self._parts[key] = load(self.folder / name, precision=precision, runtime=self.runtime)
         return self._parts[key]
 
     def vae(self, setting: Setting):
         """The VAE of a setting."""
-        return self._part("vae", setting.vae_precision)
+        return self._part(load_vae, "vae", setting.vae_precision)
 
     def make(
         self,
@@ -135,9 +155,12 @@ class Studio:
         num_frames: int = data.FRAMES,
     ) -> tuple[Tensor, float]:
         """A clip [F, H, W, 3] in 0..1 from a picture [1, H, W, 3], and its seconds."""
-        encoder = self._part("text_encoder", self.text_precision)
-        transformer = self._part("transformer", setting.precision)
+        encoder = self._part(load_text_encoder, "", "fp32")
+        transformer = self._part(load_transformer, "transformer", setting.precision)
         vae, runtime = self.vae(setting), self.runtime
+        sampling_runtime = runtime
+        if setting.free_bytes is not None:
+            sampling_runtime = _Cramped(runtime.device, setting.free_bytes)
         embeds = [
             encode_prompt(encoder, prompt, runtime=runtime),
             encode_prompt(encoder, negative, fps_prefix=False, runtime=runtime),
@@ -149,7 +172,8 @@ class Studio:
         )  # fmt: skip
         latents = sample(
             transformer, conditioning, *embeds, seed=seed, sigmas=get_sigmas(setting.steps),
-            guidance=setting.guidance, riflex_k=0, runtime=runtime,
+            guidance=setting.guidance, riflex_k=0, attention=setting.attention,
+            runtime=sampling_runtime,
         )  # fmt: skip
         clip = decode_frames(vae, latents, setting.decode, tiling=setting.tiling, runtime=runtime)
         return clip.cpu(), time.perf_counter() - started
@@ -300,8 +324,7 @@ def through_diffusers(studio: Studio, case: measure.Case) -> dict[str, float]:
         negative_prompt=DEFAULT_NEGATIVE_PROMPT, width=64, height=64, num_frames=17,
         num_inference_steps=30, true_cfg_scale=6.0, guidance_scale=1.0, output_type="pt",
     ).frames[0].permute(0, 2, 3, 1)  # fmt: skip
-    precise = studio.precise()
-    ours, _ = precise.make(SETTINGS["fp32"], image, case.prompt, seed=0)
+    ours, _ = studio.make(SETTINGS["fp32"], image, case.prompt, seed=0)
     return {"through diffusers, largest difference": float((theirs - ours).abs().max())}
 
 
@@ -335,8 +358,9 @@ def print_table(rows: dict[str, dict]) -> None:
 def main() -> None:
     """Parse, measure and print."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", type=Path)
+    parser.add_argument("--model", type=Path, default=BUILTIN_FOLDER)
     parser.add_argument("--cases", type=int, default=128)
+    parser.add_argument("--seed", type=int, default=11, help="of the cases")
     parser.add_argument("--setting", action="append", choices=list(SETTINGS))
     parser.add_argument("--suite", choices=("settings", "bars", "all"), default="settings")
     parser.add_argument("--sheet", type=Path)
@@ -346,10 +370,13 @@ def main() -> None:
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     studio = Studio(arguments.model, arguments.device)
-    cases = measure.held_out_cases(arguments.cases)
+    cases = measure.held_out_cases(arguments.cases, arguments.seed)
     rows, bars, exact = {}, {}, None
     if arguments.suite != "bars":
         for name in arguments.setting or SETTINGS:
+            if SETTINGS[name].needs_cuda and studio.runtime.device.type != "cuda":
+                print(f"not measured, needs CUDA: {name}", file=sys.stderr)
+                continue
             row, clips, findings = run_setting(studio, SETTINGS[name], cases, exact)
             rows[name] = row
             if exact is None:
@@ -361,11 +388,10 @@ def main() -> None:
                     contact_sheet(arguments.sheet, cases[:64], clips[:64])
         print_table(rows)
     if arguments.suite != "settings":
-        few = cases[: max(8, arguments.cases // 4)]
+        few = cases[: max(8, arguments.cases // 2)]
         bars = round_trip(studio, cases) | opposites(studio, few) | negatives(studio, few[:16])
         bars |= other_sizes(studio, len(few))
-        if studio.folder is not None:
-            bars |= through_diffusers(studio, cases[0])
+        bars |= through_diffusers(studio, cases[0])
         for name, value in bars.items():
             print(f"{name:<60}{value:>9}")
     print(json.dumps({"cases": arguments.cases, "settings": rows, "bars": bars}))

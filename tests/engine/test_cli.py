@@ -44,7 +44,7 @@ def test_generate_writes_a_playable_video_and_says_what_it_is(capsys, tmp_path, 
     report = json.loads(out)
     assert out.count("\n") == 1
     assert (report["file"], report["model"], report["frames"]) == (str(out_file), "built-in", 17)
-    assert "random weights" in err
+    assert "not SkyReels-V1" in err
     with av.open(str(out_file)) as container:
         stream = container.streams.video[0]
         assert stream.codec_context.name == "h264"
@@ -297,7 +297,7 @@ def test_ctrl_c_stops_with_one_line_and_leaves_nothing(tmp_path):
     process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
     try:
         for line in process.stderr:
-            if "random weights" in line:  # said before the models are made
+            if "not SkyReels-V1" in line:  # said before the models are made
                 break
         time.sleep(6)
         process.send_signal(signal.SIGINT)

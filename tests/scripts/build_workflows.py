@@ -123,10 +123,12 @@ def quick_start() -> Graph:
         "load": {
             "note": note(
                 "## Quick start\n\nPress **Run**: a 64x64 clip in seconds, on any machine, without "
-                "a download.\n\nThe built-in model is a tiny stand-in with **random weights**. It "
-                "shows every node at work and looks like noise; it is not SkyReels-V1.\n\nFor real "
+                "a download.\n\nThe built-in model is **not SkyReels-V1**. It is a tiny network of "
+                "the same architecture that knows circles, squares and triangles of eight colours "
+                "and what they can do: move left, right, up, down, stay still, grow, shrink, fade "
+                "out. Change the prompt, or put a Load Image in place of the picture.\n\nFor real "
                 "videos open the template *local_bf16* or *local_low_memory*.",
-                180,
+                250,
             ),
             "transformer": Node("SkyReelsTransformerLoader", {"transformer": BUILTIN_NAME}),
             "vae": Node("SkyReelsVAELoader", {"vae": BUILTIN_NAME}),

@@ -8,6 +8,7 @@ Copy its figures, dated, to tests/bench/LOG.md. Exit code 1 if a phase failed.
 """
 
 import argparse
+import importlib.util
 import json
 import statistics
 import sys
@@ -243,6 +244,25 @@ def decoding(device: torch.device, full: bool) -> dict:
     return {"rows": rows, "largest_difference": round(error, 6)}
 
 
+def yardstick(device: torch.device, full: bool) -> dict:
+    """The built-in model as a whole: what its clips show in each precision, and streamed."""
+    if importlib.util.find_spec("transformers") is None:
+        raise Skipped("transformers is not installed, which reads the prompts")
+    from bench import quality
+    from train import measure
+
+    studio, cases = quality.Studio(device=str(device)), measure.held_out_cases(32 if full else 4)
+    rows, exact = {}, None
+    for name in ("fp32", "bf16", "fp8", "int8", "streamed"):
+        if quality.SETTINGS[name].needs_cuda and device.type != "cuda":
+            continue
+        row, clips, _ = quality.run_setting(studio, quality.SETTINGS[name], cases, exact)
+        exact = exact or clips
+        rows[name] = {key: row[key] for key in ("told", "kept", "true", "exact", "seconds")}
+        require(row["told"] >= 75, f"{name}: {row['told']} % of the clips do as told")
+    return {"cases": len(cases), "rows": rows}
+
+
 PHASES: dict[str, Callable[[torch.device, bool], dict]] = {
     "environment": environment,
     "attention": attention,
@@ -251,6 +271,7 @@ PHASES: dict[str, Callable[[torch.device, bool], dict]] = {
     "full_model": full_model,
     "streaming": streaming,
     "decoding": decoding,
+    "yardstick": yardstick,
 }
 
 

@@ -4,10 +4,11 @@ Everything is drawn from a generator that is handed in, so a seed gives the same
 Pixels are computed from signed distances, one pixel of soft edge; nothing is downloaded or stored.
 
 Held out: 32 of the 192 combinations of colour, shape and verb, four for every verb. No prompt that
-names one is ever seen in training, and the VAE and the text encoders never see one at all. The
-transformer sees clips of them under prompts that do not say so ("it moves left"): otherwise it
-learns that a white circle is the one thing that never moves left, and makes a square of it (kept
-its shape: 48 % of held-out cases against 81 % of others).
+names one is ever seen in training, and a VAE trained as a whole never sees a clip of one. The
+transformer sees clips of them under prompts that do not say so ("it moves left") or that name
+another colour and shape: otherwise it learns that a white circle is the one thing that never moves
+left, and makes a square of it (kept its shape: 48 % of held-out cases against 81 % of others). For
+the same reason a decoder trained alone (vae.py) sees clips of all.
 """
 
 import math
@@ -66,6 +67,10 @@ class Scenes:
         """Some of the clips."""
         return Scenes(*(getattr(self, field.name)[index] for field in fields(self)))
 
+    def to(self, device: torch.device) -> "Scenes":
+        """The same clips, to be drawn on a device."""
+        return Scenes(*(getattr(self, field.name).to(device) for field in fields(self)))
+
     def with_verb(self, verb: Tensor) -> "Scenes":
         """The same pictures, told to do something else."""
         return Scenes(**{**vars(self), "verb": verb})
@@ -105,7 +110,7 @@ def draw_scenes(
     score = uniform(count, len(options)) - (options[None, :, 2] != verb[:, None]).float()
     colour, shape, _ = options[score.argmax(dim=1)].T
 
-    size = 7.0 + 4.0 * uniform(count)
+    size = 9.0 + 4.0 * uniform(count)
     reach = REACH[shape] * size[:, None]
     low = torch.stack([reach[:, 0], reach[:, 2]], dim=1) + 1
     high = torch.tensor([width, height]) - torch.stack([reach[:, 1], reach[:, 3]], dim=1) - 1
@@ -133,17 +138,21 @@ def track(scenes: Scenes, times: Tensor, frames: int, extent: Tensor) -> tuple[T
     Returns:
         centre [B, F, 2] and size [B, F] in pixels, opacity [B, F].
     """
-    verb = scenes.verb
-    steps = torch.tensor([DIRECTIONS.get(name, (0, 0)) for name in VERBS])[verb]
+    device = scenes.size.device
+
+    def by_verb(values: list) -> Tensor:
+        return torch.tensor(values, device=device)[scenes.verb]
+
+    steps = by_verb([DIRECTIONS.get(name, (0, 0)) for name in VERBS])
     centre = scenes.centre[:, None] + SPEED * times[..., None] * steps[:, None]
-    reach = REACH[scenes.shape] * scenes.size[:, None]
+    reach = REACH.to(device)[scenes.shape] * scenes.size[:, None]
     low = torch.minimum(reach[:, None, [0, 2]], scenes.centre[:, None])
     high = torch.maximum(extent - reach[:, None, [1, 3]], scenes.centre[:, None])
     centre = torch.minimum(torch.maximum(centre, low), high)
     done = times / max(frames - 1, 1)
-    end = torch.tensor([{"grow": GROWTH, "shrink": SHRINKAGE}.get(v, 1.0) for v in VERBS])[verb]
+    end = by_verb([{"grow": GROWTH, "shrink": SHRINKAGE}.get(name, 1.0) for name in VERBS])
     size = scenes.size[:, None] * (1 + done * (end[:, None] - 1))
-    fades = torch.tensor([float(v == "fade") for v in VERBS])[verb]
+    fades = by_verb([float(name == "fade") for name in VERBS])
     return centre, size, 1 - done * fades[:, None]
 
 
@@ -184,16 +193,17 @@ def render(
         start: [B] first frame of the window. corner: [B, 2] x and y of its upper left pixel.
         window: its (frames, height, width); all of the clip if None.
     Returns:
-        [B, 3, F, H, W] float32 in -1..1.
+        [B, 3, F, H, W] float32 in -1..1, where the scenes are.
     """
-    count = len(scenes)
+    count, device = len(scenes), scenes.size.device
     window = window or (frames, height, width)
-    start = torch.zeros(count) if start is None else start
-    corner = torch.zeros(count, 2) if corner is None else corner
-    times = start[:, None] + torch.arange(window[0])
-    y = corner[:, 1:] + torch.arange(window[1]) + 0.5
-    x = corner[:, :1] + torch.arange(window[2]) + 0.5
-    extent = torch.tensor([width, height])
+    start = torch.zeros(count, device=device) if start is None else start.to(device)
+    corner = torch.zeros(count, 2, device=device) if corner is None else corner.to(device)
+    times, y, x = (torch.arange(length, device=device) for length in window)
+    times = start[:, None] + times
+    y = corner[:, 1:] + y + 0.5
+    x = corner[:, :1] + x + 0.5
+    extent = torch.tensor([width, height], device=device)
     centre, size, opacity = track(scenes, times, frames, extent)
     cover = coverage(scenes.shape, centre, size, x, y) * opacity[..., None, None]
 

@@ -1,6 +1,6 @@
 """The VAE's graph once more, for training; the one in `skyreels` works in place.
 
-Same modules, same parameters, same numbers (test_train.py compares), made for speed on a processor:
+Same modules, same parameters, same numbers (test_train.py compares); made for speed:
 
 * activations are channels-last, in bfloat16 if asked for; parameters are float32;
 * padding is one copy, forwards and backwards;
@@ -58,7 +58,7 @@ class _Pad(torch.autograd.Function):
     def forward(context, x: Tensor, front: int) -> Tensor:
         batch, channels, frames, height, width = x.shape
         shape = (batch, channels, frames + front, height + 2, width + 2)
-        out = torch.empty(shape, dtype=x.dtype, memory_format=CHANNELS_LAST)
+        out = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=CHANNELS_LAST)
         inner = out[..., 1:-1, 1:-1]
         inner[:, :, front:] = x
         inner[:, :, :front] = x[:, :, :1]
@@ -96,8 +96,9 @@ def _enlarging_conv(layer: CausalConv3d, hidden: Tensor) -> Tensor:
     """Repeat every pixel (and frame but the first) and convolve, without the repetition."""
     height, width = hidden.shape[-2:]
     twice = layer.upsample[0] > 1
-    in_time = _TIME if twice else _PLAIN
-    weight = torch.einsum("oiklm,pak,qbl,rcm->pqroiabc", layer.conv.weight, in_time, _SPACE, _SPACE)
+    in_time, in_space = (t.to(hidden.device) for t in (_TIME if twice else _PLAIN, _SPACE))
+    weight = layer.conv.weight
+    weight = torch.einsum("oiklm,pak,qbl,rcm->pqroiabc", weight, in_time, in_space, in_space)
     weight = weight.flatten(0, 3).to(hidden.dtype)
     padded = _Pad.apply(hidden, 1 if twice else 2)
     copies = F.conv3d(padded, weight)  # [B, p q r o, T, H + 1, W + 1]
@@ -118,7 +119,8 @@ def _norm_silu(norm: nn.GroupNorm, hidden: Tensor) -> Tensor:
 
 
 def _norm(norm: nn.GroupNorm, hidden: Tensor) -> Tensor:
-    return F.group_norm(hidden, norm.num_groups, norm.weight, norm.bias, norm.eps).to(hidden.dtype)
+    weight, bias = norm.weight.to(hidden.dtype), norm.bias.to(hidden.dtype)
+    return F.group_norm(hidden, norm.num_groups, weight, bias, norm.eps)
 
 
 def _resnet(block: ResnetBlock, hidden: Tensor) -> Tensor:
@@ -135,7 +137,7 @@ def _attention(block: CausalAttention, hidden: Tensor) -> Tensor:
         F.linear(tokens, layer.weight.to(tokens.dtype), layer.bias.to(tokens.dtype))[:, None]
         for layer in (block.to_q, block.to_k, block.to_v)
     )
-    frame = torch.arange(frames).repeat_interleave(height * width)
+    frame = torch.arange(frames, device=hidden.device).repeat_interleave(height * width)
     seen = frame[:, None] >= frame[None]
     out = F.scaled_dot_product_attention(query, key, value, attn_mask=seen)[:, 0]
     layer = block.to_out[0]

@@ -2,6 +2,7 @@
 
 import copy
 import os
+from collections import defaultdict
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -9,19 +10,19 @@ import torch
 from torch import Tensor, nn
 
 
-def orthogonalise(matrix: Tensor, steps: int = 5) -> Tensor:
-    """The nearest semi-orthogonal matrix, about: all singular values near 1.
+def orthogonalise(matrices: Tensor, steps: int = 5) -> Tensor:
+    """The nearest semi-orthogonal matrices of [N, a, b], about: all singular values near 1.
 
     Source: the quintic Newton-Schulz iteration of Muon (K. Jordan, 2024, kellerjordan/Muon).
     """
     a, b, c = 3.4445, -4.7750, 2.0315
-    tall = matrix.shape[0] > matrix.shape[1]
-    x = matrix.T if tall else matrix
-    x = (x / (x.norm() + 1e-7)).bfloat16()
+    tall = matrices.shape[1] > matrices.shape[2]
+    x = matrices.mT if tall else matrices
+    x = (x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)).bfloat16()
     for _ in range(steps):
-        gram = x @ x.T
+        gram = x @ x.mT
         x = a * x + (b * gram + c * gram @ gram) @ x
-    return (x.T if tall else x).float()
+    return (x.mT if tall else x).float()
 
 
 class MuonAdam(torch.optim.Optimizer):
@@ -48,33 +49,45 @@ class MuonAdam(torch.optim.Optimizer):
         """One update."""
         for group in self.param_groups:
             rate = group["lr"] * group["scale"]
-            for parameter in group["params"]:
-                if parameter.grad is None:
-                    continue
-                state = self.state[parameter]
-                update = (_muon if group["muon"] else _adam)(parameter.grad, state)
-                if group["muon"]:  # a matrix decays slowly to what the data need
-                    parameter.mul_(1 - 0.01 * rate)
-                parameter.sub_(rate * update)
+            parameters = [p for p in group["params"] if p.grad is not None]
+            if not parameters:
+                continue
+            grads, states = [p.grad for p in parameters], [self.state[p] for p in parameters]
+            if group["muon"]:  # a matrix decays slowly to what the data need
+                torch._foreach_mul_(parameters, 1 - 0.01 * rate)
+            updates = (_muon if group["muon"] else _adam)(grads, states)
+            torch._foreach_sub_(parameters, updates, alpha=rate)
 
 
-def _muon(grad: Tensor, state: dict) -> Tensor:
-    if "momentum" not in state:
-        state["momentum"] = torch.zeros_like(grad)
-    state["momentum"].lerp_(grad, 0.05)
-    matrix = grad.lerp(state["momentum"], 0.95).flatten(1)
-    return orthogonalise(matrix).view(grad.shape) * (0.2 * max(matrix.shape) ** 0.5)
+def _muon(grads: list[Tensor], states: list[dict]) -> list[Tensor]:
+    for grad, state in zip(grads, states, strict=True):
+        if "momentum" not in state:
+            state["momentum"] = torch.zeros_like(grad)
+    momenta = [state["momentum"] for state in states]
+    torch._foreach_lerp_(momenta, grads, 0.05)
+    matrices = [m.flatten(1) for m in torch._foreach_lerp(grads, momenta, 0.95)]
+    places = defaultdict(list)
+    for place, matrix in enumerate(matrices):
+        places[matrix.shape].append(place)
+    for shape, same in places.items():  # all of one shape at once: fewer, larger products
+        stack = orthogonalise(torch.stack([matrices[place] for place in same]))
+        for place, matrix in zip(same, stack * (0.2 * max(shape) ** 0.5), strict=True):
+            matrices[place] = matrix.view(grads[place].shape)
+    return matrices
 
 
-def _adam(grad: Tensor, state: dict) -> Tensor:
-    if "step" not in state:
-        state.update(step=0, mean=torch.zeros_like(grad), square=torch.zeros_like(grad))
-    state["step"] += 1
-    state["mean"].lerp_(grad, 0.1)
-    state["square"].lerp_(grad.square(), 0.01)
-    mean = state["mean"] / (1 - 0.9 ** state["step"])
-    square = state["square"] / (1 - 0.99 ** state["step"])
-    return mean / (square.sqrt() + 1e-8)
+def _adam(grads: list[Tensor], states: list[dict]) -> list[Tensor]:
+    for grad, state in zip(grads, states, strict=True):
+        if "step" not in state:
+            state.update(step=0, mean=torch.zeros_like(grad), square=torch.zeros_like(grad))
+        state["step"] += 1
+    means, squares = ([state[name] for state in states] for name in ("mean", "square"))
+    torch._foreach_lerp_(means, grads, 0.1)
+    torch._foreach_lerp_(squares, torch._foreach_mul(grads, grads), 0.01)
+    step = states[0]["step"]  # one count: a parameter has a gradient in every step or in none
+    roots = torch._foreach_sqrt(torch._foreach_div(squares, 1 - 0.99**step))
+    torch._foreach_add_(roots, 1e-8)
+    return torch._foreach_div(torch._foreach_div(means, 1 - 0.9**step), roots)
 
 
 def make_optimizer(
@@ -110,8 +123,8 @@ class Average:
         """Move towards the module's weights."""
         self.count += 1
         decay = min(self.decay, self.count / (self.count + 10))
-        for mine, theirs in zip(self.module.parameters(), module.parameters(), strict=True):
-            mine.lerp_(theirs.to(mine), 1 - decay)
+        mine, theirs = (list(m.parameters()) for m in (self.module, module))
+        torch._foreach_lerp_(mine, theirs, 1 - decay)
 
 
 def save_run(path: Path, **values) -> None:
@@ -123,5 +136,5 @@ def save_run(path: Path, **values) -> None:
 
 
 def load_run(path: Path) -> dict | None:
-    """The state of an earlier run, or None."""
-    return torch.load(path, weights_only=True) if path.exists() else None
+    """The state of an earlier run on any device, or None."""
+    return torch.load(path, map_location="cpu", weights_only=True) if path.exists() else None

@@ -3,9 +3,12 @@
 import pytest
 import torch
 from comfyui_skyreels.skyreels.config import SCALING_FACTOR
+from comfyui_skyreels.skyreels.layers import rope_table
+from comfyui_skyreels.skyreels.text import PromptEmbeds
 from comfyui_skyreels.skyreels.vae.model import VideoVAE
+from safetensors.torch import load_file, save_file
 
-from . import data, export, graph, measure, optim, vae
+from . import data, export, graph, measure, optim, transformer, vae
 
 CASES = measure.held_out_cases(16)
 
@@ -106,6 +109,81 @@ def test_the_saved_vae_loads_with_the_ordinary_loader(tmp_path):
 
 
 def test_an_orthogonalised_matrix_is_nearly_so():
-    values = torch.linalg.svdvals(optim.orthogonalise(torch.randn(24, 60)))
+    values = torch.linalg.svdvals(optim.orthogonalise(torch.randn(2, 24, 60)))
     assert values.min() > 0.5
     assert values.max() < 1.4
+
+
+def test_the_loss_weighs_the_shape_most_and_one_in_the_mean():
+    latents = 0.1 * torch.randn(2, 16, 5, 8, 8)
+    latents[:, :, :, 2:4, 3:5] += 2.0
+    weight = transformer._weight(latents)
+    assert torch.allclose(weight.mean(dim=(1, 2, 3)), torch.ones(2))
+    assert (weight[:, :, 2:4, 3:5].sum() / weight.sum()) > 0.6
+
+
+def test_now_and_then_frames_stand_at_the_places_of_a_longer_clip():
+    generator = torch.Generator().manual_seed(0)
+    drawn = [transformer.draw_places(generator) for _ in range(400)]
+    plain = sum(torch.equal(places, torch.arange(5)) for places in drawn)
+    assert 0.82 < plain / len(drawn) < 0.94
+    assert all(p[0] == 0 and p[-1] < transformer.LONG and (p.diff() > 0).all() for p in drawn)
+
+
+@pytest.mark.filterwarnings("ignore:Mismatch dtype")
+def test_a_training_step_learns_from_batches_of_one_length(tmp_path):
+    """Examples of every kind reach the loss, and the loss the weights."""
+    what = torch.cartesian_prod(*(torch.arange(n) for n in (8, 3, 8)))
+    prompts = {(text,): [embeds(3)] for text in transformer.EMPTY_PROMPTS}
+    prompts |= {tuple(w.tolist()): [embeds(4), embeds(6)] for w in what}
+    clips = {
+        "latents": torch.randn(len(what), 16, 5, 8, 8).half(),
+        "first": torch.randn(len(what), 16, 1, 8, 8).half(),
+        "what": what,
+    }
+    save_file(clips, tmp_path / "clips_000.safetensors")
+    examples = transformer.Examples(transformer.load_clips(tmp_path), prompts, "cpu")
+    generator = torch.Generator().manual_seed(0)
+    model = transformer.build()
+    torch.nn.init.normal_(model.final_layer.linear.weight, std=0.1)  # shut before training
+    rope = rope_table((5, 4, 4), transformer.CONFIG)
+    for batch in (examples.draw(2, generator), examples.draw_empty(2, generator)):
+        assert batch[0].shape == (2, 16, 5, 8, 8)
+        loss = transformer.flow_loss(model, batch, rope, generator)
+        loss.backward()
+        assert 0.3 < loss.item() < 10
+    still = [n for n, p in model.named_parameters() if p.grad is None or not p.grad.any()]
+    # what feeds the modulations waits until they open
+    assert all("embed" in name or "_in." in name for name in still)
+
+
+def embeds(tokens: int) -> PromptEmbeds:
+    return PromptEmbeds(torch.randn(1, tokens, 64), torch.randn(1, 64))
+
+
+def test_rows_are_drawn_by_key():
+    keys = torch.tensor([2, 0, 2, 1, 2])
+    table = transformer.Table(keys, 4)
+    wanted = torch.tensor([0, 1, 2] * 20)
+    rows = table.draw(wanted, torch.Generator().manual_seed(0))
+    assert torch.equal(keys[rows], wanted)
+    assert set(rows.tolist()) == {0, 1, 2, 3, 4}
+    assert 0 <= int(table.draw(torch.tensor([3]), torch.Generator())) < 5  # there is none
+
+
+def test_a_decoder_trained_alone_leaves_the_latents(tmp_path, monkeypatch):
+    monkeypatch.setattr(vae, "evaluate", lambda *_: {})
+    monkeypatch.setattr(vae, "BATCHES", {(5, 32, 1): (1, 1)})
+    export.save_vae(tmp_path / "model" / "vae", vae.build())
+    before = load_file(tmp_path / "model" / "vae" / export.FILE)
+    vae.train(
+        tmp_path / "run", steps=2, lr=1e-2, save_every=2, device="cpu", scale=1,
+        decoder_of=tmp_path / "model",
+    )  # fmt: skip
+    arguments = ["export", str(tmp_path / "model"), "--decoder", str(tmp_path / "run")]
+    monkeypatch.setattr("sys.argv", arguments)
+    export.main()
+    after = load_file(tmp_path / "model" / "vae" / export.FILE)
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed
+    assert all(name.startswith(("decoder.", "post_quant_conv.")) for name in changed)

@@ -1,11 +1,12 @@
 """Train the built-in transformer by flow matching, as the sampler will use it.
 
-    nice -n 19 python -m tests.train.transformer clips RUN --model FOLDER [--shards 12]
-    nice -n 19 python -m tests.train.transformer train RUN --model FOLDER [--steps 20000]
+    python -m tests.train.transformer clips RUN --model FOLDER [--shards 12] [--device cuda]
+    python -m tests.train.transformer train RUN --model FOLDER [--steps 20000]
+        [--device cuda --scale 8]
 
 FOLDER holds the finished vae/ and text encoders (export.py). `clips` encodes training clips to
-RUN/clips_*.safetensors, 1000 a file, each an own seed; `train` takes whatever files are there, and
-looks again now and then, so both may run at once. Each goes on after a break.
+RUN/clips_*.safetensors, 1000 a file, each an own seed; `train` learns from all of them. Each goes
+on after a break.
 
 What a training example is, exactly as sampling.py asks for it: sigma = s u / (1 + (s - 1) u), s = 7
 in half of them and 2 in the others, which decide about details; latents
@@ -17,12 +18,12 @@ no prompt or the default negative one.
 
 import argparse
 import json
-import statistics
 import time
-from collections import defaultdict
+import warnings
 from pathlib import Path
 
 import torch
+from comfyui_skyreels.skyreels.attention import sdpa
 from comfyui_skyreels.skyreels.conditioning import to_model_space
 from comfyui_skyreels.skyreels.config import TransformerConfig
 from comfyui_skyreels.skyreels.layers import rope_table
@@ -54,10 +55,16 @@ SHARD = 1000
 BATCH, EMPTY_BATCH = 16, 4
 #: of the examples in turn: the sampler's, and one that meets details (low noise) more often
 SHIFTS = (7.0, 2.0)
+#: share of the prompts that fit the clip in nothing but the verb: what a shape looks like is to be
+#: read from the picture, so that combinations never told before keep their shape
+WRONG = 0.5
 #: prompts kept for each combination of colour, shape and verb
 WORDINGS = 16
 #: what stands for "no prompt", positive and negative, and how often
 EMPTY_PROMPTS = {"": 0.4, "FPS-24, ": 0.1, DEFAULT_NEGATIVE_PROMPT: 0.5}
+#: share of the batches whose five latent frames stand at places of a clip of nine: a longer clip's
+#: distances in time are known then, though no longer clip was seen
+SPREAD, LONG = 0.12, 9
 #: layers that Adam trains: they touch latents, times or text
 OUTER = (
     "img_in.",
@@ -73,16 +80,16 @@ OUTER = (
 
 
 @torch.no_grad()
-def write_shard(run_dir: Path, model_dir: Path, shard: int) -> None:
+def write_shard(run_dir: Path, model_dir: Path, shard: int, device: str = "cpu") -> None:
     """Encode 1000 clips: latents [1000, 16, T, h, w] and first [1000, 16, 1, h, w], model space."""
-    vae = load_vae(model_dir / "vae", precision="fp32", runtime=TorchRuntime())
+    vae = load_vae(model_dir / "vae", precision="fp32", runtime=TorchRuntime()).to(device)
     generator = torch.Generator().manual_seed(10_000 + shard)
     scenes = data.draw_scenes(SHARD, generator, held_out=None)
     latents, first = [], []
-    for index in range(0, SHARD, 4):
-        video = data.render(scenes.take(slice(index, index + 4)))
-        latents.append(graph.encode(vae, video)[:, :16])
-        first.append(graph.encode(vae, video[:, :, :1])[:, :16])
+    for index in range(0, SHARD, 20):
+        video = data.render(scenes.take(slice(index, index + 20)).to(device))
+        latents.append(graph.encode(vae, video)[:, :16].cpu())
+        first.append(graph.encode(vae, video[:, :, :1])[:, :16].cpu())
     tensors = {
         "latents": to_model_space(torch.cat(latents)).half(),
         "first": to_model_space(torch.cat(first)).half(),
@@ -124,39 +131,60 @@ def encode_prompts(model_dir: Path) -> dict[tuple, list[PromptEmbeds]]:
     return table
 
 
+class Table:
+    """Rows by key, drawn without a loop."""
+
+    def __init__(self, keys: Tensor, count: int) -> None:
+        self.rows = keys.argsort(stable=True)
+        self.counts = torch.bincount(keys, minlength=count)
+        self.starts = self.counts.cumsum(0) - self.counts
+
+    def draw(self, keys: Tensor, generator: torch.Generator) -> Tensor:
+        """A row for each key; any row for a key that has none."""
+        place = (torch.rand(len(keys), generator=generator) * self.counts[keys]).long()
+        return self.rows[(self.starts[keys] + place).clamp_max(len(self.rows) - 1)]
+
+
+def _key(what: Tensor) -> Tensor:
+    """[..., 3] colour, shape and verb as one number; the verb is its remainder by 8."""
+    return (what[..., 0] * 3 + what[..., 1]) * 8 + what[..., 2]
+
+
 class Examples:
-    """Draws batches of clips with prompts of one length."""
+    """Draws batches of clips with prompts of one length.
 
-    def __init__(self, run_dir: Path, prompts: dict[tuple, list[PromptEmbeds]]) -> None:
-        self.run_dir, self.prompts = run_dir, prompts
-        self.by_length: dict[int, list[tuple[tuple, PromptEmbeds]]] = defaultdict(list)
-        for what, embeds in prompts.items():
-            for embed in embeds if len(what) == 3 else []:
-                self.by_length[embed.prompt_embeds.shape[1]].append((what, embed))
-        self.lengths = sorted(self.by_length)
-        self.weights = torch.tensor([float(len(self.by_length[n])) for n in self.lengths])
-        self.reload()
+    Args:
+        clips: of load_clips. prompts: of encode_prompts. device: where batches shall be.
+    """
 
-    def reload(self) -> None:
-        """Take up clips written since."""
-        self.clips = load_clips(self.run_dir)
-        self.rows: dict[tuple, list[int]] = defaultdict(list)
-        for row, what in enumerate(self.clips["what"].tolist()):
-            self.rows[tuple(what)].append(row)
-            self.rows[what[2]].append(row)  # by verb alone, for prompts that are wrong otherwise
+    def __init__(
+        self, clips: dict[str, Tensor], prompts: dict[tuple, list[PromptEmbeds]], device: str
+    ) -> None:
+        self.device = device
+        self.latents, self.first = (clips[name].to(device) for name in ("latents", "first"))
+        keys = _key(clips["what"])
+        self.by_what, self.by_verb = Table(keys, 192), Table(keys % 8, 8)
+        self.empty = {what[0]: _stack(e, device) for what, e in prompts.items() if len(what) == 1}
+        pairs = [(what, e) for what, es in prompts.items() if len(what) == 3 for e in es]
+        lengths = sorted({e.prompt_embeds.shape[1] for _, e in pairs})
+        groups = [[p for p in pairs if p[1].prompt_embeds.shape[1] == n] for n in lengths]
+        self.keys = [_key(torch.tensor([what for what, _ in group])) for group in groups]
+        self.states = [_stack([e for _, e in group], device) for group in groups]
+        self.weights = torch.tensor([float(len(group)) for group in groups])
 
     def draw(self, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """latents and first frames in model space, prompt states, pooled states."""
-        length = self.lengths[int(torch.multinomial(self.weights, 1, generator=generator))]
-        choices = self.by_length[length]
-        rows, embeds = [], []
-        for pick in torch.randint(len(choices), (count,), generator=generator).tolist():
-            what, embed = choices[pick]
-            wrong = float(torch.rand((), generator=generator)) < 0.1
-            places = (self.rows[what[2]] if wrong else self.rows[what]) or self.rows[what[2]]
-            rows.append(places[int(torch.randint(len(places), (), generator=generator))])
-            embeds.append(embed)
-        return *self._clips(rows), *_stack(embeds)
+        length = int(torch.multinomial(self.weights, 1, generator=generator))
+        picks = torch.randint(len(self.keys[length]), (count,), generator=generator)
+        keys = self.keys[length][picks]
+        fitting, others = (
+            self.by_what.draw(keys, generator), self.by_verb.draw(keys % 8, generator)
+        )  # fmt: skip
+        wrong = torch.rand(count, generator=generator) < WRONG
+        rows = torch.where(wrong | (self.by_what.counts[keys] == 0), others, fitting)
+        states, pooled = self.states[length]
+        picks = picks.to(self.device)
+        return *self._clips(rows), states[picks], pooled[picks]
 
     def draw_empty(
         self, count: int, generator: torch.Generator
@@ -164,20 +192,23 @@ class Examples:
         """The same with no prompt."""
         chances = torch.tensor(list(EMPTY_PROMPTS.values()))
         text = list(EMPTY_PROMPTS)[int(torch.multinomial(chances, 1, generator=generator))]
-        rows = torch.randint(len(self.clips["what"]), (count,), generator=generator).tolist()
-        return *self._clips(rows), *_stack(self.prompts[(text,)] * count)
+        rows = torch.randint(len(self.latents), (count,), generator=generator)
+        states, pooled = self.empty[text]
+        return *self._clips(rows), states.expand(count, -1, -1), pooled.expand(count, -1)
 
-    def _clips(self, rows: list[int]) -> tuple[Tensor, Tensor]:
-        return self.clips["latents"][rows].float(), self.clips["first"][rows].float()
+    def _clips(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        rows = rows.to(self.device)
+        return self.latents[rows].float(), self.first[rows].float()
 
 
-def _stack(embeds: list[PromptEmbeds]) -> tuple[Tensor, Tensor]:
+def _stack(embeds: list[PromptEmbeds], device: str) -> tuple[Tensor, Tensor]:
     states = torch.cat([embed.prompt_embeds for embed in embeds])
-    return states, torch.cat([embed.pooled_prompt_embeds for embed in embeds])
+    return states.to(device), torch.cat([e.pooled_prompt_embeds for e in embeds]).to(device)
 
 
 def plain_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """Attention written out: for hundred tokens, the fused kernel's backward is twice as slow."""
+    """Attention written out: for a hundred tokens on a processor, the fused kernel's backward
+    takes twice as long."""
     scores = query @ key.transpose(-1, -2) * query.shape[-1] ** -0.5
     return scores.softmax(-1).to(value.dtype) @ value
 
@@ -210,31 +241,52 @@ def build(seed: int = 0) -> SkyReelsTransformer:
 def flow_loss(
     model: SkyReelsTransformer, batch: tuple[Tensor, ...], rope: Tensor, generator: torch.Generator
 ) -> Tensor:
-    """Mean squared error of the velocity."""
+    """Mean squared error of the velocity, of the shape above all."""
     latents, first, states, pooled = batch
-    count = len(latents)
+    count, device = len(latents), latents.device
     uniform = (torch.arange(count) + torch.rand(count, generator=generator)) / count
     uniform = uniform[torch.randperm(count, generator=generator)]
     shift = torch.tensor(SHIFTS).repeat(-(-count // len(SHIFTS)))[:count]
-    sigma = shift * uniform / (1 + (shift - 1) * uniform)
+    sigma = (shift * uniform / (1 + (shift - 1) * uniform)).to(device)
     level = sigma[:, None, None, None, None]
-    noise = torch.randn(latents.shape, generator=generator)
+    if device.type != "cpu":  # too much for the processor to draw
+        generator = torch.Generator(device).manual_seed(generator.initial_seed())
+    noise = torch.randn(latents.shape, generator=generator, device=device)
     image = torch.zeros_like(latents)
     image[:, :, :1] = first
     inputs = torch.cat([torch.lerp(latents, noise, level), image], dim=1)
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(device.type, torch.bfloat16):
         velocity = model(
-            inputs, 1000 * sigma, states, pooled, torch.full((count,), 1000.0), rope=rope,
-            attention=plain_attention,
+            inputs, 1000 * sigma, states, pooled, torch.full((count,), 1000.0, device=device),
+            rope=rope, attention=plain_attention if device.type == "cpu" else sdpa,
         )  # fmt: skip
-    return (velocity.float() - (noise - latents)).square().mean()
+    error = (velocity.float() - (noise - latents)).square().mean(dim=1)
+    return (error * _weight(latents)).mean()
+
+
+def _weight(latents: Tensor) -> Tensor:
+    """[B, T, h, w], mean 1: two thirds of the loss where the shape is, a tenth of the picture.
+
+    Where it is follows from picture and verb, so what is learnt is the same, in better order.
+    """
+    unlike = (latents - latents.mean(dim=(3, 4), keepdim=True)).square().mean(dim=1)
+    return (1 + 2 * unlike / unlike.mean(dim=(1, 2, 3), keepdim=True)) / 3
+
+
+def draw_places(generator: torch.Generator) -> Tensor:
+    """[5] places in time of the latent frames."""
+    if float(torch.rand((), generator=generator)) >= SPREAD:
+        return torch.arange(5)
+    later = 1 + torch.randperm(LONG - 1, generator=generator)[:4].sort().values
+    return torch.cat([torch.zeros(1, dtype=torch.int64), later])
 
 
 def train(
-    run_dir: Path, model_dir: Path, steps: int, lr: float, save_every: int, init: Path | None
-) -> None:
+    run_dir: Path, model_dir: Path, *, steps: int, lr: float, save_every: int,
+    device: str, scale: int,
+) -> None:  # fmt: skip
     """Train, or go on training, and write RUN/transformer.pt and log.jsonl."""
-    model = build() if init is None else load(init).requires_grad_(True)
+    model = build().to(device)
     optimizer = optim.make_optimizer(model, lr, lr / 2, OUTER)
     average = optim.Average(model, decay=0.999)
     step, seconds = 0, 0.0
@@ -244,13 +296,16 @@ def train(
         average.module.load_state_dict(state["average"])
         optimizer.load_state_dict(state["optimizer"])
         average.count, step, seconds = state["count"], state["step"], state["seconds"]
-    examples = Examples(run_dir, encode_prompts(model_dir))
-    rope = rope_table((5, 4, 4), CONFIG)
-    losses, empty_losses, started = [], [], time.perf_counter()
+    examples = Examples(load_clips(run_dir), encode_prompts(model_dir), device)
+    rotations = rope_table((LONG, 4, 4), CONFIG).unflatten(0, (LONG, 16)).to(device)
+    losses, started = [], time.perf_counter()
     while step < steps:
         generator = torch.Generator().manual_seed(50_000 + step)
-        loss = flow_loss(model, examples.draw(BATCH, generator), rope, generator)
-        empty = flow_loss(model, examples.draw_empty(EMPTY_BATCH, generator), rope, generator)
+        rope = rotations[draw_places(generator)].flatten(0, 1)
+        batch = examples.draw(scale * BATCH, generator)
+        loss = flow_loss(model, batch, rope, generator)
+        batch = examples.draw_empty(scale * EMPTY_BATCH, generator)
+        empty = flow_loss(model, batch, rope, generator)
         ((loss * BATCH + empty * EMPTY_BATCH) / (BATCH + EMPTY_BATCH)).backward()
         for group in optimizer.param_groups:
             group["scale"] = optim.scale_at(step, steps, warmup=200)
@@ -258,25 +313,21 @@ def train(
         optimizer.step()
         optimizer.zero_grad()
         average.update(model)
-        losses.append(loss.item())
-        empty_losses.append(empty.item())
+        losses.append(torch.stack([loss.detach(), empty.detach()]))
         step += 1
         if step % save_every == 0 or step == steps:
             elapsed = seconds + time.perf_counter() - started
-            row = {
-                "step": step, "s": round(elapsed), "loss": round(statistics.mean(losses), 4),
-                "empty": round(statistics.mean(empty_losses), 4),
-                "clips": len(examples.clips["what"]),
-            }  # fmt: skip
+            told, empty = torch.stack(losses).mean(dim=0).tolist()
+            row = {"step": step, "s": round(elapsed, 1), "loss": round(told, 4)}
+            row["empty"] = round(empty, 4)
             with (run_dir / "log.jsonl").open("a") as log:
                 log.write(json.dumps(row) + "\n")
-            losses, empty_losses = [], []
+            losses = []
             optim.save_run(
                 run_dir / "transformer.pt", model=model.state_dict(),
                 average=average.module.state_dict(), optimizer=optimizer.state_dict(),
                 count=average.count, step=step, seconds=elapsed,
             )  # fmt: skip
-            examples.reload()
 
 
 def load(run_dir: Path) -> SkyReelsTransformer:
@@ -298,19 +349,22 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=20_000)
     parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--save-every", type=int, default=250)
-    parser.add_argument("--init", type=Path, help="run to start from, of other latents")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--scale", type=int, default=1, help="times the clips of a batch")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
+    # autocast leaves the weights of norms in float32; that is meant
+    warnings.filterwarnings("ignore", message="Mismatch dtype")
     arguments.run_dir.mkdir(parents=True, exist_ok=True)
     if arguments.what == "train":
         train(
-            arguments.run_dir, arguments.model, arguments.steps, arguments.lr,
-            arguments.save_every, arguments.init,
+            arguments.run_dir, arguments.model, steps=arguments.steps, lr=arguments.lr,
+            save_every=arguments.save_every, device=arguments.device, scale=arguments.scale,
         )  # fmt: skip
         return
     for shard in range(arguments.shards):
         if not (arguments.run_dir / f"clips_{shard:03d}.safetensors").exists():
-            write_shard(arguments.run_dir, arguments.model, shard)
+            write_shard(arguments.run_dir, arguments.model, shard, arguments.device)
 
 
 if __name__ == "__main__":

@@ -1,13 +1,19 @@
 """Train the built-in VAE.
 
-    nice -n 19 python -m tests.train.vae RUN_DIR [--steps 8000] [--decoder-only]
+    python -m tests.train.vae RUN_DIR [--steps 8000] [--device cuda --scale 8]
+        [--decoder-of FOLDER]
 
 Windows of clips at first: a window of 32 pixels holds the whole shape and a quarter of the plain
 ground. Full clips in between and at the end, because GroupNorm sees all that is handed in.
-The same command goes on after a break. --decoder-only keeps the encoder, and with it the latents
-that a transformer was trained on, and improves the decoder alone.
+The same command goes on after a break.
 
-One thread: beside another busy process two threads wait for each other, several times slower.
+--decoder-of goes on with the decoder alone of an exported folder's VAE, so that its latents, which
+a transformer has learnt, stay. It sees clips of all combinations, half of them shrinking. Where
+some combinations are kept from it, it makes of them what it has seen small in that colour: circles
+of all small green squares.
+
+One thread: beside another busy process two threads wait for each other, several times slower. On a
+GPU a step of so small a network takes the time of its launches, so larger batches are for free.
 """
 
 import argparse
@@ -18,6 +24,8 @@ from pathlib import Path
 
 import torch
 from comfyui_skyreels.skyreels.config import VAEConfig
+from comfyui_skyreels.skyreels.loading import load_vae
+from comfyui_skyreels.skyreels.runtime import TorchRuntime
 from comfyui_skyreels.skyreels.vae.model import ResnetBlock, VideoVAE
 from torch import Tensor, nn
 
@@ -63,21 +71,35 @@ def build(seed: int = 0) -> VideoVAE:
     return vae
 
 
-def draw_batch(progress: float, generator: torch.Generator) -> Tensor:
-    """[B, 3, F, H, W] windows of training clips, most of them around the shape."""
+def draw_batch(
+    progress: float, generator: torch.Generator, scale: int = 1, device: str = "cpu",
+    held_out: bool | None = False,
+) -> Tensor:  # fmt: skip
+    """[B, 3, F, H, W] windows of training clips, most of them around the shape.
+
+    Args:
+        progress: 0 at the start of the training, 1 at its end.
+        scale: how many times the clips of BATCHES.
+        held_out: as for draw_scenes; None makes half of the clips shrinking ones.
+    """
     shapes = list(BATCHES)
     weights = torch.tensor([a + (b - a) * progress for a, b in BATCHES.values()])
     index = int(torch.multinomial(weights, 1, generator=generator))
     frames, pixels, count = shapes[index]
-    scenes = data.draw_scenes(8 * -(-count // 8), generator)
+    count *= scale
+    scenes = data.draw_scenes(8 * -(-count // 8), generator, held_out=held_out)
     scenes = scenes.take(torch.randperm(len(scenes), generator=generator)[:count])
+    if held_out is None:
+        shrinks = torch.rand(count, generator=generator) < 0.5
+        scenes = scenes.with_verb(scenes.verb.masked_fill(shrinks, data.VERBS.index("shrink")))
     start = torch.randint(0, data.FRAMES - frames + 1, (count,), generator=generator).float()
     times = start[:, None] + (frames - 1) / 2
     extent = torch.tensor([data.SIZE, data.SIZE])
     centre = data.track(scenes, times, data.FRAMES, extent)[0][:, 0]
     shake = 24 * (torch.rand(count, 2, generator=generator) - 0.5)
     corner = (centre + shake - pixels / 2).round().clamp(0, data.SIZE - pixels)
-    return data.render(scenes, start=start, corner=corner, window=(frames, pixels, pixels))
+    window = (frames, pixels, pixels)
+    return data.render(scenes.to(device), start=start, corner=corner, window=window)
 
 
 def loss_of(video: Tensor, restored: Tensor, moments: Tensor) -> Tensor:
@@ -101,6 +123,7 @@ def psnr(a: Tensor, b: Tensor) -> list[float]:
 def evaluate(vae: VideoVAE, count: int = 32) -> dict[str, float]:
     """Median and worst PSNR of the round trip of held-out clips and of their first frames."""
     scenes = data.draw_scenes(count, torch.Generator().manual_seed(7), held_out=True)
+    scenes = scenes.to(next(vae.parameters()).device)
     clips, firsts, spread = [], [], []
     for index in range(count):
         video = data.render(scenes.take(slice(index, index + 1)))
@@ -117,36 +140,42 @@ def evaluate(vae: VideoVAE, count: int = 32) -> dict[str, float]:
     }
 
 
-def train(run_dir: Path, steps: int, decoder_only: bool, lr: float, save_every: int) -> None:
+def train(
+    run_dir: Path, *, steps: int, lr: float, save_every: int, device: str, scale: int,
+    decoder_of: Path | None,
+) -> None:  # fmt: skip
     """Train, or go on training, and write RUN_DIR/vae.pt and log.jsonl."""
-    vae = build()
-    if decoder_only:
+    run_dir.mkdir(parents=True, exist_ok=True)
+    vae, first_seed = build(), 1000
+    if decoder_of is not None:
+        start = load_vae(decoder_of / "vae", precision="fp32", runtime=TorchRuntime())
+        vae.load_state_dict(start.state_dict())
         vae.encoder.requires_grad_(False)
         vae.quant_conv.requires_grad_(False)
+        first_seed = 1_000_000
+    vae.to(device)
     optimizer = optim.make_optimizer(vae, lr, lr / 4, OUTER)
     average = optim.Average(vae)
     step, seconds = 0, 0.0
     state = optim.load_run(run_dir / "vae.pt")
     if state is not None:
-        goes_on = state["decoder_only"] == decoder_only
-        vae.load_state_dict(state["model" if goes_on else "average"])
+        vae.load_state_dict(state["model"])
         average.module.load_state_dict(state["average"])
-        if goes_on:
-            optimizer.load_state_dict(state["optimizer"])
-            average.count = state["count"]
-            step, seconds = state["step"], state["seconds"]
+        optimizer.load_state_dict(state["optimizer"])
+        average.count, step, seconds = state["count"], state["step"], state["seconds"]
     losses, started = [], time.perf_counter()
     while step < steps:
-        generator = torch.Generator().manual_seed((1_000_000 if decoder_only else 1000) + step)
-        video = draw_batch(step / steps, generator)
-        with torch.set_grad_enabled(not decoder_only):
+        generator = torch.Generator().manual_seed(first_seed + step)
+        held_out = False if decoder_of is None else None
+        video = draw_batch(step / steps, generator, scale, device, held_out)
+        with torch.set_grad_enabled(decoder_of is None):
             moments = graph.encode(vae, video.bfloat16())
         mean, log_variance = moments.chunk(2, dim=1)
-        noise = torch.randn(mean.shape, generator=generator)
+        noise = torch.randn(mean.shape, generator=generator).to(device)
         deviation = (0.5 * log_variance.clamp(-20, 5)).exp()
-        if decoder_only:  # a transformer's latents are off by more than the encoder's own noise
-            spread = 0.06 * mean.std() * torch.rand(len(mean), 1, 1, 1, 1, generator=generator)
-            deviation = deviation + spread
+        # a transformer's latents are off by more than the encoder's own noise
+        off = 0.1 * torch.rand(len(mean), 1, 1, 1, 1, generator=generator).to(device)
+        deviation = deviation + off * mean.detach().std()
         latents = mean + deviation * noise
         loss = loss_of(video, graph.decode(vae, latents.bfloat16()), moments)
         loss.backward()
@@ -157,19 +186,19 @@ def train(run_dir: Path, steps: int, decoder_only: bool, lr: float, save_every: 
             optimizer.step()
         optimizer.zero_grad()
         average.update(vae)
-        losses.append(loss.item())
+        losses.append(loss.detach())
         step += 1
         if step % save_every == 0 or step == steps:
             elapsed = seconds + time.perf_counter() - started
-            row = {"step": step, "loss": round(statistics.mean(losses), 4), "s": round(elapsed)}
-            row.update(evaluate(average.module, 32 if step == steps else 12))
+            loss = torch.stack(losses).mean().item()
+            row = {"step": step, "s": round(elapsed, 1), "loss": round(loss, 4)}
+            row |= evaluate(average.module, 32 if step == steps else 12)
             with (run_dir / "log.jsonl").open("a") as log:
                 log.write(json.dumps(row) + "\n")
             losses = []
             optim.save_run(
                 run_dir / "vae.pt", model=vae.state_dict(), average=average.module.state_dict(),
                 optimizer=optimizer.state_dict(), count=average.count, step=step, seconds=elapsed,
-                decoder_only=decoder_only,
             )  # fmt: skip
 
 
@@ -187,17 +216,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("run_dir", type=Path)
     parser.add_argument("--steps", type=int, default=8000)
-    parser.add_argument("--decoder-only", action="store_true")
-    parser.add_argument("--lr", type=float, default=6e-3)
+    parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--save-every", type=int, default=200)
-    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--decoder-of", type=Path, help="exported folder whose encoder stays")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--scale", type=int, default=1, help="times the clips of a batch")
     arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
-    arguments.run_dir.mkdir(parents=True, exist_ok=True)
-    train(
-        arguments.run_dir, arguments.steps, arguments.decoder_only, arguments.lr,
-        arguments.save_every,
-    )  # fmt: skip
+    torch.set_num_threads(1)
+    train(**vars(arguments))
 
 
 if __name__ == "__main__":

@@ -1,0 +1,85 @@
+"""The built-in model: SkyReels' architecture at 1/5000 of its size, trained to do one small thing.
+
+It lies beside this file as the real one is published, a diffusers folder of bfloat16 files, and
+goes through the same loaders. What it can do, how it was trained and how well it does it stands in
+README.md there; `BUILTIN_NOTICE` is shown wherever it is used.
+"""
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ..loading import load_transformer, load_vae
+from ..model import SkyReelsTransformer
+from ..runtime import Runtime
+from ..text import TextEncoder, load_text_encoder
+from ..vae.model import VideoVAE
+
+BUILTIN_NAME = "built-in (tiny, 64x64)"
+BUILTIN_NOTICE = (
+    "This is the built-in model, not SkyReels-V1: a tiny network of the same architecture that can "
+    "do one thing, let a coloured circle, square or triangle move, grow, shrink or fade in 17 "
+    'frames of 64x64 pixels, as in "a red circle moves left".'
+)
+#: holds transformer/, vae/, text_encoder/, text_encoder_2/, tokenizer/, tokenizer_2/, README.md
+BUILTIN_FOLDER = Path(__file__).parent
+#: width and height of the clips it was trained on
+BUILTIN_SIZE = 64
+
+
+def builtin_transformer(precision: str = "auto", *, runtime: Runtime) -> SkyReelsTransformer:
+    """The built-in transformer on `runtime.offload_device`.
+
+    Args:
+        precision: as for `load_transformer`, but "auto" is fp32: it is small, and the same
+            everywhere then.
+    Raises:
+        OptionError: unknown precision. CheckpointError: the installation is damaged.
+    """
+    path = BUILTIN_FOLDER / "transformer"
+    return load_transformer(path, precision=_exact(precision), runtime=runtime)
+
+
+def builtin_vae(precision: str = "auto", *, runtime: Runtime) -> VideoVAE:
+    """The built-in VAE on `runtime.offload_device`.
+
+    Args:
+        precision: as for `load_vae`, but "auto" is fp32.
+    Raises:
+        OptionError: unknown precision. CheckpointError: the installation is damaged.
+    """
+    return load_vae(BUILTIN_FOLDER / "vae", precision=_exact(precision), runtime=runtime)
+
+
+def builtin_text_encoder(precision: str = "auto", *, runtime: Runtime) -> TextEncoder:
+    """The built-in LLaMA and CLIP, of two used layers each and a vocabulary of their own.
+
+    Args:
+        precision: as for `load_text_encoder`, but "auto" is fp32.
+    Raises:
+        OptionError: unknown precision. CheckpointError: the installation is damaged.
+        DependencyError: transformers is missing.
+    """
+    return load_text_encoder(BUILTIN_FOLDER, precision=_exact(precision), runtime=runtime)
+
+
+def _exact(precision: str) -> str:
+    return "fp32" if precision == "auto" else precision
+
+
+def example_image(width: int = BUILTIN_SIZE, height: int = BUILTIN_SIZE) -> Tensor:
+    """A picture the built-in model can start from: a red circle on a shaded blue ground.
+
+    Returns:
+        [1, height, width, 3] float32 in 0..1.
+    """
+    x = (torch.arange(width) + 0.5)[None, :, None]
+    y = (torch.arange(height) + 0.5)[:, None, None]
+    shade = torch.tensor([0.1, 0.15, 0.0]) * (x / width - 0.5)
+    shade = shade + torch.tensor([0.0, 0.2, 0.25]) * (0.5 - y / height)
+    ground = torch.tensor([0.15, 0.3, 0.55]) + shade
+    radius = 11.0 * min(width, height) / BUILTIN_SIZE
+    distance = ((x - 0.58 * width).square() + (y - 0.5 * height).square()).sqrt()
+    cover = (radius - distance + 0.5).clamp(0, 1)  # one pixel of soft edge
+    return torch.lerp(ground, torch.tensor([0.9, 0.1, 0.1]), cover)[None]
