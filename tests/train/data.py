@@ -7,8 +7,8 @@ Held out: 32 of the 192 combinations of colour, shape and verb, four for every v
 names one is ever seen in training, and a VAE trained as a whole never sees a clip of one. The
 transformer sees clips of them under prompts that do not say so ("it moves left") or that name
 another colour and shape: otherwise it learns that a white circle is the one thing that never moves
-left, and makes a square of it (kept its shape: 48 % of held-out cases against 81 % of others). For
-the same reason a decoder trained alone (vae.py) sees clips of all.
+left, and makes a square of it (kept its shape: 48 % of held-out cases against 81 % of others). A
+decoder trained alone (vae.py) sees clips of all.
 """
 
 import math

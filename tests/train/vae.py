@@ -8,9 +8,9 @@ ground. Full clips in between and at the end, because GroupNorm sees all that is
 The same command goes on after a break.
 
 --decoder-of goes on with the decoder alone of an exported folder's VAE, so that its latents, which
-a transformer has learnt, stay. It sees clips of all combinations, half of them shrinking. Where
-some combinations are kept from it, it makes of them what it has seen small in that colour: circles
-of all small green squares.
+a transformer has learnt, stay. It sees clips of all combinations, half of them shrinking: small
+shapes are what a decoder gets wrong, and green squares, which it had not seen shrink, became
+circles (LOG.md).
 
 One thread: beside another busy process two threads wait for each other, several times slower. On a
 GPU a step of so small a network takes the time of its launches, so larger batches are for free.
