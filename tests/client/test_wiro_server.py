@@ -211,7 +211,8 @@ def test_the_socket_tells_states_progress_logs_and_the_end():
     kinds = [frame["type"] for frame in frames]
     assert kinds[0] == "connected"
     states = [kind for kind in kinds if kind in STATES and kind != "task_output"]
-    assert states == [state for state in STATES[1:] if state != "task_output"]
+    ahead = [state for state in STATES[1:] if state != "task_output"]
+    assert states == ahead[-len(states) :]  # a slow connection may miss the first ones
     messages = [frame["message"] for frame in frames if frame["type"] == "task_output"]
     progress = [m for m in messages if isinstance(m, dict)]
     in_text = [json.loads(m) for m in messages if isinstance(m, str) and m.startswith("{")]
@@ -232,6 +233,7 @@ def test_the_socket_tells_of_a_cancelled_task_and_refuses_what_it_does_not_know(
     with WiroServer(pace_s=5, with_socket=True) as server:
         token = run(server)
         connection = connect(server, token)
+        assert json.loads(connection.recv())["type"] == "connected"  # else it might be too late
         call(server, "Task/Cancel", {"taskid": "2221"})
         assert heard(connection)[-1]["type"] == "task_cancel"
         connection = connect(server, {"tasktoken": "2221"})

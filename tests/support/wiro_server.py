@@ -637,11 +637,17 @@ class WiroServer:
         return partial(self._follow, fault)
 
     def _follow(self, fault: str, registration: dict[str, Any]) -> Iterator[tuple[Any, ...]]:
-        """Frames of one task, from its next state to its end; what was before is not repeated."""
-        yield "text", {"type": "connected", "version": "1.0"}
+        """Frames of one task, from its next state to its end; what was before is not repeated.
+
+        Before is what came before "connected": who has heard that misses nothing.
+        """
         token = registration.get("tasktoken")
         with self._lock:
             found = [t for t in self.tasks.values() if t["socketaccesstoken"] == token]
+            for task in found:
+                self._advance(task)
+            told = len(self._history[found[0]["id"]]) if found else 0
+        yield "text", {"type": "connected", "version": "1.0"}
         if registration.get("type") != "task_info" or not found:
             self.log("socket: no such task")
             yield "text", {"type": "error", "message": "tasktoken is not valid", "result": False}
@@ -650,9 +656,6 @@ class WiroServer:
         self.log(f"socket {task['id']} {f'({fault})' if fault else ''}".rstrip())
         if fault == "silent":
             return
-        with self._lock:
-            self._advance(task)
-            told = len(history)
         beats = running = 0
         while not self._over.is_set():
             with self._lock:
