@@ -18,8 +18,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-#: largest magnitude each storage format represents
-FORMAT_MAX = {torch.float8_e4m3fn: 448.0, torch.int8: 127.0}
+from .kernels import RowFormat, Rows
+from .kernels.reference import FORMAT_MAX
+
 STORAGE_DTYPES = {"fp8": torch.float8_e4m3fn, "int8": torch.int8}
 FLOAT8_DTYPES = (torch.float8_e4m3fn, torch.float8_e5m2)
 
@@ -40,8 +41,20 @@ class QuantLinear(nn.Module):
         self.weight_scale = None if scale is None else nn.Parameter(scale, requires_grad=False)
         self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
 
+    @property
+    def input_format(self) -> RowFormat | None:
+        """What the layer wants its input rounded to; None for a tensor as it is."""
+        return None
+
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, dequantize(self.weight, self.weight_scale, x.dtype), self.bias)
+        return self.part(x, slice(None), slice(None), self.bias)
+
+    def part(self, x: Tensor | Rows, rows: slice, columns: slice, bias: Tensor | None) -> Tensor:
+        """Some output channels (rows of the weight) from some input channels (columns)."""
+        scale = self.weight_scale
+        if scale is not None and scale.numel() > 1:
+            scale = scale[rows]
+        return F.linear(x, dequantize(self.weight[rows, columns], scale, x.dtype), bias)
 
 
 def dequantize(weight: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tensor:

@@ -29,7 +29,11 @@ LAYERS = [
     {"memory", "checkpoint"},
     {"model", "vae.model", "vae"},
     {"layers", "keymaps"},
+    {"linear"},
     {"attention", "quant"},
+    {"kernels"},
+    {"kernels.selection"},
+    {"kernels.reference", "kernels.triton_kernels"},
     {"config", "errors", "runtime"},
 ]
 

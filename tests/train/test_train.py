@@ -178,7 +178,7 @@ def test_a_decoder_trained_alone_leaves_the_latents(tmp_path, monkeypatch):
     before = load_file(tmp_path / "model" / "vae" / export.FILE)
     vae.train(
         tmp_path / "run", steps=2, lr=1e-2, save_every=2, device="cpu", scale=1,
-        decoder_of=tmp_path / "model",
+        decoder_of=tmp_path / "model", vae_of=None,
     )  # fmt: skip
     arguments = ["export", str(tmp_path / "model"), "--decoder", str(tmp_path / "run")]
     monkeypatch.setattr("sys.argv", arguments)

@@ -2,11 +2,11 @@
 
     python -m tests.train.transformer clips RUN --model FOLDER [--shards 12] [--device cuda]
     python -m tests.train.transformer train RUN --model FOLDER [--steps 20000]
-        [--device cuda --scale 8]
+        [--device cuda --scale 8] [--goes-on]
 
 FOLDER holds the finished vae/ and text encoders (export.py). `clips` encodes training clips to
 RUN/clips_*.safetensors, 1000 a file, each an own seed; `train` learns from all of them. Each goes
-on after a break.
+on after a break. --goes-on starts from FOLDER's own transformer, for a VAE that has changed a little.
 
 What a training example is, exactly as sampling.py asks for it: sigma = s u / (1 + (s - 1) u), s = 7
 in half of them and 2 in the others, which decide about details; latents
@@ -27,7 +27,7 @@ from comfyui_skyreels.skyreels.attention import sdpa
 from comfyui_skyreels.skyreels.conditioning import to_model_space
 from comfyui_skyreels.skyreels.config import TransformerConfig
 from comfyui_skyreels.skyreels.layers import rope_table
-from comfyui_skyreels.skyreels.loading import load_vae
+from comfyui_skyreels.skyreels.loading import load_transformer, load_vae
 from comfyui_skyreels.skyreels.model import SkyReelsTransformer
 from comfyui_skyreels.skyreels.runtime import TorchRuntime
 from comfyui_skyreels.skyreels.text import (
@@ -283,10 +283,15 @@ def draw_places(generator: torch.Generator) -> Tensor:
 
 def train(
     run_dir: Path, model_dir: Path, *, steps: int, lr: float, save_every: int,
-    device: str, scale: int,
+    device: str, scale: int, goes_on: bool,
 ) -> None:  # fmt: skip
     """Train, or go on training, and write RUN/transformer.pt and log.jsonl."""
-    model = build().to(device)
+    model, first_seed = build().to(device), 50_000
+    if goes_on:
+        folder = model_dir / "transformer"
+        start = load_transformer(folder, precision="fp32", runtime=TorchRuntime())
+        model.load_state_dict(start.state_dict())
+        first_seed = 3_000_000
     optimizer = optim.make_optimizer(model, lr, lr / 2, OUTER)
     average = optim.Average(model, decay=0.999)
     step, seconds = 0, 0.0
@@ -300,7 +305,7 @@ def train(
     rotations = rope_table((LONG, 4, 4), CONFIG).unflatten(0, (LONG, 16)).to(device)
     losses, started = [], time.perf_counter()
     while step < steps:
-        generator = torch.Generator().manual_seed(50_000 + step)
+        generator = torch.Generator().manual_seed(first_seed + step)
         rope = rotations[draw_places(generator)].flatten(0, 1)
         batch = examples.draw(scale * BATCH, generator)
         loss = flow_loss(model, batch, rope, generator)
@@ -351,6 +356,7 @@ def main() -> None:
     parser.add_argument("--save-every", type=int, default=250)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--scale", type=int, default=1, help="times the clips of a batch")
+    parser.add_argument("--goes-on", action="store_true", help="from the model's own transformer")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     # autocast leaves the weights of norms in float32; that is meant
@@ -360,6 +366,7 @@ def main() -> None:
         train(
             arguments.run_dir, arguments.model, steps=arguments.steps, lr=arguments.lr,
             save_every=arguments.save_every, device=arguments.device, scale=arguments.scale,
+            goes_on=arguments.goes_on,
         )  # fmt: skip
         return
     for shard in range(arguments.shards):

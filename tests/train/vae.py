@@ -1,7 +1,7 @@
 """Train the built-in VAE.
 
     python -m tests.train.vae RUN_DIR [--steps 8000] [--device cuda --scale 8]
-        [--decoder-of FOLDER]
+        [--decoder-of FOLDER | --vae-of FOLDER]
 
 Windows of clips at first: a window of 32 pixels holds the whole shape and a quarter of the plain
 ground. Full clips in between and at the end, because GroupNorm sees all that is handed in.
@@ -10,7 +10,8 @@ The same command goes on after a break.
 --decoder-of goes on with the decoder alone of an exported folder's VAE, so that its latents, which
 a transformer has learnt, stay. It sees clips of all combinations, half of them shrinking: small
 shapes are what a decoder gets wrong, and green squares, which it had not seen shrink, became
-circles (LOG.md).
+circles (LOG.md). --vae-of does so with the whole VAE, and holds its latents near what they were;
+the transformer is then trained on for a while.
 
 One thread: beside another busy process two threads wait for each other, several times slower. On a
 GPU a step of so small a network takes the time of its launches, so larger batches are for free.
@@ -44,6 +45,8 @@ BATCHES = {
 #: layers that Adam trains: they touch pixels or latents
 OUTER = ("conv_in.", "decoder.conv_out.", "quant_conv.")
 KL_WEIGHT = 2e-5
+#: of the squared distance to the latents of the VAE that --vae-of goes on with
+ANCHOR_WEIGHT = 1.0
 
 
 def build(seed: int = 0) -> VideoVAE:
@@ -142,17 +145,19 @@ def evaluate(vae: VideoVAE, count: int = 32) -> dict[str, float]:
 
 def train(
     run_dir: Path, *, steps: int, lr: float, save_every: int, device: str, scale: int,
-    decoder_of: Path | None,
+    decoder_of: Path | None, vae_of: Path | None,
 ) -> None:  # fmt: skip
     """Train, or go on training, and write RUN_DIR/vae.pt and log.jsonl."""
     run_dir.mkdir(parents=True, exist_ok=True)
-    vae, first_seed = build(), 1000
+    vae, first_seed, before = build(), 1000, None
+    if decoder_of is not None or vae_of is not None:
+        before = load_vae((decoder_of or vae_of) / "vae", precision="fp32", runtime=TorchRuntime())
+        vae.load_state_dict(before.state_dict())
+        before.to(device)
+        first_seed = 1_000_000 if vae_of is None else 2_000_000
     if decoder_of is not None:
-        start = load_vae(decoder_of / "vae", precision="fp32", runtime=TorchRuntime())
-        vae.load_state_dict(start.state_dict())
         vae.encoder.requires_grad_(False)
         vae.quant_conv.requires_grad_(False)
-        first_seed = 1_000_000
     vae.to(device)
     optimizer = optim.make_optimizer(vae, lr, lr / 4, OUTER)
     average = optim.Average(vae)
@@ -166,7 +171,7 @@ def train(
     losses, started = [], time.perf_counter()
     while step < steps:
         generator = torch.Generator().manual_seed(first_seed + step)
-        held_out = False if decoder_of is None else None
+        held_out = False if before is None else None
         video = draw_batch(step / steps, generator, scale, device, held_out)
         with torch.set_grad_enabled(decoder_of is None):
             moments = graph.encode(vae, video.bfloat16())
@@ -178,6 +183,10 @@ def train(
         deviation = deviation + off * mean.detach().std()
         latents = mean + deviation * noise
         loss = loss_of(video, graph.decode(vae, latents.bfloat16()), moments)
+        if vae_of is not None:
+            with torch.no_grad():
+                old_mean, _ = graph.encode(before, video.bfloat16()).chunk(2, dim=1)
+            loss = loss + ANCHOR_WEIGHT * (mean - old_mean).square().mean()
         loss.backward()
         for group in optimizer.param_groups:
             group["scale"] = optim.scale_at(step, steps)
@@ -218,7 +227,9 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=8000)
     parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--save-every", type=int, default=200)
-    parser.add_argument("--decoder-of", type=Path, help="exported folder whose encoder stays")
+    start = parser.add_mutually_exclusive_group()
+    start.add_argument("--decoder-of", type=Path, help="exported folder whose encoder stays")
+    start.add_argument("--vae-of", type=Path, help="exported folder to go on with as a whole")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--scale", type=int, default=1, help="times the clips of a batch")
     arguments = parser.parse_args()

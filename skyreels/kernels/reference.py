@@ -1,0 +1,146 @@
+"""What every kernel computes, in plain torch: the definition of correct, and what runs on a CPU.
+
+Statistics, rotations and products are float32 (float64 for float64 input); results are rounded once,
+to the dtype of the activations. Nothing here works in place except where the name ends in "_".
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+EPS = 1e-6
+#: largest magnitude of each 8-bit format
+FORMAT_MAX = {torch.float8_e4m3fn: 448.0, torch.int8: 127.0}
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def layer_norm_modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    """LayerNorm without weights, then scale and shift.
+
+    Args:
+        x: [B, S, C]. shift, scale: [B, 1, C].
+    Returns:
+        [B, S, C] in x's dtype.
+    """
+    normed = F.layer_norm(_wide(x), x.shape[-1:], eps=EPS)
+    return torch.addcmul(_wide(shift), normed, 1 + _wide(scale)).to(x.dtype)
+
+
+def gated_residual(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
+    """x + gate * y.
+
+    Args:
+        x, y: [B, S, C]. gate: [B, 1, C].
+    """
+    return torch.addcmul(_wide(x), _wide(y), _wide(gate)).to(x.dtype)
+
+
+def qk_norm_rope(
+    qkv: Tensor, q_weight: Tensor, k_weight: Tensor,
+    text_q_weight: Tensor, text_k_weight: Tensor, rope: Tensor,
+) -> Tensor:  # fmt: skip
+    """RMSNorm of queries and keys over each head; those of image tokens are then rotated.
+
+    Args:
+        qkv: [B, S, 3, heads, D], image tokens first.
+        q_weight, k_weight, text_q_weight, text_k_weight: [D].
+        rope: [N, D / 2] complex64, N <= S the number of image tokens.
+    Returns:
+        [B, S, 3, heads, D] in qkv's dtype; the values as they were.
+    Source: RMSNorm arXiv:1910.07467; RoPE arXiv:2104.09864.
+    """
+    count = rope.shape[0]
+    rotations = torch.view_as_real(rope)[None, :, None, None].unbind(-1)
+    image = _normed(qkv[:, :count, :2], q_weight, k_weight)
+    even, odd = image.unflatten(-1, (-1, 2)).unbind(-1)
+    cos, sin = (part.to(image.dtype) for part in rotations)
+    image = torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1).flatten(-2)
+    text = _normed(qkv[:, count:, :2], text_q_weight, text_k_weight)
+    query_key = torch.cat([image, text], dim=1).to(qkv.dtype)
+    return torch.cat([query_key, qkv[:, :, 2:]], dim=2)
+
+
+def _normed(query_key: Tensor, q_weight: Tensor, k_weight: Tensor) -> Tensor:
+    """[B, S, 2, heads, D] -> the same, wide."""
+    wide = _wide(query_key)
+    weight = torch.stack([q_weight, k_weight])[:, None].to(wide.dtype)
+    return wide * (wide.square().mean(-1, keepdim=True) + EPS).rsqrt() * weight
+
+
+def hadamard(size: int, device: torch.device | str = "cpu") -> Tensor:
+    """[size, size] float32, symmetric and orthonormal; size is a power of two (Sylvester)."""
+    matrix = torch.ones(1, 1, device=device)
+    while len(matrix) < size:
+        matrix = torch.cat([torch.cat([matrix, matrix], 1), torch.cat([matrix, -matrix], 1)])
+    return matrix / size**0.5
+
+
+def rotate(x: Tensor, size: int) -> Tensor:
+    """Rotate each run of `size` channels; twice is the identity. [..., C] -> [..., C], wide."""
+    wide = _wide(x)
+    if size == 0:
+        return wide
+    matrix = hadamard(size, x.device).to(wide.dtype)
+    return (wide.unflatten(-1, (-1, size)) @ matrix).flatten(-2)
+
+
+def quantize_rows(x: Tensor, dtype: torch.dtype, rotation: int = 0) -> tuple[Tensor, Tensor]:
+    """Round every row to 8 bits with a scale of its own, largest magnitude / largest code.
+
+    Args:
+        x: [..., C] float. dtype: float8_e4m3fn or int8.
+        rotation: channels rotated together before rounding (a power of two that divides C); an
+            outlier is spread over them. 0 is none.
+    Returns:
+        [..., C] in dtype, and [..., 1] float32; a row of zeros gets scale 1.
+    Source: rotation arXiv:2404.00456 (QuaRot).
+    """
+    limit = FORMAT_MAX[dtype]
+    wide = rotate(x, rotation).float()
+    scale = wide.abs().amax(dim=-1, keepdim=True) / limit
+    scale = torch.where(scale == 0, torch.ones_like(scale), scale)
+    scaled = (wide / scale).clamp(-limit, limit)
+    return (scaled.round() if dtype == torch.int8 else scaled).to(dtype), scale
+
+
+def gelu(x: Tensor) -> Tensor:
+    """tanh-GELU, arXiv:1606.08415."""
+    return F.gelu(x, approximate="tanh")
+
+
+def qk_norm_rope_(qkv: Tensor, *args: Tensor) -> None:
+    """`qk_norm_rope` into its input."""
+    qkv[:, :, :2] = qk_norm_rope(qkv, *args)[:, :, :2]
+
+
+def layer_norm_modulate_quantize(
+    x: Tensor, shift: Tensor, scale: Tensor, dtype: torch.dtype, rotation: int
+) -> tuple[Tensor, Tensor]:
+    """`layer_norm_modulate`, then `quantize_rows`, with nothing rounded between."""
+    wide = layer_norm_modulate(_wide(x), shift, scale)
+    return quantize_rows(wide, dtype, rotation)
+
+
+def residual_layer_norm_modulate(
+    x: Tensor, y: Tensor, gate: Tensor, shift: Tensor, scale: Tensor
+) -> tuple[Tensor, Tensor]:
+    """`gated_residual`, and `layer_norm_modulate` of what it returns."""
+    total = gated_residual(x, y, gate)
+    return total, layer_norm_modulate(total, shift, scale)
+
+
+def residual_layer_norm_modulate_quantize(
+    x: Tensor, y: Tensor, gate: Tensor, shift: Tensor, scale: Tensor,
+    dtype: torch.dtype, rotation: int,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """`gated_residual`, and `layer_norm_modulate_quantize` of what it returns."""
+    total = gated_residual(x, y, gate)
+    return total, *layer_norm_modulate_quantize(total, shift, scale, dtype, rotation)
+
+
+def gelu_quantize(x: Tensor, dtype: torch.dtype, rotation: int) -> tuple[Tensor, Tensor]:
+    """`gelu`, then `quantize_rows`, with nothing rounded between."""
+    return quantize_rows(gelu(_wide(x)), dtype, rotation)
