@@ -88,6 +88,22 @@ class Guidance:
 
 
 @dataclass(frozen=True)
+class Layout:
+    """How much of a block is computed at a time; the numbers are the same up to rounding.
+
+    mlp_chunks: into how many runs of tokens the MLP is cut, whose middle is 4 times as wide.
+    head_groups: into how many groups of heads the attention is cut.
+    """
+
+    mlp_chunks: int = 1
+    head_groups: int = 1
+
+
+#: fastest first; skyreels/memory.py says what each takes
+LAYOUTS = {"whole": Layout(), "chunks": Layout(3), "head groups": Layout(8, 3)}
+
+
+@dataclass(frozen=True)
 class Tiling:
     """Decode windows in pixels and frames; 0 frames means the whole clip at once.
 

@@ -2,22 +2,27 @@
 
 Attribute names are those of the original Tencent checkpoint, whose projections are already fused
 (`img_attn_qkv`, `linear1`); keymaps.py fuses the other layouts while they load. Linear layers are
-plain submodules, so a quantised one takes their place by assignment; attention is an argument.
+plain submodules, so a quantised one takes their place by assignment; attention is an argument, and
+so are the rows of the modulation. What lies between the matrix products is fused (kernels/).
 
 Kept in float32 whatever the weights are: the rotary table and the rotation, the sinusoid of the
-timestep, the statistics of every norm (torch accumulates those in float32 itself).
+timestep, the statistics of every norm.
 """
 
 import math
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from . import kernels
 from .attention import Attention
-from .config import TransformerConfig
+from .config import Layout, TransformerConfig
 from .errors import OptionError
+from .kernels import Rows
+from .linear import input_format, linear
 
 #: latent frames the model has seen in training; the slow temporal frequency wraps at 50.27
 TRAINED_LATENT_FRAMES = 50
@@ -73,29 +78,11 @@ def rope_table(
     return torch.polar(torch.ones_like(angles), angles)
 
 
-def apply_rope(x: Tensor, table: Tensor) -> Tensor:
-    """Rotate adjacent pairs of the head dimension, in float32.
-
-    Args:
-        x: [B, heads, N, D] query or key.
-        table: [N, D / 2] complex64 from `rope_table`.
-    Returns:
-        [B, heads, N, D] in x's dtype.
-    """
-    wide = x.to(torch.promote_types(x.dtype, torch.float32)).unflatten(-1, (-1, 2)).contiguous()
-    return torch.view_as_real(torch.view_as_complex(wide) * table).flatten(-2).to(x.dtype)
-
-
 def sinusoidal_embedding(values: Tensor, dim: int = 256) -> Tensor:
     """[B] values on the 0-1000 scale -> [B, dim] float32, cosines first, maximal period 10000."""
     exponents = torch.arange(dim // 2, dtype=torch.float32, device=values.device) / (dim // 2)
     angles = values.float()[:, None] * torch.exp(-math.log(10000.0) * exponents)
     return torch.cat([angles.cos(), angles.sin()], dim=-1)
-
-
-def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """LayerNorm without weights, then scale and shift; x [B, N, C], shift and scale [B, 1, C]."""
-    return torch.addcmul(shift, F.layer_norm(x, x.shape[-1:], eps=1e-6), 1 + scale)
 
 
 def split_heads(qkv: Tensor, head_dim: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -167,15 +154,18 @@ class MLP(nn.Module):
 
 
 class Modulation(nn.Module):
-    """Conditioning vector to `chunks` rows of shifts, scales and gates, each [B, 1, C]."""
+    """Conditioning vector to a row of `chunks` shifts, scales and gates; [B, C] -> [B, 1, all].
+
+    A third of the model's weights, and nothing but (timestep, pooled text, guidance) goes in: see
+    modulation.py.
+    """
 
     def __init__(self, hidden_size: int, chunks: int) -> None:
         super().__init__()
-        self.chunks = chunks
         self.linear = nn.Linear(hidden_size, chunks * hidden_size)
 
-    def forward(self, vec: Tensor) -> tuple[Tensor, ...]:
-        return self.linear(F.silu(vec))[:, None].chunk(self.chunks, dim=-1)
+    def forward(self, vec: Tensor) -> Tensor:
+        return self.linear(F.silu(vec))[:, None]
 
 
 class RefinerBlock(nn.Module):
@@ -241,32 +231,44 @@ class DoubleBlock(nn.Module):
         self.txt_attn_proj = nn.Linear(hidden, hidden)
         self.txt_mlp = MLP(hidden, inner, nn.GELU(approximate="tanh"))
 
+    @property
+    def modulations(self) -> list[Modulation]:
+        """Those whose rows `forward` takes, in its order."""
+        return [self.img_mod, self.txt_mod]
+
     def forward(
-        self, img: Tensor, txt: Tensor, vec: Tensor, rope: Tensor, attention: Attention
-    ) -> tuple[Tensor, Tensor]:
-        img_shift1, img_scale1, img_gate1, img_shift2, img_scale2, img_gate2 = self.img_mod(vec)
-        txt_shift1, txt_scale1, txt_gate1, txt_shift2, txt_scale2, txt_gate2 = self.txt_mod(vec)
-
-        qkv = self.img_attn_qkv(modulate(img, img_shift1, img_scale1))
-        img_q, img_k, img_v = split_heads(qkv, self.head_dim)
-        qkv = self.txt_attn_qkv(modulate(txt, txt_shift1, txt_scale1))
-        txt_q, txt_k, txt_v = split_heads(qkv, self.head_dim)
-        del qkv
-        query = torch.cat(
-            [apply_rope(self.img_attn_q_norm(img_q), rope), self.txt_attn_q_norm(txt_q)], dim=2
-        )
-        key = torch.cat(
-            [apply_rope(self.img_attn_k_norm(img_k), rope), self.txt_attn_k_norm(txt_k)], dim=2
-        )
-        value = torch.cat([img_v, txt_v], dim=2)
-        attended = rearrange(attention(query, key, value), "B H S D -> B S (H D)")
+        self, img: Tensor, txt: Tensor, rows: tuple[Tensor, ...], rope: Tensor,
+        attention: Attention, layout: Layout,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        img_shift1, img_scale1, img_gate1, img_shift2, img_scale2, img_gate2 = rows[0].chunk(6, -1)
+        txt_shift1, txt_scale1, txt_gate1, txt_shift2, txt_scale2, txt_gate2 = rows[1].chunk(6, -1)
+        img_normed = _norm_for(self.img_attn_qkv, img, img_shift1, img_scale1)
+        txt_normed = _norm_for(self.txt_attn_qkv, txt, txt_shift1, txt_scale1)
+        norms = (self.img_attn_q_norm, self.img_attn_k_norm)
+        norms += (self.txt_attn_q_norm, self.txt_attn_k_norm)
+        attended = _attend(
+            [(self.img_attn_qkv, img_normed), (self.txt_attn_qkv, txt_normed)],
+            img, img.shape[1] + txt.shape[1], norms, rope, attention, layout,
+        )  # fmt: skip
+        del img_normed, txt_normed
         img_attended, txt_attended = attended.split([img.shape[1], txt.shape[1]], dim=1)
+        del attended
+        img_out = linear(self.img_attn_proj, _rounded_for(self.img_attn_proj, img_attended))
+        txt_out = linear(self.txt_attn_proj, _rounded_for(self.txt_attn_proj, txt_attended))
+        del img_attended, txt_attended
 
-        img = torch.addcmul(img, self.img_attn_proj(img_attended), img_gate1)
-        img = torch.addcmul(img, self.img_mlp(modulate(img, img_shift2, img_scale2)), img_gate2)
-        txt = torch.addcmul(txt, self.txt_attn_proj(txt_attended), txt_gate1)
-        txt = torch.addcmul(txt, self.txt_mlp(modulate(txt, txt_shift2, txt_scale2)), txt_gate2)
-        return img, txt
+        img, img_normed = kernels.residual_layer_norm_modulate(
+            img, img_out, img_gate1, img_shift2, img_scale2, input_format(self.img_mlp.fc1)
+        )
+        del img_out
+        img_out = _feed_forward(self.img_mlp, img_normed, img, layout.mlp_chunks)
+        del img_normed
+        img = kernels.gated_residual(img, img_out, img_gate2)
+        txt, txt_normed = kernels.residual_layer_norm_modulate(
+            txt, txt_out, txt_gate1, txt_shift2, txt_scale2, input_format(self.txt_mlp.fc1)
+        )
+        txt_out = _feed_forward(self.txt_mlp, txt_normed, txt, 1)
+        return img, kernels.gated_residual(txt, txt_out, txt_gate2)
 
 
 class SingleBlock(nn.Module):
@@ -275,32 +277,126 @@ class SingleBlock(nn.Module):
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
         hidden, head_dim = config.hidden_size, config.attention_head_dim
-        self.head_dim = head_dim
-        self.split_sizes = [3 * hidden, int(hidden * config.mlp_ratio)]
+        inner = int(hidden * config.mlp_ratio)
         self.modulation = Modulation(hidden, 3)
-        self.linear1 = nn.Linear(hidden, sum(self.split_sizes))
+        self.linear1 = nn.Linear(hidden, 3 * hidden + inner)  # queries, keys, values, MLP
         self.q_norm = nn.RMSNorm(head_dim, eps=1e-6)
         self.k_norm = nn.RMSNorm(head_dim, eps=1e-6)
-        self.mlp_act = nn.GELU(approximate="tanh")
-        self.linear2 = nn.Linear(hidden + self.split_sizes[1], hidden)
+        self.linear2 = nn.Linear(hidden + inner, hidden)  # of attention, of MLP
 
-    def forward(self, x: Tensor, vec: Tensor, rope: Tensor, attention: Attention) -> Tensor:
-        shift, scale, gate = self.modulation(vec)
-        qkv, inner = self.linear1(modulate(x, shift, scale)).split(self.split_sizes, dim=-1)
-        query, key, value = split_heads(qkv, self.head_dim)
-        query = rotate_image_tokens(self.q_norm(query), rope)
-        key = rotate_image_tokens(self.k_norm(key), rope)
-        attended = rearrange(attention(query, key, value), "B H S D -> B S (H D)")
-        return torch.addcmul(
-            x, self.linear2(torch.cat([attended, self.mlp_act(inner)], dim=-1)), gate
+    @property
+    def modulations(self) -> list[Modulation]:
+        """Those whose rows `forward` takes."""
+        return [self.modulation]
+
+    def forward(
+        self, x: Tensor, rows: tuple[Tensor, ...], rope: Tensor, attention: Attention,
+        layout: Layout,
+    ) -> Tensor:  # fmt: skip
+        shift, scale, gate = rows[0].chunk(3, dim=-1)
+        hidden = x.shape[2]
+        normed = _norm_for(self.linear1, x, shift, scale)
+        norms = (self.q_norm, self.k_norm, self.q_norm, self.k_norm)
+        attended = _attend(
+            [(self.linear1, normed)], x, x.shape[1], norms, rope, attention, layout
         )
+        attended = _rounded_for(self.linear2, attended)
+        out = linear(self.linear2, attended, columns=slice(0, hidden))
+        del attended
+        for part in _parts(x.shape[1], layout.mlp_chunks):
+            inner = linear(self.linear1, _tokens(normed, part), rows=slice(3 * hidden, None))
+            inner = kernels.gelu(inner, input_format(self.linear2))
+            linear(self.linear2, inner, columns=slice(hidden, None), out=out[:, part], add=True)
+            del inner  # before the next part is made
+        return kernels.gated_residual(x, out, gate)
 
 
-def rotate_image_tokens(x: Tensor, rope: Tensor) -> Tensor:
-    """Rotate the image part of [B, heads, S, D] (the first N tokens); text keeps its place."""
-    num_image_tokens = rope.shape[0]
-    rotated = apply_rope(x[:, :, :num_image_tokens], rope)
-    return torch.cat([rotated, x[:, :, num_image_tokens:]], dim=2)
+def _parts(length: int, count: int) -> list[slice]:
+    """`count` runs of about equal length."""
+    ends = [length * part // count for part in range(count + 1)]
+    return [slice(start, end) for start, end in pairwise(ends) if end > start]
+
+
+def _tokens(x: Tensor | Rows, part: slice) -> Tensor | Rows:
+    if isinstance(x, Tensor):
+        return x[:, part]
+    return Rows(x.values[:, part], x.scale[:, part])
+
+
+def _norm_for(layer: nn.Module, x: Tensor, shift: Tensor, scale: Tensor) -> Tensor | Rows:
+    """The modulated LayerNorm of x, as the layer wants its input."""
+    return kernels.layer_norm_modulate(x, shift, scale, input_format(layer))
+
+
+def _rounded_for(layer: nn.Module, x: Tensor) -> Tensor | Rows:
+    to = input_format(layer)
+    return x if to is None else kernels.quantize_rows(x, to)
+
+
+def _feed_forward(mlp: MLP, normed: Tensor | Rows, like: Tensor, chunks: int) -> Tensor:
+    """The MLP of a block, some tokens at a time, so that its wide middle is never whole."""
+    if chunks == 1:
+        return linear(mlp.fc2, kernels.gelu(linear(mlp.fc1, normed), input_format(mlp.fc2)))
+    out = torch.empty_like(like)
+    for part in _parts(like.shape[1], chunks):
+        inner = kernels.gelu(linear(mlp.fc1, _tokens(normed, part)), input_format(mlp.fc2))
+        linear(mlp.fc2, inner, out=out[:, part])
+        del inner  # before the next part is made
+    return out
+
+
+def _attend(
+    streams: list[tuple[nn.Module, Tensor | Rows]], like: Tensor, length: int,
+    norms: tuple[nn.RMSNorm, ...], rope: Tensor, attention: Attention, layout: Layout,
+) -> Tensor:  # fmt: skip
+    """Joint attention of all tokens of the streams, some heads at a time.
+
+    Queries, keys and values of all streams are projected into one buffer, so that nothing is
+    concatenated, and normalised and rotated in place.
+
+    Args:
+        streams: (layer whose first rows are the q, k, v projection, its input), in order.
+        like: of the dtype, device, batch and width of the result. length: all tokens.
+        norms: of queries and keys of image tokens, of queries and keys of text tokens.
+    Returns:
+        [B, length, C].
+    """
+    batch, _, hidden = like.shape
+    head_dim = len(norms[0].weight)
+    weights = [norm.weight for norm in norms]
+    groups = _parts(hidden // head_dim, layout.head_groups)
+    if len(groups) == 1:
+        qkv = _project(streams, like, length, slice(0, hidden)).unflatten(3, (-1, head_dim))
+        query, key, value = kernels.qk_norm_rope(qkv, *weights, rope).permute(2, 0, 3, 1, 4)
+        return attention(query, key, value).transpose(1, 2).flatten(2)
+    attended = like.new_empty(batch, length, hidden)
+    for heads in groups:
+        columns = slice(heads.start * head_dim, heads.stop * head_dim)
+        qkv = _project(streams, like, length, columns).unflatten(3, (-1, head_dim))
+        query, key, value = kernels.qk_norm_rope(qkv, *weights, rope).permute(2, 0, 3, 1, 4)
+        attended[:, :, columns] = attention(query, key, value).transpose(1, 2).flatten(2)
+        del qkv, query, key, value  # before the next group is made
+    return attended
+
+
+def _project(
+    streams: list[tuple[nn.Module, Tensor | Rows]], like: Tensor, length: int, columns: slice
+) -> Tensor:
+    """[B, length, 3, columns]: those columns of the queries, keys and values of all streams."""
+    hidden, width = like.shape[2], columns.stop - columns.start
+    qkv = like.new_empty(like.shape[0], length, 3, width)
+    start = 0
+    for layer, normed in streams:
+        tokens = (normed if isinstance(normed, Tensor) else normed.values).shape[1]
+        into = qkv[:, start : start + tokens]
+        start += tokens
+        if width == hidden:
+            linear(layer, normed, slice(0, 3 * hidden), out=into.flatten(2))
+            continue
+        for index in range(3):
+            rows = slice(index * hidden + columns.start, index * hidden + columns.stop)
+            linear(layer, normed, rows, out=into[:, :, index])
+    return qkv
 
 
 class FinalLayer(nn.Module):
@@ -313,6 +409,6 @@ class FinalLayer(nn.Module):
         self.linear = nn.Linear(hidden, patch_volume * config.out_channels)
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden, 2 * hidden))
 
-    def forward(self, x: Tensor, vec: Tensor) -> Tensor:
-        shift, scale = self.adaLN_modulation(vec)[:, None].chunk(2, dim=-1)
-        return self.linear(modulate(x, shift, scale))
+    def forward(self, x: Tensor, row: Tensor) -> Tensor:
+        shift, scale = row.chunk(2, dim=-1)
+        return self.linear(kernels.layer_norm_modulate(x, shift, scale))

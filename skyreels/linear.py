@@ -29,7 +29,8 @@ def linear(
         x: [B, S, C], C the number of columns taken; `Rows` only for an 8-bit layer.
         rows: of the weight, the output channels. columns: of the weight, the input channels; the
             bias belongs to the part that holds the first column.
-        out: [B, S, rows] to write to, contiguous within each batch. add: to add to `out` instead.
+        out: [B, S, rows] to write to, channels contiguous. add: to add to `out` instead; then the
+            part has no bias.
     Returns:
         [B, S, rows]; `out` if it was given.
     """

@@ -149,8 +149,13 @@ def qk_norm_rope(
 
 
 def gelu(x: Tensor, to: RowFormat | None = None) -> Tensor | Rows:
-    """tanh-GELU, [B, S, C]; torch's own where nothing is rounded."""
-    return reference.gelu(x) if to is None else Rows(*_gelu_quantize(x, *to))
+    """tanh-GELU, [B, S, C]; torch's own, in place unless x needs gradients, where nothing is
+    rounded."""
+    if to is not None:
+        return Rows(*_gelu_quantize(x, *to))
+    if torch.is_grad_enabled() and x.requires_grad:
+        return reference.gelu(x)
+    return torch.ops.aten.gelu_(x, approximate="tanh")
 
 
 def quantize_rows(x: Tensor, to: RowFormat) -> Rows:

@@ -96,7 +96,8 @@ def test_every_block_goes_through_run_block():
         return block(*args)
 
     model(**tiny.inputs(model.config), run_block=run_block)
-    assert [id(block) for block in seen] == [id(block) for block in model.blocks]
+    everything = [*model.conditioners, *model.blocks]
+    assert list(map(id, seen)) == list(map(id, everything))
 
 
 def test_two_forwards_are_bit_identical():
