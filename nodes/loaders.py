@@ -53,8 +53,8 @@ class SkyReelsTransformerLoader:
                     {
                         "default": "auto",
                         "tooltip": "auto keeps what the file holds. bf16 is exact (25.6 GB). fp8 "
-                        "and int8 store the block weights in 8 bits (16.6 GB): errors per weight "
-                        "about 2.6 % and 0.7 %. fp32 is for checks (51 GB).",
+                        "and int8 round the block weights to 8 bits (17 GB) and multiply in 8 bits "
+                        "where the card can: not exact, see the help. fp32 is for checks (51 GB).",
                     },
                 ),
             },

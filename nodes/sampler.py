@@ -4,6 +4,8 @@ from typing import Any
 
 from torch import Tensor
 
+from ..skyreels.attention import MODES
+from ..skyreels.cache import CACHES
 from ..skyreels.conditioning import ImageConditioning
 from ..skyreels.config import MAX_STEPS, Guidance
 from ..skyreels.sampling import check_inputs, euler, get_sigmas, run_bytes, sample
@@ -240,6 +242,29 @@ class SkyReelsSampler:
                         "sigmas ended where these begin.",
                     },
                 ),
+                "cache": (
+                    list(CACHES),
+                    {
+                        "default": "off",
+                        "advanced": True,
+                        "tooltip": "Skips steps that can be foretold; off is exact. Passes of 60 "
+                        "that are left on the built-in model, and what the clip keeps of the exact "
+                        "one: easy 35, 69 dB; fast 27, 61 dB; first-block 33, 57 dB (holds 0.7 GB "
+                        "at 960x544x97). Euler only.",
+                    },
+                ),
+                "attention": (
+                    list(MODES),
+                    {
+                        "default": "exact",
+                        "advanced": True,
+                        "tooltip": "fast rounds it to 8 bits where comfy-kitchen, SageAttention, "
+                        "FA3 or our Triton kernel is here, right within 4 % on a probe and faster "
+                        "than exact; else it stays exact, and the log says why. Takes up to 1 GB "
+                        "more at 960x544x97. On the built-in model ours leaves the clip at "
+                        "46 dB to the exact one.",
+                    },
+                ),
             },
             "hidden": {"unique_id": "UNIQUE_ID"},
         }
@@ -267,6 +292,8 @@ class SkyReelsSampler:
         riflex_k: int = 4,
         resume: bool = False,
         add_noise: bool = True,
+        cache: str = "off",
+        attention: str = "exact",
         unique_id: str | None = None,
     ) -> tuple[convert.Latent]:
         prompt = convert.to_prompt_embeds(positive, "positive")
@@ -293,7 +320,7 @@ class SkyReelsSampler:
         runtime = host.ComfyRuntime(unique_id, with_preview=True)
         inputs = (model.module, image, prompt, negative_prompt)
         check_inputs(*inputs, sigmas, guidance, init_latents)
-        host.bring_in(model, runtime, run_bytes(*inputs))
+        host.bring_in(model, runtime, run_bytes(*inputs, CACHES[cache], attention=attention))
         samples = sample(
             *inputs,
             seed=seed,
@@ -304,6 +331,8 @@ class SkyReelsSampler:
             add_noise=add_noise,
             riflex_k=riflex_k,
             resume=host.resume_folder() if resume else None,
+            cache=CACHES[cache],
+            attention=attention,
             runtime=runtime,
         )
         return ({**(latent or {}), "samples": samples},)

@@ -6,6 +6,7 @@
 Nothing here knows about ComfyUI: whatever hosts the engine passes in a Runtime.
 """
 
+from .cache import CACHES, CacheConfig
 from .checkpoint import CheckpointInfo, inspect
 from .conditioning import ImageConditioning, encode_image
 from .config import Guidance, Tiling, TransformerConfig, VAEConfig
@@ -28,6 +29,8 @@ from .vae.model import VideoVAE
 from .vae.tiling import decode_frames, iter_decode
 
 __all__ = [
+    "CACHES",
+    "CacheConfig",
     "CheckpointError",
     "CheckpointInfo",
     "DependencyError",

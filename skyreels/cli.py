@@ -15,6 +15,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from .attention import MODES
+from .cache import CACHES
 from .config import TILINGS, TRANSFORMER_PRECISIONS
 from .errors import OptionError, SkyReelsError
 
@@ -138,6 +140,12 @@ def build_parser() -> argparse.ArgumentParser:
     generate.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     generate.add_argument("--decode", choices=("auto", "full", *TILINGS), default="auto")
     generate.add_argument(
+        "--attention", choices=MODES, default="exact", help="fast rounds to 8 bits on a GPU"
+    )
+    generate.add_argument(
+        "--cache", choices=tuple(CACHES), default="off", help="skip steps; off is exact"
+    )
+    generate.add_argument(
         "--resume", type=Path, metavar="FILE", help="keep finished steps here, continue from them"
     )
     generate.add_argument(
@@ -235,7 +243,8 @@ def _generate(
         guidance=Guidance(arguments.cfg, arguments.embedded_guidance),
         fit=arguments.fit, noise_augmentation=arguments.noise_augmentation,
         latent_strength=arguments.latent_strength, decode=arguments.decode,
-        resume=arguments.resume, runtime=runtime,
+        resume=arguments.resume, attention=arguments.attention, cache=CACHES[arguments.cache],
+        runtime=runtime,
         riflex_k=0 if arguments.transformer is None else 4,  # the tiny one has two frequencies
     )  # fmt: skip
 
@@ -360,6 +369,7 @@ def run_doctor(arguments: argparse.Namespace) -> dict[str, Any]:
     if not arguments.json:
         for section, values in findings.items():
             say(section)
+            width = max(map(len, values))
             for name, text in values.items():
-                say(f"  {name:18} {text}")
+                say(f"  {name:{width}}  {text}")
     return findings

@@ -76,6 +76,8 @@ class Guidance:
     guidance_rescale: 0..1, pulls the std of the guided velocity to the positive one's.
     cfg_zero_star: project the negative prediction on the positive one (CFG-Zero*).
     zero_init_steps: first steps whose velocity is zero (CFG-Zero*, paper only).
+    cfg_reuse: after the first 15 % of the steps the negative pass runs in every such step only, and
+        its difference to the positive one is used again in those between; 0 or 1 is off.
     """
 
     true_cfg_scale: float = 6.0
@@ -85,6 +87,7 @@ class Guidance:
     guidance_rescale: float = 0.0
     cfg_zero_star: bool = False
     zero_init_steps: int = 0
+    cfg_reuse: int = 0
 
 
 @dataclass(frozen=True)

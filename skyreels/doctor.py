@@ -1,6 +1,7 @@
 """What this machine offers, what of it is used, and why the rest is not.
 
-Optional packages are looked up, never imported: a broken one must not break the diagnosis.
+Optional packages are looked up, not imported: a broken one must not break the diagnosis. Triton is
+the exception where a GPU is there, as only a trial shows whether its kernels work (selection.py).
 """
 
 import importlib.metadata
@@ -11,8 +12,10 @@ from pathlib import Path
 
 import torch
 
+from . import attention, quant
 from .checkpoint import FAMILY_NAMES, inspect
 from .errors import SkyReelsError
+from .kernels import selection
 from .runtime import TorchRuntime
 
 #: package -> what it is for here
@@ -26,11 +29,14 @@ PACKAGES = {
     "av": "writing videos outside ComfyUI",
     "pillow": "reading and resizing pictures",
 }
-#: kernels of other packages, none of which this version uses yet
+#: packages with kernels
 KERNELS = {
-    "triton": "no kernel of ours needs it in this version",
-    "comfy_kitchen": "8-bit attention and linears are not used in this version",
-    "sageattention": "8-bit attention is not exact and is not used in this version",
+    "triton": "compiles our fused kernels on NVIDIA GPUs",
+    "comfy_kitchen": (
+        "its fused norms and quantisers are not used, as no bench here has shown them to be faster "
+        "than ours; nor are its 8-bit linears in this version. Its attention: see there"
+    ),
+    "sageattention": "8-bit attention, not exact: tried where fast attention is asked for",
 }
 MODEL_FOLDERS = ("diffusion_models", "unet", "diffusers", "vae", "text_encoders", "clip")
 
@@ -80,10 +86,7 @@ def _devices() -> dict[str, str]:
 
 
 def _kernels() -> dict[str, str]:
-    found = {
-        "attention": "torch scaled_dot_product_attention: used, exact",
-        "8-bit linears": "weights widened to the activations' dtype on each call: used",
-    }
+    found = {}
     cudnn = torch.backends.cudnn.version() if torch.cuda.is_available() else None
     if cudnn is not None and torch.__version__.startswith(("2.9", "2.10")) and cudnn < 91500:
         found["cudnn"] = (
@@ -93,7 +96,17 @@ def _kernels() -> dict[str, str]:
     for module, reason in KERNELS.items():
         present = importlib.util.find_spec(module) is not None
         found[module] = f"{'found' if present else 'not installed'}: {reason}"
+    for index in range(torch.cuda.device_count()):
+        device = torch.device("cuda", index)
+        for name, finding in _reports(device).items():
+            found[f"{name} (cuda:{index})"] = finding
+    if not torch.cuda.device_count():
+        found |= _reports(torch.device("cpu"))
     return found
+
+
+def _reports(device: torch.device) -> dict[str, str]:
+    return attention.report(device) | quant.report(device) | selection.report(device)
 
 
 def _weights() -> dict[str, str]:

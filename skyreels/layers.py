@@ -244,8 +244,9 @@ class DoubleBlock(nn.Module):
         txt_shift1, txt_scale1, txt_gate1, txt_shift2, txt_scale2, txt_gate2 = rows[1].chunk(6, -1)
         img_normed = _norm_for(self.img_attn_qkv, img, img_shift1, img_scale1)
         txt_normed = _norm_for(self.txt_attn_qkv, txt, txt_shift1, txt_scale1)
-        norms = (self.img_attn_q_norm, self.img_attn_k_norm)
-        norms += (self.txt_attn_q_norm, self.txt_attn_k_norm)
+        norms = [
+            self.img_attn_q_norm, self.img_attn_k_norm, self.txt_attn_q_norm, self.txt_attn_k_norm
+        ]  # fmt: skip
         attended = _attend(
             [(self.img_attn_qkv, img_normed), (self.txt_attn_qkv, txt_normed)],
             img, img.shape[1] + txt.shape[1], norms, rope, attention, layout,
@@ -296,18 +297,18 @@ class SingleBlock(nn.Module):
         shift, scale, gate = rows[0].chunk(3, dim=-1)
         hidden = x.shape[2]
         normed = _norm_for(self.linear1, x, shift, scale)
-        norms = (self.q_norm, self.k_norm, self.q_norm, self.k_norm)
-        attended = _attend(
-            [(self.linear1, normed)], x, x.shape[1], norms, rope, attention, layout
-        )
-        attended = _rounded_for(self.linear2, attended)
-        out = linear(self.linear2, attended, columns=slice(0, hidden))
+        norms = [self.q_norm, self.k_norm, self.q_norm, self.k_norm]
+        attended = _attend([(self.linear1, normed)], x, x.shape[1], norms, rope, attention, layout)
+        rounded = _rounded_for(self.linear2, attended)
         del attended
+        out = linear(self.linear2, rounded, columns=slice(0, hidden))
+        del rounded
         for part in _parts(x.shape[1], layout.mlp_chunks):
             inner = linear(self.linear1, _tokens(normed, part), rows=slice(3 * hidden, None))
-            inner = kernels.gelu(inner, input_format(self.linear2))
-            linear(self.linear2, inner, columns=slice(hidden, None), out=out[:, part], add=True)
-            del inner  # before the next part is made
+            active = kernels.gelu(inner, input_format(self.linear2))
+            del inner  # else it would live on while the next part is made
+            linear(self.linear2, active, columns=slice(hidden, None), out=out[:, part], add=True)
+            del active
         return kernels.gated_residual(x, out, gate)
 
 
@@ -347,7 +348,7 @@ def _feed_forward(mlp: MLP, normed: Tensor | Rows, like: Tensor, chunks: int) ->
 
 def _attend(
     streams: list[tuple[nn.Module, Tensor | Rows]], like: Tensor, length: int,
-    norms: tuple[nn.RMSNorm, ...], rope: Tensor, attention: Attention, layout: Layout,
+    norms: list[nn.RMSNorm], rope: Tensor, attention: Attention, layout: Layout,
 ) -> Tensor:  # fmt: skip
     """Joint attention of all tokens of the streams, some heads at a time.
 
@@ -363,7 +364,8 @@ def _attend(
     """
     batch, _, hidden = like.shape
     head_dim = len(norms[0].weight)
-    weights = [norm.weight for norm in norms]
+    q_norm, k_norm, text_q_norm, text_k_norm = (norm.weight for norm in norms)
+    weights = (q_norm, k_norm, text_q_norm, text_k_norm)
     groups = _parts(hidden // head_dim, layout.head_groups)
     if len(groups) == 1:
         qkv = _project(streams, like, length, slice(0, hidden)).unflatten(3, (-1, head_dim))
@@ -410,5 +412,5 @@ class FinalLayer(nn.Module):
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden, 2 * hidden))
 
     def forward(self, x: Tensor, row: Tensor) -> Tensor:
-        shift, scale = row.chunk(2, dim=-1)
+        shift, scale = row[:, None].chunk(2, dim=-1)
         return self.linear(kernels.layer_norm_modulate(x, shift, scale))

@@ -34,23 +34,22 @@ def linear(
     Returns:
         [B, S, rows]; `out` if it was given.
     """
-    bias = layer.bias if not columns.start else None
-    if bias is not None:
-        bias = bias[rows]
+    assert isinstance(layer, nn.Linear | QuantLinear)
+    bias = None if columns.start or layer.bias is None else layer.bias[rows]
     if isinstance(layer, QuantLinear):
-        result = layer.part(x, rows, columns, bias)
-    elif out is None or torch.is_grad_enabled():
-        result = F.linear(x, layer.weight[rows, columns], bias)
-    else:
-        weight = layer.weight[rows, columns].T
-        for each, target in zip(x, out, strict=True):
-            if add:
-                target.addmm_(each, weight)
-            elif bias is None:
-                torch.mm(each, weight, out=target)
-            else:
-                torch.addmm(bias, each, weight, out=target)
-        return out
+        return layer.part(x, rows, columns, bias, out, add)
+    if not isinstance(x, Tensor):
+        raise TypeError("Rows of 8 bits belong to an 8-bit layer.")
     if out is None:
-        return result
-    return out.add_(result) if add else out.copy_(result)
+        return F.linear(x, layer.weight[rows, columns], bias)
+    if torch.is_grad_enabled():
+        result = F.linear(x, layer.weight[rows, columns], bias)
+        return out.add_(result) if add else out.copy_(result)
+    weight = layer.weight[rows, columns].T
+    for each, target in zip(x, out, strict=True):
+        before = target if add else bias
+        if before is None:
+            torch.mm(each, weight, out=target)
+        else:
+            torch.addmm(before, each, weight, out=target)
+    return out

@@ -39,6 +39,7 @@ from .config import (
     VAEConfig,
 )
 from .errors import CheckpointError, OptionError
+from .kernels import RowFormat
 from .keymaps import HALF_SWAPPED, transformer_sources, vae_sources
 from .model import SkyReelsTransformer
 from .quant import (
@@ -48,6 +49,7 @@ from .quant import (
     dequantize,
     is_quantizable,
     quantize,
+    rotation_size,
 )
 from .runtime import Runtime
 from .vae.model import VideoVAE
@@ -55,6 +57,8 @@ from .vae.model import VideoVAE
 _FLOAT_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 LATENT_CHANNELS = 16
+#: of a weight that are looked at together: 4 MB in float32
+CHECKED_ELEMENTS = 1024**2
 VAE_FILE = "hunyuan_video_vae_bf16.safetensors of Comfy-Org/HunyuanVideo_repackaged"
 I2V_FILE = "skyreels_hunyuan_i2v_bf16.safetensors of Kijai/SkyReels-V1-Hunyuan_comfy"
 
@@ -71,9 +75,12 @@ def load_transformer(
 
     Args:
         path: any layout of keymaps.py, as a file or a diffusers folder.
-        precision: "auto" keeps what the file holds (8-bit weights stay 8-bit, float32 stays
-            float32, anything else computes in bfloat16); "fp32" and "bf16" widen or round
-            everything; "fp8" and "int8" store the block linears in 8 bits, a scale per row.
+        precision: "auto" keeps what the file holds (float32 stays float32, anything else computes
+            in bfloat16, and 8-bit weights stay 8-bit but are widened for every call: the numbers
+            other implementations get from such a file); "fp32" and "bf16" widen or round
+            everything; "fp8" and "int8" round the block linears to 8 bits, a scale per row, int8
+            after a rotation, and have them multiplied in 8 bits where the device can (quant.py). A
+            file's own fp8 weights are used for "fp8" as they are.
         runtime: progress "load" in bytes; asked for an interrupt before every tensor.
     Returns:
         The module in eval mode, without gradients.
@@ -90,12 +97,13 @@ def load_transformer(
         compute_dtype = torch.float32 if _main_dtype(info) == torch.float32 else torch.bfloat16
     else:
         compute_dtype = _FLOAT_DTYPES.get(precision, torch.bfloat16)
+    weight_format = _weight_format(precision, config)
     return _assemble(
         info,
         lambda: SkyReelsTransformer(config),
         lambda name: transformer_sources(name, info.layout),
-        keep_8bit=precision == "auto",
-        storage_dtype=STORAGE_DTYPES.get(precision),
+        keep_8bit=precision not in _FLOAT_DTYPES,
+        storage=lambda name: weight_format if is_quantizable(name, config.num_layers) else None,
         compute_dtype=compute_dtype,
         runtime=runtime,
     )
@@ -123,10 +131,20 @@ def load_vae(path: str | PathLike[str], *, precision: str = "auto", runtime: Run
         lambda: VideoVAE(config),
         lambda name: vae_sources(name, info.layout, levels),
         keep_8bit=False,
-        storage_dtype=None,
+        storage=lambda name: None,
         compute_dtype=_FLOAT_DTYPES[precision],
         runtime=runtime,
     )
+
+
+def _weight_format(precision: str, config: TransformerConfig) -> RowFormat | None:
+    """What block linears are rounded to; one rotation, which divides the widths of all of them."""
+    if precision not in STORAGE_DTYPES:
+        return None
+    storage_dtype, hidden = STORAGE_DTYPES[precision], config.hidden_size
+    if storage_dtype != torch.int8:
+        return RowFormat(storage_dtype)
+    return RowFormat(storage_dtype, rotation_size(hidden, int(hidden * config.mlp_ratio)))
 
 
 def check_transformer(path: str | PathLike[str]) -> CheckpointInfo:
@@ -347,10 +365,11 @@ def _assemble(
     sources: Callable[[str], tuple[str, ...]],
     *,
     keep_8bit: bool,
-    storage_dtype: torch.dtype | None,
+    storage: Callable[[str], RowFormat | None],
     compute_dtype: torch.dtype,
     runtime: Runtime,
 ) -> ModuleT:
+    """keep_8bit: of weights in blocks. storage: name -> what a weight is to be rounded to."""
     with torch.device("meta"):
         module = build()
     shapes = {name: tuple(p.shape) for name, p in module.state_dict().items()}
@@ -368,27 +387,44 @@ def _assemble(
             layer_name, _, attribute = target.name.rpartition(".")
             layer = module.get_submodule(layer_name)
             fits = attribute == "weight" and isinstance(layer, nn.Linear)
-            is_8bit = weight.dtype in STORAGE_DTYPES.values() or weight.dtype in FLOAT8_DTYPES
             in_block = target.name.startswith(("double_blocks.", "single_blocks."))
-            if storage_dtype is not None and fits and is_quantizable(target.name):
-                if is_8bit or scale is not None:
+            wanted = storage(target.name) if fits else None
+            rotation, weight_only = 0, True
+            if wanted is not None and _is_stored_as(weight, wanted.dtype):
+                weight_only = weight.dtype == torch.int8  # whoever made that did not rotate it
+            elif wanted is not None:
+                if _is_8bit(weight) or scale is not None:
                     weight = dequantize(weight, scale, torch.float32)
-                weight, scale = quantize(weight, storage_dtype)
-            elif not (is_8bit and keep_8bit and fits and in_block):
+                rotation, weight_only = wanted.rotation, False
+                weight, scale = quantize(weight, wanted.dtype, rotation, runtime.device)
+            elif not (_is_8bit(weight) and keep_8bit and fits and in_block):
                 weight = _widened(info, target, weight, scale, compute_dtype)
                 scale = None
             if target.swap_halves:
                 weight = torch.cat(weight.chunk(2)[::-1])
-            if weight.dtype in STORAGE_DTYPES.values() or weight.dtype in FLOAT8_DTYPES:
+            if _is_8bit(weight):
                 scale = None if scale is None else scale.to(device)
                 bias = dict(layer.named_parameters()).get("bias")
-                module.set_submodule(layer_name, QuantLinear(weight.to(device), scale, bias))
+                quantized = QuantLinear(
+                    weight.to(device), scale, bias, rotation=rotation, weight_only=weight_only,
+                    compute_dtype=compute_dtype,
+                )  # fmt: skip
+                module.set_submodule(layer_name, quantized)
             else:
                 parameter = nn.Parameter(weight.to(device), requires_grad=False)
                 setattr(layer, attribute, parameter)
             done += sum(part.entry.num_bytes for part in target.parts)
             runtime.progress("load", done, total)
     return module.eval()
+
+
+def _is_8bit(weight: Tensor) -> bool:
+    return weight.dtype == torch.int8 or weight.dtype in FLOAT8_DTYPES
+
+
+def _is_stored_as(weight: Tensor, wanted: torch.dtype) -> bool:
+    """Whether a weight is used as it is where `wanted` is asked for; e5m2 counts as fp8."""
+    return weight.dtype == wanted or (wanted in FLOAT8_DTYPES and weight.dtype in FLOAT8_DTYPES)
 
 
 def _check_formats(info: CheckpointInfo, reader: _Reader) -> None:
@@ -491,8 +527,11 @@ def _is_finite(weight: Tensor) -> bool:
     """Whether a tensor of any dtype holds neither NaN nor infinity.
 
     A float32 sum is finite unless an element is not (or thousands are near the largest float, which
-    the slow second look forgives), and reads the weight only once.
+    the slow second look forgives), and reads the weight only once. A piece at a time: what is not
+    float32 is copied to it.
     """
+    if weight.numel() > CHECKED_ELEMENTS:
+        return all(map(_is_finite, weight.flatten().split(CHECKED_ELEMENTS)))
     if weight.dtype in FLOAT8_DTYPES:
         codes = weight.view(torch.uint8) & 0x7F
         # e4m3fn: only 0x7f is NaN; e5m2: everything from 0x7c up is infinity or NaN

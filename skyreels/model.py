@@ -2,11 +2,11 @@
 
 Own forward pass, held to diffusers' and ComfyUI's by tests. What a host or a faster build may
 change is passed in or swapped, never patched: `attention` is a function, linear layers are
-submodules that can be replaced, and `run_block` wraps the call of every conditioner and block, which
-is where progress, cancelling and streaming of weights happen.
+submodules that can be replaced, and `run_block` wraps every conditioner and block, which is
+where cancelling and streaming of weights happen.
 
-A prediction is made in two parts: `condition` (text and time, nothing of the latents) and `denoise`.
-A run computes the first for all its steps at once (modulation.py).
+A prediction is made in two parts: `condition` knows text and time and nothing of the latents, and
+`denoise` does the rest. A run computes the first for all its steps at once (modulation.py).
 """
 
 from collections.abc import Callable
@@ -38,7 +38,8 @@ class StepConditioning(NamedTuple):
     """What one forward pass is told by text and time.
 
     text: [B, L, hidden] refined text tokens.
-    rows: for every block, then for the final layer, the rows [B, 1, chunks * hidden] it takes.
+    rows: for every block, [B, 1, chunks * hidden] for each of its streams; then for the final
+        layer [B, 2 * hidden].
     """
 
     text: Tensor
@@ -78,7 +79,7 @@ class SkyReelsTransformer(nn.Module):
         return self.img_in.proj.weight.dtype
 
     @property
-    def blocks(self) -> list[nn.Module]:
+    def blocks(self) -> list[Any]:
         """The double blocks, then the single blocks: what can be streamed to a small device."""
         return [*self.double_blocks, *self.single_blocks]
 
@@ -95,12 +96,21 @@ class SkyReelsTransformer(nn.Module):
         return frames // self.config.patch_size_t, height // patch, width // patch
 
     @property
+    def embedders(self) -> list[nn.Module]:
+        """What `embed` needs, in its order."""
+        modules = (self.time_in, self.vector_in, self.guidance_in, self.txt_in)
+        return [module for module in modules if module is not None]
+
+    @property
+    def modulations(self) -> list[list[nn.Module]]:
+        """What makes the rows of every block, then of the final layer."""
+        of_blocks: list[list[nn.Module]] = [block.modulations for block in self.blocks]
+        return [*of_blocks, [self.final_layer.adaLN_modulation]]
+
+    @property
     def conditioners(self) -> list[nn.Module]:
         """What only `condition` needs: 3.76 G of the 12.82 G parameters. The rest denoises."""
-        outer = [self.time_in, self.vector_in, self.guidance_in, self.txt_in]
-        inner = [modulation for block in self.blocks for modulation in block.modulations]
-        last = self.final_layer.adaLN_modulation
-        return [module for module in (*outer, *inner, last) if module is not None]
+        return [*self.embedders, *(module for modules in self.modulations for module in modules)]
 
     def condition(
         self,
@@ -121,12 +131,8 @@ class SkyReelsTransformer(nn.Module):
             timestep, encoder_hidden_states, pooled_projections, guidance,
             attention=attention, run_block=run_block,
         )  # fmt: skip
-        rows = [
-            tuple(run_block(modulation, vec) for modulation in block.modulations)
-            for block in self.blocks
-        ]
-        last = run_block(self.final_layer.adaLN_modulation, vec)[:, None]
-        return StepConditioning(text, (*rows, (last,)))
+        rows = [tuple(run_block(module, vec) for module in modules) for modules in self.modulations]
+        return StepConditioning(text, tuple(rows))
 
     def embed(
         self,

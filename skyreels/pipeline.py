@@ -4,7 +4,8 @@ from pathlib import Path
 
 from torch import Tensor
 
-from .attention import Attention, sdpa
+from .attention import Attention
+from .cache import OFF, CacheConfig
 from .conditioning import encode_image
 from .config import Guidance
 from .model import SkyReelsTransformer
@@ -36,7 +37,8 @@ def image_to_video(
     riflex_k: int = 4,
     decode: str = "auto",
     resume: Path | None = None,
-    attention: Attention = sdpa,
+    attention: Attention | str = "exact",
+    cache: CacheConfig = OFF,
     runtime: Runtime,
 ) -> Tensor:
     """A picture and a prompt become a video.
@@ -61,6 +63,7 @@ def image_to_video(
     )  # fmt: skip
     vae_latents = sample(
         transformer, conditioning, prompt, negative, seed=seed, sigmas=sigmas, guidance=guidance,
-        solver=solver, riflex_k=riflex_k, resume=resume, attention=attention, runtime=runtime,
+        solver=solver, riflex_k=riflex_k, resume=resume, attention=attention, cache=cache,
+        runtime=runtime,
     )  # fmt: skip
     return decode_frames(vae, vae_latents, decode, runtime=runtime)

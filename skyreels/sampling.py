@@ -9,13 +9,15 @@ import hashlib
 import logging
 import os
 from collections.abc import Callable
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from .attention import Attention, sdpa
+from .attention import FAST_BYTES, Attention, choose_attention, sdpa
+from .cache import OFF, CacheConfig, cache_bytes, protected_start, start_cache
 from .conditioning import (
     ImageConditioning,
     latent_shape,
@@ -23,11 +25,12 @@ from .conditioning import (
     to_model_space,
     to_vae_space,
 )
-from .config import MAX_STEPS, NUM_TRAIN_TIMESTEPS, Guidance
+from .config import LAYOUTS, MAX_STEPS, NUM_TRAIN_TIMESTEPS, Guidance, Layout
 from .errors import CheckpointError, OptionError, ShapeError
 from .layers import rope_table
-from .memory import placed, sampling_bytes
+from .memory import choose_layout, placed, sampling_bytes, weight_bytes
 from .model import RunBlock, SkyReelsTransformer
+from .modulation import Conditioning, precompute
 from .runtime import Runtime
 from .text import PromptEmbeds, check_prompt_embeds
 
@@ -118,53 +121,68 @@ def combine(positive: Tensor, negative: Tensor, guidance: Guidance) -> Tensor:
 def guided_velocity(
     transformer: SkyReelsTransformer,
     image_latents: Tensor,
-    prompt: PromptEmbeds,
-    negative: PromptEmbeds | None,
+    conditioning: Conditioning,
     sigmas: Tensor,
     guidance: Guidance,
     *,
     rope: Tensor,
     run_block: RunBlock,
     attention: Attention = sdpa,
+    layout: Layout = LAYOUTS["whole"],
+    cache: CacheConfig = OFF,
 ) -> Velocity:
     """The function a solver integrates.
 
     Args:
         image_latents: [1, 16, T, h, w] float32, model space, zero where nothing is given.
-        negative: needed while true_cfg_scale > 1.
+        conditioning: of the prompt (0) and, while true_cfg_scale > 1, of the negative one (1).
         sigmas: [N + 1] of the run; where a sigma falls decides about the CFG window.
         rope: from `rope_table`.
+        cache: which steps are skipped; with a cache, one call is one step.
+    Source: reuse of the guidance difference, arXiv:2410.19355 (FasterCache), there with weights
+        for high and low frequencies.
     """
     device = image_latents.device
     num_steps = len(sigmas) - 1
     schedule = sigmas[:-1].cpu()
-    embedded = torch.tensor(
-        [guidance.guidance_scale * NUM_TRAIN_TIMESTEPS], dtype=torch.float32, device=device
-    )
+    steps = start_cache(cache, num_steps, run_block, transformer.blocks)
+    # positive - negative and the step it was computed in, kept only if it is to be used again
+    difference: Tensor | None = None
+    difference_step = 0
 
-    def predict(latents: Tensor, timestep: Tensor, embeds: PromptEmbeds) -> Tensor:
-        return transformer(
+    def predict(latents: Tensor, timestep: Tensor, branch: int, cached: RunBlock) -> Tensor:
+        return transformer.denoise(
             torch.cat([latents, image_latents], dim=1),
-            timestep,
-            embeds.prompt_embeds.to(device),
-            embeds.pooled_prompt_embeds.to(device),
-            embedded,
+            conditioning(branch, timestep, run_block),
             rope=rope,
             attention=attention,
-            run_block=run_block,
+            run_block=cached,
+            layout=layout,
         ).float()
 
     def velocity(latents: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor | None]:
+        nonlocal difference, difference_step
         # a solver may ask between two sigmas of the schedule: that still belongs to the earlier
         step = max(0, int((schedule >= sigma.cpu() - 1e-6).sum()) - 1)
         if step < guidance.zero_init_steps:
             return torch.zeros_like(latents), None
         timestep = (sigma.to(device, torch.float32) * NUM_TRAIN_TIMESTEPS).reshape(1)
-        positive = predict(latents, timestep, prompt)
         in_window = guidance.cfg_start <= step / num_steps < guidance.cfg_end
-        if negative is None or guidance.true_cfg_scale <= 1 or not in_window:
+        is_guided = guidance.true_cfg_scale > 1 and in_window
+        steps.begin(step, latents, 2 if is_guided and difference is None else 1)
+        positive = steps.predict(0, partial(predict, latents, timestep, 0))
+        if step == num_steps - 1:
+            steps.report()
+        if not is_guided:
             return positive, None
-        unwanted = predict(latents, timestep, negative)
+        is_early = step < protected_start(num_steps)
+        is_due = is_early or step - difference_step >= guidance.cfg_reuse
+        if difference is not None and (steps.skips or not is_due):
+            unwanted = positive - difference
+        else:
+            unwanted = steps.predict(1, partial(predict, latents, timestep, 1))
+            if guidance.cfg_reuse > 1:
+                difference, difference_step = positive - unwanted, step
         return combine(positive, unwanted, guidance), unwanted
 
     return velocity
@@ -184,7 +202,8 @@ def sample(
     add_noise: bool = True,
     riflex_k: int = 4,
     resume: Path | None = None,
-    attention: Attention = sdpa,
+    attention: Attention | str = "exact",
+    cache: CacheConfig = OFF,
     runtime: Runtime,
 ) -> Tensor:
     """Noise to the latents of a clip.
@@ -205,7 +224,9 @@ def sample(
         resume: file in which each finished step is kept, or a folder in which that file is named
             by the inputs; if it exists and belongs to the same inputs, the run continues from
             there. The finished latents stay in it: remove it when they are safe. Euler only.
-        attention: see attention.py.
+        attention: "exact", "fast" (8 bits, where the device has a kernel for it), or a function;
+            see attention.py.
+        cache: which steps are skipped, see cache.py. Euler only; resumed, it starts anew.
         runtime: progress "sample" in steps with the denoised estimate; asked for an interrupt
             before every block.
     Returns:
@@ -223,6 +244,11 @@ def sample(
             "Resuming needs the Euler solver: others carry a history that is not saved. "
             "Disconnect the sampler or switch resuming off."
         )
+    if cache.kind != "off" and solver is not euler:
+        raise OptionError(
+            "Caching needs the Euler solver: others make more of a prediction than one step, so "
+            "one that is foretold misleads them. Disconnect the sampler or set the cache to off."
+        )
     device = runtime.device
     noise = initial_noise(seed, image.num_frames, image.height, image.width)
     latents = noise * (sigmas[0] if add_noise else 0.0)
@@ -233,7 +259,7 @@ def sample(
     if resume is not None:
         fingerprint = _fingerprint(
             transformer, image, prompt, negative, seed, sigmas, guidance, init_latents, add_noise,
-            riflex_k,
+            riflex_k, cache, attention if isinstance(attention, str) else "a function",
         )  # fmt: skip
         if os.path.isdir(resume):
             resume = resume / f"{fingerprint[:32]}.safetensors"
@@ -241,7 +267,9 @@ def sample(
 
     num_steps = len(sigmas) - 1
     grid = transformer.token_grid(image.latent_shape)
-    num_bytes = run_bytes(transformer, image, prompt, negative)
+    branches = [prompt]
+    if negative is not None and guidance.true_cfg_scale > 1:
+        branches.append(negative)
 
     reported = first_step
 
@@ -258,14 +286,33 @@ def sample(
     runtime.progress("sample", first_step, num_steps)
     if first_step == num_steps:
         return to_vae_space(latents / (1 - sigmas[-1]))
-    with torch.inference_mode(), placed(transformer, runtime, num_bytes) as run_block:
-        velocity = guided_velocity(
-            transformer, image.padded().to(device), prompt, negative, sigmas, guidance,
-            rope=rope_table(grid, transformer.config, riflex_k=riflex_k, device=device),
-            run_block=run_block,
-            attention=attention,
+    attend = attention
+    if isinstance(attend, str):
+        attend = choose_attention(
+            device, attend, head_dim=transformer.config.attention_head_dim,
+            dtype=transformer.compute_dtype,
+        ).function  # fmt: skip
+    with torch.inference_mode():
+        conditioning = precompute(
+            transformer, branches, (sigmas[first_step:-1] * NUM_TRAIN_TIMESTEPS).tolist(),
+            torch.tensor([guidance.guidance_scale * NUM_TRAIN_TIMESTEPS]),
+            attention=attend, runtime=runtime,
         )  # fmt: skip
-        latents = solver(velocity, latents.to(device), sigmas[first_step:].to(device), on_step)
+        needed = {
+            layout: run_bytes(transformer, image, prompt, negative, cache, layout, attention)
+            for layout in LAYOUTS
+        }
+        layout = choose_layout(transformer, needed, runtime)
+        num_bytes = needed[layout]
+        if solver is not euler:  # it may ask between two steps: then conditioners visit
+            num_bytes += max(weight_bytes(module) for module in transformer.conditioners)
+        with placed(transformer, runtime, num_bytes) as run_block:
+            velocity = guided_velocity(
+                transformer, image.padded().to(device), conditioning, sigmas, guidance,
+                rope=rope_table(grid, transformer.config, riflex_k=riflex_k, device=device),
+                run_block=run_block, attention=attend, layout=LAYOUTS[layout], cache=cache,
+            )  # fmt: skip
+            latents = solver(velocity, latents.to(device), sigmas[first_step:].to(device), on_step)
     if not bool(latents.isfinite().all()):
         raise ShapeError(
             "The sampled latents hold NaN or infinity: try precision bf16 or fp32, and check the "
@@ -281,13 +328,26 @@ def run_bytes(
     image: ImageConditioning,
     prompt: PromptEmbeds,
     negative: PromptEmbeds | None,
+    cache: CacheConfig = OFF,
+    layout: str = "chunks",
+    attention: Attention | str = "exact",
 ) -> int:
-    """Peak bytes of a run beyond the weights, of its longer branch."""
+    """Peak bytes of a run beyond the weights: its longer branch, and what a cache holds.
+
+    Args:
+        layout: a name of config.LAYOUTS. attention: as for `sample`.
+    """
     frames, rows, columns = transformer.token_grid(image.latent_shape)
     branches = [prompt] if negative is None else [prompt, negative]
     text_tokens = max(embeds.prompt_embeds.shape[1] for embeds in branches)
-    num_tokens = frames * rows * columns + text_tokens
-    return sampling_bytes(transformer.config, num_tokens, transformer.compute_dtype)
+    num_image_tokens, dtype = frames * rows * columns, transformer.compute_dtype
+    held = cache_bytes(
+        cache, transformer.config, image.latent_shape, num_image_tokens, len(branches), dtype
+    )
+    num_tokens = num_image_tokens + text_tokens
+    if attention == "fast":
+        held += FAST_BYTES * num_tokens * transformer.config.hidden_size
+    return held + sampling_bytes(transformer.config, num_tokens, dtype, layout)
 
 
 def check_inputs(
@@ -337,6 +397,10 @@ def check_inputs(
         raise OptionError(f"Guidance rescale {guidance.guidance_rescale} is not within 0..1.")
     if init_latents is not None and not bool(init_latents.isfinite().all()):
         raise ShapeError("The start latent holds NaN or infinity: check the node that made it.")
+    if guidance.cfg_reuse < 0:
+        raise OptionError(
+            f"CFG reuse {guidance.cfg_reuse} cannot be: use 2 for every second step, 0 for off."
+        )
     if guidance.zero_init_steps < 0:
         raise OptionError(f"{guidance.zero_init_steps} zero-init steps cannot be: use 0 for off.")
     if tuple(image.image_latents.shape[3:]) != image.latent_shape[3:]:

@@ -8,6 +8,7 @@ Where a `RowFormat` is given, the result is rounded to 8 bits row by row in the 
 as `Rows`, which an 8-bit linear layer (quant.py) takes in place of a tensor.
 """
 
+import re
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -16,8 +17,8 @@ from torch import Tensor
 
 from . import reference, selection
 
-#: the package may be loaded under two names in one process
-NAMESPACE = __name__.replace(".", "_")
+#: the package may be loaded under two names in one process, one of them a path with spaces
+NAMESPACE = re.sub(r"\W", "_", __name__)
 _library = torch.library.Library(NAMESPACE, "DEF")
 
 
@@ -39,11 +40,10 @@ class Rows(NamedTuple):
 
 
 def _define(schema: str, function: Callable[..., Any]) -> Callable[..., Any]:
-    """One operator: the function on a CPU and for shapes, a selected kernel on a GPU."""
+    """One operator: the function everywhere and for shapes, on a GPU the kernel selected there."""
     name = schema.partition("(")[0]
     _library.define(schema)
-    _library.impl(name, function, "CPU")
-    _library.impl(name, function, "Meta")
+    _library.impl(name, selection.in_pieces(name, function), "CompositeExplicitAutograd")
     _library.impl(name, selection.dispatcher(name, function), "CUDA")
     operator = getattr(getattr(torch.ops, NAMESPACE), name).default
 
@@ -78,7 +78,7 @@ _gated_residual = _define(
     "gated_residual(Tensor x, Tensor y, Tensor gate) -> Tensor", reference.gated_residual
 )
 _qk_norm_rope_ = _define(
-    "qk_norm_rope_(Tensor(a!) qkv, Tensor q_weight, Tensor k_weight, Tensor text_q_weight, "
+    "qk_norm_rope_(Tensor(a!) qk, Tensor q_weight, Tensor k_weight, Tensor text_q_weight, "
     "Tensor text_k_weight, Tensor rope) -> ()",
     reference.qk_norm_rope_,
 )
@@ -89,6 +89,12 @@ _gelu_quantize = _define(
 _quantize_rows = _define(
     "quantize_rows(Tensor x, ScalarType dtype, int rotation) -> (Tensor, Tensor)",
     reference.quantize_rows,
+)
+_group_moments = _define(
+    "group_moments(Tensor x, int groups) -> (Tensor, Tensor)", reference.group_moments
+)
+_group_norm_silu = _define(
+    "group_norm_silu(Tensor x, Tensor scale, Tensor shift) -> Tensor", reference.group_norm_silu
 )
 
 
@@ -144,7 +150,7 @@ def qk_norm_rope(
     args = (q_weight, k_weight, text_q_weight, text_k_weight, rope)
     if torch.is_grad_enabled() and qkv.requires_grad:
         return reference.qk_norm_rope(qkv, *args)
-    _qk_norm_rope_(qkv, *args)
+    _qk_norm_rope_(qkv[:, :, :2], *args)  # the values are not touched
     return qkv
 
 
@@ -161,3 +167,18 @@ def gelu(x: Tensor, to: RowFormat | None = None) -> Tensor | Rows:
 def quantize_rows(x: Tensor, to: RowFormat) -> Rows:
     """Every row in 8 bits with a scale of its own, [B, S, C]."""
     return Rows(*_quantize_rows(x, *to))
+
+
+def group_moments(x: Tensor, groups: int) -> tuple[Tensor, Tensor]:
+    """Mean and variance of each group of channels; [B, C, T, H, W] -> twice [B, groups], wide."""
+    return _group_moments(x, groups)
+
+
+def group_norm_silu(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+    """SiLU of x * scale + shift; x [B, C, T, H, W], scale and shift [B, C, 1, 1, 1] float32."""
+    return _group_norm_silu(x, scale, shift)
+
+
+def is_fused(name: str, device: torch.device) -> bool:
+    """Whether the operator `name` runs in a kernel of its own on the device."""
+    return selection.choose(name, device).kernel is not None

@@ -1,7 +1,8 @@
 """What every kernel computes, in plain torch: the definition of correct, and what runs on a CPU.
 
-Statistics, rotations and products are float32 (float64 for float64 input); results are rounded once,
-to the dtype of the activations. Nothing here works in place except where the name ends in "_".
+Statistics, rotations and products are float32 (float64 for float64 input); results are rounded
+once, to the dtype of the activations. Nothing here works in place except where the name ends in
+"_".
 """
 
 import torch
@@ -52,15 +53,21 @@ def qk_norm_rope(
         [B, S, 3, heads, D] in qkv's dtype; the values as they were.
     Source: RMSNorm arXiv:1910.07467; RoPE arXiv:2104.09864.
     """
-    count = rope.shape[0]
-    rotations = torch.view_as_real(rope)[None, :, None, None].unbind(-1)
-    image = _normed(qkv[:, :count, :2], q_weight, k_weight)
-    even, odd = image.unflatten(-1, (-1, 2)).unbind(-1)
-    cos, sin = (part.to(image.dtype) for part in rotations)
-    image = torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1).flatten(-2)
-    text = _normed(qkv[:, count:, :2], text_q_weight, text_k_weight)
+    image, text = _normed_and_turned(qkv, q_weight, k_weight, text_q_weight, text_k_weight, rope)
     query_key = torch.cat([image, text], dim=1).to(qkv.dtype)
     return torch.cat([query_key, qkv[:, :, 2:]], dim=2)
+
+
+def _normed_and_turned(
+    qkv: Tensor, q_weight: Tensor, k_weight: Tensor,
+    text_q_weight: Tensor, text_k_weight: Tensor, rope: Tensor,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Queries and keys of image tokens and of the others, [B, N or S - N, 2, heads, D], wide."""
+    count = rope.shape[0]
+    image = _normed(qkv[:, :count, :2], q_weight, k_weight)
+    pairs = torch.view_as_complex(image.unflatten(-1, (-1, 2)))
+    image = torch.view_as_real(pairs * rope[None, :, None, None]).flatten(-2)
+    return image, _normed(qkv[:, count:, :2], text_q_weight, text_k_weight)
 
 
 def _normed(query_key: Tensor, q_weight: Tensor, k_weight: Tensor) -> Tensor:
@@ -111,9 +118,14 @@ def gelu(x: Tensor) -> Tensor:
     return F.gelu(x, approximate="tanh")
 
 
-def qk_norm_rope_(qkv: Tensor, *args: Tensor) -> None:
+def qk_norm_rope_(
+    qkv: Tensor, q_weight: Tensor, k_weight: Tensor,
+    text_q_weight: Tensor, text_k_weight: Tensor, rope: Tensor,
+) -> None:  # fmt: skip
     """`qk_norm_rope` into its input."""
-    qkv[:, :, :2] = qk_norm_rope(qkv, *args)[:, :, :2]
+    image, text = _normed_and_turned(qkv, q_weight, k_weight, text_q_weight, text_k_weight, rope)
+    qkv[:, : rope.shape[0], :2] = image
+    qkv[:, rope.shape[0] :, :2] = text
 
 
 def layer_norm_modulate_quantize(
@@ -144,3 +156,29 @@ def residual_layer_norm_modulate_quantize(
 def gelu_quantize(x: Tensor, dtype: torch.dtype, rotation: int) -> tuple[Tensor, Tensor]:
     """`gelu`, then `quantize_rows`, with nothing rounded between."""
     return quantize_rows(gelu(_wide(x)), dtype, rotation)
+
+
+def group_moments(x: Tensor, groups: int) -> tuple[Tensor, Tensor]:
+    """Mean and variance (divided by the count) of each group of channels.
+
+    Args:
+        x: [B, C, T, H, W]. groups: divides C.
+    Returns:
+        twice [B, groups], wide.
+    """
+    grouped = _wide(x).unflatten(1, (groups, -1))
+    variance, mean = torch.var_mean(grouped, dim=(2, 3, 4, 5), correction=0)
+    return mean, variance
+
+
+def group_norm_silu(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+    """SiLU of x * scale + shift, what a GroupNorm with known statistics comes down to.
+
+    Args:
+        x: [B, C, T, H, W]. scale, shift: [B, C, 1, 1, 1] float32.
+    Returns:
+        [B, C, T, H, W] in x's dtype.
+    Source: GroupNorm arXiv:1803.08494; SiLU arXiv:1702.03118.
+    """
+    wide = x.to(torch.promote_types(x.dtype, torch.float32), copy=True)
+    return F.silu(wide.mul_(scale).add_(shift), inplace=True).to(x.dtype)

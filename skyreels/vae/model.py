@@ -15,13 +15,16 @@ models/autoencoders/autoencoder_kl_hunyuan_video.py is the reference the tests c
 
 import math
 from collections.abc import Callable
+from types import ModuleType
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .. import kernels
 from ..config import SPATIAL_COMPRESSION, TEMPORAL_COMPRESSION, VAEConfig
 from ..errors import ShapeError
+from ..kernels import reference
 from ..runtime import never_interrupt
 
 Check = Callable[[], None]
@@ -126,11 +129,10 @@ def group_statistics(hidden: Tensor, norm: nn.GroupNorm) -> tuple[Tensor, Tensor
     mean = torch.zeros(batch, norm.num_groups, dtype=torch.float64, device=at)
     spread = torch.zeros_like(mean)  # sum of squared deviations, in units of one frame
     seen = 0
+    operators = _operators(hidden.device)
     for piece in hidden.split(step, dim=2):
         count = piece.shape[2]
-        grouped = piece.float().unflatten(1, (norm.num_groups, -1))
-        piece_var, piece_mean = torch.var_mean(grouped, dim=(2, 3, 4, 5), correction=0)
-        del grouped
+        piece_mean, piece_var = operators.group_moments(piece, norm.num_groups)
         delta = piece_mean.to(at).double() - mean
         between = delta.square() * (seen * count / (seen + count))
         spread += piece_var.to(at).double() * count + between
@@ -148,11 +150,15 @@ def norm_silu(
     piece: Tensor, norm: nn.GroupNorm, statistics: tuple[Tensor, Tensor] | None
 ) -> Tensor:
     """GroupNorm then SiLU of a piece [B, C, t, H, W]; without statistics the piece is the clip."""
-    if statistics is None:
+    operators = _operators(piece.device)
+    if statistics is None and operators is reference:
         return F.silu(norm(piece), inplace=True)
-    scale, shift = statistics
-    normalised = piece.to(torch.float32, copy=True).mul_(scale).add_(shift)
-    return F.silu(normalised, inplace=True).to(piece.dtype)
+    return operators.group_norm_silu(piece, *(statistics or group_statistics(piece, norm)))
+
+
+def _operators(device: torch.device) -> ModuleType:
+    """Where the fused steps come from: kernels, or plain torch whose temporaries are counted."""
+    return kernels if kernels.is_fused("group_norm_silu", device) else reference
 
 
 class ResnetBlock(nn.Module):

@@ -43,7 +43,7 @@ FROZEN = {
         ["model", "positive", "seed", "steps", "cfg", "embedded_guidance", "shift", "negative",
          "image", "latent", "sampler", "sigmas", "denoise", "cfg_start", "cfg_end",
          "guidance_rescale", "cfg_zero_star", "zero_init_steps", "riflex_k", "resume",
-         "add_noise"],
+         "add_noise", "cache", "attention"],
         [("samples", "LATENT")],
     ),
     "SkyReelsScheduler": (
@@ -125,7 +125,8 @@ def test_the_function_takes_the_inputs_with_the_widgets_defaults(cls):
     del parameters["self"]
     assert list(parameters) == [*inputs_of(cls), *groups.get("hidden", {})]
     for name, (kind, options) in groups.get("optional", {}).items():
-        expected = options["default"] if str(kind) in TYPES else None
+        is_widget = str(kind) in TYPES or isinstance(kind, list)
+        expected = options["default"] if is_widget else None
         assert parameters[name].default == expected, name
     for name, (kind, options) in inputs_of(cls).items():
         if str(kind) in TYPES and kind != "STRING":

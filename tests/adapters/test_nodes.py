@@ -11,6 +11,7 @@ import pytest
 import torch
 from comfyui_skyreels.nodes import convert
 from comfyui_skyreels.skyreels.builtin import BUILTIN_NAME
+from comfyui_skyreels.skyreels.cache import CACHES
 from comfyui_skyreels.skyreels.conditioning import encode_image, to_vae_space
 from comfyui_skyreels.skyreels.config import Guidance, Tiling
 from comfyui_skyreels.skyreels.errors import CheckpointError, OptionError, ShapeError, TextError
@@ -465,6 +466,36 @@ def test_a_sampler_widget_does_what_the_library_does(comfy, picture, widgets, ke
     changed = node("SkyReelsSampler", **{**inputs, **widgets})["samples"]
     assert not torch.equal(changed, plain)
     assert torch.equal(changed, library_samples(inputs, **keywords))
+
+
+@pytest.mark.parametrize("name", [name for name in CACHES if name != "off"])
+def test_a_cache_does_what_the_librarys_does_and_says_so(comfy, picture, name, caplog):
+    caplog.set_level("INFO")
+    _, inputs = prepare(picture)
+    # predictions of random weights that change as little from step to step as trained ones
+    module = inputs["model"].module
+    module.final_layer.linear.weight.data *= 0.02
+    module.double_blocks[0].img_mod.linear.weight.data *= 0.02
+    inputs |= {"steps": 30, "cfg": 1.5}
+    plain = node("SkyReelsSampler", **inputs)["samples"]
+    assert "skipped" not in caplog.text
+    cached = node("SkyReelsSampler", **inputs, cache=name)["samples"]
+    assert f"Cache {CACHES[name].kind} skipped" in caplog.text
+    expected = {"guidance": Guidance(1.5), "sigmas": get_sigmas(30)}
+    assert torch.equal(cached, library_samples(inputs, **expected, cache=CACHES[name]))
+    assert not torch.equal(cached, plain)
+
+
+def test_fast_attention_stays_exact_without_a_gpu_and_says_so(comfy, picture, caplog, monkeypatch):
+    from comfyui_skyreels.skyreels import attention
+
+    monkeypatch.setattr(attention, "_said", set())
+    _, inputs = prepare(picture)
+    plain = node("SkyReelsSampler", **inputs)["samples"]
+    assert "fast attention" not in caplog.text
+    fast = node("SkyReelsSampler", **inputs, attention="fast")["samples"]
+    assert "fast attention is not to be had (comfy-kitchen: needs an NVIDIA GPU" in caplog.text
+    assert torch.equal(fast, plain)
 
 
 def test_riflex_reaches_a_long_clip(comfy, picture):

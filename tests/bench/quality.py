@@ -10,8 +10,10 @@
     first     median PSNR of the first frame against the picture given
     true      median PSNR of the clip against the true clip
     exact     median PSNR of the clip against the clip of the first setting
+    worst     the least of these
     flicker   of the ground, root mean square, in steps of 1/255
     seam      step of the error across tile borders over the step elsewhere (tiled decodes)
+    forwards  transformer passes for one clip: blocks that ran over blocks there are
     seconds   median for one clip, text and loading not included
 
 `bars` measures the rest: opposite verbs on one picture, negative prompts, sizes not trained for, a
@@ -24,7 +26,8 @@ import json
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -32,8 +35,9 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import conftest  # noqa: F401 - loads the package the way ComfyUI does
-from comfyui_skyreels.skyreels.attention import Attention, sdpa
+from comfyui_skyreels.skyreels.attention import Attention, int8_attention, sdpa
 from comfyui_skyreels.skyreels.builtin import BUILTIN_FOLDER
+from comfyui_skyreels.skyreels.cache import CACHES, OFF, CacheConfig
 from comfyui_skyreels.skyreels.conditioning import encode_image
 from comfyui_skyreels.skyreels.config import Guidance, Tiling
 from comfyui_skyreels.skyreels.loading import load_transformer, load_vae
@@ -71,6 +75,7 @@ class Setting:
     steps: int = 30
     guidance: Guidance = field(default_factory=Guidance)
     attention: Attention = sdpa
+    cache: CacheConfig = OFF
     free_bytes: int | None = None
     needs_cuda: bool = False
 
@@ -106,13 +111,18 @@ SETTINGS = {
     "efficient attention": Setting(
         attention=_kernel(SDPBackend.EFFICIENT_ATTENTION), needs_cuda=True
     ),
+    "8-bit attention (reference)": Setting(attention=int8_attention),
     "12 steps": Setting(steps=12),
     "6 steps": Setting(steps=6),
     "CFG 1": Setting(guidance=Guidance(true_cfg_scale=1.0)),
     "CFG 3": Setting(guidance=Guidance(true_cfg_scale=3.0)),
     "CFG until half": Setting(guidance=Guidance(cfg_end=0.5)),
+    "CFG reuse 2": Setting(guidance=Guidance(cfg_reuse=2)),
     "CFG-Zero*": Setting(guidance=Guidance(cfg_zero_star=True)),
     "CFG rescaled 0.7": Setting(guidance=Guidance(guidance_rescale=0.7)),
+    "easy cache": Setting(cache=CACHES["easy"]),
+    "fast cache": Setting(cache=CACHES["fast"]),
+    "first-block cache": Setting(cache=CACHES["first-block"]),
 }
 
 
@@ -144,6 +154,10 @@ class Studio:
         """The VAE of a setting."""
         return self._part(load_vae, "vae", setting.vae_precision)
 
+    def transformer(self, setting: Setting):
+        """The transformer of a setting."""
+        return self._part(load_transformer, "transformer", setting.precision)
+
     def make(
         self,
         setting: Setting,
@@ -156,7 +170,7 @@ class Studio:
     ) -> tuple[Tensor, float]:
         """A clip [F, H, W, 3] in 0..1 from a picture [1, H, W, 3], and its seconds."""
         encoder = self._part(load_text_encoder, "", "fp32")
-        transformer = self._part(load_transformer, "transformer", setting.precision)
+        transformer = self.transformer(setting)
         vae, runtime = self.vae(setting), self.runtime
         sampling_runtime = runtime
         if setting.free_bytes is not None:
@@ -173,10 +187,26 @@ class Studio:
         latents = sample(
             transformer, conditioning, *embeds, seed=seed, sigmas=get_sigmas(setting.steps),
             guidance=setting.guidance, riflex_k=0, attention=setting.attention,
-            runtime=sampling_runtime,
+            cache=setting.cache, runtime=sampling_runtime,
         )  # fmt: skip
         clip = decode_frames(vae, latents, setting.decode, tiling=setting.tiling, runtime=runtime)
         return clip.cpu(), time.perf_counter() - started
+
+
+@contextmanager
+def counted_blocks(transformer) -> Iterator[list[int]]:
+    """Count in a list of one how many blocks run."""
+    runs = [0]
+
+    def count(*_) -> None:
+        runs[0] += 1
+
+    hooks = [block.register_forward_hook(count) for block in transformer.blocks]
+    try:
+        yield runs
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def run_setting(
@@ -184,12 +214,14 @@ def run_setting(
 ) -> tuple[dict, list[Tensor], list[measure.Finding]]:
     """One row of the table, its clips, and what was seen in each."""
     clips, findings, seconds = [], [], []
-    for index, case in enumerate(cases):
-        truth = case.truth()
-        clip, took = studio.make(setting, truth[:1], case.prompt, seed=index)
-        clips.append(clip)
-        findings.append(measure.measure(clip, case.scene))
-        seconds.append(took)
+    transformer = studio.transformer(setting)
+    with counted_blocks(transformer) as runs:
+        for index, case in enumerate(cases):
+            truth = case.truth()
+            clip, took = studio.make(setting, truth[:1], case.prompt, seed=index)
+            clips.append(clip)
+            findings.append(measure.measure(clip, case.scene))
+            seconds.append(took)
     truths = [case.truth() for case in cases]
     lasting = [
         (f.colour, f.shape) == (case_colour(case), case_shape(case))
@@ -205,8 +237,10 @@ def run_setting(
         "first": _median(measure.psnr(c[0], t[0]) for c, t in zip(clips, truths, strict=True)),
         "true": _median(measure.psnr(c, t) for c, t in zip(clips, truths, strict=True)),
         "exact": _median(map(measure.psnr, clips, exact)) if exact else None,
+        "worst": round(min(map(measure.psnr, clips, exact)), 2) if exact else None,
         "flicker": _median(measure.flicker(clip, case) for clip, case in pairs),
         "seam": _median(measure.seam(*pair, tiles) for pair in pairs) if tiles else None,
+        "forwards": round(runs[0] / len(transformer.blocks) / len(cases), 1),
         "seconds": _median(seconds),
     }
     return row, clips, findings

@@ -60,6 +60,22 @@ def test_a_faster_setting_makes_nearly_the_same_clip(studio, exact, setting, dec
     assert row["exact"] >= decibels
 
 
+@pytest.mark.parametrize(
+    ("setting", "forwards", "decibels"),
+    [("easy cache", 40, 50), ("fast cache", 30, 40), ("first-block cache", 40, 40),
+     ("CFG reuse 2", 47, 30)],
+)  # fmt: skip
+def test_skipped_steps_save_passes_and_make_nearly_the_same_clip(
+    studio, exact, setting, forwards, decibels
+):
+    clips = exact[1]
+    assert exact[0]["forwards"] == 60
+    row, _, _ = quality.run_setting(studio, quality.SETTINGS[setting], CASES[:4], clips[:4])
+    assert row["told"] == 100
+    assert row["forwards"] <= forwards
+    assert row["exact"] >= decibels
+
+
 def test_the_prompt_decides_and_not_the_picture(studio):
     assert quality.opposites(studio, CASES[:4]) == {"pairs that differ as told, %": 100}
 
@@ -162,7 +178,7 @@ def test_8_bits_reach_every_block(precision):
     assert quantized == {
         name
         for name, layer in exact.named_modules()
-        if isinstance(layer, torch.nn.Linear) and is_quantizable(f"{name}.weight")
+        if isinstance(layer, torch.nn.Linear) and is_quantizable(f"{name}.weight", 2)
     }
 
 

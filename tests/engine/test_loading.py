@@ -15,7 +15,7 @@ from comfyui_skyreels.skyreels.errors import CheckpointError, OptionError
 from comfyui_skyreels.skyreels.keymaps import PREFIXES, transformer_sources, vae_sources
 from comfyui_skyreels.skyreels.loading import load_transformer, load_vae
 from comfyui_skyreels.skyreels.model import SkyReelsTransformer
-from comfyui_skyreels.skyreels.quant import QuantLinear, dequantize, is_quantizable
+from comfyui_skyreels.skyreels.quant import QuantLinear, dequantize, quantize
 from comfyui_skyreels.skyreels.runtime import TorchRuntime
 from comfyui_skyreels.skyreels.vae.model import VideoVAE
 from support import tiny
@@ -139,7 +139,12 @@ def test_comfyui_names_are_the_documented_ones():
 
 
 def plain_fp8(state):
-    return {k: v.to(E4M3) if is_quantizable(k) and v.ndim == 2 else v for k, v in state.items()}
+    return {k: v.to(E4M3) if in_8_bits(k, v) else v for k, v in state.items()}
+
+
+def in_8_bits(name, tensor):
+    """What such files hold in 8 bits: every linear of the blocks but the modulations."""
+    return "_blocks." in name and "mod" not in name and tensor.ndim == 2
 
 
 def scaled_fp8(state, version: str, per_row: bool):
@@ -148,7 +153,7 @@ def scaled_fp8(state, version: str, per_row: bool):
     stored, meant = {}, {}
     for name, tensor in state.items():
         stored[name] = meant[name] = tensor
-        if is_quantizable(name) and tensor.ndim == 2:
+        if in_8_bits(name, tensor):
             absmax = tensor.abs().amax(1, keepdim=True) if per_row else tensor.abs().amax()
             scale = absmax / 448
             stored[name] = (tensor / scale).to(E4M3)
@@ -162,12 +167,16 @@ def scaled_fp8(state, version: str, per_row: bool):
     return stored, meant
 
 
+def widened(layer) -> torch.Tensor:
+    return dequantize(layer.weight, layer.weight_scale, torch.float32, layer.rotation)
+
+
 def dense(module) -> dict[str, torch.Tensor]:
     """The weights a module computes with, 8-bit ones widened."""
     state = {k: v for k, v in module.state_dict().items() if not k.endswith("weight_scale")}
     for name, layer in module.named_modules():
         if isinstance(layer, QuantLinear):
-            state[name + ".weight"] = dequantize(layer.weight, layer.weight_scale, torch.float32)
+            state[name + ".weight"] = widened(layer)
     return state
 
 
@@ -223,18 +232,19 @@ def test_fp8_file_in_another_precision_is_widened(tmp_path, state):
     assert_same(load_transformer(path, precision="fp32", runtime=RUNTIME), meant)
 
 
-@pytest.mark.parametrize(("precision", "bound"), [("fp8", 2**-4), ("int8", 2**-7)])
+@pytest.mark.parametrize(("precision", "bound"), [("fp8", 0.03), ("int8", 0.01)])
 def test_rounding_to_8_bits_stays_within_its_bound(tmp_path, state, precision, bound):
     path = tiny.save(tmp_path / "x.safetensors", state)
     loaded = load_transformer(path, precision=precision, runtime=RUNTIME)
-    quantized = [n for n, m in loaded.named_modules() if isinstance(m, QuantLinear)]
-    assert len(quantized) == 2 * 8 + 2 * 2
-    assert not any("mod" in name for name in quantized)
-    for name in quantized:
-        layer, weight = loaded.get_submodule(name), state[name + ".weight"]
-        wide = dequantize(layer.weight, layer.weight_scale, torch.float32)
-        row_max = weight.abs().amax(1, keepdim=True)
-        assert ((wide - weight).abs() <= bound * row_max).all(), name
+    quantized = {n: m for n, m in loaded.named_modules() if isinstance(m, QuantLinear)}
+    # of two double blocks the image streams only, and of the last one only the MLP
+    assert len(quantized) == 4 + 2 + 2 * 2
+    for name, layer in quantized.items():
+        weight = state[name + ".weight"]
+        assert (widened(layer) - weight).norm() / weight.norm() <= bound, name
+        assert layer.rotation == (32 if precision == "int8" else 0)
+        assert layer.input_format == (layer.weight.dtype, layer.rotation)
+        assert layer.compute_dtype == torch.bfloat16
 
 
 def test_quantised_model_computes_nearly_the_same(tmp_path, model, state):
@@ -245,6 +255,56 @@ def test_quantised_model_computes_nearly_the_same(tmp_path, model, state):
         loaded = load_transformer(path, precision=precision, runtime=RUNTIME)
         error = (loaded(**inputs).float() - expected).norm() / expected.norm()
         assert error <= bound, (precision, error)
+
+
+def codes(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.view(torch.uint8)
+
+
+@pytest.mark.parametrize("per_row", [False, True, None])
+def test_fp8_files_are_multiplied_in_8_bits_as_they_are_when_asked(tmp_path, state, per_row):
+    stored = plain_fp8(state) if per_row is None else scaled_fp8(state, "v0", per_row)[0]
+    path = tiny.save(tmp_path / "x.safetensors", stored)
+    for precision, weight_only in (("auto", True), ("fp8", False)):
+        loaded = load_transformer(path, precision=precision, runtime=RUNTIME)
+        layer = loaded.single_blocks[1].linear2
+        assert torch.equal(codes(layer.weight), codes(stored["single_blocks.1.linear2.weight"]))
+        assert layer.weight_only == weight_only
+        assert (layer.input_format is None) == weight_only
+        kept = loaded.double_blocks[0].txt_mlp.fc1  # keeps its bytes, but is not multiplied in 8
+        assert kept.weight.dtype == E4M3
+        assert kept.input_format is None
+
+
+def test_e5m2_files_stay_what_they_are(tmp_path, state):
+    stored = {k: v.to(torch.float8_e5m2) if in_8_bits(k, v) else v for k, v in state.items()}
+    path = tiny.save(tmp_path / "x.safetensors", stored)
+    layer = load_transformer(path, precision="fp8", runtime=RUNTIME).single_blocks[0].linear1
+    assert torch.equal(codes(layer.weight), codes(stored["single_blocks.0.linear1.weight"]))
+    assert layer.input_format is None
+
+
+def test_int8_files_of_others_are_not_rotated_and_so_only_widened(tmp_path, state):
+    name = "single_blocks.0.linear1"
+    stored = dict(state)
+    stored[f"{name}.weight"], stored[f"{name}.weight_scale"] = quantize(
+        state[f"{name}.weight"], torch.int8
+    )
+    path = tiny.save(tmp_path / "x.safetensors", stored)
+    for precision in ("auto", "int8"):
+        loaded = load_transformer(path, precision=precision, runtime=RUNTIME)
+        layer = loaded.get_submodule(name)
+        assert torch.equal(layer.weight, stored[f"{name}.weight"])
+        assert (layer.rotation, layer.input_format) == (0, None)
+
+
+def test_fp8_file_is_rotated_and_rounded_anew_for_int8(tmp_path, state):
+    stored, meant = scaled_fp8(state, "v0", per_row=False)
+    path = tiny.save(tmp_path / "x.safetensors", stored)
+    layer = load_transformer(path, precision="int8", runtime=RUNTIME).single_blocks[0].linear1
+    weight = meant["single_blocks.0.linear1.weight"]
+    assert layer.input_format == (torch.int8, 32)
+    assert (widened(layer) - weight).norm() / weight.norm() <= 0.01
 
 
 def test_half_precision_file_computes_in_bf16(tmp_path, state):
@@ -395,24 +455,30 @@ def test_loading_reports_bytes_up_to_the_size_of_the_file(tmp_path, state):
 
 # --- memory -------------------------------------------------------------------------------------
 
-MEASURE = """
-import importlib.util, resource, sys
+MEASURE = r"""
+import importlib.util, re, sys
+from pathlib import Path
 spec = importlib.util.spec_from_file_location("pack", {root!r} + "/tests/conftest.py")
 conftest = importlib.util.module_from_spec(spec); spec.loader.exec_module(conftest)
 from comfyui_skyreels.skyreels.loading import load_transformer
 from comfyui_skyreels.skyreels.runtime import TorchRuntime
 from comfyui_skyreels.skyreels.memory import weight_bytes
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-model = load_transformer({path!r}, runtime=TorchRuntime())
-peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-print(weight_bytes(model), peak - before)
+def resident(item):  # ru_maxrss would start at what the parent process held
+    status = Path("/proc/self/status").read_text()
+    return 1024 * int(re.search(item + r":\s+(\d+)", status)[1])
+before = resident("VmRSS")
+model = load_transformer({path!r}, precision={precision!r}, runtime=TorchRuntime())
+print(weight_bytes(model), resident("VmHWM") - before)
 """
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="peak memory is read the Linux way")
-@pytest.mark.parametrize("layout", ["original", "diffusers"])
-def test_loading_two_gigabytes_needs_little_beyond_the_weights(tmp_path, root, layout):
+@pytest.mark.parametrize(
+    ("layout", "precision"),
+    [("original", "auto"), ("diffusers", "auto"), ("original", "fp8"), ("original", "int8")],
+)
+def test_loading_two_gigabytes_needs_little_beyond_the_weights(tmp_path, root, layout, precision):
     config = TransformerConfig(num_layers=2, num_single_layers=2, num_refiner_layers=1)
     with torch.device("meta"):
         state = SkyReelsTransformer(config).state_dict()
@@ -420,14 +486,14 @@ def test_loading_two_gigabytes_needs_little_beyond_the_weights(tmp_path, root, l
         state = tiny.to_diffusers(state, config)
     path = tiny.sparse_file(tmp_path / "x.safetensors", state)
     assert path.stat().st_size >= 2 * 1024**3
-    code = MEASURE.format(root=str(root), path=str(path))
+    code = MEASURE.format(root=str(root), path=str(path), precision=precision)
     run = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True, env=os.environ
     )
     weights, grown = map(int, run.stdout.split())
     largest_fused = 21504 * 3072 * 2
-    assert weights >= 2 * 1024**3
-    assert grown - weights <= largest_fused + 1024**3
+    assert weights >= (2 if precision == "auto" else 1.2) * 1024**3
+    assert grown - weights <= largest_fused + 256 * 1024**2, (grown - weights) / 1e6
 
 
 # --- what a damaged or strange file must not do -------------------------------------------------

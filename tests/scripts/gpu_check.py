@@ -8,6 +8,7 @@ Copy its figures, dated, to tests/bench/LOG.md. Exit code 1 if a phase failed.
 """
 
 import argparse
+import copy
 import importlib.util
 import json
 import statistics
@@ -21,19 +22,37 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "bench"))
+import bench_attention
+import bench_kernels
+import bench_linear
 import bench_transformer
 import conftest  # noqa: F401 - loads the package the way ComfyUI does
 from bench_transformer import timed
 from comfyui_skyreels.skyreels import memory
-from comfyui_skyreels.skyreels.attention import sdpa
-from comfyui_skyreels.skyreels.config import TransformerConfig
+from comfyui_skyreels.skyreels.attention import (
+    FAST,
+    Attention,
+    Choice,
+    choose_attention,
+    sdpa,
+)
+from comfyui_skyreels.skyreels.config import LAYOUTS, TransformerConfig
 from comfyui_skyreels.skyreels.layers import rope_table
 from comfyui_skyreels.skyreels.memory import placed, weight_bytes
 from comfyui_skyreels.skyreels.model import SkyReelsTransformer
-from comfyui_skyreels.skyreels.quant import QuantLinear, dequantize, quantize
+from comfyui_skyreels.skyreels.quant import (
+    STORAGE_DTYPES,
+    QuantLinear,
+    is_quantizable,
+    quantize,
+    rotation_size,
+)
 from comfyui_skyreels.skyreels.runtime import TorchRuntime
 from comfyui_skyreels.skyreels.vae.model import VideoVAE
 from support import tiny
+
+#: image tokens of 97 frames of 544x960, and what one forward pass of them takes (performance plan)
+FULL_TOKENS, FORWARD_TFLOP = 51_000, 2_634
 
 
 class Skipped(Exception):  # noqa: N818 - not an error
@@ -76,19 +95,86 @@ def attention(device: torch.device, full: bool) -> dict:
     return {"tokens": tokens, "error_to_eager_error": round((error / loss).item(), 3)}
 
 
+def attention_kernels(device: torch.device, full: bool) -> dict:
+    """Every attention that can be had, at the length of a clip: speed and error."""
+    return bench_attention.run(device=str(device), runs=3)
+
+
 def linears(device: torch.device, full: bool) -> dict:
-    """8-bit storage: the layer computes exactly its widened weight, close to the original."""
-    result = {}
-    weight, x = torch.randn(512, 384, device=device) * 0.02, torch.randn(64, 384, device=device)
-    for name, dtype in (("fp8", torch.float8_e4m3fn), ("int8", torch.int8)):
-        stored, scale = quantize(weight, dtype)
-        got = QuantLinear(stored, scale, None)(x)
-        wide = x @ dequantize(stored, scale, torch.float32).T
-        require(tiny.relative_error(got, wide) < 1e-4, f"{name} layer differs from its weight")
-        error = ((got - x @ weight.T).norm() / (x @ weight.T).norm()).item()
-        require(error < {"fp8": 0.04, "int8": 0.02}[name], f"{name} error {error:.3g}")
-        result[name + "_relative_error"] = round(error, 5)
+    """8-bit linear layers beside bf16 ones, at the shapes of the model."""
+    return bench_linear.run(device=str(device), runs=3)
+
+
+def fused_kernels(device: torch.device, full: bool) -> dict:
+    """Every fused operator beside eager torch: time and error."""
+    sizes = {} if full else {"tokens": 96, "width": 256, "runs": 1}
+    result = bench_kernels.run(device=str(device), **sizes)
+    worst = result["worst_error_to_eager_error"]
+    require(worst <= 1.2, f"an operator loses {worst} times what eager bf16 does")
     return result
+
+
+def is_fast(choice: Choice) -> bool:
+    """Whether an attention in 8 bits was found; else exact attention came back."""
+    return choice.name in FAST
+
+
+def to_8bit(model: torch.nn.Module, precision: str) -> None:
+    """Round the block linears as loading.py does, in place."""
+    config, storage_dtype = model.config, STORAGE_DTYPES[precision]
+    rotation = 0
+    if precision == "int8":
+        rotation = rotation_size(config.hidden_size, int(config.hidden_size * config.mlp_ratio))
+    for name, layer in list(model.named_modules()):
+        is_linear = isinstance(layer, torch.nn.Linear)
+        if is_linear and is_quantizable(name + ".weight", config.num_layers):
+            weight, scale = quantize(layer.weight.data, storage_dtype, rotation)
+            quantized = QuantLinear(
+                weight, scale, layer.bias, rotation=rotation, weight_only=False,
+                compute_dtype=layer.weight.dtype,
+            )  # fmt: skip
+            model.set_submodule(name, quantized)
+
+
+@torch.inference_mode()
+def accuracy(device: torch.device, full: bool) -> dict:
+    """What each mode loses in one forward pass of two and two blocks, against float32."""
+    tokens, heads = (16_384, 24) if full else (256, 2)
+    config = TransformerConfig(
+        num_attention_heads=heads, num_layers=2, num_single_layers=2, num_refiner_layers=1,
+        text_embed_dim=256, pooled_projection_dim=64,
+    )  # fmt: skip
+    model = tiny.transformer(config).to(device)
+    inputs = tiny.inputs(config, 60, (tokens // 256, 32, 32))
+    inputs = {name: value.to(device) for name, value in inputs.items()}
+    truth = model(**inputs)
+    keep = ("timestep", "guidance")
+    half = {k: v if k in keep else v.bfloat16() for k, v in inputs.items()}
+    fast = choose_attention(device, "fast", head_dim=config.attention_head_dim)
+    result: dict = {"fast_attention": f"{fast.name}: {fast.reason}"}
+
+    def loss(output: torch.Tensor) -> float:
+        return ((output.float() - truth).norm() / truth.norm()).item()
+
+    theirs = tiny.diffusers_transformer(model.float().cpu()).to(device, torch.bfloat16)
+    mask = torch.ones(1, 60, dtype=torch.long, device=device)
+    result["diffusers bf16"] = loss(theirs(**half, encoder_attention_mask=mask).sample)
+    del theirs
+    exact = model.to(device, torch.bfloat16)
+    result["bf16"] = loss(exact(**half))
+    modes, bounds = {"": sdpa}, {"": 0.06, ", fast attention": 0.08}
+    if is_fast(fast):
+        modes[", fast attention"] = fast.function
+        result["bf16, fast attention"] = loss(exact(**half, attention=fast.function))
+    require(result["bf16"] <= 1.2 * result["diffusers bf16"], "bf16 loses more than diffusers'")
+    for precision in STORAGE_DTYPES:
+        model = copy.deepcopy(exact)
+        to_8bit(model, precision)
+        for kind, function in modes.items():
+            error = result[precision + kind] = loss(model(**half, attention=function))
+            bound = bounds[kind]
+            require(error <= bound, f"{precision}{kind} loses {error:.3g}, {bound} is allowed")
+    return {k: round(v, 5) if isinstance(v, float) else v for k, v in result.items()}
 
 
 def small_model(device: torch.device, full: bool) -> dict:
@@ -116,11 +202,43 @@ def fill(model: torch.nn.Module) -> None:
             parameter.data.normal_(mean=1.0 if parameter.numel() == 128 else 0.0, std=0.02)
 
 
+def beside_diffusers(
+    ours: SkyReelsTransformer, inputs: dict, device: torch.device
+) -> tuple[float, dict[str, list[float]]]:
+    """Relative difference of the outputs, and the seconds of both, which take turns."""
+    from diffusers import HunyuanVideoTransformer3DModel
+
+    with torch.device("meta"):
+        theirs = HunyuanVideoTransformer3DModel(**tiny.diffusers_config(ours.config)).eval()
+    theirs.load_state_dict(tiny.to_diffusers(ours.state_dict(), ours.config), assign=True)
+    padded = {k: v for k, v in inputs.items() if k not in ("rope", "attention")}
+    states = padded["encoder_hidden_states"]
+    pad = 256 - states.shape[1]
+    padded["encoder_hidden_states"] = torch.nn.functional.pad(states, (0, 0, 0, pad))
+    mask = torch.zeros(1, 256, dtype=torch.long, device=device)
+    mask[:, : states.shape[1]] = 1
+    contenders = {
+        "diffusers": lambda: theirs(**padded, encoder_attention_mask=mask, return_dict=False)[0],
+        "ours": lambda: ours(**inputs, layout=LAYOUTS["chunks"]),
+    }
+    yours, mine = (contenders[name]().float() for name in ("diffusers", "ours"))
+    require(bool(mine.isfinite().all()), "our output is not finite")
+    difference = ((mine - yours).norm() / yours.norm()).item()
+    require(difference < 0.05, f"bf16 outputs differ by {difference:.3g}")
+    del mine, yours
+    seconds: dict[str, list[float]] = {name: [] for name in contenders}
+    for _ in range(3):
+        for name, function in contenders.items():
+            seconds[name].append(timed(function, device))
+    return difference, seconds
+
+
 @torch.inference_mode()
 def full_model(device: torch.device, full: bool) -> dict:
-    """A whole forward pass at full size in bf16, beside diffusers' on the same weights."""
-    if full and torch.cuda.mem_get_info()[0] < 45e9:
-        raise Skipped("full-size weights twice over activations need 45 GB free")
+    """A whole forward pass at full size: beside diffusers' on the same weights, in every mode, and
+    what each layout takes."""
+    if full and torch.cuda.mem_get_info()[0] < 60e9:
+        raise Skipped("full-size weights and a copy of the blocks need 60 GB free")
     config = TransformerConfig() if full else tiny.TRANSFORMER
     grid, text_tokens = ((25, 68, 120), 60) if full else ((3, 8, 8), 60)
     with torch.device("meta"):
@@ -132,50 +250,57 @@ def full_model(device: torch.device, full: bool) -> dict:
     inputs = {k: v.to(device) if k in keep else v.to(device).bfloat16() for k, v in inputs.items()}
     inputs["rope"] = rope_table(ours.token_grid(inputs["hidden_states"].shape), config,
                                 device=device)  # fmt: skip
+    exact = choose_attention(device).function
+    inputs["attention"] = exact
+    difference, seconds = beside_diffusers(ours, inputs, device)
+    result = {"tokens": inputs["rope"].shape[0], "relative_l2": round(difference, 5)}
+    conditions = {k: v for k, v in inputs.items() if k not in ("hidden_states", "rope")}
+    conditioning = ours.condition(**conditions)
 
-    from diffusers import HunyuanVideoTransformer3DModel
+    def denoise(attention: Attention, layout: str = "chunks") -> torch.Tensor:
+        return ours.denoise(
+            inputs["hidden_states"], conditioning, rope=inputs["rope"], attention=attention,
+            layout=LAYOUTS[layout],
+        )  # fmt: skip
 
-    with torch.device("meta"):
-        theirs = HunyuanVideoTransformer3DModel(**tiny.diffusers_config(config)).eval()
-    state = tiny.to_diffusers(ours.state_dict(), config)
-    theirs.load_state_dict(state, strict=True, assign=True)
-    padded = {k: v for k, v in inputs.items() if k != "rope"}
-    states = padded["encoder_hidden_states"]
-    pad = 256 - text_tokens
-    padded["encoder_hidden_states"] = torch.nn.functional.pad(states, (0, 0, 0, pad))
-    mask = torch.zeros(1, 256, dtype=torch.long, device=device)
-    mask[:, :text_tokens] = 1
-
-    def run_theirs() -> torch.Tensor:
-        return theirs(**padded, encoder_attention_mask=mask, return_dict=False)[0]
-
-    mine, yours = ours(**inputs).float(), run_theirs().float()
-    require(bool(mine.isfinite().all()), "our output is not finite")
-    difference = ((mine - yours).norm() / yours.norm()).item()
-    require(difference < 0.05, f"bf16 outputs differ by {difference:.3g}")
-    del mine, yours
-    seconds: dict[str, list[float]] = {"ours": [], "diffusers": []}
-    for _ in range(3):
-        seconds["diffusers"].append(timed(run_theirs, device))
-        seconds["ours"].append(timed(lambda: ours(**inputs), device))
-    medians = {name: statistics.median(values) for name, values in seconds.items()}
-    result = {
-        "tokens": inputs["rope"].shape[0],
-        "median_s": {name: round(value, 4) for name, value in medians.items()},
-        "speedup": round(medians["diffusers"] / medians["ours"], 3),
-        "relative_l2": round(difference, 5),
-    }
+    modes = {"": exact}
+    fast = choose_attention(device, "fast", head_dim=config.attention_head_dim)
+    result["fast_attention"] = f"{fast.name}: {fast.reason}"
+    if is_fast(fast):
+        modes[", fast attention"] = fast.function
     if device.type == "cuda":
-        del theirs
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
-        ours(**inputs)
-        peak = torch.cuda.max_memory_allocated() - weight_bytes(ours)
-        estimate = memory.sampling_bytes(config, inputs["rope"].shape[0] + 60, torch.bfloat16)
-        result["activation_gb"] = round(peak / 1e9, 2)
-        result["activation_estimate_gb"] = round(estimate / 1e9, 2)
-        if full:
-            require(peak <= 1.1 * estimate, "a step takes more memory than it is planned with")
+        result["activation_gb"] = {}
+        for layout in LAYOUTS:
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+            before = torch.cuda.memory_allocated()
+            denoise(exact, layout)
+            peak = torch.cuda.max_memory_allocated() - before
+            num_tokens = inputs["rope"].shape[0] + text_tokens
+            planned = memory.sampling_bytes(config, num_tokens, torch.bfloat16, layout)
+            row = {"peak": round(peak / 1e9, 2), "planned": round(planned / 1e9, 2)}
+            result["activation_gb"][layout] = row
+            if full:
+                require(peak <= planned, f"{layout} takes more memory than is planned: {row}")
+
+    def measure(name: str) -> None:
+        for kind, function in modes.items():
+            denoise(function)
+            times = [timed(lambda f=function: denoise(f), device) for _ in range(3)]
+            seconds[name + kind] = times
+
+    measure("denoise bf16")
+    for precision in ("int8", "fp8"):  # a copy of the blocks at a time: 18 GB rounded to 9
+        blocks = {n: getattr(ours, n) for n in ("double_blocks", "single_blocks")}
+        for name, modules in blocks.items():
+            setattr(ours, name, copy.deepcopy(modules))
+        to_8bit(ours, precision)
+        measure("denoise " + precision)
+        for name, modules in blocks.items():
+            setattr(ours, name, modules)
+    result["median_s"] = {
+        name: round(statistics.median(values), 4) for name, values in seconds.items()
+    }
     return result
 
 
@@ -253,12 +378,13 @@ def yardstick(device: torch.device, full: bool) -> dict:
 
     studio, cases = quality.Studio(device=str(device)), measure.held_out_cases(32 if full else 4)
     rows, exact = {}, None
-    for name in ("fp32", "bf16", "fp8", "int8", "streamed"):
+    for name in ("fp32", "bf16", "fp8", "int8", "easy cache", "streamed"):
         if quality.SETTINGS[name].needs_cuda and device.type != "cuda":
             continue
         row, clips, _ = quality.run_setting(studio, quality.SETTINGS[name], cases, exact)
         exact = exact or clips
-        rows[name] = {key: row[key] for key in ("told", "kept", "true", "exact", "seconds")}
+        keys = ("told", "kept", "true", "exact", "forwards", "seconds")
+        rows[name] = {key: row[key] for key in keys}
         require(row["told"] >= 75, f"{name}: {row['told']} % of the clips do as told")
     return {"cases": len(cases), "rows": rows}
 
@@ -266,13 +392,50 @@ def yardstick(device: torch.device, full: bool) -> dict:
 PHASES: dict[str, Callable[[torch.device, bool], dict]] = {
     "environment": environment,
     "attention": attention,
+    "attention_kernels": attention_kernels,
     "linears": linears,
+    "fused_kernels": fused_kernels,
+    "accuracy": accuracy,
     "small_model": small_model,
     "full_model": full_model,
     "streaming": streaming,
     "decoding": decoding,
     "yardstick": yardstick,
 }
+
+
+def bars(report: dict) -> dict:
+    """Bars 11 to 15 of the speed plan, from what the phases measured; None for what they did not.
+
+    Step caching is computed: the best step, times the share of the forward passes that the built-in
+    model needs with its default threshold. Random weights say nothing about that.
+    """
+    environment, model = report.get("environment", {}), report.get("full_model", {})
+    if model.get("tokens") != FULL_TOKENS:  # of a small one they would say nothing
+        model = {}
+    rows = report.get("yardstick", {}).get("rows", {})
+    seconds = model.get("median_s", {})
+    theirs, exact = seconds.get("diffusers"), seconds.get("denoise bf16")
+    linears = [seconds[n] for n in ("denoise fp8", "denoise int8") if n in seconds]
+    both = [seconds[n + ", fast attention"] for n in ("denoise fp8", "denoise int8")
+            if n + ", fast attention" in seconds]  # fmt: skip
+    share = None
+    if "easy cache" in rows:
+        share = rows["easy cache"]["forwards"] / rows["fp32"]["forwards"]
+
+    def ratio(mine: float | None) -> float | None:
+        return round(theirs / mine, 3) if theirs and mine else None
+
+    best = min(both, default=None)
+    return {
+        "11 exact bf16": ratio(exact),
+        "12 8-bit linears": ratio(min(linears, default=None)),
+        "13 8-bit linears and attention": ratio(best),
+        "14 and caching, computed": ratio(best * share if best and share else None),
+        "15 share of the matrix product": (
+            round(FORWARD_TFLOP / exact / environment["gemm_tflops"], 3) if exact else None
+        ),
+    }
 
 
 def main() -> int:
@@ -302,8 +465,10 @@ def main() -> int:
         outcome["seconds"] = round(time.perf_counter() - start, 2)
         report[name] = outcome
         print(f"{name:12} {json.dumps(outcome)}", flush=True)
+    report["bars"] = bars(report)
+    print(f"{'bars':12} {json.dumps(report['bars'])}", flush=True)
     counts = {
-        s: sum(o["status"] == s for o in report.values()) for s in ("ok", "skipped", "failed")
+        s: sum(o.get("status") == s for o in report.values()) for s in ("ok", "skipped", "failed")
     }
     print(json.dumps({"gpu_check": "full" if full else "tiny", **counts, "phases": report}))
     return 1 if counts["failed"] else 0

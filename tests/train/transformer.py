@@ -6,7 +6,7 @@
 
 FOLDER holds the finished vae/ and text encoders (export.py). `clips` encodes training clips to
 RUN/clips_*.safetensors, 1000 a file, each an own seed; `train` learns from all of them. Each goes
-on after a break. --goes-on starts from FOLDER's own transformer, for a VAE that has changed a little.
+on after a break. --goes-on starts from FOLDER's own transformer: for a VAE that has changed a bit.
 
 What a training example is, exactly as sampling.py asks for it: sigma = s u / (1 + (s - 1) u), s = 7
 in half of them and 2 in the others, which decide about details; latents

@@ -1,0 +1,129 @@
+"""What one block of the full-size model moves, launches and keeps, on shape-only tensors.
+
+A unit is one bfloat16 hidden tensor of 51,000 x 3,072 (313 MB). diffusers' blocks are counted by
+the same counter: it is the counter's check, and the figure to beat.
+"""
+
+import pytest
+import torch
+from comfyui_skyreels.skyreels.config import LAYOUTS, TransformerConfig
+from comfyui_skyreels.skyreels.memory import sampling_bytes
+from comfyui_skyreels.skyreels.model import SkyReelsTransformer
+from support import tiny
+from support.peak import PeakBytes
+from support.traffic import Traffic
+
+IMAGE_TOKENS, TEXT_TOKENS, WIDTH = 51_000, 256, 3072
+UNIT = IMAGE_TOKENS * WIDTH * 2
+
+_library = torch.library.Library("budget", "DEF")
+_library.define("attention(Tensor query, Tensor key, Tensor value) -> Tensor")
+
+
+def _attention_shape(query, key, value):
+    """[B, heads, S, D], laid out as flash kernels do: heads inside of tokens."""
+    batch, heads, length, dim = query.shape
+    return query.new_empty(batch, length, heads, dim).transpose(1, 2)
+
+
+_library.impl("attention", _attention_shape, "Meta")
+attention = torch.ops.budget.attention
+
+
+@pytest.fixture(scope="module")
+def full_size():
+    """Our model and diffusers' with one block of each kind, full width, as shapes only."""
+    from diffusers import HunyuanVideoTransformer3DModel
+
+    config = TransformerConfig(num_layers=1, num_single_layers=1)
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        with torch.device("meta"):
+            ours = SkyReelsTransformer(config).requires_grad_(False)
+            theirs = HunyuanVideoTransformer3DModel(**tiny.diffusers_config(config))
+    finally:
+        torch.set_default_dtype(torch.float32)
+    return ours, theirs.requires_grad_(False)
+
+
+def shape(*sizes, dtype=torch.bfloat16):
+    return torch.empty(*sizes, dtype=dtype, device="meta")
+
+
+def count(block, *args):
+    with Traffic() as traffic, torch.inference_mode():
+        block(*args)
+    return traffic.bytes / UNIT, traffic.kernels
+
+
+def count_ours(model, layout):
+    rope = shape(IMAGE_TOKENS, 64, dtype=torch.complex64)
+    img, txt = shape(1, IMAGE_TOKENS, WIDTH), shape(1, TEXT_TOKENS, WIDTH)
+    joined = shape(1, IMAGE_TOKENS + TEXT_TOKENS, WIDTH)
+    rows = [shape(1, 1, 6 * WIDTH) for _ in range(2)]
+    last = (rope, attention, LAYOUTS[layout])
+    double = count(model.double_blocks[0], img, txt, rows, *last)
+    return double, count(model.single_blocks[0], joined, [shape(1, 1, 3 * WIDTH)], *last)
+
+
+@pytest.mark.parametrize("layout", ["whole", "chunks"])
+def test_a_block_moves_and_launches_little(full_size, layout):
+    (double_units, double_kernels), (single_units, single_kernels) = count_ours(
+        full_size[0], layout
+    )
+    assert double_units <= 25
+    assert single_units <= 20
+    assert double_kernels <= 28
+    assert single_kernels <= 16
+
+
+def test_the_counter_finds_in_diffusers_what_the_plan_states(full_size, monkeypatch):
+    _, theirs = full_size
+    monkeypatch.setattr(
+        torch.nn.functional, "scaled_dot_product_attention",
+        lambda query, key, value, **_: attention(query, key, value),
+    )  # fmt: skip
+    args = (
+        shape(1, IMAGE_TOKENS, WIDTH), shape(1, TEXT_TOKENS, WIDTH), shape(1, WIDTH),
+        shape(1, 1, 1, IMAGE_TOKENS + TEXT_TOKENS, dtype=torch.bool),
+        tuple(shape(IMAGE_TOKENS, 128, dtype=torch.float32) for _ in range(2)),
+    )  # fmt: skip
+    units, kernels = count(theirs.transformer_blocks[0], *args)
+    assert units == pytest.approx(122.9, abs=0.1)
+    assert kernels == pytest.approx(93, abs=1)
+    units, kernels = count(theirs.single_transformer_blocks[0], *args)
+    assert units == pytest.approx(125.9, abs=0.1)
+    assert kernels == pytest.approx(52, abs=1)
+
+
+@pytest.mark.parametrize(("layout", "gib"), [("whole", 2.4), ("chunks", 1.9), ("head groups", 1.4)])
+def test_activations_of_one_branch_stay_within_the_budget(layout, gib):
+    config = TransformerConfig(num_layers=2, num_single_layers=2)
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        with torch.device("meta"):
+            model = SkyReelsTransformer(config).requires_grad_(False)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    with torch.device("meta"):
+        inputs = {
+            "hidden_states": torch.empty(1, 32, 25, 68, 120),
+            "timestep": torch.empty(1),
+            "encoder_hidden_states": torch.empty(1, TEXT_TOKENS, 4096),
+            "pooled_projections": torch.empty(1, 768),
+            "rope": torch.empty(IMAGE_TOKENS, 64, dtype=torch.complex64),
+        }
+    with PeakBytes() as counted, torch.inference_mode():
+        model(**inputs, attention=_attention_shape, layout=LAYOUTS[layout])
+    planned = sampling_bytes(config, IMAGE_TOKENS + TEXT_TOKENS, torch.bfloat16, layout)
+    assert counted.peak <= gib * 2**30
+    assert 0.9 * planned <= counted.peak <= planned
+
+
+def test_a_run_keeps_few_parameters_on_the_device():
+    with torch.device("meta"):
+        model = SkyReelsTransformer(TransformerConfig())
+    apart = {id(p) for module in model.conditioners for p in module.parameters()}
+    resident = sum(p.numel() for p in model.parameters() if id(p) not in apart)
+    assert resident <= 9.12e9
+    assert sum(p.numel() for p in model.parameters()) > 12.8e9

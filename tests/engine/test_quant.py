@@ -1,0 +1,549 @@
+"""8-bit linear layers: what rounding costs, that parts make the whole, and which product a device
+gets. Devices other than the CPU are described, not present."""
+
+import json
+import logging
+import os
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+from comfyui_skyreels.skyreels import kernels, quant
+from comfyui_skyreels.skyreels.kernels import RowFormat, Rows
+from comfyui_skyreels.skyreels.kernels.selection import DeviceDescription
+from comfyui_skyreels.skyreels.linear import input_format, linear
+from comfyui_skyreels.skyreels.quant import (
+    STORAGE_DTYPES,
+    QuantLinear,
+    choose,
+    dequantize,
+    is_quantizable,
+    quantize,
+    rotation_size,
+)
+from support.project import ROOT
+
+E4M3, INT8 = torch.float8_e4m3fn, torch.int8
+CPU = torch.device("cpu")
+BY_ROWS, PER_TENSOR = quant.SCALED, "_scaled_mm per tensor"
+
+
+def make(weight, precision, bias=None, **options) -> QuantLinear:
+    """A layer that rounds its input too."""
+    rotation = rotation_size(weight.shape[1]) if precision == "int8" else 0
+    stored, scale = quantize(weight, STORAGE_DTYPES[precision], rotation)
+    options = {"weight_only": False, "compute_dtype": torch.float32, **options}
+    return QuantLinear(stored, scale, bias, rotation=rotation, **options)
+
+
+def error(got, expected) -> float:
+    return ((got.double() - expected).norm() / expected.norm()).item()
+
+
+def gaussian(tokens, channels):
+    return torch.randn(tokens, channels)
+
+
+def outliers(tokens, channels):
+    """12 channels 30 times as large, and tokens of unlike size (performance plan, section 2.3)."""
+    x = torch.randn(tokens, channels)
+    x[:, torch.randperm(channels)[:12]] *= 30
+    return x * torch.randn(tokens, 1).exp()
+
+
+# --- what rounding costs ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("distribution", [gaussian, outliers])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("precision", "bound"), [("fp8", 0.040), ("int8", 0.015)])
+def test_rounding_inputs_and_weights_costs_no_more_than_planned(
+    distribution, dtype, precision, bound
+):
+    x, weight = distribution(256, 3072)[None].to(dtype), torch.randn(512, 3072) * 0.02
+    layer = make(weight, precision, compute_dtype=dtype)
+    assert layer.input_format is not None
+    got = layer(x)
+    assert got.dtype == dtype
+    assert bound / 4 <= error(got, x.double() @ weight.double().T) <= bound
+
+
+def test_without_rotation_int8_would_cost_far_more():
+    """The gate above can fail: this is what the rotation is for."""
+    x, weight = outliers(256, 3072)[None], torch.randn(512, 3072) * 0.02
+    stored, scale = quantize(weight, INT8)
+    layer = QuantLinear(stored, scale, None, weight_only=False)
+    assert error(layer(x), x.double() @ weight.double().T) >= 0.03
+
+
+@pytest.mark.parametrize("precision", STORAGE_DTYPES)
+def test_the_result_is_that_of_the_rounded_numbers(precision):
+    """Exactly: scales are applied to the product, nothing else is lost."""
+    x, weight, bias = torch.randn(2, 17, 96), torch.randn(48, 96), torch.randn(48)
+    layer = make(weight, precision, bias)
+    rows = kernels.quantize_rows(x, layer.input_format)
+    inputs = rows.values.double() * rows.scale
+    expected = inputs @ (layer.weight.double() * layer.weight_scale).T + bias
+    assert error(layer(x), expected) <= 1e-6
+
+
+@pytest.mark.parametrize("rotation", [0, 32])
+def test_a_widened_weight_is_the_one_that_was_rounded(rotation):
+    weight = torch.randn(40, 96)
+    stored, scale = quantize(weight, INT8, rotation)
+    wide = dequantize(stored, scale, torch.float32, rotation)
+    assert error(wide, weight.double()) <= 0.01
+    x = torch.randn(5, 96)
+    layer = QuantLinear(stored, scale, None, rotation=rotation)
+    assert layer.input_format is None
+    torch.testing.assert_close(layer(x), x @ wide.T)
+
+
+def test_quantising_goes_by_rows_whatever_runs_at_a_time(monkeypatch):
+    weight = torch.randn(70, 64)
+    weight[3] = 0
+    whole = quantize(weight, INT8, 64)
+    monkeypatch.setattr(quant, "CHUNK_ROWS", 32)
+    parts = quantize(weight, INT8, 64)
+    assert torch.equal(whole[0], parts[0])
+    assert torch.equal(whole[1], parts[1])
+    assert whole[1][3] == 1
+    assert whole[1].shape == (70, 1)
+
+
+# --- parts, rows, shapes ------------------------------------------------------------------------
+
+
+@pytest.fixture(params=[*STORAGE_DTYPES, "weight-only int8", "weight-only fp8"])
+def layer(request):
+    weight, bias = torch.randn(96, 192) * 0.1, torch.randn(96)
+    precision = request.param.split()[-1]
+    return make(weight, precision, bias, weight_only="only" in request.param)
+
+
+def rounded(layer, x):
+    """As a fused kernel would hand it over."""
+    to = input_format(layer)
+    return x if to is None else kernels.quantize_rows(x, to)
+
+
+def test_parts_of_the_rows_make_the_whole(layer):
+    x = torch.randn(2, 9, 192)
+    parts = [slice(0, 16), slice(16, 80), slice(80, None)]
+    joined = torch.cat([linear(layer, rounded(layer, x), rows=rows) for rows in parts], dim=-1)
+    torch.testing.assert_close(joined, layer(x))
+
+
+def test_parts_of_the_columns_make_the_whole(layer):
+    """[attention | MLP]: each with scales of its own, so equal up to rounding."""
+    x = torch.randn(2, 9, 192)
+    out = torch.empty(2, 9, 96)
+    first, second = rounded(layer, x[..., :64]), rounded(layer, x[..., 64:])
+    linear(layer, first, columns=slice(0, 64), out=out)
+    linear(layer, second, columns=slice(64, None), out=out, add=True)
+    wide = dequantize(layer.weight, layer.weight_scale, torch.float32, layer.rotation)
+    exact = (x @ wide.T + layer.bias).double()
+    assert error(out, exact) <= (0.03 if layer.weight.dtype == E4M3 else 0.01)
+
+
+def test_a_part_is_written_and_added_where_it_is_told(layer, monkeypatch):
+    x = torch.randn(2, 600, 192)
+    expected = layer(x)
+    monkeypatch.setattr(quant, "CHUNK_ELEMENTS", 1)  # 256 tokens at a time
+    buffer = torch.full((2, 603, 3, 96), torch.nan)
+    into = buffer[:, 2:602, 1]  # neither contiguous nor at the start
+    got = layer.part(rounded(layer, x), slice(None), slice(None), layer.bias, into)
+    assert got is into
+    torch.testing.assert_close(into, expected)
+    layer.part(rounded(layer, x), slice(None), slice(None), None, into, add=True)
+    torch.testing.assert_close(into, 2 * expected - layer.bias)
+    assert buffer.isnan().sum() == buffer.numel() - into.numel()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("tokens", [0, 1, 17])
+@pytest.mark.parametrize("precision", STORAGE_DTYPES)
+def test_rows_give_what_the_tensor_gives(precision, tokens, dtype):
+    weight, bias = torch.randn(48, 96), torch.randn(48).to(dtype)
+    layer = make(weight, precision, bias, compute_dtype=dtype)
+    x = torch.randn(2, tokens, 96).to(dtype)
+    rows = kernels.quantize_rows(x, layer.input_format)
+    assert torch.equal(layer(rows), layer(x))
+    assert layer(rows).dtype == dtype
+    assert layer(x).shape == (2, tokens, 48)
+    assert layer(x[0]).shape == (tokens, 48)
+
+
+def test_a_layer_that_widens_takes_rounded_rows_too():
+    """Rows made for another device: rotated back, not refused."""
+    weight = torch.randn(48, 96)
+    stored, scale = quantize(weight, INT8, 32)
+    layer = QuantLinear(stored, scale, None, rotation=32, compute_dtype=torch.float32)
+    x = torch.randn(1, 5, 96)
+    rows = kernels.quantize_rows(x, RowFormat(INT8, 32))
+    assert error(layer(rows), layer(x).double()) <= 0.01
+
+
+def test_rows_of_another_format_are_a_mistake():
+    layer = make(torch.randn(48, 96), "int8")
+    rows = kernels.quantize_rows(torch.randn(1, 5, 96), RowFormat(E4M3))
+    with pytest.raises(AssertionError, match="float8"):
+        layer(rows)
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+@pytest.mark.parametrize("precision", STORAGE_DTYPES)
+def test_what_is_not_finite_spoils_its_token_and_no_other(precision, value):
+    layer = make(torch.randn(48, 96), precision)
+    x = torch.randn(1, 3, 96)
+    x[0, 1, 5] = value
+    finite = layer(x).isfinite()
+    assert finite[0, [0, 2]].all()
+    assert not finite[0, 1].any()
+
+
+@pytest.mark.parametrize("scale", [None, torch.tensor(0.5), torch.rand(48, 1) + 0.5])
+def test_scales_of_a_file_are_used_as_they_are(scale):
+    stored = torch.randn(48, 96).to(E4M3)
+    layer = QuantLinear(stored, scale, None, weight_only=False)
+    x = torch.randn(1, 7, 96)
+    exact = x.double() @ (stored.double() * (1.0 if scale is None else scale)).T
+    assert layer.input_format == (E4M3, 0)
+    assert error(layer(x), exact) <= 0.03
+    part = layer.part(x, slice(16, 32), slice(None), None)
+    torch.testing.assert_close(part, layer(x)[..., 16:32])
+
+
+# --- rotations ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("hidden", "size"), [(3072, 256), (128, 128), (96, 32), (48, 16), (17, 0), (2, 2)]
+)
+def test_no_rotation_straddles_the_parts_of_a_projection(hidden, size):
+    assert rotation_size(hidden, 4 * hidden) == size
+    assert size == 0 or (hidden % size == 0 and 4 * hidden % size == 0)
+
+
+def test_columns_that_cut_a_rotation_are_a_mistake():
+    layer = make(torch.randn(16, 96), "int8")
+    assert layer.rotation == 32
+    layer.part(torch.randn(2, 64), slice(None), slice(32, None), None)
+    with pytest.raises(AssertionError, match="cut a rotation of 32"):
+        layer.part(torch.randn(2, 48), slice(None), slice(48, None), None)
+
+
+# --- what is rounded ----------------------------------------------------------------------------
+
+
+def test_small_and_delicate_layers_are_kept():
+    """Of 20 double blocks: the text stream of the first and last two, and the last attention."""
+    kept = (
+        "img_in.proj", "txt_in.input_embedder", "time_in.mlp.0", "vector_in.in_layer",
+        "guidance_in.mlp.2", "final_layer.linear", "final_layer.adaLN_modulation.1",
+        "txt_in.individual_token_refiner.blocks.0.self_attn_qkv",
+        "double_blocks.7.img_mod.linear", "double_blocks.7.txt_mod.linear",
+        "double_blocks.7.img_attn_q_norm", "single_blocks.0.q_norm",
+        "single_blocks.30.modulation.linear",
+        "double_blocks.19.img_attn_qkv", "double_blocks.19.img_attn_proj",
+        *(f"double_blocks.{block}.txt_{part}" for block in (0, 1, 18, 19)
+          for part in ("attn_qkv", "attn_proj", "mlp.fc1", "mlp.fc2")),
+    )  # fmt: skip
+    rounded = (
+        "double_blocks.0.img_attn_qkv", "double_blocks.19.img_mlp.fc2",
+        "double_blocks.18.img_attn_proj", "double_blocks.2.txt_attn_qkv",
+        "double_blocks.17.txt_mlp.fc1",
+        "single_blocks.0.linear1", "single_blocks.39.linear2",
+    )  # fmt: skip
+    assert not any(is_quantizable(f"{name}.weight", 20) for name in kept)
+    assert all(is_quantizable(f"{name}.weight", 20) for name in rounded)
+
+
+# --- which product a device gets ----------------------------------------------------------------
+
+
+def passes(name):
+    return ""
+
+
+def by_rows_not_supported(name):
+    return "failed: CUBLAS_STATUS_NOT_SUPPORTED" if name == BY_ROWS else ""
+
+
+def fails(name):
+    return "gives numbers that are not finite"
+
+
+DEVICES = [
+    # kind, capability, test, product of fp8, product of int8
+    ("cuda", (7, 0), passes, None, None),
+    ("cuda", (7, 5), passes, None, "_int_mm"),
+    ("cuda", (8, 0), passes, None, "_int_mm"),
+    ("cuda", (8, 6), passes, None, "_int_mm"),
+    ("cuda", (8, 9), passes, BY_ROWS, "_int_mm"),
+    ("cuda", (8, 9), by_rows_not_supported, PER_TENSOR, "_int_mm"),
+    ("cuda", (9, 0), passes, BY_ROWS, "_int_mm"),
+    ("cuda", (9, 0), fails, None, None),
+    ("cuda", (12, 0), by_rows_not_supported, PER_TENSOR, "_int_mm"),
+    ("rocm", (9, 4), passes, None, None),
+    ("mps", None, passes, None, None),
+    ("cpu", None, passes, "float32", "_int_mm"),
+    ("cpu", None, lambda name: "" if name == "float32" else "failed", "float32", "float32"),
+    ("meta", None, fails, BY_ROWS, "_int_mm"),
+]
+
+
+@pytest.mark.parametrize(("kind", "capability", "test", "fp8", "int8"), DEVICES)
+def test_a_device_gets_the_fastest_product_it_has_and_passes(kind, capability, test, fp8, int8):
+    for dtype, product in ((E4M3, fp8), (INT8, int8)):
+        chosen = choose(dtype, kind, capability, test)
+        assert chosen.product == product
+        assert chosen.reason
+        if product is None and test is passes:
+            assert "capability" in chosen.reason or "no 8-bit products" in chosen.reason
+    assert choose(torch.float8_e5m2, kind, capability, test).product is None
+
+
+def test_the_reason_names_what_failed_before():
+    chosen = choose(E4M3, "cuda", (12, 0), by_rows_not_supported)
+    assert "by rows failed: CUBLAS_STATUS_NOT_SUPPORTED; self-test passed" in chosen.reason
+    refused = choose(INT8, "cuda", (7, 0), passes)
+    assert "from compute capability 7.5 on, this is 7.0" in refused.reason
+
+
+def test_a_device_too_old_is_not_even_tested():
+    def explodes(name):
+        raise AssertionError
+
+    assert choose(E4M3, "cuda", (8, 6), explodes).product is None
+
+
+@pytest.mark.parametrize("dtype", [E4M3, INT8])
+def test_sound_products_pass_their_self_test_on_this_cpu(dtype):
+    assert quant.probe("float32", dtype, CPU) == ""
+    assert quant.arithmetic(dtype, CPU).product is not None
+
+
+@pytest.mark.parametrize("name", [BY_ROWS, PER_TENSOR])
+def test_torchs_float8_products_are_called_as_they_are_meant(name):
+    """The calls that a GPU gets, on the CPU version of the same operator."""
+    problem = quant.probe(name, E4M3, CPU)
+    if problem.startswith("failed"):
+        pytest.skip(f"this torch has no such product on a CPU: {problem}")
+    assert problem == ""
+
+
+def saturating(values, weight):
+    """In the manner of CPUs without VNNI, where sums of two products stop short of the largest."""
+    pairs = values.float().unflatten(1, (-1, 2))[:, None] * weight.float().unflatten(1, (-1, 2))
+    return pairs.sum(-1).clamp(-(2**14), 2**14 - 1).sum(-1)
+
+
+def not_finite(values, weight):
+    return quant._float32_mm(values, weight) * torch.nan
+
+
+@pytest.mark.parametrize(
+    ("product", "problem"),
+    [
+        (not_finite, "not finite"),
+        (lambda values, weight: quant._float32_mm(values, weight).half(), "not finite"),
+        (lambda values, weight: quant._float32_mm(values, weight.roll(1, 0)), "differs"),
+        (lambda values, weight: quant._float32_mm(values.roll(1, 0), weight), "differs"),
+        (saturating, "differs"),
+    ],
+)
+def test_a_product_that_is_wrong_is_found_out(monkeypatch, product, problem):
+    monkeypatch.setitem(quant.CODES, "float32", product)
+    assert problem in quant.probe("float32", INT8, CPU)
+
+
+def test_a_product_that_fails_says_why_and_memory_is_no_reason(monkeypatch):
+    def fail(values, weight):
+        raise kind("no such kernel\nand a long trace")
+
+    monkeypatch.setitem(quant.CODES, "float32", fail)
+    kind = RuntimeError
+    assert quant.probe("float32", INT8, CPU) == "failed: no such kernel"
+    kind = torch.cuda.OutOfMemoryError
+    with pytest.raises(torch.cuda.OutOfMemoryError):
+        quant.probe("float32", INT8, CPU)
+
+
+@pytest.fixture
+def fresh():
+    """Nothing decided yet, before and after."""
+    quant.arithmetic.cache_clear()
+    yield
+    quant.arithmetic.cache_clear()
+
+
+def test_a_layer_whose_products_fail_widens_and_says_so_once(monkeypatch, caplog, fresh):
+    for name in ("float32", "_int_mm"):
+        monkeypatch.setitem(quant.CODES, name, not_finite)
+    layer = make(torch.randn(48, 96), "int8")
+    x = torch.randn(1, 7, 96)
+    with caplog.at_level(logging.INFO):
+        got = [layer(x) for _ in range(3)]
+    assert layer.input_format is None
+    assert len(caplog.records) == 1
+    message = caplog.records[0].getMessage()
+    assert "int8" in message
+    assert "cpu" in message
+    assert "not finite" in message
+    assert "widened" in message
+    wide = dequantize(layer.weight, layer.weight_scale, torch.float32, layer.rotation)
+    torch.testing.assert_close(got[-1], x @ wide.T)
+
+
+def test_every_device_gets_a_decision_of_its_own(monkeypatch, fresh):
+    """A layer that moves between runs asks again; one that stays does not."""
+    asked = []
+
+    def record(name, dtype, device):
+        asked.append((name, device.type))
+        return ""
+
+    monkeypatch.setattr(quant, "probe", record)
+    monkeypatch.setattr(quant.torch.version, "hip", None)
+    capabilities = {0: (8, 6), 1: (9, 0)}
+    monkeypatch.setattr(
+        quant.torch.cuda, "get_device_capability", lambda device: capabilities[device.index]
+    )
+    for _ in range(2):
+        assert quant.arithmetic(E4M3, CPU).product == "float32"
+        assert quant.arithmetic(E4M3, torch.device("cuda:0")).product is None
+        assert quant.arithmetic(E4M3, torch.device("cuda:1")).product == BY_ROWS
+    assert asked == [("float32", "cpu"), (BY_ROWS, "cuda")]
+
+
+def test_a_fallback_on_a_gpu_is_a_warning_and_the_fast_path_is_not(monkeypatch, caplog, fresh):
+    monkeypatch.setattr(quant, "probe", lambda name, *_: by_rows_not_supported(name))
+    monkeypatch.setattr(quant.torch.version, "hip", None)
+    monkeypatch.setattr(quant.torch.cuda, "get_device_capability", lambda device: (12, 0))
+    with caplog.at_level(logging.INFO):
+        quant.arithmetic(E4M3, torch.device("cuda:0"))
+        quant.arithmetic(INT8, torch.device("cuda:0"))
+    assert [record.levelname for record in caplog.records] == ["WARNING", "INFO"]
+
+
+# --- scales after the product -------------------------------------------------------------------
+
+
+def gpu(**described) -> DeviceDescription:
+    return DeviceDescription("cuda", "a GPU", (8, 9), **described)
+
+
+@pytest.mark.parametrize(
+    ("where", "reason"),
+    [
+        (gpu(triton_problem="Triton is not installed: pip install"), "not installed"),
+        (DeviceDescription("cuda", "an AMD GPU"), "no Triton for an AMD GPU"),
+        (DeviceDescription("cpu"), "no Triton for cpu"),
+    ],
+)
+def test_without_triton_products_are_scaled_in_plain_torch(where, reason):
+    chosen = quant.choose_scaling(where, CPU)
+    assert chosen.kernel is None
+    assert reason in chosen.reason
+
+
+def stand_in(monkeypatch, function):
+    """A module of kernels that needs neither Triton nor a GPU."""
+    name = quant.kernels.__name__ + ".triton_rescale"
+    monkeypatch.setitem(sys.modules, name, SimpleNamespace(rescale_=function))
+
+
+def test_a_scaling_kernel_is_used_if_it_agrees(monkeypatch):
+    stand_in(monkeypatch, quant.rescale)
+    assert quant.choose_scaling(gpu(triton="3.6.0"), CPU).kernel is quant.rescale
+
+
+def forgets_to_add(codes, row_scale, scale, bias, out, add):
+    quant.rescale(codes, row_scale, scale, bias, out, False)
+
+
+def gives_nan(codes, row_scale, scale, bias, out, add):
+    out.fill_(torch.nan)
+
+
+def does_not_compile(*_):
+    raise RuntimeError("ptxas failed\nlong log")
+
+
+@pytest.mark.parametrize(
+    ("kernel", "reason"),
+    [(forgets_to_add, "differs"), (gives_nan, "differs"), (does_not_compile, "ptxas failed")],
+)
+def test_a_scaling_kernel_that_is_wrong_or_fails_is_not(monkeypatch, kernel, reason):
+    stand_in(monkeypatch, kernel)
+    chosen = quant.choose_scaling(gpu(triton="3.6.0"), CPU)
+    assert chosen.kernel is None
+    assert reason in chosen.reason
+    assert "long log" not in chosen.reason
+
+
+def run_kernel(*arguments: str, **environment: str) -> dict | list:
+    """tests/support/triton_rescale.py in a process of its own."""
+    pytest.importorskip("triton")
+    run = subprocess.run(
+        [sys.executable, "-m", "support.triton_rescale", *arguments], cwd=ROOT / "tests",
+        env={**os.environ, **environment}, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert run.returncode == 0, run.stderr
+    return json.loads(run.stdout.splitlines()[-1])
+
+
+def test_the_scaling_kernel_computes_its_definition_in_the_interpreter():
+    found = run_kernel("interpret", TRITON_INTERPRET="1")
+    assert found["problem"] == ""
+    assert found["spoilt"] == [False, True, False]
+    assert len(found["cases"]) == 5
+    for case in found["cases"]:
+        assert case["error"] <= 1e-6, case
+        assert case["kept"], case
+
+
+def test_the_scaling_kernel_compiles_for_every_gpu_without_spilling():
+    rows = run_kernel("compile", "80", "86", "89", "90", "120")
+    assert len(rows) == 2 * 5
+    assert all(row["stack"] == row["local"] == 0 for row in rows)
+
+
+# --- counting -----------------------------------------------------------------------------------
+
+
+def test_a_self_test_is_not_counted_as_the_callers_work(fresh):
+    from torch.utils.flop_counter import FlopCounterMode
+
+    layer = make(torch.randn(48, 96), "fp8")
+    with FlopCounterMode(display=False) as counter:
+        assert layer.input_format is not None
+    assert counter.get_total_flops() == 0
+
+
+def test_shapes_alone_take_the_way_of_a_gpu():
+    with torch.device("meta"):
+        x = torch.empty(1, 51256, 3072, dtype=torch.bfloat16)
+        for dtype in (E4M3, INT8):
+            weight, scale = torch.empty(9216, 3072, dtype=dtype), torch.empty(9216, 1)
+            layer = QuantLinear(weight, scale, torch.empty(9216).bfloat16(), weight_only=False)
+            assert layer(x).shape == (1, 51256, 9216)
+            out = torch.empty(1, 51256, 9216, dtype=torch.bfloat16)
+            assert layer.part(x, slice(None), slice(None), layer.bias, out) is out
+
+
+def test_the_report_names_both_formats_and_the_package_not_used():
+    found = quant.report(CPU)
+    assert "multiplied by float32" in found["fp8 linears"]
+    assert "inputs rounded too" in found["int8 linears"]
+    assert "not used" in found["comfy_kitchen int8_linear"]
+
+
+def test_a_layer_says_how_it_was_made():
+    layer = make(torch.randn(48, 96), "int8", torch.randn(48))
+    assert layer.state_dict().keys() == {"weight", "weight_scale", "bias"}
+    assert (layer.in_features, layer.out_features, layer.rotation) == (96, 48, 32)
+    assert isinstance(kernels.quantize_rows(torch.randn(1, 2, 96), layer.input_format), Rows)

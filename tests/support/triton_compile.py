@@ -1,0 +1,109 @@
+"""Compile every Triton kernel at the model's widths for GPUs that need not be here.
+
+    python -m support.triton_compile 80 90        (from tests/; TRITON_INTERPRET must not be set)
+
+The operators are called on shape-only tensors, their launches recorded and compiled ahead of time,
+so what is compiled is what would run. Prints one JSON line, a list of {operator, to, capability,
+warps, shared, registers, stack, local}; stack and local are the bytes that spilled registers take.
+"""
+
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import conftest  # noqa: F401 - loads the package the way ComfyUI does
+from comfyui_skyreels.skyreels.kernels import selection
+from comfyui_skyreels.skyreels.kernels import triton_kernels as kernels
+
+TYPES = {
+    torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.int8: "*i8",
+    torch.float8_e4m3fn: "*fp8e4nv",
+}  # fmt: skip
+CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+
+
+def launches(name: str, to: torch.dtype | None) -> list[tuple]:
+    """(kernel, arguments, constants, warps) of a call of an operator at the model's widths."""
+    found = []
+
+    def record(kernel, grid, elements, *args, **constants):
+        found.append((kernel, args, constants, kernels._warps(elements)))
+
+    kernels._launch, launch = record, kernels._launch
+    try:
+        args = [
+            a.to("meta") if isinstance(a, torch.Tensor) else a
+            for a in selection.sample(name, torch.bfloat16, to)
+        ]
+        if name.startswith("group"):  # a piece of the last level of the video VAE
+            args[0] = torch.empty(1, 8, 13, 544, 960, dtype=torch.bfloat16, device="meta")
+        getattr(kernels, name)(*args)
+    finally:
+        kernels._launch = launch
+    return found
+
+
+def source(kernel, args: tuple, constants: dict) -> ASTSource:
+    """What a launch with these arguments would compile: types, alignment, constants."""
+    signature, attributes, fixed = {}, {}, dict(constants)
+    for index, (name, value) in enumerate(zip(kernel.arg_names, args, strict=False)):
+        if value is None:
+            fixed[name] = None
+        elif isinstance(value, torch.Tensor):
+            signature[name] = TYPES[value.dtype]
+            attributes[(index,)] = [["tt.divisibility", 16]]
+        else:
+            signature[name] = "i32"
+            if value % 16 == 0 and not kernel.params[index].do_not_specialize:
+                attributes[(index,)] = [["tt.divisibility", 16]]
+    for name in fixed:
+        signature[name] = "constexpr"
+    ordered = {name: signature[name] for name in kernel.arg_names}
+    return ASTSource(kernel, ordered, fixed, attributes)
+
+
+def resources(cubin: bytes) -> dict[str, int]:
+    """What the assembler says the kernel takes."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "kernel.cubin"
+        path.write_bytes(cubin)
+        text = subprocess.run(
+            [CUOBJDUMP, "--dump-resource-usage", path], capture_output=True, text=True, check=True
+        ).stdout
+    found = dict(re.findall(r"\b(REG|STACK|LOCAL):(\d+)", text))
+    return {"registers": int(found["REG"]), "stack": int(found["STACK"]),
+            "local": int(found["LOCAL"])}  # fmt: skip
+
+
+def main(capabilities: list[int]) -> None:
+    rows = []
+    for name in selection._references:
+        formats = [torch.float8_e4m3fn, torch.int8] if "quantize" in name else [None]
+        for to in formats:
+            for kernel, args, constants, warps in launches(name, to):
+                for capability in capabilities:
+                    if to == torch.float8_e4m3fn and capability < 89:
+                        continue
+                    compiled = triton.compile(
+                        source(kernel, args, constants),
+                        target=GPUTarget("cuda", capability, 32),
+                        options={"num_warps": warps, "enable_fp_fusion": True},
+                    )
+                    rows.append({"operator": name, "to": selection._short(to),
+                                 "capability": capability, "warps": warps,
+                                 "shared": compiled.metadata.shared,
+                                 **resources(compiled.asm["cubin"])})  # fmt: skip
+    print(json.dumps(rows))
+
+
+if __name__ == "__main__":
+    main([int(each) for each in sys.argv[1:]] or [80, 86, 89, 90, 120])

@@ -1,0 +1,97 @@
+"""Run the scaling kernel in Triton's interpreter, or compile it for GPUs that need not be here.
+
+    python -m support.triton_rescale interpret        (from tests/, with TRITON_INTERPRET=1)
+    python -m support.triton_rescale compile 80 90    (from tests/, without it)
+
+`interpret` prints one JSON line: what the self-test says, and a list of {case, error, neighbours}
+with relative L2 errors; `compile` a list of {capability, codes, registers, stack, local} at the
+model's width: stack and local are the bytes that spilled registers take.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import conftest  # noqa: F401 - loads the package the way ComfyUI does
+from comfyui_skyreels.skyreels import quant
+from comfyui_skyreels.skyreels.kernels import triton_rescale as kernels
+
+#: tokens, channels, dtype of the product, scale, bias, add
+CASES = [
+    (1, 16, torch.int32, "row", True, False),
+    (9, 1100, torch.int32, "row", True, False),
+    (5, 1024, torch.int32, "row", False, True),
+    (4, 130, torch.bfloat16, "one", True, False),
+    (3, 64, torch.float32, "none", False, True),
+]
+
+
+def interpret() -> dict:
+    """float32 results: the interpreter cuts bfloat16 off where it should round it."""
+    rows = []
+    for tokens, width, dtype, kind, has_bias, add in CASES:
+        codes = torch.randint(-(2**20), 2**20, (tokens, width)).to(dtype)
+        row_scale = torch.rand(tokens, 1)
+        scale = {"row": torch.rand(width, 1), "one": torch.tensor(0.3), "none": None}[kind]
+        bias = torch.randn(width).bfloat16() if has_bias else None
+        buffer = torch.randn(tokens, width + 32)
+        expected = buffer.clone()
+        for function, target in ((kernels.rescale_, buffer), (quant.rescale, expected)):
+            function(codes, row_scale, scale, bias, target[:, 16:-16], add)
+        error = ((buffer - expected).norm() / expected.norm()).item()
+        outside = torch.equal(buffer[:, :16], expected[:, :16])
+        outside &= torch.equal(buffer[:, -16:], expected[:, -16:])
+        rows.append({"case": [tokens, width, str(dtype), kind], "error": error, "kept": outside})
+    codes, row_scale = torch.ones(3, 16, dtype=torch.int32), torch.ones(3, 1)
+    row_scale[1] = torch.nan
+    out = torch.empty(3, 16)
+    kernels.rescale_(codes, row_scale, None, None, out, False)
+    spoilt = out.isnan().all(dim=1).tolist()
+    problem = quant.scaling_problem(kernels.rescale_, torch.device("cpu"))
+    return {"cases": rows, "problem": problem, "spoilt": spoilt}
+
+
+def compile_for(capabilities: list[int]) -> list[dict]:
+    """Both kinds of product, with everything that a projection of the model asks for."""
+    from support.triton_compile import resources, source
+
+    rows = []
+    width = 12_288
+    meta = torch.device("meta")
+    out = torch.empty(1024, width, dtype=torch.bfloat16, device=meta)
+    vectors = [torch.empty(size, device=meta) for size in (1024, width)]
+    bias = torch.empty(width, dtype=torch.bfloat16, device=meta)
+    constants = {"per_row": True, "add": True, "rows": kernels.ROWS, "block": kernels.BLOCK}
+    for dtype in (torch.int32, torch.bfloat16):
+        codes = torch.empty(1024, width, dtype=dtype, device=meta)
+        args = (codes, *vectors, bias, out, 1024, width, width)
+        for capability in capabilities:
+            compiled = triton.compile(
+                source(kernels._rescale_kernel, args, constants),
+                target=GPUTarget("cuda", capability, 32),
+                options={"num_warps": kernels.NUM_WARPS, "enable_fp_fusion": True},
+            )
+            rows.append({"capability": capability, "codes": str(dtype)}
+                        | resources(compiled.asm["cubin"]))  # fmt: skip
+    return rows
+
+
+def main(mode: str, *capabilities: str) -> None:
+    torch.manual_seed(0)
+    torch.set_grad_enabled(False)
+    if mode == "interpret":
+        print(json.dumps(interpret()))
+        return
+    from support import triton_compile
+
+    triton_compile.TYPES[torch.int32] = "*i32"
+    print(json.dumps(compile_for(list(map(int, capabilities)))))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
