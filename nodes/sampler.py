@@ -249,7 +249,7 @@ class SkyReelsSampler:
                         "advanced": True,
                         "tooltip": "Skips steps that can be foretold; off is exact. Passes of 60 "
                         "that are left on the built-in model, and what the clip keeps of the exact "
-                        "one: easy 35, 69 dB; fast 27, 61 dB; first-block 33, 57 dB (holds 0.7 GB "
+                        "one: easy 35, 70 dB; fast 27, 62 dB; first-block 33, 57 dB (holds 0.7 GB "
                         "at 960x544x97). Euler only.",
                     },
                 ),

@@ -4,11 +4,11 @@ Everything is drawn from a generator that is handed in, so a seed gives the same
 Pixels are computed from signed distances, one pixel of soft edge; nothing is downloaded or stored.
 
 Held out: 32 of the 192 combinations of colour, shape and verb, four for every verb. No prompt that
-names one is ever seen in training, and a VAE trained as a whole never sees a clip of one. The
-transformer sees clips of them under prompts that do not say so ("it moves left") or that name
-another colour and shape: otherwise it learns that a white circle is the one thing that never moves
-left, and makes a square of it (kept its shape: 48 % of held-out cases against 81 % of others). A
-decoder trained alone (vae.py) sees clips of all.
+names one is ever seen in training. Clips of them are: by the transformer under prompts that do not
+say so ("it moves left") or that name another colour and shape, as otherwise it learns that a white
+circle is the one thing that never moves left, and makes a square of it (kept its shape: 48 % of
+held-out cases against 81 % of others); and by the VAE when it goes on (vae.py), as one that has
+never seen a small green square has no latents for it.
 """
 
 import math

@@ -129,10 +129,10 @@ frame is the picture given; the verb decides. English, wording may vary a little
 
 ## Data
 Procedural (tests/train/data.py), nothing downloaded. 32 of the 192 combinations of colour, shape
-and verb are held out: no prompt that names one was ever seen in training, by any part. The VAE's
-encoder saw no clip of them. The transformer saw clips, under prompts that leave the name out ("it
-moves left") or name something else, and so did the decoder in the end. The yardstick uses these
-combinations alone, with pictures of its own that no part was trained on.
+and verb are held out: no prompt that names one was ever seen in training, by any part. Clips of
+them were: by the transformer under prompts that leave the name out ("it moves left") or name
+something else, and by the VAE when it went on. The yardstick uses these combinations alone, with
+pictures of its own that no part was trained on.
 
 ## Recipe
 ```
@@ -201,7 +201,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("out", type=Path)
     parser.add_argument("--vae", type=Path)
-    parser.add_argument("--decoder", type=Path, help="run of a decoder alone; the latents stay")
+    parser.add_argument("--decoder", type=Path, help="run that went on; the latents stay in place")
     parser.add_argument("--text", type=Path)
     parser.add_argument("--transformer", type=Path)
     parser.add_argument("--card", type=Path, help="what the model card tells, card.json")

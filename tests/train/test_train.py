@@ -2,8 +2,11 @@
 
 import pytest
 import torch
+from comfyui_skyreels.skyreels.builtin import BUILTIN_FOLDER
 from comfyui_skyreels.skyreels.config import SCALING_FACTOR
 from comfyui_skyreels.skyreels.layers import rope_table
+from comfyui_skyreels.skyreels.loading import load_transformer, load_vae
+from comfyui_skyreels.skyreels.runtime import TorchRuntime
 from comfyui_skyreels.skyreels.text import PromptEmbeds
 from comfyui_skyreels.skyreels.vae.model import VideoVAE
 from safetensors.torch import load_file, save_file
@@ -95,9 +98,6 @@ def test_normalised_latents_have_unit_spread_and_decode_to_the_same_pixels():
 
 
 def test_the_saved_vae_loads_with_the_ordinary_loader(tmp_path):
-    from comfyui_skyreels.skyreels.loading import load_vae
-    from comfyui_skyreels.skyreels.runtime import TorchRuntime
-
     model = vae.build().to(torch.bfloat16)
     export.save_vae(tmp_path / "vae", model)
     loaded = load_vae(tmp_path / "vae", precision="bf16", runtime=TorchRuntime())
@@ -169,6 +169,43 @@ def test_rows_are_drawn_by_key():
     assert torch.equal(keys[rows], wanted)
     assert set(rows.tolist()) == {0, 1, 2, 3, 4}
     assert 0 <= int(table.draw(torch.tensor([3]), torch.Generator())) < 5  # there is none
+
+
+def test_a_whole_vae_goes_on_from_where_it_was(tmp_path, monkeypatch):
+    monkeypatch.setattr(vae, "evaluate", lambda *_: {})
+    monkeypatch.setattr(vae, "BATCHES", {(5, 32, 1): (1, 1)})
+    export.save_vae(tmp_path / "model" / "vae", vae.build().to(torch.bfloat16))
+    before = load_vae(tmp_path / "model" / "vae", precision="fp32", runtime=TorchRuntime())
+    options = {"save_every": 1, "device": "cpu", "scale": 1, "decoder_of": None}
+    for steps, lr in ((1, 0.0), (2, 1e-2)):
+        run = tmp_path / str(steps)
+        vae.train(run, steps=steps, lr=lr, vae_of=tmp_path / "model", **options)
+        after = vae.load(run).state_dict()
+        changed = {n for n, old in before.state_dict().items() if not torch.equal(old, after[n])}
+        assert bool(changed) is (lr > 0)
+    assert any(name.startswith("encoder.") for name in changed)
+
+
+@pytest.mark.filterwarnings("ignore:Mismatch dtype")
+def test_a_transformer_goes_on_from_where_it_was(tmp_path, monkeypatch):
+    prompts = {(text,): [embeds(3)] for text in transformer.EMPTY_PROMPTS}
+    what = torch.cartesian_prod(*(torch.arange(n) for n in (8, 3, 8)))
+    prompts |= {tuple(w.tolist()): [embeds(4)] for w in what}
+    monkeypatch.setattr(transformer, "encode_prompts", lambda _: prompts)
+    clips = {
+        "latents": torch.randn(len(what), 16, 5, 8, 8).half(),
+        "first": torch.randn(len(what), 16, 1, 8, 8).half(),
+        "what": what,
+    }
+    save_file(clips, tmp_path / "clips_000.safetensors")
+    transformer.train(
+        tmp_path, BUILTIN_FOLDER, steps=1, lr=0.0, save_every=1, device="cpu", scale=1,
+        goes_on=True,
+    )  # fmt: skip
+    folder = BUILTIN_FOLDER / "transformer"
+    start = load_transformer(folder, precision="fp32", runtime=TorchRuntime()).state_dict()
+    after = transformer.load(tmp_path).state_dict()
+    assert all(torch.allclose(after[name], start[name], atol=1e-6) for name in start)
 
 
 def test_a_decoder_trained_alone_leaves_the_latents(tmp_path, monkeypatch):

@@ -7,11 +7,11 @@ Windows of clips at first: a window of 32 pixels holds the whole shape and a qua
 ground. Full clips in between and at the end, because GroupNorm sees all that is handed in.
 The same command goes on after a break.
 
---decoder-of goes on with the decoder alone of an exported folder's VAE, so that its latents, which
-a transformer has learnt, stay. It sees clips of all combinations, half of them shrinking: small
-shapes are what a decoder gets wrong, and green squares, which it had not seen shrink, became
-circles (LOG.md). --vae-of does so with the whole VAE, and holds its latents near what they were;
-the transformer is then trained on for a while.
+Both ways of going on see clips of all combinations, half of them shrinking: small shapes are what a
+decoder gets wrong, and green squares, which it had not seen shrink, became circles (LOG.md).
+--decoder-of does so with the decoder alone of an exported folder's VAE, so that its latents, which
+a transformer has learnt, stay. --vae-of does so with the whole VAE and holds its latents near what
+they were; the transformer is then trained on for a while (its --goes-on).
 
 One thread: beside another busy process two threads wait for each other, several times slower. On a
 GPU a step of so small a network takes the time of its launches, so larger batches are for free.
