@@ -53,9 +53,10 @@ MAX_ROTATION = 256
 #: to keep a GPU busy; four times as many where it is bfloat16 and only goes elsewhere
 CHUNK_ELEMENTS = 2**25
 #: rows of a weight rounded at a time, so that little stands beside it in float32
-CHUNK_ROWS = 1024
-#: least compute capability with tensor cores for a format
-CAPABILITIES = {torch.float8_e4m3fn: (8, 9), torch.int8: (7, 5)}
+CHUNK_ROWS = 256
+#: of the int8 products that are timed against each other once: tokens, output and input channels
+TIMED_SHAPE = (8192, 3072, 3072)
+TIMED_RUNS = 5
 #: widths and offsets that the CUDA kernels want to be multiples of, in numbers of 8 bits
 ALIGNMENT = 16
 #: relative L2 error of a self-test; bfloat16 results are within 0.003
@@ -179,6 +180,9 @@ def multiply_into(
     scale: Tensor | None, bias: Tensor | None, add: bool = False,
 ) -> None:  # fmt: skip
     """`multiply` with its result written to `out`, or added to it; then there is no bias."""
+    if product == FUSED:
+        _int8_linear_(values, row_scale, weight, scale, bias, out, add)
+        return
     takes_result = out.dtype == torch.bfloat16 and out.is_contiguous() and not add
     if product == SCALED and len(values) and takes_result:
         # torch has no shape-only version that writes; the same launch, with a result that goes
@@ -235,6 +239,8 @@ def _float32_mm(values: Tensor, weight: Tensor) -> Tensor:
 
 #: float8 with both scales applied inside: the fast path of sm89, sm90 and sm100
 SCALED = "_scaled_mm by rows"
+#: int8, with scales, bias and sum applied inside, so that no int32 reaches memory
+FUSED = "our Triton kernel"
 #: [M, K] and [N, K] 8-bit numbers -> [M, N] wide ones, to be scaled afterwards
 CODES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "_scaled_mm per tensor": _unscaled_mm,
@@ -245,12 +251,16 @@ CODES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 CANDIDATES: dict[str, dict[torch.dtype, tuple[str, ...]]] = {
     "cuda": {
         torch.float8_e4m3fn: (SCALED, "_scaled_mm per tensor"),
-        torch.int8: ("_int_mm",),
+        torch.int8: (FUSED, "_int_mm"),
     },
     "cpu": {torch.float8_e4m3fn: ("float32",), torch.int8: ("_int_mm", "float32")},
     # shapes only: what a GPU would do, for those who count
-    "meta": {torch.float8_e4m3fn: (SCALED,), torch.int8: ("_int_mm",)},
+    "meta": {torch.float8_e4m3fn: (SCALED,), torch.int8: (FUSED,)},
 }
+#: least compute capability with tensor cores for a format, or for what a product is written in
+CAPABILITIES: dict[torch.dtype | str, tuple[int, int]] = {
+    torch.float8_e4m3fn: (8, 9), torch.int8: (7, 5), FUSED: (8, 0),
+}  # fmt: skip
 
 
 # --- scales, after the product ------------------------------------------------------------------
@@ -354,6 +364,25 @@ _library.impl("rescale_", _rescale_on_cuda, "CUDA")
 _rescale_ = getattr(torch.ops, kernels.NAMESPACE).rescale_.default
 
 
+def _int8_linear(
+    values: Tensor, row_scale: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor | None,
+    out: Tensor, add: bool,
+) -> None:  # fmt: skip
+    from .kernels.triton_int8 import int8_linear_
+
+    int8_linear_(values, row_scale, weight, scale, bias, out, add)
+
+
+_library.define(
+    "int8_linear_(Tensor values, Tensor row_scale, Tensor weight, Tensor? scale, Tensor? bias, "
+    "Tensor(a!) out, bool add) -> ()"
+)
+# not for CUDA alone: Triton's interpreter runs it on a CPU
+_library.impl("int8_linear_", _int8_linear, "CompositeExplicitAutograd")
+_library.impl("int8_linear_", lambda *_: None, "Meta")
+_int8_linear_ = getattr(torch.ops, kernels.NAMESPACE).int8_linear_.default
+
+
 # --- which product, on which device -------------------------------------------------------------
 
 
@@ -371,9 +400,13 @@ def arithmetic(storage_dtype: torch.dtype, device: torch.device) -> Arithmetic:
     if kind == "cuda":
         kind = "rocm" if torch.version.hip else kind
         capability = torch.cuda.get_device_capability(device)
-    chosen = choose(
-        storage_dtype, kind, capability, lambda name: probe(name, storage_dtype, device)
-    )
+
+    def test(name: str) -> str:
+        if name == FUSED:
+            return fused_problem(selection.describe(device), device)
+        return probe(name, storage_dtype, device)
+
+    chosen = choose(storage_dtype, kind, capability, test)
     if kind != "meta":
         is_fallback = chosen.product != (CANDIDATES["cuda"].get(storage_dtype) or (None,))[0]
         logger.log(
@@ -406,24 +439,75 @@ def choose(
                           f"no 8-bit products on {kind} devices here")  # fmt: skip
     if kind == "meta":
         return Arithmetic(candidates[0], "shapes only")
-    if kind == "cuda":
-        least = CAPABILITIES[storage_dtype]
-        if capability is None or capability < least:
-            has, wants = (".".join(map(str, pair)) for pair in (capability or (0, 0), least))
-            return Arithmetic(
-                None, f"tensor cores take {name} from compute capability {wants} on, this is {has}"
-            )
+    if kind == "cuda" and (problem := _too_old(storage_dtype, capability)):
+        return Arithmetic(None, f"tensor cores take {name} {problem}")
     failures: list[str] = []
     for candidate in candidates:
-        problem = test(candidate)
+        problem = _too_old(candidate, capability) or test(candidate)
         if not problem:
             return Arithmetic(candidate, "; ".join([*failures, "self-test passed"]))
         failures.append(f"{candidate} {problem}")
     return Arithmetic(None, "; ".join(failures))
 
 
+def _too_old(what: torch.dtype | str, capability: tuple[int, int] | None) -> str:
+    least, has = CAPABILITIES.get(what, (0, 0)), capability or (0, 0)
+    if has >= least:
+        return ""
+    return "from compute capability {}.{} on, this is {}.{}".format(*least, *has)
+
+
+def fused_problem(where: selection.DeviceDescription, device: torch.device) -> str:
+    """Why our Triton kernel is not what multiplies int8 on a CUDA device, "" if it is.
+
+    It must be right, and at least as fast as torch's product with the scales after it.
+    """
+    if not where.triton:
+        return f"does not run: {where.triton_problem or f'no Triton for {where.name}'}"
+    problem = probe(FUSED, torch.int8, device)
+    if problem or probe("_int_mm", torch.int8, device):
+        return problem
+    # in turns, as clocks may still be rising
+    rounds = [[product_seconds(name, device) for name in (FUSED, "_int_mm")] for _ in range(2)]
+    ours, theirs = (1e3 * min(times) for times in zip(*rounds, strict=True))
+    shape = " x ".join(map(str, TIMED_SHAPE))
+    logger.info("int8 linear of %s on %s: %s %.3f ms, _int_mm %.3f ms.",
+                shape, device, FUSED, ours, theirs)  # fmt: skip
+    if ours <= theirs:
+        return ""
+    return f"takes {ours:.3f} ms for {shape}, _int_mm {theirs:.3f} ms"
+
+
+def product_seconds(name: str, device: torch.device) -> float:
+    """The fastest of a few runs of an int8 product with its scales on a CUDA device."""
+    from torch.utils._python_dispatch import _disable_current_modes  # as in `probe`
+
+    tokens, out_features, in_features = TIMED_SHAPE
+    with _disable_current_modes(), torch.inference_mode(), torch.cuda.device(device):
+        generator = torch.Generator(device).manual_seed(0)  # zeros would run faster than numbers do
+        values, weight = (
+            torch.randint(-127, 128, (size, in_features), generator=generator, dtype=torch.int8,
+                          device=device)
+            for size in (tokens, out_features)
+        )  # fmt: skip
+        row_scale, scale = (torch.ones(len(part), 1, device=device) for part in (values, weight))
+        bias = torch.zeros(out_features, dtype=torch.bfloat16, device=device)
+        out = torch.empty(tokens, out_features, dtype=torch.bfloat16, device=device)
+        times = []
+        for _ in range(TIMED_RUNS + 2):  # the first two compile and warm up
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            multiply_into(out, name, values, row_scale, weight, scale, bias)
+            end.record()
+            end.synchronize()
+            times.append(start.elapsed_time(end) / 1e3)
+    return min(times[2:])
+
+
 def probe(name: str, storage_dtype: torch.dtype, device: torch.device) -> str:
     """Compare a product with its definition, on a part of a weight and tokens of unlike size.
+
+    The product with the bias is written, the one without is added to it.
 
     Returns:
         what is wrong, or "".
@@ -439,19 +523,20 @@ def probe(name: str, storage_dtype: torch.dtype, device: torch.device) -> str:
         values, row_scale = quantize_rows(x[:, 128:], storage_dtype)
         codes, scale = quantize_rows(weight, storage_dtype)
         bias = torch.randn(len(weight), generator=generator)
-        expected = (values.double() @ codes[:, 128:].double().T) * row_scale * scale.T + bias
+        expected = 2 * (values.double() @ codes[:, 128:].double().T) * row_scale * scale.T + bias
         out = torch.empty(expected.shape, dtype=torch.bfloat16, device=device)
         values, row_scale, codes, scale, bias = (
             tensor.to(device) for tensor in (values, row_scale, codes, scale, bias)
         )
         try:
             for part in (slice(0, 5), slice(5, None)):  # few tokens take another way
-                inputs = (values[part], row_scale[part], codes[:, 128:], scale, bias)
-                multiply_into(out[part], name, *inputs)
+                inputs = (values[part], row_scale[part], codes[:, 128:], scale)
+                multiply_into(out[part], name, *inputs, bias)
+                multiply_into(out[part], name, *inputs, None, add=True)
             got = out.cpu().double()
         except torch.cuda.OutOfMemoryError:
             raise  # says nothing about the product
-        except (RuntimeError, TypeError, ValueError, AttributeError) as error:
+        except Exception as error:  # noqa: BLE001 - compilers fail in ways of their own
             return f"failed: {str(error).strip().partition(chr(10))[0]}"
     if not bool(got.isfinite().all()):
         return "gives numbers that are not finite"
@@ -471,14 +556,17 @@ def report(device: torch.device) -> dict[str, str]:
             if product is None
             else f"inputs rounded too, multiplied by {product}: {reason}"
         )
-    if device.type == "cuda":
+    if device.type == "cuda" and any(
+        arithmetic(storage_dtype, device).product in CODES
+        for storage_dtype in STORAGE_DTYPES.values()
+    ):
         kernel, reason = scaling(device)
-        how = "in plain torch" if kernel is None else "by our Triton kernel"
-        found["scales of int8 products"] = f"applied {how}: {reason}"
+        how = "in plain torch" if kernel is None else "by a Triton kernel of their own"
+        found["scales of 8-bit products"] = f"applied {how}: {reason}"
     present = importlib.util.find_spec("comfy_kitchen") is not None
     found["comfy_kitchen int8_linear"] = (
         f"{'found' if present else 'not installed'}: not used, as nobody has timed it against "
-        "_int_mm here (tests/bench/bench_linear.py)"
+        "our products here (tests/bench/bench_linear.py)"
     )
     return found
 

@@ -38,6 +38,7 @@ LAYERS = [
     {
         "kernels.reference",
         "kernels.triton_attention",
+        "kernels.triton_int8",
         "kernels.triton_kernels",
         "kernels.triton_rescale",
     },

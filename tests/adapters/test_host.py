@@ -112,33 +112,26 @@ def test_a_model_near_the_limit_runs_whole_or_streamed(comfy, on_gpu, monkeypatc
     inside: set[int] = set()
     comfy.free_bytes = whole + activations + spare
 
-    def missing(module, device):
-        return sum(weight_bytes(b) for b in blocks_of(module) if id(b) not in inside)
+    def missing(tensors, device):
+        return sum(tensor.nbytes for tensor in tensors if id(tensor) not in inside)
 
-    def visit(module, device):
-        mine = [b for b in blocks_of(module) if id(b) not in inside]
+    def visit(tensors, device):
+        mine = [tensor for tensor in tensors if id(tensor) not in inside]
         inside.update(map(id, mine))
-        comfy.free_bytes -= sum(map(weight_bytes, mine))
+        comfy.free_bytes -= sum(tensor.nbytes for tensor in mine)
         assert comfy.free_bytes >= 0
 
         def leave():
             inside.difference_update(map(id, mine))
-            comfy.free_bytes += sum(map(weight_bytes, mine))
+            comfy.free_bytes += sum(tensor.nbytes for tensor in mine)
 
         return leave
 
-    def blocks_of(module):
-        transformer = model.module
-        parts = [*transformer.blocks, *(c for n, c in transformer.named_children()
-                                        if "blocks" not in n)]  # fmt: skip
-        return [p for p in parts if p is module or module is transformer]
-
-    monkeypatch.setattr(memory, "missing_bytes", missing)
-    monkeypatch.setattr(host, "missing_bytes", missing)
+    monkeypatch.setattr(memory, "_missing", missing)
     monkeypatch.setattr(memory, "_visit", visit)
     host.bring_in(model, on_gpu, activations)
     if comfy.loaded:
-        visit(model.module, on_gpu.device)
+        visit([*model.module.parameters()], on_gpu.device)
     with placed(model.module, on_gpu, activations) as run_block:
         model.module(**tiny.inputs(model.module.config), run_block=run_block)
 

@@ -5,7 +5,8 @@
 The shapes are those of a block: (9216, 3072) query, key, value; (3072, 3072) the projection after
 attention; (12288, 3072) and (3072, 12288) the MLP; (3072, 15360) attention and MLP at once, as
 single blocks of other implementations take it. Every product that the device has is timed, also
-those that would not be its first choice, with the input already rounded (the fused kernels do that;
+those that would not be its first choice (int8: our Triton kernel, which scales inside, and torch's
+with the scales after it), with the input already rounded (the fused kernels do that;
 "rounding" is what it takes alone). The error is that of the whole layer, input and weight rounded,
 against float32. Without a GPU the shapes are an eighth as wide and the tokens few: a check that
 everything runs, not a measurement. Prints a table, then one line of JSON.

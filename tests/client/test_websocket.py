@@ -31,7 +31,7 @@ def until(condition, limit_s: float = 5.0) -> None:
 
 
 def listen(*scripts, limit_s: float = 5.0):
-    """Progress and log lines heard until the end was announced."""
+    """Progress and log lines heard until the end was announced, which ends the thread."""
     reports, lines = [], []
     with (
         SocketServer(*scripts) as server,
@@ -39,7 +39,8 @@ def listen(*scripts, limit_s: float = 5.0):
             "planted-token", url=server.url, on_progress=reports.append, on_log=lines.append
         ) as feed,
     ):
-        until(feed._news.is_set, limit_s)
+        until(lambda: not feed._thread.is_alive(), limit_s)
+        assert feed.take_news()
     return reports, lines, server
 
 

@@ -9,6 +9,12 @@ import torch
 from comfyui_skyreels.skyreels.config import LAYOUTS, TransformerConfig
 from comfyui_skyreels.skyreels.memory import sampling_bytes
 from comfyui_skyreels.skyreels.model import SkyReelsTransformer
+from comfyui_skyreels.skyreels.quant import (
+    STORAGE_DTYPES,
+    QuantLinear,
+    is_quantizable,
+    rotation_size,
+)
 from support import tiny
 from support.peak import PeakBytes
 from support.traffic import Traffic
@@ -75,6 +81,39 @@ def test_a_block_moves_and_launches_little(full_size, layout):
     assert single_units <= 20
     assert double_kernels <= 28
     assert single_kernels <= 16
+
+
+@pytest.fixture(scope="module", params=STORAGE_DTYPES)
+def eight_bit(request):
+    """Our model with one block of each kind, every linear layer of them in 8 bits."""
+    config = TransformerConfig(num_layers=1, num_single_layers=1)
+    dtype = STORAGE_DTYPES[request.param]
+    rotation = rotation_size(WIDTH, 4 * WIDTH) if request.param == "int8" else 0
+    with torch.device("meta"):
+        model = SkyReelsTransformer(config).bfloat16().requires_grad_(False)
+    rounded = 0
+    for name, layer in list(model.named_modules()):
+        # as a block in the middle of the model: the first and last keep some layers as they are
+        placed = name.replace("double_blocks.0", "double_blocks.10") + ".weight"
+        if isinstance(layer, torch.nn.Linear) and is_quantizable(placed, 20):
+            rounded += 1
+            stored = shape(*layer.weight.shape, dtype=dtype)
+            scale = shape(layer.out_features, 1, dtype=torch.float32)
+            model.set_submodule(
+                name, QuantLinear(stored, scale, layer.bias, rotation=rotation, weight_only=False)
+            )
+    assert rounded == 2 * 4 + 2
+    return model
+
+
+@pytest.mark.parametrize("layout", ["whole", "chunks"])
+def test_a_block_in_8_bits_moves_no_more(eight_bit, layout):
+    """int8 sums that went through memory as int32 would make it 56 and 52 units."""
+    (double_units, double_kernels), (single_units, single_kernels) = count_ours(eight_bit, layout)
+    assert double_units <= 25
+    assert single_units <= 20
+    assert double_kernels <= 28
+    assert single_kernels <= 20
 
 
 def test_the_counter_finds_in_diffusers_what_the_plan_states(full_size, monkeypatch):

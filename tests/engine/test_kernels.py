@@ -601,7 +601,8 @@ def test_doctor_says_for_every_operator_what_runs_on_each_gpu(simulated, monkeyp
     ]
     monkeypatch.setattr(selection, "describe", lambda device: found[device.index])
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    monkeypatch.setattr(doctor.attention, "report", lambda device: {})  # asks the true device
+    for module in (doctor.attention, doctor.quant):  # they ask the true device
+        monkeypatch.setattr(module, "report", lambda device: {})
     lines = doctor._kernels()
     for name in selection._references:
         assert lines[f"{name} (cuda:0)"] == "plain torch: Triton is not installed"

@@ -27,7 +27,7 @@ from support.project import ROOT
 
 E4M3, INT8 = torch.float8_e4m3fn, torch.int8
 CPU = torch.device("cpu")
-BY_ROWS, PER_TENSOR = quant.SCALED, "_scaled_mm per tensor"
+BY_ROWS, PER_TENSOR, FUSED = quant.SCALED, "_scaled_mm per tensor", quant.FUSED
 
 
 def make(weight, precision, bias=None, **options) -> QuantLinear:
@@ -272,6 +272,10 @@ def by_rows_not_supported(name):
     return "failed: CUBLAS_STATUS_NOT_SUPPORTED" if name == BY_ROWS else ""
 
 
+def ours_fails(name):
+    return "failed: ptxas" if name == FUSED else ""
+
+
 def fails(name):
     return "gives numbers that are not finite"
 
@@ -280,18 +284,19 @@ DEVICES = [
     # kind, capability, test, product of fp8, product of int8
     ("cuda", (7, 0), passes, None, None),
     ("cuda", (7, 5), passes, None, "_int_mm"),
-    ("cuda", (8, 0), passes, None, "_int_mm"),
-    ("cuda", (8, 6), passes, None, "_int_mm"),
-    ("cuda", (8, 9), passes, BY_ROWS, "_int_mm"),
-    ("cuda", (8, 9), by_rows_not_supported, PER_TENSOR, "_int_mm"),
-    ("cuda", (9, 0), passes, BY_ROWS, "_int_mm"),
+    ("cuda", (8, 0), passes, None, FUSED),
+    ("cuda", (8, 6), passes, None, FUSED),
+    ("cuda", (8, 9), passes, BY_ROWS, FUSED),
+    ("cuda", (8, 9), by_rows_not_supported, PER_TENSOR, FUSED),
+    ("cuda", (9, 0), passes, BY_ROWS, FUSED),
+    ("cuda", (9, 0), ours_fails, BY_ROWS, "_int_mm"),
     ("cuda", (9, 0), fails, None, None),
-    ("cuda", (12, 0), by_rows_not_supported, PER_TENSOR, "_int_mm"),
+    ("cuda", (12, 0), by_rows_not_supported, PER_TENSOR, FUSED),
     ("rocm", (9, 4), passes, None, None),
     ("mps", None, passes, None, None),
     ("cpu", None, passes, "float32", "_int_mm"),
     ("cpu", None, lambda name: "" if name == "float32" else "failed", "float32", "float32"),
-    ("meta", None, fails, BY_ROWS, "_int_mm"),
+    ("meta", None, fails, BY_ROWS, FUSED),
 ]
 
 
@@ -311,6 +316,8 @@ def test_the_reason_names_what_failed_before():
     assert "by rows failed: CUBLAS_STATUS_NOT_SUPPORTED; self-test passed" in chosen.reason
     refused = choose(INT8, "cuda", (7, 0), passes)
     assert "from compute capability 7.5 on, this is 7.0" in refused.reason
+    older = choose(INT8, "cuda", (7, 5), passes)
+    assert f"{FUSED} from compute capability 8.0 on, this is 7.5; self-test" in older.reason
 
 
 def test_a_device_too_old_is_not_even_tested():
@@ -318,6 +325,7 @@ def test_a_device_too_old_is_not_even_tested():
         raise AssertionError
 
     assert choose(E4M3, "cuda", (8, 6), explodes).product is None
+    choose(INT8, "cuda", (7, 5), lambda name: explodes(name) if name == FUSED else "")
 
 
 @pytest.mark.parametrize("dtype", [E4M3, INT8])
@@ -421,19 +429,125 @@ def test_every_device_gets_a_decision_of_its_own(monkeypatch, fresh):
 
 def test_a_fallback_on_a_gpu_is_a_warning_and_the_fast_path_is_not(monkeypatch, caplog, fresh):
     monkeypatch.setattr(quant, "probe", lambda name, *_: by_rows_not_supported(name))
+    monkeypatch.setattr(quant.selection, "describe", lambda device: gpu(triton="3.6.0"))
+    monkeypatch.setattr(quant, "product_seconds", lambda name, device: 1e-3)
     monkeypatch.setattr(quant.torch.version, "hip", None)
     monkeypatch.setattr(quant.torch.cuda, "get_device_capability", lambda device: (12, 0))
     with caplog.at_level(logging.INFO):
         quant.arithmetic(E4M3, torch.device("cuda:0"))
         quant.arithmetic(INT8, torch.device("cuda:0"))
-    assert [record.levelname for record in caplog.records] == ["WARNING", "INFO"]
+    # the last two: what int8 products take, and that ours is chosen
+    assert [record.levelname for record in caplog.records] == ["WARNING", "INFO", "INFO"]
 
 
-# --- scales after the product -------------------------------------------------------------------
+# --- the int8 product that scales inside --------------------------------------------------------
 
 
 def gpu(**described) -> DeviceDescription:
     return DeviceDescription("cuda", "a GPU", (8, 9), **described)
+
+
+@pytest.fixture
+def simulated(monkeypatch, fresh):
+    """Decides for a GPU with Triton where every self-test passes; arguments change any of it."""
+    with_triton = gpu(triton="3.6.0")
+
+    def decide(where=with_triton, failing=(), **milliseconds):
+        problems = dict.fromkeys(failing, "differs from its definition by 9.0%")
+        monkeypatch.setattr(quant, "probe", lambda name, *_: problems.get(name, ""))
+        monkeypatch.setattr(quant.selection, "describe", lambda device: where)
+        monkeypatch.setattr(quant.torch.version, "hip", None)
+        monkeypatch.setattr(
+            quant.torch.cuda, "get_device_capability", lambda device: where.capability
+        )
+        taken = {FUSED: milliseconds.get("ours", 1), "_int_mm": milliseconds.get("theirs", 2)}
+        monkeypatch.setattr(quant, "product_seconds", lambda name, device: taken[name] / 1e3)
+        return quant.arithmetic(INT8, torch.device("cuda:0"))
+
+    return decide
+
+
+@pytest.mark.parametrize("milliseconds", [{"ours": 1, "theirs": 2}, {"ours": 2, "theirs": 2}])
+def test_our_int8_product_is_used_if_it_is_as_fast(simulated, caplog, milliseconds):
+    with caplog.at_level(logging.INFO):
+        assert simulated(**milliseconds).product == FUSED
+    assert {record.levelname for record in caplog.records} == {"INFO"}
+
+
+@pytest.mark.parametrize(
+    ("conditions", "reason"),
+    [
+        ({"where": gpu(triton_problem="Triton is not installed")}, "Triton is not installed"),
+        ({"where": DeviceDescription("cuda", "a GPU", (7, 5), "3.6.0")}, "compute capability 8.0"),
+        ({"failing": [FUSED]}, "differs from its definition by 9.0%"),
+        ({"ours": 3}, "takes 3.000 ms for 8192 x 3072 x 3072, _int_mm 2.000 ms"),
+    ],
+    ids=["no Triton", "sm75", "wrong", "slower"],
+)
+def test_else_it_is_torchs_and_the_log_says_why(simulated, caplog, conditions, reason):
+    with caplog.at_level(logging.WARNING):
+        chosen = simulated(**conditions)
+    assert chosen.product == "_int_mm"
+    assert f"{FUSED} " in chosen.reason
+    assert reason in chosen.reason
+    assert [chosen.reason in record.getMessage() for record in caplog.records] == [True]
+
+
+def test_a_product_that_fails_is_no_rival(simulated):
+    assert simulated(failing=["_int_mm"], ours=3).product == FUSED
+
+
+def test_a_kernel_that_does_not_compile_is_found_out_by_the_self_test(monkeypatch):
+    def does_not_compile(*_):
+        raise OutOfResourcesError("out of resource: shared memory\nlong log")
+
+    class OutOfResourcesError(Exception):  # as Triton's, which is no RuntimeError
+        pass
+
+    name = quant.kernels.__name__ + ".triton_int8"
+    monkeypatch.setitem(sys.modules, name, SimpleNamespace(int8_linear_=does_not_compile))
+    assert quant.probe(FUSED, INT8, CPU) == "failed: out of resource: shared memory"
+
+
+def test_a_part_is_one_launch_into_the_result(monkeypatch):
+    """Whatever its length: no int32 sums that would have to be made in pieces."""
+    calls = []
+
+    def record(values, row_scale, weight, scale, bias, out, add):
+        calls.append((values.shape, weight.stride(0), out.data_ptr(), add))
+        quant.rescale(quant._int_mm(values, weight), row_scale, scale, bias, out, add)
+
+    name = quant.kernels.__name__ + ".triton_int8"
+    monkeypatch.setitem(sys.modules, name, SimpleNamespace(int8_linear_=record))
+    monkeypatch.setattr(quant, "CHUNK_ELEMENTS", 1)
+    monkeypatch.setattr(QuantLinear, "_product", lambda self, weight: FUSED)
+    layer, x = make(torch.randn(48, 96), "int8"), torch.randn(1, 600, 64)
+    exact = dequantize(layer.weight, layer.weight_scale, torch.float32, layer.rotation)[:, 32:]
+    out = torch.zeros(1, 600, 48)
+    layer.part(x, slice(None), slice(32, None), None, out, add=True)
+    assert calls == [((600, 64), 96, out.data_ptr(), True)]
+    assert error(out, (x @ exact.T).double()) <= 0.01
+
+
+def test_the_int8_kernel_computes_its_definition_in_the_interpreter():
+    found = run_kernel("int8", "interpret", TRITON_INTERPRET="1")
+    assert found["problem"] == ""
+    assert found["spoilt"] == [False, True, False]
+    assert len(found["cases"]) == 6
+    for case in found["cases"]:
+        assert case["error"] <= 1.01 * case["least"] + 1e-6, case
+        assert case["kept"], case
+
+
+def test_the_int8_kernel_compiles_for_every_gpu_without_spilling():
+    rows = run_kernel("int8", "compile", "80", "86", "89", "90", "120")
+    assert len(rows) == 4 * 5
+    assert all(row["stack"] == row["local"] == 0 for row in rows)
+    assert all(row["wgmma"] == (row["capability"] == 90) for row in rows)
+    assert all(row["shared"] <= (227 if row["capability"] == 90 else 99) * 1024 for row in rows)
+
+
+# --- scales after the product -------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -485,11 +599,11 @@ def test_a_scaling_kernel_that_is_wrong_or_fails_is_not(monkeypatch, kernel, rea
     assert "long log" not in chosen.reason
 
 
-def run_kernel(*arguments: str, **environment: str) -> dict | list:
-    """tests/support/triton_rescale.py in a process of its own."""
+def run_kernel(name: str, *arguments: str, **environment: str) -> dict | list:
+    """tests/support/triton_<name>.py in a process of its own."""
     pytest.importorskip("triton")
     run = subprocess.run(
-        [sys.executable, "-m", "support.triton_rescale", *arguments], cwd=ROOT / "tests",
+        [sys.executable, "-m", f"support.triton_{name}", *arguments], cwd=ROOT / "tests",
         env={**os.environ, **environment}, capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert run.returncode == 0, run.stderr
@@ -497,7 +611,7 @@ def run_kernel(*arguments: str, **environment: str) -> dict | list:
 
 
 def test_the_scaling_kernel_computes_its_definition_in_the_interpreter():
-    found = run_kernel("interpret", TRITON_INTERPRET="1")
+    found = run_kernel("rescale", "interpret", TRITON_INTERPRET="1")
     assert found["problem"] == ""
     assert found["spoilt"] == [False, True, False]
     assert len(found["cases"]) == 5
@@ -507,7 +621,7 @@ def test_the_scaling_kernel_computes_its_definition_in_the_interpreter():
 
 
 def test_the_scaling_kernel_compiles_for_every_gpu_without_spilling():
-    rows = run_kernel("compile", "80", "86", "89", "90", "120")
+    rows = run_kernel("rescale", "compile", "80", "86", "89", "90", "120")
     assert len(rows) == 2 * 5
     assert all(row["stack"] == row["local"] == 0 for row in rows)
 

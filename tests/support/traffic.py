@@ -4,7 +4,10 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-PRODUCTS = {"mm", "_scaled_mm", "_int_mm", "addmm", "bmm", "baddbmm", "linear", "convolution"}
+PRODUCTS = {
+    "mm", "_scaled_mm", "_int_mm", "int8_linear_", "addmm", "bmm", "baddbmm", "linear",
+    "convolution",
+}  # fmt: skip
 #: what allocates or looks, and runs no kernel
 NOTHING = {"empty", "empty_like", "new_empty", "empty_strided", "detach", "alias", "lift_fresh"}
 
