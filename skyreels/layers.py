@@ -22,7 +22,7 @@ from .attention import Attention
 from .config import Layout, TransformerConfig
 from .errors import OptionError
 from .kernels import Rows
-from .linear import input_format, linear
+from .linear import ALL, input_format, linear
 
 #: latent frames the model has seen in training; the slow temporal frequency wraps at 50.27
 TRAINED_LATENT_FRAMES = 50
@@ -303,13 +303,17 @@ class SingleBlock(nn.Module):
         del attended
         out = linear(self.linear2, rounded, columns=slice(0, hidden))
         del rounded
+        # products of 8 bits are not added to what is there, so the other half waits beside
+        other = None if input_format(self.linear2) is None else torch.empty_like(out)
         for part in _parts(x.shape[1], layout.mlp_chunks):
             inner = linear(self.linear1, _tokens(normed, part), rows=slice(3 * hidden, None))
             active = kernels.gelu(inner, input_format(self.linear2))
             del inner  # else it would live on while the next part is made
-            linear(self.linear2, active, columns=slice(hidden, None), out=out[:, part], add=True)
+            into = out if other is None else other
+            columns = slice(hidden, None)
+            linear(self.linear2, active, ALL, columns, into[:, part], add=other is None)
             del active
-        return kernels.gated_residual(x, out, gate)
+        return kernels.gated_residual(x, out, gate, other)
 
 
 def _parts(length: int, count: int) -> list[slice]:

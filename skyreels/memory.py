@@ -24,7 +24,7 @@ from .vae import model as vae_model
 
 #: hidden-sized tensors alive at the peak of a block, counted on shape-only tensors at the full
 #: 51,256 x 3072 in bfloat16 (tests/engine/test_budget.py repeats the count), and a little more
-PEAK_HIDDEN_TENSORS = {"whole": 8.2, "chunks": 6.2, "head groups": 4.6}
+PEAK_HIDDEN_TENSORS = {"whole": 8.8, "chunks": 6.2, "head groups": 4.6}
 #: what must be left for "whole", which is hardly faster than "chunks"
 WHOLE_MARGIN_BYTES = 1024**3
 #: kernels, workspaces and fragmentation

@@ -77,6 +77,10 @@ _residual_layer_norm_modulate_quantize = _define(
 _gated_residual = _define(
     "gated_residual(Tensor x, Tensor y, Tensor gate) -> Tensor", reference.gated_residual
 )
+_gated_residual_sum = _define(
+    "gated_residual_sum(Tensor x, Tensor y, Tensor z, Tensor gate) -> Tensor",
+    reference.gated_residual_sum,
+)
 _qk_norm_rope_ = _define(
     "qk_norm_rope_(Tensor(a!) qk, Tensor q_weight, Tensor k_weight, Tensor text_q_weight, "
     "Tensor text_k_weight, Tensor rope) -> ()",
@@ -129,9 +133,9 @@ def residual_layer_norm_modulate(
     return total, Rows(*rows)
 
 
-def gated_residual(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
-    """x + gate * y; x and y [B, S, C], gate [B, 1, C]."""
-    return _gated_residual(x, y, gate)
+def gated_residual(x: Tensor, y: Tensor, gate: Tensor, z: Tensor | None = None) -> Tensor:
+    """x + gate * y, or x + gate * (y + z); x, y and z [B, S, C], gate [B, 1, C]."""
+    return _gated_residual(x, y, gate) if z is None else _gated_residual_sum(x, y, z, gate)
 
 
 def qk_norm_rope(

@@ -39,6 +39,15 @@ def gated_residual(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
     return torch.addcmul(_wide(x), _wide(y), _wide(gate)).to(x.dtype)
 
 
+def gated_residual_sum(x: Tensor, y: Tensor, z: Tensor, gate: Tensor) -> Tensor:
+    """x + gate * (y + z).
+
+    Args:
+        x, y, z: [B, S, C]. gate: [B, 1, C].
+    """
+    return torch.addcmul(_wide(x), _wide(y) + _wide(z), _wide(gate)).to(x.dtype)
+
+
 def qk_norm_rope(
     qkv: Tensor, q_weight: Tensor, k_weight: Tensor,
     text_q_weight: Tensor, text_k_weight: Tensor, rope: Tensor,

@@ -234,6 +234,8 @@ def sample(name: str, dtype: torch.dtype, to: torch.dtype | None = None) -> tupl
     tokens = [2 * draw(2, 4, 3072)[:, 1:] + 1, draw(2, 3, 3072)]
     if name.startswith("layer_norm"):
         return tokens[0], *vectors[:2], *rounding
+    if name == "gated_residual_sum":
+        return *tokens, draw(2, 3, 3072), vectors[0]
     return (*tokens, *(vectors[:1] if name == "gated_residual" else vectors), *rounding)
 
 

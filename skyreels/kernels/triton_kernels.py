@@ -126,7 +126,7 @@ def _norm_kernel(
 
 @triton.jit
 def _gated_residual_kernel(
-    x, y, gate, out, x_batch, x_row, y_batch, y_row, gate_batch,
+    x, y, z, gate, out, x_batch, x_row, y_batch, y_row, z_batch, z_row, gate_batch,
     width: tl.constexpr, block: tl.constexpr,
 ):  # fmt: skip
     token, batch = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
@@ -135,8 +135,12 @@ def _gated_residual_kernel(
     inside = columns < width
     values = tl.load(x + batch * x_batch + token * x_row + columns, mask=inside, other=0.0)
     branch = tl.load(y + batch * y_batch + token * y_row + columns, mask=inside, other=0.0)
+    branch = branch.to(tl.float32)
+    if z is not None:
+        other = tl.load(z + batch * z_batch + token * z_row + columns, mask=inside, other=0.0)
+        branch += other.to(tl.float32)
     weight = tl.load(gate + batch * gate_batch + columns, mask=inside, other=0.0)
-    values = values.to(tl.float32) + branch.to(tl.float32) * weight.to(tl.float32)
+    values = values.to(tl.float32) + branch * weight.to(tl.float32)
     tl.store(out + row * width + columns, _narrow(values, out.dtype.element_ty), mask=inside)
 
 
@@ -321,13 +325,26 @@ def residual_layer_norm_modulate_quantize(
 
 def gated_residual(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
     """`reference.gated_residual`."""
+    return _gated(x, y, None, gate)
+
+
+def gated_residual_sum(x: Tensor, y: Tensor, z: Tensor, gate: Tensor) -> Tensor:
+    """`reference.gated_residual_sum`."""
+    return _gated(x, y, z, gate)
+
+
+def _gated(x: Tensor, y: Tensor, z: Tensor | None, gate: Tensor) -> Tensor:
     batch, tokens, width = x.shape
     x, y, gate = _rows(x), _rows(y), _vectors(gate, x)
+    z_strides = (0, 0)
+    if z is not None:
+        z = _rows(z)
+        z_strides = (z.stride(0), z.stride(1))
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     block = triton.next_power_of_2(width)
     _launch(
-        _gated_residual_kernel, (tokens, batch), block, x, y, gate, out,
-        x.stride(0), x.stride(1), y.stride(0), y.stride(1), gate.stride(0),
+        _gated_residual_kernel, (tokens, batch), block, x, y, z, gate, out,
+        x.stride(0), x.stride(1), y.stride(0), y.stride(1), *z_strides, gate.stride(0),
         width=width, block=block,
     )  # fmt: skip
     return out

@@ -43,6 +43,7 @@ def cases(tokens: int, dtype: torch.dtype, width: int = WIDTH) -> list[Case]:
         Case("residual_layer_norm_modulate", row, dtype),
         *(Case("residual_layer_norm_modulate_quantize", row, dtype, *f) for f in formats),
         Case("gated_residual", row, dtype),
+        Case("gated_residual_sum", row, dtype),
         Case("qk_norm_rope_", (1, tokens, 3, heads, dim), dtype, image_tokens=tokens - text),
         *(Case("quantize_rows", row, dtype, *f) for f in formats),
         *(Case("gelu_quantize", inner, dtype, *f) for f in formats),

@@ -50,6 +50,10 @@ def test_gated_residual_and_the_norm_of_its_sum():
     total, normed = kernels.residual_layer_norm_modulate(x, y, gate, shift, scale)
     assert error([total], [x + gate * y]) <= 1e-15
     assert torch.equal(total, kernels.gated_residual(x, y, gate))
+    assert (
+        error([kernels.gated_residual(x, y, gate, shift * x)], [x + gate * (y + shift * x)])
+        <= 1e-15
+    )
     assert torch.equal(normed, kernels.layer_norm_modulate(total, shift, scale))
 
 
@@ -430,7 +434,7 @@ def test_a_device_that_cannot_run_kernels_takes_the_reference_and_says_why_once(
 
 def test_a_cpu_says_what_it_runs_without_a_warning(caplog):
     report = selection.report(torch.device("cpu"))
-    assert len(report) == 10
+    assert len(report) == 11
     assert all("not for cpu" in line for line in report.values())
     assert caplog.messages == []
 

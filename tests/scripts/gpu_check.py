@@ -25,6 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "bench"))
 import bench_attention
 import bench_kernels
 import bench_linear
+import bench_load
 import bench_transformer
 import conftest  # noqa: F401 - loads the package the way ComfyUI does
 from bench_transformer import timed
@@ -389,6 +390,11 @@ def yardstick(device: torch.device, full: bool) -> dict:
     return {"cases": len(cases), "rows": rows}
 
 
+def loading(device: torch.device, full: bool) -> dict:
+    """Seconds and memory of loading a file in each precision, in processes of their own."""
+    return bench_load.run(device=str(device), heads=24 if full else 2)
+
+
 PHASES: dict[str, Callable[[torch.device, bool], dict]] = {
     "environment": environment,
     "attention": attention,
@@ -400,6 +406,7 @@ PHASES: dict[str, Callable[[torch.device, bool], dict]] = {
     "full_model": full_model,
     "streaming": streaming,
     "decoding": decoding,
+    "loading": loading,
     "yardstick": yardstick,
 }
 

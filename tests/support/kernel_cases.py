@@ -69,6 +69,8 @@ def inputs(case: Case, device: torch.device | str = "cpu") -> tuple:
     y = draw(batch, tokens, 2 * width)[..., :width]
     if case.operator == "gated_residual":
         return x, y, gate
+    if case.operator == "gated_residual_sum":
+        return x, y, draw(batch, tokens + 1, width)[:, 1:], gate
     return x, y, gate, shift, scale, *rounding
 
 
@@ -132,6 +134,7 @@ EAGER: dict[str, Callable] = {
     "residual_layer_norm_modulate": _eager_residual_norm,
     "residual_layer_norm_modulate_quantize": _eager_residual_norm_quantize,
     "gated_residual": lambda x, y, gate: x + y * gate,
+    "gated_residual_sum": lambda x, y, z, gate: x + (y + z) * gate,
     "qk_norm_rope_": _eager_qk,
     "gelu_quantize": lambda x, to, rotation: _eager_quantize(
         F.gelu(x, approximate="tanh"), to, rotation
@@ -181,7 +184,7 @@ def error(ours: list[Tensor], exact: list[Tensor]) -> float:
 
 
 ROWS = (
-    "layer_norm_modulate", "residual_layer_norm_modulate", "gated_residual",
+    "layer_norm_modulate", "residual_layer_norm_modulate", "gated_residual", "gated_residual_sum",
 )  # fmt: skip
 QUANTIZED = (
     "layer_norm_modulate_quantize", "residual_layer_norm_modulate_quantize", "gelu_quantize",
