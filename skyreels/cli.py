@@ -227,6 +227,11 @@ def _generate(
     if arguments.transformer is not None:  # minutes before they are loaded
         check_transformer(arguments.transformer)
         check_vae(arguments.vae)
+    # what was asked for tells in a line what it did
+    asked = {"cache": arguments.cache != "off", "attention": arguments.attention != "exact"}
+    for module, is_asked in asked.items():
+        level = logging.INFO if is_asked else logging.NOTSET
+        logging.getLogger(f"{__package__}.{module}").setLevel(level)
     prompt, negative = _encode_prompts(arguments, runtime)
     precision = arguments.precision
     if arguments.transformer is None:

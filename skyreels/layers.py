@@ -217,7 +217,6 @@ class DoubleBlock(nn.Module):
         super().__init__()
         hidden, head_dim = config.hidden_size, config.attention_head_dim
         inner = int(hidden * config.mlp_ratio)
-        self.head_dim = head_dim
         self.img_mod = Modulation(hidden, 6)
         self.img_attn_qkv = nn.Linear(hidden, 3 * hidden)
         self.img_attn_q_norm = nn.RMSNorm(head_dim, eps=1e-6)

@@ -83,13 +83,14 @@ def test_every_precision_and_decode_mode_makes_a_clip(capsys, tmp_path, precisio
     assert np.isfinite(np.load(out_file)).all()
 
 
-def test_a_cache_makes_another_clip_and_an_unknown_one_is_wrong_usage(capsys, tmp_path):
+def test_a_cache_makes_another_clip_and_an_unknown_one_is_wrong_usage(capsys, tmp_path, caplog):
     clips = []
     for name in ("off", "fast"):
         path = tmp_path / f"{name}.npy"
         size = ["--width", "32", "--height", "32", "--frames", "5", "--cache", name]
         assert run(capsys, "generate", *FAST, *size, "--steps", "16", "--out", path)[0] == 0
         clips.append(np.load(path))
+        assert ("Cache easy skipped" in caplog.text) is (name == "fast")
     assert 0 < np.abs(clips[0] - clips[1]).max() < 0.5
     with pytest.raises(SystemExit):
         cli.main(["generate", "--prompt", "x", "--out", "x.npy", "--cache", "most"])

@@ -220,7 +220,7 @@ def local_bf16() -> Graph:
         "skyreels",
         note(
             "## SkyReels-V1, exact\n\nThe weights as published, 25.6 GB in bf16. On a card below "
-            "40 GB the blocks that do not fit are streamed from main memory (64 GB of it).\n\n"
+            "24 GB the blocks that do not fit are streamed from main memory (64 GB of it).\n\n"
             f"[Transformer]({HUGGING_FACE}Kijai/SkyReels-V1-Hunyuan_comfy) · "
             f"[VAE and text encoders]({HUGGING_FACE}Comfy-Org/HunyuanVideo_repackaged)\n\n"
             "Choose a picture of a person below: it becomes the first frame.",
