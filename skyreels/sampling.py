@@ -30,7 +30,7 @@ from .errors import CheckpointError, OptionError, ShapeError
 from .layers import rope_table
 from .memory import choose_layout, placed, sampling_bytes, weight_bytes
 from .model import RunBlock, SkyReelsTransformer
-from .modulation import Conditioning, precompute
+from .modulation import MAX_KEPT, Conditioning, precompute
 from .runtime import Runtime
 from .text import PromptEmbeds, check_prompt_embeds
 
@@ -304,7 +304,9 @@ def sample(
         }
         layout = choose_layout(transformer, needed, runtime)
         num_bytes = needed[layout]
-        if solver is not euler:  # it may ask between two steps: then conditioners visit
+        asked_for = (num_steps - first_step) * len(branches)
+        if solver is not euler or asked_for > MAX_KEPT:
+            # a time that is not kept, between two steps or late in a long run: conditioners visit
             num_bytes += max(weight_bytes(module) for module in transformer.conditioners)
         with placed(transformer, runtime, num_bytes) as run_block:
             velocity = guided_velocity(

@@ -141,6 +141,26 @@ def test_guidance_runs_the_negative_branch_only_where_it_counts(
     assert len(made) == forwards
 
 
+def test_a_run_that_is_too_long_to_be_foreseen_leaves_room_for_conditioners(
+    model, conditioning, monkeypatch
+):
+    from comfyui_skyreels.skyreels import sampling
+
+    placed, needed = sampling.placed, []
+
+    def recorded(transformer, runtime, activation_bytes):
+        needed.append(activation_bytes)
+        return placed(transformer, runtime, activation_bytes)
+
+    monkeypatch.setattr(sampling, "placed", recorded)
+    run(model, conditioning)  # four steps of two branches
+    for kept in (8, 7):
+        monkeypatch.setattr(sampling, "MAX_KEPT", kept)
+        run(model, conditioning)
+    largest = max(sampling.weight_bytes(module) for module in model.conditioners)
+    assert needed == [needed[0], needed[0], needed[0] + largest]
+
+
 def test_cfg_of_one_ignores_the_negative_prompt(model, conditioning):
     plain = Guidance(true_cfg_scale=1.0)
     without = run(model, conditioning, negative=None, guidance=plain)
