@@ -13,26 +13,30 @@ comfy-kitchen writes [B, heads, S, D], so the projection copies it once. SageAtt
 the mean of the keys in place and is handed a copy of them; FA3 is handed copies in 8 bits. Before
 sm80 bfloat16 is widened to float32, one head at a time.
 
-`exact` is the default. `fast` uses kernels that round to 8 bits: it is asked for, tries each once
-on a small input beside exact attention, and falls back to exact with the reasons in one log line.
+`exact` is the default. `fast` uses kernels that round to 8 bits: it is asked for; every one that is
+found is judged beside exact attention on inputs of the run's own size (attention_quality.py), those
+that pass are timed at that size, and the fastest is used; where none is, exact attention is, with
+the reasons in one log line. What the environment may pin is told in kernels/dispatch.py.
 """
 
-import contextlib
-import importlib.util
 import inspect
 import logging
 import math
-import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from .attention_quality import KINDS, draw, relative_error
 from .errors import OptionError, OutOfRoomError
-from .kernels.reference import hadamard, rotate
+from .kernels import dispatch
+from .kernels.dispatch import Decision, DeviceInfo, short, sm
+from .kernels.reference import hadamard
 
 logger = logging.getLogger(__name__)
 
@@ -40,16 +44,20 @@ logger = logging.getLogger(__name__)
 Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 MODES = ("exact", "fast")
+#: of 97 frames of 544x960 and 60 tokens of text
+FULL_TOKENS = 51_060
 #: older ones are wrong for lengths that 128 does not divide (pytorch issue 169849)
 MIN_CUDNN = 91501
 #: scores of all pairs may take this much where only torch's math kernel can serve
 MAX_SCORE_BYTES = 2 * 10**9
-#: a kernel in 8 bits must come this close to exact attention (relative L2) on the probe
+#: a kernel in 8 bits must come this close to exact attention (relative L2) on every kind of input
 FAST_ERROR = 4e-2
 #: and be this many times as fast
 FAST_GAIN = 1.05
 #: shorter sequences (the text refiner's) cost next to nothing and are not rounded
 FAST_MIN_TOKENS = 1024
+#: heads on which a kernel is judged; it is timed on those of the run
+PROBED_HEADS = 4
 #: what the hungriest kernel in 8 bits takes beside inputs and output, per element of a query:
 #: SageAttention 1 holds a copy of the keys, 16-bit values, queries and keys in 8 bits
 FAST_BYTES = 6
@@ -58,6 +66,7 @@ _NAMES = {
     SDPBackend.CUDNN_ATTENTION: "cuDNN",
     SDPBackend.FLASH_ATTENTION: "flash",
     SDPBackend.EFFICIENT_ATTENTION: "memory-efficient",
+    SDPBackend.MATH: "math",
 }
 
 
@@ -68,31 +77,6 @@ class Choice:
     function: Attention
     name: str
     reason: str
-
-
-@dataclass(frozen=True)
-class Machine:
-    """What a choice depends on.
-
-    type: of the device. capability: (major, minor) of an NVIDIA GPU, else None. cudnn: 91900 for
-    9.19.0, 0 for none. has_flash: whether torch was built with its flash kernels for CUDA.
-    """
-
-    type: str
-    capability: tuple[int, int] | None = None
-    cudnn: int = 0
-    has_flash: bool = True
-
-
-def describe(device: torch.device) -> Machine:
-    """Look at a device."""
-    if device.type != "cuda":
-        return Machine(device.type)
-    has_flash = torch.backends.cuda.is_flash_attention_available()
-    if torch.version.hip is not None:
-        return Machine(device.type, None, 0, has_flash)
-    capability = torch.cuda.get_device_capability(device)
-    return Machine(device.type, capability, torch.backends.cudnn.version() or 0, has_flash)
 
 
 def sdpa(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -110,7 +94,9 @@ def choose_attention(
     device: torch.device | str,
     mode: str = "exact",
     *,
+    heads: int = 24,
     head_dim: int = 128,
+    tokens: int = FULL_TOKENS,
     dtype: torch.dtype = torch.bfloat16,
 ) -> Choice:
     """The attention to run on a device; says so once per device and process.
@@ -118,30 +104,33 @@ def choose_attention(
     Args:
         mode: "exact", or "fast" for a kernel that rounds to 8 bits. Where none is usable, exact
             attention is chosen, with a warning that names each and its reason.
-        head_dim, dtype: of the queries it will meet.
+        heads, head_dim, tokens, dtype: of the queries it will meet; kernels in 8 bits are judged
+            and timed at this size, so there must be room for it, see `trial_bytes`.
     Raises:
-        OptionError: an unknown mode.
+        OptionError: an unknown mode, or an unknown kernel in `SKYREELS_ATTENTION`.
     """
     if mode not in MODES:
         raise OptionError(f"Attention {mode!r} is not one of {', '.join(MODES)}.")
-    device = torch.device(device)
-    machine = describe(device)
-    exact = _exact(machine, dtype)
+    device = torch.empty(0, device=device).device  # "cuda" becomes "cuda:0"
+    info, pin = dispatch.describe(device), _pin()
+    exact = _exact(info, dtype, pin)
     if mode == "exact":
-        _say(device, mode, logging.INFO, f"{exact.name} ({exact.reason})")
+        _say(device, f"{exact.name} ({exact.reason})")
         return exact
-    refused = []
-    for name in _order(machine):
-        function, finding = _try(name, machine, device, head_dim, dtype, exact)
-        if function is None:
-            refused.append(f"{name}: {finding}")
-            continue
-        instead = f". Not used: {'; '.join(refused)}" if refused else ""
-        _say(device, mode, logging.INFO, f"{name} in 8 bits, {finding}{instead}")
-        return Choice(_only_long(function, exact.function), name, finding)
-    reason = f"fast attention is not to be had ({'; '.join(refused)})"
-    _say(device, mode, logging.WARNING, f"{exact.name}, exact, as {reason}")
-    return Choice(exact.function, exact.name, reason)
+    size = _Size(heads, head_dim, tokens, dtype)
+    found, finding = _fastest(info, device, size, exact, pin)
+    if found is None:
+        reason = f"fast attention unavailable ({finding})"
+        _say(device, f"{exact.name}, exact: {reason}", logging.WARNING)
+        return Choice(exact.function, exact.name, reason)
+    name, function = found
+    _say(device, f"{name} in 8 bits, {finding}")
+    return Choice(_only_long(function, exact.function), name, finding)
+
+
+def trial_bytes(heads: int, head_dim: int, tokens: int, dtype: torch.dtype) -> int:
+    """Bytes that judging kernels in 8 bits at this size takes: inputs, output, and their copies."""
+    return tokens * heads * head_dim * (5 * dtype.itemsize + FAST_BYTES)
 
 
 def report(device: torch.device | str) -> dict[str, str]:
@@ -152,61 +141,79 @@ def report(device: torch.device | str) -> dict[str, str]:
     Returns:
         "attention", and one entry for each kernel of FAST.
     """
-    machine = describe(torch.device(device))
-    exact = _exact(machine, torch.bfloat16)
+    info, pin = dispatch.describe(torch.device(device)), _pin()
+    exact = _exact(info, torch.bfloat16, pin)
     found = {"attention": f"{exact.name} ({exact.reason}): used, exact"}
-    for name in _order(machine):
-        hindrance = _hindrance(FAST[name], machine)
-        finding = hindrance or "found; tried when fast attention is asked for"
+    for name in FAST:
+        problem = unavailable_reason(name, info, pin)
+        finding = problem or "found; tried when fast attention is asked for"
         found[f"8-bit attention, {name}"] = finding
     return found
 
 
-def _say(device: torch.device, mode: str, level: int, text: str) -> None:
-    if (str(device), mode) not in _said:
-        _said.add((str(device), mode))
-        logger.log(level, "Attention on %s: %s.", device, text)
+def _pin() -> str:
+    """The kernel that the environment pins, "" for none.
+
+    Raises:
+        OptionError: there is no such kernel.
+    """
+    pin = dispatch.attention_pin()
+    if pin == "auto":
+        return ""
+    if pin not in PINS:
+        raise OptionError(
+            f"{dispatch.ATTENTION_VARIABLE} is {pin!r}, which is not one of auto, "
+            f"{', '.join(PINS)}: correct it, or remove it from the environment."
+        )
+    return pin
 
 
-_said: set[tuple[str, str]] = set()
+def _say(device: torch.device, text: str, level: int = logging.INFO) -> None:
+    dispatch.say_once(f"Attention on {device}: {text}.", level, logger)
 
 
 # --- exact --------------------------------------------------------------------------------------
 
 
-def _exact(machine: Machine, dtype: torch.dtype) -> Choice:
-    """torch's kernels in the order that is fastest on a machine; none needs quadratic memory.
+def _exact(info: DeviceInfo, dtype: torch.dtype, pin: str = "") -> Choice:
+    """torch's kernels in the order that is fastest on a device; none needs quadratic memory.
 
+    Args:
+        pin: of PINS; the name of one of torch's kernels leaves it alone.
     Source: public measurements on six GPUs, transformers PR 48163: cuDNN 1.7 to 2.3 times as fast
         as flash on Hopper, as fast on Ada, 0.82 on A100, 0.88 on RTX PRO 6000.
     """
-    cudnn, flash, efficient = _NAMES
-    if machine.type not in ("cpu", "cuda"):
-        return Choice(sdpa, "torch's own", f"torch decides on {machine.type}")
-    if machine.type == "cpu":
+    for kernel, name in _NAMES.items():
+        if pin == _slug(name):
+            return Choice(_pinned_attention(kernel), name, _pinned(pin))
+    cudnn, flash = SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION
+    efficient = SDPBackend.EFFICIENT_ATTENTION
+    if info.type not in ("cpu", "cuda"):
+        return Choice(sdpa, "torch's own", f"torch decides on {info.type}")
+    if info.type == "cpu":
         return Choice(_torch_attention([flash]), "flash", "torch's kernel for CPUs")
     if dtype not in (torch.float16, torch.bfloat16):
-        reason = f"the others take no {_plain(dtype)}"
+        reason = f"the others take no {short(dtype)}"
         return Choice(_torch_attention([efficient]), _NAMES[efficient], reason)
     order, reasons = [flash, efficient], []
-    if machine.capability is None:
+    if info.capability is None:
         reasons.append("as on every AMD GPU")
-    elif machine.capability < (8, 0):
-        reason = f"flash needs sm80, this is {_sm(machine)}"
+    elif info.capability < (8, 0):
+        reason = f"flash needs sm80, this is {sm(info)}"
         attend = _torch_attention([efficient])
         if dtype == torch.bfloat16:
             reason += "; in float32, head by head, as it takes no bfloat16 there"
             attend = _widened(attend)
         return Choice(attend, _NAMES[efficient], reason)
-    elif machine.capability[0] in (9, 10) and machine.cudnn >= MIN_CUDNN:
+    elif info.capability[0] in (9, 10) and info.cudnn >= MIN_CUDNN:
         order = [cudnn, flash, efficient]
-        reasons.append(f"version {_version(machine.cudnn)}, the fastest on {_sm(machine)}")
-    elif machine.capability[0] in (9, 10):
-        have = f"version {_version(machine.cudnn)}" if machine.cudnn else "missing"
+        reasons.append(f"version {_version(info.cudnn)}, the fastest on {sm(info)}")
+    elif info.capability[0] in (9, 10):
+        have = f"version {_version(info.cudnn)}" if info.cudnn else "missing"
         reasons.append(f"cuDNN would be faster, but {have}: lengths need {_version(MIN_CUDNN)}")
     else:
-        reasons.append(f"the fastest on {_sm(machine)}")
-    if flash in order and not machine.has_flash:
+        reasons.append(f"the fastest on {sm(info)}")
+    if flash in order and not info.has_flash:
         order.remove(flash)
         reasons.append("this torch is built without flash")
     if not _CAN_ORDER and len(order) > 1:
@@ -239,9 +246,35 @@ def _torch_attention(order: list[SDPBackend]) -> Attention:
         raise OutOfRoomError(
             f"Attention of {query.shape[2]:,} tokens would need {num_bytes:,} bytes for its scores "
             f"({MAX_SCORE_BYTES:,} are allowed): no kernel that does without them "
-            f"({', '.join(_NAMES[backend] for backend in order)}) takes {_plain(query.dtype)} with "
+            f"({', '.join(_NAMES[backend] for backend in order)}) takes {short(query.dtype)} with "
             f"a head dimension of {query.shape[3]} on {query.device}. Use another precision, fewer "
             "frames or a smaller size."
+        )
+
+    return attention
+
+
+def _pinned_attention(kernel: SDPBackend) -> Attention:
+    """Attention by one of torch's kernels, whatever the others can."""
+
+    def attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        num_bytes = score_bytes(query, key)
+        if kernel == SDPBackend.MATH and num_bytes > MAX_SCORE_BYTES:
+            raise OutOfRoomError(
+                f"{_pinned('math')} would need {num_bytes:,} bytes for the scores of "
+                f"{query.shape[2]:,} tokens ({MAX_SCORE_BYTES:,} are allowed): pin another kernel, "
+                "or remove the variable."
+            )
+        try:
+            with sdpa_kernel(kernel):
+                return F.scaled_dot_product_attention(query, key, value)
+        except RuntimeError as error:
+            if not any(words in str(error) for words in _NO_KERNEL):
+                raise
+        raise OptionError(
+            f"{_pinned(_slug(_NAMES[kernel]))}, and that kernel does not take "
+            f"{short(query.dtype)} with a head dimension of {query.shape[3]} on {query.device}: "
+            "pin another one, or remove the variable."
         )
 
     return attention
@@ -267,37 +300,31 @@ def score_bytes(query: Tensor, key: Tensor) -> int:
     return batch * heads * queries * key.shape[2] * query.element_size()
 
 
-def _sm(machine: Machine) -> str:
-    return "sm{}{}".format(*machine.capability or ("?", ""))
-
-
 def _version(cudnn: int) -> str:
     return f"{cudnn // 10_000}.{cudnn // 100 % 100}.{cudnn % 100}"
-
-
-def _plain(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 # --- fast ---------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
-class Fast:
+class FastKernel:
     """An attention in 8 bits.
 
     package: what must be installed. first, majors: the least compute capability it is made for, and
-    the first numbers of those it knows. load: imports it and makes the function for (device,
-    head_dim, dtype).
+    the first numbers of those it knows. load: imports it and makes the function for (what the
+    device is, device, head_dim, dtype).
     """
 
     package: str
     first: tuple[int, int]
     majors: tuple[int, ...]
-    load: Callable[[torch.device, int, torch.dtype], Attention]
+    load: Callable[[DeviceInfo, torch.device, int, torch.dtype], Attention]
 
 
-def _load_comfy_kitchen(device: torch.device, head_dim: int, dtype: torch.dtype) -> Attention:
+def _load_comfy_kitchen(
+    info: DeviceInfo, device: torch.device, head_dim: int, dtype: torch.dtype
+) -> Attention:
     import comfy_kitchen
 
     attend = comfy_kitchen.int8_attention  # an AttributeError is a reason too
@@ -311,7 +338,9 @@ def _load_comfy_kitchen(device: torch.device, head_dim: int, dtype: torch.dtype)
     return attention
 
 
-def _load_sage(device: torch.device, head_dim: int, dtype: torch.dtype) -> Attention:
+def _load_sage(
+    info: DeviceInfo, device: torch.device, head_dim: int, dtype: torch.dtype
+) -> Attention:
     from sageattention import sageattn
 
     # version 1 names this parameter, and then subtracts the mean from the keys it was given
@@ -321,30 +350,26 @@ def _load_sage(device: torch.device, head_dim: int, dtype: torch.dtype) -> Atten
         if writes_keys:
             key = key.clone()
         tokens_first = (x.transpose(1, 2) for x in (query, key, value))
-        with _current(query.device):  # version 2 makes the device current and leaves it so
+        with dispatch.current_device(query.device):  # version 2 sets it and leaves it so
             out = sageattn(*tokens_first, tensor_layout="NHD", is_causal=False, smooth_k=True)
         return out.transpose(1, 2)
 
     return attention
 
 
-def _load_fa3(device: torch.device, head_dim: int, dtype: torch.dtype) -> Attention:
+def _load_fa3(
+    info: DeviceInfo, device: torch.device, head_dim: int, dtype: torch.dtype
+) -> Attention:
     """FA3 in fp8, called directly: torch's hook for it changes attention for the whole process."""
     from flash_attn_interface import flash_attn_func
 
     matrix = hadamard(head_dim, device).to(dtype)
 
-    def narrow(x: Tensor) -> tuple[Tensor, Tensor]:
-        """[B, heads, S, D] to fp8 as [B, S, heads, D], and its scales [B, heads]."""
-        scale = x.abs().amax(dim=(2, 3)).float() / 448
-        scale = torch.where(scale == 0, 1.0, scale)
-        narrowed = (x / scale[..., None, None].to(x.dtype)).clamp(-448, 448)
-        return narrowed.to(torch.float8_e4m3fn).transpose(1, 2), scale
-
     def attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        q, q_scale = narrow(query @ matrix)
-        k, k_scale = narrow((key - key.mean(dim=2, keepdim=True)) @ matrix)
-        v, v_scale = narrow(value)
+        key = key - key.mean(dim=2, keepdim=True)
+        parts = [_to_e4m3(x, (2, 3)) for x in (query @ matrix, key @ matrix, value)]
+        q, k, v = (x.transpose(1, 2) for x, _ in parts)
+        q_scale, k_scale, v_scale = (scale[:, :, 0, 0] for _, scale in parts)
         out = flash_attn_func(q, k, v, q_descale=q_scale, k_descale=k_scale, v_descale=v_scale)
         out = out[0] if isinstance(out, tuple) else out  # early releases add the log-sum-exp
         return out.transpose(1, 2).to(query.dtype)
@@ -352,149 +377,290 @@ def _load_fa3(device: torch.device, head_dim: int, dtype: torch.dtype) -> Attent
     return attention
 
 
-def _load_triton(device: torch.device, head_dim: int, dtype: torch.dtype) -> Attention:
+def _to_e4m3(x: Tensor, axes: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+    """x over the largest magnitude along `axes`, in e4m3; and the scales, float32."""
+    scale = x.abs().amax(dim=axes, keepdim=True).float() / 448
+    scale = torch.where(scale == 0, 1.0, scale)
+    return (x / scale.to(x.dtype)).clamp(-448, 448).to(torch.float8_e4m3fn), scale
+
+
+def _load_cudnn_fp8(
+    info: DeviceInfo, device: torch.device, head_dim: int, dtype: torch.dtype
+) -> Attention:
+    """cuDNN's attention with both products in e4m3, through nvidia-cudnn-frontend.
+
+    One scale for each tensor. Below sm100 its output is e4m3 too, which costs 2.6 % by itself.
+
+    Source: nvidia-cudnn-frontend 1.18.0, sdpa_support_surface.h (what sm90 takes) and
+        scaled_dot_product_flash_attention.h (where each scale enters).
+    """
+    import cudnn
+
+    version = cudnn.backend_version()  # raises where there is no libcudnn
+    is_wide = info.capability is not None and info.capability >= (10, 0) and version >= 91300
+    out_dtype = torch.bfloat16 if is_wide else torch.float8_e4m3fn
+    with dispatch.current_device(device):
+        handle = cudnn.create_handle()
+    matrix = hadamard(head_dim, device).to(dtype)
+    # weights are at most 1; a power of two below 448 has an exact inverse
+    weight_scale = torch.full((1, 1, 1, 1), 256.0, device=device)
+    graphs: dict[Hashable, Any] = {}
+
+    def build(q: Tensor, k: Tensor, v: Tensor, out: Tensor) -> Any:
+        e4m3, float32 = cudnn.data_type.FP8_E4M3, cudnn.data_type.FLOAT
+        graph = cudnn.pygraph(
+            io_data_type=e4m3, intermediate_data_type=float32, compute_data_type=float32,
+            handle=handle,
+        )  # fmt: skip
+        inputs = {
+            name: graph.tensor(
+                name=name, dim=list(x.shape), stride=list(x.stride()), data_type=e4m3,
+                uid=_CUDNN_UIDS[name],
+            )
+            for name, x in (("q", q), ("k", k), ("v", v))
+        }  # fmt: skip
+        scales = {
+            name: graph.tensor(
+                name=name, dim=[1] * 4, stride=[1] * 4, data_type=float32, uid=_CUDNN_UIDS[name]
+            )
+            for name in _CUDNN_SCALES
+        }
+        result, _, *largest = graph.sdpa_fp8(
+            **inputs, **scales, generate_stats=False, attn_scale=float(head_dim**-0.5)
+        )
+        result.set_uid(_CUDNN_UIDS["o"]).set_output(True).set_dim(list(out.shape)).set_stride(
+            list(out.stride())
+        ).set_data_type(cudnn.data_type.BFLOAT16 if is_wide else e4m3)
+        for tensor in largest:  # not wanted, but they must have a shape
+            tensor.set_output(False).set_dim([1] * 4).set_stride([1] * 4).set_data_type(float32)
+        graph.build([cudnn.heur_mode.A])
+        return graph
+
+    def attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        mean = value.mean(dim=2, keepdim=True)
+        key = key - key.mean(dim=2, keepdim=True)
+        whole = (0, 1, 2, 3)
+        q, q_scale = _to_e4m3(query @ matrix, whole)
+        k, k_scale = _to_e4m3(key @ matrix, whole)
+        v, v_scale = _to_e4m3(value - mean, whole)
+        batch, heads, tokens, width = query.shape
+        out = torch.empty(batch, tokens, heads, width, dtype=out_dtype, device=query.device)
+        out = out.transpose(1, 2)
+        key_ = tuple((x.shape, x.stride()) for x in (q, k, v))
+        if key_ not in graphs:
+            graphs[key_] = build(q, k, v, out)
+        graph = graphs[key_]
+        # no output is larger than the largest value, so this scale cannot overflow
+        out_scale = torch.ones_like(v_scale) if is_wide else 1 / v_scale
+        scales = (q_scale, k_scale, v_scale, 1 / weight_scale, weight_scale, out_scale)
+        pack = {"q": q, "k": k, "v": v, "o": out, **dict(zip(_CUDNN_SCALES, scales, strict=True))}
+        with dispatch.current_device(query.device):
+            cudnn.set_stream(handle=handle, stream=torch.cuda.current_stream().cuda_stream)
+            workspace = torch.empty(
+                graph.get_workspace_size(), dtype=torch.uint8, device=query.device
+            )
+            graph.execute(
+                {_CUDNN_UIDS[name]: x for name, x in pack.items()}, workspace, handle=handle
+            )
+        return (out.float() / out_scale + mean).to(query.dtype)
+
+    return attention
+
+
+_CUDNN_SCALES = ("descale_q", "descale_k", "descale_v", "descale_s", "scale_s", "scale_o")
+_CUDNN_UIDS = {name: uid for uid, name in enumerate(("q", "k", "v", "o", *_CUDNN_SCALES), 1)}
+
+
+def _load_triton(
+    info: DeviceInfo, device: torch.device, head_dim: int, dtype: torch.dtype, *, index: int = 0
+) -> Attention:
     from .kernels import triton_attention
 
     if head_dim not in triton_attention.HEAD_DIMS:
         raise OptionError(f"it takes head dimensions {triton_attention.HEAD_DIMS}, not {head_dim}")
-    return triton_attention.int8_attention
+    tiles = triton_attention.tiles(info.capability or (0, 0))
+    if index >= len(tiles):
+        raise OptionError(f"it has {len(tiles) or 'no'} tile for {sm(info)}")
+    return partial(triton_attention.quantized_attention, tile=tiles[index])
 
 
+#: the likely fastest first, which is what counts where nothing can be timed
 FAST = {
-    "comfy-kitchen": Fast("comfy_kitchen", (7, 5), (7, 8, 9, 10, 12), _load_comfy_kitchen),
-    "SageAttention": Fast("sageattention", (8, 0), (8, 9, 12), _load_sage),
-    "FA3": Fast("flash_attn_interface", (9, 0), (9,), _load_fa3),
-    "Triton": Fast("triton", (8, 0), (8, 9, 12), _load_triton),
+    "SageAttention": FastKernel("sageattention", (8, 0), (8, 9, 12), _load_sage),
+    "FA3": FastKernel("flash_attn_interface", (9, 0), (9,), _load_fa3),
+    "comfy-kitchen": FastKernel("comfy_kitchen", (7, 5), (7, 8, 9, 10, 12), _load_comfy_kitchen),
+    "Triton": FastKernel("triton", (8, 0), (8, 9, 12), _load_triton),
+    "Triton large tile": FastKernel("triton", (8, 9), (8, 9, 12), partial(_load_triton, index=1)),
+    "Triton fp16": FastKernel("triton", (8, 9), (8, 9, 12), partial(_load_triton, index=2)),
+    "cuDNN fp8": FastKernel("cudnn", (9, 0), (9, 10, 12), _load_cudnn_fp8),
 }
 
 
-def _order(machine: Machine) -> tuple[str, ...]:
-    """Best first. On Hopper those made for its tensor cores: 882 and 892 TOPS at 32k tokens."""
-    if machine.capability == (9, 0):
-        return ("SageAttention", "FA3", "comfy-kitchen", "Triton")
-    return ("comfy-kitchen", "SageAttention", "FA3", "Triton")
+def _slug(name: str) -> str:
+    return name.lower().replace(" ", "-")
 
 
-def _hindrance(fast: Fast, machine: Machine) -> str:
-    """Why a kernel cannot be tried on a machine; empty if it can."""
-    if machine.capability is None:
-        return f"needs an NVIDIA GPU, this is {machine.type}"
-    if not _is_installed(fast.package):
-        also = " (on Windows: triton-windows)" if fast.package == "triton" else ""
-        return f"{fast.package}{also} is not installed"
-    if machine.capability < fast.first or machine.capability[0] not in fast.majors:
-        return f"is not made for {_sm(machine)}"
+#: what `SKYREELS_ATTENTION` may name: torch's kernels, for exact attention and in place of fast;
+#: and those in 8 bits, for fast attention, without asking whether they are faster
+PINS = tuple(map(_slug, [*_NAMES.values(), *FAST]))
+
+
+def _pinned(pin: str) -> str:
+    return f"{dispatch.ATTENTION_VARIABLE}={pin}"
+
+
+def unavailable_reason(name: str, info: DeviceInfo, pin: str = "") -> str:
+    """Why a kernel of FAST cannot be tried on a device; empty if it can."""
+    kernel, backend = FAST[name], dispatch.backend()
+    if backend == "reference" or (backend == "triton" and kernel.package != "triton"):
+        return f"{dispatch.BACKEND_VARIABLE}={backend}"
+    if pin and pin != _slug(name):
+        return _pinned(pin)
+    if info.capability is None:
+        return f"needs an NVIDIA GPU, this is {info.type}"
+    if kernel.package == "triton":
+        if problem := dispatch.triton_problem(info):
+            return problem
+    elif not dispatch.is_installed(kernel.package):
+        return f"{kernel.package} is not installed"
+    if info.capability < kernel.first or info.capability[0] not in kernel.majors:
+        return f"is not made for {sm(info)}"
     return ""
 
 
-def _is_installed(package: str) -> bool:
-    try:
-        return importlib.util.find_spec(package) is not None
-    except (ImportError, ValueError):  # half-removed, or switched off in sys.modules
-        return False
+class _Size(NamedTuple):
+    """Of the queries of a run."""
+
+    heads: int
+    head_dim: int
+    tokens: int
+    dtype: torch.dtype
+
+    @property
+    def key(self) -> Hashable:
+        """Alike for lengths that differ by less than a fifth: prompts differ by a few tokens."""
+        return self.heads, self.head_dim, round(4 * math.log2(self.tokens)), self.dtype
 
 
-_tried: dict[tuple[str, torch.device, int, torch.dtype], tuple[Attention | None, str]] = {}
+_decisions: dict[Hashable, Any] = {}
+
+
+def _fastest(
+    info: DeviceInfo, device: torch.device, size: _Size, exact: Choice, pin: str
+) -> tuple[tuple[str, Attention] | None, str]:
+    """The fastest kernel in 8 bits that is right and faster than exact attention, if there is one.
+
+    Returns:
+        its name and function, or None; and what was found of all of them, for people.
+    """
+    problems = {name: unavailable_reason(name, info, pin) for name in FAST}
+    available = tuple(name for name, problem in problems.items() if not problem)
+    refused = [f"{name}: {problem}" for name, problem in problems.items() if problem]
+    if not available:
+        return None, "; ".join(refused)
+    if size.tokens < FAST_MIN_TOKENS:
+        return None, f"{size.tokens:,} tokens are below {FAST_MIN_TOKENS:,}, where it gains nothing"
+    is_forced = bool(pin) or dispatch.backend() == "triton"
+    decision = dispatch.remembered(
+        _decisions, (device, size.key, available, is_forced, exact.name),
+        lambda: _try(available, info, device, size, exact, is_forced),
+    )  # fmt: skip
+    return decision.impl, "; ".join([decision.reason, *refused])
 
 
 def _try(
-    name: str, machine: Machine, device: torch.device, head_dim: int, dtype: torch.dtype,
-    exact: Choice,
-) -> tuple[Attention | None, str]:  # fmt: skip
-    """A kernel and how it did, or None and why not; found out once per process."""
-    fast, key = FAST[name], (name, device, head_dim, dtype)
-    if key not in _tried:
-        hindrance = _hindrance(fast, machine)
-        if hindrance:
-            return None, hindrance
-        try:
-            function = fast.load(device, head_dim, dtype)
-            error = _probe(function, device, head_dim, dtype)
-            gain = _gain(function, exact.function, device, head_dim, dtype)
-        except Exception as fault:  # noqa: BLE001 - of a package that is not ours
-            reason = next(iter(str(fault).splitlines()), "")
-            _tried[key] = None, f"failed with {type(fault).__name__} ({reason})"
-        else:
-            is_fit, finding = judge(error, gain, exact.name)
-            _tried[key] = function if is_fit else None, finding
-    return _tried[key]
-
-
-def judge(error: float, gain: float | None, exact_name: str) -> tuple[bool, str]:
-    """Whether a kernel in 8 bits is used, and what is said about it.
+    names: tuple[str, ...], info: DeviceInfo, device: torch.device, size: _Size, exact: Choice,
+    is_forced: bool,
+) -> Decision:  # fmt: skip
+    """Judge kernels at the size of a run, time those that pass, and choose.
 
     Args:
-        error: relative L2 error on the probe. gain: times as fast as exact attention, None where
-            that was not measured.
+        is_forced: the first that passes is chosen, whatever its speed.
     """
-    if not error <= FAST_ERROR:  # NaN is not
-        return False, f"error {error:.2g} on a small input, {FAST_ERROR:.2g} is allowed"
-    finding = f"error {error:.2g} on a small input"
-    if gain is None:
+    passed: dict[str, Attention] = {}
+    worst: dict[str, str] = {}
+    refused: list[str] = []
+    is_final = True
+    for name in names:
+        try:
+            function = FAST[name].load(info, device, size.head_dim, size.dtype)
+            errors = judge(function, size.tokens, size.head_dim, device, size.dtype)
+        except Exception as error:  # noqa: BLE001 - of a package that is not ours
+            problem, may_stay = dispatch.failed_trial(error, f"attention by {name}")
+            is_final &= may_stay
+        else:
+            is_right, worst[name] = accept(errors)
+            problem = "" if is_right else worst[name]
+        if problem:
+            refused.append(f"{name}: {problem}")
+        else:
+            passed[name] = function
+    milliseconds: dict[str, float] = {}
+    if passed and not is_forced:
+        try:
+            milliseconds = _timed(passed, exact, device, size)
+        except Exception as error:  # noqa: BLE001 - of a package that is not ours
+            problem, may_stay = dispatch.failed_trial(error, "8-bit attention")
+            refused += [f"{name}: {problem}" for name in passed]
+            return Decision(None, "; ".join(refused), is_final and may_stay)
+    chosen = min(passed, key=lambda name: milliseconds.get(name, 0.0), default=None)
+    for name in passed:
+        finding = worst[name]
+        if milliseconds:
+            gain = milliseconds[exact.name] / milliseconds[name]
+            finding += f", {gain:.2f} times as fast as {exact.name} at {size.tokens:,} tokens"
+            if gain < FAST_GAIN and chosen == name:
+                chosen = None  # nor is any other, as this is the fastest
+        worst[name] = finding
+    if chosen is None:
+        return Decision(
+            None, "; ".join([*(f"{n}: {worst[n]}" for n in passed), *refused]), is_final
+        )
+    others = [f"{name}: {worst[name]}" for name in passed if name != chosen] + refused
+    instead = f". Not used: {'; '.join(others)}" if others else ""
+    return Decision((chosen, passed[chosen]), worst[chosen] + instead, is_final)
+
+
+def judge(
+    function: Attention, tokens: int, head_dim: int, device: torch.device, dtype: torch.dtype
+) -> dict[str, float]:
+    """Relative L2 error of an attention on each kind of input, a few heads of this length."""
+    return {
+        kind: relative_error(
+            function, draw(kind, tokens, PROBED_HEADS, head_dim, device=device, dtype=dtype)
+        )
+        for kind in KINDS
+    }
+
+
+def accept(errors: dict[str, float]) -> tuple[bool, str]:
+    """Whether a kernel is close enough to exact attention, and its worst error for people."""
+    kind = max(errors, key=lambda kind: math.inf if math.isnan(errors[kind]) else errors[kind])
+    finding = f"error {errors[kind]:.2g} ({kind})"
+    if errors[kind] <= FAST_ERROR:  # NaN is not
         return True, finding
-    finding += f", {gain:.2f} times as fast as {exact_name}"
-    return gain >= FAST_GAIN, finding
+    return False, f"{finding}, {FAST_ERROR:.2g} is allowed"
 
 
-def _probe(function: Attention, device: torch.device, head_dim: int, dtype: torch.dtype) -> float:
-    """Relative L2 error of an attention on a small input."""
-    query, key, value = (x.to(dtype) for x in probe_inputs(1000, 2, head_dim, device))
-    with sdpa_kernel(SDPBackend.MATH):
-        expected = sdpa(query.float(), key.float(), value.float())
-    got = function(query, key, value).float()
-    if got.shape != expected.shape:
-        raise RuntimeError(f"it returns {list(got.shape)} for {list(expected.shape)}")
-    return ((got - expected).norm() / expected.norm()).item()
+def _timed(
+    functions: dict[str, Attention], exact: Choice, device: torch.device, size: _Size
+) -> dict[str, float]:
+    """Milliseconds of exact attention and of each kernel at the size of the run.
 
-
-def probe_inputs(
-    tokens: int, heads: int, head_dim: int, device: torch.device | str = "cpu"
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Queries, keys and values like a video's, [1, heads, S, D] float32, views of one buffer.
-
-    Runs of eight tokens are alike, so attention has something to find; keys share a large mean.
+    Empty where there is no clock: then the likely fastest is taken.
     """
-    generator = torch.Generator(device).manual_seed(0)
-
-    def noise(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator, device=device)
-
-    runs = -(-tokens // 8)
-    kind, content = noise(1, runs, heads, head_dim), noise(1, runs, heads, head_dim)
-    qkv = torch.stack([kind, kind, content], dim=2).repeat_interleave(8, dim=1)[:, :tokens]
-    qkv = qkv + 0.5 * noise(*qkv.shape)
-    qkv[:, :, 1] += 4 * noise(heads, head_dim)
-    query, key, value = qkv.permute(2, 0, 3, 1, 4)
-    return query, key, value
-
-
-def _gain(
-    function: Attention, exact: Attention, device: torch.device, head_dim: int, dtype: torch.dtype
-) -> float | None:
-    """Times as fast as exact attention at 8,192 tokens of 8 heads; None on a CPU."""
     if device.type != "cuda":
-        return None
-    inputs = [x.to(dtype) for x in probe_inputs(8192, 8, head_dim, device)]
-    medians = []
-    for attention in (exact, function):
-        for _ in range(2):
-            attention(*inputs)
-        times = []
-        for _ in range(5):
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            with _current(device):
-                start.record()
-                attention(*inputs)
-                end.record()
-            end.synchronize()
-            times.append(start.elapsed_time(end))
-        medians.append(statistics.median(times))
-    return medians[0] / medians[1]
-
-
-def _current(device: torch.device) -> contextlib.AbstractContextManager[object]:
-    """Make a GPU the current one for a while; kernels of other packages launch there."""
-    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+        return {}
+    # numbers, as zeros would run faster; views of one buffer, as in the model
+    qkv = torch.randn(
+        (1, size.tokens, 3, size.heads, size.head_dim), device=device, dtype=size.dtype,
+        generator=torch.Generator(device).manual_seed(0),
+    )  # fmt: skip
+    inputs = qkv.permute(2, 0, 3, 1, 4).unbind()
+    contenders = {exact.name: exact.function, **functions}
+    return dispatch.race(
+        {name: partial(function, *inputs) for name, function in contenders.items()}, device
+    )
 
 
 def _only_long(fast: Attention, exact: Attention) -> Attention:
@@ -502,57 +668,3 @@ def _only_long(fast: Attention, exact: Attention) -> Attention:
         return (fast if key.shape[2] >= FAST_MIN_TOKENS else exact)(query, key, value)
 
     return attention
-
-
-# --- the arithmetic of kernels/triton_attention.py ----------------------------------------------
-
-
-def int8_attention(query: Tensor, key: Tensor, value: Tensor, *, tile: int = 128) -> Tensor:
-    """Attention with both products in int8: what our Triton kernel computes, in plain torch.
-
-    * Keys lose their mean over the tokens: that adds the same to every score of a row, which
-      softmax does not see. Queries and keys are rotated over the head dimension, which leaves their
-      products alone and spreads outliers. Queries have a scale each, keys one a tile.
-    * Weights are rounded against the largest of their own tile, so that rows that look at many
-      tokens keep all 7 bits; they are divided by the sum of what they were rounded to.
-    * Values lose their mean, which comes back at the end (weights sum to one), and are divided by
-      the spread of their channel. A scale a tile keeps text from coarsening the image.
-
-    Args:
-        query: [B, heads, S, D]; key, value: [B, heads, T, D]; D a power of two.
-        tile: keys rounded together.
-    Returns:
-        [B, heads, S, D] in query's dtype.
-    Source: the mean of the keys arXiv:2410.02367 (SageAttention); rotation arXiv:2404.00456
-        (QuaRot); the sum over tiles arXiv:2205.14135 (FlashAttention).
-    """
-    width = query.shape[-1]
-    wide_key, wide_value = key.float(), value.float()
-    mean = wide_value.mean(dim=2, keepdim=True)
-    spread = wide_value.std(dim=2, keepdim=True, correction=0)
-    spread = torch.where(spread == 0, 1.0, spread)
-    keys = rotate(wide_key - wide_key.mean(dim=2, keepdim=True), width)
-    values = (wide_value - mean) / spread
-    queries, query_scale = _whole(rotate(query.float(), width), (-1,))
-    query_scale = query_scale * (width**-0.5 * math.log2(math.e))
-    peak = torch.full_like(query_scale, -math.inf)
-    total, sums = torch.zeros_like(query_scale), torch.zeros_like(queries)
-    for some_keys, some_values in zip(keys.split(tile, 2), values.split(tile, 2), strict=True):
-        k, k_scale = _whole(some_keys, (-2, -1))
-        v, v_scale = _whole(some_values, (-2, -1))
-        scores = (queries @ k.transpose(-1, -2)) * (query_scale * k_scale)
-        top = scores.amax(dim=-1, keepdim=True)
-        weights = (127 * torch.exp2(scores - top)).round()
-        new_peak = torch.maximum(peak, top)
-        kept, added = torch.exp2(peak - new_peak), torch.exp2(top - new_peak)
-        total = total * kept + weights.sum(dim=-1, keepdim=True) * added
-        sums = sums * kept + (weights @ v) * (added * v_scale)
-        peak = new_peak
-    return (sums / total * spread + mean).to(query.dtype)
-
-
-def _whole(x: Tensor, axes: tuple[int, ...]) -> tuple[Tensor, Tensor]:
-    """Integers within -127..127 in float32, which sums 128 products exactly; and their scales."""
-    largest = x.abs().amax(dim=axes, keepdim=True)
-    scale = torch.where(largest == 0, 1.0, largest / 127)
-    return (x / scale).round(), scale

@@ -1,21 +1,20 @@
 """What this machine offers, what of it is used, and why the rest is not.
 
 Optional packages are looked up, not imported: a broken one must not break the diagnosis. Triton is
-the exception where a GPU is there, as only a trial shows whether its kernels work (selection.py).
+the exception, as only that shows whether it loads; where a GPU is there its kernels are tried.
 """
 
 import importlib.metadata
-import importlib.util
 import os
 import platform
 from pathlib import Path
 
 import torch
 
-from . import attention, quant
+from . import attention, linear, quant
 from .checkpoint import FAMILY_NAMES, inspect
 from .errors import SkyReelsError
-from .kernels import selection
+from .kernels import dispatch, selection
 from .runtime import TorchRuntime
 
 #: package -> what it is for here
@@ -29,14 +28,17 @@ PACKAGES = {
     "av": "writing videos outside ComfyUI",
     "pillow": "reading and resizing pictures",
 }
-#: packages with kernels
+#: packages with kernels, beside Triton
 KERNELS = {
-    "triton": "compiles our fused kernels on NVIDIA GPUs",
     "comfy_kitchen": (
         "its fused norms and quantisers are not used, as no bench here has shown them to be faster "
         "than ours; nor are its 8-bit linears in this version. Its attention: see there"
     ),
     "sageattention": "8-bit attention, not exact: tried where fast attention is asked for",
+    "cudnn": (
+        "nvidia-cudnn-frontend, 8-bit attention of cuDNN, not exact: tried where fast attention is "
+        "asked for"
+    ),
 }
 MODEL_FOLDERS = ("diffusion_models", "unet", "diffusers", "vae", "text_encoders", "clip")
 
@@ -86,15 +88,18 @@ def _devices() -> dict[str, str]:
 
 
 def _kernels() -> dict[str, str]:
-    found = {}
+    found = _pins()
     cudnn = torch.backends.cudnn.version() if torch.cuda.is_available() else None
     if cudnn is not None and torch.__version__.startswith(("2.9", "2.10")) and cudnn < 91500:
-        found["cudnn"] = (
+        found["cuDNN version"] = (
             f"{cudnn}: this version takes 3-17 times the memory in 3-D convolutions of bf16 "
             "(pytorch issue 166643): update torch or nvidia-cudnn"
         )
+    version, problem = dispatch.find_triton(dispatch.backend())
+    used = "compiles our fused kernels on NVIDIA GPUs"
+    found["triton"] = f"not used: {problem}" if problem else f"{version}: {used}"
     for module, reason in KERNELS.items():
-        present = importlib.util.find_spec(module) is not None
+        present = dispatch.is_installed(module)
         found[module] = f"{'found' if present else 'not installed'}: {reason}"
     for index in range(torch.cuda.device_count()):
         device = torch.device("cuda", index)
@@ -105,8 +110,18 @@ def _kernels() -> dict[str, str]:
     return found
 
 
+def _pins() -> dict[str, str]:
+    """What the environment asks for."""
+    asked = {
+        dispatch.BACKEND_VARIABLE: (dispatch.backend(), dispatch.BACKENDS),
+        dispatch.ATTENTION_VARIABLE: (dispatch.attention_pin(), ("auto", *attention.PINS)),
+    }
+    return {name: f"{value} (of {', '.join(all_)})" for name, (value, all_) in asked.items()}
+
+
 def _reports(device: torch.device) -> dict[str, str]:
-    return attention.report(device) | quant.report(device) | selection.report(device)
+    reports = (attention.report, quant.report, linear.gelu_report, selection.report)
+    return {name: line for report in reports for name, line in report(device).items()}
 
 
 def _weights() -> dict[str, str]:

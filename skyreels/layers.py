@@ -22,10 +22,13 @@ from .attention import Attention
 from .config import Layout, TransformerConfig
 from .errors import OptionError
 from .kernels import Rows
-from .linear import ALL, input_format, linear
+from .linear import ALL, input_format, linear, linear_gelu
 
 #: latent frames the model has seen in training; the slow temporal frequency wraps at 50.27
 TRAINED_LATENT_FRAMES = 50
+#: runs of tokens start at multiples of this: what belongs to a token, even four bytes of scale,
+#: then starts at an address that vendor kernels take, and their tiles are whole
+TOKEN_MULTIPLE = 128
 
 
 def rope_table(
@@ -304,20 +307,21 @@ class SingleBlock(nn.Module):
         del rounded
         # products of 8 bits are not added to what is there, so the other half waits beside
         other = None if input_format(self.linear2) is None else torch.empty_like(out)
-        for part in _parts(x.shape[1], layout.mlp_chunks):
-            inner = linear(self.linear1, _tokens(normed, part), rows=slice(3 * hidden, None))
-            active = kernels.gelu(inner, input_format(self.linear2))
-            del inner  # else it would live on while the next part is made
+        for part in _parts(x.shape[1], layout.mlp_chunks, TOKEN_MULTIPLE):
+            rows_of_mlp, columns = slice(3 * hidden, None), slice(hidden, None)
+            active = linear_gelu(
+                self.linear1, _tokens(normed, part), rows_of_mlp, input_format(self.linear2)
+            )
             into = out if other is None else other
-            columns = slice(hidden, None)
             linear(self.linear2, active, ALL, columns, into[:, part], add=other is None)
-            del active
+            del active  # else it would live on while the next part is made
         return kernels.gated_residual(x, out, gate, other)
 
 
-def _parts(length: int, count: int) -> list[slice]:
-    """`count` runs of about equal length."""
-    ends = [length * part // count for part in range(count + 1)]
+def _parts(length: int, count: int, multiple: int = 1) -> list[slice]:
+    """At most `count` runs of about equal length that start at multiples of `multiple`."""
+    even = [-(-length * part // (count * multiple)) * multiple for part in range(count)]
+    ends = [*(min(end, length) for end in even), length]
     return [slice(start, end) for start, end in pairwise(ends) if end > start]
 
 
@@ -340,10 +344,10 @@ def _rounded_for(layer: nn.Module, x: Tensor) -> Tensor | Rows:
 def _feed_forward(mlp: MLP, normed: Tensor | Rows, like: Tensor, chunks: int) -> Tensor:
     """The MLP of a block, some tokens at a time, so that its wide middle is never whole."""
     if chunks == 1:
-        return linear(mlp.fc2, kernels.gelu(linear(mlp.fc1, normed), input_format(mlp.fc2)))
+        return linear(mlp.fc2, linear_gelu(mlp.fc1, normed, to=input_format(mlp.fc2)))
     out = torch.empty_like(like)
-    for part in _parts(like.shape[1], chunks):
-        inner = kernels.gelu(linear(mlp.fc1, _tokens(normed, part)), input_format(mlp.fc2))
+    for part in _parts(like.shape[1], chunks, TOKEN_MULTIPLE):
+        inner = linear_gelu(mlp.fc1, _tokens(normed, part), to=input_format(mlp.fc2))
         linear(mlp.fc2, inner, out=out[:, part])
         del inner  # before the next part is made
     return out

@@ -3,20 +3,25 @@
 Latents, sigmas, timesteps and everything guidance does are float32; only the transformer itself
 computes in the dtype of its weights. One branch of the guidance runs at a time: their texts have
 different lengths, and nothing is padded or masked.
+
+The Euler loop reads nothing back from the device, so that the host can queue one step while another
+runs: sigmas and timesteps stay on the CPU, where a scalar multiplies a tensor of any device.
 """
 
 import hashlib
 import logging
+import math
 import os
 from collections.abc import Callable
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from .attention import FAST_BYTES, Attention, choose_attention, sdpa
+from .attention import FAST_BYTES, Attention, choose_attention, sdpa, trial_bytes
 from .cache import OFF, CacheConfig, cache_bytes, protected_start, start_cache
 from .conditioning import (
     ImageConditioning,
@@ -37,11 +42,13 @@ from .text import PromptEmbeds, check_prompt_embeds
 logger = logging.getLogger(__name__)
 
 #: velocity(latents [1, 16, T, h, w] float32, sigma [] float32) -> the guided velocity and that of
-#: the negative prompt, each of the shape of the latents; None where no negative pass was made
+#: the negative prompt, each of the shape of the latents; None where no negative pass was made. A
+#: sigma that is not on the CPU is waited for.
 Velocity = Callable[[Tensor, Tensor], tuple[Tensor, Tensor | None]]
 #: on_step(step, latents after it, denoised estimate); steps count from 0
 OnStep = Callable[[int, Tensor, Tensor], None]
-#: solver(velocity, latents, sigmas [N + 1], on_step) -> latents at the last sigma
+#: solver(velocity, latents, sigmas [N + 1], on_step) -> latents at the last sigma; `euler` has the
+#: sigmas on the CPU, any other where the latents are
 Solver = Callable[[Velocity, Tensor, Tensor, OnStep], Tensor]
 
 
@@ -84,7 +91,8 @@ def euler(velocity: Velocity, latents: Tensor, sigmas: Tensor, on_step: OnStep) 
     """First-order steps along the flow, the reference solver.
 
     Args:
-        latents: [1, 16, T, h, w] float32 at sigmas[0]. sigmas: [N + 1] float32, falling.
+        latents: [1, 16, T, h, w] float32 at sigmas[0].
+        sigmas: [N + 1] float32, falling; on the CPU, so that no step waits for the one before.
     Returns:
         latents at sigmas[-1].
     """
@@ -142,7 +150,6 @@ def guided_velocity(
     Source: reuse of the guidance difference, arXiv:2410.19355 (FasterCache), there with weights
         for high and low frequencies.
     """
-    device = image_latents.device
     num_steps = len(sigmas) - 1
     schedule = sigmas[:-1].cpu()
     steps = start_cache(cache, num_steps, run_block, transformer.blocks)
@@ -150,7 +157,7 @@ def guided_velocity(
     difference: Tensor | None = None
     difference_step = 0
 
-    def predict(latents: Tensor, timestep: Tensor, branch: int, cached: RunBlock) -> Tensor:
+    def predict(latents: Tensor, timestep: float, branch: int, cached: RunBlock) -> Tensor:
         return transformer.denoise(
             torch.cat([latents, image_latents], dim=1),
             conditioning(branch, timestep, run_block),
@@ -162,11 +169,12 @@ def guided_velocity(
 
     def velocity(latents: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor | None]:
         nonlocal difference, difference_step
+        sigma = sigma.to("cpu", torch.float32)
         # a solver may ask between two sigmas of the schedule: that still belongs to the earlier
-        step = max(0, int((schedule >= sigma.cpu() - 1e-6).sum()) - 1)
+        step = max(0, int((schedule >= sigma - 1e-6).sum()) - 1)
         if step < guidance.zero_init_steps:
             return torch.zeros_like(latents), None
-        timestep = (sigma.to(device, torch.float32) * NUM_TRAIN_TIMESTEPS).reshape(1)
+        timestep = float(sigma * NUM_TRAIN_TIMESTEPS)
         in_window = guidance.cfg_start <= step / num_steps < guidance.cfg_end
         is_guided = guidance.true_cfg_scale > 1 and in_window
         steps.begin(step, latents, 2 if is_guided and difference is None else 1)
@@ -288,10 +296,15 @@ def sample(
         return to_vae_space(latents / (1 - sigmas[-1]))
     attend = attention
     if isinstance(attend, str):
-        attend = choose_attention(
-            device, attend, head_dim=transformer.config.attention_head_dim,
-            dtype=transformer.compute_dtype,
-        ).function  # fmt: skip
+        size: Any = {
+            "heads": transformer.config.num_attention_heads,
+            "head_dim": transformer.config.attention_head_dim,
+            "tokens": longest_branch(transformer, image, prompt, negative),
+            "dtype": transformer.compute_dtype,
+        }
+        if attend == "fast":  # its kernels are tried at this size before the weights come
+            runtime.make_room(trial_bytes(**size))
+        attend = choose_attention(device, attend, **size).function
     with torch.inference_mode():
         conditioning = precompute(
             transformer, branches, (sigmas[first_step:-1] * NUM_TRAIN_TIMESTEPS).tolist(),
@@ -314,7 +327,8 @@ def sample(
                 rope=rope_table(grid, transformer.config, riflex_k=riflex_k, device=device),
                 run_block=run_block, attention=attend, layout=LAYOUTS[layout], cache=cache,
             )  # fmt: skip
-            latents = solver(velocity, latents.to(device), sigmas[first_step:].to(device), on_step)
+            levels = sigmas[first_step:].to("cpu" if solver is euler else device)
+            latents = solver(velocity, latents.to(device), levels, on_step)
     if not bool(latents.isfinite().all()):
         raise ShapeError(
             "The sampled latents hold NaN or infinity: try precision bf16 or fp32, and check the "
@@ -323,6 +337,18 @@ def sample(
     if reported != num_steps:  # solvers may take fewer or more steps than there are sigmas
         runtime.progress("sample", num_steps, num_steps)
     return to_vae_space(latents.float().cpu() / (1 - sigmas[-1].cpu()))
+
+
+def longest_branch(
+    transformer: SkyReelsTransformer,
+    image: ImageConditioning,
+    prompt: PromptEmbeds,
+    negative: PromptEmbeds | None,
+) -> int:
+    """Image and text tokens of the branch with more text."""
+    branches = [prompt] if negative is None else [prompt, negative]
+    text_tokens = max(embeds.prompt_embeds.shape[1] for embeds in branches)
+    return math.prod(transformer.token_grid(image.latent_shape)) + text_tokens
 
 
 def run_bytes(
@@ -339,14 +365,12 @@ def run_bytes(
     Args:
         layout: a name of config.LAYOUTS. attention: as for `sample`.
     """
-    frames, rows, columns = transformer.token_grid(image.latent_shape)
-    branches = [prompt] if negative is None else [prompt, negative]
-    text_tokens = max(embeds.prompt_embeds.shape[1] for embeds in branches)
-    num_image_tokens, dtype = frames * rows * columns, transformer.compute_dtype
+    num_image_tokens = math.prod(transformer.token_grid(image.latent_shape))
+    num_branches, dtype = 1 if negative is None else 2, transformer.compute_dtype
     held = cache_bytes(
-        cache, transformer.config, image.latent_shape, num_image_tokens, len(branches), dtype
+        cache, transformer.config, image.latent_shape, num_image_tokens, num_branches, dtype
     )
-    num_tokens = num_image_tokens + text_tokens
+    num_tokens = longest_branch(transformer, image, prompt, negative)
     if attention == "fast":
         held += FAST_BYTES * num_tokens * transformer.config.hidden_size
     return held + sampling_bytes(transformer.config, num_tokens, dtype, layout)

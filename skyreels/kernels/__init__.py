@@ -185,4 +185,4 @@ def group_norm_silu(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
 
 def is_fused(name: str, device: torch.device) -> bool:
     """Whether the operator `name` runs in a kernel of its own on the device."""
-    return selection.choose(name, device).kernel is not None
+    return selection.choose(name, device).impl is not None

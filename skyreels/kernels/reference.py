@@ -5,6 +5,9 @@ once, to the dtype of the activations. Nothing here works in place except where 
 "_".
 """
 
+import math
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -191,3 +194,85 @@ def group_norm_silu(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
     """
     wide = x.to(torch.promote_types(x.dtype, torch.float32), copy=True)
     return F.silu(wide.mul_(scale).add_(shift), inplace=True).to(x.dtype)
+
+
+class ValueFormat(NamedTuple):
+    """How attention's weights and values are rounded for their product.
+
+    dtype: of both. weight_max: what the largest weight of a row so far becomes. value_max: what the
+    largest value of a channel becomes.
+    """
+
+    dtype: torch.dtype
+    weight_max: float
+    value_max: float
+
+
+#: the whole range of e4m3: a weight of 2^-17 of the largest is not lost yet
+VALUES_E4M3 = ValueFormat(torch.float8_e4m3fn, 448.0, 448.0)
+#: sums over 64 keys stay within fp16's range
+VALUES_FP16 = ValueFormat(torch.float16, 512.0, 1.0)
+
+
+def quantized_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    key_tile: int = 128,
+    values: ValueFormat = VALUES_E4M3,
+) -> Tensor:
+    """Attention with an int8 product of queries and keys, and one of e4m3 or fp16 with the values.
+
+    * Keys lose their mean over the tokens: that adds the same to every score of a row, which
+      softmax does not see. Queries and keys are rotated over the head dimension, which leaves their
+      products alone and spreads outliers. Queries have a scale each, keys one a tile.
+    * Weights are floating-point numbers. An integer grid over the largest weight of a tile would
+      round everything beside an attention sink to nothing (relative error 0.15 to 0.24 with 1 to
+      64 sinks in 8,192 keys). They are divided by the sum of what they were rounded to.
+    * Values lose their mean, which comes back at the end (weights sum to one), and are divided by
+      the largest magnitude of their channel. Half of what rounding moved their mean by comes off
+      again: were all weights alike, the whole of it would be error; were all on a sink, nothing.
+
+    Args:
+        query: [B, heads, S, D]; key, value: [B, heads, T, D]; D a power of two.
+        key_tile: keys that share a scale, and whose largest weight counts as one of the next.
+        values: format of the second product.
+    Returns:
+        [B, heads, S, D] in query's dtype.
+    Source: the mean of the keys arXiv:2410.02367 (SageAttention); weights and values in e4m3
+        arXiv:2411.10958 (SageAttention2); rotation arXiv:2404.00456 (QuaRot); the sum over tiles
+        arXiv:2205.14135 (FlashAttention).
+    """
+    width = query.shape[-1]
+    wide_key, wide_value = key.float(), value.float()
+    mean = wide_value.mean(dim=2, keepdim=True)
+    v_scale = (wide_value - mean).abs().amax(dim=2, keepdim=True) / values.value_max
+    v_scale = torch.where(v_scale == 0, 1.0, v_scale)
+    v = ((wide_value - mean) / v_scale).to(values.dtype).float()
+    mean = mean - 0.5 * v_scale * v.mean(dim=2, keepdim=True)
+    k = rotate(wide_key - wide_key.mean(dim=2, keepdim=True), width)
+    q, q_scale = _to_int8(rotate(query.float(), width), (-1,))
+    q_scale = q_scale * (width**-0.5 * math.log2(math.e))
+    peak = torch.full_like(q_scale, -math.inf)
+    total, sums = torch.zeros_like(q_scale), torch.zeros_like(q)
+    tiles = list(zip(k.split(key_tile, 2), v.split(key_tile, 2), strict=True))
+    if k.shape[2] % key_tile:  # the part of a tile at the end goes first, as in the kernel
+        tiles = [tiles[-1], *tiles[:-1]]
+    for keys, some_values in tiles:
+        keys, k_scale = _to_int8(keys, (-2, -1))
+        scores = (q @ keys.transpose(-1, -2)) * (q_scale * k_scale)
+        new_peak = torch.maximum(peak, scores.amax(dim=-1, keepdim=True))
+        weights = values.weight_max * torch.exp2(scores - new_peak)
+        weights, kept = weights.to(values.dtype).float(), torch.exp2(peak - new_peak)
+        total = total * kept + weights.sum(dim=-1, keepdim=True)
+        sums = sums * kept + weights @ some_values
+        peak = new_peak
+    return (sums / total * v_scale + mean).to(query.dtype)
+
+
+def _to_int8(x: Tensor, axes: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+    """Integers within -127..127 in float32, which sums 128 products exactly; and their scales."""
+    largest = x.abs().amax(dim=axes, keepdim=True)
+    scale = torch.where(largest == 0, 1.0, largest / 127)
+    return (x / scale).round(), scale

@@ -5,20 +5,17 @@ device and must agree there with its reference on a small input. One that does n
 start, or returns NaN, is switched off, which is said once; the reference then runs in its place.
 """
 
-import logging
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Hashable
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
-log = logging.getLogger(__name__)
+from . import dispatch
+from .dispatch import Decision, DeviceInfo, dotted, short
 
-#: the oldest that the kernels were compiled and interpreted with; 3.6 and 3.9 are the others
-MIN_TRITON = (3, 4)
 MIN_CAPABILITY = (7, 5)
 #: of a dtype read or written by a kernel: the first with instructions for it
 DTYPE_CAPABILITY = {torch.bfloat16: (8, 0), torch.float8_e4m3fn: (8, 9)}
@@ -36,52 +33,8 @@ PIECE_TOKENS = 4096
 SELF_TEST_BOUND = 5e-3
 
 
-@dataclass(frozen=True)
-class DeviceDescription:
-    """What the choice depends on.
-
-    type: "cpu", "cuda", ... capability: (major, minor) of an NVIDIA GPU, else None.
-    triton: its version; empty where it is missing. triton_problem: why it is.
-    """
-
-    type: str
-    name: str = ""
-    capability: tuple[int, int] | None = None
-    triton: str = ""
-    triton_problem: str = ""
-
-
-class Choice(NamedTuple):
-    """kernel: what runs instead of the reference, or None. reason: for either, for people."""
-
-    kernel: Callable[..., Any] | None
-    reason: str
-
-
 _references: dict[str, Callable[..., Any]] = {}
-_choices: dict[tuple[str, torch.device, torch.dtype | None], Choice] = {}
-_descriptions: dict[torch.device, DeviceDescription] = {}
-_said: set[str] = set()
-
-
-def describe(device: torch.device) -> DeviceDescription:
-    """Look at a device, and at Triton if it is one that Triton could serve."""
-    if device.type != "cuda":
-        return DeviceDescription(device.type)
-    name = torch.cuda.get_device_name(device)
-    if torch.version.hip is not None:
-        return DeviceDescription(device.type, name)
-    version = problem = ""
-    try:
-        import triton
-    except ImportError:
-        problem = "Triton is not installed: pip install triton (on Windows: triton-windows)"
-    except Exception as error:  # noqa: BLE001 - a broken package must not break the run
-        problem = f"Triton is installed but does not load ({_brief(error)}): reinstall it"
-    else:
-        version = triton.__version__
-    capability = torch.cuda.get_device_capability(device)
-    return DeviceDescription(device.type, name, capability, version, problem)
+_decisions: dict[Hashable, Any] = {}
 
 
 def load_kernels() -> ModuleType:
@@ -102,17 +55,17 @@ def dispatcher(name: str, reference: Callable[..., Any]) -> Callable[..., Any]:
 
     plain = in_pieces(name, reference)
 
-    def dispatch(*args: Any) -> Any:
+    def run(*args: Any) -> Any:
         device = args[0].device
-        kernel, reason = choose(name, device, _format(args))
+        kernel = choose(name, device, _format(args)).impl
         if kernel is not None:
-            reason = unsuited(name, args, _describe_once(device).capability)
+            reason = unsuited(name, args, dispatch.describe(device).capability)
             if not reason:
                 return kernel(*args)
-            _say(f"{name} runs in plain torch on {device}: {reason}.")
+            dispatch.say_once(f"{name} runs in plain torch on {device}: {reason}.")
         return plain(*args)
 
-    return dispatch
+    return run
 
 
 def in_pieces(name: str, reference: Callable[..., Any]) -> Callable[..., Any]:
@@ -153,16 +106,16 @@ def _part(each: Any, tokens: int, span: slice) -> Any:
     return each[:, span] if each.ndim >= 3 and each.shape[1] == tokens else each
 
 
-def choose(name: str, device: torch.device, to: torch.dtype | None = None) -> Choice:
+def choose(name: str, device: torch.device, to: torch.dtype | None = None) -> Decision:
     """The implementation of an operator on a device; decided at the first call, then remembered.
 
     Args:
         to: the 8-bit dtype of the result, for operators that round to one.
+    Returns:
+        its kernel, or None for the reference.
     """
-    key = (name, device, to)
-    if key not in _choices:
-        _choices[key] = _decide(name, device, to)
-    return _choices[key]
+    key = (name, device, to, dispatch.backend())
+    return dispatch.remembered(_decisions, key, lambda: _decide(name, device, to))
 
 
 def report(device: torch.device) -> dict[str, str]:
@@ -179,7 +132,7 @@ def report(device: torch.device) -> dict[str, str]:
         if len(set(lines.values())) == 1:
             found[name] = next(iter(lines.values()))
         else:
-            found[name] = "; ".join(f"{_short(to)}: {line}" for to, line in lines.items())
+            found[name] = "; ".join(f"{short(to)}: {line}" for to, line in lines.items())
     return found
 
 
@@ -192,9 +145,9 @@ def unsuited(name: str, args: tuple[Any, ...], capability: tuple[int, int] | Non
         if not isinstance(each, Tensor) or each.is_complex():
             continue
         if each.dtype not in KERNEL_DTYPES:
-            return f"the kernels take float16, bfloat16 and float32, not {_short(each.dtype)}"
+            return f"the kernels take float16, bfloat16 and float32, not {short(each.dtype)}"
         if capability is not None and capability < DTYPE_CAPABILITY.get(each.dtype, (0, 0)):
-            return f"{_short(each.dtype)} is emulated on compute capability {_dotted(capability)}"
+            return f"{short(each.dtype)} is emulated on compute capability {dotted(capability)}"
     if name == "qk_norm_rope_":
         if x.shape[-1] not in HEAD_DIMS:
             return f"head size {x.shape[-1]} is not one of {HEAD_DIMS}"
@@ -266,90 +219,56 @@ def self_test(
     return math.nan if any(map(math.isnan, differences)) else max(differences)
 
 
-def _decide(name: str, device: torch.device, to: torch.dtype | None) -> Choice:
-    where = _describe_once(device)
-    problem = _unfit(where, to)
+def _decide(name: str, device: torch.device, to: torch.dtype | None) -> Decision:
+    info = dispatch.describe(device)
+    problem = _unfit(info, to)
     if problem:
-        if where.type == "cuda":
-            label = f"{device} ({where.name})"
-            _say(f"The kernels run in plain torch on {label}: {problem}.")
-        return Choice(None, f"plain torch: {problem}")
+        if info.type == "cuda":
+            dispatch.say_once(
+                f"The kernels run in plain torch on {device} ({info.name}): {problem}."
+            )
+        return Decision(None, f"plain torch: {problem}")
     dtype = torch.bfloat16
-    if where.capability is not None and where.capability < DTYPE_CAPABILITY[dtype]:
+    if info.capability is not None and info.capability < DTYPE_CAPABILITY[dtype]:
         dtype = torch.float16
+    is_final = True
     try:
         kernel = getattr(load_kernels(), name)
-        with torch.no_grad():
+        with dispatch.apart():
             difference = self_test(name, kernel, device, dtype, to)
     except Exception as error:  # noqa: BLE001 - whatever a compiler or driver says, work goes on
-        problem = f"the self-test failed to run ({_brief(error)})"
+        problem, is_final = dispatch.failed_trial(error, f"the kernel of {name}")
+        problem = f"the self-test {problem}"
     else:
         if math.isnan(difference):
             problem = "the self-test returned NaN"
         elif difference > SELF_TEST_BOUND:
             problem = f"the self-test differs from the reference by {difference:.2g}"
         else:
-            reason = f"Triton {where.triton}: self-test passed, difference {difference:.1g}"
-            return Choice(kernel, reason)
-    suffix = "" if to is None else f" ({_short(to)})"
-    _say(f"{name}{suffix} runs in plain torch on {device}: {problem}.")
-    return Choice(None, f"plain torch: {problem}")
+            reason = f"Triton {info.triton}: self-test passed, difference {difference:.1g}"
+            return Decision(kernel, reason)
+    suffix = "" if to is None else f" ({short(to)})"
+    dispatch.say_once(f"{name}{suffix} runs in plain torch on {device}: {problem}.")
+    return Decision(None, f"plain torch: {problem}", is_final)
 
 
-def _unfit(where: DeviceDescription, to: torch.dtype | None) -> str:
-    if where.type != "cuda":
-        return f"the kernels are for NVIDIA GPUs, not for {where.type}"
-    if where.capability is None:
-        return "the kernels are for NVIDIA GPUs, not for AMD's"
-    if where.triton_problem:
-        return where.triton_problem
-    if _version(where.triton) < MIN_TRITON:
-        return f"Triton {where.triton} is older than {_dotted(MIN_TRITON)}: update it"
-    if where.capability < MIN_CAPABILITY:
+def _unfit(info: DeviceInfo, to: torch.dtype | None) -> str:
+    if problem := dispatch.triton_problem(info):
+        return problem
+    assert info.capability is not None
+    if info.capability < MIN_CAPABILITY:
         return (
-            f"compute capability {_dotted(where.capability)} is below {_dotted(MIN_CAPABILITY)}, "
+            f"compute capability {dotted(info.capability)} is below {dotted(MIN_CAPABILITY)}, "
             "the least that Triton serves"
         )
     needed = DTYPE_CAPABILITY.get(to, (0, 0)) if to is not None else (0, 0)
-    if where.capability < needed:
+    if info.capability < needed:
         return (
-            f"{_short(to)} needs compute capability {_dotted(needed)}, this device has "
-            f"{_dotted(where.capability)}"
+            f"{short(to)} needs compute capability {dotted(needed)}, this device has "
+            f"{dotted(info.capability)}"
         )
     return ""
 
 
-def _describe_once(device: torch.device) -> DeviceDescription:
-    if device not in _descriptions:
-        _descriptions[device] = describe(device)
-    return _descriptions[device]
-
-
 def _format(args: tuple[Any, ...]) -> torch.dtype | None:
     return next((a for a in args if isinstance(a, torch.dtype)), None)
-
-
-def _say(message: str) -> None:
-    if message not in _said:
-        _said.add(message)
-        log.warning(message)
-
-
-def _version(text: str) -> tuple[int, ...]:
-    """The leading two numbers of a version; 3.4.0+git is (3, 4)."""
-    parts = text.split(".")[:2]
-    return tuple(int("".join(c for c in part if c.isdigit()) or 0) for part in parts)
-
-
-def _dotted(version: tuple[int, ...]) -> str:
-    return ".".join(map(str, version))
-
-
-def _short(dtype: torch.dtype | None) -> str:
-    return str(dtype).removeprefix("torch.")
-
-
-def _brief(error: Exception) -> str:
-    """Kind and last line of an error, where compilers put what matters."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return f"{type(error).__name__}: {lines[-1][:200]}" if lines else type(error).__name__

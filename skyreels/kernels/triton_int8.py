@@ -4,16 +4,18 @@ Sums stay in registers as int32 until they are scaled; `torch._int_mm` writes th
 bytes a number, and `triton_rescale` reads them again. One program makes one tile of the result.
 
 Triton 3.4 to 3.9 wait for every int8 product on sm90 before the next begins, unlike for other
-types. `quant.fused_problem` therefore times this kernel against torch's before it is used.
+types. `quant.choose` therefore times this kernel beside torch's before it is used.
 """
 
-import contextlib
 from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from .dispatch import current_device
+from .triton_common import narrow
 
 
 class Tile(NamedTuple):
@@ -35,20 +37,6 @@ GROUP = 8
 
 
 @triton.jit
-def _narrow(x, dtype: tl.constexpr):
-    """float32 to the dtype of the output; the interpreter would cut bfloat16 off, not round."""
-    if _INTERPRETED and dtype == tl.bfloat16:
-        bits = x.to(tl.int32, bitcast=True)
-        bits = bits + 0x7FFF + ((bits >> 16) & 1)
-        x = (bits & -65536).to(tl.float32, bitcast=True)
-    return x.to(dtype)
-
-
-#: also false where the kernels were compiled: `triton.jit` decides when it decorates
-_INTERPRETED = tl.constexpr(not isinstance(_narrow, triton.JITFunction))
-
-
-@triton.jit
 def _finish(
     sums, row_scale, scale, bias, out, row, column, tokens, width, out_row,
     per_row: tl.constexpr, add: tl.constexpr,
@@ -66,7 +54,7 @@ def _finish(
     inside = (row < tokens)[:, None] & within[None, :]
     if add:
         result += tl.load(target, mask=inside, other=0.0).to(tl.float32)
-    tl.store(target, _narrow(result, out.dtype.element_ty), mask=inside)
+    tl.store(target, narrow(result, out.dtype.element_ty), mask=inside)
 
 
 # else another kernel would be compiled for some numbers and parts of the tokens
@@ -148,8 +136,7 @@ def int8_linear_(
     capability = torch.cuda.get_device_capability(out.device) if out.is_cuda else (0, 0)
     tile = TILES.get(capability, OTHER_TILE)
     grid = (triton.cdiv(tokens, tile.rows) * triton.cdiv(width, tile.columns),)
-    on_device = torch.cuda.device(out.device) if out.is_cuda else contextlib.nullcontext()
-    with on_device:
+    with current_device(out.device):
         _int8_linear_kernel[grid](
             values, row_scale.contiguous(), weight, None if scale is None else scale.contiguous(),
             bias, out, tokens, width, summands, values.stride(0), weight.stride(0), out.stride(0),

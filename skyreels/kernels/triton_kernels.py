@@ -5,19 +5,17 @@ are float32 in two passes over those registers; nothing is rounded but what is s
 anywhere (views are taken as they are) as long as the channels of a row are adjacent; others are
 copied first. Widths need not be powers of two.
 
-The Triton interpreter (TRITON_INTERPRET=1, how the tests run these without a GPU) truncates where
-it should round to bfloat16, rounds float8 wrongly, and has no libdevice. `_narrow` rounds to the
-grid of the target before the conversion there; tanh and SiLU are written with exp2 everywhere.
+Triton's interpreter has no libdevice, so tanh and SiLU are written with exp2 everywhere.
 """
-
-import contextlib
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from .dispatch import current_device
 from .reference import EPS, FORMAT_MAX
+from .triton_common import narrow
 
 #: elements one thread holds; 16 bytes of bf16 are loaded at a time, so four loads are in flight
 ELEMENTS_PER_THREAD = 32
@@ -25,8 +23,6 @@ ELEMENTS_PER_THREAD = 32
 MOMENT_BLOCK, MOMENT_STEPS = 2048, 16
 #: smallest scale: its reciprocal must be finite. Rows below 1e-34 round to zeros
 _SMALLEST_SCALE = tl.constexpr(2.0**-120)
-#: adding and subtracting this rounds |x| < 2^22 to the nearest integer, ties to even
-_TO_INTEGER = tl.constexpr(1.5 * 2.0**23)
 _EPS = tl.constexpr(EPS)
 
 
@@ -53,28 +49,6 @@ def _rotate(x, block: tl.constexpr, stages: tl.constexpr):
 
 
 @triton.jit
-def _narrow(x, dtype: tl.constexpr):
-    """float32 to the dtype of the output, to nearest, ties to even."""
-    if dtype == tl.int8:
-        # the sum holds the integer in its low bits
-        return (x + _TO_INTEGER).to(tl.int32, bitcast=True).to(tl.int8)
-    if _INTERPRETED:
-        bits = x.to(tl.int32, bitcast=True)
-        if dtype == tl.bfloat16:
-            bits = bits + 0x7FFF + ((bits >> 16) & 1)
-            x = (bits & -65536).to(tl.float32, bitcast=True)
-        if dtype == tl.float8e4nv:
-            power = (bits & 0x7F800000).to(tl.float32, bitcast=True)
-            step = tl.maximum(power, 2.0**-6) * 0.125
-            x = ((x / step + _TO_INTEGER) - _TO_INTEGER) * step
-    return x.to(dtype)
-
-
-#: also false where the kernels were compiled: `triton.jit` decides when it decorates
-_INTERPRETED = tl.constexpr(not isinstance(_narrow, triton.JITFunction))
-
-
-@triton.jit
 def _store_row(x, out, out_scale, row, columns, width: tl.constexpr, block: tl.constexpr,
                stages: tl.constexpr, limit: tl.constexpr):  # fmt: skip
     """Store one row, rounded to 8 bits with a scale of its own if there is an `out_scale`.
@@ -93,7 +67,7 @@ def _store_row(x, out, out_scale, row, columns, width: tl.constexpr, block: tl.c
         scale = tl.where(largest == 0, 1.0, scale)
         x = x * (1.0 / scale)
         tl.store(out_scale + row, scale)
-    tl.store(out + row * width + columns, _narrow(x, dtype), mask=columns < width)
+    tl.store(out + row * width + columns, narrow(x, dtype), mask=columns < width)
 
 
 @triton.jit
@@ -112,7 +86,7 @@ def _norm_kernel(
         branch = tl.load(y + batch * y_batch + token * y_row + columns, mask=inside, other=0.0)
         weight = tl.load(gate + batch * gate_batch + columns, mask=inside, other=0.0)
         values += branch.to(tl.float32) * weight.to(tl.float32)
-        rounded = _narrow(values, total.dtype.element_ty)
+        rounded = narrow(values, total.dtype.element_ty)
         tl.store(total + row * width + columns, rounded, mask=inside)
         values = rounded.to(tl.float32)  # the norm is that of what is stored
     mean = tl.sum(values, axis=0) / width
@@ -141,7 +115,7 @@ def _gated_residual_kernel(
         branch += other.to(tl.float32)
     weight = tl.load(gate + batch * gate_batch + columns, mask=inside, other=0.0)
     values = values.to(tl.float32) + branch * weight.to(tl.float32)
-    tl.store(out + row * width + columns, _narrow(values, out.dtype.element_ty), mask=inside)
+    tl.store(out + row * width + columns, narrow(values, out.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -195,7 +169,7 @@ def _qk_norm_rope_kernel(
         values = values * tl.rsqrt(mean_square + _EPS) * weight[None]
         even, odd = tl.split(tl.reshape(values, (heads_block, dim // 2, 2)))
         turned = tl.join(even * cos - odd * sin, even * sin + odd * cos)
-        turned = _narrow(tl.reshape(turned, (heads_block, dim)), qkv.dtype.element_ty)
+        turned = narrow(tl.reshape(turned, (heads_block, dim)), qkv.dtype.element_ty)
         tl.store(tile + part * part_stride, turned, mask=inside)
 
 
@@ -211,7 +185,7 @@ def _group_norm_silu_kernel(
     values = tl.load(source + at, mask=inside, other=0.0).to(tl.float32)
     values = values * tl.load(scale + image) + tl.load(shift + image)
     values = values / (1.0 + tl.exp2(-1.4426950408889634 * values))
-    tl.store(out + image * size + at, _narrow(values, out.dtype.element_ty), mask=inside)
+    tl.store(out + image * size + at, narrow(values, out.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -264,8 +238,7 @@ def _launch(kernel: triton.JITFunction, grid: tuple[int, int], elements: int, *a
     if 0 in grid:
         return
     first = next(a for a in args if isinstance(a, Tensor))
-    on_device = torch.cuda.device(first.device) if first.is_cuda else contextlib.nullcontext()
-    with on_device:
+    with current_device(first.device):
         # fused multiply-adds are asked for, as Triton 3.10 will not make them by default
         kernel[grid](*args, **constants, num_warps=_warps(elements), enable_fp_fusion=True)
 

@@ -3,12 +3,12 @@
 `quant.rescale` is the same in plain torch, and takes the product through memory twice more.
 """
 
-import contextlib
-
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from .dispatch import current_device
+from .triton_common import narrow
 
 #: tokens and channels of one program: 16 numbers a thread, so 64 bytes of int32 in flight
 ROWS, BLOCK, NUM_WARPS = 4, 1024, 8
@@ -36,7 +36,7 @@ def _rescale_kernel(
     target = out + row[:, None] * out_row + column[None, :]
     if add:
         values += tl.load(target, mask=inside, other=0.0).to(tl.float32)
-    tl.store(target, values.to(out.dtype.element_ty), mask=inside)
+    tl.store(target, narrow(values, out.dtype.element_ty), mask=inside)
 
 
 def rescale_(
@@ -47,8 +47,7 @@ def rescale_(
     tokens, width = codes.shape
     grid = (triton.cdiv(tokens, ROWS), triton.cdiv(width, BLOCK))
     per_row = scale is not None and scale.numel() > 1
-    on_device = torch.cuda.device(out.device) if out.is_cuda else contextlib.nullcontext()
-    with on_device:
+    with current_device(out.device):
         _rescale_kernel[grid](
             codes.contiguous(), row_scale.contiguous(),
             None if scale is None else scale.contiguous(), bias, out, tokens, width, out.stride(0),

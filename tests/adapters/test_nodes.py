@@ -489,12 +489,12 @@ def test_a_cache_does_what_the_librarys_does_and_says_so(comfy, picture, name, c
 def test_fast_attention_stays_exact_without_a_gpu_and_says_so(comfy, picture, caplog, monkeypatch):
     from comfyui_skyreels.skyreels import attention
 
-    monkeypatch.setattr(attention, "_said", set())
+    monkeypatch.setattr(attention.dispatch, "_said", set())
     _, inputs = prepare(picture)
     plain = node("SkyReelsSampler", **inputs)["samples"]
     assert "fast attention" not in caplog.text
     fast = node("SkyReelsSampler", **inputs, attention="fast")["samples"]
-    assert "fast attention is not to be had (comfy-kitchen: needs an NVIDIA GPU" in caplog.text
+    assert "fast attention unavailable (SageAttention: needs an NVIDIA GPU" in caplog.text
     assert torch.equal(fast, plain)
 
 

@@ -18,7 +18,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import conftest  # noqa: F401 - loads the package the way ComfyUI does
-from bench_transformer import DTYPES, timed
+from bench_transformer import DTYPES, ignore_row, timed
 from comfyui_skyreels.skyreels import kernels
 from comfyui_skyreels.skyreels.kernels import selection
 from support.kernel_cases import EAGER, FP8, INT8, Case, error, inputs, results, truth
@@ -135,12 +135,23 @@ def _indexed(device: str) -> torch.device:
 
 def run(
     *, tokens: int = 51_000, runs: int = 20, dtype: str = "bf16", device: str = "cpu",
-    width: int = WIDTH,
+    width: int = WIDTH, emit: Callable[[dict], None] = ignore_row,
 ) -> dict:  # fmt: skip
-    """Every operator measured, and whether each loses at most 1.2 times what eager code loses."""
+    """Every operator measured, and whether each loses at most 1.2 times what eager code loses.
+
+    Args:
+        emit: is handed each row as soon as it is measured, also one that "failed".
+    """
     where = _indexed(device)
-    rows = [measure(case, where, runs) for case in cases(tokens, DTYPES[dtype], width)]
-    worst = max(row["error_to_eager_error"] or 0.0 for row in rows)
+    rows, failed = [], {}
+    for case in cases(tokens, DTYPES[dtype], width):
+        try:
+            rows.append(measure(case, where, runs))
+            emit(rows[-1])
+        except Exception as error:  # noqa: BLE001 - the other operators still have their turn
+            failed[str(case)] = f"{type(error).__name__}: {str(error)[:300]}"
+            emit({"operator": str(case), "failed": failed[str(case)]})
+    worst = max((row["error_to_eager_error"] or 0.0 for row in rows), default=None)
     return {
         "bench": "kernels",
         "device": torch.cuda.get_device_name(where) if where.type == "cuda" else where.type,
@@ -151,6 +162,7 @@ def run(
         "fused": sum("self-test passed" in row["runs"] for row in rows),
         "operators": len(rows),
         "worst_error_to_eager_error": worst,
+        "failed": failed,
         "rows": rows,
     }
 
@@ -173,6 +185,8 @@ def main() -> None:
             f"{row['operator']:38} {to:14} {row['fused_ms']:9.3f} {row['eager_ms']:9.3f} "
             f"{row['gb_per_s']:9.1f} {row['error']:9.2e}  {row['runs']}"
         )
+    for name, reason in result["failed"].items():
+        print(f"{name}: {reason}")
     if not result["fused"]:
         print("No kernel ran here: the times compare plain torch with plain torch.")
     print(json.dumps(result))

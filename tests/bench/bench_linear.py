@@ -16,6 +16,7 @@ import argparse
 import json
 import statistics
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -23,7 +24,7 @@ import torch.nn.functional as F
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).resolve().parent)]
 import conftest  # noqa: F401 - loads the package the way ComfyUI does
-from bench_transformer import timed
+from bench_transformer import ignore_row, timed
 from comfyui_skyreels.skyreels import kernels, quant
 from comfyui_skyreels.skyreels.kernels import RowFormat
 
@@ -57,15 +58,19 @@ def layer_row(name: str, function, x, weight, runs: int) -> dict:
     }  # fmt: skip
 
 
-def shape_rows(x: torch.Tensor, weight: torch.Tensor, runs: int) -> list[dict]:
+def shape_rows(
+    x: torch.Tensor, weight: torch.Tensor, runs: int, emit: Callable[[dict], None]
+) -> list[dict]:
     """bfloat16, then every 8-bit product, or why it does not run."""
     device, bias = x.device, torch.zeros(len(weight), device=x.device, dtype=x.dtype)
     rows = [layer_row("bf16", lambda part: F.linear(part, weight, bias), x, weight, runs)]
+    emit(rows[0])
     for precision, dtype, product in candidates(device):
         name = f"{precision}: {product}"
         problem = quant.probe(product, dtype, device)
         if problem:
             rows.append({"name": name, "skipped": problem})
+            emit(rows[-1])
             continue
         rotation = quant.rotation_size(weight.shape[1]) if precision == "int8" else 0
         stored, scale = quant.quantize(weight, dtype, rotation)
@@ -88,15 +93,23 @@ def shape_rows(x: torch.Tensor, weight: torch.Tensor, runs: int) -> list[dict]:
         )  # fmt: skip
         row["ratio_to_bf16"] = round(rows[0]["ms"] / row["ms"], 3)
         rows.append(row)
+        emit(row)
     return rows
 
 
 @torch.inference_mode()
-def run(*, tokens: int | None = None, runs: int = 5, device: str = "cpu") -> dict:
+def run(
+    *,
+    tokens: int | None = None,
+    runs: int = 5,
+    device: str = "cpu",
+    emit: Callable[[dict], None] = ignore_row,
+) -> dict:
     """Every shape by every product.
 
     Args:
         tokens: None is 51,256 on a GPU and 64 elsewhere.
+        emit: is handed each row, with its shape, as soon as it is measured.
     """
     where = torch.device(device)
     on_gpu = where.type == "cuda"
@@ -113,7 +126,10 @@ def run(*, tokens: int | None = None, runs: int = 5, device: str = "cpu") -> dic
         options = {"device": where, "dtype": torch.bfloat16, "generator": generator}
         x = torch.randn(1, tokens, in_features, **options)
         weight = 0.02 * torch.randn(out_features, in_features, **options)
-        result["shapes"][f"{out_features}x{in_features}"] = shape_rows(x, weight, runs)
+        shape = f"{out_features}x{in_features}"
+        result["shapes"][shape] = shape_rows(
+            x, weight, runs, lambda row, shape=shape: emit({"shape": shape, **row})
+        )
         del x, weight
     return result
 

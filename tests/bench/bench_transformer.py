@@ -23,7 +23,12 @@ from support import tiny
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
+def ignore_row(row: dict) -> None:
+    """Take a row that was just measured and do nothing with it."""
+
+
 def timed(function, device: torch.device) -> float:
+    """Seconds of one call, which is over when the device is done."""
     if device.type == "cuda":
         torch.cuda.synchronize()
     start = time.perf_counter()

@@ -35,11 +35,12 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import conftest  # noqa: F401 - loads the package the way ComfyUI does
-from comfyui_skyreels.skyreels.attention import Attention, int8_attention, sdpa
+from comfyui_skyreels.skyreels.attention import Attention, sdpa
 from comfyui_skyreels.skyreels.builtin import BUILTIN_FOLDER
 from comfyui_skyreels.skyreels.cache import CACHES, OFF, CacheConfig
 from comfyui_skyreels.skyreels.conditioning import encode_image
 from comfyui_skyreels.skyreels.config import Guidance, Tiling
+from comfyui_skyreels.skyreels.kernels.reference import quantized_attention
 from comfyui_skyreels.skyreels.loading import load_transformer, load_vae
 from comfyui_skyreels.skyreels.memory import RESERVE_BYTES
 from comfyui_skyreels.skyreels.runtime import TorchRuntime
@@ -111,7 +112,7 @@ SETTINGS = {
     "efficient attention": Setting(
         attention=_kernel(SDPBackend.EFFICIENT_ATTENTION), needs_cuda=True
     ),
-    "8-bit attention (reference)": Setting(attention=int8_attention),
+    "8-bit attention (reference)": Setting(attention=quantized_attention),
     "12 steps": Setting(steps=12),
     "6 steps": Setting(steps=6),
     "CFG 1": Setting(guidance=Guidance(true_cfg_scale=1.0)),

@@ -1,6 +1,5 @@
 """The fused operators: what they compute, how torch sees them, which implementation runs where."""
 
-import builtins
 import importlib.util
 import itertools
 import json
@@ -16,7 +15,8 @@ import torch
 import torch.nn.functional as F
 from comfyui_skyreels.skyreels import kernels
 from comfyui_skyreels.skyreels.kernels import RowFormat, Rows, reference, selection
-from comfyui_skyreels.skyreels.kernels.selection import DeviceDescription
+from comfyui_skyreels.skyreels.kernels import dispatch as fast_paths
+from comfyui_skyreels.skyreels.kernels.dispatch import DeviceInfo
 from support.kernel_cases import EAGER, FP8, INT8, SMALL, Case, error, inputs, results, truth
 from support.project import ROOT
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -327,7 +327,7 @@ def test_every_kernel_compiles_for_every_architecture_without_spilled_registers(
     )
     compiled = {(row["operator"], row["to"], row["capability"]) for row in rows}
     expected = {
-        (name, selection._short(to), capability)
+        (name, fast_paths.short(to), capability)
         for name in selection._references
         for to in ((FP8, INT8) if "quantize" in name else (None,))
         for capability in CAPABILITIES
@@ -354,8 +354,12 @@ def test_what_runs_on_this_gpu_loses_no_more_than_eager_code(case):
 
 # --- which implementation runs where --------------------------------------------------------------
 
-H100 = DeviceDescription("cuda", "H100", (9, 0), "3.6.0")
-T4 = DeviceDescription("cuda", "T4", (7, 5), "3.6.0")
+
+def gpu(name, capability, problem="") -> DeviceInfo:
+    return DeviceInfo("cuda", name, capability, triton="3.6.0", triton_problem=problem)
+
+
+H100, T4 = gpu("H100", (9, 0)), gpu("T4", (7, 5))
 
 
 @pytest.fixture
@@ -364,14 +368,13 @@ def simulated(monkeypatch, caplog):
 
     Tensors stay on the CPU, which stands for cuda:0; references stand for good kernels.
     """
-    caplog.set_level(logging.WARNING, logger=selection.log.name)
+    caplog.set_level(logging.WARNING, logger=fast_paths.logger.name)
 
     def set_up(*descriptions, **broken):
-        for name in ("_choices", "_descriptions"):
-            monkeypatch.setattr(selection, name, {})
-        monkeypatch.setattr(selection, "_said", set())
+        monkeypatch.setattr(selection, "_decisions", {})
+        monkeypatch.setattr(fast_paths, "_said", set())
         by_device = dict(zip(DEVICES, descriptions, strict=False))
-        monkeypatch.setattr(selection, "describe", lambda device: by_device[device])
+        monkeypatch.setattr(fast_paths, "describe", lambda device: by_device[device])
         good = {name: getattr(reference, name) for name in selection._references}
         monkeypatch.setattr(selection, "load_kernels", lambda: SimpleNamespace(**good | broken))
 
@@ -406,12 +409,12 @@ def test_a_kernel_that_agrees_with_its_reference_is_used(simulated, caplog):
     ("description", "reason"),
     [
         (
-            DeviceDescription("cuda", "RTX", (8, 9), "", "Triton is not installed: pip install it"),
+            gpu("RTX", (8, 9), "Triton is not installed: pip install it"),
             "Triton is not installed: pip install it",
         ),
-        (DeviceDescription("cuda", "RTX", (8, 9), "3.1.0"), "Triton 3.1.0 is older than 3.4"),
-        (DeviceDescription("cuda", "V100", (7, 0), "3.6.0"), "compute capability 7.0 is below 7.5"),
-        (DeviceDescription("cuda", "MI300"), "not for AMD's"),
+        (gpu("RTX", (8, 9), "Triton 3.1.0 is older than 3.4"), "Triton 3.1.0 is older than 3.4"),
+        (gpu("V100", (7, 0)), "compute capability 7.0 is below 7.5"),
+        (gpu("MI300", None), "not for AMD's"),
     ],
 )
 def test_a_device_that_cannot_run_kernels_takes_the_reference_and_says_why_once(
@@ -440,7 +443,7 @@ def test_a_cpu_says_what_it_runs_without_a_warning(caplog):
 
 
 def raising(*args):
-    raise RuntimeError("first line\nTriton Error [CUDA]: device kernel image is invalid")
+    raise RuntimeError("Triton Error [CUDA]: device kernel image is invalid\nmore")
 
 
 @pytest.mark.parametrize(
@@ -450,7 +453,10 @@ def raising(*args):
         (lambda x, y, gate: reference.gated_residual(x, y, 1.05 * gate), "differs from the refer"),
         (lambda x, y, gate: x.clone(), "differs from the reference by"),
         (raising, "RuntimeError: Triton Error [CUDA]: device kernel image is invalid"),
-        (lambda *args: reference.gated_residual(*args)[:, :2], "failed to run (RuntimeError"),
+        (
+            lambda *args: reference.gated_residual(*args)[:, :2],
+            "the self-test failed with RuntimeError",
+        ),
     ],
     ids=["nan", "inexact", "wrong", "raising", "shape"],
 )
@@ -478,7 +484,7 @@ def test_one_wrong_row_of_a_rounding_kernel_is_noticed(simulated):
 
     simulated(H100, quantize_rows=wrong)
     choice = selection.choose("quantize_rows", DEVICES[0], INT8)
-    assert choice.kernel is None and "differs from the reference" in choice.reason
+    assert choice.impl is None and "differs from the reference" in choice.reason
 
 
 def test_a_missing_kernel_module_is_a_reason_and_no_error(simulated, monkeypatch):
@@ -489,22 +495,22 @@ def test_a_missing_kernel_module_is_a_reason_and_no_error(simulated, monkeypatch
 
     monkeypatch.setattr(selection, "load_kernels", broken)
     choice = selection.choose("gated_residual", DEVICES[0])
-    assert choice.kernel is None and "libcuda.so.1" in choice.reason
+    assert choice.impl is None and "libcuda.so.1" in choice.reason
 
 
 def test_every_device_gets_a_decision_of_its_own(simulated):
     first, second = DEVICES
-    simulated(H100, DeviceDescription("cuda", "V100", (7, 0), "3.6.0"))
-    assert selection.choose("gated_residual", first).kernel is not None
-    assert selection.choose("gated_residual", second).kernel is None
-    assert selection.choose("gated_residual", first).kernel is not None
+    simulated(H100, gpu("V100", (7, 0)))
+    assert selection.choose("gated_residual", first).impl is not None
+    assert selection.choose("gated_residual", second).impl is None
+    assert selection.choose("gated_residual", first).impl is not None
     assert "7.0" in selection.report(second)["gated_residual"]
 
 
 def test_fp8_needs_a_newer_device_than_int8(simulated):
-    simulated(DeviceDescription("cuda", "A100", (8, 0), "3.6.0"))
-    assert selection.choose("quantize_rows", DEVICES[0], INT8).kernel is not None
-    assert selection.choose("quantize_rows", DEVICES[0], FP8).kernel is None
+    simulated(gpu("A100", (8, 0)))
+    assert selection.choose("quantize_rows", DEVICES[0], INT8).impl is not None
+    assert selection.choose("quantize_rows", DEVICES[0], FP8).impl is None
     line = selection.report(DEVICES[0])["quantize_rows"]
     assert "float8_e4m3fn needs compute capability 8.9, this device has 8.0" in line
     assert "int8: Triton 3.6.0" in line
@@ -574,25 +580,125 @@ def test_a_gpu_is_described_with_the_reason_for_a_missing_triton(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 9))
     monkeypatch.setattr(torch.version, "hip", None)
     device = torch.device("cuda", 0)
-    monkeypatch.setitem(sys.modules, "triton", None)
-    found = selection.describe(device)
-    assert (found.name, found.capability, found.triton) == ("RTX 4090", (8, 9), "")
-    assert "pip install triton" in found.triton_problem
 
-    true_import = builtins.__import__
+    def found(module=None, fails=None):
+        fast_paths._describe.cache_clear()
+        if fails is not None:
 
-    def broken(name, *args):
-        if name == "triton":
-            raise OSError("libtriton.so: undefined symbol")
-        return true_import(name, *args)
+            def fail(name):
+                raise fails
 
-    monkeypatch.setattr(builtins, "__import__", broken)
-    assert "does not load (OSError: libtriton.so" in selection.describe(device).triton_problem
-    monkeypatch.setattr(builtins, "__import__", true_import)
-    monkeypatch.setitem(sys.modules, "triton", SimpleNamespace(__version__="3.6.0"))
-    assert selection.describe(device) == DeviceDescription("cuda", "RTX 4090", (8, 9), "3.6.0")
+            monkeypatch.setattr(fast_paths.importlib, "import_module", fail)
+        else:
+            monkeypatch.setattr(fast_paths.importlib, "import_module", lambda name: module)
+        return fast_paths.describe(device)
+
+    missing = found(fails=ImportError("No module named 'triton'"))
+    assert (missing.name, missing.capability, missing.triton) == ("RTX 4090", (8, 9), "")
+    assert missing.triton_problem == "Triton is not installed: pip install triton"
+    monkeypatch.setattr(fast_paths.sys, "platform", "win32")
+    problem = found(fails=ImportError()).triton_problem
+    assert problem == "Triton is not installed: pip install triton-windows"
+    monkeypatch.setattr(fast_paths.sys, "platform", "linux")
+    broken = found(fails=OSError("libtriton.so: undefined symbol"))
+    assert "does not load (OSError: libtriton.so" in broken.triton_problem
+    old = found(SimpleNamespace(__version__="3.1.0"))
+    assert old.triton == "3.1.0"
+    assert "3.1.0 is older than 3.4: update torch to 2.8 or newer" in old.triton_problem
+    new = found(SimpleNamespace(__version__="3.6.0"))
+    assert (new.triton, new.triton_problem) == ("3.6.0", "")
+    monkeypatch.setenv("SKYREELS_BACKEND", "reference")
+    pinned = found(fails=AssertionError("must not be imported"))
+    assert pinned.triton_problem == "SKYREELS_BACKEND=reference"
+    monkeypatch.delenv("SKYREELS_BACKEND")
     monkeypatch.setattr(torch.version, "hip", "6.2")
-    assert selection.describe(device).capability is None
+    assert found().capability is None
+    fast_paths._describe.cache_clear()
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"),
+                                   RuntimeError("Triton Error [CUDA]: out of memory")])  # fmt: skip
+def test_want_of_memory_at_first_use_is_no_verdict(simulated, caplog, error):
+    shortages = iter([error])
+
+    def short_of_memory(*args):
+        for shortage in shortages:
+            raise shortage
+        return reference.gated_residual(*args)
+
+    simulated(H100, gated_residual=short_of_memory)
+    case = Case("gated_residual", (2, 3, 96))
+    args = inputs(case)
+    right = results(reference.gated_residual, case, args)
+    assert torch.equal(*dispatch(case, args), *right)
+    assert selection.choose("gated_residual", DEVICES[0]).impl is short_of_memory
+    assert torch.equal(*dispatch(case, args), *right)
+    assert len(caplog.messages) == 1
+    assert "had no room for its trial and is tried again at the next call" in caplog.messages[0]
+
+
+def test_a_card_that_stays_full_is_asked_less_and_less_often():
+    calls, decisions = [], {}
+
+    def decide():
+        calls.append(call)
+        return fast_paths.Decision(None, "no room", is_final=len(calls) == 6)
+
+    for call in range(1, 100):  # noqa: B007 - `decide` notes it
+        fast_paths.remembered(decisions, "a kernel", decide)
+    assert calls == [1, 2, 4, 8, 16, 32]
+
+
+def test_a_self_test_that_breaks_the_gpu_names_the_way_out(simulated):
+    def broken(*args):
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    simulated(H100, gated_residual=broken)
+    with pytest.raises(RuntimeError, match="Restart with SKYREELS_BACKEND=reference"):
+        selection.choose("gated_residual", DEVICES[0])
+
+
+def test_plain_torch_can_be_pinned_and_imports_no_triton():
+    """The same numbers as the references, in a process that describes its CPU as a GPU."""
+    code = """
+import json, sys
+sys.path.insert(0, "tests")
+import conftest, torch
+from comfyui_skyreels.skyreels import attention, doctor, linear, quant
+from comfyui_skyreels.skyreels.kernels import dispatch, reference, selection
+H100 = dispatch.DeviceInfo("cuda", "H100", (9, 0), 91900, triton_problem=dispatch.find_triton(
+    dispatch.backend())[1])
+dispatch.describe = lambda device: H100
+same, cpu = {}, torch.device("cpu")
+for name, function in selection._references.items():
+    formats = [torch.float8_e4m3fn, torch.int8] if "quantize" in name else [None]
+    for to in formats:
+        args, again = (selection.sample(name, torch.bfloat16, to) for _ in range(2))
+        ours, right = selection.dispatcher(name, function)(*args), function(*again)
+        flat = lambda x, a: list(x) if isinstance(x, tuple) else [a[0] if x is None else x]
+        pairs = zip(flat(ours, args), flat(right, again))
+        same[f"{name} {to}"] = all(torch.equal(a.float(), b.float()) for a, b in pairs)
+report = doctor._kernels()
+products = [quant.arithmetic(dtype, cpu).impl for dtype in quant.STORAGE_DTYPES.values()]
+print(json.dumps({"same": same, "triton": "triton" in sys.modules, "report": report,
+                  "products": products, "gelu": linear.gelu_epilogue(cpu, torch.bfloat16).reason,
+                  "fast": attention.choose_attention("cpu", "fast").reason}))
+"""
+    run = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False,
+        env={**os.environ, "SKYREELS_BACKEND": "reference"},
+    )  # fmt: skip
+    assert run.returncode == 0, run.stderr[-3000:]
+    found = json.loads(run.stdout.splitlines()[-1])
+    assert found["same"] and all(found["same"].values())
+    assert found["triton"] is False
+    assert found["products"] == ["float32", "float32"]
+    pinned = "SKYREELS_BACKEND=reference"
+    report = found["report"]
+    assert report["SKYREELS_BACKEND"].startswith("reference (of auto")
+    assert report["triton"] == f"not used: {pinned}"
+    assert report["gated_residual"] == f"plain torch: {pinned}"
+    assert all(pinned in each for each in (found["gelu"], found["fast"]))
 
 
 def test_doctor_says_for_every_operator_what_runs_on_each_gpu(simulated, monkeypatch):
@@ -600,13 +706,14 @@ def test_doctor_says_for_every_operator_what_runs_on_each_gpu(simulated, monkeyp
 
     simulated()
     found = [
-        DeviceDescription("cuda", "RTX", (8, 9), "", "Triton is not installed"),
-        DeviceDescription("cuda", "V100", (7, 0), "3.6.0"),
+        gpu("RTX", (8, 9), "Triton is not installed"),
+        gpu("V100", (7, 0)),
     ]
-    monkeypatch.setattr(selection, "describe", lambda device: found[device.index])
+    monkeypatch.setattr(fast_paths, "describe", lambda device: found[device.index])
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     for module in (doctor.attention, doctor.quant):  # they ask the true device
         monkeypatch.setattr(module, "report", lambda device: {})
+    monkeypatch.setattr(doctor.linear, "gelu_report", lambda device: {})
     lines = doctor._kernels()
     for name in selection._references:
         assert lines[f"{name} (cuda:0)"] == "plain torch: Triton is not installed"

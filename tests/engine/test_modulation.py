@@ -3,13 +3,15 @@
 Equalities are shown in float64, where rounding cannot hide a mistake.
 """
 
+import logging
+
 import pytest
 import torch
 from comfyui_skyreels.skyreels import modulation
 from comfyui_skyreels.skyreels.attention import sdpa
 from comfyui_skyreels.skyreels.config import LAYOUTS, Layout, TransformerConfig
-from comfyui_skyreels.skyreels.model import call
-from comfyui_skyreels.skyreels.modulation import precompute
+from comfyui_skyreels.skyreels.model import StepConditioning, call
+from comfyui_skyreels.skyreels.modulation import host_memory, pack, precompute, unpack
 from comfyui_skyreels.skyreels.quant import is_quantizable
 from comfyui_skyreels.skyreels.runtime import TorchRuntime
 from comfyui_skyreels.skyreels.sampling import get_sigmas
@@ -48,11 +50,10 @@ def test_precomputed_conditioning_has_the_bits_of_every_step(dtype):
     )
     for which, prompt in enumerate(prompts):
         for t in timesteps_of():
-            timestep = torch.tensor([t])
             expected = model.condition(
-                timestep, prompt.prompt_embeds, prompt.pooled_prompt_embeds, GUIDANCE
+                torch.tensor([t]), prompt.prompt_embeds, prompt.pooled_prompt_embeds, GUIDANCE
             )
-            found = of(which, timestep, call)
+            found = of(which, t, call)
             assert all(map(torch.equal, leaves(found), leaves(expected)))
 
 
@@ -60,10 +61,11 @@ def test_the_loop_needs_no_conditioner():
     model = tiny.transformer()
     (prompt,) = prompts_of(model, 7)
     inputs = tiny.inputs(model.config)
-    timestep = torch.tensor([timesteps_of()[1]])
+    timestep = timesteps_of()[1]
     expected = model(
-        inputs["hidden_states"], timestep, prompt.prompt_embeds, prompt.pooled_prompt_embeds
-    )
+        inputs["hidden_states"], torch.tensor([timestep]), prompt.prompt_embeds,
+        prompt.pooled_prompt_embeds,
+    )  # fmt: skip
     of = precompute(
         model, [prompt], timesteps_of(), GUIDANCE, attention=sdpa, runtime=TorchRuntime()
     )
@@ -86,12 +88,13 @@ def test_a_time_outside_the_schedule_brings_the_weights_back():
         seen.append(module)
         return module(*args)
 
-    of(0, torch.tensor([timesteps_of()[0]]), run_block)
+    of(0, timesteps_of()[0], run_block)
     assert seen == []
-    between = torch.tensor([123.25])
-    found = of(0, between, run_block)
+    found = of(0, 123.25, run_block)
     assert list(map(id, seen)) == list(map(id, model.conditioners))
-    expected = model.condition(between, prompt.prompt_embeds, prompt.pooled_prompt_embeds, GUIDANCE)
+    expected = model.condition(
+        torch.tensor([123.25]), prompt.prompt_embeds, prompt.pooled_prompt_embeds, GUIDANCE
+    )
     assert all(map(torch.equal, leaves(found), leaves(expected)))
 
 
@@ -102,9 +105,9 @@ def test_a_schedule_longer_than_what_is_kept_is_right_too(monkeypatch):
     of = precompute(
         model, [prompt], timesteps_of(), GUIDANCE, attention=sdpa, runtime=TorchRuntime()
     )
-    timestep = torch.tensor([timesteps_of()[3]])
+    timestep = timesteps_of()[3]
     expected = model.condition(
-        timestep, prompt.prompt_embeds, prompt.pooled_prompt_embeds, GUIDANCE
+        torch.tensor([timestep]), prompt.prompt_embeds, prompt.pooled_prompt_embeds, GUIDANCE
     )
     assert all(map(torch.equal, leaves(of(0, timestep, call)), leaves(expected)))
 
@@ -132,6 +135,112 @@ def test_no_weight_that_is_rounded_to_8_bits_is_a_conditioner():
     apart = {id(p) for module in model.conditioners for p in module.parameters()}
     for name, parameter in model.named_parameters():
         assert not (is_quantizable(name, 2) and id(parameter) in apart), name
+
+
+# --- one piece of memory for each step ------------------------------------------------------------
+
+
+def odd_sizes(dtype):
+    """What a step might be told, of sizes that are no multiples of 16 bytes."""
+    generator = torch.Generator().manual_seed(4)
+    text, *rows = (
+        torch.randn(shape, generator=generator).to(dtype)
+        for shape in ((1, 3, 7), (1, 1, 5), (1, 1, 9), (1, 1, 1), (2, 13))
+    )
+    return StepConditioning(text, ((rows[0], rows[1]), (rows[2],), (rows[3],)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+def test_what_was_packed_has_its_bits_shapes_and_order_at_addresses_kernels_can_load_from(dtype):
+    told = odd_sizes(dtype)
+    found = unpack(pack(told, torch.device("cpu")), told)
+    assert [len(block) for block in found.rows] == [2, 1, 1]
+    for view, expected in zip(leaves(found), leaves(told), strict=True):
+        assert torch.equal(view, expected) and view.dtype == dtype
+        assert view.data_ptr() % 16 == 0 and view.is_contiguous()
+    # without the padding they would not be
+    sizes = torch.tensor([part.nbytes for part in leaves(told)])
+    assert (sizes.cumsum(0) % 16).any()
+
+
+def test_what_is_packed_may_hold_nan_and_infinity():
+    told = odd_sizes(torch.float32)
+    told.text[0, 0, :2] = torch.tensor([torch.nan, torch.inf])
+    found = unpack(pack(told, torch.device("cpu")), told)
+    assert torch.equal(found.text.view(torch.int32), told.text.view(torch.int32))
+
+
+def test_prompts_of_other_lengths_and_steps_share_no_memory():
+    model = tiny.transformer()
+    of = precompute(
+        model, prompts_of(model, 7, 5), timesteps_of(), GUIDANCE, attention=sdpa,
+        runtime=TorchRuntime(),
+    )  # fmt: skip
+    steps = [of(which, t, call) for which in (0, 1) for t in timesteps_of()]
+    assert [step.text.shape[1] for step in steps] == [7] * 4 + [5] * 4
+    for step in steps:
+        whole = {part.untyped_storage().data_ptr() for part in leaves(step)}
+        assert len(whole) == 1
+        assert all(part.data_ptr() % 16 == 0 for part in leaves(step))
+    assert len({step.text.untyped_storage().data_ptr() for step in steps}) == 8
+
+
+def test_memory_for_a_gpu_is_pinned(monkeypatch):
+    pinned, empty = [], torch.empty
+
+    def noted(*args, pin_memory=False, **kwargs):
+        pinned.append(pin_memory)
+        return empty(*args, **kwargs)
+
+    monkeypatch.setattr(torch, "empty", noted)
+    for device in ("cuda", "cpu", "mps"):
+        place = host_memory(12, torch.bfloat16, torch.device(device))
+        assert (place.device.type, place.shape, place.dtype) == ("cpu", (12,), torch.bfloat16)
+    assert pinned == [True, False, False]
+
+
+def test_memory_that_cannot_be_pinned_is_pageable_and_that_is_said_once(monkeypatch, caplog):
+    empty = torch.empty
+
+    def refused(*args, pin_memory=False, **kwargs):
+        if pin_memory:
+            raise RuntimeError("CUDA error: out of memory\nand a long explanation")
+        return empty(*args, **kwargs)
+
+    monkeypatch.setattr(modulation.dispatch, "_said", set())
+    monkeypatch.setattr(torch, "empty", refused)
+    told = odd_sizes(torch.bfloat16)
+    with caplog.at_level(logging.WARNING):
+        for _ in range(3):
+            found = unpack(pack(told, torch.device("cuda")), told)
+            assert all(map(torch.equal, leaves(found), leaves(told)))
+    assert len(caplog.messages) == 1
+    words = "pinned, so each step waits for its copy: RuntimeError: CUDA error: out of memory."
+    assert caplog.messages[0].endswith(words)
+
+
+def test_a_run_packs_for_the_device_it_runs_on(monkeypatch):
+    wanted = []
+    monkeypatch.setattr(
+        modulation, "host_memory",
+        lambda numel, dtype, device: wanted.append(device) or torch.empty(numel, dtype=dtype),
+    )  # fmt: skip
+    model, runtime = tiny.transformer(), TorchRuntime()
+    precompute(
+        model, prompts_of(model, 7), timesteps_of(), GUIDANCE, attention=sdpa, runtime=runtime
+    )
+    assert len(wanted) == 4 and all(device is runtime.device for device in wanted)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_a_gpu_gets_a_step_in_one_copy_that_the_host_does_not_wait_for():
+    told, device = odd_sizes(torch.bfloat16), torch.device("cuda", 0)
+    packed = pack(told, device)
+    assert packed.is_pinned()
+    found = unpack(packed.to(device, non_blocking=True), told)
+    for view, expected in zip(leaves(found), leaves(told), strict=True):
+        assert view.data_ptr() % 16 == 0 and torch.equal(view.cpu(), expected)
 
 
 # --- exactness, in float64 ----------------------------------------------------------------------

@@ -1,7 +1,7 @@
 """Schedule, guidance, the loop, and the whole pipeline against the reference procedure."""
 
 import os
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import numpy as np
 import pytest
@@ -9,18 +9,23 @@ import torch
 from comfyui_skyreels.skyreels.conditioning import ImageConditioning, fit_image
 from comfyui_skyreels.skyreels.config import Guidance
 from comfyui_skyreels.skyreels.errors import OptionError, ShapeError, TextError
+from comfyui_skyreels.skyreels.layers import rope_table
+from comfyui_skyreels.skyreels.model import call
+from comfyui_skyreels.skyreels.modulation import precompute
 from comfyui_skyreels.skyreels.pipeline import image_to_video
 from comfyui_skyreels.skyreels.runtime import TorchRuntime
 from comfyui_skyreels.skyreels.sampling import (
     combine,
     euler,
     get_sigmas,
+    guided_velocity,
     initial_noise,
     sample,
 )
 from comfyui_skyreels.skyreels.text import PromptEmbeds
 from comfyui_skyreels.skyreels.vae.model import VideoVAE
 from support import tiny
+from support.waits import Waits
 
 RUNTIME = TorchRuntime()
 
@@ -333,6 +338,141 @@ def test_latents_that_are_not_finite_are_reported(conditioning):
     model.final_layer.linear.weight.data.fill_(1e38)
     with pytest.raises(ShapeError, match="NaN"):
         run(model, conditioning)
+
+
+# --- a loop that waits for nothing ----------------------------------------------------------------
+
+META = torch.device("meta")
+REFINED = Guidance(guidance_rescale=0.5, cfg_zero_star=True, cfg_reuse=2, cfg_end=0.9)
+
+
+def told_on_meta(model, sigmas=SIGMAS):
+    """A model of shapes only, standing for one on a GPU, and what its run is told, kept on the CPU.
+
+    Reading a value of a shape-only tensor on the host raises; copying one to it does not.
+    """
+    runtime = TorchRuntime()
+    conditioning = precompute(
+        model, [PROMPT, NEGATIVE], (sigmas[:-1] * 1000).tolist(), torch.tensor([1000.0]),
+        attention=torch.nn.functional.scaled_dot_product_attention, runtime=runtime,
+    )  # fmt: skip
+    runtime.device = META
+    return tiny.transformer().to(model.compute_dtype).to(META), conditioning, runtime
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("guidance", [Guidance(), REFINED, Guidance(zero_init_steps=1)])
+def test_the_euler_loop_reads_nothing_from_the_device_and_copies_once_a_forward(guidance, dtype):
+    with torch.inference_mode():
+        on_meta, told, _ = told_on_meta(tiny.transformer().to(dtype))
+        shape = (1, 16, 3, 4, 6)
+        rope = rope_table(on_meta.token_grid(shape), on_meta.config, device=META)
+        velocity = guided_velocity(
+            on_meta, torch.empty(shape, device=META), told, SIGMAS, guidance, rope=rope,
+            run_block=call,
+        )  # fmt: skip
+        steps, copied = [], []
+
+        def on_step(step, latents, denoised):
+            steps.append((step, latents.shape, denoised.device))
+            copied.append((len(waits.to_device), len(forwards)))
+
+        with counted(on_meta) as forwards, Waits() as waits:
+            latents = euler(velocity, torch.empty(shape, device=META), SIGMAS, on_step)
+    assert latents.is_meta and latents.shape == shape
+    assert steps == [(step, shape, META) for step in range(4)]
+    assert waits.reads == [] and waits.to_host == []
+    # what a forward is told goes in in one piece, and nothing else does
+    assert len(forwards) >= 6 and all(copies == made for copies, made in copied)
+    assert all(len(copy_shape) == 1 for _, copy_shape in waits.to_device)
+
+
+def test_a_whole_run_reads_the_device_once_after_its_last_step(conditioning, monkeypatch):
+    from comfyui_skyreels.skyreels import sampling
+
+    model = tiny.transformer()
+    on_meta, told, runtime = told_on_meta(model)
+    monkeypatch.setattr(sampling, "precompute", lambda *_, **__: told)
+    waits, seen = Waits(), []
+    runtime._on_progress = lambda stage, done, *_: seen.append((done, len(waits.reads)))
+    with waits, suppress(RuntimeError):
+        run(on_meta, conditioning, runtime=runtime)
+    assert seen == [(done, 0) for done in range(5)]
+    assert len(waits.reads) == 1 and waits.to_host == []  # whether the latents are finite
+    # the picture, the noise, and eight forwards
+    assert len(waits.to_device) == 10
+
+
+@pytest.mark.parametrize("inference", [False, True])
+def test_the_counter_sees_what_it_is_there_to_see(inference):
+    device, host = torch.ones(3, device=META), torch.ones(3)
+    reads = [
+        lambda: device[0].item(), lambda: float(device[0]), lambda: bool(device[0]),
+        lambda: 1 if device.any() else 2, lambda: torch.equal(device, device),
+        lambda: device[device > 0], device.nonzero,
+    ]  # fmt: skip
+    to_host = [
+        device.cpu, lambda: device.to("cpu", torch.float64), lambda: host.clone().copy_(device),
+        lambda: device.to(host), device.tolist,
+    ]  # fmt: skip
+    to_device = [
+        lambda: host.to(META, non_blocking=True), lambda: device.copy_(host),
+        lambda: host.to(device), lambda: host.to(device="meta", dtype=torch.float16),
+    ]  # fmt: skip
+    if inference:
+        to_device.append(lambda: torch.tensor([1.0], device=META))
+    nothing = [
+        lambda: host[0] * device, lambda: float(host[0]), lambda: torch.equal(host, host),
+        lambda: host.to(torch.float64), lambda: device.to(torch.float64), host.cpu,
+        lambda: device.to(META), lambda: device.clone().copy_(device), lambda: host.copy_(host),
+    ]  # fmt: skip
+    for group, planted in (
+        ("reads", reads), ("to_host", to_host), ("to_device", to_device), (None, nothing),
+    ):  # fmt: skip
+        for index, act in enumerate(planted):
+            seen = Waits()
+            with torch.inference_mode(inference), seen, suppress(RuntimeError, NotImplementedError):
+                act()
+            found = {name for name in ("reads", "to_host", "to_device") if getattr(seen, name)}
+            assert found == ({group} if group else set()), (group, index)
+
+
+def test_a_solver_with_sigmas_of_the_device_pays_for_itself_and_euler_does_not():
+    """The planted read: what the loop would do if its sigmas were moved to the device."""
+    on_meta, told, _ = told_on_meta(tiny.transformer())
+    shape = (1, 16, 3, 4, 6)
+    velocity = guided_velocity(
+        on_meta, torch.empty(shape, device=META), told, SIGMAS, Guidance(),
+        rope=rope_table(on_meta.token_grid(shape), on_meta.config, device=META), run_block=call,
+    )  # fmt: skip
+    for sigma, waited in ((SIGMAS[0], 0), (SIGMAS.to(META)[0], 1)):
+        with Waits() as waits, suppress(NotImplementedError):
+            velocity(torch.empty(shape, device=META), sigma)
+        assert len(waits.reads) + len(waits.to_host) == waited
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_on_this_gpu_a_step_never_makes_the_host_wait(model):
+    runtime, shape = TorchRuntime("cuda"), (1, 16, 3, 4, 6)
+    with torch.inference_mode():
+        on_gpu = tiny.transformer().to(runtime.device)
+        told = precompute(
+            on_gpu, [PROMPT, NEGATIVE], (SIGMAS[:-1] * 1000).tolist(), torch.tensor([1000.0]),
+            attention=torch.nn.functional.scaled_dot_product_attention, runtime=runtime,
+        )  # fmt: skip
+        velocity = guided_velocity(
+            on_gpu, torch.zeros(shape, device=runtime.device), told, SIGMAS, REFINED,
+            rope=rope_table(on_gpu.token_grid(shape), on_gpu.config, device=runtime.device),
+            run_block=call,
+        )  # fmt: skip
+        latents = torch.zeros(shape, device=runtime.device)
+        euler(velocity, latents, SIGMAS, lambda *_: None)  # self-tests read their results
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            euler(velocity, latents, SIGMAS, lambda *_: None)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
 
 
 # --- the whole pipeline -------------------------------------------------------------------------

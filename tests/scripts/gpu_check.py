@@ -1,484 +1,559 @@
 """Everything that needs a GPU, in one run of under ten minutes; tiny sizes where there is none.
 
-    python tests/scripts/gpu_check.py [--size full|tiny] [--device cuda|cpu]
+    python tests/scripts/gpu_check.py [--size full|tiny] [--device cuda|cpu] [--out DIR]
+        [--only STEP]... [--budget SECONDS]
 
-Each phase compares with a reference in the same process, and ends as "ok", "failed" or "skipped"
-with its reason: a phase never reports what it did not measure. The last line is one JSON object.
-Copy its figures, dated, to tests/bench/LOG.md. Exit code 1 if a phase failed.
+Every step is a process of its own with a limit; what it does is in tests/bench/gpu_steps.py and
+beside it. A step appends each figure to `results.jsonl` in the out folder ($OUT, else a temporary
+one) the moment it exists, and asserts nothing: a measurement that fails is recorded as a problem
+and the next one goes on; a step that crashes, or hangs until it is killed, costs only itself. At
+the end the bounds are judged, from that file alone: what was not measured has not passed. The last
+lines are a table of all figures, the problems, and one JSON object. Exit code 1 if there are
+problems. `python tests/bench/report.py results.jsonl` writes the section for tests/bench/LOG.md.
 """
 
 import argparse
-import copy
+import importlib
 import importlib.util
 import json
-import statistics
+import math
+import os
+import signal
+import subprocess
 import sys
+import tempfile
 import time
-import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
+from fnmatch import fnmatchcase
 from pathlib import Path
+from typing import IO, Any, NamedTuple
 
-import torch
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "bench"))
-import bench_attention
-import bench_kernels
-import bench_linear
-import bench_load
-import bench_transformer
-import conftest  # noqa: F401 - loads the package the way ComfyUI does
-from bench_transformer import timed
-from comfyui_skyreels.skyreels import memory
-from comfyui_skyreels.skyreels.attention import (
-    FAST,
-    Attention,
-    Choice,
-    choose_attention,
-    sdpa,
-)
-from comfyui_skyreels.skyreels.config import LAYOUTS, TransformerConfig
-from comfyui_skyreels.skyreels.layers import rope_table
-from comfyui_skyreels.skyreels.memory import placed, weight_bytes
-from comfyui_skyreels.skyreels.model import SkyReelsTransformer
-from comfyui_skyreels.skyreels.quant import (
-    STORAGE_DTYPES,
-    QuantLinear,
-    is_quantizable,
-    quantize,
-    rotation_size,
-)
-from comfyui_skyreels.skyreels.runtime import TorchRuntime
-from comfyui_skyreels.skyreels.vae.model import VideoVAE
-from support import tiny
-
-#: image tokens of 97 frames of 544x960, and what one forward pass of them takes (performance plan)
-FULL_TOKENS, FORWARD_TFLOP = 51_000, 2_634
-
-
-class Skipped(Exception):  # noqa: N818 - not an error
-    """A phase that cannot be measured here, and why."""
-
-
-def require(condition: bool, message: str) -> None:
-    if not condition:
-        raise AssertionError(message)
-
-
-def environment(device: torch.device, full: bool) -> dict:
-    """Versions, the device, and what a matrix product reaches in this run."""
-    result = {"torch": torch.__version__, "python": sys.version.split()[0], "device": str(device)}
-    if device.type == "cuda":
-        properties = torch.cuda.get_device_properties(device)
-        result["device"] = properties.name
-        result["capability"] = f"{properties.major}.{properties.minor}"
-        result["memory_gb"] = round(properties.total_memory / 1e9, 1)
-        result["cudnn"] = torch.backends.cudnn.version()
-    side = 8192 if full else 512
-    a = torch.randn(side, side, device=device).bfloat16()
-    timed(lambda: a @ a, device)
-    seconds = statistics.median(timed(lambda: a @ a, device) for _ in range(5))
-    result["gemm_tflops"] = round(2 * side**3 / seconds / 1e12, 3)
-    return result
-
-
-def attention(device: torch.device, full: bool) -> dict:
-    """Our attention in bf16 against float32: no worse than twice what rounding costs."""
-    tokens = 4096 if full else 300
-    q, k, v = torch.randn(3, 1, 4, tokens, 128, device=device)
-    scores = (q.double() @ k.double().transpose(-1, -2) * 128**-0.5).softmax(-1)
-    truth = (scores @ v.double()).float()
-    q16, k16, v16 = q.bfloat16(), k.bfloat16(), v.bfloat16()
-    eager = ((q16 @ k16.transpose(-1, -2) * 128**-0.5).softmax(-1) @ v16).float()
-    ours = sdpa(q16, k16, v16).float()
-    error, loss = (ours - truth).norm(), (eager - truth).norm()
-    require(bool(error <= 2 * loss), f"attention error {error:.3g} against eager's {loss:.3g}")
-    return {"tokens": tokens, "error_to_eager_error": round((error / loss).item(), 3)}
-
-
-def attention_kernels(device: torch.device, full: bool) -> dict:
-    """Every attention that can be had, at the length of a clip: speed and error."""
-    return bench_attention.run(device=str(device), runs=3)
-
-
-def linears(device: torch.device, full: bool) -> dict:
-    """8-bit linear layers beside bf16 ones, at the shapes of the model."""
-    return bench_linear.run(device=str(device), runs=3)
-
-
-def fused_kernels(device: torch.device, full: bool) -> dict:
-    """Every fused operator beside eager torch: time and error."""
-    sizes = {} if full else {"tokens": 96, "width": 256, "runs": 1}
-    result = bench_kernels.run(device=str(device), **sizes)
-    worst = result["worst_error_to_eager_error"]
-    require(worst <= 1.2, f"an operator loses {worst} times what eager bf16 does")
-    return result
-
-
-def is_fast(choice: Choice) -> bool:
-    """Whether an attention in 8 bits was found; else exact attention came back."""
-    return choice.name in FAST
-
-
-def to_8bit(model: torch.nn.Module, precision: str) -> None:
-    """Round the block linears as loading.py does, in place."""
-    config, storage_dtype = model.config, STORAGE_DTYPES[precision]
-    rotation = 0
-    if precision == "int8":
-        rotation = rotation_size(config.hidden_size, int(config.hidden_size * config.mlp_ratio))
-    for name, layer in list(model.named_modules()):
-        is_linear = isinstance(layer, torch.nn.Linear)
-        if is_linear and is_quantizable(name + ".weight", config.num_layers):
-            weight, scale = quantize(layer.weight.data, storage_dtype, rotation)
-            quantized = QuantLinear(
-                weight, scale, layer.bias, rotation=rotation, weight_only=False,
-                compute_dtype=layer.weight.dtype,
-            )  # fmt: skip
-            model.set_submodule(name, quantized)
-
-
-@torch.inference_mode()
-def accuracy(device: torch.device, full: bool) -> dict:
-    """What each mode loses in one forward pass of two and two blocks, against float32."""
-    tokens, heads = (16_384, 24) if full else (256, 2)
-    config = TransformerConfig(
-        num_attention_heads=heads, num_layers=2, num_single_layers=2, num_refiner_layers=1,
-        text_embed_dim=256, pooled_projection_dim=64,
-    )  # fmt: skip
-    model = tiny.transformer(config).to(device)
-    inputs = tiny.inputs(config, 60, (tokens // 256, 32, 32))
-    inputs = {name: value.to(device) for name, value in inputs.items()}
-    truth = model(**inputs)
-    keep = ("timestep", "guidance")
-    half = {k: v if k in keep else v.bfloat16() for k, v in inputs.items()}
-    fast = choose_attention(device, "fast", head_dim=config.attention_head_dim)
-    result: dict = {"fast_attention": f"{fast.name}: {fast.reason}"}
-
-    def loss(output: torch.Tensor) -> float:
-        return ((output.float() - truth).norm() / truth.norm()).item()
-
-    theirs = tiny.diffusers_transformer(model.float().cpu()).to(device, torch.bfloat16)
-    mask = torch.ones(1, 60, dtype=torch.long, device=device)
-    result["diffusers bf16"] = loss(theirs(**half, encoder_attention_mask=mask).sample)
-    del theirs
-    exact = model.to(device, torch.bfloat16)
-    result["bf16"] = loss(exact(**half))
-    modes, bounds = {"": sdpa}, {"": 0.06, ", fast attention": 0.08}
-    if is_fast(fast):
-        modes[", fast attention"] = fast.function
-        result["bf16, fast attention"] = loss(exact(**half, attention=fast.function))
-    require(result["bf16"] <= 1.2 * result["diffusers bf16"], "bf16 loses more than diffusers'")
-    for precision in STORAGE_DTYPES:
-        model = copy.deepcopy(exact)
-        to_8bit(model, precision)
-        for kind, function in modes.items():
-            error = result[precision + kind] = loss(model(**half, attention=function))
-            bound = bounds[kind]
-            require(error <= bound, f"{precision}{kind} loses {error:.3g}, {bound} is allowed")
-    return {k: round(v, 5) if isinstance(v, float) else v for k, v in result.items()}
-
-
-def small_model(device: torch.device, full: bool) -> dict:
-    """Two and two blocks beside diffusers', same weights, both dtypes."""
-    tokens, heads = (16_384, 24) if full else (512, 2)
-    result = {}
-    for dtype in ("fp32", "bf16"):
-        row = bench_transformer.run(
-            tokens=tokens, runs=3, dtype=dtype, device=str(device), heads=heads
-        )
-        bound = {"fp32": 1e-4 if device.type == "cuda" else 1e-5, "bf16": 0.1}[dtype]
-        require(row["relative_error"] <= bound, f"{dtype} differs by {row['relative_error']:.3g}")
-        result[dtype] = {
-            k: row[k] for k in ("median_s", "ratio_to_trimmed", "ratio_to_padded", "relative_error")
-        }
-    return result
-
-
-def fill(model: torch.nn.Module) -> None:
-    """Random weights of a sensible size: zeros would run faster than any real model."""
-    for parameter in model.parameters():
-        if parameter.ndim > 1:
-            parameter.data.normal_(std=0.02)
-        else:
-            parameter.data.normal_(mean=1.0 if parameter.numel() == 128 else 0.0, std=0.02)
-
-
-def beside_diffusers(
-    ours: SkyReelsTransformer, inputs: dict, device: torch.device
-) -> tuple[float, dict[str, list[float]]]:
-    """Relative difference of the outputs, and the seconds of both, which take turns."""
-    from diffusers import HunyuanVideoTransformer3DModel
-
-    with torch.device("meta"):
-        theirs = HunyuanVideoTransformer3DModel(**tiny.diffusers_config(ours.config)).eval()
-    theirs.load_state_dict(tiny.to_diffusers(ours.state_dict(), ours.config), assign=True)
-    padded = {k: v for k, v in inputs.items() if k not in ("rope", "attention")}
-    states = padded["encoder_hidden_states"]
-    pad = 256 - states.shape[1]
-    padded["encoder_hidden_states"] = torch.nn.functional.pad(states, (0, 0, 0, pad))
-    mask = torch.zeros(1, 256, dtype=torch.long, device=device)
-    mask[:, : states.shape[1]] = 1
-    contenders = {
-        "diffusers": lambda: theirs(**padded, encoder_attention_mask=mask, return_dict=False)[0],
-        "ours": lambda: ours(**inputs, layout=LAYOUTS["chunks"]),
-    }
-    yours, mine = (contenders[name]().float() for name in ("diffusers", "ours"))
-    require(bool(mine.isfinite().all()), "our output is not finite")
-    difference = ((mine - yours).norm() / yours.norm()).item()
-    require(difference < 0.05, f"bf16 outputs differ by {difference:.3g}")
-    del mine, yours
-    seconds: dict[str, list[float]] = {name: [] for name in contenders}
-    for _ in range(3):
-        for name, function in contenders.items():
-            seconds[name].append(timed(function, device))
-    return difference, seconds
-
-
-@torch.inference_mode()
-def full_model(device: torch.device, full: bool) -> dict:
-    """A whole forward pass at full size: beside diffusers' on the same weights, in every mode, and
-    what each layout takes."""
-    if full and torch.cuda.mem_get_info()[0] < 60e9:
-        raise Skipped("full-size weights and a copy of the blocks need 60 GB free")
-    config = TransformerConfig() if full else tiny.TRANSFORMER
-    grid, text_tokens = ((25, 68, 120), 60) if full else ((3, 8, 8), 60)
-    with torch.device("meta"):
-        ours = SkyReelsTransformer(config).bfloat16().requires_grad_(False)
-    ours = ours.to_empty(device=device).eval()
-    fill(ours)
-    inputs = tiny.inputs(config, text_tokens, grid)
-    keep = ("timestep", "guidance")
-    inputs = {k: v.to(device) if k in keep else v.to(device).bfloat16() for k, v in inputs.items()}
-    inputs["rope"] = rope_table(ours.token_grid(inputs["hidden_states"].shape), config,
-                                device=device)  # fmt: skip
-    exact = choose_attention(device).function
-    inputs["attention"] = exact
-    difference, seconds = beside_diffusers(ours, inputs, device)
-    result = {"tokens": inputs["rope"].shape[0], "relative_l2": round(difference, 5)}
-    conditions = {k: v for k, v in inputs.items() if k not in ("hidden_states", "rope")}
-    conditioning = ours.condition(**conditions)
-
-    def denoise(attention: Attention, layout: str = "chunks") -> torch.Tensor:
-        return ours.denoise(
-            inputs["hidden_states"], conditioning, rope=inputs["rope"], attention=attention,
-            layout=LAYOUTS[layout],
-        )  # fmt: skip
-
-    modes = {"": exact}
-    fast = choose_attention(device, "fast", head_dim=config.attention_head_dim)
-    result["fast_attention"] = f"{fast.name}: {fast.reason}"
-    if is_fast(fast):
-        modes[", fast attention"] = fast.function
-    if device.type == "cuda":
-        result["activation_gb"] = {}
-        for layout in LAYOUTS:
-            torch.cuda.empty_cache()
-            torch.cuda.reset_peak_memory_stats()
-            before = torch.cuda.memory_allocated()
-            denoise(exact, layout)
-            peak = torch.cuda.max_memory_allocated() - before
-            num_tokens = inputs["rope"].shape[0] + text_tokens
-            planned = memory.sampling_bytes(config, num_tokens, torch.bfloat16, layout)
-            row = {"peak": round(peak / 1e9, 2), "planned": round(planned / 1e9, 2)}
-            result["activation_gb"][layout] = row
-            if full:
-                require(peak <= planned, f"{layout} takes more memory than is planned: {row}")
-
-    def measure(name: str) -> None:
-        for kind, function in modes.items():
-            denoise(function)
-            times = [timed(lambda f=function: denoise(f), device) for _ in range(3)]
-            seconds[name + kind] = times
-
-    measure("denoise bf16")
-    for precision in ("int8", "fp8"):  # a copy of the blocks at a time: 18 GB rounded to 9
-        blocks = {n: getattr(ours, n) for n in ("double_blocks", "single_blocks")}
-        for name, modules in blocks.items():
-            setattr(ours, name, copy.deepcopy(modules))
-        to_8bit(ours, precision)
-        measure("denoise " + precision)
-        for name, modules in blocks.items():
-            setattr(ours, name, modules)
-    result["median_s"] = {
-        name: round(statistics.median(values), 4) for name, values in seconds.items()
-    }
-    return result
-
-
-@torch.inference_mode()
-def streaming(device: torch.device, full: bool) -> dict:
-    """Streamed blocks give the bits of resident ones; what the visits cost."""
-    if device.type != "cuda":
-        raise Skipped("weights are already on the only device")
-    config = TransformerConfig(num_layers=2, num_single_layers=4) if full else tiny.TRANSFORMER
-    model = tiny.transformer(config).bfloat16()
-    inputs = tiny.inputs(config, 60, (13, 34, 60) if full else (3, 8, 8))
-    inputs = {k: v.to(device) for k, v in inputs.items()}
-    results, seconds = [], []
-    for spare in (10 * weight_bytes(model), max(map(weight_bytes, model.blocks))):
-        runtime = TorchRuntime(device)
-        outside = weight_bytes(model) - sum(map(weight_bytes, model.blocks))
-        runtime.free_bytes = lambda b=outside + spare + memory.RESERVE_BYTES: b
-        with placed(model, runtime, 0) as run_block:
-            results.append(model(**inputs, run_block=run_block).cpu())
-            seconds.append(timed(lambda: model(**inputs, run_block=run_block), device))
-    require(torch.equal(*results), "streamed and resident outputs differ")
-    require(all(p.device.type == "cpu" for p in model.parameters()), "weights did not come home")
-    return {"resident_s": round(seconds[0], 4), "streamed_s": round(seconds[1], 4)}
-
-
-@torch.inference_mode()
-def decoding(device: torch.device, full: bool) -> dict:
-    """VAE decode beside diffusers' with the same tiles: same frames, time and memory of each."""
-    from comfyui_skyreels.skyreels.config import VAEConfig
-    from comfyui_skyreels.skyreels.vae.tiling import decode_frames
-    from diffusers import AutoencoderKLHunyuanVideo
-
-    config = VAEConfig() if full else tiny.VAE
-    shape = (1, 16, 25, 68, 120) if full else (1, 16, 5, 10, 12)
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    ours = tiny.randomize(VideoVAE(config)).to(device, dtype)
-    theirs = AutoencoderKLHunyuanVideo(
-        block_out_channels=config.block_out_channels, layers_per_block=config.layers_per_block
-    )
-    theirs.load_state_dict(ours.state_dict())
-    theirs = theirs.to(device, dtype).eval()
-    theirs.enable_tiling()
-    latents = torch.randn(shape, device=device)
-    runtime = TorchRuntime(device)
-    contenders = {
-        "ours tiled-diffusers": lambda: decode_frames(
-            ours, latents, "tiled-diffusers", runtime=runtime
-        ),
-        "diffusers tiled": lambda: theirs.decode(latents.to(dtype)).sample,
-        "ours auto": lambda: decode_frames(ours, latents, "auto", runtime=runtime),
-    }
-    rows = {}
-    for name, function in contenders.items():
-        if device.type == "cuda":
-            torch.cuda.empty_cache()
-            torch.cuda.reset_peak_memory_stats()
-        row = {"seconds": round(timed(function, device), 3)}
-        if device.type == "cuda":
-            row["peak_gb"] = round(torch.cuda.max_memory_allocated() / 1e9, 2)
-        rows[name] = row
-    frames = contenders["ours tiled-diffusers"]()
-    expected = (contenders["diffusers tiled"]()[0].permute(1, 2, 3, 0).float().cpu() + 1) / 2
-    error = (frames - expected.clamp(0, 1)).abs().max().item()
-    bound = 0.1 if dtype == torch.bfloat16 else 1e-4
-    require(error <= bound, f"tiled frames differ from diffusers' by {error:.3g}")
-    return {"rows": rows, "largest_difference": round(error, 6)}
-
-
-def yardstick(device: torch.device, full: bool) -> dict:
-    """The built-in model as a whole: what its clips show in each precision, and streamed."""
-    if importlib.util.find_spec("transformers") is None:
-        raise Skipped("transformers is not installed, which reads the prompts")
-    from bench import quality
-    from train import measure
-
-    studio, cases = quality.Studio(device=str(device)), measure.held_out_cases(32 if full else 4)
-    rows, exact = {}, None
-    for name in ("fp32", "bf16", "fp8", "int8", "easy cache", "streamed"):
-        if quality.SETTINGS[name].needs_cuda and device.type != "cuda":
-            continue
-        row, clips, _ = quality.run_setting(studio, quality.SETTINGS[name], cases, exact)
-        exact = exact or clips
-        keys = ("told", "kept", "true", "exact", "forwards", "seconds")
-        rows[name] = {key: row[key] for key in keys}
-        require(row["told"] >= 75, f"{name}: {row['told']} % of the clips do as told")
-    return {"cases": len(cases), "rows": rows}
-
-
-def loading(device: torch.device, full: bool) -> dict:
-    """Seconds and memory of loading a file in each precision, in processes of their own."""
-    return bench_load.run(device=str(device), heads=24 if full else 2)
-
-
-PHASES: dict[str, Callable[[torch.device, bool], dict]] = {
-    "environment": environment,
-    "attention": attention,
-    "attention_kernels": attention_kernels,
-    "linears": linears,
-    "fused_kernels": fused_kernels,
-    "accuracy": accuracy,
-    "small_model": small_model,
-    "full_model": full_model,
-    "streaming": streaming,
-    "decoding": decoding,
-    "loading": loading,
-    "yardstick": yardstick,
+ROOT = Path(__file__).resolve().parents[2]
+WHEELS = ROOT / ".gpu-wheels"
+#: the tool that runs this on a GPU machine shows the last 12,000 characters of what it prints
+SCREEN = 11_500
+#: of which problems may take this much, twice
+PROBLEM_ROOM = 2_000
+#: with less time left than this a step is not started
+LEAST_SECONDS = 5.0
+#: of one call on a GPU machine 590 s may be used; ending takes a moment
+BUDGET_SECONDS = 580.0
+#: what a whole step may take at tiny size, where a busy machine is no fault
+TINY_SECONDS = 300.0
+#: image and text tokens of 97 frames of 544x960, and what one forward pass must see to count
+FULL_TOKENS = 51_060
+#: distribution -> module it brings, of the wheels that gpu_wheels.py collects
+MODULES = {
+    "importlib_metadata": "importlib_metadata",
+    "diffusers": "diffusers",
+    "nvidia_cudnn_frontend": "cudnn",
+    "comfy_kitchen": "comfy_kitchen",
 }
 
 
-def bars(report: dict) -> dict:
-    """Bars 11 to 15 of the speed plan, from what the phases measured; None for what they did not.
+#: takes a record for the file
+Write = Callable[[dict], None]
 
-    Step caching is computed: the best step, times the share of the forward passes that the built-in
-    model needs with its default threshold. Random weights say nothing about that.
+
+class Step(NamedTuple):
+    """function: "module:function" that takes a gpu_steps.Context; limit_s: at full size.
+
+    Those of this module do without torch, and take what a Context is made of.
     """
-    environment, model = report.get("environment", {}), report.get("full_model", {})
-    if model.get("tokens") != FULL_TOKENS:  # of a small one they would say nothing
-        model = {}
-    rows = report.get("yardstick", {}).get("rows", {})
-    seconds = model.get("median_s", {})
-    theirs, exact = seconds.get("diffusers"), seconds.get("denoise bf16")
-    linears = [seconds[n] for n in ("denoise fp8", "denoise int8") if n in seconds]
-    both = [seconds[n + ", fast attention"] for n in ("denoise fp8", "denoise int8")
-            if n + ", fast attention" in seconds]  # fmt: skip
-    share = None
-    if "easy cache" in rows:
-        share = rows["easy cache"]["forwards"] / rows["fp32"]["forwards"]
+
+    name: str
+    limit_s: float
+    function: str
+
+
+#: the most valuable first
+STEPS = (
+    Step("environment", 30, "gpu_steps:environment"),
+    Step("exact", 85, "gpu_model_steps:exact"),
+    Step("fp8", 60, "gpu_model_steps:fp8"),
+    Step("attention", 60, "gpu_steps:attention"),
+    Step("int8", 45, "gpu_model_steps:int8"),
+    Step("vae", 90, "gpu_vae_steps:vae"),
+    Step("rates", 45, "gpu_steps:rates"),
+    Step("memory", 75, "gpu_check:process_memory"),
+    Step("accuracy", 30, "gpu_model_steps:accuracy"),
+    Step("yardstick", 60, "gpu_steps:yardstick"),
+)
+#: parts of steps that may break the CUDA context, or whose memory is measured as a whole
+CHILDREN = {
+    "alignment": "gpu_model_steps:alignment",
+    "memory in bf16": "gpu_model_steps:memory_bf16",
+    "memory in fp8": "gpu_model_steps:memory_fp8",
+    "streaming": "gpu_model_steps:streaming",
+}
+#: those of the step "memory", and their limits in seconds
+MEMORY_CHILDREN = {"memory in bf16": 30.0, "memory in fp8": 30.0, "streaming": 45.0}
+#: for the test of this file: each goes wrong in its own way
+PLANTED = (
+    Step("planted crash", 20, "gpu_check:planted_crash"),
+    Step("planted hang", 3, "gpu_check:planted_hang"),
+    Step("planted miss", 20, "gpu_check:planted_miss"),
+)
+
+
+class Bound(NamedTuple):
+    """What a figure must keep.
+
+    name: of the figure, a pattern; sense: "<=", ">=" or "=="; where: "everywhere", "cuda" (there is
+    such a device) or "full" (the full size).
+    """
+
+    step: str
+    name: str
+    sense: str
+    limit: Any
+    where: str = "everywhere"
+
+
+BOUNDS = (
+    Bound("exact", "ours, whole: difference to diffusers", "<=", 0.05),
+    Bound("exact", "ours, *: peak over planned", "<=", 1.0, "full"),
+    Bound("attention", "Triton*, 8 bits: error, *", "<=", 0.04, "cuda"),
+    Bound("attention", "cuDNN: error, *", "<=", 0.01, "cuda"),
+    Bound("attention", "flash: error, *", "<=", 0.01),
+    Bound("vae", "ours tiled-diffusers: largest difference to diffusers", "<=", 0.1),
+    Bound("rates", "*: error over eager error", "<=", 1.2),
+    Bound("memory", "streamed: equals resident", "==", True, "cuda"),
+    Bound("memory", "*: peak over planned", "<=", 1.0, "full"),
+    Bound("accuracy", "bf16: error over diffusers'", "<=", 1.2),
+    Bound("accuracy", "fp8: error", "<=", 0.06),
+    Bound("accuracy", "int8: error", "<=", 0.06),
+    Bound("accuracy", "fp8, *: error", "<=", 0.08),
+    Bound("accuracy", "int8, *: error", "<=", 0.08),
+    Bound("yardstick", "*: told", ">=", 75.0, "full"),
+    Bound("planted miss", "planted: value", "<=", 1.0),
+)
+
+
+# --- records ------------------------------------------------------------------------------------
+#
+# One JSON object a line:
+#   {"run": {"size", "device", "steps"}}              first
+#   {"step", "name", "value", "unit", ...}             a figure; of several of a name the last
+#   {"step", "name", "skipped"}                        what cannot be measured here, and why
+#   {"step", "name", "problem"}                        a measurement that failed
+#   {"step", "ended", "seconds", "limit", "stderr"}    how a step ended: "ok", or in words
+
+
+def append(path: Path, record: dict) -> None:
+    """Add a record to a file, so that a crash of any process leaves it there."""
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(record) + "\n")
+        file.flush()
+
+
+def read(path: Path) -> list[dict]:
+    """The records of a file; a line that a crash cut short is left out."""
+    records = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        with suppress(json.JSONDecodeError):
+            records.append(json.loads(line))
+    return records
+
+
+def short_line(record: dict) -> str:
+    """A figure, or what there is instead of it, for people."""
+    head = f"{record['step']}: {record.get('name', '')}".rstrip(": ")
+    for kind in ("problem", "skipped"):
+        if kind in record:
+            return f"{head}: {kind}: {record[kind]}"[:300]
+    return f"{head} {shown(record['value'])} {record.get('unit', '')}".rstrip()[:300]
+
+
+def shown(value: object) -> str:
+    """A value for a table."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return str(value)
+    return f"{value:,}" if isinstance(value, int) else f"{value:.4g}"
+
+
+def figures(records: Iterable[dict]) -> dict[tuple[str, str], Any]:
+    """(step, name) -> value; the last of several."""
+    return {(r["step"], r["name"]): r["value"] for r in records if "value" in r}
+
+
+# --- judging ------------------------------------------------------------------------------------
+
+
+def keeps(value: Any, bound: Bound) -> bool:
+    """Whether a value is within a bound; NaN is within none."""
+    if bound.sense == "==":
+        return value == bound.limit
+    if not isinstance(value, int | float) or math.isnan(value):
+        return False
+    return value <= bound.limit if bound.sense == "<=" else value >= bound.limit
+
+
+def judge(records: Sequence[dict], bounds: Sequence[Bound] = BOUNDS) -> list[str]:
+    """What is wrong with a run, step by step: how it ended, what failed, what misses its bound.
+
+    Args:
+        records: of the whole file; the first tells which steps there should be.
+    """
+    run = next((r["run"] for r in records if "run" in r), {"size": "", "device": "", "steps": []})
+    measured = figures(records)
+    problems = []
+    for step in run["steps"]:
+        own = [r for r in records if r.get("step") == step]
+        ended = next(
+            (r for r in own if "ended" in r), {"ended": "did not end" if own else "never began"}
+        )
+        if ended["ended"] != "ok":
+            last = ended.get("stderr", "").strip().splitlines()[-1:]
+            problems.append(": ".join([step, ended["ended"], *last]))
+        problems += [
+            ": ".join(filter(None, (step, r.get("name"), r["problem"]))) for r in own
+            if "problem" in r
+        ]  # fmt: skip
+        for bound in bounds:
+            if bound.step != step or not _applies(bound, run):
+                continue
+            found = {
+                name: value for (of, name), value in measured.items()
+                if of == step and fnmatchcase(name, bound.name)
+            }  # fmt: skip
+            if not found:
+                problems.append(f"{step}: {bound.name}: not measured")
+            problems += [
+                f"{step}: {name}: {shown(value)} is not {bound.sense} {bound.limit}"
+                for name, value in found.items()
+                if not keeps(value, bound)
+            ]
+    return problems
+
+
+def _applies(bound: Bound, run: dict) -> bool:
+    if bound.where == "full":
+        return run["size"] == "full"
+    return bound.where == "everywhere" or run["device"].startswith("cuda")
+
+
+def bars(records: Sequence[dict]) -> dict[str, float | None]:
+    """Bars 11 to 15 of the speed plan; None for what was not measured at full size.
+
+    Attention in 8 bits counts only where it was found close enough to exact attention. Step caching
+    is computed: the best step, times the share of the forward passes that the built-in model needs
+    with its default threshold. Random weights say nothing about that.
+    """
+    found = figures(records)
+    if found.get(("exact", "tokens: image and text")) != FULL_TOKENS:
+        found = {}  # of a small one they would say nothing
+    theirs = found.get(("exact", "diffusers: time"))
+    exact = found.get(("exact", "ours, whole: time"))
+    linears, both = [], []
+    for record in records:
+        step, name = record.get("step"), record.get("name", "")
+        if step in ("fp8", "int8") and name.endswith(": time") and (step, name) in found:
+            if name == f"{step}, exact attention: time":
+                linears.append(found[step, name])
+            elif record.get("accepted"):
+                both.append(found[step, name])
+    forwards = [
+        found.get(("yardstick", f"{name}: forwards")) for name in ("easy cache", "fp32")
+    ]  # fmt: skip
+    share = forwards[0] / forwards[1] if all(forwards) else None
+    work, rate = found.get(("exact", "forward: work")), found.get(("environment", "GEMM: rate"))
+    best = min(both, default=None)
 
     def ratio(mine: float | None) -> float | None:
         return round(theirs / mine, 3) if theirs and mine else None
 
-    best = min(both, default=None)
     return {
         "11 exact bf16": ratio(exact),
         "12 8-bit linears": ratio(min(linears, default=None)),
         "13 8-bit linears and attention": ratio(best),
         "14 and caching, computed": ratio(best * share if best and share else None),
         "15 share of the matrix product": (
-            round(FORWARD_TFLOP / exact / environment["gemm_tflops"], 3) if exact else None
+            round(work / exact / rate, 3) if work and exact and rate else None
         ),
     }
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    default = "cuda" if torch.cuda.is_available() else "cpu"
-    parser.add_argument("--device", default=default)
-    parser.add_argument("--size", choices=("full", "tiny"), default=None)
-    parser.add_argument("--only", choices=PHASES, action="append")
-    arguments = parser.parse_args()
-    device = torch.device(arguments.device)
-    full = (arguments.size or ("full" if device.type == "cuda" else "tiny")) == "full"
-    if full and device.type != "cuda":
-        parser.error("full size needs a CUDA device")
-    torch.manual_seed(0)
-    report = {}
-    for name, phase in PHASES.items():
-        if arguments.only and name not in arguments.only:
-            continue
-        start = time.perf_counter()
+# --- running ------------------------------------------------------------------------------------
+
+
+def plan(only: Sequence[str], planted: bool) -> list[Step]:
+    """The steps to run; planted ones stand in the middle."""
+    chosen = [step for step in STEPS if not only or step.name in only]
+    middle = len(chosen) // 2
+    return [*chosen[:middle], *PLANTED, *chosen[middle:]] if planted else chosen
+
+
+def allowed(step: Step, left_s: float, spare_s: float, is_full: bool) -> float | None:
+    """Seconds that a step may take, None if it is not worth starting.
+
+    Args:
+        left_s: of the budget. spare_s: what earlier steps left of their limits.
+    """
+    limit = step.limit_s + spare_s if is_full else TINY_SECONDS
+    if step in PLANTED:
+        limit = step.limit_s
+    limit = min(limit, left_s)
+    return None if limit < min(LEAST_SECONDS, step.limit_s) else limit
+
+
+def how_it_ended(code: int) -> str:
+    """An exit code in words."""
+    if code == 0:
+        return "ok"
+    if code > 0:
+        return f"failed with exit code {code}"
+    with suppress(ValueError):
+        return f"died of {signal.Signals(-code).name}"
+    return f"died of signal {-code}"
+
+
+def run_process(command: Sequence[str], limit_s: float, stderr: IO[bytes]) -> str:
+    """Run a command in a process group that is gone afterwards; how it ended, in words."""
+    process = subprocess.Popen(command, stderr=stderr, start_new_session=True)
+    try:
+        return how_it_ended(process.wait(timeout=limit_s))
+    except subprocess.TimeoutExpired:
+        return f"killed at its limit of {limit_s:.0f} s"
+    finally:
+        with suppress(ProcessLookupError, PermissionError):
+            os.killpg(process.pid, signal.SIGKILL)
+        with suppress(subprocess.TimeoutExpired):  # one that waits for a driver may not go
+            process.wait(timeout=5)
+
+
+def run_step(step: Step, limit_s: float, options: Sequence[str], scratch: Path) -> dict:
+    """Run one step; the record of how it ended."""
+    command = [sys.executable, __file__, "--step", step.name, *options]
+    started = time.monotonic()
+    with (scratch / "stderr").open("w+b") as stderr:
+        ended = run_process(command, limit_s, stderr)
+        stderr.seek(0)
+        said = stderr.read().decode(errors="replace")
+    took = round(time.monotonic() - started, 2)
+    record = {"step": step.name, "ended": ended, "seconds": took, "limit": round(limit_s, 1)}
+    return record if ended == "ok" else {**record, "stderr": said[-1500:]}
+
+
+def check(
+    steps: Sequence[Step], size: str, device: str, out: Path, budget_s: float,
+    started: float | None = None,
+) -> Path:  # fmt: skip
+    """Run steps one after the other within a budget.
+
+    Returns:
+        the file of the records.
+    """
+    started = time.monotonic() if started is None else started
+    results = out / "results.jsonl"
+    results.unlink(missing_ok=True)
+    run = {"size": size, "device": device, "steps": [step.name for step in steps]}
+    append(results, {"run": run})
+    spare = 0.0
+    with tempfile.TemporaryDirectory(prefix="gpu-check-") as folder:
+        options = ["--size", size, "--device", device, "--out", str(out), "--site", folder]
+        if device.startswith("cuda"):
+            install(WHEELS, Path(folder))
+        for step in steps:
+            left = budget_s - (time.monotonic() - started)
+            limit = allowed(step, left, spare, size == "full")
+            if limit is None:
+                record = {"step": step.name, "ended": "skipped: no time left", "seconds": 0.0}
+            else:
+                record = run_step(step, limit, options, Path(folder))
+                spare = max(0.0, spare + step.limit_s - record["seconds"])
+            append(results, record)
+            print(f"-- {step.name}: {record['ended']}, {record['seconds']} s", flush=True)
+    return results
+
+
+def _module(wheel: Path) -> str:
+    distribution = wheel.name.split("-")[0]
+    return MODULES.get(distribution, distribution)
+
+
+def install(wheels: Path, site: Path) -> None:
+    """Install what was carried along and is not there already, for the steps to import."""
+    missing = [
+        wheel for wheel in sorted(wheels.glob("*.whl"))
+        if importlib.util.find_spec(_module(wheel)) is None
+    ]  # fmt: skip
+    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-index", "--no-deps"]
+    pip += ["--no-compile", "--no-cache-dir", "--upgrade", "--target", str(site)]
+    for wheel in missing:  # one that does not fit this Python stops none of the others
+        with suppress(subprocess.TimeoutExpired):
+            subprocess.run([*pip, str(wheel)], check=False, timeout=30)
+    print("Wheels carried along:", ", ".join(w.name for w in missing) or "none needed", flush=True)
+
+
+# --- the steps' side ------------------------------------------------------------------------------
+
+
+def take_step(options: argparse.Namespace) -> None:
+    """Be a step, or a child of one."""
+    functions = {step.name: step.function for step in (*STEPS, *PLANTED)} | CHILDREN
+    module, function = functions[options.step].split(":")
+    results = options.out / "results.jsonl"
+    name = options.within or options.step
+
+    def write(record: dict) -> None:
+        record = {"step": name, **record}
+        append(results, record)
+        print(short_line(record), flush=True)
+
+    def run_child(child: str, limit_s: float) -> str:
+        command = [sys.executable, __file__, "--step", child, "--within", name]
+        command += ["--size", options.size, "--device", options.device]
+        command += ["--out", str(options.out), "--site", str(options.site)]
         try:
-            outcome = {"status": "ok", **phase(device, full)}
-        except Skipped as reason:
-            outcome = {"status": "skipped", "reason": str(reason)}
-        except Exception as error:  # noqa: BLE001 - the other phases still have their turn
-            traceback.print_exc()
-            outcome = {"status": "failed", "reason": str(error)[:500]}
-        outcome["seconds"] = round(time.perf_counter() - start, 2)
-        report[name] = outcome
-        print(f"{name:12} {json.dumps(outcome)}", flush=True)
-    report["bars"] = bars(report)
-    print(f"{'bars':12} {json.dumps(report['bars'])}", flush=True)
-    counts = {
-        s: sum(o.get("status") == s for o in report.values()) for s in ("ok", "skipped", "failed")
+            return how_it_ended(subprocess.run(command, check=False, timeout=limit_s).returncode)
+        except subprocess.TimeoutExpired:
+            return f"killed at its limit of {limit_s:.0f} s"
+
+    sys.path.append(str(options.site))
+    if module == "gpu_check":
+        globals()[function](write, run_child, options.device)
+        return
+    sys.path.insert(0, str(ROOT / "tests" / "bench"))
+    context = importlib.import_module("gpu_steps").make_context(
+        options.device, options.size == "full", write, run_child
+    )
+    getattr(importlib.import_module(module), function)(context)
+
+
+def process_memory(write: Write, run_child: Callable[[str, float], str], device: str) -> None:
+    """What a process takes that holds nothing else, and streaming; this one stays off the GPU."""
+    for name, limit_s in MEMORY_CHILDREN.items():
+        if not device.startswith("cuda"):
+            write({"name": name, "skipped": "weights are already on the only device"})
+            continue
+        ended = run_child(name, limit_s)
+        if ended != "ok":
+            write({"name": name, "problem": f"its process {ended}"})
+
+
+def planted_crash(write: Write, *_: object) -> None:
+    """Write a figure and die as a process with a broken driver does."""
+    write({"name": "before the crash", "value": 1, "unit": ""})
+    os.abort()
+
+
+def planted_hang(write: Write, *_: object) -> None:
+    """Write a figure and never end."""
+    write({"name": "before the hang", "value": 1, "unit": ""})
+    while True:
+        time.sleep(1)
+
+
+def planted_miss(write: Write, *_: object) -> None:
+    """Write a figure that misses its bound, then a problem and one more figure."""
+    write({"name": "planted: value", "value": 2.0, "unit": ""})
+    write({"name": "planted: other", "problem": "a measurement that failed"})
+    write({"name": "planted: last", "value": 3.0, "unit": ""})
+
+
+# --- the end --------------------------------------------------------------------------------------
+
+
+def table(records: Sequence[dict], room: int) -> str:
+    """All figures, step by step, what belongs to one subject on one line; in so many characters.
+
+    A name is "subject: quantity". Where the room is too small the longest steps lose lines.
+    """
+    blocks: dict[str, dict[str, list[str]]] = {}
+    last = {(r["step"], r["name"]): r for r in records if "value" in r}
+    for (step, name), record in last.items():
+        subject, _, quantity = name.rpartition(": ")
+        text = f"{quantity} {shown(record['value'])} {record.get('unit', '')}".rstrip()
+        blocks.setdefault(step, {}).setdefault(subject, []).append(text)
+    lines = {
+        step: [f"  {subject + ': ' if subject else ''}{', '.join(texts)}"
+               for subject, texts in subjects.items()]
+        for step, subjects in blocks.items()
+    }  # fmt: skip
+    dropped = dict.fromkeys(lines, 0)
+
+    def render() -> str:
+        parts = []
+        for step, own in lines.items():
+            more = [f"  ... {dropped[step]} more lines in the file"] if dropped[step] else []
+            parts.append("\n".join([f"[{step}]", *own, *more]))
+        return "\n".join(parts)
+
+    text = render()
+    while len(text) > room and any(lines.values()):
+        longest = max(lines, key=lambda step: sum(map(len, lines[step])))
+        lines[longest].pop()
+        dropped[longest] += 1
+        text = render()
+    return text
+
+
+def summary(records: Sequence[dict]) -> tuple[str, bool]:
+    """The last lines of the screen, and whether nothing is wrong."""
+    problems = judge(records)
+    run = next(r["run"] for r in records if "run" in r)
+    ended = {r["step"]: r for r in records if "ended" in r}
+    told: list[str] = []
+    for problem in problems:
+        if sum(map(len, told)) > PROBLEM_ROOM:
+            told.append(f"{len(problems) - len(told)} more: see report.py")
+            break
+        told.append(problem[:200])
+    result = {
+        "gpu_check": run["size"],
+        "steps": {
+            name: {"ended": ended[name]["ended"], "seconds": ended[name]["seconds"]}
+            for name in run["steps"]
+            if name in ended
+        },
+        "problems": told,
+        "bars": bars(records),
     }
-    print(json.dumps({"gpu_check": "full" if full else "tiny", **counts, "phases": report}))
-    return 1 if counts["failed"] else 0
+    listed = "\n".join(["Problems:", *(f"  {problem}" for problem in told or ["none"])])
+    line = json.dumps(result)
+    figures_ = table(records, SCREEN - len(listed) - len(line))
+    return f"{figures_}\n{listed}\n{line}", not problems
+
+
+def main() -> int:
+    """Parse, run the steps and print what came of them; or be one of the steps."""
+    started = time.monotonic()
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--size", choices=("full", "tiny"), help="full where there is a GPU")
+    parser.add_argument("--device", help="cuda where there is one")
+    parser.add_argument("--out", type=Path, help="where results.jsonl goes")
+    names = [step.name for step in STEPS]
+    parser.add_argument("--only", choices=names, action="append", default=[])
+    parser.add_argument("--budget", type=float, default=BUDGET_SECONDS, help="seconds for all")
+    parser.add_argument("--plant", action="store_true", help=argparse.SUPPRESS)
+    for hidden in ("--step", "--within"):
+        parser.add_argument(hidden, help=argparse.SUPPRESS)
+    parser.add_argument("--site", type=Path, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.step:
+        take_step(options)
+        return 0
+    device = options.device or _default_device()
+    size = options.size or ("full" if device.startswith("cuda") else "tiny")
+    if size == "full" and not device.startswith("cuda"):
+        parser.error("full size needs a CUDA device")
+    out = options.out or Path(os.environ.get("OUT") or tempfile.mkdtemp(prefix="gpu-check-out-"))
+    out.mkdir(parents=True, exist_ok=True)
+    print(f"Figures go to {out / 'results.jsonl'}", flush=True)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # stopped from outside: still report
+    with suppress(KeyboardInterrupt):
+        check(plan(options.only, options.plant), size, device, out, options.budget, started)
+    text, is_well = summary(read(out / "results.jsonl"))
+    print(text, flush=True)
+    return 0 if is_well else 1
+
+
+def _default_device() -> str:
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 if __name__ == "__main__":

@@ -5,8 +5,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 PRODUCTS = {
-    "mm", "_scaled_mm", "_int_mm", "int8_linear_", "addmm", "bmm", "baddbmm", "linear",
-    "convolution",
+    "mm", "_scaled_mm", "_int_mm", "int8_linear_", "addmm", "_addmm_activation", "bmm", "baddbmm",
+    "linear", "convolution",
 }  # fmt: skip
 #: what allocates or looks, and runs no kernel
 NOTHING = {"empty", "empty_like", "new_empty", "empty_strided", "detach", "alias", "lift_fresh"}

@@ -4,7 +4,7 @@
     python -m support.triton_attention compile 80 90    (from tests/, without it)
 
 `interpret` prints one JSON line, a list of {case, to_reference, to_exact, finite}, with relative
-L2 errors; `compile` one of {kernel, capability, shared, registers, stack, local} for head
+L2 errors; `compile` one of {kernel, capability, tile, shared, registers, stack, local} for head
 dimension 128 at the model's length: stack and local are the bytes that spilled registers take.
 """
 
@@ -16,16 +16,22 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import conftest  # noqa: F401 - loads the package the way ComfyUI does
-from comfyui_skyreels.skyreels import attention
+from comfyui_skyreels.skyreels import attention_quality as quality
+from comfyui_skyreels.skyreels.kernels import reference
 from comfyui_skyreels.skyreels.kernels import triton_attention as kernels
 
-#: head dimension, queries, keys, dtype: lengths that no tile divides, one tile, several
+from support.triton_versions import mend_interpreter
+
+#: head dimension, queries, keys, dtype, kind of input, (compute capability, index of the tile):
+#: lengths that no tile divides, one tile, several
 CASES = [
-    (128, 200, 200, torch.float32),
-    (64, 130, 77, torch.float16),
-    (32, 65, 129, torch.bfloat16),
-    (128, 128, 128, torch.bfloat16),
-    (32, 1, 64, torch.float32),
+    (128, 200, 200, torch.float32, "video-like", (9, 0), 0),
+    (64, 130, 77, torch.float16, "Gaussian", (8, 6), 0),
+    (32, 65, 129, torch.bfloat16, "Gaussian", (9, 0), 1),
+    (128, 128, 128, torch.bfloat16, "video-like", (8, 9), 0),
+    (128, 70, 200, torch.float32, "64 sinks", (12, 0), 1),
+    (128, 70, 257, torch.float32, "8 sinks", (8, 0), 0),
+    (32, 1, 64, torch.float32, "Gaussian", (8, 9), 1),
 ]
 
 
@@ -35,25 +41,29 @@ def relative_l2(got: torch.Tensor, expected: torch.Tensor) -> float:
 
 def interpret() -> list[dict]:
     """Each case beside the plain reference and exact attention; then a NaN in each input."""
+    mend_interpreter()
     rows = []
-    for head_dim, queries, tokens, dtype in CASES:
-        inputs = attention.probe_inputs(max(queries, tokens), 2, head_dim)
+    for head_dim, queries, tokens, dtype, kind, capability, index in CASES:
+        tile = kernels.TILES[capability][index]
+        inputs = quality.draw(kind, max(queries, tokens), 2, head_dim)
         query, key, value = (x.expand(2, -1, -1, -1).clone().to(dtype) for x in inputs)
         query[1] *= 0.5  # items of a batch differ
         query, key, value = query[:, :, :queries], key[:, :, :tokens], value[:, :, :tokens]
-        got = kernels.int8_attention(query, key, value)
+        got = kernels.quantized_attention(query, key, value, tile)
         wide = (query.float(), key.float(), value.float())
+        twin = reference.quantized_attention(*wide, key_tile=tile.keys, values=tile.values)
         rows.append({
-            "case": [head_dim, queries, tokens, str(dtype)],
-            "to_reference": relative_l2(got, attention.int8_attention(*wide, tile=64)),
-            "to_exact": relative_l2(got, attention.sdpa(*wide)),
+            "case": [head_dim, queries, tokens, str(dtype), kind, list(capability), index],
+            "to_reference": relative_l2(got, twin),
+            "to_exact": relative_l2(got, quality.exact(*wide)),
             "finite": bool(got.isfinite().all()),
         })  # fmt: skip
     for broken in range(3):
-        inputs = [x.clone() for x in attention.probe_inputs(70, 1, 32)]
-        inputs[broken][0, 0, 3, 5] = float("nan")
-        got = kernels.int8_attention(*inputs)
-        rows.append({"case": ["nan", broken], "finite": bool(got[0, 0, 3].isfinite().all())})
+        for tile in (kernels.TILES[9, 0][0], kernels.TILES[8, 0][0]):
+            inputs = [x.clone() for x in quality.draw("video-like", 70, 1, 32)]
+            inputs[broken][0, 0, 3, 5] = float("nan")
+            got = kernels.quantized_attention(*inputs, tile)
+            rows.append({"case": ["nan", broken], "finite": bool(got[0, 0, 3].isfinite().all())})
     return rows
 
 
@@ -67,18 +77,16 @@ class Recorder:
         return lambda *args, **options: self.found.append((self.kernel, args, options))
 
 
-def launches(capability: int) -> list[tuple]:
+def launches(tile: kernels.Tile) -> list[tuple]:
     """(kernel, arguments, options) of a call at the model's length, on shape-only tensors."""
     found: list[tuple] = []
     names = [name for name in vars(kernels) if name.endswith("_kernel")]
-    saved = {name: getattr(kernels, name) for name in (*names, "key_tile")}
-    tile = kernels.key_tile(divmod(capability, 10))
+    saved = {name: getattr(kernels, name) for name in names}
     try:
-        kernels.key_tile = lambda _: tile
         for name in names:
             setattr(kernels, name, Recorder(saved[name], found))
         qkv = torch.empty(1, 51_060, 3, 24, 128, dtype=torch.bfloat16, device="meta")
-        kernels.int8_attention(*qkv.permute(2, 0, 3, 1, 4))
+        kernels.quantized_attention(*qkv.permute(2, 0, 3, 1, 4), tile)
     finally:
         for name, value in saved.items():
             setattr(kernels, name, value)
@@ -86,7 +94,7 @@ def launches(capability: int) -> list[tuple]:
 
 
 def compile_for(capabilities: list[int]) -> list[dict]:
-    """Resources of every kernel on every kind of GPU."""
+    """Resources of every kernel with every tile on every kind of GPU."""
     import triton
     from triton.backends.compiler import GPUTarget
 
@@ -94,19 +102,23 @@ def compile_for(capabilities: list[int]) -> list[dict]:
 
     rows = []
     for capability in capabilities:
-        for kernel, args, options in launches(capability):
-            named = dict(zip(kernel.arg_names, args, strict=True))
-            constants = {p.name: named[p.name] for p in kernel.params if p.is_constexpr}
-            runtime = args[: len(args) - len(constants)]  # constants come last
-            compiled = triton.compile(
-                source(kernel, runtime, constants), target=GPUTarget("cuda", capability, 32),
-                options=options,
-            )  # fmt: skip
-            rows.append({
-                "kernel": kernel.fn.__name__, "capability": capability,
-                "shared": compiled.metadata.shared, **resources(compiled.asm["cubin"]),
-                "int8_products": compiled.asm["ptx"].count(".s32.s8.s8"),
-            })  # fmt: skip
+        for index, tile in enumerate(kernels.tiles(divmod(capability, 10))):
+            for kernel, args, options in launches(tile):
+                named = dict(zip(kernel.arg_names, args, strict=True))
+                constants = {p.name: named[p.name] for p in kernel.params if p.is_constexpr}
+                runtime = args[: len(args) - len(constants)]  # constants come last
+                compiled = triton.compile(
+                    source(kernel, runtime, constants), target=GPUTarget("cuda", capability, 32),
+                    options=options,
+                )  # fmt: skip
+                ptx = compiled.asm["ptx"]
+                rows.append({
+                    "kernel": kernel.fn.__name__, "capability": capability, "tile": index,
+                    "threads": 32 * options["num_warps"], "shared": compiled.metadata.shared,
+                    **resources(compiled.asm["cubin"]),
+                    "int8_products": ptx.count(".s32.s8.s8"),
+                    "e4m3_products": ptx.count(".e4m3.e4m3"),
+                })  # fmt: skip
     return rows
 
 

@@ -23,9 +23,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import conftest  # noqa: F401 - loads the package the way ComfyUI does
 from comfyui_skyreels.skyreels.kernels import selection
 from comfyui_skyreels.skyreels.kernels import triton_kernels as kernels
+from comfyui_skyreels.skyreels.kernels.dispatch import short
 
 TYPES = {
-    torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.int8: "*i8",
+    torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32", torch.int8: "*i8",
     torch.float8_e4m3fn: "*fp8e4nv",
 }  # fmt: skip
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
@@ -98,7 +99,7 @@ def main(capabilities: list[int]) -> None:
                         target=GPUTarget("cuda", capability, 32),
                         options={"num_warps": warps, "enable_fp_fusion": True},
                     )
-                    rows.append({"operator": name, "to": selection._short(to),
+                    rows.append({"operator": name, "to": short(to),
                                  "capability": capability, "warps": warps,
                                  "shared": compiled.metadata.shared,
                                  **resources(compiled.asm["cubin"])})  # fmt: skip

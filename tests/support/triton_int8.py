@@ -21,6 +21,8 @@ import conftest  # noqa: F401 - loads the package the way ComfyUI does
 from comfyui_skyreels.skyreels import quant
 from comfyui_skyreels.skyreels.kernels import triton_int8 as kernels
 
+from support.triton_versions import mend_interpreter
+
 #: tokens, channels, summands, dtype of the result, scale, bias, add; the weight is half a wider one
 CASES = [
     (1, 16, 16, torch.float32, "row", True, False),
@@ -37,6 +39,7 @@ def codes(*shape: int) -> torch.Tensor:
 
 
 def interpret() -> dict:
+    mend_interpreter()
     rows = []
     for tokens, width, summands, dtype, kind, has_bias, add in CASES:
         values, weight = codes(tokens, summands), codes(width, 2 * summands)[:, summands:]

@@ -1,0 +1,509 @@
+"""Steps of tests/scripts/gpu_check.py that run the transformer.
+
+Weights are random and drawn on the device; the size is the real one, or tiny. Every timing comes in
+rounds, and the median so far is recorded after each, so that a step that is cut short has some.
+"""
+
+import statistics
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import bench_attention
+import torch
+import torch.nn.functional as F
+from bench_attention import Unavailable
+from comfyui_skyreels.skyreels import attention, memory
+from comfyui_skyreels.skyreels.attention import Attention, choose_attention
+from comfyui_skyreels.skyreels.attention_quality import draw
+from comfyui_skyreels.skyreels.config import LAYOUTS, TransformerConfig
+from comfyui_skyreels.skyreels.kernels import reference
+from comfyui_skyreels.skyreels.layers import rope_table
+from comfyui_skyreels.skyreels.memory import placed, weight_bytes
+from comfyui_skyreels.skyreels.model import SkyReelsTransformer, StepConditioning
+from comfyui_skyreels.skyreels.quant import (
+    STORAGE_DTYPES,
+    QuantLinear,
+    is_quantizable,
+    quantize,
+    rotation_size,
+)
+from comfyui_skyreels.skyreels.runtime import TorchRuntime
+from gpu_steps import Context, draw_weights, relative_difference
+from support import tiny
+from torch import Tensor
+
+TEXT_TOKENS, PADDED_TOKENS = 60, 256
+#: latents of 97 frames of 544x960
+FULL_GRID, TINY_GRID = (25, 68, 120), (3, 8, 8)
+#: kind of work -> what the names of its kernels (on a CPU, of its operators) hold; first fit counts
+KINDS_OF_WORK = {
+    "attention": ("sdpa", "flash", "fmha", "attend", "attention", "_quantize_rotated",
+                  "_quantize_values"),
+    "GEMM and convolution": ("conv", "implicit", "gemm", "nvjet", "cutlass", "xmma", "cublas",
+                             "_int8_linear", "addmm", "::mm", "scaled_mm", "_int_mm"),
+    "fused norm and residual": ("_norm_kernel", "norm_modulate"),
+    "fused gated residual": ("_gated_residual", "gated_residual"),
+    "fused q/k norm and rotation": ("_qk_norm_rope", "qk_norm_rope"),
+    "fused rounding to 8 bits": ("_quantize_kernel", "quantize_rows", "gelu_quantize"),
+    "group norm": ("group_norm", "_moments", "rowwisemoments"),
+    "padding": ("pad",),
+    "enlarging": ("upsample", "index_select", "indexselect"),
+    "scales": ("_rescale_kernel", "rescale"),
+    "GELU alone": ("gelu",),
+    "copies": ("memcpy", "memset", "copy"),
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Bench:
+    """A transformer with what one step of it takes."""
+
+    model: SkyReelsTransformer
+    inputs: dict[str, Tensor]
+    rope: Tensor
+    conditioning: StepConditioning
+    exact: Attention
+
+    @property
+    def tokens(self) -> int:
+        """Of image and text."""
+        return len(self.rope) + TEXT_TOKENS
+
+    def denoise(self, function: Attention | None = None, layout: str = "whole") -> Tensor:
+        """One prediction, its conditioning made before, as in a run."""
+        return self.model.denoise(
+            self.inputs["hidden_states"], self.conditioning, rope=self.rope,
+            attention=function or self.exact, layout=LAYOUTS[layout],
+        )  # fmt: skip
+
+
+def build(config: TransformerConfig, device: torch.device) -> SkyReelsTransformer:
+    """A transformer in bf16 with random weights."""
+    with torch.device("meta"):
+        model = SkyReelsTransformer(config).bfloat16()
+    return draw_weights(model.to_empty(device=device))
+
+
+def make_inputs(
+    config: TransformerConfig, grid: tuple[int, int, int], device: torch.device
+) -> dict[str, Tensor]:
+    """Inputs of a forward pass in bf16, but for the numbers that stay float32."""
+    keep = ("timestep", "guidance")
+    made = tiny.inputs(config, TEXT_TOKENS, grid)
+    return {
+        name: value.to(device, torch.float32 if name in keep else torch.bfloat16)
+        for name, value in made.items()
+    }
+
+
+def prepare(context: Context) -> Bench:
+    """The model at the size of the context."""
+    config = TransformerConfig() if context.full else tiny.TRANSFORMER
+    device = context.device
+    model = build(config, device)
+    inputs = make_inputs(config, FULL_GRID if context.full else TINY_GRID, device)
+    rope = rope_table(model.token_grid(inputs["hidden_states"].shape), config, device=device)
+    heads, head_dim = config.num_attention_heads, config.attention_head_dim
+    exact = choose_attention(device, heads=heads, head_dim=head_dim).function
+    told = {name: value for name, value in inputs.items() if name != "hidden_states"}
+    return Bench(model, inputs, rope, model.condition(**told, attention=exact), exact)
+
+
+def forward_flop(config: TransformerConfig, tokens: int) -> int:
+    """Of the blocks, in one forward pass: what all but a thousandth of the time goes to."""
+    hidden, layers = config.hidden_size, config.num_layers + config.num_single_layers
+    per_token = int((4 + 2 * config.mlp_ratio) * hidden**2)
+    return layers * (4 * tokens**2 * hidden + 2 * tokens * per_token)
+
+
+class Rounds:
+    """Seconds of several functions that take turns; the median so far is recorded each time."""
+
+    def __init__(self, context: Context) -> None:
+        self.context = context
+        self.taken: dict[str, list[float]] = {}
+
+    def time(self, name: str, function: Callable[[], Tensor], **details: object) -> Tensor | None:
+        """Time one call and return its result; None if it failed."""
+        result: list[Tensor] = []
+        with self.context.attempt(name):
+            seconds = self.context.seconds(lambda: result.append(function()))
+            taken = self.taken.setdefault(name, [])
+            taken.append(round(seconds, 5))
+            self.context.emit(f"{name}: time", statistics.median(taken), "s", runs=taken, **details)
+        return result[0] if result else None
+
+
+# --- bf16 beside diffusers ----------------------------------------------------------------------
+
+
+def diffusers_twin(ours: SkyReelsTransformer) -> torch.nn.Module:
+    """diffusers' own class around the same weights, of which it shares all that it can."""
+    from diffusers import HunyuanVideoTransformer3DModel
+
+    with torch.device("meta"):
+        theirs = HunyuanVideoTransformer3DModel(**tiny.diffusers_config(ours.config)).eval()
+    state = tiny.to_diffusers(ours.state_dict(), ours.config)
+    theirs.load_state_dict(state, assign=True)
+    return theirs.requires_grad_(False)
+
+
+def as_its_pipeline_calls(theirs: torch.nn.Module, inputs: dict[str, Tensor]) -> Tensor:
+    """One forward pass of diffusers: text padded to 256 tokens, and a mask over the padding."""
+    states = inputs["encoder_hidden_states"]
+    mask = torch.zeros(1, PADDED_TOKENS, dtype=torch.long, device=states.device)
+    mask[:, : states.shape[1]] = 1
+    padded = F.pad(states, (0, 0, 0, PADDED_TOKENS - states.shape[1]))
+    told = {**inputs, "encoder_hidden_states": padded}
+    return theirs(**told, encoder_attention_mask=mask, return_dict=False)[0]
+
+
+@torch.inference_mode()
+def exact(context: Context) -> None:
+    """A forward pass in bf16 beside diffusers', in turns; then where the time goes, and layouts."""
+    bench = prepare(context)
+    config = bench.model.config
+    context.emit("tokens: image and text", bench.tokens)
+    context.emit("forward: work", forward_flop(config, bench.tokens) / 1e12, "TFLOP")
+    rounds = Rounds(context)
+    whole = partial(bench.denoise)
+    mine = measured_peak(context, bench, "whole")
+    twins = []
+    with context.attempt("diffusers"):
+        twins.append(diffusers_twin(bench.model))
+    if twins:
+        with context.attempt("diffusers"), peak_of(context, "diffusers"):
+            yours = as_its_pipeline_calls(twins[0], bench.inputs)
+            difference = relative_difference(mine, yours)
+            context.emit("ours, whole: difference to diffusers", difference)
+            del yours
+    for _ in range(2):
+        rounds.time("ours, whole", whole)
+        if twins:
+            rounds.time("diffusers", lambda: as_its_pipeline_calls(twins[0], bench.inputs))
+    twins.clear()
+    context.tidy()
+    with context.attempt("split"):
+        split(context, whole)
+    for layout in ("chunks", "head groups"):
+        with context.attempt(f"ours, {layout}"):
+            other = measured_peak(context, bench, layout)
+            difference = relative_difference(other, mine)
+            context.emit(f"ours, {layout}: difference to whole", difference)
+            del other
+            if layout == "chunks":
+                rounds.time("ours, chunks", partial(bench.denoise, layout=layout))
+                rounds.time("ours, with its conditioning", lambda: bench.model(
+                    **bench.inputs, rope=bench.rope, attention=bench.exact
+                ))  # fmt: skip
+
+
+class peak_of:  # noqa: N801 - a context manager
+    """Record the most memory that a block takes beside what is there."""
+
+    def __init__(self, context: Context, name: str) -> None:
+        self.context, self.name, self.num_bytes = context, name, 0
+
+    def __enter__(self) -> "peak_of":
+        if self.context.is_cuda:
+            self.context.tidy()
+            torch.cuda.reset_peak_memory_stats()
+            self.before = torch.cuda.memory_allocated()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self.context.is_cuda:
+            self.num_bytes = torch.cuda.max_memory_allocated() - self.before
+            self.context.emit(f"{self.name}: peak of activations", self.num_bytes / 1e9, "GB")
+
+
+def measured_peak(context: Context, bench: Bench, layout: str) -> Tensor:
+    """A prediction, and what it takes beside what is planned with."""
+    name = f"ours, {layout}"
+    planned = memory.sampling_bytes(bench.model.config, bench.tokens, torch.bfloat16, layout)
+    with peak_of(context, name) as peak:
+        output = bench.denoise(layout=layout)
+    context.emit(f"{name}: planned", planned / 1e9, "GB")
+    if context.is_cuda:
+        context.emit(f"{name}: peak over planned", peak.num_bytes / planned)
+    return output
+
+
+def split(context: Context, function: Callable[[], object]) -> None:
+    """Seconds of one call by kind of work, from torch's profiler."""
+    from torch.autograd import DeviceType
+    from torch.profiler import ProfilerActivity, profile
+
+    activities = [ProfilerActivity.CUDA if context.is_cuda else ProfilerActivity.CPU]
+    with profile(activities=activities) as profiler:
+        function()
+        if context.is_cuda:
+            torch.cuda.synchronize()
+    seconds: Counter[str] = Counter()
+    rest: Counter[str] = Counter()
+    calls = 0
+    for event in profiler.key_averages():
+        if context.is_cuda and event.device_type != DeviceType.CUDA:
+            continue  # what the host did, which may be told to have taken its kernels' time
+        taken = event.self_device_time_total if context.is_cuda else event.self_cpu_time_total
+        if not taken:
+            continue
+        name = event.key.lower()
+        kind = next(
+            (kind for kind, parts in KINDS_OF_WORK.items() if any(p in name for p in parts)), "rest"
+        )
+        seconds[kind] += taken / 1e6
+        calls += event.count
+        if kind == "rest":
+            rest[event.key[:100]] += taken / 1e6
+    for kind, value in seconds.most_common():
+        context.emit(f"split: {kind}", value, "s")
+    largest = {name: round(value, 5) for name, value in rest.most_common(12)}
+    context.emit("split: launches", calls, largest_of_the_rest=largest)
+
+
+# --- 8 bits -------------------------------------------------------------------------------------
+
+
+def to_8bit(model: torch.nn.Module, precision: str) -> None:
+    """Round the block linears as loading.py does, in place."""
+    config, storage_dtype = model.config, STORAGE_DTYPES[precision]
+    rotation = 0
+    if precision == "int8":
+        rotation = rotation_size(config.hidden_size, int(config.hidden_size * config.mlp_ratio))
+    for name, layer in list(model.named_modules()):
+        is_linear = isinstance(layer, torch.nn.Linear)
+        if is_linear and is_quantizable(name + ".weight", config.num_layers):
+            weight, scale = quantize(layer.weight.data, storage_dtype, rotation)
+            quantized = QuantLinear(
+                weight, scale, layer.bias, rotation=rotation, weight_only=False,
+                compute_dtype=layer.weight.dtype,
+            )  # fmt: skip
+            model.set_submodule(name, quantized)
+
+
+def forced(context: Context, bench: Bench) -> dict[str, tuple[Attention, dict]]:
+    """Every 8-bit attention that can be loaded, whatever the speed gate says, and its judgement.
+
+    Each has run once at the size of the model, so that nothing is compiled when it is timed. On a
+    CPU, which has none, the same arithmetic in plain torch stands in.
+    """
+    config, device = bench.model.config, context.device
+    heads, head_dim = config.num_attention_heads, config.attention_head_dim
+    found: dict[str, tuple[Attention, dict]] = {}
+    loads: dict[str, Callable[[], Attention]] = {
+        name: partial(bench_attention.fast_attention, name, device, torch.bfloat16, head_dim)
+        for name in attention.FAST
+    }
+    if not context.is_cuda:
+        loads["plain torch"] = lambda: reference.quantized_attention
+    for name, load in loads.items():
+        with context.attempt(name):
+            try:
+                function = load()
+            except Unavailable as reason:
+                context.skip(name, str(reason))
+                continue
+            function(*draw("Gaussian", bench.tokens, heads, head_dim, device=device,
+                           dtype=torch.bfloat16))  # fmt: skip
+            errors = attention.judge(function, bench.tokens, head_dim, device, torch.bfloat16)
+            accepted, finding = attention.accept(errors)
+            found[name] = function, {"accepted": accepted, "finding": finding}
+    return found
+
+
+@torch.inference_mode()
+def in_8_bits(context: Context, precision: str, between: Callable[[], None] = lambda: None) -> None:
+    """Predictions with 8-bit linear layers, with exact and with each 8-bit attention.
+
+    Args:
+        between: is called between the first and the second round.
+    """
+    bench = prepare(context)
+    truth = bench.denoise()
+    to_8bit(bench.model, precision)
+    context.tidy()
+    modes: dict[str, tuple[Attention, dict]] = {"exact attention": (bench.exact, {})}
+    rounds = Rounds(context)
+
+    def measure(kind: str) -> None:
+        function, details = modes[kind]
+        name = f"{precision}, {kind}"
+        output = rounds.time(name, partial(bench.denoise, function), **details)
+        if output is not None:
+            difference = relative_difference(output, truth)
+            context.emit(f"{name}: difference to exact bf16", difference)
+
+    with context.attempt(precision):
+        bench.denoise()  # compiles, and tries its products
+    measure("exact attention")
+    with context.attempt("8-bit attention"):
+        modes |= forced(context, bench)
+    for kind in list(modes)[1:]:
+        measure(kind)
+    between()
+    for kind in modes if context.full else ():
+        measure(kind)
+
+
+def fp8(context: Context) -> None:
+    """fp8 linear layers; and, in a process of its own, what cuBLAS says of odd addresses."""
+
+    def probe() -> None:
+        if context.is_cuda:
+            context.run_child("alignment", 20)
+        else:
+            context.skip("alignment", "only CUDA has rowwise products of float8 here")
+
+    in_8_bits(context, "fp8", probe)
+
+
+def int8(context: Context) -> None:
+    """int8 linear layers."""
+    in_8_bits(context, "int8")
+
+
+@torch.inference_mode()
+def alignment(context: Context) -> None:
+    """torch's rowwise float8 product with row scales on a boundary of 16 bytes, and 4 past one.
+
+    cuBLAS 12.9 and later may refuse the second, misread it, or break the CUDA context.
+    """
+    device = context.device
+    generator = torch.Generator(device).manual_seed(0)
+    a, b = (torch.randn(n, 384, generator=generator, device=device) for n in (512, 192))
+    storage = torch.empty(513, 1, device=device)
+    row_scale = torch.rand(512, 1, generator=generator, device=device) + 0.5
+    columns = torch.rand(1, 192, generator=generator, device=device) + 0.5
+    a, b = a.to(torch.float8_e4m3fn), b.to(torch.float8_e4m3fn)
+    truth = (a.float() @ b.float().t()) * row_scale * columns
+    for name, start in (("on a boundary", 0), ("4 bytes past one", 1)):
+        scale = storage[start : start + 512].copy_(row_scale)
+        assert scale.data_ptr() % 16 == 4 * start
+        with context.attempt(f"row scales {name}"):
+            got = torch._scaled_mm(
+                a, b.t(), scale_a=scale, scale_b=columns, out_dtype=torch.bfloat16,
+                use_fast_accum=True,
+            )  # fmt: skip
+            difference = relative_difference(got, truth)
+            context.emit(f"row scales {name}: difference", difference)
+
+
+# --- memory -------------------------------------------------------------------------------------
+
+
+@torch.inference_mode()
+def _whole_process(context: Context, precision: str) -> None:
+    bench = prepare(context)
+    for part in bench.model.conditioners:
+        part.to("meta")  # in a run they are away by now
+    if precision == "fp8":
+        to_8bit(bench.model, precision)
+    context.tidy()
+    torch.cuda.reset_peak_memory_stats()
+    weights = torch.cuda.memory_allocated()
+    bench.denoise()
+    torch.cuda.synchronize()
+    peak = torch.cuda.max_memory_allocated()
+    free, total = torch.cuda.mem_get_info()
+    activations = memory.sampling_bytes(bench.model.config, bench.tokens, torch.bfloat16, "whole")
+    planned = weights + activations + memory.RESERVE_BYTES
+    context.emit(f"{precision}: weights", weights / 1e9, "GB")
+    context.emit(f"{precision}: peak allocated", peak / 1e9, "GB")
+    context.emit(f"{precision}: used on the device afterwards", (total - free) / 1e9, "GB",
+                 reserved_gb=round(torch.cuda.memory_reserved() / 1e9, 3))  # fmt: skip
+    context.emit(f"{precision}: planned with the reserve", planned / 1e9, "GB")
+    context.emit(f"{precision}: peak over planned", peak / planned)
+
+
+def memory_bf16(context: Context) -> None:
+    """Of bf16 alone."""
+    _whole_process(context, "bf16")
+
+
+def memory_fp8(context: Context) -> None:
+    """Of fp8 alone."""
+    _whole_process(context, "fp8")
+
+
+@torch.inference_mode()
+def streaming(context: Context) -> None:
+    """Streamed blocks beside resident ones at full length, a fifth of the blocks of the model."""
+    config = tiny.TRANSFORMER
+    if context.full:
+        config = TransformerConfig(num_layers=4, num_single_layers=8)
+    device = context.device
+    model = build(config, device).to("cpu")
+    inputs = make_inputs(config, FULL_GRID if context.full else TINY_GRID, device)
+    heads, head_dim = config.num_attention_heads, config.attention_head_dim
+    inputs["attention"] = choose_attention(device, heads=heads, head_dim=head_dim).function
+    in_blocks = sum(map(weight_bytes, model.blocks))
+    outside = weight_bytes(model) - in_blocks
+    room = {"resident": 10 * weight_bytes(model), "streamed": max(map(weight_bytes, model.blocks))}
+    outputs = []
+    rounds = Rounds(context)
+    for name, spare in room.items():
+        runtime = TorchRuntime(device)
+        runtime.free_bytes = lambda b=outside + spare + memory.RESERVE_BYTES: b
+        with placed(model, runtime, 0) as run_block:
+            forward = partial(model, **inputs, run_block=run_block)
+            outputs.append(forward().cpu())
+            for _ in range(2):
+                rounds.time(name, forward, block_gb=round(in_blocks / 1e9, 3))
+    context.emit("streamed: equals resident", torch.equal(*outputs))
+    came_home = all(parameter.device.type == "cpu" for parameter in model.parameters())
+    context.emit("streamed: weights came home", came_home)
+
+
+# --- accuracy -----------------------------------------------------------------------------------
+
+
+@torch.inference_mode()
+def accuracy(context: Context) -> None:
+    """What each mode loses in one forward pass of two and two blocks, against float32."""
+    grid, heads = ((64, 32, 32), 24) if context.full else ((1, 16, 16), 2)
+    config = TransformerConfig(
+        num_attention_heads=heads, num_layers=2, num_single_layers=2, num_refiner_layers=1,
+        text_embed_dim=256, pooled_projection_dim=64,
+    )  # fmt: skip
+    device = context.device
+    model = build(config, device)
+    inputs = make_inputs(config, grid, device)
+    wide = {name: value.float() for name, value in inputs.items()}
+    truth = model.float()(**wide)
+    del wide
+    model = model.bfloat16()
+    with context.attempt("bf16"):
+        losses = {"bf16": relative_difference(model(**inputs), truth)}
+        context.emit("bf16: error", losses["bf16"])
+    with context.attempt("diffusers bf16"):
+        mask = torch.ones(1, TEXT_TOKENS, dtype=torch.long, device=device)
+        theirs = diffusers_twin(model)
+        output = theirs(**inputs, encoder_attention_mask=mask, return_dict=False)[0]
+        loss = relative_difference(output, truth)
+        context.emit("diffusers bf16: error", loss)
+        context.emit("bf16: error over diffusers'", losses["bf16"] / loss)
+        del theirs, output
+    rope = rope_table(model.token_grid(inputs["hidden_states"].shape), config, device=device)
+    exact_ = choose_attention(device, heads=heads).function
+    bench = Bench(model, inputs, rope, None, exact_)  # type: ignore[arg-type]
+    fast: dict[str, tuple[Attention, dict]] = {}
+    with context.attempt("8-bit attention"):
+        fast = forced(context, bench)
+
+    def measure(name: str, rounded: SkyReelsTransformer) -> None:
+        for kind, (function, details) in fast.items():
+            with context.attempt(f"{name}, {kind}"):
+                loss = relative_difference(rounded(**inputs, attention=function), truth)
+                context.emit(f"{name}, {kind}: error", loss, **details)
+
+    measure("bf16", model)
+    for precision in STORAGE_DTYPES:
+        with context.attempt(precision):
+            rounded = build(config, device)  # the same seed, so the same weights
+            to_8bit(rounded, precision)
+            loss = relative_difference(rounded(**inputs), truth)
+            context.emit(f"{precision}: error", loss)
+            measure(precision, rounded)

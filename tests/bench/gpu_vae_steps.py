@@ -1,0 +1,153 @@
+"""Step of tests/scripts/gpu_check.py that runs the video VAE: its convolutions, and whole decodes.
+
+Weights are random and drawn on the device.
+"""
+
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from comfyui_skyreels.skyreels.config import TILINGS, VAEConfig
+from comfyui_skyreels.skyreels.runtime import TorchRuntime
+from comfyui_skyreels.skyreels.vae.model import VideoVAE
+from comfyui_skyreels.skyreels.vae.tiling import decode_frames, largest_tile
+from gpu_model_steps import split
+from gpu_steps import Context, draw_weights
+from support import tiny
+from torch import Tensor
+
+#: channels in and out, kernel, padded input in frames, rows and columns: the levels of the decoder
+#: at 544x960, then an upsampler as it is and folded into one kernel of two taps an axis
+CONVOLUTIONS = {
+    "512 channels": (512, 512, 3, (9, 138, 242)),
+    "256 channels": (256, 256, 3, (9, 274, 482)),
+    "128 channels": (128, 128, 3, (9, 546, 962)),
+    "256 enlarged": (256, 256, 3, (11, 274, 482)),
+    "256 to 8 x 256, folded": (256, 2048, 2, (6, 137, 241)),
+}
+TINY_CONVOLUTIONS = {
+    "8 channels": (8, 8, 3, (3, 6, 6)),
+    "8 to 8 x 8, folded": (8, 64, 2, (3, 4, 4)),
+}
+
+
+@torch.inference_mode()
+def vae(context: Context) -> None:
+    """The convolutions of the decoder by layout, then whole decodes beside diffusers', in turns."""
+    with context.attempt("convolutions"):
+        convolutions(context, benchmark=False)
+    context.tidy()
+    with context.attempt("decodes"):
+        decodes(context)
+    context.tidy()
+    with context.attempt("convolutions, cudnn.benchmark"):  # which may search for long
+        convolutions(context, benchmark=True)
+
+
+def convolutions(context: Context, *, benchmark: bool) -> None:
+    """TFLOP/s of 3-D convolutions in both layouts, with and without cuDNN's search."""
+    if benchmark and not context.is_cuda:
+        context.skip("cudnn.benchmark", "there is no cuDNN on a CPU")
+        return
+    suffix = ", searched" if benchmark else ""
+    before = torch.backends.cudnn.benchmark
+    torch.backends.cudnn.benchmark = benchmark
+    try:
+        for name, shape in (CONVOLUTIONS if context.full else TINY_CONVOLUTIONS).items():
+            inputs, outputs, side, size = shape
+            for layout, memory_format in (
+                ("NCDHW", torch.contiguous_format), ("NDHWC", torch.channels_last_3d)
+            ):  # fmt: skip
+                with context.attempt(f"conv {name}: {layout}{suffix}"):
+                    options = {"device": context.device, "dtype": torch.bfloat16}
+                    x = torch.randn(1, inputs, *size, **options)
+                    weight = torch.randn(outputs, inputs, *(side,) * 3, **options)
+                    x, weight = (each.to(memory_format=memory_format) for each in (x, weight))
+                    seconds = context.median(lambda x=x, w=weight: F.conv3d(x, w), 2)
+                    positions = [length - side + 1 for length in size]
+                    flop = 2 * weight.numel() * torch.Size(positions).numel()
+                    context.emit(f"conv {name}: {layout}{suffix}", flop / seconds / 1e12,
+                                 "TFLOP/s", ms=round(1e3 * seconds, 3))  # fmt: skip
+                    del x, weight
+    finally:
+        torch.backends.cudnn.benchmark = before
+
+
+def decodes(context: Context) -> None:
+    """97 frames of 544x960: ours `auto`, ours and diffusers' in the same tiles; cold, then warm."""
+    config = VAEConfig() if context.full else tiny.VAE
+    shape = torch.Size((1, 16, 25, 68, 120) if context.full else (1, 16, 5, 3, 4))
+    dtype = torch.bfloat16 if context.is_cuda else torch.float32
+    with torch.device("meta"):
+        ours = VideoVAE(config).to(dtype)
+    ours = draw_weights(ours.to_empty(device=context.device))
+    latents = torch.randn(shape, device=context.device)
+    runtime = TorchRuntime(context.device)
+    contenders: dict[str, Callable[[], Tensor]] = {
+        f"ours {mode}": partial(decode_frames, ours, latents, mode, runtime=runtime)
+        for mode in ("auto", "tiled-diffusers")
+    }
+    with context.attempt("diffusers tiled"):
+        theirs = _diffusers_twin(ours, config)
+        contenders["diffusers tiled"] = lambda: theirs.decode(latents.to(dtype)).sample
+    window: list[Tensor] = []
+    for when in ("cold", "warm"):
+        for name, function in contenders.items():
+            with context.attempt(name):
+                frames = _decode(context, f"{name}, {when}", function)
+                if when == "warm":
+                    continue
+                if name == "ours tiled-diffusers":
+                    window.append(frames)
+                elif name == "diffusers tiled" and window:
+                    theirs_ = (frames[0].permute(1, 2, 3, 0).float().cpu() + 1) / 2
+                    difference = (window.pop() - theirs_.clamp(0, 1)).abs().max().item()
+                    name = "ours tiled-diffusers: largest difference to diffusers"
+                    context.emit(name, difference)
+                del frames
+    with context.attempt("a window"):
+        tile = largest_tile(shape, TILINGS["tiled-diffusers"])
+        piece = latents[:, :, : tile[2], : tile[3], : tile[4]].to(dtype)
+        split(_named(context, "a window"), lambda: ours.decode(piece))
+    with context.attempt("auto"):
+        split(_named(context, "auto"), contenders["ours auto"])
+
+
+def _diffusers_twin(ours: VideoVAE, config: VAEConfig) -> torch.nn.Module:
+    from diffusers import AutoencoderKLHunyuanVideo
+
+    with torch.device("meta"):
+        theirs = AutoencoderKLHunyuanVideo(
+            block_out_channels=config.block_out_channels, layers_per_block=config.layers_per_block
+        )
+    theirs.load_state_dict(ours.state_dict(), assign=True)
+    theirs.enable_tiling()
+    return theirs.eval()
+
+
+def _decode(context: Context, name: str, function: Callable[[], Tensor]) -> Tensor:
+    """One decode: seconds, the CPU's seconds in them, and the peak of memory."""
+    if context.is_cuda:
+        context.tidy()
+        torch.cuda.reset_peak_memory_stats()
+    frames: list[Tensor] = []
+    cpu = time.process_time()
+    seconds = context.seconds(lambda: frames.append(function()))
+    cpu = time.process_time() - cpu
+    context.emit(f"{name}: time", seconds, "s")
+    context.emit(f"{name}: CPU time", cpu, "s")
+    if context.is_cuda:
+        context.emit(f"{name}: peak", torch.cuda.max_memory_allocated() / 1e9, "GB")
+    return frames[0]
+
+
+def _named(context: Context, name: str) -> Context:
+    """The context with a name before that of every figure."""
+
+    def write(record: dict) -> None:
+        context.write({**record, "name": f"{name}, {record['name']}"})
+
+    return replace(context, write=write)
