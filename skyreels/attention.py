@@ -431,8 +431,9 @@ def _load_cudnn_fp8(
         result.set_uid(_CUDNN_UIDS["o"]).set_output(True).set_dim(list(out.shape)).set_stride(
             list(out.stride())
         ).set_data_type(cudnn.data_type.BFLOAT16 if is_wide else e4m3)
-        for tensor in largest:  # not wanted, but they must have a shape
-            tensor.set_output(False).set_dim([1] * 4).set_stride([1] * 4).set_data_type(float32)
+        for name, tensor in zip(_CUDNN_UNUSED, largest, strict=True):  # they must have a shape
+            tensor.set_uid(_CUDNN_UIDS[name]).set_output(False)
+            tensor.set_dim([1] * 4).set_stride([1] * 4).set_data_type(float32)
         graph.build([cudnn.heur_mode.A])
         return graph
 
@@ -468,7 +469,10 @@ def _load_cudnn_fp8(
 
 
 _CUDNN_SCALES = ("descale_q", "descale_k", "descale_v", "descale_s", "scale_s", "scale_o")
-_CUDNN_UIDS = {name: uid for uid, name in enumerate(("q", "k", "v", "o", *_CUDNN_SCALES), 1)}
+#: largest weight and output, which cuDNN would tell
+_CUDNN_UNUSED = ("amax_s", "amax_o")
+_CUDNN_NAMES = ("q", "k", "v", "o", *_CUDNN_SCALES, *_CUDNN_UNUSED)
+_CUDNN_UIDS = {name: uid for uid, name in enumerate(_CUDNN_NAMES, 1)}
 
 
 def _load_triton(
