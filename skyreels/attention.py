@@ -559,7 +559,7 @@ def _fastest(
     """
     problems = {name: unavailable_reason(name, info, pin) for name in FAST}
     available = tuple(name for name, problem in problems.items() if not problem)
-    refused = [f"{name}: {problem}" for name, problem in problems.items() if problem]
+    refused = _by_reason({name: problem for name, problem in problems.items() if problem})
     if not available:
         return None, "; ".join(refused)
     if size.tokens < FAST_MIN_TOKENS:
@@ -570,6 +570,17 @@ def _fastest(
         lambda: _try(available, info, device, size, exact, is_forced),
     )  # fmt: skip
     return decision.impl, "; ".join([decision.reason, *refused])
+
+
+def _by_reason(problems: dict[str, str]) -> list[str]:
+    """Each reason once, with those it holds for; alone where that is all of FAST."""
+    names: dict[str, list[str]] = {}
+    for name, problem in problems.items():
+        names.setdefault(problem, []).append(name)
+    return [
+        reason if len(those) == len(FAST) else f"{', '.join(those)}: {reason}"
+        for reason, those in names.items()
+    ]
 
 
 def _try(

@@ -739,7 +739,7 @@ def test_plain_torch_refuses_every_kernel_in_8_bits_and_says_why(machine, instal
     monkeypatch.setenv("SKYREELS_BACKEND", "reference")
     choice = fast()
     assert choice.name == "flash"
-    assert "comfy-kitchen: SKYREELS_BACKEND=reference" in choice.reason
+    assert choice.reason == "fast attention unavailable (SKYREELS_BACKEND=reference)"
     monkeypatch.delenv("SKYREELS_BACKEND")
     assert fast().name == "comfy-kitchen"
 
@@ -756,7 +756,7 @@ def test_triton_alone_is_tried_where_it_is_pinned_and_whatever_its_speed(
     monkeypatch.setenv("SKYREELS_BACKEND", "triton")
     choice = fast()
     assert choice.name == "Triton"
-    assert "comfy-kitchen: SKYREELS_BACKEND=triton" in choice.reason
+    assert "FA3, comfy-kitchen, cuDNN fp8: SKYREELS_BACKEND=triton" in choice.reason
 
 
 def test_one_kernel_in_8_bits_can_be_pinned_but_must_be_right(machine, install, monkeypatch, timed):
@@ -767,7 +767,8 @@ def test_one_kernel_in_8_bits_can_be_pinned_but_must_be_right(machine, install, 
     monkeypatch.setenv("SKYREELS_ATTENTION", "Comfy-Kitchen")
     choice = fast()
     assert choice.name == "comfy-kitchen"
-    assert "SageAttention: SKYREELS_ATTENTION=comfy-kitchen" in choice.reason
+    assert "SageAttention, FA3, Triton, " in choice.reason
+    assert ": SKYREELS_ATTENTION=comfy-kitchen" in choice.reason
     assert choose_attention(CPU).name == "flash", "exact stays exact"
     install("comfy_kitchen", int8_attention=lambda q, k, v: v)
     monkeypatch.setattr(attention, "_decisions", {})
