@@ -19,6 +19,7 @@ from torch import Tensor
 
 from .attention import Attention
 from .kernels import dispatch
+from .kernels.dispatch import BYTE_ALIGNMENT
 from .memory import on_device
 from .model import RunBlock, SkyReelsTransformer, StepConditioning
 from .runtime import Runtime
@@ -29,9 +30,6 @@ logger = logging.getLogger(__name__)
 #: pairs of prompt and step that are kept; with 256 tokens of text each, 256 are about 1 GB. What
 #: lies beyond is computed when it is asked for.
 MAX_KEPT = 256
-#: of the address of a tensor, in bytes: the widest load of a Triton kernel, and what vendors'
-#: kernels ask for
-ALIGNMENT = 16
 
 #: of(prompt, timestep, run_block): what one forward pass is told, on the device. prompt: its place
 #: among the prompts. timestep: 0..1000, exactly representable in float32; a number, as looking up a
@@ -109,7 +107,7 @@ def pack(told: StepConditioning, device: torch.device) -> Tensor:
         told: on the host, all of one dtype.
         device: where it will be wanted; see `host_memory`.
     Returns:
-        one-dimensional, of that dtype; each tensor begins at a multiple of ALIGNMENT bytes.
+        one-dimensional, of that dtype; each tensor begins at a multiple of BYTE_ALIGNMENT.
     """
     tensors = _tensors(told)
     dtype = told.text.dtype
@@ -163,5 +161,5 @@ def _tensors(told: StepConditioning) -> list[Tensor]:
 
 def _padded_numel(tensor: Tensor) -> int:
     """Elements up to where the next tensor may begin."""
-    step = ALIGNMENT // tensor.itemsize
+    step = BYTE_ALIGNMENT // tensor.itemsize
     return -(-tensor.numel() // step) * step

@@ -40,7 +40,7 @@ from torch import Tensor, nn
 
 from . import kernels
 from .kernels import RowFormat, Rows, dispatch
-from .kernels.dispatch import Decision, DeviceInfo, short
+from .kernels.dispatch import BYTE_ALIGNMENT, Decision, DeviceInfo, short
 from .kernels.reference import quantize_rows, rotate
 
 logger = logging.getLogger(__name__)
@@ -59,8 +59,6 @@ CHUNK_ROWS = 256
 TIMED_SHAPE = (8192, 3072, 3072)
 #: widths and offsets that the CUDA kernels want to be multiples of, in numbers of 8 bits
 ALIGNMENT = 16
-#: addresses handed to vendor kernels are multiples of this
-BYTE_ALIGNMENT = 16
 #: relative L2 error of a self-test; bfloat16 results are within 0.003
 PROBE_TOLERANCE = 0.01
 

@@ -35,6 +35,9 @@ BACKENDS = ("auto", "reference", "triton")
 #: the oldest that the kernels were compiled and interpreted with; torch 2.8 brings it
 MIN_TRITON = (3, 4)
 MIN_TRITON_TORCH = "2.8"
+#: what is handed to a kernel starts at a multiple of this address: the widest load of a Triton
+#: kernel, and what vendors' kernels ask for
+BYTE_ALIGNMENT = 16
 #: how torch, cuBLAS, cuDNN and the driver say that there was no room
 _NO_ROOM = ("out of memory", "alloc_failed", "outofmemory")
 #: errors after which nothing runs on the device in this process any more
