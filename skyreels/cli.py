@@ -11,7 +11,7 @@ import logging
 import re
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -19,6 +19,7 @@ from .attention import MODES
 from .cache import CACHES
 from .config import TILINGS, TRANSFORMER_PRECISIONS
 from .errors import OptionError, SkyReelsError
+from .interrupt import remembered_interrupt
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -196,8 +197,10 @@ def run_generate(arguments: argparse.Namespace) -> dict[str, Any]:
     image = read_image(arguments.image) if arguments.image else example_image()
     if is_builtin:
         say(BUILTIN_NOTICE)
-    with progress_bar() as report:
-        frames = _generate(arguments, image, (width, height, num_frames), report)
+    with remembered_interrupt() as check:
+        with progress_bar() as report:
+            frames = _generate(arguments, image, (width, height, num_frames), report, check)
+        check()
     write_frames(arguments.out, frames)
     if arguments.resume is not None:
         arguments.resume.unlink(missing_ok=True)  # the video is safe
@@ -215,7 +218,11 @@ def run_generate(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def _generate(
-    arguments: argparse.Namespace, image: "Tensor", size: tuple[int, int, int], report: Any
+    arguments: argparse.Namespace,
+    image: "Tensor",
+    size: tuple[int, int, int],
+    report: Any,
+    check: Callable[[], None],
 ) -> "Tensor":
     from .builtin import builtin_transformer, builtin_vae
     from .config import Guidance
@@ -223,7 +230,7 @@ def _generate(
     from .pipeline import image_to_video
     from .runtime import TorchRuntime
 
-    runtime = TorchRuntime(pick_device(arguments.device), on_progress=report)
+    runtime = TorchRuntime(pick_device(arguments.device), on_progress=report, on_check=check)
     if arguments.transformer is not None:  # minutes before they are loaded
         check_transformer(arguments.transformer)
         check_vae(arguments.vae)

@@ -42,7 +42,7 @@ LAYERS = [
         "kernels.triton_rescale",
     },
     {"kernels.dispatch", "kernels.reference", "kernels.triton_common"},
-    {"config", "errors", "runtime"},
+    {"config", "errors", "interrupt", "runtime"},
 ]
 
 

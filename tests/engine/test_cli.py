@@ -1,11 +1,14 @@
 """The command line: results, exit codes, one JSON object, and sentences instead of tracebacks."""
 
+import contextlib
+import importlib
 import json
 import os
 import signal
 import subprocess
 import sys
 import time
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -308,17 +311,65 @@ def test_ctrl_c_stops_with_one_line_and_leaves_nothing(tmp_path):
     command = [sys.executable, "-c", PROGRAM, "generate", "--prompt", "x", "--steps", "1000",
                "--width", "256", "--height", "256", "--frames", "65",
                "--out", str(out_file)]  # fmt: skip
-    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
-    try:
-        for line in process.stderr:
-            if "not SkyReels-V1" in line:  # said before the models are made
-                break
-        time.sleep(6)
-        process.send_signal(signal.SIGINT)
-        _, err = process.communicate(timeout=60)
-    finally:
-        process.kill()
+    with subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True) as process:
+        try:
+            for line in process.stderr:
+                if "not SkyReels-V1" in line:  # said before the models are made
+                    break
+            time.sleep(6)
+            process.send_signal(signal.SIGINT)
+            _, err = process.communicate(timeout=120)
+        finally:
+            process.kill()
     assert process.returncode == 130
+    assert "Interrupted" in err
+    assert "Traceback" not in err
+    assert list(tmp_path.iterdir()) == []
+
+
+def in_a_destructor() -> None:
+    class Dying:
+        def __del__(self) -> None:
+            signal.raise_signal(signal.SIGINT)
+
+    Dying()
+
+
+def in_a_callback() -> None:
+    weakref.finalize(Dropped(), signal.raise_signal, signal.SIGINT)
+
+
+def under_a_bare_except() -> None:
+    with contextlib.suppress(BaseException):
+        signal.raise_signal(signal.SIGINT)
+
+
+class Dropped:
+    """What a weak reference can point to."""
+
+
+@pytest.mark.skipif(os.name == "nt", reason="signals")
+@pytest.mark.parametrize("swallow", [in_a_destructor, in_a_callback, under_a_bare_except])
+@pytest.mark.parametrize("place", ["builtin.builtin_text_encoder", "pipeline.image_to_video"])
+def test_an_interrupt_that_is_swallowed_on_the_way_stops_all_the_same(
+    swallow, place, capsys, monkeypatch, tmp_path
+):
+    module, name = place.split(".")
+    owner = importlib.import_module(f"comfyui_skyreels.skyreels.{module}")
+    original = getattr(owner, name)
+
+    def interrupted(*args, **options):
+        swallow()
+        return original(*args, **options)
+
+    monkeypatch.setattr(owner, name, interrupted)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        code, _, err = run(capsys, "generate", *FAST, "--out", tmp_path / "clip.npy")
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert code == 130
     assert "Interrupted" in err
     assert "Traceback" not in err
     assert list(tmp_path.iterdir()) == []

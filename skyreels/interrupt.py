@@ -1,0 +1,53 @@
+"""Ctrl-C that nothing on the way can swallow.
+
+Python drops an exception that is raised in a destructor or in a callback of C code, and a library
+may catch everything. A KeyboardInterrupt that lands there would be lost, and work of an hour would
+go on. So it is remembered, and raised again where the work looks whether it shall stop.
+"""
+
+import contextlib
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from types import FrameType
+from typing import Any
+
+
+@contextlib.contextmanager
+def remembered_interrupt() -> Iterator[Callable[[], None]]:
+    """Within the block, Ctrl-C interrupts as usual and is remembered.
+
+    Where Ctrl-C does not raise KeyboardInterrupt (another thread, a host with a handler of its own,
+    a program in the background), nothing is changed.
+
+    Returns:
+        A check that raises KeyboardInterrupt if one was raised before.
+    """
+    is_asked = False
+
+    def check() -> None:
+        if is_asked:
+            raise KeyboardInterrupt
+
+    def handle(_: int, __: FrameType | None) -> None:
+        nonlocal is_asked
+        is_asked = True
+        raise KeyboardInterrupt
+
+    def report(unraisable: Any) -> None:
+        if not (is_asked and unraisable.exc_type is KeyboardInterrupt):  # that one is not lost
+            before(unraisable)
+
+    is_main = threading.current_thread() is threading.main_thread()
+    if not is_main or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+        yield check
+        return
+    before = sys.unraisablehook
+    signal.signal(signal.SIGINT, handle)
+    sys.unraisablehook = report
+    try:
+        yield check
+    finally:
+        sys.unraisablehook = before
+        signal.signal(signal.SIGINT, signal.default_int_handler)
