@@ -15,6 +15,10 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = "comfyui_skyreels"
 
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # threads of several processes that wait for one another on the same cores are slower than one
+    os.environ["OMP_NUM_THREADS"] = "1"  # of the programs that tests start
+    torch.set_num_threads(1)
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRANSFORMERS_OFFLINE", "1")
 

@@ -3,6 +3,7 @@
 import json
 import struct
 import time
+import tracemalloc
 
 import pytest
 import torch
@@ -21,15 +22,28 @@ def full_size_state():
         return SkyReelsTransformer(TransformerConfig()).state_dict()
 
 
-def test_full_size_file_is_described_in_under_100_ms(tmp_path, full_size_state):
-    path = tiny.sparse_file(tmp_path / "anything.safetensors", full_size_state)
-    assert path.stat().st_size > 25.6e9
+def least_time(work) -> float:
+    """Of three tries: what disturbs one of them is not the work's."""
     times = []
     for _ in range(3):
-        start = time.perf_counter()
-        info = inspect(path)
-        times.append(time.perf_counter() - start)
-    assert min(times) < 0.1
+        start = time.process_time()
+        work()
+        times.append(time.process_time() - start)
+    return min(times)
+
+
+def header_of(path):
+    with path.open("rb") as file:
+        (length,) = struct.unpack("<Q", file.read(8))
+        return json.loads(file.read(length))
+
+
+def test_full_size_file_is_described_at_the_cost_of_its_header(tmp_path, full_size_state):
+    path = tiny.sparse_file(tmp_path / "anything.safetensors", full_size_state)
+    assert path.stat().st_size > 25.6e9
+    # 5 to 8 times as long as to parse it; a look at the 25 GB would be thousands of times
+    assert least_time(lambda: inspect(path)) < 40 * least_time(lambda: header_of(path))
+    info = inspect(path)
     assert (info.family, info.variant, info.layout) == ("transformer", "skyreels-i2v", "original")
     assert info.num_tensors == 856
     assert info.num_parameters == 12_821_209_152
@@ -49,9 +63,14 @@ def test_full_size_sharded_folder_is_described_from_its_index(tmp_path, full_siz
         weight_map.update(dict.fromkeys(part, file))
     index = tmp_path / "diffusion_pytorch_model.safetensors.index.json"
     index.write_text(json.dumps({"weight_map": weight_map}))
-    start = time.perf_counter()
+    headers = [index, *tmp_path.glob("*.safetensors")]
+
+    def parse() -> None:
+        for path in headers:
+            json.loads(path.read_text()) if path == index else header_of(path)
+
+    assert least_time(lambda: inspect(tmp_path)) < 40 * least_time(parse)
     info = inspect(tmp_path)
-    assert time.perf_counter() - start < 0.2
     assert (info.layout, info.num_tensors, info.config) == ("diffusers", 1264, TransformerConfig())
 
 
@@ -179,10 +198,13 @@ def test_huge_header_is_refused_without_reading_it(tmp_path):
     with path.open("wb") as file:
         file.write(struct.pack("<Q", 10**12))
         file.truncate(2 * 10**8)
-    start = time.perf_counter()
-    with pytest.raises(CheckpointError, match="1000000000000"):
-        inspect(path)
-    assert time.perf_counter() - start < 0.1
+    tracemalloc.start()
+    try:
+        with pytest.raises(CheckpointError, match="1000000000000"):
+            inspect(path)
+        assert tracemalloc.get_traced_memory()[1] < 1e6
+    finally:
+        tracemalloc.stop()
 
 
 @pytest.mark.parametrize(

@@ -164,6 +164,7 @@ class WiroServer:
         allows, which is any number above 250 dollars.
     with_socket: a progress socket beside. port, socket_port: 0 takes a free one.
     now: Unix seconds, for the times in records; without, the real clock if timed, else NOW.
+    clock: seconds, by which timed tasks walk.
     log: called with one line per request.
     """
 
@@ -179,6 +180,7 @@ class WiroServer:
     files: dict[str, bytes] = field(default_factory=lambda: {"0.mp4": MP4})
     fetched: list[dict[str, str]] = field(default_factory=list)
     now: Callable[[], float] | None = None
+    clock: Callable[[], float] = time.monotonic
     pace_s: float = 0.0
     real_video: bool = False
     strict: bool = False
@@ -301,7 +303,7 @@ class WiroServer:
                 "modelslugowner": owner.lower(),
                 "modelslugproject": project.lower(),
             }
-            self._begun[number] = (time.monotonic(), now)
+            self._begun[number] = (self.clock(), now)
             self._history[number] = [self.states[0]]
             if self.real_video:
                 delay = self.pace_s * BEGINS["task_start"]
@@ -320,10 +322,10 @@ class WiroServer:
         while self.pace_s > 0 and self.steps_by_itself and task["status"] in self.states[:-1]:
             state = self.states[self.states.index(task["status"]) + 1]
             video = self._videos.get(task["id"])
-            clock, unix = self._begun[task["id"]]
+            start, unix = self._begun[task["id"]]
             after = self.pace_s * BEGINS.get(state, 0.0)
             is_late = state == "task_postprocess_end" and video is not None and video.is_alive()
-            if is_late or time.monotonic() < clock + after:
+            if is_late or self.clock() < start + after:
                 break
             self._enter(task, state, unix + after)
         if history[-1] != task["status"]:  # a test has set it
@@ -686,7 +688,7 @@ class WiroServer:
         if self.pace_s > 0:
             start = self._begun[task["id"]][0] + self.pace_s * BEGINS["task_start"]
             pace = self.pace_s * (BEGINS["task_output_full"] - BEGINS["task_start"])
-            elapsed = max(0.0, time.monotonic() - start)
+            elapsed = max(0.0, self.clock() - start)
             share = min(1.0, elapsed / pace)
         total = max(1, int(_number(task["parameters"].get("steps"), 30)))
         return {
