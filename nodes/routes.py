@@ -17,6 +17,7 @@ import time
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.parse import quote
 
 from . import account, guard, host
 
@@ -35,7 +36,6 @@ SEARCHED = 5000
 #: of a file that a browser must not open here, whatever is in it
 AS_DOWNLOAD = {
     "Content-Type": "application/octet-stream",
-    "Content-Disposition": "attachment",
     "Content-Security-Policy": "sandbox; default-src 'none'",
     "X-Content-Type-Options": "nosniff",
 }
@@ -89,9 +89,8 @@ def save_limits(body: dict[str, Any]) -> dict[str, Any]:
     guard.check_unlocked()
     file = account.limits_file()
     _check_names(body, *spending.LIMIT_NAMES)
-    limits = spending.Limits(
-        **{name: spending.parse_limit(body.get(name)) for name in spending.LIMIT_NAMES}
-    )
+    amounts = [spending.parse_limit(body.get(name)) for name in spending.LIMIT_NAMES]
+    limits = spending.Limits(amounts[0], amounts[1], amounts[2])
     try:
         is_more = limits.allows_more_than(spending.load_limits(file))
     except ConfigError:  # what they were is not known
@@ -294,7 +293,8 @@ def register(table: Any) -> None:
         path = await host.in_thread(lambda: file_of(row, name), threading.Event())
         if path is None:
             return web.json_response({"error": "There is no such file."}, status=404)
-        return web.FileResponse(path, headers=AS_DOWNLOAD)
+        told = f"attachment; filename*=UTF-8''{quote(path.name)}"
+        return web.FileResponse(path, headers={**AS_DOWNLOAD, "Content-Disposition": told})
 
     for path, function in {
         "account": save_account,
@@ -329,7 +329,7 @@ def _post(
         try:
             guard.check_sender(request.headers.items())
         except guard.ForbiddenError as error:  # its body is not even read
-            log.warning("%s %s was refused: %s", request.method, request.path, error)
+            log.warning("A request to %r was refused: %s", request.path[:80], error)
             return web.json_response({"error": str(error)}, status=403)
         if request.content_type != "application/json":
             return web.json_response({"error": "The request is not JSON."}, status=415)

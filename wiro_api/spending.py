@@ -249,11 +249,12 @@ def load_limits(file: Path) -> Limits:
         return DEFAULT_LIMITS
     try:
         stored = json.loads(file.read_text(encoding="utf-8"))
-        return Limits(**{name: parse_limit(stored.get(name)) for name in LIMIT_NAMES})
+        amounts = {name: parse_limit(stored.get(name)) for name in LIMIT_NAMES}
     except (OSError, ValueError, AttributeError) as error:
         raise ConfigError(
             f"The spending limits in {file} cannot be read ({error}): set them again, or delete it."
         ) from None
+    return Limits(amounts["per_run"], amounts["per_day"], amounts["per_month"])
 
 
 def save_limits(file: Path, limits: Limits) -> None:
