@@ -206,6 +206,17 @@ def test_looking_changes_nothing_and_makes_no_file(comfy, wiro, ask):
     assert wiro.seen == []
 
 
+def test_looking_at_tasks_that_are_there_changes_none_of_them(comfy, wiro, ask):
+    generate()
+    files = {path: path.read_bytes() for path in comfy.root.rglob("*") if path.is_file()}
+    asked = len(wiro.seen)
+    for path in ("account", "tasks"):
+        assert ask(path, {}, method="GET")[0] == 200
+    assert routes.file_of(1, "0.mp4")
+    assert {path: path.read_bytes() for path in comfy.root.rglob("*") if path.is_file()} == files
+    assert len(wiro.seen) == asked
+
+
 def test_what_forbids_is_told_with_status_403(comfy, wiro, ask):
     status, answer = ask("limits", OWN, NO_LIMITS)
     assert status == 403
@@ -225,7 +236,9 @@ def stored(comfy, wiro, monkeypatch):
     return account.credentials_file()
 
 
-@pytest.mark.parametrize("proof", ["", "  ", "x", "-KEY", KEY[:4], KEY, KEY[-3:], "\ud800", "ä" * 4])
+@pytest.mark.parametrize(
+    "proof", ["", "  ", "x", "-KEY", KEY[:4], KEY, KEY[-3:], "\ud800", "ä" * 4]
+)
 @pytest.mark.parametrize("new", ["another-key", ""])
 def test_a_key_is_replaced_or_removed_only_by_who_knows_it(stored, proof, new):
     before = stored.read_bytes()
@@ -246,9 +259,7 @@ def test_a_key_that_is_none_is_told_before_the_proof_is_tried(stored):
 @pytest.mark.parametrize(
     "more", [NO_LIMITS, {**NO_LIMITS, "per_run": "2.01"}, {**NO_LIMITS, "per_run": "1e9"}]
 )
-def test_more_may_be_spent_only_after_a_proof_and_less_without(
-    stored, monkeypatch, source, more
-):
+def test_more_may_be_spent_only_after_a_proof_and_less_without(stored, monkeypatch, source, more):
     end = KEY[-4:]
     if source == "environment":
         monkeypatch.setenv("WIRO_API_KEY", "key-of-environment")
@@ -494,25 +505,25 @@ def test_texts_that_only_speak_of_it_are_texts(values):
     assert remote.WiroRunModel.VALIDATE_INPUTS(json.dumps(values)) is True
 
 
-@pytest.mark.parametrize("text", ["[" * 100_000, '{"a":' * 100_000, '{"a":' * 900 + "1" + "}" * 900])
+@pytest.mark.parametrize(
+    "text", ["[" * 100_000, '{"a":' * 100_000, '{"a":' * 900 + "1" + "}" * 900]
+)
 def test_parameters_that_are_too_deep_are_a_sentence(text):
     verdict = remote.WiroRunModel.VALIDATE_INPUTS(text)
     assert verdict is True or "not JSON" in verdict
 
 
 def test_on_the_command_line_where_a_person_types_it_a_callback_is_sent(comfy, wiro, tmp_path):
-    from comfyui_skyreels.wiro_api.schema import complete, items_of
+    from comfyui_skyreels.wiro_api.cli import main
 
+    wiro.states = ("task_postprocess_end",)
     given = {"prompt": "x", "inputImageUrl": "https://x.example/a.png", "size": "960x544",
              "callbackUrl": "https://mine.example", "projectid": "7"}  # fmt: skip
-    whole = complete(items_of({}, wiro_run_model()), given)
-    assert (whole["callbackUrl"], whole["projectid"]) == ("https://mine.example", "7")
-
-
-def wiro_run_model():
-    from comfyui_skyreels.wiro_api.schema import SKYREELS
-
-    return SKYREELS
+    parameters = [f"--param={name}={value}" for name, value in given.items()]
+    places = ["--out", str(tmp_path), "--journal", str(tmp_path / "journal.sqlite")]
+    assert main(["run", "wiro/SkyReels-V1", *parameters, *places]) == 0
+    sent = next(seen.body for seen in wiro.seen if seen.path.startswith("Run/"))
+    assert (sent["callbackUrl"], sent["projectid"]) == ("https://mine.example", "7")
 
 
 def test_a_model_of_a_workflow_whose_price_is_not_told_waits_for_the_users_limits(comfy, wiro):
@@ -556,3 +567,28 @@ def test_a_link_brings_no_file_from_outside_the_input_folder(comfy, wiro, name):
     with pytest.raises(ConfigError, match="no file"):
         asyncio.run(node.upload(name, "", unique_id="7"))
     assert wiro.seen == []
+
+
+def test_the_checking_script_parses_the_pages_scripts_and_says_so_if_it_cannot(
+    tmp_path, monkeypatch, capfd, root
+):
+    import importlib.util
+    import shutil
+
+    spec = importlib.util.spec_from_file_location("check", root / "tests" / "scripts" / "check.py")
+    check = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(check)
+    if shutil.which("node"):
+        (tmp_path / "web").mkdir()
+        (tmp_path / "tests" / "web").mkdir(parents=True)
+        monkeypatch.setattr(check, "ROOT", tmp_path)
+        (tmp_path / "web" / "bad.js").write_text('import { a } from "./a.js";\nconst b = {;\n')
+        assert check.check_page() != 0
+        assert "web/bad.js does not parse" in capfd.readouterr().out.replace("\\", "/")
+        (tmp_path / "web" / "bad.js").write_text("export const b = 1;\n")
+        test = tmp_path / "tests" / "web" / "b.test.mjs"
+        test.write_text('import "node:test";\nthrow new Error("no");\n')
+        assert check.check_page() != 0
+    monkeypatch.setattr(check.shutil, "which", lambda name: None)
+    assert check.check_page() == 0
+    assert "not checked: Node.js is not installed" in capfd.readouterr().out

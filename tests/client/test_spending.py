@@ -196,9 +196,17 @@ def test_the_default_holds_until_the_user_has_chosen_even_if_the_choice_is_none(
 @pytest.mark.parametrize(
     ("cost", "limits", "told"),
     [
-        ("0.30", DEFAULT_LIMITS, r"price \$0.30, limit \$2.00 a run \(default; change it in Settings"),
+        (
+            "0.30",
+            DEFAULT_LIMITS,
+            r"price \$0.30, limit \$2.00 a run \(default; change it in Settings",
+        ),
         ("0.30", DEFAULT_LIMITS, "limits --per-run USD"),
-        (None, DEFAULT_LIMITS, r"not told before the run, so the default limit of \$2.00 a run cann"),
+        (
+            None,
+            DEFAULT_LIMITS,
+            r"not told before the run, so the default limit of \$2.00 a run cann",
+        ),
         ("0.30", Limits(), r"price \$0.30, no limit$"),
         (None, Limits(), "price not told before the run, no limit$"),
         ("0.30", Limits(Decimal(1), None, Decimal(20)), r"limit \$1.00 a run, \$20.00 a month$"),
