@@ -36,7 +36,6 @@ SEARCHED = 5000
 #: of a file that a browser must not open here, whatever is in it
 AS_DOWNLOAD = {
     "Content-Type": "application/octet-stream",
-    "Content-Security-Policy": "sandbox; default-src 'none'",
     "X-Content-Type-Options": "nosniff",
 }
 

@@ -258,7 +258,7 @@ def _run(
         parameters = complete(items_of(record, model), values, files)
         price = price_of(record, parameters, len(files), journal.costs(str(model)))
         told = describe_price(price, load_limits(account.limits_file()))
-        log.info("%s: %s.", model, told)
+        log.info("Wiro model %r: %s.", str(model), told)
         window.say(f"sending · {told}")
         entry = start(
             client, journal, model, parameters, files, given=values, take=take, price=price,
