@@ -43,3 +43,4 @@ NODE_DISPLAY_NAME_MAPPINGS = {
 
 if (_table := host.routes()) is not None:
     routes.register(_table)
+    host.remember_users()

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from . import host
+from . import guard, host
 
 if TYPE_CHECKING:
     from ..wiro_api.client import Client
@@ -40,6 +40,8 @@ class Live:
     line: str = ""
     log: deque[str] = field(default_factory=lambda: deque(maxlen=LOG_LINES))
     told_at: float = 0.0
+    #: the page that queued it
+    client: str | None = None
 
 
 #: row of the journal -> Live; how many nodes follow each
@@ -66,6 +68,11 @@ def journal() -> "Journal":
     from ..wiro_api.journal import Journal
 
     return Journal(host.state_folder() / "wiro_journal.sqlite")
+
+
+def has_journal() -> bool:
+    """Whether anything was ever started: looking must not make the file."""
+    return journal().path.exists()
 
 
 def check_socket_url() -> None:
@@ -108,28 +115,36 @@ def make_client(sleep: Callable[[float], None] = time.sleep) -> "Client":
 
 
 def describe_account() -> dict[str, Any]:
-    """What the page may know: whether there is a key, where from, its last letters, limits."""
+    """What the page may know: whether there is a key and where from, limits; nothing of the key.
+
+    Its last letters are what proves that somebody has it (guard.py), so nobody is told them.
+    """
     from ..wiro_api.errors import ConfigError
     from ..wiro_api.signing import KEY_VARIABLE, load_credentials
     from ..wiro_api.spending import Limits, Spent, load_limits, to_json
     from ..wiro_api.task import dollars
     from ..wiro_api.transport import base_url
 
-    problem, hint, source = "", "", "none"
+    problem, source = "", "none"
     has_text = bool(os.environ.get(KEY_VARIABLE, "").strip()) or credentials_file().is_file()
     try:
-        hint = load_credentials(file=credentials_file()).hint
+        load_credentials(file=credentials_file())
         source = "environment" if os.environ.get(KEY_VARIABLE, "").strip() else "file"
     except ConfigError as error:
         if has_text:
             problem = str(error)
+    limits, spent = Limits(), Spent()
     try:
-        limits, spent = load_limits(limits_file()), journal().spent()
+        limits = load_limits(limits_file())
+        if has_journal():
+            spent = journal().spent()
     except ConfigError as error:
-        limits, spent, problem = Limits(), Spent(), str(error)
+        problem = str(error)
     return {
         "has_key": source != "none",
-        "hint": hint,
+        "is_locked": guard.is_locked(),
+        "is_shared": host.is_multi_user(),
+        "has_default_limits": limits.is_default,
         "source": source,
         "service": base_url(),
         "limits": to_json(limits),
@@ -147,10 +162,15 @@ def is_followed(row: int) -> bool:
 
 
 def follow(row: int) -> Live:
-    """Say that a node follows a task from now on."""
+    """Say that a node of the running prompt follows a task from now on."""
+    user = host.prompt_user()
+    if user:
+        journal().claim(row, user)
     with _lock:
         _followers[row] = _followers.get(row, 0) + 1
-        return _live.setdefault(row, Live())
+        live = _live.setdefault(row, Live())
+        live.client = host.prompt_client()
+        return live
 
 
 def add_log(live: Live, lines: list[str]) -> None:
@@ -175,7 +195,7 @@ def leave(row: int) -> None:
 
 
 def tell(row: int, *, always: bool = False) -> None:
-    """Send the page the state of a task, if it was not just sent."""
+    """Send the page that queued it the state of a task, if it was not just sent."""
     live = _live.get(row)
     now = time.monotonic()
     if live is not None:
@@ -184,7 +204,7 @@ def tell(row: int, *, always: bool = False) -> None:
         live.told_at = now
     entry = journal().get(row)
     if entry is not None:
-        host.send_event(EVENT, describe(entry))
+        host.send_event(EVENT, describe(entry), None if live is None else live.client)
 
 
 def describe(entry: "Entry") -> dict[str, Any]:

@@ -38,6 +38,8 @@ LINKS = {
 WEIGHT_SUFFIXES = (".safetensors", ".sft", ".pt", ".pth", ".ckpt", ".bin")
 FOLDER_MARK = " (folder)"
 RESUME_DAYS = 7
+#: field of a prompt's extra data, where the server has several users
+_USER_MARK = "skyreels_user"
 #: more than any device has
 UNKNOWN_BYTES = 2**50
 
@@ -113,10 +115,13 @@ class ComfyRuntime:
 
 
 def say_on_node(text: str, unique_id: str | None) -> None:
-    """Write a line on a node of the page, if there is a page."""
+    """Write a line on a node of the page that queued the prompt, if there is a page."""
     server = _server()
-    if server is not None and unique_id is not None:
-        server.send_progress_text(text, unique_id)
+    if server is None or unique_id is None:
+        return
+    client = prompt_client()
+    if client or not is_multi_user():
+        server.send_progress_text(text, unique_id, client)
 
 
 class RemoteProgress:
@@ -195,11 +200,75 @@ def is_interrupt(error: BaseException) -> bool:
     return isinstance(error, mm.InterruptProcessingException)
 
 
-def send_event(name: str, data: dict[str, Any]) -> None:
-    """Tell every open page; no secrets."""
+def send_event(name: str, data: dict[str, Any], client: str | None = None) -> None:
+    """Tell one page, or every open page of a server that has one user; no secrets."""
     server = _server()
-    if server is not None:
-        server.send_sync(name, data)
+    if server is not None and (client or not is_multi_user()):
+        server.send_sync(name, data, client)
+
+
+def prompt_client() -> str | None:
+    """The page that queued the prompt that is being executed; None if no page did."""
+    return getattr(_server(), "client_id", None)
+
+
+def is_multi_user() -> bool:
+    """Whether the server was started with --multi-user."""
+    try:
+        from comfy.cli_args import args
+    except ImportError:  # tests and import-only runs
+        return False
+    return bool(args.multi_user)
+
+
+def user_of(request: Any) -> str:
+    """The user whose page asks; "" if the server has one user only.
+
+    Raises:
+        KeyError: there are several, and the request names none of them.
+    """
+    server = _server()
+    if server is None or not is_multi_user():
+        return ""
+    return str(server.user_manager.get_request_user_id(request))
+
+
+def prompt_user() -> str:
+    """The user who queued the prompt that is being executed; "" if that is not known."""
+    server = _server()
+    if server is None or not is_multi_user():
+        return ""
+    running, _ = server.prompt_queue.get_current_queue_volatile()
+    return str(running[0][3].get(_USER_MARK, "")) if running else ""
+
+
+def remember_users() -> None:
+    """Keep with each prompt who queued it: the server itself forgets it before it is executed."""
+    server = _server()
+    if server is None or not is_multi_user():
+        return
+    from aiohttp import web
+
+    asking: contextvars.ContextVar[str] = contextvars.ContextVar("skyreels_user", default="")
+
+    @web.middleware
+    async def note(request: Any, handler: Any) -> Any:
+        try:
+            user = user_of(request)
+        except KeyError:
+            user = ""
+        token = asking.set(user)
+        try:
+            return await handler(request)
+        finally:
+            asking.reset(token)
+
+    def mark(prompt: dict[str, Any]) -> dict[str, Any]:
+        prompt.setdefault("extra_data", {})[_USER_MARK] = asking.get()
+        return prompt
+
+    server.app.middlewares.append(note)
+    server.add_on_prompt_handler(mark)
 
 
 def routes() -> Any:

@@ -16,7 +16,7 @@ from ..skyreels.conditioning import FITS, fit_image
 from ..skyreels.errors import ShapeError
 from ..skyreels.text import with_fps_prefix
 from . import host
-from .wiro_run import Result, Window, collect, run_model
+from .wiro_run import Result, Window, check_fields, collect, run_model
 
 if TYPE_CHECKING:
     from ..wiro_api.transport import FilePart
@@ -270,12 +270,14 @@ class WiroRunModel:
         }
 
     @classmethod
-    def VALIDATE_INPUTS(cls, parameters: str | None = None) -> bool | str:
-        if parameters is None:
-            return True
+    def VALIDATE_INPUTS(
+        cls, parameters: str | None = None, image_parameter: str | None = None
+    ) -> bool | str:
+        from ..wiro_api.errors import ConfigError
+
         try:
-            parse_parameters(parameters)
-        except ValueError as error:
+            check_fields([parse_parameters(parameters or ""), {image_parameter or "": None}])
+        except (ValueError, ConfigError) as error:
             return str(error)
         return True
 
@@ -390,6 +392,8 @@ class WiroUploadFile:
         def work() -> tuple[str, str]:
             window = Window(unique_id, over)
             if file != FROM_IMAGE:
+                if file not in host.input_files():  # a link brings names that no list was asked for
+                    raise ConfigError(f"There is no file {file[:80]!r} in the input folder.")
                 part = read_part(host.input_file(file))
             elif image is not None:
                 part = png_part(image)
@@ -452,7 +456,7 @@ def parse_parameters(text: str) -> dict[str, Any]:
     fix = 'write {"name": value}, with double quotes'
     try:
         values = json.loads(text.strip() or "{}")
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"The parameters are not JSON ({error}): {fix}.") from None
     if not isinstance(values, dict):
         raise ValueError(f"The parameters are no JSON object: {fix}.")

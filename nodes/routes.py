@@ -1,7 +1,12 @@
 """What the page asks of the server about the remote account and its tasks.
 
 ComfyUI's server has no login: whoever reaches its port may call these. So none of them returns a
-key or a token, and what costs money is not among them.
+key or a token, what costs money is not among them, and what changes anything goes through
+`guard.py`. GET changes nothing, and makes no file.
+
+On a server with several users (--multi-user) the account, its key and its limits are one; tasks are
+seen and changed by the user who queued them. ComfyUI takes a page's word for who its user is, so
+this keeps users out of each other's way, not out of each other's reach.
 """
 
 import json
@@ -10,10 +15,11 @@ import os
 import threading
 import time
 from collections.abc import Awaitable, Callable
-from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.parse import quote
 
-from . import account, host
+from . import account, guard, host
 
 if TYPE_CHECKING:
     from aiohttp import web
@@ -25,16 +31,27 @@ log = logging.getLogger("skyreels")
 #: no request of the page is longer
 MAX_BODY = 10_000
 PREFIX = "/skyreels/wiro"
+#: newest rows among which a user's are looked for
+SEARCHED = 5000
+#: of a file that a browser must not open here, whatever is in it
+AS_DOWNLOAD = {
+    "Content-Type": "application/octet-stream",
+    "X-Content-Type-Options": "nosniff",
+}
 
 
 # --- what they do; blocking, called in a thread -------------------------------------------------
 
 
 def save_account(body: dict[str, Any]) -> dict[str, Any]:
-    """Write the key to its file, or remove it; answers as `account.describe_account`."""
+    """Write the key to its file, or remove it; answers as `account.describe_account`.
+
+    One that is there already is replaced or removed only by who knows its end.
+    """
     from ..wiro_api.errors import ConfigError
     from ..wiro_api.signing import KEY_VARIABLE, SECRET_VARIABLE, load_credentials, save_credentials
 
+    guard.check_unlocked()
     if os.environ.get(KEY_VARIABLE, "").strip():
         raise ConfigError(
             f"{KEY_VARIABLE} is set in the environment of ComfyUI, and it wins: change it there."
@@ -43,10 +60,13 @@ def save_account(body: dict[str, Any]) -> dict[str, Any]:
     _check_names(body, "api_key")
     api_key = _text(body, "api_key")
     if not api_key.strip():
+        _check_proof(body)
         file.unlink(missing_ok=True)
         return account.describe_account()
     given = {KEY_VARIABLE: api_key, SECRET_VARIABLE: _text(body, "api_secret")}
-    save_credentials(file, load_credentials(given))
+    credentials = load_credentials(given)
+    _check_proof(body)
+    save_credentials(file, credentials)
     return account.describe_account()
 
 
@@ -58,27 +78,61 @@ def test_account(_: dict[str, Any]) -> dict[str, Any]:
 
 
 def save_limits(body: dict[str, Any]) -> dict[str, Any]:
-    """Write the spending limits; answers as `account.describe_account`."""
-    from ..wiro_api import spending
+    """Write the spending limits; answers as `account.describe_account`.
 
-    _check_names(body, *asdict(spending.Limits()))
-    limits = spending.Limits(
-        **{name: spending.parse_limit(body.get(name)) for name in asdict(spending.Limits())}
-    )
-    spending.save_limits(account.limits_file(), limits)
+    Whoever wants to allow more than before must know the key's end.
+    """
+    from ..wiro_api import spending
+    from ..wiro_api.errors import ConfigError
+
+    guard.check_unlocked()
+    file = account.limits_file()
+    _check_names(body, *spending.LIMIT_NAMES)
+    amounts = [spending.parse_limit(body.get(name)) for name in spending.LIMIT_NAMES]
+    limits = spending.Limits(amounts[0], amounts[1], amounts[2])
+    try:
+        is_more = limits.allows_more_than(spending.load_limits(file))
+    except ConfigError:  # what they were is not known
+        is_more = True
+    if is_more:
+        _check_proof(body)
+    spending.save_limits(file, limits)
     return account.describe_account()
 
 
-def list_tasks(limit: int) -> dict[str, Any]:
-    """The journal's newest tasks; what keeps it from being read is told beside."""
+def _check_proof(body: dict[str, Any]) -> None:
+    """Nothing if there is no key that could be used, or the request proves that it is known."""
+    from ..wiro_api.errors import ConfigError
+    from ..wiro_api.signing import load_credentials
+
+    proof = _text(body, "proof").strip()
+    try:
+        credentials = load_credentials(file=account.credentials_file())
+    except ConfigError:
+        return
+    guard.check_proof(proof, credentials.api_key)
+
+
+def list_tasks(limit: int, user: str = "") -> dict[str, Any]:
+    """The journal's newest tasks; what keeps it from being read is told beside.
+
+    Args:
+        user: whose; "" for all, on a server that has one user.
+    """
     from ..wiro_api.errors import ConfigError
 
+    if not account.has_journal():
+        return {"tasks": [], "error": ""}
     error, journal = "", account.journal()
     try:
         journal.spent()
     except ConfigError as problem:
         error = str(problem)
-    return {"tasks": [account.describe(entry) for entry in journal.newest(limit)], "error": error}
+    entries = journal.newest(limit if not user else SEARCHED)
+    if user:
+        mine = journal.rows_of(user)
+        entries = [entry for entry in entries if entry.id in mine][:limit]
+    return {"tasks": [account.describe(entry) for entry in entries], "error": error}
 
 
 def refresh(entry: "Entry") -> None:
@@ -156,16 +210,36 @@ ACTIONS: dict[str, Callable[["Entry"], None]] = {
 }
 
 
-def act(row: int, action: str) -> dict[str, Any]:
-    """Do something to a task of the journal and describe it afterwards."""
+def act(row: int, action: str, user: str = "") -> dict[str, Any]:
+    """Do something to a task of the journal and describe it afterwards.
+
+    Args:
+        user: who asks; "" on a server that has one user.
+    """
     from ..wiro_api.errors import WiroError
 
-    entry = account.journal().get(row)
+    entry = _entry(row, user)
     if entry is None or action not in ACTIONS:
         raise WiroError(f"There is no task {row} in the journal, or no action {action!r}.")
     ACTIONS[action](entry)
     account.tell(row, always=True)
     return {"task": account.describe(account.journal().get(row) or entry)}
+
+
+def file_of(row: int, name: str) -> Path | None:
+    """A downloaded file of a task by its name, or None: of what the page may show no other."""
+    entry = _entry(row)
+    if entry is None:
+        return None
+    shown = {file["filename"] for file in account.describe(entry)["files"]}
+    return next((path for path in entry.files if path.name == name and name in shown), None)
+
+
+def _entry(row: int, user: str = "") -> "Entry | None":
+    if not account.has_journal():
+        return None
+    journal = account.journal()
+    return None if user and row not in journal.rows_of(user) else journal.get(row)
 
 
 def _with_task(entry: "Entry") -> "Entry":
@@ -206,8 +280,20 @@ def register(table: Any) -> None:
 
     @table.get(f"{PREFIX}/tasks")
     async def get_tasks(request: "web.Request") -> "web.Response":
-        limit = request.query.get("limit", "50")
-        return await _answer(lambda: list_tasks(min(int(limit), 500) if limit.isdigit() else 50))
+        text = request.query.get("limit", "")
+        limit = min(int(text), 500) if text.isascii() and text.isdigit() and len(text) < 9 else 50
+        return await _answer(lambda: list_tasks(limit, _user(request)))
+
+    @table.get(f"{PREFIX}/tasks/{{row:[0-9]{{1,18}}}}/file")
+    async def get_file(request: "web.Request") -> "web.StreamResponse":
+        from aiohttp import web
+
+        row, name = int(request.match_info["row"]), request.query.get("name", "")
+        path = await host.in_thread(lambda: file_of(row, name), threading.Event())
+        if path is None:
+            return web.json_response({"error": "There is no such file."}, status=404)
+        told = f"attachment; filename*=UTF-8''{quote(path.name)}"
+        return web.FileResponse(path, headers={**AS_DOWNLOAD, "Content-Disposition": told})
 
     for path, function in {
         "account": save_account,
@@ -219,7 +305,18 @@ def register(table: Any) -> None:
     @table.post(f"{PREFIX}/tasks/{{row:[0-9]{{1,18}}}}/{{action}}")
     async def post_action(request: "web.Request") -> "web.Response":
         row, action = int(request.match_info["row"]), request.match_info["action"]
-        return await _post(lambda _: act(row, action))(request)
+        return await _post(lambda _: act(row, action, _user(request)))(request)
+
+
+def _user(request: "web.Request") -> str:
+    """Who asks, on a server with several users."""
+    try:
+        return host.user_of(request)
+    except KeyError:
+        raise guard.ForbiddenError(
+            "This ComfyUI has several users (--multi-user), and the page names none: reload it and "
+            "choose yours."
+        ) from None
 
 
 def _post(
@@ -228,7 +325,11 @@ def _post(
     async def handle(request: "web.Request") -> "web.Response":
         from aiohttp import web
 
-        # a form or a script of another site cannot send this type without asking first
+        try:
+            guard.check_sender(request.headers.items())
+        except guard.ForbiddenError as error:  # its body is not even read
+            log.warning("A request to %r was refused: %s", request.path[:80], error)
+            return web.json_response({"error": str(error)}, status=403)
         if request.content_type != "application/json":
             return web.json_response({"error": "The request is not JSON."}, status=415)
         content = b""
@@ -256,6 +357,8 @@ async def _answer(work: Callable[[], dict[str, Any]]) -> "web.Response":
     try:
         # not asyncio's own threads: the program would wait for them when it ends
         return web.json_response(await host.in_thread(work, threading.Event()))
+    except guard.ForbiddenError as error:
+        return web.json_response({"error": str(error)}, status=403)
     except ConfigError as error:
         return web.json_response({"error": str(error)}, status=400)
     except WiroError as error:

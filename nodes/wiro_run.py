@@ -6,8 +6,10 @@ inputs: queueing the same node after a crash goes on instead of paying again.
 
 import json
 import logging
+import re
 import threading
 import time
+import unicodedata
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
@@ -38,6 +40,9 @@ RECORD_S = 600.0
 _BAR = {-1: 0.0, 0: 0.0, 1: 0.02, 2: 0.03, 3: 0.04, 4: 0.05, 5: 0.06, 6: 0.06, 7: 0.92, 8: 0.93,
         9: 0.95, 10: 0.97}  # fmt: skip
 _RUNNING_FROM, _RUNNING_TO = 0.06, 0.92
+
+#: how names of fields begin that send a result or a bill elsewhere, letters and digits only
+_ELSEWHERE = ("callback", "webhook", "projectid")
 
 _records: dict[tuple[str, str], tuple[float, Mapping[str, Any]]] = {}
 
@@ -171,6 +176,35 @@ class Window:
             self._client.close()
 
 
+def check_fields(values: object) -> None:
+    """Refuse fields that send the bill or the result elsewhere, at any depth and in any spelling.
+
+    A workflow file is a stranger's, and these are not seen when it runs. Whoever wants them types
+    them on the command line.
+
+    Raises:
+        ConfigError: names the field.
+    """
+    from ..wiro_api.errors import ConfigError
+
+    left = [values]
+    while left:
+        value = left.pop()
+        if isinstance(value, list | tuple):
+            left.extend(value)
+        if not isinstance(value, Mapping):
+            continue
+        left.extend(value.values())
+        for name in value:
+            plain = re.sub(r"[^a-z0-9]", "", unicodedata.normalize("NFKC", str(name)).lower())
+            if plain.startswith(_ELSEWHERE):
+                raise ConfigError(
+                    f"The field {str(name)[:40]!r} sends the result or the bill to somebody else, "
+                    "and a workflow may not do that. Nothing was sent. Remove it, or run the model "
+                    "with python -m wiro_api run, where you type it yourself."
+                )
+
+
 async def run_model(
     model: "Model",
     values: Mapping[str, Any],
@@ -211,10 +245,11 @@ def _run(
     from ..wiro_api.errors import DownloadError, WiroError
     from ..wiro_api.jobs import start, to_handle
     from ..wiro_api.schema import complete, items_of
-    from ..wiro_api.spending import load_limits, price_of
+    from ..wiro_api.spending import describe_price, load_limits, price_of
 
     line, parameters = "not started", dict(values)
     try:
+        check_fields([values, dict(files)])
         client, journal = window.make_client(), account.journal()
         account.check_socket_url()
         window.check()
@@ -222,7 +257,9 @@ def _run(
         record = model_record(client, model)
         parameters = complete(items_of(record, model), values, files)
         price = price_of(record, parameters, len(files), journal.costs(str(model)))
-        window.say(f"sending · price {'not told before the run' if price is None else price}")
+        told = describe_price(price, load_limits(account.limits_file()))
+        log.info("Wiro model %r: %s.", str(model), told)
+        window.say(f"sending · {told}")
         entry = start(
             client, journal, model, parameters, files, given=values, take=take, price=price,
             limits=lambda: load_limits(account.limits_file()), wait_when_busy=wait_when_busy,

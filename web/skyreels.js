@@ -1,5 +1,5 @@
 // Colours for the sockets and links of this package's own types; everything else is core's.
-import { app } from "/scripts/app.js";
+import { app } from "../../scripts/app.js"; // relative: the page may lie under any path
 
 const COLORS = {
   SKYREELS_MODEL: "#B39DDB", // as core's MODEL

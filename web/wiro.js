@@ -1,6 +1,6 @@
 // The sidebar tab "Wiro" and its section in the settings: the remote tasks of this server.
-import { app } from "/scripts/app.js";
-import { api } from "/scripts/api.js";
+import { app } from "../../scripts/app.js";
+import { api } from "../../scripts/api.js";
 
 import { createAccountForm } from "./wiro/account.mjs";
 import { guard } from "./wiro/dom.mjs";

@@ -10,7 +10,7 @@ import json
 import os
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from decimal import Decimal
 from functools import partial
 from pathlib import Path
@@ -31,7 +31,15 @@ from .jobs import finish, start, to_handle
 from .journal import Entry, Journal, default_path
 from .schema import SKYREELS, check_skyreels, complete, items_of
 from .signing import load_credentials
-from .spending import Limits, load_limits, parse_limit, price_of, save_limits, to_json
+from .spending import (
+    LIMIT_NAMES,
+    describe_price,
+    load_limits,
+    parse_limit,
+    price_of,
+    save_limits,
+    to_json,
+)
 from .task import Output, Task, Verdict, dollars, money, verdict
 from .transport import base_url, local_host
 from .video import check_video, is_video
@@ -141,7 +149,7 @@ def build_parser() -> argparse.ArgumentParser:
     model = command("model", run_model, "parameters and price of a model")
     model.add_argument("model")
     limits = command("limits", run_limits, "show or set how many US dollars may be spent")
-    for name in asdict(Limits()):
+    for name in LIMIT_NAMES:
         limits.add_argument(
             f"--{name.replace('_', '-')}", metavar="USD", help="an amount, or none for no limit"
         )
@@ -176,7 +184,7 @@ def run_run(client: Client, arguments: argparse.Namespace) -> dict[str, Any]:
         record = {}
     parameters = complete(items_of(record, model), given, files)
     price = price_of(record, parameters, len(files), journal.costs(str(model)))
-    say(f"price: {'not told before the run' if price is None else price}")
+    say(describe_price(price, load_limits(limits_path(arguments.journal))))
     entry = start(
         client, journal, model, parameters, files, given=given, again=arguments.again,
         price=price, limits=partial(load_limits, limits_path(arguments.journal)),
@@ -281,13 +289,15 @@ def run_limits(_: None, arguments: argparse.Namespace) -> dict[str, Any]:
     limits = load_limits(file)
     given = {
         name: parse_limit("" if value == "none" else value)
-        for name in asdict(limits)
+        for name in LIMIT_NAMES
         if (value := getattr(arguments, name)) is not None
     }
     if given:
-        limits = replace(limits, **given)
+        limits = replace(limits, **given, is_default=False)
         save_limits(file, limits)
     spent = Journal(arguments.journal).spent()
+    if limits.is_default:
+        say("no limits are set; until you set some (an amount, or none), these hold:")
     for name, amount in to_json(limits).items():
         shown = "no limit" if amount is None else money(Decimal(amount))
         say(f"{name.replace('_', ' '):10} {shown}")

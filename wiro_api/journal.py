@@ -52,6 +52,7 @@ CREATE TABLE IF NOT EXISTS jobs (
     created_at REAL NOT NULL, sent_at REAL, updated_at REAL NOT NULL
 );
 CREATE INDEX IF NOT EXISTS jobs_by_job ON jobs (job, id);
+CREATE TABLE IF NOT EXISTS users (job_id INTEGER PRIMARY KEY, user TEXT NOT NULL);
 """
 
 
@@ -327,6 +328,24 @@ class Journal:
             logger.warning("The journal %s could not be read: %s.", self.path, error)
             return []
         return [_to_entry(row) for row in rows]
+
+    def claim(self, entry_id: int, user: str) -> None:
+        """Note whose a row is, where a host has several users; the first one keeps it."""
+        try:
+            with self._open() as connection:
+                connection.execute("INSERT OR IGNORE INTO users VALUES (?, ?)", (entry_id, user))
+        except (sqlite3.Error, OSError) as error:
+            logger.warning("The journal %s could not be written: %s.", self.path, error)
+
+    def rows_of(self, user: str) -> frozenset[int]:
+        """The ids of a user's rows; empty if the journal cannot be read, which is logged."""
+        try:
+            with self._open() as connection:
+                rows = connection.execute("SELECT job_id FROM users WHERE user = ?", (user,))
+                return frozenset(int(row[0]) for row in rows)
+        except (sqlite3.Error, OSError) as error:
+            logger.warning("The journal %s could not be read: %s.", self.path, error)
+            return frozenset()
 
     def known_taskids(self, but: int = 0) -> frozenset[str]:
         """The tasks that belong to other rows: none of them is the task of this row's lost Run."""

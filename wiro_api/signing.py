@@ -39,11 +39,6 @@ class Credentials:
     api_key: str = field(repr=False)
     api_secret: str = field(default="", repr=False)
 
-    @property
-    def hint(self) -> str:
-        """The last letters of the key, to tell one from another."""
-        return f"...{self.api_key[-4:]}" if len(self.api_key) >= 12 else "..."
-
 
 def load_credentials(
     environment: Mapping[str, str] = os.environ, file: Path | None = None

@@ -10,7 +10,7 @@ import json
 import os
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, field
 from decimal import ROUND_CEILING, Decimal
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,11 @@ from .task import decimal_of, dollars, money, same_value, text_of
 FPS = 24
 #: pixels of one price step of "cp-pixel"
 TIER_PIXELS = 1024 * 1024
+#: fields of Limits that hold an amount
+LIMIT_NAMES = ("per_run", "per_day", "per_month")
+#: the model of the node that has no field for a model: no workflow puts another in its place
+FIXED_MODEL = "wiro/skyreels-v1"
+HOW_TO_LIMIT = "Settings > SkyReels > Wiro or with python -m wiro_api limits --per-run USD"
 _COUNTS = ("samples", "numoutputs", "num_outputs", "numimages", "num_images", "outputcount")
 _SECONDS = ("duration", "videoduration", "seconds")
 
@@ -39,16 +44,43 @@ class Price:
 
 @dataclass(frozen=True)
 class Limits:
-    """US dollars; None is no limit. A day and a month are those of the local calendar."""
+    """US dollars; None is no limit. A day and a month are those of the local calendar.
+
+    is_default: nobody has set any yet; a user's own choice of none is not that.
+    """
 
     per_run: Decimal | None = None
     per_day: Decimal | None = None
     per_month: Decimal | None = None
+    is_default: bool = field(default=False, compare=False)
 
     @property
     def is_set(self) -> bool:
         """Whether there is any."""
         return self != Limits()
+
+    def __str__(self) -> str:
+        amounts = [
+            f"{money(amount)} a {name.removeprefix('per_')}"
+            for name in LIMIT_NAMES
+            if (amount := getattr(self, name)) is not None
+        ]
+        if not amounts:
+            return "no limit"
+        told = f" (default; change it in {HOW_TO_LIMIT})" if self.is_default else ""
+        return f"limit {', '.join(amounts)}{told}"
+
+    def allows_more_than(self, other: "Limits") -> bool:
+        """Whether some run would pass these limits and not the other ones."""
+        return any(
+            theirs is not None and (ours is None or ours > theirs)
+            for name in LIMIT_NAMES
+            for ours, theirs in [(getattr(self, name), getattr(other, name))]
+        )
+
+
+#: until the user sets limits: a workflow file is a stranger's, and may name any model
+DEFAULT_LIMITS = Limits(per_run=Decimal(2), is_default=True)
 
 
 @dataclass(frozen=True)
@@ -208,20 +240,21 @@ def parse_limit(value: object) -> Decimal | None:
 
 
 def load_limits(file: Path) -> Limits:
-    """The limits in a file; none if there is no file.
+    """The limits in a file; the default if there is no file: the user has set none yet.
 
     Raises:
         ConfigError: it cannot be read. Nothing may be spent then: what it said is not known.
     """
     if not file.exists():
-        return Limits()
+        return DEFAULT_LIMITS
     try:
         stored = json.loads(file.read_text(encoding="utf-8"))
-        return Limits(**{name: parse_limit(stored.get(name)) for name in asdict(Limits())})
+        amounts = {name: parse_limit(stored.get(name)) for name in LIMIT_NAMES}
     except (OSError, ValueError, AttributeError) as error:
         raise ConfigError(
             f"The spending limits in {file} cannot be read ({error}): set them again, or delete it."
         ) from None
+    return Limits(amounts["per_run"], amounts["per_day"], amounts["per_month"])
 
 
 def save_limits(file: Path, limits: Limits) -> None:
@@ -234,18 +267,39 @@ def save_limits(file: Path, limits: Limits) -> None:
 
 def to_json(limits: Limits) -> dict[str, str | None]:
     """Limits as texts, None for none."""
-    return {name: dollars(value) for name, value in asdict(limits).items()}
+    return {name: dollars(getattr(limits, name)) for name in LIMIT_NAMES}
+
+
+def describe_price(price: Price | None, limits: Limits) -> str:
+    """What a run will cost and what it may, in one line: said before anything is sent."""
+    if price is not None:
+        return f"price {price}, {limits}"
+    if limits.is_default and limits.per_run is not None:
+        return (
+            f"price not told before the run, so the default limit of {money(limits.per_run)} a run "
+            f"cannot hold it (set yours in {HOW_TO_LIMIT})"
+        )
+    return f"price not told before the run, {limits}"
 
 
 def check_limits(limits: Limits, price: Price | None, spent: Spent, model: str) -> None:
     """Nothing if a run may be paid for.
 
     Raises:
-        LimitError: it would pass a limit, or its price is not known and there is one.
+        LimitError: it would pass a limit, or its price is not known and there is one. Under the
+            default alone SkyReels-V1 runs without a known price.
     """
     if not limits.is_set:
         return
     fix = "Nothing was sent. Raise the limit in the Wiro settings (or: python -m wiro_api limits)"
+    if price is None and limits.is_default:
+        if model.lower() == FIXED_MODEL:
+            return
+        raise LimitError(
+            f"Wiro tells no price for {model} with these settings, and you have set no limits yet, "
+            "so nothing bounds what it may cost. Nothing was sent. Set limits once (an amount, or "
+            f"none) in {HOW_TO_LIMIT}."
+        )
     if price is None:
         raise LimitError(
             f"Wiro tells no price for {model} with these settings, so your spending limits cannot "

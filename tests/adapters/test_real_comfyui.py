@@ -1,5 +1,6 @@
 """The package in a real ComfyUI: its server, its executor, its samplers, its memory manager."""
 
+import contextlib
 import json
 import os
 import re
@@ -7,13 +8,16 @@ import signal
 import socket
 import stat
 import subprocess
+import threading
 import time
 import urllib.error
+import urllib.parse
 import urllib.request
 from pathlib import Path
 
 import comfyui_skyreels
 import pytest
+import websocket
 from comfyui_skyreels.skyreels.builtin import BUILTIN_NAME
 from comfyui_skyreels.skyreels.vae.model import VideoVAE
 from support import checkout, tiny
@@ -35,7 +39,7 @@ pytestmark = [pytest.mark.comfy, checkout.needs_comfy]
 class Server:
     """A running ComfyUI and the few calls the tests make."""
 
-    def __init__(self, base: Path, wiro: WiroServer) -> None:
+    def __init__(self, base: Path, wiro: WiroServer, *flags: str) -> None:
         self.base, self.wiro = base, wiro
         self.log = base / "server.log"
         with socket.socket() as probe:
@@ -45,7 +49,7 @@ class Server:
         command = [checkout.python(), "main.py", "--cpu", "--listen", "127.0.0.1", "--port", port,
                    "--disable-auto-launch", "--disable-api-nodes", "--base-directory", base,
                    "--verbose", "DEBUG",
-                   "--database-url", f"sqlite:///{base}/comfyui.db"]  # fmt: skip
+                   "--database-url", f"sqlite:///{base}/comfyui.db", *flags]  # fmt: skip
         environment = {
             **{k: v for k, v in os.environ.items() if not k.startswith("WIRO_")},
             "WIRO_API_BASE_URL": wiro.url, "WIRO_SOCKET_URL": wiro.socket_url,
@@ -79,22 +83,29 @@ class Server:
             self.process.kill()
             self.process.wait()
 
-    def get(self, path: str) -> bytes:
-        with urllib.request.urlopen(self.url + path, timeout=30) as answer:
+    def get(self, path: str, **headers: str) -> bytes:
+        request = urllib.request.Request(
+            self.url + path, headers={name.replace("_", "-"): v for name, v in headers.items()}
+        )
+        with urllib.request.urlopen(request, timeout=30) as answer:
             return answer.read()
 
-    def post(self, path: str, body: dict) -> tuple[int, dict]:
+    def post(self, path: str, body: dict, **headers: str | None) -> tuple[int, dict]:
+        """As the page does; a header that is None is not sent."""
+        sent = {"Content-Type": "application/json", "Origin": self.url, **headers}
         request = urllib.request.Request(
-            self.url + path, json.dumps(body).encode(), {"Content-Type": "application/json"}
-        )
+            self.url + path, json.dumps(body).encode(),
+            {name.replace("_", "-"): value for name, value in sent.items() if value is not None},
+        )  # fmt: skip
         try:
             with urllib.request.urlopen(request, timeout=30) as answer:
                 return answer.status, json.loads(answer.read() or b"{}")
         except urllib.error.HTTPError as error:
             return error.code, json.loads(error.read())
 
-    def queue(self, prompt: dict) -> str:
-        status, answer = self.post("/prompt", {"prompt": prompt})
+    def queue(self, prompt: dict, client_id: str = "", **headers: str) -> str:
+        page = {"client_id": client_id} if client_id else {}
+        status, answer = self.post("/prompt", {"prompt": prompt, **page}, **headers)
         assert (status, answer.get("node_errors")) == (200, {}), answer
         return answer["prompt_id"]
 
@@ -351,16 +362,146 @@ def test_the_panel_is_told_of_tasks_and_files_and_acts_on_them(server):
 )
 def test_a_request_that_is_not_the_pages_changes_nothing(server, body, kind, status, words):
     limits = {"per_run": "9", "per_day": None, "per_month": None}
-    assert server.post("/skyreels/wiro/limits", limits)[0] == 200
-    request = urllib.request.Request(
-        server.url + "/skyreels/wiro/limits", body, {"Content-Type": kind}
-    )
+    proof = {"proof": KEY[-4:]}
+    assert server.post("/skyreels/wiro/limits", {**limits, **proof})[0] == 200
+    headers = {"Content-Type": kind, "Origin": server.url}
+    request = urllib.request.Request(server.url + "/skyreels/wiro/limits", body, headers)
     with pytest.raises(urllib.error.HTTPError) as caught:
         urllib.request.urlopen(request, timeout=30)
     assert caught.value.code == status
     assert words in json.loads(caught.value.read())["error"]
     assert json.loads(server.get("/skyreels/wiro/account"))["limits"] == limits
-    assert server.post("/skyreels/wiro/limits", dict.fromkeys(limits))[0] == 200
+    assert server.post("/skyreels/wiro/limits", {**dict.fromkeys(limits), **proof})[0] == 200
+
+
+@pytest.mark.parametrize(
+    "path",
+    ["account", "account/test", "limits", "tasks/1/stop", "tasks/1/delete_files",
+     "tasks/1/refresh", "tasks/1/collect", "tasks/1/forget"],
+)  # fmt: skip
+def test_another_page_writes_nothing_even_where_comfyui_lets_it_in(open_server, path):
+    """With --enable-cors-header ComfyUI asks nobody where he comes from."""
+    server = open_server
+    port = server.url.rpartition(":")[2]
+    evil = f"http://evil.example:{port}"
+    body = {"api_key": "stolen", "api_secret": "", "per_run": None, "per_day": None,
+            "per_month": None, "proof": KEY[-4:]}  # fmt: skip
+    before = state_of(server)
+    for prefix in ("", "/api"):
+        for headers in (
+            {"Origin": None},
+            {"Origin": "null"},
+            {"Origin": "http://evil.example"},
+            {"Origin": evil, "Host": f"evil.example:{port}"},
+            {"Origin": evil, "Host": f"evil.example:{port}", "X_Forwarded_Host": "127.0.0.1"},
+            {"Origin": "http://127.0.0.1:1"},
+            {"Sec_Fetch_Site": "cross-site"},
+            {"Sec_Fetch_Site": "same-site"},
+        ):
+            status, answer = server.post(f"{prefix}/skyreels/wiro/{path}", body, **headers)
+            assert (status, "nothing was changed" in answer["error"]) == (403, True), headers
+    assert state_of(server) == before
+
+
+def test_looking_at_the_page_makes_no_file(open_server):
+    before = state_of(open_server)
+    for path in ("account", "tasks", "tasks?limit=²", "tasks/1/file?name=0.mp4"):
+        with contextlib.suppress(urllib.error.HTTPError):
+            open_server.get(f"/skyreels/wiro/{urllib.parse.quote(path, safe='/?=')}")
+    assert state_of(open_server) == before
+
+
+def state_of(server: Server) -> dict[str, bytes]:
+    """Every file of ours in the user's folder."""
+    files = [p for p in (server.base / "user" / "__skyreels").rglob("*") if p.is_file()]
+    return {str(path): path.read_bytes() for path in files}
+
+
+def test_a_file_that_could_act_is_handed_out_as_a_download(server):
+    done = next(t for t in json.loads(server.get("/skyreels/wiro/tasks"))["tasks"] if t["files"])
+    address = f"{server.url}/skyreels/wiro/tasks/{done['id']}/file?name=0.mp4"
+    with urllib.request.urlopen(address, timeout=30) as answer:
+        assert answer.read() == server.wiro.files["0.mp4"]
+        assert answer.headers["Content-Type"] == "application/octet-stream"
+        assert answer.headers["Content-Disposition"].startswith("attachment;")
+        assert answer.headers["X-Content-Type-Options"] == "nosniff"
+    with pytest.raises(urllib.error.HTTPError, match="404"):
+        server.get(
+            f"/skyreels/wiro/tasks/{done['id']}/file?name=..%2F..%2Fuser%2Fcomfy.settings.json"
+        )
+
+
+# --- several users ------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def open_server(tmp_path_factory):
+    """A server for several users and for pages of other sites, with our nodes alone."""
+    base = tmp_path_factory.mktemp("open")
+    (base / "custom_nodes").mkdir()
+    (base / "custom_nodes" / PACK).symlink_to(ROOT)
+    (base / "input").mkdir()
+    (base / "input" / "example.png").write_bytes(
+        (checkout.CHECKOUT / "input" / "example.png").read_bytes()
+    )
+    with WiroServer(pace_s=1.0, schema=True) as wiro:
+        wiro.files["0.mp4"] = make_clip(5, 48, 32)
+        server = Server(base, wiro, "--multi-user", "--enable-cors-header")
+        try:
+            server.wait_until_ready()
+            yield server
+        finally:
+            server.stop()
+
+
+def listen(server: Server, client_id: str, heard: list) -> websocket.WebSocket:
+    """A page's socket; everything it is told goes into `heard`."""
+    page = websocket.create_connection(f"ws{server.url[4:]}/ws?clientId={client_id}", timeout=60)
+
+    def read() -> None:
+        with contextlib.suppress(websocket.WebSocketException, OSError):
+            while True:
+                heard.append(page.recv())
+
+    threading.Thread(target=read, daemon=True).start()
+    return page
+
+
+def test_a_user_hears_of_and_changes_only_what_is_hers(open_server):
+    server = open_server
+    key = {"api_key": KEY, "api_secret": SECRET}
+    assert server.post("/skyreels/wiro/account", key)[0] == 200, "the first key needs no proof"
+    users = {name: server.post("/users", {"username": name})[1] for name in ("anna", "bert")}
+    heard: dict[str, list] = {"anna": [], "bert": []}
+    pages = [listen(server, f"page-of-{name}", heard[name]) for name in users]
+    try:
+        for name, user in users.items():
+            queued = server.queue(remote_prompt(name), f"page-of-{name}", comfy_user=user)
+            assert server.result(queued)["status"]["status_str"] == "success"
+    finally:
+        for page in pages:
+            page.close()
+    ids = {t["parameters"]["prompt"].split()[-2]: i for i, t in server.wiro.tasks.items()}
+    for name, other in (("anna", "bert"), ("bert", "anna")):
+        told = [m if isinstance(m, str) else m.decode(errors="replace") for m in heard[name]]
+        assert any(ids[name] in m and "skyreels.wiro" in m for m in told)
+        assert any("done" in m and ids[name] in m for m in told), "the line on the node"
+        assert not [m for m in told if f"task {ids[other]}" in m or f'"{ids[other]}"' in m]
+    rows = {
+        name: json.loads(server.get("/skyreels/wiro/tasks", comfy_user=user))["tasks"]
+        for name, user in users.items()
+    }
+    assert {name: [t["taskid"] for t in tasks] for name, tasks in rows.items()} == {
+        name: [ids[name]] for name in users
+    }
+    of_anna = f"/skyreels/wiro/tasks/{rows['anna'][0]['id']}/delete_files"
+    status, answer = server.post(of_anna, {}, comfy_user=users["bert"])
+    assert (status, "There is no task" in answer["error"]) == (502, True)
+    assert server.wiro.tasks[ids["anna"]]["outputs"]
+    for stranger in ({}, {"comfy_user": "carl"}):
+        assert server.post(of_anna, {}, **stranger)[0] == 403
+    assert server.post(of_anna, {}, comfy_user=users["anna"])[0] == 200
+    assert not server.wiro.tasks[ids["anna"]]["outputs"]
 
 
 def test_the_planted_key_is_nowhere_but_in_its_file(server):

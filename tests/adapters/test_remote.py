@@ -136,7 +136,10 @@ def test_the_same_inputs_are_paid_for_once_and_another_take_again(comfy, wiro):
 def test_the_price_stands_on_the_node_before_and_the_cost_after(comfy, wiro):
     wiro.price = [{"inputs": {}, "price": 0.3, "priceMethod": "cpr"}]
     generate()
-    assert "sending · price $0.30" in comfy.texts
+    assert (
+        "sending · price $0.30, limit $2.00 a run (default; change it in Settings > SkyReels > "
+        "Wiro or with python -m wiro_api limits --per-run USD)"
+    ) in comfy.texts
     assert comfy.texts[-1] == "done · $0.30 · task 2221"
 
 
@@ -349,7 +352,8 @@ def test_a_busy_account_is_waited_for_only_if_asked_with_a_countdown(comfy, wiro
 
 def test_a_limit_keeps_the_run_from_being_sent(comfy, wiro):
     wiro.price = [{"inputs": {}, "price": 0.3, "priceMethod": "cpr"}]
-    routes.save_limits({"per_run": None, "per_day": "0.50", "per_month": ""})
+    limits = {"per_run": None, "per_day": "0.50", "per_month": ""}
+    routes.save_limits({**limits, "proof": KEY[-4:]})
     generate()
     with pytest.raises(LimitError, match=r"would cost \$0.30; your limit is \$0.50 a day"):
         generate(take=2)
@@ -505,16 +509,17 @@ def test_the_key_is_written_for_its_owner_only_and_never_told(comfy, wiro, monke
         account.describe_account(),
     ]
     for answer in answers:
-        assert (answer["hint"], answer["source"]) == ("...3456", "file")
+        assert answer["source"] == "file"
         assert "planted" not in json.dumps(answer)
+        assert "3456" not in json.dumps(answer), "the end of the key is what proves it is known"
     assert stat.S_IMODE(account.credentials_file().stat().st_mode) == 0o600
     assert account.credentials_file().parent.name == "__skyreels"
     with pytest.raises(AuthError, match="check key, secret"):
         routes.test_account({})
-    routes.save_account({"api_key": KEY, "api_secret": SECRET})
+    routes.save_account({"api_key": KEY, "api_secret": SECRET, "proof": "3456"})
     assert "accepts the key" in routes.test_account({})["message"]
     assert generate()[2] == "2221", "the nodes use it"
-    assert routes.save_account({"api_key": ""})["has_key"] is False
+    assert routes.save_account({"api_key": "", "proof": KEY[-4:]})["has_key"] is False
     assert not account.credentials_file().exists()
     with pytest.raises(ConfigError, match="API key holds a blank"):
         routes.save_account({"api_key": "a b", "api_secret": ""})
@@ -630,10 +635,11 @@ def test_routes_are_registered_under_one_prefix():
 
     table = Table()
     routes.register(table)
-    assert len(table.paths) == 6
+    assert len(table.paths) == 7
     assert all(path.startswith("/skyreels/wiro/") for _, path in table.paths)
     assert {p for m, p in table.paths if m == "GET"} == {
         "/skyreels/wiro/account", "/skyreels/wiro/tasks",
+        "/skyreels/wiro/tasks/{row:[0-9]{1,18}}/file",
     }  # fmt: skip
 
 

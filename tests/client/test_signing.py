@@ -82,4 +82,3 @@ def test_the_environment_comes_before_the_file_which_only_its_owner_can_read(tmp
 def test_credentials_are_never_shown():
     credentials = Credentials("planted-key-1234", "planted-secret")
     assert "planted" not in repr(credentials) + str(credentials)
-    assert credentials.hint == "...1234"

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -14,10 +15,12 @@ from comfyui_skyreels.wiro_api.errors import ConfigError, LimitError, TaskFailed
 from comfyui_skyreels.wiro_api.jobs import finish, start, to_handle
 from comfyui_skyreels.wiro_api.journal import Journal
 from comfyui_skyreels.wiro_api.spending import (
+    DEFAULT_LIMITS,
     Limits,
     Price,
     Spent,
     check_limits,
+    describe_price,
     load_limits,
     parse_limit,
     price_of,
@@ -173,11 +176,85 @@ def test_what_is_no_amount_is_refused(typed):
 
 def test_limits_come_back_as_they_were_saved(tmp_path):
     file = tmp_path / "new" / "limits.json"
-    assert load_limits(file) == Limits()
+    assert load_limits(file) == DEFAULT_LIMITS
     for limits in (Limits(Decimal("0.1"), None, Decimal(20)), Limits(per_run=Decimal(0)), Limits()):
         save_limits(file, limits)
         assert load_limits(file) == limits
     assert [path.name for path in file.parent.iterdir()] == ["limits.json"]
+
+
+@pytest.mark.parametrize("chosen", [Limits(), Limits(per_run=Decimal(2)), Limits(None, Decimal(9))])
+def test_the_default_holds_until_the_user_has_chosen_even_if_the_choice_is_none(tmp_path, chosen):
+    file = tmp_path / "limits.json"
+    assert load_limits(file).is_default
+    assert load_limits(file).per_run == 2
+    save_limits(file, chosen)
+    assert load_limits(file) == chosen
+    assert not load_limits(file).is_default
+
+
+@pytest.mark.parametrize(
+    ("cost", "limits", "told"),
+    [
+        (
+            "0.30",
+            DEFAULT_LIMITS,
+            r"price \$0.30, limit \$2.00 a run \(default; change it in Settings",
+        ),
+        ("0.30", DEFAULT_LIMITS, "limits --per-run USD"),
+        (
+            None,
+            DEFAULT_LIMITS,
+            r"not told before the run, so the default limit of \$2.00 a run cann",
+        ),
+        ("0.30", Limits(), r"price \$0.30, no limit$"),
+        (None, Limits(), "price not told before the run, no limit$"),
+        ("0.30", Limits(Decimal(1), None, Decimal(20)), r"limit \$1.00 a run, \$20.00 a month$"),
+    ],
+)
+def test_the_first_line_tells_price_and_limits(cost, limits, told):
+    price = None if cost is None else Price(Decimal(cost), is_exact=True)
+    assert re.search(told, describe_price(price, limits))
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "is_more"),
+    [
+        (DEFAULT_LIMITS, Limits(), True),
+        (DEFAULT_LIMITS, Limits(Decimal(2)), False),
+        (DEFAULT_LIMITS, Limits(Decimal("2.01")), True),
+        (DEFAULT_LIMITS, Limits(Decimal(1), Decimal(5)), False),
+        (Limits(), Limits(Decimal(1)), False),
+        (Limits(), Limits(), False),
+        (Limits(None, Decimal(5)), Limits(Decimal(1), None), True),
+        (Limits(None, Decimal(5), Decimal(9)), Limits(None, Decimal(4), Decimal(10)), True),
+        (Limits(Decimal(0)), Limits(Decimal("0.01")), True),
+    ],
+)
+def test_limits_that_allow_more_are_told_from_those_that_do_not(before, after, is_more):
+    assert after.allows_more_than(before) is is_more
+
+
+@pytest.mark.parametrize("model", ["wiro/SkyReels-V1", "wiro/skyreels-v1"])
+def test_under_the_default_alone_the_fixed_model_runs_without_a_price(model):
+    check_limits(DEFAULT_LIMITS, None, Spent(), model)
+
+
+@pytest.mark.parametrize("model", ["acme/other", "acme/SkyReels-V1", "wiro/SkyReels-V1-fast", "x"])
+def test_under_the_default_alone_another_model_without_a_price_waits_for_the_users_word(model):
+    with pytest.raises(LimitError, match="you have set no limits yet.*Nothing was sent. Set lim"):
+        check_limits(DEFAULT_LIMITS, None, Spent(), model)
+    check_limits(Limits(), None, Spent(), model)
+
+
+@pytest.mark.parametrize(("cost", "is_allowed"), [("2.00", True), ("2.01", False), ("50", False)])
+def test_under_the_default_a_run_may_cost_two_dollars(cost, is_allowed):
+    price = Price(Decimal(cost), is_exact=True)
+    if is_allowed:
+        check_limits(DEFAULT_LIMITS, price, Spent(), "acme/other")
+    else:
+        with pytest.raises(LimitError, match=r"your limit is \$2.00 a run"):
+            check_limits(DEFAULT_LIMITS, price, Spent(), "wiro/SkyReels-V1")
 
 
 @pytest.mark.parametrize(

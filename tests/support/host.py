@@ -23,6 +23,7 @@ MODULES = (
     "server",
     "latent_preview",
     "comfy",
+    "comfy.cli_args",
     "comfy.utils",
     "comfy.model_management",
     "comfy.model_patcher",
@@ -56,6 +57,11 @@ class Host:
     reserved_bytes: int = 0
     events: list[tuple[str, dict[str, Any]]] = field(default_factory=list)
     is_cancelled: bool = False
+    #: the page and the user of the running prompt; to whom events and texts went
+    client: str | None = "page"
+    user: str = ""
+    is_multi_user: bool = False
+    sent_to: list[str | None] = field(default_factory=list)
 
     def folder(self, kind: str) -> Path:
         path = self.root / "models" / kind
@@ -172,12 +178,46 @@ def stand_ins(host: Host) -> dict[str, ModuleType]:
     latest.InputImpl = SimpleNamespace(VideoFromFile=VideoFromFile)
     graph_utils: Any = modules["comfy_execution.graph_utils"]
     graph_utils.ExecutionBlocker = ExecutionBlocker
-    instance = SimpleNamespace(
-        send_progress_text=lambda text, node_id: host.texts.append(text),
-        send_sync=lambda event, data, sid=None: host.events.append((event, data)),
-    )
-    modules["server"].PromptServer = SimpleNamespace(instance=instance)  # type: ignore[attr-defined]
+    modules["comfy.cli_args"].args = _Arguments(host)  # type: ignore[attr-defined]
+    modules["server"].PromptServer = SimpleNamespace(instance=PromptServer(host))  # type: ignore[attr-defined]
     return modules
+
+
+class _Arguments:
+    def __init__(self, host: Host) -> None:
+        self._host = host
+
+    @property
+    def multi_user(self) -> bool:
+        return self._host.is_multi_user
+
+
+class PromptServer:
+    """The part of the server that nodes meet while a prompt is executed."""
+
+    def __init__(self, host: Host) -> None:
+        self._host = host
+        running = lambda: ([(0, "id", {}, {"skyreels_user": host.user}, [])], [])  # noqa: E731
+        self.prompt_queue = SimpleNamespace(get_current_queue_volatile=running)
+        self.user_manager = SimpleNamespace(get_request_user_id=self._user_of)
+
+    @property
+    def client_id(self) -> str | None:
+        return self._host.client
+
+    def _user_of(self, request: Any) -> str:
+        user = request.headers["comfy-user"]
+        if user not in ("anna", "bert"):
+            raise KeyError(user)
+        return str(user)
+
+    def send_progress_text(self, text: str, node_id: str, sid: str | None = None) -> None:
+        self._host.texts.append(text)
+        self._host.sent_to.append(sid)
+
+    def send_sync(self, event: str, data: dict[str, Any], sid: str | None = None) -> None:
+        self._host.events.append((event, data))
+        self._host.sent_to.append(sid)
 
 
 # --- executing a prompt -------------------------------------------------------------------------

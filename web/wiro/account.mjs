@@ -1,17 +1,22 @@
 // The account: a store that both forms (panel and settings) follow, and the form itself.
 import { actionButton, askingButton, complain, make, setLine, setText } from "./dom.mjs";
 import { get, post } from "./server.mjs";
-import { keyLine } from "./words.mjs";
+import { accountNotes, keyLine, usable } from "./words.mjs";
 
 const LIMITS = [
   ["per_run", "Per run"],
   ["per_day", "Per day"],
   ["per_month", "Per month"],
 ];
+const ABOUT_DEFAULT =
+  "Nobody has set limits yet: until then this one holds, and models whose price is not told do " +
+  "not run. Save any (or none) to choose yourself.";
 const NO_LIMIT = "A limit is a number of US dollars such as 0.50, or empty for no limit.";
 const ABOUT_KEY =
   "The key is kept in a file of the ComfyUI server, never in a workflow and never in this " +
   "browser. WIRO_API_KEY and WIRO_API_SECRET in the server's environment go before it.";
+const ABOUT_PROOF =
+  "Wanted to replace or remove the key, and to raise or remove a limit; to lower one it is not.";
 const PLAIN_HTTP =
   "This page is not encrypted: others on the network could read a key typed here. Set it in " +
   "the server's environment instead.";
@@ -45,29 +50,63 @@ function tell(answer) {
   }
 }
 
-/** {element, refresh, clear, focus}: the account's form. */
+/** {element, refresh, clear, focus, focusLimits}: the account's form. */
 export function createAccountForm() {
-  const key = createKeyPart();
-  const limits = createLimitsPart();
+  const proof = createProofPart();
+  const key = createKeyPart(proof);
+  const limits = createLimitsPart(proof);
+  const notes = make("p", "skw-warning");
+  followAccount((now) => setLine(notes, accountNotes(now).join(" ")));
+  const clear = () => {
+    key.clear();
+    proof.clear();
+  };
   return {
-    element: make("div", "skw skw-form", {}, key.element, limits.element),
+    element: make("div", "skw skw-form", {}, notes, key.element, limits.element, proof.element),
     focus: key.focus,
-    clear: key.clear,
+    focusLimits: limits.focus,
+    clear,
     refresh() {
-      key.clear();
+      clear();
       loadAccount().catch((error) => key.say(error.message, true));
     },
   };
 }
 
-function createKeyPart() {
+/** The end of the key in use, which both other parts send along. */
+function createProofPart() {
+  const input = secretInput();
+  const element = make(
+    "section", "skw-part", { "aria-label": "Proof" },
+    make("label", "skw-field", {}, "Last 4 characters of the key in use", input),
+    make("p", "skw-faint", {}, ABOUT_PROOF),
+  );
+  followAccount((now) => (element.hidden = !usable(now).proof));
+  return {
+    element,
+    clear: () => (input.value = ""),
+    /** Post with the proof; if the server wants another one, go to its field. */
+    async post(path, body) {
+      try {
+        const answer = await post(path, { ...body, proof: input.value.trim().slice(-4) });
+        input.value = "";
+        return answer;
+      } catch (error) {
+        if (error.status === 403 && !element.hidden) input.focus();
+        throw error;
+      }
+    },
+  };
+}
+
+function createKeyPart(proof) {
   const status = make("p", "skw-strong", {}, "…");
   const problem = make("p", "skw-warning", {});
   const [key, secret] = [secretInput(), secretInput()];
   const result = resultLine();
   const clear = () => [key, secret].forEach((input) => (input.value = ""));
   const store = async (text, api_key, api_secret) => {
-    tell(await post("account", { api_key, api_secret }));
+    tell(await proof.post("account", { api_key, api_secret }));
     clear();
     result.say(text);
   };
@@ -87,12 +126,12 @@ function createKeyPart() {
   };
   for (const input of [key, secret]) onEnter(input, buttons.save);
   followAccount((now) => {
-    const isFixed = now.source === "environment"; // the stored key would have no effect
+    const can = usable(now);
     setText(status, keyLine(now));
     setLine(problem, now.problem ?? "");
-    for (const control of [key, secret, buttons.save]) control.disabled = isFixed;
-    buttons.remove.disabled = now.source !== "file";
-    buttons.test.disabled = !now.has_key;
+    for (const control of [key, secret, buttons.save]) control.disabled = !can.key;
+    buttons.remove.disabled = !can.remove;
+    buttons.test.disabled = !can.test;
   });
   const element = make(
     "section", "skw-part", { "aria-label": "Wiro key" },
@@ -108,7 +147,7 @@ function createKeyPart() {
   return { element, clear, say: result.say, focus: () => key.focus() };
 }
 
-function createLimitsPart() {
+function createLimitsPart(proof) {
   const inputs = Object.fromEntries(LIMITS.map(([name]) => [name, limitInput()]));
   const edited = new Set(); // what somebody is typing is not overwritten by an answer
   const result = resultLine();
@@ -122,7 +161,7 @@ function createLimitsPart() {
       }
       limits[name] = amount || null;
     }
-    const answer = await post("limits", limits);
+    const answer = await proof.post("limits", limits);
     edited.clear();
     tell(answer);
     result.say("Saved.");
@@ -132,20 +171,25 @@ function createLimitsPart() {
     input.addEventListener("input", () => edited.add(name));
     onEnter(input, button);
   }
-  followAccount(({ limits }) => {
+  const origin = make("p", "skw-faint", {});
+  followAccount((now) => {
+    setLine(origin, now.has_default_limits ? ABOUT_DEFAULT : "");
     for (const [name, input] of Object.entries(inputs)) {
-      if (!edited.has(name)) input.value = limits[name] ?? "";
+      input.disabled = !usable(now).limits;
+      if (!edited.has(name)) input.value = now.limits[name] ?? "";
     }
+    button.disabled = !usable(now).limits;
   });
   const fields = LIMITS.map(([name, text]) => make("label", "skw-field", {}, text, inputs[name]));
   const element = make(
     "section", "skw-part", { "aria-label": "Limits" },
     make("p", "skw-strong", {}, "Limits in US dollars"),
     make("div", "skw-thirds", {}, ...fields),
+    origin,
     make("div", "skw-buttons", {}, button),
     result.element,
   );
-  return { element };
+  return { element, focus: () => inputs.per_run.focus() };
 }
 
 // no <form> around it: browsers offer to store what is typed into one

@@ -1,5 +1,5 @@
 // The way from a task to the graph.
-import { app } from "/scripts/app.js";
+import { app } from "../../../scripts/app.js";
 
 const NODE = "WiroTaskResult";
 const STEP = 24; // nodes added one after another do not hide each other

@@ -1,9 +1,9 @@
 // The list of remote tasks in the sidebar.
 import { createAccountForm, followAccount, loadAccount, mayHaveKey } from "./account.mjs";
-import { actionButton, complain, make, setText } from "./dom.mjs";
+import { actionButton, complain, make, setLine, setText } from "./dom.mjs";
 import { TaskRow } from "./row.mjs";
 import { get, ServerError } from "./server.mjs";
-import { keyLine, needsAsking, spentLine } from "./words.mjs";
+import { accountNotes, keyLine, limitLine, needsAsking, spentLine } from "./words.mjs";
 
 const SHOWN = 50;
 const TICK_MS = 1000;
@@ -46,13 +46,19 @@ class Panel {
   #build() {
     this.form = createAccountForm();
     this.key = make("span", "skw-key", {}, "…");
-    this.setKey = actionButton("set it here", () => this.#openForm());
+    this.setKey = actionButton("set it here", () => this.#openForm("focus"));
     this.setKey.hidden = true;
     const refresh = actionButton("", () => this.reload());
     refresh.append(make("i", "pi pi-refresh", { "aria-hidden": "true" }));
     refresh.setAttribute("aria-label", "Refresh");
     refresh.title = "Refresh";
     this.money = make("p", "skw-money skw-faint", { role: "status" }, "\u00a0");
+    this.limit = make("span", "skw-faint", {}, "\u00a0");
+    this.setLimit = actionButton("change", () => this.#openForm("focusLimits"));
+    this.setLimit.setAttribute("aria-label", "Change the spending limits");
+    this.setLimit.hidden = true;
+    this.notes = make("p", "skw-faint", {});
+    this.notes.hidden = true;
     const title = make("summary", "", {}, "Account and limits");
     this.accountBox = make("details", "skw-account", {}, title, this.form.element);
     this.list = make("ul", "skw-list", { "aria-label": "Remote tasks" });
@@ -62,7 +68,8 @@ class Panel {
     this.element = make(
       "section", "skw skw-panel", { "aria-label": "Wiro remote tasks" },
       make("div", "skw-top", {}, this.key, this.setKey, refresh),
-      this.money, this.accountBox, this.spoken, this.empty, this.list,
+      this.money, make("div", "skw-limit", {}, this.limit, this.setLimit), this.notes,
+      this.accountBox, this.spoken, this.empty, this.list,
     );
   }
 
@@ -184,13 +191,14 @@ class Panel {
     for (const row of this.rows.values()) if (row.state.isActive) row.tick();
   }
 
-  /** Ask about the tasks that nobody on the server follows. */
+  /** Look for tasks that other pages have queued, and ask about those nobody follows. */
   async #ask() {
     if (this.isAsking || !this.#isSeen) return;
     if (this.isOffline) return this.#knock();
-    if (!mayHaveKey()) return;
     this.isAsking = true;
     try {
+      await this.reload(); // a page is sent the events of what it queued itself, and no others
+      if (!mayHaveKey() || this.isOffline) return;
       for (const row of this.#rowsToAsk()) {
         const wasActive = row.state.isActive;
         if (!(await row.refresh())) break; // one error a round is enough
@@ -224,7 +232,13 @@ class Panel {
   #updateTop() {
     const { account } = this;
     const trouble = this.isOffline ? OFFLINE : this.trouble;
-    if (account) setText(this.key, keyLine(account));
+    if (account) {
+      const { text, verb } = limitLine(account);
+      setText(this.key, keyLine(account));
+      setText(this.limit, text);
+      this.setLimit.hidden = !verb;
+      setLine(this.notes, accountNotes(account).join(" "));
+    }
     this.setKey.hidden = !account || account.has_key;
     setText(this.money, trouble || (account ? spentLine(account) : "\u00a0"));
     this.money.classList.toggle("skw-bad", Boolean(trouble));
@@ -234,8 +248,8 @@ class Panel {
     this.empty.hidden = this.rows.size > 0;
   }
 
-  #openForm() {
+  #openForm(where) {
     this.accountBox.open = true;
-    this.form.focus();
+    this.form[where]();
   }
 }

@@ -2,7 +2,7 @@
 // a playing video and the keyboard's focus survive every event.
 import { actionButton, askingButton, make, setLine, setText } from "./dom.mjs";
 import { addResultNode } from "./graph.mjs";
-import { fileUrl, post } from "./server.mjs";
+import { fileLink, post } from "./server.mjs";
 import { costOf, describe, durationOf, possible, timeOf } from "./words.mjs";
 
 const SHOWN_FILES = 6; // of a task with more, the rest are links only
@@ -117,7 +117,11 @@ export class TaskRow {
   }
 
   #updateFiles() {
-    const shown = new Map(this.task.files.map((file) => [fileUrl(file), file]));
+    const shown = new Map();
+    for (const { filename, ...place } of this.task.files) {
+      const link = fileLink(this.id, { filename, ...place });
+      shown.set(link.url, { ...link, filename });
+    }
     for (const [url, made] of this.files) {
       if (shown.has(url)) continue;
       made.figure?.remove();
@@ -125,24 +129,26 @@ export class TaskRow {
       this.files.delete(url);
     }
     for (const [url, file] of shown) {
-      if (!this.files.has(url)) this.files.set(url, this.#addFile(url, file));
+      if (!this.files.has(url)) this.files.set(url, this.#addFile(file));
     }
     this.media.hidden = !this.media.childElementCount;
     this.media.classList.toggle("skw-many", this.media.childElementCount > 1);
-    for (const { link, name } of this.files.values()) {
-      setText(link, this.files.size > 1 ? `Open ${name}` : "Open");
+    for (const { link, name, verb } of this.files.values()) {
+      setText(link, this.files.size > 1 ? `${verb} ${name}` : verb);
     }
   }
 
-  #addFile(url, file) {
+  #addFile(file) {
     const name = file.filename;
-    const link = make("a", "skw-button", { href: url, target: "_blank", rel: "noopener" });
-    link.setAttribute("aria-label", `Open ${name} in a new tab`);
+    const verb = file.isDownload ? "Save" : "Open";
+    const how = file.isDownload ? { download: name } : { target: "_blank" };
+    const link = make("a", "skw-button", { href: file.url, rel: "noopener", ...how });
+    link.setAttribute("aria-label", file.isDownload ? `Save ${name}` : `Open ${name} in a new tab`);
     this.links.append(link);
     const isShown = this.media.childElementCount < SHOWN_FILES;
-    const figure = isShown ? makeFigure(url, file) : null;
+    const figure = isShown ? makeFigure(file) : null;
     if (figure) this.media.append(figure);
-    return { name, link, figure };
+    return { name, verb, link, figure };
   }
 
   #updateLog() {
@@ -208,20 +214,21 @@ export class TaskRow {
   }
 }
 
-function makeFigure(url, file) {
-  const element = makeMedia(url, file);
+function makeFigure(file) {
+  const element = makeMedia(file);
   if (!element) return null;
-  const figure = make("figure", "skw-figure", {}, element);
+  const figure = make("figure", `skw-figure skw-${file.kind}`, {}, element);
   element.addEventListener("error", () => {
     figure.replaceChildren(make("span", "skw-faint", {}, `${file.filename} cannot be shown`));
   });
   return figure;
 }
 
-function makeMedia(url, file) {
-  if (file.kind === "image") return make("img", "", { alt: file.filename, src: url });
-  if (file.kind !== "video") return null;
-  const video = make("video", "", { "aria-label": file.filename, preload: "metadata" });
-  Object.assign(video, { muted: true, loop: true, controls: true, playsInline: true, src: url });
-  return video;
+function makeMedia({ kind, filename, url }) {
+  if (kind === "image") return make("img", "", { alt: filename, src: url });
+  if (kind === "other") return null;
+  const player = make(kind, "", { "aria-label": filename, preload: "metadata" });
+  Object.assign(player, { controls: true, src: url });
+  if (kind === "video") Object.assign(player, { muted: true, loop: true, playsInline: true });
+  return player;
 }

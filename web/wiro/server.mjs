@@ -1,13 +1,15 @@
-// Questions to the package's own routes.
-import { api } from "/scripts/api.js";
+// Questions to the package's own routes. The page knows its own base: every address goes through it.
+import { api } from "../../../scripts/api.js";
+import { linkOf } from "./links.mjs";
 
 const UNREACHABLE = "The ComfyUI server is not reachable.";
 
-/** What went wrong, as one sentence; isOffline: nobody answered at all. */
+/** What went wrong, as one sentence; isOffline: nobody answered at all. status: of HTTP. */
 export class ServerError extends Error {
-  constructor(message, isOffline = false) {
+  constructor(message, { isOffline = false, status = 0 } = {}) {
     super(message);
     this.isOffline = isOffline;
+    this.status = status;
   }
 }
 
@@ -28,16 +30,17 @@ async function answer(path, options) {
   try {
     response = await api.fetchApi(`/skyreels/wiro/${path}`, options);
   } catch {
-    throw new ServerError(UNREACHABLE, true);
+    throw new ServerError(UNREACHABLE, { isOffline: true });
   }
   const body = await response.json().catch(() => null); // a proxy's error page is no JSON
   if (response.ok && body !== null) return body;
-  if (typeof body?.error === "string" && body.error) throw new ServerError(body.error);
-  throw new ServerError(`The ComfyUI server answered with HTTP ${response.status}.`);
+  const { status } = response;
+  if (typeof body?.error === "string" && body.error) throw new ServerError(body.error, { status });
+  throw new ServerError(`The ComfyUI server answered with HTTP ${status}.`, { status });
 }
 
-/** Where the page finds a file of the output folder. */
-export function fileUrl(file) {
-  const { filename, subfolder = "", type = "output" } = file;
-  return api.apiURL(`/view?${new URLSearchParams({ filename, subfolder, type })}`);
+/** {url, kind, isDownload}: of a task's file. */
+export function fileLink(row, file) {
+  const link = linkOf(row, file);
+  return { ...link, url: api.apiURL(link.path) };
 }

@@ -109,7 +109,45 @@ export function timeOf(seconds, now = new Date()) {
 export function keyLine(account) {
   if (!account.has_key) return "No key";
   const place = account.source === "environment" ? "from the environment" : "stored on the server";
-  return `Key ${account.hint} ${place}`;
+  return `Key ${place}`;
+}
+
+const SHARED =
+  "All users of this server (--multi-user) share one Wiro account: key, limits and what was spent " +
+  "are everybody's. Tasks are listed for the user who queued them only.";
+const LOCKED =
+  "Key and limits are frozen by SKYREELS_WIRO_LOCKED in the environment of the ComfyUI server.";
+
+/** What holds for the account as a whole, one sentence each. */
+export function accountNotes(account) {
+  const notes = [];
+  if (account.is_shared) notes.push(SHARED);
+  if (account.is_locked) notes.push(LOCKED);
+  return notes;
+}
+
+/** {text, verb}: the limits in one line, and what the button beside them says ("" for none). */
+export function limitLine(account) {
+  const { limits, has_default_limits: isDefault, is_locked: isLocked } = account;
+  const names = { per_run: "run", per_day: "day", per_month: "month" };
+  const parts = Object.keys(names)
+    .filter((name) => limits[name] !== null)
+    .map((name) => `${dollars(limits[name])} a ${names[name]}`);
+  const text = parts.length ? `Limit ${parts.join(", ")}` : "No spending limit";
+  return { text: isDefault ? `${text} (default)` : text, verb: isLocked ? "" : "change" };
+}
+
+/** Which parts of the account's form can be used. */
+export function usable(account) {
+  const isFixed = account.source === "environment"; // a stored key would have no effect
+  return {
+    key: !isFixed && !account.is_locked,
+    remove: account.source === "file" && !account.is_locked,
+    test: account.has_key,
+    limits: !account.is_locked,
+    // who changes a key that is there, or raises a limit, must know the key's end
+    proof: account.has_key && !account.is_locked,
+  };
 }
 
 export function spentLine(account) {
