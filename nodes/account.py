@@ -1,9 +1,11 @@
 """What the remote nodes and the page share: the account, its limits, the journal, live tasks.
 
-All of it lies in the user's folder under `__skyreels`, which ComfyUI's routes do not serve. The key
-is in the environment or in a file of its own there, and nowhere else.
+The key is in the environment or in a file of the user's folder under `__skyreels`, which ComfyUI's
+routes do not serve, and nowhere else. Journal and limits lie there too, shared with the command
+line, unless another folder is shared already (wiro_api/state.py).
 """
 
+import logging
 import os
 import re
 import threading
@@ -19,6 +21,8 @@ from . import host
 if TYPE_CHECKING:
     from ..wiro_api.client import Client
     from ..wiro_api.journal import Entry, Journal
+
+log = logging.getLogger("skyreels")
 
 VIDEO_SUFFIXES = (".mp4", ".webm", ".mov", ".mkv")
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".gif")
@@ -46,6 +50,8 @@ class Live:
 _live: dict[int, Live] = {}
 _followers: dict[int, int] = {}
 _lock = threading.Lock()
+#: state folder of the host -> journal and limits; one entry but in tests
+_shared: dict[Path, tuple[Path, Path]] = {}
 
 
 # --- account ------------------------------------------------------------------------------------
@@ -58,14 +64,39 @@ def credentials_file() -> Path:
 
 def limits_file() -> Path:
     """Where the spending limits are kept."""
-    return host.state_folder() / "wiro_limits.json"
+    return _shared_files()[1]
 
 
 def journal() -> "Journal":
-    """The journal of this ComfyUI's user folder."""
+    """The journal of all programs of this user; sums are those of the key in use."""
+    from ..wiro_api.errors import ConfigError
     from ..wiro_api.journal import Journal
+    from ..wiro_api.signing import account_of, load_credentials
 
-    return Journal(host.state_folder() / "wiro_journal.sqlite")
+    try:
+        key = account_of(load_credentials(file=credentials_file()))
+    except (ConfigError, OSError, ValueError):  # no key, or a file that is none
+        key = ""
+    return Journal(_shared_files()[0], account=key)
+
+
+def _shared_files() -> tuple[Path, Path]:
+    """Journal and limits; found at the first use, and the same until the server ends."""
+    from ..wiro_api import state
+    from ..wiro_api.errors import ConfigError
+
+    own = host.state_folder()
+    with _lock:
+        if own not in _shared:
+            names = state.JOURNAL_NAME, state.LIMITS_NAME
+            try:
+                folder = state.share(own)
+            except ConfigError as error:
+                # a journal that cannot be read starts nothing, and says so each time
+                log.error("%s", error)
+                folder, names = own, (state.HOST_JOURNAL_NAME, state.HOST_LIMITS_NAME)
+            _shared[own] = folder / names[0], folder / names[1]
+        return _shared[own]
 
 
 def check_socket_url() -> None:
