@@ -83,8 +83,15 @@ def may_be(
 
 
 def stored_files(task: Task, parameters: Mapping[str, Any], name: str) -> list[str]:
-    """The addresses under which the service keeps the files of one parameter, in order."""
+    """The addresses under which the service keeps the files of one parameter, in order.
+
+    Addresses that were given for it beside the files are left out; they must be there too.
+    """
+    given = _addresses(parameters.get(name))
     found = _addresses(task.parameters.get(name))
+    if given and not set(given) <= set(found):
+        return []
+    found = [address for address in found if address not in given]
     if not _is_empty(parameters.get(f"{name}Url")):
         return found  # that one is of ours, and was compared
     others = _addresses(task.parameters.get(f"{name}Url"))

@@ -604,7 +604,7 @@ def test_what_is_not_there_is_told(comfy, wiro):
 
 
 def test_a_broken_journal_starts_nothing_and_is_told(comfy, wiro):
-    account.journal().path.parent.mkdir(parents=True)
+    account.journal().path.parent.mkdir(parents=True, exist_ok=True)
     account.journal().path.write_bytes(b"no database" * 100)
     with pytest.raises(ConfigError, match="journal.*Move the file away"):
         generate()

@@ -441,7 +441,8 @@ def test_no_secret_is_in_any_error_or_log_line(clock, caplog):
                 "errors": [{"code": 0, "message": f"x-api-key: {key} tasktoken={handle.token}"}]
             }
             for status in (200, 401, 404, 500):
-                server.fail(path, *[{"status": status, "body": echo}] * 9)
+                for each in (path, "Task/List"):
+                    server.fail(each, *[{"status": status, "body": echo}] * 9)
                 with pytest.raises(WiroError) as caught:
                     call()
                 texts.append(f"{caught.value} {caught.value!r}")
