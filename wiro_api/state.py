@@ -13,6 +13,7 @@ import logging
 import os
 import sqlite3
 import sys
+import uuid
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -202,7 +203,7 @@ def _point(user: Path, own: Path) -> Path:
         raise ConfigError(f"The journal in {own} cannot be used ({error}).") from None
     user.mkdir(parents=True, exist_ok=True)
     pointer = user / POINTER_NAME
-    part = user / f"{POINTER_NAME}.{os.getpid()}.part"
+    part = user / f"{POINTER_NAME}.{uuid.uuid4().hex}.part"
     part.write_bytes(os.fsencode(own))
     try:
         if pointer.exists():  # it names what is gone

@@ -484,7 +484,10 @@ SCENARIOS = {
     "failures on the way": {"Task/Detail": ["html", "reset", {"status": 500, "body": ECHO}]},
     "lost run": {"Run": ["lost"]},
     "run that is not found": {"Run": ["reset"], "Task/List": [{"status": 500, "body": ECHO}] * 50},
-    "run of an unclear answer": {"Run": [{"status": 200, "body": ECHO}], "Task/List": [None, "html"]},
+    "run of an unclear answer": {
+        "Run": [{"status": 200, "body": ECHO}],
+        "Task/List": [None, "html"],
+    },
     "refused download": {"GET 0.mp4": [403] * 9},
     "redirected download": {"GET 0.mp4": [("redirect", "http://169.254.169.254/x")]},
     "refused socket": {"socket": ["refuse"] * 9},

@@ -128,7 +128,9 @@ def test_no_schedule_gives_a_wrong_video_or_pays_twice(tmp_path, monkeypatch):
             check(programs, service, folder)
         except AssertionError as error:
             pytest.fail(f"schedule {seed}: {error}")
-        answers = {sent.taskid for sent in service.runs if sent.fate in ("answered", "slow", "late")}
+        answers = {
+            sent.taskid for sent in service.runs if sent.fate in ("answered", "slow", "late")
+        }
         for program in programs:
             last = program.ends[-1]
             found += isinstance(last, str) and last not in answers

@@ -138,7 +138,9 @@ class Service:
         }  # fmt: skip
         return taskid
 
-    def _answer(self, request: requests.PreparedRequest, who: Any, fate: Callable[[], str]) -> Reply:
+    def _answer(
+        self, request: requests.PreparedRequest, who: Any, fate: Callable[[], str]
+    ) -> Reply:
         path = str(request.url).removeprefix(f"{URL}/")
         if request.method == "GET":
             content = self.inputs.get(path.removeprefix("File/"))
