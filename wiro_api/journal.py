@@ -355,7 +355,7 @@ class Journal:
                     return False
                 others = connection.execute(
                     f"SELECT {', '.join(_COLUMNS)} FROM jobs "
-                    "WHERE id != ? AND (taskid = ? OR state = 'sending')",
+                    "WHERE id != ? AND owner != '' AND (taskid = ? OR state = 'sending')",
                     (now.id, taskid),
                 )
                 for other in map(_to_entry, others):
@@ -454,11 +454,16 @@ class Journal:
         return [_to_entry(row) for row in rows]
 
     def known_taskids(self, but: int = 0) -> frozenset[str]:
-        """The tasks that belong to other rows: none of them is the task of this row's lost Run."""
+        """The tasks that belong to other rows: none of them is the task of this row's lost Run.
+
+        A task that a person has collected by its id may be.
+        """
         try:
             with self._open() as connection:
                 rows = connection.execute(
-                    "SELECT DISTINCT taskid FROM jobs WHERE taskid != '' AND id != ?", (but,)
+                    "SELECT DISTINCT taskid FROM jobs "
+                    "WHERE taskid != '' AND owner != '' AND id != ?",
+                    (but,),
                 )
                 return frozenset(taskid for (taskid,) in rows)
         except (sqlite3.Error, OSError) as error:

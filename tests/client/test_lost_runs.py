@@ -220,6 +220,17 @@ def test_with_proof_only_another_take_of_the_same_inputs_is_in_the_way(server, c
         start(client, journal, MODEL, PARAMETERS, [OURS], take=3)
 
 
+def test_a_task_that_a_person_has_collected_by_its_id_may_still_be_found(server, client, journal):
+    server.fail("Run", "lost")
+
+    def collect(_: float) -> None:
+        if server.tasks:
+            journal.adopt("2221", str(MODEL))
+
+    client.sleep = collect
+    assert start(client, journal, MODEL, PARAMETERS, [OURS]).taskid == "2221"
+
+
 def test_one_of_many_takes_a_task(journal):
     entries = [pend(journal, [OURS], prompt=str(number)) for number in range(12)]
     taken = []

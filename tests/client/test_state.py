@@ -337,7 +337,9 @@ def test_the_command_line_knows_what_a_host_has_paid_for_and_its_limits(user, ho
         own = host.parent / "own.sqlite"
         assert wiro(*run, f"--journal={own}", **address).returncode == 0
         assert len(server.tasks) == 2
-        assert json.loads(wiro("limits", "--per-day=7", "--json").stdout)["limits"]["per_day"] == "7"
+        assert (
+            json.loads(wiro("limits", "--per-day=7", "--json").stdout)["limits"]["per_day"] == "7"
+        )
         assert load_limits(host / state.LIMITS_NAME).per_day == Decimal(7)
 
 
