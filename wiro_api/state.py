@@ -14,7 +14,6 @@ import os
 import sqlite3
 import sys
 import uuid
-from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 
@@ -30,27 +29,27 @@ JOURNAL_NAME, LIMITS_NAME, POINTER_NAME = "journal.sqlite", "limits.json", "fold
 HOST_JOURNAL_NAME, HOST_LIMITS_NAME = "wiro_journal.sqlite", "wiro_limits.json"
 
 
-def state_folder(environment: Mapping[str, str] = os.environ) -> Path:
+def state_folder() -> Path:
     """The folder of this user's journal and limits; nothing is made.
 
     Raises:
         ConfigError: there is no home, and no variable that names a folder.
     """
-    named = environment.get(STATE_VARIABLE, "").strip()
+    named = os.environ.get(STATE_VARIABLE, "").strip()
     if named:
-        return Path(named).expanduser().absolute()
-    user = user_folder(environment)
+        return Path(named).absolute()
+    user = user_folder()
     return _pointed(user) or user
 
 
-def user_folder(environment: Mapping[str, str] = os.environ) -> Path:
+def user_folder() -> Path:
     """Our folder among the user's program state.
 
     Raises:
         ConfigError: there is no home.
     """
     name = "LOCALAPPDATA" if sys.platform == "win32" else "XDG_STATE_HOME"
-    root = Path(environment.get(name, ""))
+    root = Path(os.environ.get(name, ""))
     if not root.is_absolute():  # "" too
         try:
             home = Path.home()
