@@ -1,9 +1,12 @@
 """What the remote nodes and the page share: the account, its limits, the journal, live tasks.
 
-All of it lies in the user's folder under `__skyreels`, which ComfyUI's routes do not serve. The key
-is in the environment or in a file of its own there, and nowhere else.
+The key is in the environment or in a file of the user's folder under `__skyreels`, which ComfyUI's
+routes do not serve, and nowhere else. Journal and limits lie there too, shared with the command
+line, unless another folder is shared already (wiro_api/state.py).
 """
 
+import contextlib
+import logging
 import os
 import re
 import threading
@@ -19,6 +22,8 @@ from . import guard, host
 if TYPE_CHECKING:
     from ..wiro_api.client import Client
     from ..wiro_api.journal import Entry, Journal
+
+log = logging.getLogger("skyreels")
 
 VIDEO_SUFFIXES = (".mp4", ".webm", ".mov", ".mkv")
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".gif")
@@ -48,6 +53,8 @@ class Live:
 _live: dict[int, Live] = {}
 _followers: dict[int, int] = {}
 _lock = threading.Lock()
+#: state folder of the host -> journal and limits; one entry but in tests
+_shared: dict[Path, tuple[Path, Path]] = {}
 
 
 # --- account ------------------------------------------------------------------------------------
@@ -60,19 +67,55 @@ def credentials_file() -> Path:
 
 def limits_file() -> Path:
     """Where the spending limits are kept."""
-    return host.state_folder() / "wiro_limits.json"
+    return _shared_files()[1]
 
 
 def journal() -> "Journal":
-    """The journal of this ComfyUI's user folder."""
+    """The journal of all programs of this user; sums are those of the key in use."""
+    from ..wiro_api.errors import ConfigError
     from ..wiro_api.journal import Journal
+    from ..wiro_api.signing import account_of, load_credentials
 
-    return Journal(host.state_folder() / "wiro_journal.sqlite")
+    try:
+        key = account_of(load_credentials(file=credentials_file()))
+    except (ConfigError, OSError, ValueError):  # no key, or a file that is none
+        key = ""
+    return Journal(_shared_files()[0], account=key)
 
 
-def has_journal() -> bool:
-    """Whether anything was ever started: looking must not make the file."""
-    return journal().path.exists()
+def _shared_files() -> tuple[Path, Path]:
+    """Journal and limits; found at the first use, and the same until the server ends."""
+    from ..wiro_api import state
+    from ..wiro_api.errors import ConfigError
+
+    own = host.state_folder()
+    with _lock:
+        if own not in _shared:
+            names = state.JOURNAL_NAME, state.LIMITS_NAME
+            try:
+                folder = state.share(own)
+            except ConfigError as error:
+                # a journal that cannot be read starts nothing, and says so each time
+                log.error("%s", error)
+                folder, names = own, (state.HOST_JOURNAL_NAME, state.HOST_LIMITS_NAME)
+            _shared[own] = folder / names[0], folder / names[1]
+        return _shared[own]
+
+
+def has_state() -> bool:
+    """Whether there is a journal or limits: looking must neither make nor merge a file."""
+    from ..wiro_api import state
+    from ..wiro_api.errors import ConfigError
+
+    own = host.state_folder()
+    with _lock:
+        if own in _shared:
+            return any(file.exists() for file in _shared[own])
+    folders = [own]
+    with contextlib.suppress(ConfigError):  # no home: only the host's own
+        folders += [state.state_folder(), state.user_folder()]
+    names = (state.JOURNAL_NAME, state.LIMITS_NAME, state.HOST_JOURNAL_NAME, state.HOST_LIMITS_NAME)
+    return any((folder / name).exists() for folder in folders for name in names)
 
 
 def check_socket_url() -> None:
@@ -121,7 +164,7 @@ def describe_account() -> dict[str, Any]:
     """
     from ..wiro_api.errors import ConfigError
     from ..wiro_api.signing import KEY_VARIABLE, load_credentials
-    from ..wiro_api.spending import Limits, Spent, load_limits, to_json
+    from ..wiro_api.spending import DEFAULT_LIMITS, Spent, load_limits, to_json
     from ..wiro_api.task import dollars
     from ..wiro_api.transport import base_url
 
@@ -133,11 +176,10 @@ def describe_account() -> dict[str, Any]:
     except ConfigError as error:
         if has_text:
             problem = str(error)
-    limits, spent = Limits(), Spent()
+    limits, spent = DEFAULT_LIMITS, Spent()
     try:
-        limits = load_limits(limits_file())
-        if has_journal():
-            spent = journal().spent()
+        if has_state():
+            limits, spent = load_limits(limits_file()), journal().spent()
     except ConfigError as error:
         problem = str(error)
     return {
@@ -165,7 +207,7 @@ def follow(row: int) -> Live:
     """Say that a node of the running prompt follows a task from now on."""
     user = host.prompt_user()
     if user:
-        journal().claim(row, user)
+        journal().note_user(row, user)
     with _lock:
         _followers[row] = _followers.get(row, 0) + 1
         live = _live.setdefault(row, Live())

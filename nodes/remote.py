@@ -430,6 +430,7 @@ def png_part(image: Tensor, size: str = "", fit: str = "crop") -> "FilePart":
     from PIL import Image
 
     from ..wiro_api.files import MAX_UPLOAD_BYTES
+    from ..wiro_api.jobs import PicturePart
 
     height, width = image.shape[1:3] if image.ndim == 4 else (0, 0)
     if size:
@@ -444,7 +445,8 @@ def png_part(image: Tensor, size: str = "", fit: str = "crop") -> "FilePart":
             f"The picture of {width}x{height} has {len(content)} bytes as PNG, and Wiro takes "
             f"{MAX_UPLOAD_BYTES}: make it smaller."
         )
-    return "input.png", content, "image/png"
+    part = ("input.png", content, "image/png")
+    return PicturePart.of(part, pixels.tobytes(), *pixels.shape)
 
 
 def parse_parameters(text: str) -> dict[str, Any]:

@@ -88,8 +88,7 @@ def save_limits(body: dict[str, Any]) -> dict[str, Any]:
     guard.check_unlocked()
     file = account.limits_file()
     _check_names(body, *spending.LIMIT_NAMES)
-    amounts = [spending.parse_limit(body.get(name)) for name in spending.LIMIT_NAMES]
-    limits = spending.Limits(amounts[0], amounts[1], amounts[2])
+    limits = spending.Limits(*(spending.parse_limit(body.get(n)) for n in spending.LIMIT_NAMES))
     try:
         is_more = limits.allows_more_than(spending.load_limits(file))
     except ConfigError:  # what they were is not known
@@ -121,7 +120,7 @@ def list_tasks(limit: int, user: str = "") -> dict[str, Any]:
     """
     from ..wiro_api.errors import ConfigError
 
-    if not account.has_journal():
+    if not account.has_state():
         return {"tasks": [], "error": ""}
     error, journal = "", account.journal()
     try:
@@ -195,7 +194,7 @@ def forget(entry: "Entry") -> None:
 
     if entry.state != "sending":
         raise WiroError("Only a run whose outcome is unknown can be called not started.")
-    age_s = time.time() - (entry.sent_at or 0.0)
+    age_s = abs(time.time() - (entry.sent_at or 0.0))  # the clock may have been set back
     if account.is_followed(entry.id) or age_s < UPLOAD_S + 60:
         raise WiroError("It was sent moments ago, and an answer may still come: wait 6 minutes.")
     account.journal().refused(entry, "Marked as not started.")
@@ -236,7 +235,7 @@ def file_of(row: int, name: str) -> Path | None:
 
 
 def _entry(row: int, user: str = "") -> "Entry | None":
-    if not account.has_journal():
+    if not account.has_state():
         return None
     journal = account.journal()
     return None if user and row not in journal.rows_of(user) else journal.get(row)

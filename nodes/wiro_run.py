@@ -13,7 +13,6 @@ import unicodedata
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -280,7 +279,7 @@ def _run(
         return result
     except BaseException as error:
         if isinstance(error, StoppedError) or host.is_interrupt(error):
-            line = _stop(window, model, parameters)
+            line = _stop(window, model, parameters, files)
         elif isinstance(error, WiroError):
             line = str(error)
         raise
@@ -411,21 +410,31 @@ def read_clip(path: Path, check: Callable[[], None] = lambda: None) -> Tensor:
     return clip
 
 
-def _stop(window: Window, model: "Model", parameters: Mapping[str, Any]) -> str:
+def _stop(
+    window: Window,
+    model: "Model",
+    parameters: Mapping[str, Any],
+    files: "list[tuple[str, FilePart]]",
+) -> str:
     """Stop what a run has started, and say what came of it; raises nothing.
+
+    A Run whose answer is still on its way is waited for: only that, or a proof, tells its task from
+    those of others, and no other's is stopped.
 
     Returns:
         The line for the node.
     """
+    from ..wiro_api.client import RECONCILE_AT_S
     from ..wiro_api.errors import WiroError
-    from ..wiro_api.jobs import to_handle
+    from ..wiro_api.jobs import recover, to_handle
+    from ..wiro_api.journal import LostEntryError
     from ..wiro_api.task import money
 
     deadline = time.monotonic() + STOP_S
 
     def sleep(seconds: float) -> None:
         if time.monotonic() + seconds > deadline:
-            raise WiroError(f"Wiro did not confirm within {STOP_S:.0f} s")
+            raise WiroError("Wiro did not confirm in time")
         time.sleep(seconds)
 
     journal, row, handle = account.journal(), window.row, window.handle
@@ -441,11 +450,16 @@ def _stop(window: Window, model: "Model", parameters: Mapping[str, Any]) -> str:
             if handle is None:
                 if entry is None:
                     raise WiroError(f"the journal {journal.path} cannot be read")
-                began = entry.sent_at or entry.created_at
-                others = partial(journal.known_taskids, but=row)
-                handle = client.find_run(model, parameters, began, known=others)
+                deadline += RECONCILE_AT_S[-1]
+                try:
+                    handle = recover(client, journal, entry, model, parameters, files)
+                except LostEntryError:  # the answer has come
+                    entry = journal.get(row) or entry
+                    if not entry.taskid:
+                        return "cancelled, and Wiro made no task"
+                    handle = to_handle(entry)
                 taskid = handle.taskid
-                journal.started(row, taskid)
+                deadline = time.monotonic() + STOP_S
             task = client.stop(handle)
     except WiroError as error:
         what = f"task {taskid}" if taskid else "the run"

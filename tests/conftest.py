@@ -43,6 +43,14 @@ def seeded() -> None:
     torch.manual_seed(0)
 
 
+@pytest.fixture(autouse=True)
+def own_state(monkeypatch, tmp_path_factory) -> None:
+    """No test finds or leaves anything in the journal of who runs it."""
+    monkeypatch.delenv("WIRO_STATE_DIR", raising=False)
+    for name in ("XDG_STATE_HOME", "LOCALAPPDATA"):
+        monkeypatch.setenv(name, str(tmp_path_factory.mktemp("state", numbered=True)))
+
+
 @pytest.fixture
 def root() -> Path:
     return ROOT

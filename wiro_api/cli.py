@@ -28,9 +28,9 @@ from .errors import (
 )
 from .files import read_part
 from .jobs import finish, start, to_handle
-from .journal import Entry, Journal, default_path
+from .journal import Entry, Journal
 from .schema import SKYREELS, check_skyreels, complete, items_of
-from .signing import load_credentials
+from .signing import account_of, load_credentials
 from .spending import (
     LIMIT_NAMES,
     describe_price,
@@ -40,6 +40,7 @@ from .spending import (
     save_limits,
     to_json,
 )
+from .state import JOURNAL_NAME, limits_beside, open_state
 from .task import Output, Task, Verdict, dollars, money, verdict
 from .transport import base_url, local_host
 from .video import check_video, is_video
@@ -155,9 +156,9 @@ def build_parser() -> argparse.ArgumentParser:
         )
     for added in (run, limits):
         added.add_argument(
-            "--journal", type=Path, default=default_path(), metavar="FILE",
-            help="what was started and paid for (default: in the user's folder for program state); "
-            "limits are kept beside it",
+            "--journal", type=Path, metavar="FILE",
+            help="what was started and paid for, if not the one that all programs of the user "
+            "share (see WIRO_STATE_DIR); limits are kept beside it",
         )  # fmt: skip
     return parser
 
@@ -174,7 +175,7 @@ def run_run(client: Client, arguments: argparse.Namespace) -> dict[str, Any]:
     _check_folder(arguments.out)
     if model.clean == SKYREELS.clean:
         given = check_skyreels(given, files)
-    journal = Journal(arguments.journal)
+    journal = open_journal(arguments)
     try:
         record = client.model_detail(model)
     except (ApiError, TransportError) as error:
@@ -184,10 +185,10 @@ def run_run(client: Client, arguments: argparse.Namespace) -> dict[str, Any]:
         record = {}
     parameters = complete(items_of(record, model), given, files)
     price = price_of(record, parameters, len(files), journal.costs(str(model)))
-    say(describe_price(price, load_limits(limits_path(arguments.journal))))
+    say(describe_price(price, load_limits(limits_beside(journal.path))))
     entry = start(
         client, journal, model, parameters, files, given=given, again=arguments.again,
-        price=price, limits=partial(load_limits, limits_path(arguments.journal)),
+        price=price, limits=partial(load_limits, limits_beside(journal.path)),
         wait_when_busy=arguments.wait,
         on_wait=lambda left: say(f"all places of the account are taken; next try in {left:.0f} s"),
     )  # fmt: skip
@@ -278,14 +279,23 @@ def run_model(client: Client, arguments: argparse.Namespace) -> dict[str, Any]:
     return dict(record)
 
 
-def limits_path(journal: Path) -> Path:
-    """Where the spending limits of a journal are kept."""
-    return journal.with_name("limits.json")
+def open_journal(arguments: argparse.Namespace) -> Journal:
+    """The journal that was named, else the one of all programs of the user.
+
+    Sums are those of the key in the environment, if there is one.
+    """
+    path = arguments.journal or open_state() / JOURNAL_NAME
+    try:
+        account = account_of(load_credentials())
+    except ConfigError:
+        account = ""
+    return Journal(path, account=account)
 
 
 def run_limits(_: None, arguments: argparse.Namespace) -> dict[str, Any]:
     """`limits`: set what is given, show all."""
-    file = limits_path(arguments.journal)
+    journal = open_journal(arguments)
+    file = limits_beside(journal.path)
     limits = load_limits(file)
     given = {
         name: parse_limit("" if value == "none" else value)
@@ -295,7 +305,7 @@ def run_limits(_: None, arguments: argparse.Namespace) -> dict[str, Any]:
     if given:
         limits = replace(limits, **given, is_default=False)
         save_limits(file, limits)
-    spent = Journal(arguments.journal).spent()
+    spent = journal.spent()
     if limits.is_default:
         say("no limits are set; until you set some (an amount, or none), these hold:")
     for name, amount in to_json(limits).items():

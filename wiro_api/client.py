@@ -20,6 +20,7 @@ from urllib.parse import quote
 
 import requests
 
+from .candidates import is_stored, may_be, newest_id, number_of, stored_files
 from .errors import (
     ApiError,
     ConfigError,
@@ -33,7 +34,7 @@ from .errors import (
     WiroError,
     tell_task,
 )
-from .signing import Credentials, WiroAuth, nonces_of
+from .signing import Credentials, WiroAuth, account_of, nonces_of
 from .task import (
     QUEUED,
     Task,
@@ -42,7 +43,6 @@ from .task import (
     log_tail,
     may_lag,
     parse_task,
-    same_value,
     text_of,
     verdict,
 )
@@ -75,14 +75,23 @@ SETTLING_S = 30.0
 STALLED_S = 120.0
 #: seconds after which an unknown Run is looked for
 RECONCILE_AT_S = (2.0, 5.0, 10.0, 20.0, 30.0)
-#: the clock of the service may be behind ours by this much
-CLOCK_SKEW_S = 60
+#: tasks of one look at the list, and the most pages of it
+PAGE_TASKS, MAX_PAGES = 20, 5
+#: seconds, from the first look, after which no stored file is fetched any more
+PROOF_S = 120.0
+#: answers to a Run that say that nothing was made, whoever gives them
+NOTHING_MADE = frozenset({*range(300, 400), 401, 403, 404, 405, 413, 429})
 STOP_ROUNDS, STOP_WAIT_S = 3, 2.0
 NO_OUTPUT_READS, NO_OUTPUT_WAIT_S = 3, 2.0
 
 
-def nothing() -> None:
+def nothing(*_: object) -> None:
     """Do nothing."""
+
+
+def always(*_: object) -> bool:
+    """Agree."""
+    return True
 
 
 @dataclass(frozen=True)
@@ -158,6 +167,7 @@ class Client:
         interruptible: bool = False,
     ) -> None:
         self.base_url = check_base_url(base_url)
+        self.account = account_of(credentials)
         self._interruptible = interruptible
         self._auth = WiroAuth(credentials, nonces_of(now))
         self._session = session or requests.Session()
@@ -188,12 +198,24 @@ class Client:
 
     def list_tasks(self, *, limit: int = 20, start: int = 0, model: str = "") -> list[Task]:
         """The account's newest tasks; `model` is (a part of) a slug."""
-        body = {"type": "model", "sort": "id", "order": "DESC",
-                "start": str(start), "limit": str(limit)}  # fmt: skip
-        if model:
-            body["modelName"] = model
+        body = _list_body(limit, start, model)
         tasks = self._read("Task/List", body, ("tasklist", "total")).get("tasklist")
         return [parse_task(t) for t in tasks or [] if isinstance(t, Mapping)]
+
+    def newest_task(self) -> str:
+        """The id of the account's newest task, asked for once: "0" if there is none.
+
+        Returns:
+            "" if the list cannot be read, or does not tell.
+        """
+        try:
+            answer = self._post("Task/List", _list_body(PAGE_TASKS), ("tasklist", "total"))
+        except (TransportError, ApiError):
+            return ""
+        tasks = answer.get("tasklist")
+        if not isinstance(tasks, list):
+            return ""
+        return newest_id([parse_task(t if isinstance(t, Mapping) else {}) for t in tasks])
 
     def cancel(self, handle: RunHandle) -> None:
         """Cancel a task that is still queued; the body is the task id alone."""
@@ -259,12 +281,15 @@ class Client:
         files: Sequence[tuple[str, FilePart]] = (),
         read_s: float = READ_S,
         before_last_byte: Callable[[], None] | None = None,
+        on_answer: Callable[[Mapping[str, Any]], None] = nothing,
     ) -> dict[str, Any]:
         def call(guard: Callable[[], None] | None) -> dict[str, Any]:
-            return post(
+            answer = post(
                 self._session, f"{self.base_url}/{path}", self._auth, body=body, files=files,
                 read_s=read_s, payload_keys=payload_keys, before_last_byte=guard,
             )  # fmt: skip
+            on_answer(answer)  # here, because the caller may have left
+            return answer
 
         if not self._interruptible:
             return call(before_last_byte)
@@ -292,116 +317,220 @@ class Client:
         files: Sequence[tuple[str, FilePart]] = (),
         *,
         known: Callable[[], Collection[str]] = frozenset,
-        before_sending: Callable[[], None] = nothing,
+        claim: Callable[[str, bool], bool] = always,
+        before_sending: Callable[[str], None] = nothing,
+        on_answer: Callable[[RunHandle], None] = nothing,
     ) -> RunHandle:
         """Start a task, once.
+
+        The id of the newest task is read first: what a lost Run has made is newer. Ids are compared
+        with ids, so no clock matters.
 
         Args:
             parameters: every parameter of the model's schema; "" for texts that are not used.
             files: (parameter, part) of local files; the request is multipart then.
             known: tells the ids of tasks that are of other runs.
-            before_sending: called in each attempt when all but the end of the request has left;
-                what it raises keeps the end from leaving, and so the task from being made.
+            claim: takes a task for this run (its id, whether its files prove it); False if that may
+                not be.
+            before_sending: called in each attempt when all but the end of the request has left,
+                with the id that `newest_task` gave; what it raises keeps the end from leaving, and
+                so the task from being made.
+            on_answer: called with what the service named, also if the caller has left meanwhile.
         Raises:
             RunOutcomeUnknownError: it went out, and neither an answer nor the list of tasks tells
                 what became of it. Do not run again without asking.
             ApiError, TransportError: it was refused or never left; no task was made.
         """
-        began = self._now()
+        baseline = self.newest_task()
         spellings = {model, model.clean}
         spelling = model
         attempt = 1
+        has_left = False
+
+        def leave() -> None:
+            nonlocal has_left
+            before_sending(baseline)
+            has_left = True
+
+        def note(answer: Mapping[str, Any]) -> None:
+            if text_of(answer.get("taskid")):
+                on_answer(self._handle_of(answer))
+
         while True:
             path = f"Run/{quote(spelling.owner, safe='')}/{quote(spelling.project, safe='')}"
             keys = ("taskid", "socketaccesstoken")
             read_s = UPLOAD_S if files else RUN_S
+            has_left = False
             try:
-                answer = self._post(path, parameters, keys, files, read_s, before_sending)
-            except NotFoundError:
+                answer = self._post(path, parameters, keys, files, read_s, leave, note)
+            except (TransportError, ApiError) as error:
+                if has_left and not _is_refusal(error):
+                    return self._reconcile(
+                        model, parameters, files, baseline, error, known=known, claim=claim
+                    )
                 spellings.discard(spelling)
-                if not spellings:
-                    raise
-                spelling = spellings.pop()  # no task was made; the slug has another spelling
-                continue
-            except TransportError as error:
-                if error.status is not None and 300 <= error.status < 500:
-                    raise  # refused before anything was made
-                if error.was_sent:
-                    return self._reconcile(model, parameters, began, error, known)
-                if attempt >= RUN_ATTEMPTS:
+                if isinstance(error, NotFoundError) and spellings:
+                    spelling = spellings.pop()  # no task was made; the slug has another spelling
+                    continue
+                may_pass = isinstance(error, TransportError) and is_passing(error)
+                if has_left or not may_pass or error.status == 429 or attempt >= RUN_ATTEMPTS:
                     raise
                 self.sleep(wait_s(attempt, error, self._rng))
                 attempt += 1
                 continue
-            except ApiError as error:
-                if is_passing(error):  # code 0 without a clear reason
-                    return self._reconcile(model, parameters, began, error, known)
-                raise
-            handle = RunHandle(
-                text_of(answer.get("taskid")), text_of(answer.get("socketaccesstoken")), began
-            )
+            handle = self._handle_of(answer)
             if handle.taskid or handle.token:
                 return handle
+            cause = WiroError("the answer named no task")
             return self._reconcile(
-                model, parameters, began, WiroError("the answer named no task"), known
+                model, parameters, files, baseline, cause, known=known, claim=claim
             )
 
     def find_run(
         self,
         model: Model,
         parameters: Mapping[str, Any],
-        began: float,
+        files: Sequence[tuple[str, FilePart]] = (),
         *,
+        baseline: str,
         known: Callable[[], Collection[str]] = frozenset,
+        claim: Callable[[str, bool], bool] = always,
     ) -> RunHandle:
         """The task of a Run that a program sent and did not live to see answered.
 
         Args:
-            model, parameters: of that Run. began: when it went out, Unix seconds.
+            model, parameters, files: of that Run.
+            baseline: what `newest_task` gave before it; "" if that is not known, and then no task
+                is taken for it.
             known: tells, before each look, the ids of tasks that are of other runs; may raise to
                 end the search.
+            claim: as for `run`.
         Raises:
-            RunOutcomeUnknownError: no task, or several, may be it.
+            RunOutcomeUnknownError: no task, or several, may be it, or none is proved to be.
         """
         cause = WiroError("the program that sent it ended before the answer")
-        return self._reconcile(model, parameters, began, cause, known)
+        return self._reconcile(model, parameters, files, baseline, cause, known=known, claim=claim)
+
+    def _handle_of(self, answer: Mapping[str, Any]) -> RunHandle:
+        taskid, token = text_of(answer.get("taskid")), text_of(answer.get("socketaccesstoken"))
+        return RunHandle(taskid, token, self._now())
 
     def _reconcile(
         self,
         model: Model,
         parameters: Mapping[str, Any],
-        began: float,
+        files: Sequence[tuple[str, FilePart]],
+        baseline: str,
         cause: WiroError,
+        *,
         known: Callable[[], Collection[str]],
+        claim: Callable[[str, bool], bool],
     ) -> RunHandle:
-        """Find the task of a Run whose answer was lost; never resends it."""
+        """Find the task of a Run whose answer was lost; never resends it.
+
+        With files, a task that keeps the same ones is taken at once. Without, the only one that may
+        be it is taken, and only at the last look: until then another may come.
+        """
+        slugs = (str(model), str(model.clean))
         candidates: list[Task] = []
+        proofs: dict[str, bool] = {}
+        end = time.monotonic() + PROOF_S
         waited = 0.0
         for moment in RECONCILE_AT_S:
             self.sleep(moment - waited)
             waited = moment
             others = known()
+            is_last = moment == RECONCILE_AT_S[-1]
+            if not is_last and not (baseline and files):
+                continue
             try:
-                tasks = self.list_tasks(model=model.project)
+                tasks, is_whole = self._newer_tasks(model, baseline)
             except (TransportError, ApiError):
                 continue
-            latest = self._now() + CLOCK_SKEW_S
             candidates = [
                 task
                 for task in tasks
-                if task.taskid not in others
-                and _may_be(task, model, parameters, began - CLOCK_SKEW_S, latest)
+                if task.taskid not in others and may_be(task, slugs, parameters, files)
             ]
-            if len(candidates) == 1:
-                return RunHandle(candidates[0].taskid, candidates[0].token, began)
-        ids = ", ".join(task.taskid for task in candidates) or "none"
-        raise RunOutcomeUnknownError(
-            f"The run of {model} was sent and its outcome is unknown ({cause}). Tasks that may be "
-            f"it: {ids}. Look at the list of tasks before running again: it may have been started, "
-            'and would be paid twice. If it is not there: --again on the command line, or "It did '
-            "not start\" in ComfyUI's Wiro panel.",
-            candidates,
-        )
+            if not baseline:
+                continue
+            fit, is_sure = candidates, is_last and is_whole
+            if files:
+                for task in candidates:
+                    if task.taskid not in proofs:
+                        proof = self._keeps_files(task, parameters, files, end)
+                        if proof is not None:
+                            proofs[task.taskid] = proof
+                fit = [task for task in candidates if proofs.get(task.taskid)]
+                is_sure = is_last or all(task.taskid in proofs for task in candidates)
+            if is_sure and len(fit) == 1 and claim(fit[0].taskid, bool(files)):
+                return RunHandle(fit[0].taskid, fit[0].token, self._now())
+        known()  # the answer may have come at last
+        raise RunOutcomeUnknownError(_ask(model, candidates, cause), candidates)
+
+    def _newer_tasks(self, model: Model, baseline: str) -> tuple[list[Task], bool]:
+        """The account's tasks after one (with "", the newest), and whether these are all."""
+        if not baseline:
+            tasks = self.list_tasks(limit=PAGE_TASKS, model=model.project)
+            return [task for task in tasks if number_of(task.taskid) is not None], False
+        last = int(baseline)
+        newer: dict[str, Task] = {}
+        for page in range(MAX_PAGES):
+            start = page * PAGE_TASKS
+            body = _list_body(PAGE_TASKS, start, model.project)
+            records = self._read("Task/List", body, ("tasklist", "total")).get("tasklist")
+            records = records if isinstance(records, list) else []
+            numbers = []
+            for record in records:
+                task = parse_task(record) if isinstance(record, Mapping) else None
+                number = None if task is None else number_of(task.taskid)
+                if task is not None and number is not None:
+                    numbers.append(number)
+                    if number > last:
+                        newer[task.taskid] = task
+            if len(records) < PAGE_TASKS or (numbers and numbers[-1] <= last):
+                return list(newer.values()), True
+        return list(newer.values()), False
+
+    def _keeps_files(
+        self,
+        task: Task,
+        parameters: Mapping[str, Any],
+        files: Sequence[tuple[str, FilePart]],
+        end: float,
+    ) -> bool | None:
+        """Whether the service stored exactly these files with a task; None if it cannot be told.
+
+        Args:
+            end: of the search, by the monotonic clock.
+        """
+        pairs: list[tuple[str, bytes]] = []
+        for name in dict.fromkeys(name for name, _ in files):
+            contents = [content for other, (_, content, _) in files if other == name]
+            addresses = stored_files(task, parameters, name)
+            if len(addresses) != len(contents):
+                return False
+            pairs += zip(addresses, contents, strict=True)
+
+        def wait(_: float) -> None:
+            if self._interruptible:
+                self.sleep(0.0)
+            if time.monotonic() > end:
+                raise TransportError("the stored files came too slowly")
+
+        def compare(_: Callable[[], None]) -> dict[str, Any]:
+            for address, content in pairs:
+                found = is_stored(self._session, address, content, self.base_url)
+                if not found:
+                    return {"is_same": found}
+            return {"is_same": True}
+
+        try:
+            answer = _leave_open(compare, wait, nothing)
+        except TransportError:
+            return None
+        same: bool | None = answer["is_same"]
+        return same
 
     # --- watch and stop -------------------------------------------------------------------------
 
@@ -580,23 +709,45 @@ def _first_of(body: Mapping[str, Any], key: str) -> Mapping[str, Any]:
     raise NotFoundError(f"Wiro's answer holds no {key}.", code=1, status=200)
 
 
-def _may_be(
-    task: Task, model: Model, parameters: Mapping[str, Any], earliest: float, latest: float
-) -> bool:
-    """Whether a listed task can be the one a lost Run started."""
-    if task.createtime is None or not earliest <= task.createtime <= latest:
+def _list_body(limit: int, start: int = 0, model: str = "") -> dict[str, str]:
+    body = {"type": "model", "sort": "id", "order": "DESC",
+            "start": str(start), "limit": str(limit)}  # fmt: skip
+    return {**body, "modelName": model} if model else body
+
+
+def _is_refusal(error: TransportError | ApiError) -> bool:
+    """Whether an answer to a Run says for sure that no task was made.
+
+    A gateway may give up on a Run that is carried out all the same, and answers with a status and a
+    body of its own; only what the service itself says plainly is taken for a no.
+    """
+    status = error.status
+    if status in NOTHING_MADE:
+        return True
+    if status is None or status == 408 or status >= 500 or not isinstance(error, ApiError):
         return False
-    if task.model and Model.parse(task.model).clean != model.clean:
-        return False
-    # files are stored under other addresses; everything else must be there, equal as text
-    plain = {
-        name: value
-        for name, value in parameters.items()
-        if str(value) and not str(value).startswith("http")
-    }
-    return bool(plain) and all(
-        name in task.parameters and same_value(task.parameters[name], value)
-        for name, value in plain.items()
+    return error.is_own and not is_passing(error)
+
+
+def _ask(model: Model, candidates: Sequence[Task], cause: WiroError) -> str:
+    """What a person must decide, and how."""
+    start = f"The run of {model} was sent and its outcome is unknown ({cause}). "
+    not_there = (
+        '--again on the command line, or "It did not start" in ComfyUI\'s Wiro panel and queue it '
+        "again"
+    )
+    if not candidates:
+        return (
+            f"{start}Tasks that may be it: none. Look at the list of tasks before running again: "
+            "if it was started after all, it would be paid twice. If a task of that minute is "
+            "there, collect it by its id (collect ID on the command line, Wiro Task Result in "
+            f"ComfyUI). If none is: {not_there}."
+        )
+    ids = ", ".join(task.taskid for task in candidates)
+    return (
+        f"{start}Tasks that may be it: {ids}; nothing proves which. Look at them before running "
+        "again, or it may be paid twice: one that is yours is collected by its id (collect ID on "
+        f"the command line, Wiro Task Result in ComfyUI). If none is yours: {not_there}."
     )
 
 

@@ -78,11 +78,15 @@ class TransportError(WiroError):
 
 
 class ApiError(WiroError):
-    """The service refused, or failed in a way of its own (code 0 may pass)."""
+    """The service refused, or failed in a way of its own (code 0 may pass).
 
-    def __init__(self, message: str, *, code: int, status: int) -> None:
+    is_own: whether the answer was a refusal in the service's documented shape, which nothing
+    between it and us would write.
+    """
+
+    def __init__(self, message: str, *, code: int, status: int, is_own: bool = False) -> None:
         super().__init__(message)
-        self.code, self.status = code, status
+        self.code, self.status, self.is_own = code, status, is_own
 
 
 class AuthError(ApiError):

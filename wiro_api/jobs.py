@@ -25,6 +25,7 @@ from .errors import (
     ConfigError,
     DependencyError,
     LimitError,
+    NotFoundError,
     TransportError,
 )
 from .files import download, nothing
@@ -40,6 +41,22 @@ logger = logging.getLogger(__name__)
 FIRST_BUSY_S, LAST_BUSY_S = 5.0, 60.0
 
 
+class PicturePart(tuple[str, bytes, str]):
+    """A file part of a picture that the host has packed, known by its pixels.
+
+    The same picture is packed into other bytes by another version of a compressor.
+    """
+
+    pixels: bytes
+
+    @classmethod
+    def of(cls, part: FilePart, pixels: bytes, *size: int) -> "PicturePart":
+        """A part with the bytes of its pixels and their layout, as height, width and channels."""
+        made = cls(part)
+        made.pixels = "x".join(map(str, size)).encode() + b"\0" + pixels
+        return made
+
+
 def job_key(
     model: Model,
     parameters: Mapping[str, Any],
@@ -51,17 +68,34 @@ def job_key(
     """The digest of a job: service, model, parameters and what is in the files.
 
     Args:
-        files: their names do not count.
+        files: their names do not count. A `PicturePart` counts by its pixels.
         service: base address; a test server's tasks are not the real one's.
         take: another number is another run of the same inputs.
     """
     digest = hashlib.sha256()
     values = sorted((name, json.dumps(value, sort_keys=True)) for name, value in parameters.items())
     digest.update(json.dumps([service, take, str(model.clean), values]).encode())
-    for name, (_, content, _) in files:
+    for name, part in files:
+        content = part.pixels if isinstance(part, PicturePart) else part[1]
         digest.update(f"\0{name}\0{len(content)}\0".encode())
         digest.update(content)
     return digest.hexdigest()
+
+
+def _job_keys(
+    client: Client,
+    model: Model,
+    asked: Mapping[str, Any],
+    files: Sequence[tuple[str, FilePart]],
+    take: int,
+) -> tuple[str, str, str]:
+    """The digest of a job, the one of earlier versions, and that of its inputs in any take."""
+    packed = [(name, (part[0], part[1], part[2])) for name, part in files]
+    return (
+        job_key(model, asked, files, service=client.base_url, take=take),
+        job_key(model, asked, packed, service=client.base_url, take=take),
+        job_key(model, asked, files, service=client.base_url, take=0),
+    )
 
 
 def start(
@@ -103,29 +137,39 @@ def start(
         Others: as for `Client.run`.
     """
     asked = parameters if given is None else given
-    key = job_key(model, asked, files, service=client.base_url, take=take)
+    key, older_key, inputs = _job_keys(client, model, asked, files, take)
     busy_s = FIRST_BUSY_S
     lost = 0
+    own_only = False
     while True:
-        entry = journal.begin(key, str(model), again=again)
+        entry = journal.begin(
+            key, str(model), again=again, older_jobs=(older_key,), account=client.account,
+            own_only=own_only, inputs=inputs,
+        )  # fmt: skip
+        if not _is_within_reach(client, entry):
+            own_only = True
+            continue
         on_entry(entry)
         if entry.state in ("started", "ended"):
             return entry
-        others = partial(_other_tasks, journal, entry)
 
-        def before_last_byte(entry: Entry = entry) -> None:
+        def before_last_byte(baseline: str, entry: Entry = entry) -> None:
             check()
-            journal.sending(entry, str(model), price, limits())
+            journal.sending(entry, str(model), price, limits(), baseline)
+
+        def on_answer(handle: RunHandle, entry: Entry = entry) -> None:
+            journal.started(entry.id, handle.taskid)
 
         try:
             if entry.state == "sending":
-                began = entry.sent_at if entry.sent_at is not None else entry.created_at
-                handle = client.find_run(model, parameters, began, known=others)
+                handle = recover(client, journal, entry, model, parameters, files)
                 break
             check_limits(limits(), price, journal.spent(but=entry.id), str(model))  # before uploads
             handle = client.run(
-                model, parameters, files, known=others, before_sending=before_last_byte
-            )
+                model, parameters, files, known=partial(_other_tasks, journal, entry),
+                claim=partial(_claim, journal, entry), before_sending=before_last_byte,
+                on_answer=on_answer,
+            )  # fmt: skip
             break
         except LostEntryError:
             again = False  # the other one's row is now the newest
@@ -145,10 +189,49 @@ def start(
             if journal.refused(entry, str(error)):
                 raise
             again = False  # another process has taken the job over: see what it made of it
-    taskid = handle.taskid or client.detail(handle).taskid
-    journal.started(entry.id, taskid)
+    taskid = handle.taskid
+    if not taskid:  # the answer told the token alone
+        taskid = client.detail(handle).taskid
+        journal.started(entry.id, taskid)
     # a journal that cannot be written any more is told by itself; the task goes on
     return replace(journal.get(entry.id) or entry, state="started", taskid=taskid)
+
+
+def recover(
+    client: Client,
+    journal: Journal,
+    entry: Entry,
+    model: Model,
+    parameters: Mapping[str, Any],
+    files: Sequence[tuple[str, FilePart]],
+) -> RunHandle:
+    """The task of a row in "sending", whose Run was not answered; the row then has it.
+
+    Raises:
+        RunOutcomeUnknownError: as for `start`.
+        LostEntryError: the row has changed meanwhile: its owner has heard from the service.
+    """
+    return client.find_run(
+        model, parameters, files, baseline=entry.baseline,
+        known=partial(_other_tasks, journal, entry), claim=partial(_claim, journal, entry),
+    )  # fmt: skip
+
+
+def _is_within_reach(client: Client, entry: Entry) -> bool:
+    """Whether a row is of this key, or of an earlier one of the same account, or has its files."""
+    if entry.account in ("", client.account) or entry.state not in ("started", "ended"):
+        return True
+    if entry.files and all(path.is_file() for path in entry.files):
+        return True
+    try:
+        client.detail(to_handle(entry))
+    except NotFoundError:
+        return False
+    return True
+
+
+def _claim(journal: Journal, entry: Entry, taskid: str, is_proved: bool) -> bool:
+    return journal.claim(entry, taskid, is_proved=is_proved)
 
 
 def _other_tasks(journal: Journal, entry: Entry) -> frozenset[str]:

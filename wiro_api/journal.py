@@ -12,23 +12,27 @@ digest. Its row is written before the Run goes out and goes through
 So the same job after a crash goes on where it was: from "intent" it is sent, from "sending" its
 task is looked up at the service and never sent again unasked, from "started" it is watched, and
 from "ended" its files are there. Rows hold no key, no token and no prompt.
+
+A task belongs to one row: taking one for a lost Run is a single transaction, which fails if another
+row has it or might. Rows tell whose key they are of, for the sums of spending; those of older
+versions tell none and count for every key.
 """
 
 import json
 import logging
 import os
 import sqlite3
-import sys
 import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from datetime import datetime
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
+from .candidates import clean_slug
 from .errors import ConfigError
 from .spending import Limits, Price, Spent, check_limits
 from .task import Task, Verdict, decimal_of, dollars, may_lag, verdict
@@ -37,9 +41,15 @@ logger = logging.getLogger(__name__)
 
 #: seconds to wait for another process that is writing
 BUSY_S = 10.0
+#: what a commit waits for; less only in tests
+SYNCHRONOUS = "FULL"
+#: seconds after which the task of a Run without an answer will not be made any more
+ABANDONED_S = 86_400.0
 _COLUMNS = ("id", "job", "owner", "model", "state", "taskid", "status", "verdict", "projected",
             "cost", "elapsed_s", "files", "remote_deleted", "error", "created_at", "sent_at",
-            "updated_at")  # fmt: skip
+            "updated_at", "account", "inputs", "baseline")  # fmt: skip
+#: columns that files of older versions lack
+_NEWER_COLUMNS = ("account", "inputs", "baseline")
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS jobs (
     id INTEGER PRIMARY KEY,
@@ -49,7 +59,9 @@ CREATE TABLE IF NOT EXISTS jobs (
     cost TEXT NOT NULL DEFAULT '',
     elapsed_s TEXT NOT NULL DEFAULT '', files TEXT NOT NULL DEFAULT '[]',
     remote_deleted INTEGER NOT NULL DEFAULT 0, error TEXT NOT NULL DEFAULT '',
-    created_at REAL NOT NULL, sent_at REAL, updated_at REAL NOT NULL
+    created_at REAL NOT NULL, sent_at REAL, updated_at REAL NOT NULL,
+    account TEXT NOT NULL DEFAULT '', inputs TEXT NOT NULL DEFAULT '',
+    baseline TEXT NOT NULL DEFAULT ''
 );
 CREATE INDEX IF NOT EXISTS jobs_by_job ON jobs (job, id);
 CREATE TABLE IF NOT EXISTS users (job_id INTEGER PRIMARY KEY, user TEXT NOT NULL);
@@ -62,6 +74,8 @@ class Entry:
 
     projected, cost: US dollars, before and after the run. files: paths of what was downloaded.
     remote_deleted: whether its files were removed from the service. Times are Unix seconds.
+    account: digest of the key, "" for any. inputs: digest of what was asked for, whichever take; ""
+    if not known. baseline: id of the newest task before the Run, "" if not known.
     """
 
     id: int
@@ -81,19 +95,13 @@ class Entry:
     created_at: float
     sent_at: float | None
     updated_at: float
+    account: str
+    inputs: str
+    baseline: str
 
 
 class LostEntryError(Exception):
     """Another process has taken the job over."""
-
-
-def default_path() -> Path:
-    """Where the command line keeps its journal: the user's folder for program state."""
-    if sys.platform == "win32":
-        root = Path(os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local")
-    else:
-        root = Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state")
-    return root / "skyreels-wiro" / "journal.sqlite"
 
 
 class Journal:
@@ -102,11 +110,15 @@ class Journal:
     Args:
         path: made with its folder if it is not there, for its owner only.
         now: Unix seconds.
+        account: digest of the key whose sums are asked for; "" for all keys.
     """
 
-    def __init__(self, path: Path, *, now: Callable[[], float] = time.time) -> None:
+    def __init__(
+        self, path: Path, *, now: Callable[[], float] = time.time, account: str = ""
+    ) -> None:
         self.path = path
         self._now = now
+        self._account = account
 
     @contextmanager
     def _open(self) -> Iterator[sqlite3.Connection]:
@@ -116,39 +128,106 @@ class Journal:
             os.close(os.open(self.path, os.O_CREAT | os.O_RDWR, 0o600))
         connection = sqlite3.connect(self.path, timeout=BUSY_S, isolation_level=None)
         try:
-            connection.execute("PRAGMA synchronous = FULL")
+            connection.execute(f"PRAGMA synchronous = {SYNCHRONOUS}")
             connection.executescript(_SCHEMA)
             connection.execute("BEGIN IMMEDIATE")
+            _add_columns(connection)
             yield connection
             connection.execute("COMMIT")
         finally:
             connection.close()
 
-    def begin(self, job: str, model: str, *, again: bool = False) -> Entry:
+    def make(self) -> None:
+        """Make the file if it is not there, and bring one of an older version up to date.
+
+        Raises:
+            sqlite3.Error, OSError: it cannot be.
+        """
+        with self._open():
+            pass
+
+    def merge(self, source: Path) -> int:
+        """Copy the rows of another journal that are not here yet, all or none.
+
+        A row is known by its job, its owner and when it was made, so that copying again after a
+        crash adds nothing. Rows in "intent" are left out: nothing was made for them.
+
+        Returns:
+            How many were copied.
+        Raises:
+            sqlite3.Error, OSError: one of the files cannot be used; nothing was copied.
+        """
+        with self._open() as connection:
+            if not source.is_file():  # another process was faster
+                return 0
+            uri = f"{source.resolve().as_uri()}?mode=rw"  # never made anew
+            with closing(sqlite3.connect(uri, timeout=BUSY_S, uri=True)) as theirs:
+                here = {row[1] for row in theirs.execute("PRAGMA table_info(jobs)")}
+                if not here:  # an empty file
+                    return 0
+                names = [name for name in _COLUMNS if name in here and name != "id"]
+                rows = theirs.execute(
+                    f"SELECT id, {', '.join(names)} FROM jobs WHERE state != 'intent' ORDER BY id"
+                ).fetchall()
+                has_users = theirs.execute("PRAGMA table_info(users)").fetchone() is not None
+                query = "SELECT job_id, user FROM users"
+                users = dict(theirs.execute(query)) if has_users else {}
+            copied = 0
+            for number, *row in rows:
+                values = dict(zip(names, row, strict=True))
+                cursor = connection.execute(
+                    f"INSERT INTO jobs ({', '.join(names)}) "
+                    f"SELECT {', '.join('?' for _ in names)} WHERE NOT EXISTS "
+                    "(SELECT 1 FROM jobs WHERE job = ? AND owner = ? AND created_at = ?)",
+                    (*row, values["job"], values["owner"], values["created_at"]),
+                )
+                copied += cursor.rowcount
+                if cursor.rowcount and number in users:  # rows have other numbers here
+                    user = (cursor.lastrowid, users[number])
+                    connection.execute("INSERT OR IGNORE INTO users VALUES (?, ?)", user)
+            return copied
+
+    def begin(
+        self,
+        job: str,
+        model: str,
+        *,
+        again: bool = False,
+        older_jobs: Sequence[str] = (),
+        account: str = "",
+        own_only: bool = False,
+        inputs: str = "",
+    ) -> Entry:
         """The row of a job that is under way or done, else a new one of ours in "intent".
 
         Args:
             again: make a new one in any case.
+            older_jobs: digests by which earlier versions knew it.
+            account: digest of the key. own_only: leave out rows of other keys; they are taken where
+                this key has none.
+            inputs: digest of what is asked for, whichever take.
         Raises:
             ConfigError: the journal cannot be read or written; without it nothing may be started.
         """
         owner = uuid.uuid4().hex
         try:
             with self._open() as connection:
-                found = None if again else _newest(connection, job)
+                jobs = (job, *older_jobs)
+                found = None if again else _find(connection, jobs, account, own_only)
                 if found is not None and found.state == "intent":
                     # of a process that died, or one that has not sent yet and will notice
                     connection.execute(
-                        "UPDATE jobs SET owner = ?, updated_at = ? WHERE id = ?",
-                        (owner, self._now(), found.id),
+                        "UPDATE jobs SET owner = ?, account = ?, inputs = ?, updated_at = ? "
+                        "WHERE id = ?",
+                        (owner, account, inputs, self._now(), found.id),
                     )
-                    return replace(found, owner=owner)
+                    return replace(found, owner=owner, account=account, inputs=inputs)
                 if found is not None and not _may_start_again(found):
                     return found
                 cursor = connection.execute(
-                    "INSERT INTO jobs (job, owner, model, state, created_at, updated_at) "
-                    "VALUES (?, ?, ?, 'intent', ?, ?)",
-                    (job, owner, model, self._now(), self._now()),
+                    "INSERT INTO jobs (job, owner, model, state, created_at, updated_at, account, "
+                    "inputs) VALUES (?, ?, ?, 'intent', ?, ?, ?, ?)",
+                    (job, owner, model, self._now(), self._now(), account, inputs),
                 )
                 made = _get(connection, int(cursor.lastrowid or 0))
                 assert made is not None
@@ -166,9 +245,12 @@ class Journal:
         model: str = "",
         price: Price | None = None,
         limits: Limits | None = None,
+        baseline: str = "",
     ) -> None:
         """Note that the end of the Run leaves now, and reserve its price.
 
+        Args:
+            baseline: id of the newest task before it, "" if not known.
         Raises:
             LostEntryError: another process has taken the job over; do not send.
             LimitError: with what others reserved meanwhile it would pass a limit; do not send.
@@ -178,10 +260,11 @@ class Journal:
             with self._open() as connection:
                 check_limits(limits or Limits(), price, self._spent(connection, entry.id), model)
                 cursor = connection.execute(
-                    "UPDATE jobs SET state = 'sending', projected = ?, sent_at = ?, updated_at = ? "
+                    "UPDATE jobs SET state = 'sending', projected = ?, sent_at = ?, baseline = ?, "
+                    "updated_at = ? "
                     "WHERE id = ? AND owner = ? AND state IN ('intent', 'sending')",
-                    ("" if price is None else dollars(price.amount), self._now(), self._now(),
-                     entry.id, entry.owner),
+                    ("" if price is None else dollars(price.amount), self._now(), baseline,
+                     self._now(), entry.id, entry.owner),
                 )  # fmt: skip
                 if cursor.rowcount != 1:
                     raise LostEntryError
@@ -191,7 +274,7 @@ class Journal:
             ) from None
 
     def spent(self, but: int = 0) -> Spent:
-        """Of this day and this month, leaving out one row.
+        """Of this day and this month, leaving out one row, on whose key it then is.
 
         Raises:
             ConfigError: it cannot be read, so limits cannot be checked.
@@ -213,8 +296,9 @@ class Journal:
         day_sum = month_sum = Decimal(0)
         rows = connection.execute(
             "SELECT sent_at, state, verdict, projected, cost FROM jobs "
-            "WHERE sent_at >= ? AND id != ? AND state IN ('sending', 'started', 'ended')",
-            (month.timestamp(), but),
+            "WHERE sent_at >= ? AND id != ? AND state IN ('sending', 'started', 'ended') "
+            "AND (? = '' OR account IN ('', ?))",
+            (month.timestamp(), but, *2 * (_account_of(connection, but) or self._account,)),
         )
         free = (Verdict.FAILED.value, Verdict.CANCELLED.value)  # unless the service tells a cost
         for sent_at, state, judged, projected, cost in rows:
@@ -241,9 +325,9 @@ class Journal:
                 if row is not None:
                     return _to_entry(row)
                 cursor = connection.execute(
-                    "INSERT INTO jobs (job, owner, model, state, taskid, created_at, updated_at) "
-                    "VALUES (?, '', ?, 'started', ?, ?, ?)",
-                    (f"task {taskid}", model, taskid, self._now(), self._now()),
+                    "INSERT INTO jobs (job, owner, model, state, taskid, created_at, updated_at, "
+                    "account) VALUES (?, '', ?, 'started', ?, ?, ?, ?)",
+                    (f"task {taskid}", model, taskid, self._now(), self._now(), self._account),
                 )
                 return _get(connection, int(cursor.lastrowid or 0))
         except (sqlite3.Error, OSError) as error:
@@ -251,8 +335,56 @@ class Journal:
             return None
 
     def started(self, entry_id: int, taskid: str) -> None:
-        """Note the task that the service named."""
-        self._note(entry_id, state="started", taskid=taskid)
+        """Note the task that the service named in its answer to the Run."""
+        try:
+            with self._open() as connection:
+                connection.execute(
+                    "UPDATE jobs SET state = 'started', taskid = ?, updated_at = ? "
+                    "WHERE id = ? AND taskid != ?",  # it may have been found and stopped meanwhile
+                    (taskid, self._now(), entry_id, taskid),
+                )
+        except (sqlite3.Error, OSError) as error:
+            logger.warning("The journal %s could not be written: %s.", self.path, error)
+
+    def claim(self, entry: Entry, taskid: str, *, is_proved: bool) -> bool:
+        """Take a task of the service's list for the row of a lost Run, if it can be no other's.
+
+        Args:
+            is_proved: the service keeps the files of this run with it; then only another take of
+                the same inputs may be waiting for it too. Otherwise any lost or unanswered Run of
+                the model may.
+        Returns:
+            Whether the row has the task now.
+        """
+        try:
+            with self._open() as connection:
+                now = _get(connection, entry.id)
+                if now is None or now.state != "sending" or now.taskid:
+                    return False
+                others = connection.execute(
+                    f"SELECT {', '.join(_COLUMNS)} FROM jobs "
+                    "WHERE id != ? AND owner != '' AND (taskid = ? OR state = 'sending')",
+                    (now.id, taskid),
+                )
+                for other in map(_to_entry, others):
+                    if other.taskid == taskid or self._may_want(other, now, is_proved):
+                        return False
+                connection.execute(
+                    "UPDATE jobs SET state = 'started', taskid = ?, updated_at = ? WHERE id = ?",
+                    (taskid, self._now(), now.id),
+                )
+                return True
+        except (sqlite3.Error, OSError) as error:
+            logger.warning("The journal %s could not be written: %s.", self.path, error)
+            return False
+
+    def _may_want(self, other: Entry, entry: Entry, is_proved: bool) -> bool:
+        """Whether a task that may be one row's may as well be that of another unanswered row."""
+        if other.taskid or clean_slug(other.model) != clean_slug(entry.model):
+            return False
+        if self._now() - (other.sent_at or other.created_at) > ABANDONED_S:
+            return False
+        return not is_proved or not other.inputs or other.inputs == entry.inputs
 
     def waiting(self, entry: Entry) -> bool:
         """Note that the service had no place for it and made no task; it will be sent again.
@@ -329,7 +461,7 @@ class Journal:
             return []
         return [_to_entry(row) for row in rows]
 
-    def claim(self, entry_id: int, user: str) -> None:
+    def note_user(self, entry_id: int, user: str) -> None:
         """Note whose a row is, where a host has several users; the first one keeps it."""
         try:
             with self._open() as connection:
@@ -348,9 +480,21 @@ class Journal:
             return frozenset()
 
     def known_taskids(self, but: int = 0) -> frozenset[str]:
-        """The tasks that belong to other rows: none of them is the task of this row's lost Run."""
-        rows = self.newest(1000)
-        return frozenset(entry.taskid for entry in rows if entry.taskid and entry.id != but)
+        """The tasks that belong to other rows: none of them is the task of this row's lost Run.
+
+        A task that a person has collected by its id may be.
+        """
+        try:
+            with self._open() as connection:
+                rows = connection.execute(
+                    "SELECT DISTINCT taskid FROM jobs "
+                    "WHERE taskid != '' AND owner != '' AND id != ?",
+                    (but,),
+                )
+                return frozenset(taskid for (taskid,) in rows)
+        except (sqlite3.Error, OSError) as error:
+            logger.warning("The journal %s could not be read: %s.", self.path, error)
+            return frozenset()  # nothing can be claimed in it either
 
 
 def _may_start_again(entry: Entry) -> bool:
@@ -362,11 +506,34 @@ def _may_start_again(entry: Entry) -> bool:
     return entry.state == "refused" or (entry.state == "ended" and entry.verdict in failed)
 
 
-def _newest(connection: sqlite3.Connection, job: str) -> Entry | None:
-    row = connection.execute(
-        f"SELECT {', '.join(_COLUMNS)} FROM jobs WHERE job = ? ORDER BY id DESC LIMIT 1", (job,)
-    ).fetchone()
-    return None if row is None else _to_entry(row)
+def _find(
+    connection: sqlite3.Connection, jobs: Sequence[str], account: str, own_only: bool
+) -> Entry | None:
+    """The newest row of a job that stands in the way of another Run, else its newest."""
+    marks = ", ".join("?" for _ in jobs)
+    rows = connection.execute(
+        f"SELECT {', '.join(_COLUMNS)} FROM jobs WHERE job IN ({marks}) ORDER BY id DESC", jobs
+    )
+    every = [_to_entry(row) for row in rows]
+    own = [entry for entry in every if not account or entry.account in ("", account)]
+    for entries in (own, [] if own_only else every):
+        for entry in entries:
+            if not _may_start_again(entry):
+                return entry
+    return own[0] if own else None
+
+
+def _account_of(connection: sqlite3.Connection, entry_id: int) -> str:
+    row = connection.execute("SELECT account FROM jobs WHERE id = ?", (entry_id,)).fetchone()
+    return "" if row is None else str(row[0])
+
+
+def _add_columns(connection: sqlite3.Connection) -> None:
+    """Bring a file of an older version up to date."""
+    here = {row[1] for row in connection.execute("PRAGMA table_info(jobs)")}
+    for name in _NEWER_COLUMNS:
+        if name not in here:
+            connection.execute(f"ALTER TABLE jobs ADD COLUMN {name} TEXT NOT NULL DEFAULT ''")
 
 
 def _get(connection: sqlite3.Connection, entry_id: int) -> Entry | None:

@@ -40,6 +40,11 @@ class Credentials:
     api_secret: str = field(default="", repr=False)
 
 
+def account_of(credentials: Credentials) -> str:
+    """A short digest of the key, by which rows of one journal are told apart; not the key."""
+    return hashlib.sha256(f"wiro account {credentials.api_key}".encode()).hexdigest()[:16]
+
+
 def load_credentials(
     environment: Mapping[str, str] = os.environ, file: Path | None = None
 ) -> Credentials:

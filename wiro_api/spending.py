@@ -52,7 +52,7 @@ class Limits:
     per_run: Decimal | None = None
     per_day: Decimal | None = None
     per_month: Decimal | None = None
-    is_default: bool = field(default=False, compare=False)
+    is_default: bool = field(default=False, compare=False, kw_only=True)
 
     @property
     def is_set(self) -> bool:
@@ -249,12 +249,12 @@ def load_limits(file: Path) -> Limits:
         return DEFAULT_LIMITS
     try:
         stored = json.loads(file.read_text(encoding="utf-8"))
-        amounts = {name: parse_limit(stored.get(name)) for name in LIMIT_NAMES}
+        amounts = [parse_limit(stored.get(name)) for name in LIMIT_NAMES]
     except (OSError, ValueError, AttributeError) as error:
         raise ConfigError(
             f"The spending limits in {file} cannot be read ({error}): set them again, or delete it."
         ) from None
-    return Limits(amounts["per_run"], amounts["per_day"], amounts["per_month"])
+    return Limits(*amounts)
 
 
 def save_limits(file: Path, limits: Limits) -> None:

@@ -226,7 +226,24 @@ def read_answer(
             status=status,
             retry_after_s=_retry_after(response),
         )
-    raise to_error(code, message, status)
+    error = to_error(code, message, status)
+    error.is_own = _is_own_refusal(body, merged)
+    raise error
+
+
+def _is_own_refusal(body: Mapping[str, Any], merged: Mapping[str, Any]) -> bool:
+    """Whether an answer is the service's own no, in a documented shape, and names no task."""
+    errors = body.get("errors")
+    if merged.get("taskid") or merged.get("socketaccesstoken"):
+        return False
+    if "result" in body:
+        is_list = isinstance(errors, list) and all(isinstance(e, str | Mapping) for e in errors)
+        return bool_of(body["result"]) is False and (errors is None or is_list)
+    return (
+        isinstance(errors, list)
+        and bool(errors)
+        and all(isinstance(e, Mapping) and int_of(e.get("code")) in {0, *CODES} for e in errors)
+    )
 
 
 def _first_error(errors: object) -> tuple[int, str]:

@@ -52,6 +52,7 @@ class Server:
                    "--database-url", f"sqlite:///{base}/comfyui.db", *flags]  # fmt: skip
         environment = {
             **{k: v for k, v in os.environ.items() if not k.startswith("WIRO_")},
+            "XDG_STATE_HOME": str(base / "state"),
             "WIRO_API_BASE_URL": wiro.url, "WIRO_SOCKET_URL": wiro.socket_url,
             "HOME": str(base), "PYTHONDONTWRITEBYTECODE": "1",
         }  # fmt: skip
@@ -521,7 +522,7 @@ def test_the_planted_key_is_nowhere_but_in_its_file(server):
     ]  # fmt: skip
     files = [p for p in server.base.rglob("*") if p.is_file() and p != secret_file]
     assert any(path.suffix == ".mp4" for path in files)
-    assert any(path.name == "wiro_journal.sqlite" for path in files)
+    assert any(path.name == "journal.sqlite" for path in files)
     texts = [*answers, *(p.read_bytes() for p in files if "models" not in p.parts)]
     for secret in secrets:
         assert not [t[:200] for t in texts if secret.encode() in t], "a secret leaked"

@@ -290,6 +290,112 @@ def test_cancel_in_mid_download_leaves_nothing_half_written(comfy, wiro):
     assert len(runs(wiro)) == 1
 
 
+def test_cancel_waits_for_an_answer_that_is_on_its_way_and_stops_what_it_names(comfy, wiro):
+    wiro.states, wiro.steps_by_itself = ("task_start", "task_postprocess_end"), False
+    wiro.fail("Run", ("silent", 1.0))
+    values = {"prompt": "x", "size": "960x544", "inputImageUrl": "https://x.example/a.png"}
+
+    def end() -> None:
+        wiro.add_task(dict(wiro.tasks["2221"]["parameters"]))  # somebody else's, the same
+        cancel(comfy)
+
+    watching = when(lambda: wiro.tasks, end)
+    with pytest.raises(InterruptProcessingException):
+        run_node(remote.WiroRunModel, model="wiro/SkyReels-V1", parameters=json.dumps(values))
+    watching.join()
+    assert [task["status"] for task in wiro.tasks.values()] == ["task_cancel", "task_start"]
+    assert comfy.texts[-1].startswith("task 2221 stopped")
+
+
+def test_cancel_of_a_lost_run_stops_no_task_of_another_picture(comfy, wiro, monkeypatch):
+    from comfyui_skyreels.wiro_api import client
+
+    monkeypatch.setattr(client, "RECONCILE_AT_S", (0.1, 0.3, 60.0))
+    wiro.states, wiro.steps_by_itself = ("task_start", "task_postprocess_end"), False
+    wiro.fail("Run", "reset")
+
+    def end() -> None:
+        theirs = ("inputImage", "b.png", "image/png", b"another picture")
+        wiro.add_task(dict(runs(wiro)[0].body), uploads=[theirs])
+        monkeypatch.setattr(client, "RECONCILE_AT_S", (0.1, 0.3))
+        cancel(comfy)
+
+    watching = when(lambda: runs(wiro), end)
+    with pytest.raises(InterruptProcessingException):
+        generate()
+    watching.join()
+    assert wiro.tasks["2221"]["status"] == "task_start"
+    assert "the run may go on at Wiro: stop it in the Wiro panel" in comfy.texts[-1]
+    assert account.journal().newest()[0].state == "sending"
+
+
+def test_of_a_batch_no_node_gets_the_video_of_another_picture(comfy, wiro, monkeypatch):
+    from comfyui_skyreels.wiro_api import client
+
+    monkeypatch.setattr(client, "RECONCILE_AT_S", (0.1, 0.3, 0.6))
+    wiro.fail("Run", "reset", ("silent", 1.5), "lost")
+    pictures = [picture().roll(number, dims=2) for number in range(3)]
+
+    async def batch():
+        return await asyncio.gather(
+            *[
+                remote.WiroRemoteI2V().generate(
+                    image, PROMPT, "960x544", "crop", 97, 30, 6.0, unique_id=str(number)
+                )
+                for number, image in enumerate(pictures)
+            ],
+            return_exceptions=True,
+        )
+
+    ends = asyncio.run(batch())
+    assert len(runs(wiro)) == 3
+    assert [type(end).__name__ for end in ends].count("RunOutcomeUnknownError") == 1
+    for image, end in zip(pictures, ends, strict=True):
+        if isinstance(end, tuple):
+            (stored,) = (c for p, c in wiro.inputs.items() if p.startswith(f"upload-{end[2]}/"))
+            assert stored == remote.png_part(image, "960x544")[1]
+
+
+# --- the job of a picture -----------------------------------------------------------------------
+
+
+def test_a_picture_that_is_packed_into_other_bytes_is_the_same_job(comfy, wiro, monkeypatch):
+    generate()
+    save = Image.Image.save
+    monkeypatch.setattr(Image.Image, "save", lambda *a, **k: save(*a, **k, compress_level=1))
+    first = runs(wiro)[0].files[0][3]
+    assert remote.png_part(picture(), "960x544")[1] != first
+    assert generate()[2] == "2221"
+    assert len(runs(wiro)) == 1
+    assert generate(image=picture().flip(1))[2] == "2222"
+
+
+def test_pictures_of_the_same_numbers_in_another_shape_are_other_jobs(comfy, wiro):
+    from comfyui_skyreels.wiro_api.client import Model
+    from comfyui_skyreels.wiro_api.jobs import job_key
+
+    image = torch.linspace(0, 1, 4 * 6 * 3)
+    shapes = [(1, 4, 6, 3), (1, 6, 4, 3), (1, 2, 12, 3), (1, 24, 1, 3)]
+    parts = [remote.png_part(image.reshape(shape)) for shape in shapes]
+    keys = {job_key(Model("a", "b"), {}, [("inputImage", part)]) for part in parts}
+    assert len(keys) == len(shapes)
+
+
+def test_a_job_that_was_known_by_its_bytes_is_still_known(comfy, wiro):
+    from comfyui_skyreels.wiro_api.jobs import job_key
+    from comfyui_skyreels.wiro_api.schema import SKYREELS
+
+    values = {"prompt": f"FPS-24, {PROMPT}", "negativePrompt": "", "scale": 6.0, "numFrames": 97,
+              "size": "960x544", "steps": 30}  # fmt: skip
+    part = remote.png_part(picture(), "960x544")
+    key = job_key(SKYREELS, values, [("inputImage", tuple(part))], service=wiro.url)
+    entry = account.journal().begin(key, str(SKYREELS))
+    account.journal().sending(entry)
+    account.journal().started(entry.id, wiro.add_task({"prompt": "x"}))
+    assert generate()[2] == "2221"
+    assert runs(wiro) == []
+
+
 # --- what goes wrong ----------------------------------------------------------------------------
 
 
@@ -577,8 +683,9 @@ def test_an_ended_task_is_downloaded_and_its_remote_files_deleted(comfy, wiro):
     assert wiro.tasks["2221"]["outputs"] == []
 
 
+@pytest.mark.parametrize("later_s", [400, -10_000])  # the clock may have been set back
 def test_a_run_whose_outcome_is_unknown_asks_and_may_be_called_not_started(
-    comfy, wiro, monkeypatch
+    comfy, wiro, monkeypatch, later_s
 ):
     wiro.fail("Run", "reset")
     with pytest.MonkeyPatch.context() as patch:
@@ -594,7 +701,7 @@ def test_a_run_whose_outcome_is_unknown_asks_and_may_be_called_not_started(
         routes.act(task["id"], "stop")
     with pytest.raises(WiroError, match="an answer may still come"):
         routes.act(task["id"], "forget")
-    later = time.time() + 400
+    later = time.time() + later_s
     monkeypatch.setattr(routes, "time", SimpleNamespace(time=lambda: later))
     assert routes.act(task["id"], "forget")["task"]["state"] == "refused"
     assert generate()[2] == "2221"
@@ -609,7 +716,7 @@ def test_what_is_not_there_is_told(comfy, wiro):
 
 
 def test_a_broken_journal_starts_nothing_and_is_told(comfy, wiro):
-    account.journal().path.parent.mkdir(parents=True)
+    account.journal().path.parent.mkdir(parents=True, exist_ok=True)
     account.journal().path.write_bytes(b"no database" * 100)
     with pytest.raises(ConfigError, match="journal.*Move the file away"):
         generate()
@@ -655,6 +762,37 @@ def test_work_in_a_thread_keeps_its_context_and_hands_its_error_on():
             await host.in_thread(lambda: 1 / 0, threading.Event())
 
     asyncio.run(prompt())
+
+
+def test_the_journal_is_shared_with_the_command_line(comfy, wiro, caplog):
+    from comfyui_skyreels.wiro_api import state
+    from comfyui_skyreels.wiro_api.journal import Journal
+    from comfyui_skyreels.wiro_api.spending import load_limits
+
+    own = comfy.root / "user" / "__skyreels"
+    Journal(own / "wiro_journal.sqlite").adopt("7", "wiro/SkyReels-V1")
+    Journal(state.user_folder() / "journal.sqlite").adopt("8", "wiro/SkyReels-V1")
+    assert {entry.taskid for entry in account.journal().newest()} == {"7", "8"}
+    assert account.journal().path == state.open_state() / "journal.sqlite"
+    routes.save_limits({"per_run": "1", "per_day": "", "per_month": ""})
+    assert load_limits(state.open_state() / "limits.json").per_run == 1
+    assert account.credentials_file() == own / "wiro.env"
+    assert caplog.text == ""
+
+
+def test_an_old_journal_that_cannot_be_read_starts_nothing_and_keeps_no_result_away(
+    comfy, wiro, caplog
+):
+    own = comfy.root / "user" / "__skyreels"
+    own.mkdir(parents=True)
+    (own / "wiro_journal.sqlite").write_bytes(b"no database" * 100)
+    for _ in range(2):
+        with pytest.raises(ConfigError, match="wiro_journal.sqlite cannot be used"):
+            generate()
+    assert wiro.tasks == {}
+    assert caplog.text.count("cannot be merged") == 1
+    wiro.add_task({"prompt": "x"})
+    assert run_node(remote.WiroTaskResult, task="2221")[3] == "2221"
 
 
 # --- what an audit found ------------------------------------------------------------------------

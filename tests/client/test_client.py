@@ -28,7 +28,7 @@ from comfyui_skyreels.wiro_api.errors import (
 from comfyui_skyreels.wiro_api.signing import Credentials
 from comfyui_skyreels.wiro_api.transport import check_base_url, redact
 from support.wiro_client import MODEL, PARAMETERS, make_client
-from support.wiro_server import KEY, NOW, SECRET, STATES, WiroServer
+from support.wiro_server import KEY, SECRET, STATES, WiroServer
 
 IMAGE = ("inputImage", ("input.png", b"\x89PNG picture", "image/png"))
 
@@ -45,7 +45,7 @@ def runs(server) -> int:
 
 def test_a_run_with_an_image_is_the_documented_multipart(server, client):
     client.run(MODEL, PARAMETERS, [IMAGE])
-    (seen,) = server.seen
+    _, seen = server.seen
     assert seen.path == "Run/wiro/SkyReels-V1"
     assert seen.headers["content-type"].startswith("multipart/form-data; boundary=")
     assert seen.body == {
@@ -59,7 +59,7 @@ def test_a_run_with_an_image_is_the_documented_multipart(server, client):
 def test_a_run_with_an_address_is_the_documented_json(server, client):
     parameters = {**PARAMETERS, "inputImageUrl": "https://x.example/a.png"}
     client.run(MODEL, parameters)
-    (seen,) = server.seen
+    _, seen = server.seen
     assert seen.headers["content-type"] == "application/json"
     assert seen.body == parameters
 
@@ -106,7 +106,7 @@ def test_the_other_spelling_of_a_slug_is_tried_once(clock):
     with WiroServer(slugs=("wiro/skyreels-v1",)) as server:
         handle = make_client(server, clock).run(MODEL, PARAMETERS)
         assert handle.taskid == "2221"
-        assert server.paths() == ["Run/wiro/SkyReels-V1", "Run/wiro/skyreels-v1"]
+        assert server.paths() == ["Task/List", "Run/wiro/SkyReels-V1", "Run/wiro/skyreels-v1"]
     with WiroServer(slugs=()) as server:
         with pytest.raises(NotFoundError):
             make_client(server, clock).run(MODEL, PARAMETERS)
@@ -122,7 +122,7 @@ def test_a_slug_that_cannot_be_is_refused(slug):
 def test_a_slug_with_blanks_is_encoded(clock):
     with WiroServer(slugs=("wiro/Virtual%20Try-On",)) as server:
         make_client(server, clock).run(Model.parse("wiro/Virtual Try-On"), PARAMETERS)
-        assert server.paths() == ["Run/wiro/Virtual%20Try-On"]
+        assert server.paths() == ["Task/List", "Run/wiro/Virtual%20Try-On"]
 
 
 # --- refusals -----------------------------------------------------------------------------------
@@ -146,8 +146,7 @@ def test_a_refused_run_is_its_own_error_and_is_not_sent_again(server, client, fa
     with pytest.raises(error) as caught:
         client.run(MODEL, PARAMETERS)
     assert type(caught.value) is error
-    assert runs(server) == 1
-    assert "Task/List" not in server.paths()
+    assert server.paths() == ["Task/List", "Run/wiro/SkyReels-V1"], "and not looked for"
 
 
 def test_codes_map_to_different_classes(server, client):
@@ -208,10 +207,9 @@ def test_a_run_that_was_lost_before_anything_was_made_asks(server, client, clock
 
 
 def test_two_tasks_that_may_be_it_are_named_and_none_is_taken(server, client):
-    server.add_task(dict(PARAMETERS))
     server.fail("Run", "lost")
     with pytest.raises(RunOutcomeUnknownError, match="2222, 2221") as caught:
-        client.run(MODEL, PARAMETERS)
+        client.run(MODEL, PARAMETERS, before_sending=lambda _: server.add_task(dict(PARAMETERS)))
     assert [task.taskid for task in caught.value.candidates] == ["2222", "2221"]
     assert runs(server) == 1
 
@@ -219,26 +217,29 @@ def test_two_tasks_that_may_be_it_are_named_and_none_is_taken(server, client):
 @pytest.mark.parametrize(
     "other",
     [
-        {"prompt": "another"}, {"steps": 20}, {"numFrames": "101"},
+        {"prompt": "another"}, {"prompt": "fps-24, A WOMAN SMILES"}, {"steps": 20},
+        {"numFrames": "101"}, {"negativePrompt": "blur"}, {"seed": "7"},
+        {"inputImageUrl": "https://x.example/a.png"}, {"inputImage": "https://x.example/a.png"},
     ],
 )  # fmt: skip
 def test_a_task_with_other_parameters_is_not_taken_for_the_lost_one(server, client, other):
-    server.add_task({**PARAMETERS, **other})
     server.fail("Run", "lost")
-    assert client.run(MODEL, PARAMETERS).taskid == "2222"
+    handle = client.run(
+        MODEL, PARAMETERS, before_sending=lambda _: server.add_task({**PARAMETERS, **other})
+    )
+    assert handle.taskid == "2222"
 
 
 def test_an_older_task_is_not_taken_for_the_lost_one(server, client):
-    old = server.add_task(dict(PARAMETERS))
-    server.tasks[old]["createtime"] = str(NOW - 3600)
+    server.add_task(dict(PARAMETERS))  # in the same second
     server.fail("Run", "lost")
     assert client.run(MODEL, PARAMETERS).taskid == "2222"
 
 
 def test_a_list_that_fails_on_the_way_is_asked_again(server, client):
     server.fail("Run", "lost")
-    server.fail("Task/List", {"status": 401, "body": {"result": False}}, "html", "html")
-    assert client.run(MODEL, PARAMETERS).taskid == "2221"
+    server.fail("Task/List", None, {"status": 401, "body": {"result": False}}, "html", "html")
+    assert client.run(MODEL, PARAMETERS, [IMAGE]).taskid == "2221"
     assert runs(server) == 1
 
 
@@ -362,7 +363,7 @@ def test_a_queued_task_is_cancelled(server, client):
     server.steps_by_itself = False
     task = client.stop(handle)
     assert task.status == "task_cancel"
-    assert server.paths()[1:] == ["Task/Detail", "Task/Cancel", "Task/Detail"]
+    assert server.paths()[2:] == ["Task/Detail", "Task/Cancel", "Task/Detail"]
     with pytest.raises(TaskCancelledError, match="2221 was cancelled"):
         raise_for_failure(task)
 
@@ -440,11 +441,12 @@ def test_no_secret_is_in_any_error_or_log_line(clock, caplog):
                 "errors": [{"code": 0, "message": f"x-api-key: {key} tasktoken={handle.token}"}]
             }
             for status in (200, 401, 404, 500):
-                server.fail(path, *[{"status": status, "body": echo}] * 9)
+                for each in (path, "Task/List"):
+                    server.fail(each, *[{"status": status, "body": echo}] * 9)
                 with pytest.raises(WiroError) as caught:
                     call()
                 texts.append(f"{caught.value} {caught.value!r}")
-                server._faults[path].clear()
+                server._faults.clear()
         texts.append(repr(client.detail(handle)) + repr(handle))
     joined = " ".join([*texts, caplog.text])
     for planted in (key, secret, handle.token, "access-secret"):

@@ -168,7 +168,7 @@ class Impatient(requests.Session):
 @pytest.mark.parametrize("fault", ["reset", "lost", BAD_GATEWAY, "html"])
 def test_a_lost_run_is_looked_for_through_lists_that_fail_too(job, fault):
     job.server.fail("Run", "lost")
-    job.server.fail("Task/List", *[fault] * 7)
+    job.server.fail("Task/List", None, *[fault] * 7)
     assert_done(job, job())
 
 

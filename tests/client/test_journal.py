@@ -66,7 +66,7 @@ def test_the_intent_is_on_disk_before_anything_is_sent(server, client, journal):
         states.append(journal.newest()[0].state)
         send(entry, *others)
         states.append(journal.newest()[0].state)
-        assert server.seen == []
+        assert runs(server) == 0
 
     journal.sending = spy
     start(client, journal, MODEL, PARAMETERS)
@@ -84,7 +84,7 @@ def test_a_job_that_was_never_sent_is_sent(server, client, journal):
 
 def test_a_job_that_was_sent_and_not_answered_is_looked_up(server, client, journal):
     entry = journal.begin(job_key(MODEL, PARAMETERS, service=server.url), str(MODEL))
-    journal.sending(entry)
+    journal.sending(entry, baseline="2220")
     server.add_task(dict(PARAMETERS))  # the Run arrived, and the program ended
     found = start(client, journal, MODEL, PARAMETERS)
     assert (found.state, found.taskid) == ("started", "2221")

@@ -181,7 +181,7 @@ def test_the_addresses_of_a_combinefileinput_go_as_parts_of_their_own_beside_fil
     items = [{"id": "inputImage", "type": "combinefileinput"}, {"id": "prompt", "type": "text"}]
     values = complete(items, {"inputImage": [A, B], "prompt": "x"}, [PICTURE])
     client.run(MODEL, values, [PICTURE])
-    (seen,) = server.seen
+    _, seen = server.seen
     assert seen.raw.count(b'name="inputImage"\r\n') == 2
     assert seen.raw.count(b'name="inputImage"; filename="input.png"\r\n') == 1
 

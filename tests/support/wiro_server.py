@@ -14,7 +14,7 @@ Faults are queued with `fail` and used up one by one, by what they are queued fo
         {"status": 502, "headers": {...}, "body": {...}}    carried out, and that is the answer;
                            {"status": 401, "body": {"result": False}} is a key that dies meanwhile
         (96, "message")    refused: {"result": false, "errors": [...]}
-    "GET 0.mp4", "GET 2221/0.mp4" (of one task)
+    "GET 0.mp4", "GET 2221/0.mp4" (of one task), "GET inputImage-1.png" (what a Run has sent)
         404, 503, ...      that status, and nothing
         "reset"            the connection ends
         "cut", "short"     half of it comes; with "short", half is what was announced
@@ -48,7 +48,7 @@ import sys
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from decimal import Decimal
 from functools import partial
@@ -155,6 +155,8 @@ class WiroServer:
     pace_s: above 0, tasks walk by the real clock instead, from the Run to the end in that time.
     final: goes over a task's record at its end.
     files: what is served; each task shows "0.mp4" under an address of its own.
+    inputs: what Runs have sent, "token/name" -> content; records show their addresses.
+    fetched_inputs: the headers with which these were asked for.
     real_video: each task gets a video made of its picture instead.
     strict: a Run is checked against PARAMETERS. Without, only an empty prompt is refused.
     schema: Tool/Detail shows PARAMETERS. price: rows such as {"inputs": [], "price": "0.30",
@@ -178,7 +180,9 @@ class WiroServer:
     seen: list[Seen] = field(default_factory=list)
     tasks: dict[str, dict[str, Any]] = field(default_factory=dict)
     files: dict[str, bytes] = field(default_factory=lambda: {"0.mp4": MP4})
+    inputs: dict[str, bytes] = field(default_factory=dict)
     fetched: list[dict[str, str]] = field(default_factory=list)
+    fetched_inputs: list[dict[str, str]] = field(default_factory=list)
     now: Callable[[], float] | None = None
     clock: Callable[[], float] = time.monotonic
     pace_s: float = 0.0
@@ -272,11 +276,13 @@ class WiroServer:
         parameters: dict[str, Any],
         slug: str = "wiro/SkyReels-V1",
         picture: bytes = b"",
+        uploads: Sequence[Upload] = (),
     ) -> str:
         """A task as a Run makes it; returns its id. picture: what its video is made of."""
         owner, project = unquote(slug).split("/")
         with self._lock:
             number = str(2221 + len(self.tasks))
+            parameters = {**parameters, **self._store(number, uploads)}
             now = self.now()
             task = self.tasks[number] = {
                 "id": number,
@@ -315,6 +321,15 @@ class WiroServer:
             if len(self.states) == 1:
                 self._finish(task, now + 7)
         return number
+
+    def _store(self, number: str, uploads: Sequence[Upload]) -> dict[str, Any]:
+        """Keep the files of a Run; returns their parameters as the service echoes them."""
+        echo: dict[str, list[str]] = defaultdict(list)
+        for i, (name, filename, _, content) in enumerate(uploads, 1):
+            path = f"upload-{number}/{name}-{i}.{filename.rpartition('.')[2]}"
+            self.inputs[path] = content
+            echo[name].append(f"{self.url}/File/{path}")
+        return {name: urls[0] if len(urls) == 1 else urls for name, urls in echo.items()}
 
     def _advance(self, task: dict[str, Any]) -> None:
         """Bring a task to where the clock says it is, through every state on the way."""
@@ -510,11 +525,8 @@ class WiroServer:
             limit = max(1, int(balance / 10))
         if limit is not None and len(self._going()) >= limit:
             return _refuse(96, "You have reached your concurrency limit.")
-        # as the service echoes uploads
-        echo = {name: f"{self.url}/File/upload-token/{name}-{i}.{filename.rpartition('.')[2]}"
-                for i, (name, filename, *_) in enumerate(files, 1)}  # fmt: skip
         picture = files[0][3] if files else b""
-        task = self.tasks[self.add_task({**body, **echo}, slug, picture)]
+        task = self.tasks[self.add_task(body, slug, picture, files)]
         return _grant(taskid=task["id"], socketaccesstoken=task["socketaccesstoken"])
 
     def _answer_model(self, body: dict[str, Any]) -> Answer:
@@ -569,6 +581,8 @@ class WiroServer:
             task["outputs"] = []
             self._deleted.add(task["id"])
             self.files.pop(f"{task['id']}/0.mp4", None)
+            for path in [path for path in self.inputs if path.startswith(f"upload-{task['id']}/")]:
+                del self.inputs[path]
         answer = _grant(total="1", tasklist=[dict(task)])
         if path == "Task/Detail" and self.steps_by_itself and self.pace_s <= 0:
             self._step(task)
@@ -577,19 +591,23 @@ class WiroServer:
     # --- downloads ------------------------------------------------------------------------------
 
     def _serve_file(self, handler: BaseHTTPRequestHandler) -> None:
-        name = handler.path.removeprefix("/files/")
+        is_input = handler.path.startswith("/v1/File/")
+        name = handler.path.removeprefix("/v1/File/").removeprefix("/files/")
         taskid, _, base = name.rpartition("/")
         with self._lock:
-            self.fetched.append({k.lower(): v for k, v in handler.headers.items()})
+            fetched = self.fetched_inputs if is_input else self.fetched
+            fetched.append({k.lower(): v for k, v in handler.headers.items()})
             queue = self._faults["GET " + name] or self._faults["GET " + base]
             fault = queue.pop(0) if queue else None
-            content = self.files.get(name)
+            content = self.inputs.get(name) if is_input else self.files.get(name)
             if content is None and taskid in self.tasks and taskid not in self._deleted:
                 content = self.files.get(base)
         word, value = fault if isinstance(fault, tuple) else (fault, None)
         if content is None and not isinstance(word, int):
             word = 404
-        self.log(f"GET files/{name} {word if word is not None else 200}")
+        self.log(
+            f"GET {'File' if is_input else 'files'}/{name} {word if word is not None else 200}"
+        )
         if word == "reset":
             handler.close_connection = True
             handler.connection.close()
