@@ -326,7 +326,9 @@ def wiro(*arguments: str, **changes: str) -> subprocess.CompletedProcess:
 
 def test_the_command_line_knows_what_a_host_has_paid_for_and_its_limits(user, host, clock):
     run = ["run", "acme/other", "--param=prompt=x", "--out", str(host.parent)]
-    with WiroServer(states=("task_postprocess_end",), slugs=("acme/other",)) as server:
+    price = [{"inputs": [], "price": "0.30", "priceMethod": "cpr"}]
+    ended = ("task_postprocess_end",)
+    with WiroServer(states=ended, slugs=("acme/other",), price=price) as server:
         server.files["0.mp4"] = make_clip()
         address = {"WIRO_API_BASE_URL": server.url}
         journal = Journal(state.share(host) / state.JOURNAL_NAME)
