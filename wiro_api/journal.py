@@ -87,11 +87,21 @@ class LostEntryError(Exception):
 
 
 def default_path() -> Path:
-    """Where the command line keeps its journal: the user's folder for program state."""
+    """Where the command line keeps its journal: the user's folder for program state.
+
+    Raises:
+        ConfigError: this user has no folder, as in some containers.
+    """
+    variable, below = "XDG_STATE_HOME", Path(".local", "state")
     if sys.platform == "win32":
-        root = Path(os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local")
-    else:
-        root = Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state")
+        variable, below = "LOCALAPPDATA", Path("AppData", "Local")
+    try:
+        root = Path(os.environ.get(variable) or Path.home() / below)
+    except RuntimeError:
+        raise ConfigError(
+            f"This user has no home folder, where what is started is noted: set {variable}, or "
+            "name a file with --journal."
+        ) from None
     return root / "skyreels-wiro" / "journal.sqlite"
 
 

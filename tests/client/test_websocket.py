@@ -104,7 +104,7 @@ def test_a_silent_socket_is_taken_for_dead(monkeypatch):
 def test_leaving_the_block_ends_the_thread_at_once():
     with SocketServer([("silent", 9)]) as server:
         with ProgressSocket("t", url=server.url, on_progress=print) as feed:
-            until(lambda: feed.is_healthy)
+            until(lambda: server.registered)
         assert not feed._thread.is_alive()
 
 
