@@ -98,8 +98,6 @@ def complete(
         value = values.get(name)
         if value is None or (value == "" and kind in _NUMBERS):
             value = item.get("default")
-            if isinstance(value, Mapping | list):
-                value = None
         if value is None or value == "":
             if _is_required(item):
                 options = _listed(_options(item))

@@ -289,11 +289,10 @@ def _in_time(
         raise
     if not over.is_set():
         was_sent = line.leave()
-        if not over.is_set():
-            raise TransportError(
-                f"Wiro did not answer as a whole within {whole_s:.0f} s. {_sent(was_sent)}",
-                was_sent=was_sent,
-            )
+        raise TransportError(
+            f"Wiro did not answer as a whole within {whole_s:.0f} s. {_sent(was_sent)}",
+            was_sent=was_sent,
+        )
     if errors:
         raise errors[0]
     return answer[0]
@@ -408,7 +407,7 @@ def _failure(error: Exception, url: str, proxies: Mapping[str, str], was_sent: b
     proxy = proxy_of(url, proxies)
     if "SOCKS" in told and isinstance(error, requests.exceptions.InvalidSchema):
         return DependencyError(no_socks(url))
-    malformed = (requests.exceptions.InvalidProxyURL, urllib3.exceptions.LocationValueError)
+    malformed = (requests.exceptions.InvalidURL, urllib3.exceptions.LocationValueError)
     if proxy and isinstance(error, malformed):
         return ConfigError(
             f"{proxy_variable(url)} is not the address of a proxy: give http://host:port, or unset "
@@ -416,7 +415,7 @@ def _failure(error: Exception, url: str, proxies: Mapping[str, str], was_sent: b
         )
     for variable in CA_VARIABLES:
         named = os.environ.get(variable)
-        if named and ("CA certificate bundle" in told or "NO_CERTIFICATE" in told):
+        if named and re.search(r"CA certificate bundle|NO_CERTIFICATE|\[X509|\bPEM\b", told):
             return ConfigError(
                 f"{variable} names {clean_text(named)[:MAX_HEADER]!r}, which holds no certificate: "
                 f"name the PEM file of your company's CA, or unset it. {left}"
@@ -471,7 +470,8 @@ def _innermost(error: Exception) -> object:
 
 def _strerror(causes: Sequence[BaseException]) -> str:
     """What the system says: "Connection refused"; these words hold no address."""
-    codes = [cause.errno for cause in causes if isinstance(cause, OSError)]
+    plain = (cause for cause in causes if not isinstance(cause, ssl.SSLError))
+    codes = [cause.errno for cause in plain if isinstance(cause, OSError)]
     return next((os.strerror(code) for code in codes if isinstance(code, int) and code > 0), "")
 
 
