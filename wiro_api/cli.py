@@ -32,7 +32,18 @@ from .journal import Entry, Journal, default_path
 from .schema import SKYREELS, check_skyreels, complete, items_of
 from .signing import load_credentials
 from .spending import Limits, load_limits, parse_limit, price_of, save_limits, to_json
-from .task import Output, Task, Verdict, dollars, money, one_line, text_of, verdict, word_of
+from .task import (
+    ADDRESS,
+    Output,
+    Task,
+    Verdict,
+    dollars,
+    money,
+    one_line,
+    text_of,
+    verdict,
+    word_of,
+)
 from .transport import base_url, local_host
 from .video import check_video, is_video
 from .websocket import socket_url
@@ -247,7 +258,7 @@ def run_upload(client: Client, arguments: argparse.Namespace) -> dict[str, Any]:
     part = read_part(arguments.file)
     folder = text_of(client.create_folder(arguments.folder)["id"]) if arguments.folder else ""
     record = client.upload(part, folder)
-    say(one_line(text_of(record.get("url"))))
+    say(one_line(text_of(record.get("url")))[:ADDRESS])
     return {name: record.get(name) for name in ("id", "name", "url", "size", "contenttype")}
 
 

@@ -205,7 +205,7 @@ def failure_text(task: Task) -> str:
 def read_json(data: bytes | str) -> object:
     """The value of a JSON text of the service, cleaned.
 
-    Bytes that are no UTF-8 are replaced. NaN, infinities and numbers as long as a book are None, as
+    Bytes that are no UTF-8 are replaced, bare control characters too. NaN, infinities and numbers as long as a book are None, as
     is what lies deeper than any record. Of a log its end is kept.
 
     Raises:
@@ -217,7 +217,7 @@ def read_json(data: bytes | str) -> object:
     try:
         value = json.loads(
             text.removeprefix("\ufeff"), parse_int=_int_or_none, parse_float=_float_or_none,
-            parse_constant=lambda _: None,
+            parse_constant=lambda _: None, strict=False,
         )  # fmt: skip
     except RecursionError:
         raise ValueError("too deep") from None
