@@ -205,8 +205,8 @@ def failure_text(task: Task) -> str:
 def read_json(data: bytes | str) -> object:
     """The value of a JSON text of the service, cleaned.
 
-    Bytes that are no UTF-8 are replaced, bare control characters too. NaN, infinities and numbers as long as a book are None, as
-    is what lies deeper than any record. Of a log its end is kept.
+    Bytes that are no UTF-8 are replaced, and bare control characters. NaN, infinities and numbers
+    as long as a book are None, as is what lies deeper than any record. Of a log its end is kept.
 
     Raises:
         ValueError: it is no JSON, or holds more objects and lists than any answer.

@@ -566,13 +566,17 @@ BODIES = {
     "deep": once(answer(b'{"result": true, "tasklist": ' + b"[" * 200_000)),
     "many": once(answer(b'{"result": true, "tasklist": [' + b"{}," * MEGABYTE + b"{}]}")),
     "no HTTP": once(b"SSH-2.0-OpenSSH\r\n"),
+    "no header": once(OK + b"no header \x1b[2J here\r\nX: y\r\n\r\n[]"),
+    "headers in one": once(OK + b"X\x1b[2J: y\r\n y\x9b\r\n\r\n[]"),
     "two sizes": once(b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\nContent-Length: 7\r\n\r\n{}"),
     "size that is none": once(b"HTTP/1.1 200 OK\r\nContent-Length: -1\r\n\r\n{}"),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("name", BODIES)
-def test_body(name, monkeypatch):
+def test_body(name, monkeypatch, caplog):
+    caplog.set_level(logging.DEBUG)
+
     def script(connection, request) -> None:
         BODIES[name](connection, request)
         raise ConnectionError  # the end
@@ -583,6 +587,7 @@ def test_body(name, monkeypatch):
         client = Client(Credentials(KEY, SECRET), base_url=server.url)
         found = outcome(lambda: list(client.watch(RunHandle("2221", ""), timeout_s=0.1)))
     assert isinstance(found, WiroError)
+    assert not CONTROL.search(caplog.text)
 
 
 @pytest.mark.parametrize(
