@@ -241,6 +241,7 @@ def _run(
     wait_when_busy: bool,
     timeout_minutes: float,
 ) -> Result:
+    from ..wiro_api.client import check_wait
     from ..wiro_api.errors import DownloadError, WiroError
     from ..wiro_api.jobs import start, to_handle
     from ..wiro_api.schema import complete, items_of
@@ -249,6 +250,7 @@ def _run(
     line, parameters = "not started", dict(values)
     try:
         check_fields([values, dict(files)])
+        check_wait(60.0 * timeout_minutes)
         client, journal = window.make_client(), account.journal()
         account.check_socket_url()
         window.check()

@@ -16,7 +16,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
-from .client import WATCH_S, Client, Model, RunHandle
+from .client import WATCH_S, Client, Model, RunHandle, check_wait
 from .errors import (
     ApiError,
     AuthError,
@@ -41,7 +41,18 @@ from .spending import (
     to_json,
 )
 from .state import JOURNAL_NAME, limits_beside, open_state
-from .task import Output, Task, Verdict, dollars, money, verdict
+from .task import (
+    ADDRESS,
+    Output,
+    Task,
+    Verdict,
+    dollars,
+    money,
+    one_line,
+    text_of,
+    verdict,
+    word_of,
+)
 from .transport import base_url, local_host
 from .video import check_video, is_video
 from .websocket import socket_url
@@ -141,7 +152,7 @@ def build_parser() -> argparse.ArgumentParser:
     for added in (run, watch, collect):
         added.add_argument("--out", type=Path, default=Path(), metavar="DIR")
     for added in (run, watch):
-        added.add_argument("--timeout", type=float, default=WATCH_S, metavar="S")
+        added.add_argument("--timeout", type=_seconds, default=WATCH_S, metavar="S")
 
     upload = command("upload", run_upload, "upload a file once and print its address")
     upload.add_argument("file", type=Path)
@@ -252,9 +263,9 @@ def run_stop(client: Client, arguments: argparse.Namespace) -> dict[str, Any]:
 def run_upload(client: Client, arguments: argparse.Namespace) -> dict[str, Any]:
     """`upload`: a file, into a folder if asked for."""
     part = read_part(arguments.file)
-    folder = str(client.create_folder(arguments.folder)["id"]) if arguments.folder else ""
+    folder = text_of(client.create_folder(arguments.folder)["id"]) if arguments.folder else ""
     record = client.upload(part, folder)
-    say(str(record.get("url", "")))
+    say(one_line(text_of(record.get("url")))[:ADDRESS])
     return {name: record.get(name) for name in ("id", "name", "url", "size", "contenttype")}
 
 
@@ -269,12 +280,12 @@ def run_list(client: Client, arguments: argparse.Namespace) -> dict[str, Any]:
 def run_model(client: Client, arguments: argparse.Namespace) -> dict[str, Any]:
     """`model`: parameters and price."""
     record = client.model_detail(Model.parse(arguments.model))
-    for group in record.get("parameters") or []:
-        for item in group.get("items", []):
-            need = "required" if item.get("required") else "optional"
-            name, kind, label = (str(item.get(k) or "") for k in ("id", "type", "label"))
-            say(f"{name:20} {kind:16} {need}  {label}")
-    price = price_of(record, {item["id"]: item.get("default") for item in items_of(record)})
+    items = items_of(record)
+    for item in items:
+        need = "required" if item.get("required") else "optional"
+        name, kind, label = (word_of(item.get(k)) for k in ("id", "type", "label"))
+        say(f"{name:20} {kind:16} {need}  {label}")
+    price = price_of(record, {str(item["id"]): item.get("default") for item in items})
     say(f"price with the defaults: {'not told before the run' if price is None else price}")
     return dict(record)
 
@@ -392,6 +403,15 @@ def describe(task: Task, paths: Sequence[Path] = ()) -> dict[str, Any]:
         "files": [str(path) for path in paths],
         "outputs": outputs,
     }
+
+
+def _seconds(text: str) -> float:
+    try:
+        return check_wait(float(text))
+    except (ValueError, ConfigError):
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is no time: give seconds above 0, as 600"
+        ) from None
 
 
 def _pair(text: str, option: str) -> tuple[str, str]:

@@ -7,10 +7,10 @@ back to it.
 """
 
 import contextlib
-import contextvars
+import logging
+import math
 import random
 import re
-import threading
 import time
 import weakref
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -40,10 +40,11 @@ from .task import (
     Task,
     Verdict,
     failure_text,
+    id_of,
     log_tail,
     may_lag,
     parse_task,
-    text_of,
+    token_of,
     verdict,
 )
 from .transport import (
@@ -53,7 +54,9 @@ from .transport import (
     UPLOAD_S,
     FilePart,
     check_base_url,
+    in_time,
     is_passing,
+    make_session,
     post,
     wait_s,
 )
@@ -61,16 +64,26 @@ from .transport import (
 if TYPE_CHECKING:
     from .websocket import ProgressSocket
 
+logger = logging.getLogger(__name__)
+
 #: attempts of a read, and of a Run that never left
 READ_ATTEMPTS, RUN_ATTEMPTS = 5, 3
+#: a read is not tried again when it would be later than this
+READ_PATIENCE_S = 120.0
 #: (until this many seconds into the wait, seconds between polls)
 POLL_SCHEDULE = ((15.0, 2.0), (60.0, 5.0), (float("inf"), 10.0))
-#: seconds between polls beside a healthy socket, and between two looks at it
+#: seconds between polls beside a socket that tells of the task, and between two looks at it
 WATCHDOG_S, SLICE_S, SHORTEST_POLL_S = 30.0, 0.2, 0.5
 #: seconds of `watch`; the service's own longest wait
 WATCH_S = 2400.0
-#: a task is "not found" for this long after its Run, at most
-SETTLING_S = 30.0
+#: what is left at the end of a wait is one more look
+MIN_WAIT_S = 0.001
+#: of the last poll of a wait, which begins before its end
+LAST_POLL_S = 2.0
+#: a task is "not found" for this long after its Run, at most, and once it is known this often
+SETTLING_S, MISSES = 30.0, 2
+#: failures of polls in a row, of which one is told
+TOLD_FAILURES = 3
 #: a stored "task_error" that stands still this long with a log is reported
 STALLED_S = 120.0
 #: seconds after which an unknown Run is looked for
@@ -92,6 +105,17 @@ def nothing(*_: object) -> None:
 def always(*_: object) -> bool:
     """Agree."""
     return True
+
+
+def check_wait(seconds: float) -> float:
+    """A longest wait in seconds.
+
+    Raises:
+        ConfigError: it is no number, not finite, or not above 0.
+    """
+    if not isinstance(seconds, int | float) or not (math.isfinite(seconds) and seconds > 0):
+        raise ConfigError(f"{seconds!r} is no longest wait: give a time above 0, as 600 seconds.")
+    return seconds
 
 
 @dataclass(frozen=True)
@@ -151,8 +175,7 @@ class Client:
         sleep, clock: seconds; replaced where a wait must be interruptible or a test must not wait.
             `sleep` may raise to end the wait.
         now: Unix seconds.
-        interruptible: `sleep` is called while an answer is waited for too, so it can end that; each
-            call then has a thread of its own.
+        interruptible: `sleep` is called while an answer is waited for too, so it can end that.
     """
 
     def __init__(
@@ -170,7 +193,7 @@ class Client:
         self.account = account_of(credentials)
         self._interruptible = interruptible
         self._auth = WiroAuth(credentials, nonces_of(now))
-        self._session = session or requests.Session()
+        self._session = session or make_session()
         weakref.finalize(self, self._session.close)  # for clients that nobody closes
         self.sleep, self.clock, self._now = sleep, clock, now
         self._rng = random.Random()
@@ -194,13 +217,13 @@ class Client:
             NotFoundError: there is no such task (yet). TransportError, ApiError: see errors.py.
         """
         body = self._read("Task/Detail", _identifier(handle, "tasktoken"), ("tasklist",))
-        return _only_task(body)
+        return _only_task(body, handle)
 
     def list_tasks(self, *, limit: int = 20, start: int = 0, model: str = "") -> list[Task]:
         """The account's newest tasks; `model` is (a part of) a slug."""
         body = _list_body(limit, start, model)
         tasks = self._read("Task/List", body, ("tasklist", "total")).get("tasklist")
-        return [parse_task(t) for t in tasks or [] if isinstance(t, Mapping)]
+        return [parse_task(task) for task in _mappings(tasks)]
 
     def newest_task(self) -> str:
         """The id of the account's newest task, asked for once: "0" if there is none.
@@ -243,7 +266,10 @@ class Client:
                 f"Folder name {name!r} may hold letters, digits, _ and - only: choose another."
             )
         body = {"name": name, **({"parentid": parent} if parent else {})}
-        return _first_of(self._post("File/FolderCreate", body, ("list", "id")), "list")
+        record = _first_of(self._post("File/FolderCreate", body, ("list", "id")), "list")
+        if not id_of(record.get("id")):
+            raise NotFoundError("Wiro's answer names no folder: try again.", code=1, status=200)
+        return record
 
     def upload(self, part: FilePart, folder: str = "") -> Mapping[str, Any]:
         """Upload a file once; returns its record with "url". Never repeated by itself."""
@@ -270,8 +296,7 @@ class Client:
         """Models whose name or text fits a search."""
         body = {"start": "0", "limit": str(limit), "search": search, "sort": "relevance",
                 "order": "DESC", "hideworkflows": True, "summary": True}  # fmt: skip
-        tools = self._read("Tool/List", body, ("tool", "total")).get("tool")
-        return [t for t in tools or [] if isinstance(t, Mapping)]
+        return _mappings(self._read("Tool/List", body, ("tool", "total")).get("tool"))
 
     def _post(
         self,
@@ -281,31 +306,29 @@ class Client:
         files: Sequence[tuple[str, FilePart]] = (),
         read_s: float = READ_S,
         before_last_byte: Callable[[], None] | None = None,
-        on_answer: Callable[[Mapping[str, Any]], None] = nothing,
+        on_answer: Callable[[Mapping[str, Any]], None] | None = None,
+        whole_s: float | None = None,
     ) -> dict[str, Any]:
-        def call(guard: Callable[[], None] | None) -> dict[str, Any]:
-            answer = post(
-                self._session, f"{self.base_url}/{path}", self._auth, body=body, files=files,
-                read_s=read_s, payload_keys=payload_keys, before_last_byte=guard,
-            )  # fmt: skip
-            on_answer(answer)  # here, because the caller may have left
-            return answer
-
-        if not self._interruptible:
-            return call(before_last_byte)
-        return _leave_open(call, self.sleep, before_last_byte or nothing)
+        return post(
+            self._session, f"{self.base_url}/{path}", self._auth, body=body, files=files,
+            read_s=read_s, payload_keys=payload_keys, before_last_byte=before_last_byte,
+            on_answer=on_answer, whole_s=whole_s,
+            sleep=self.sleep if self._interruptible else None,
+        )  # fmt: skip
 
     def _read(
         self, path: str, body: Mapping[str, Any], payload_keys: Sequence[str]
     ) -> dict[str, Any]:
         """A call that may be repeated, and is."""
+        end = self.clock() + READ_PATIENCE_S
         for attempt in range(1, READ_ATTEMPTS):
             try:
                 return self._post(path, body, payload_keys)
             except (TransportError, ApiError) as error:
-                if not is_passing(error):
+                wait = wait_s(attempt, error, self._rng)
+                if not is_passing(error) or self.clock() + wait > end:
                     raise
-                self.sleep(wait_s(attempt, error, self._rng))
+                self.sleep(wait)
         return self._post(path, body, payload_keys)
 
     # --- run ------------------------------------------------------------------------------------
@@ -353,8 +376,8 @@ class Client:
             has_left = True
 
         def note(answer: Mapping[str, Any]) -> None:
-            if text_of(answer.get("taskid")):
-                on_answer(self._handle_of(answer))
+            if (handle := self._handle_of(answer)).taskid:
+                on_answer(handle)
 
         while True:
             path = f"Run/{quote(spelling.owner, safe='')}/{quote(spelling.project, safe='')}"
@@ -412,7 +435,7 @@ class Client:
         return self._reconcile(model, parameters, files, baseline, cause, known=known, claim=claim)
 
     def _handle_of(self, answer: Mapping[str, Any]) -> RunHandle:
-        taskid, token = text_of(answer.get("taskid")), text_of(answer.get("socketaccesstoken"))
+        taskid, token = id_of(answer.get("taskid")), token_of(answer.get("socketaccesstoken"))
         return RunHandle(taskid, token, self._now())
 
     def _reconcile(
@@ -512,25 +535,18 @@ class Client:
                 return False
             pairs += zip(addresses, contents, strict=True)
 
-        def wait(_: float) -> None:
-            if self._interruptible:
-                self.sleep(0.0)
-            if time.monotonic() > end:
-                raise TransportError("the stored files came too slowly")
-
-        def compare(_: Callable[[], None]) -> dict[str, Any]:
+        def compare() -> bool | None:
             for address, content in pairs:
                 found = is_stored(self._session, address, content, self.base_url)
                 if not found:
-                    return {"is_same": found}
-            return {"is_same": True}
+                    return found
+            return True
 
+        left = max(0.0, end - time.monotonic())
         try:
-            answer = _leave_open(compare, wait, nothing)
+            return in_time(compare, left, self.sleep if self._interruptible else None)
         except TransportError:
             return None
-        same: bool | None = answer["is_same"]
-        return same
 
     # --- watch and stop -------------------------------------------------------------------------
 
@@ -547,43 +563,66 @@ class Client:
         Leaving the loop stops nothing.
 
         Args:
-            timeout_s: longest wait.
-            socket: of the same task; while it is healthy polls are rare, and a frame that
+            timeout_s: longest wait; the last poll may end `LAST_POLL_S` after it.
+            socket: of the same task; while it tells of the task polls are rare, and a frame that
                 announces another state brings the next one forward.
         Raises:
             TaskTimeoutError: the wait is over, with both identifiers to go on later.
             TaskStalledError: it stands still on an error of its own.
+            NotFoundError: the service does not know it, again and again if it once did.
         """
+        return self._watch(handle, check_wait(timeout_s), socket)
+
+    def _watch(
+        self, handle: RunHandle, timeout_s: float, socket: "ProgressSocket | None"
+    ) -> Iterator[Task]:
         start = self.clock()
+        settled_at = start + self._settling_s(handle)
+        # whoever has both identifiers, or the time of the Run, has them from the service
+        is_known = handle.started_at is not None or bool(handle.taskid and handle.token)
         changed_at, last = start, ("", "")
-        failures = empty_reads = 0
+        failures = misses = empty_reads = 0
+        trouble = ""
         while True:
             task: Task | None = None
-            pause = 0.0
+            pause = usual = 0.0
+            left = start + timeout_s - self.clock()
             try:
-                task = _only_task(
-                    self._post("Task/Detail", _identifier(handle, "tasktoken"), ("tasklist",))
-                )
-                failures = 0
-            except (TransportError, ApiError) as error:
-                settling = isinstance(error, NotFoundError) and self._is_settling(handle)
-                if not settling and not is_passing(error):
+                answer = self._post(
+                    "Task/Detail", _identifier(handle, "tasktoken"), ("tasklist",),
+                    whole_s=max(0.0, left) + LAST_POLL_S,
+                )  # fmt: skip
+                task = _only_task(answer, handle)
+                failures, misses, trouble = 0, 0, ""
+            except WiroError as error:
+                passes = is_passing(error)
+                if isinstance(error, NotFoundError):
+                    misses += self.clock() >= settled_at
+                    passes = misses <= (MISSES if is_known else 0)
+                if not passes:
+                    if misses > 1:
+                        error.args = (f"{error} It answered so {misses} times in a row.",)
                     tell_task(
                         error, handle.taskid,
                         "If it runs, it goes on at Wiro: mend this, then collect it by its id.",
                     )  # fmt: skip
                     raise
                 failures += 1
+                trouble = str(error)
                 pause = wait_s(failures, error, self._rng)
+                if failures == TOLD_FAILURES:
+                    logger.warning("The task is still waited for. %s", trouble)
             now = self.clock()
+            left = start + timeout_s - now
             if task is not None:
+                is_known = True
                 handle = RunHandle(
                     task.taskid or handle.taskid, task.token or handle.token, handle.started_at
                 )
                 if (task.status, task.error_log) != last:
                     last, changed_at = (task.status, task.error_log), now
                 judged = verdict(task)
-                if may_lag(task) and empty_reads < NO_OUTPUT_READS:
+                if may_lag(task) and empty_reads < NO_OUTPUT_READS and left > 0:
                     empty_reads += 1  # the record may lag behind its files
                     self.sleep(NO_OUTPUT_WAIT_S)
                     continue
@@ -598,31 +637,44 @@ class Client:
                         "stop it.",
                         task,
                     )
-                is_live = socket is not None and socket.is_healthy
-                pause = WATCHDOG_S if is_live else self._poll_pause(now - start)
-            left = start + timeout_s - now
+                pause = usual = self._poll_pause(now - start)
+                if socket is not None and socket.is_healthy:
+                    pause = max(usual, WATCHDOG_S)
             if left <= 0:
                 raise TaskTimeoutError(
                     f"Task {handle.taskid or '(by token)'} has not ended after {timeout_s:.0f} s. "
-                    "It goes on at Wiro: collect it later by its id.",
+                    "It goes on at Wiro: collect it later by its id."
+                    + (f" The last look at it failed: {trouble}" if trouble else ""),
                     taskid=handle.taskid,
                     handle=handle,
                 )
             # news cannot bring forward what a failure or politeness holds back
-            self._pause(min(pause, left), socket if failures == 0 else None)
+            self._pause(min(pause, left), usual, socket if failures == 0 else None)
 
-    def _pause(self, seconds: float, socket: "ProgressSocket | None") -> None:
-        """Sleep, but with a socket no longer than to the news of another state."""
+    def _pause(self, seconds: float, usual: float, socket: "ProgressSocket | None") -> None:
+        """Sleep, but with a socket no longer than to the news of another state.
+
+        Args:
+            usual: without the socket; a socket that falls silent holds back no longer than this.
+        """
         if socket is None:
             self.sleep(seconds)
             return
-        end = self.clock() + seconds
+        start = self.clock()
         self.sleep(min(seconds, SHORTEST_POLL_S))
-        while (left := end - self.clock()) > 0 and not socket.take_news():
+        while (left := start + seconds - self.clock()) > 0 and not socket.take_news():
+            if not socket.is_healthy:
+                left = min(left, start + usual - self.clock())
+                if left <= 0:
+                    return
             self.sleep(min(left, SLICE_S))
 
-    def _is_settling(self, handle: RunHandle) -> bool:
-        return handle.started_at is not None and self._now() - handle.started_at < SETTLING_S
+    def _settling_s(self, handle: RunHandle) -> float:
+        """Seconds for which a task may still be on its way into the service's books."""
+        if handle.started_at is None:
+            return 0.0
+        since = self._now() - handle.started_at
+        return SETTLING_S - min(max(since, 0.0), SETTLING_S)
 
     def _poll_pause(self, elapsed: float) -> float:
         pause = next(every for until, every in POLL_SCHEDULE if elapsed < until)
@@ -693,11 +745,23 @@ def _identifier(handle: RunHandle, token_name: str, *, prefer_token: bool = True
     return by_id if handle.taskid else by_token
 
 
-def _only_task(body: Mapping[str, Any]) -> Task:
+def _only_task(body: Mapping[str, Any], handle: RunHandle) -> Task:
+    """The record that was asked for; another task's is no answer."""
     tasks = body.get("tasklist")
     if not isinstance(tasks, list) or not tasks or not isinstance(tasks[0], Mapping):
         raise NotFoundError("Wiro knows no such task (yet).", code=1, status=200)
-    return parse_task(tasks[0])
+    task = parse_task(tasks[0])
+    if handle.taskid and task.taskid and task.taskid != handle.taskid:
+        raise TransportError(
+            f"Wiro was asked for task {handle.taskid} and answered with another, {task.taskid}: "
+            "try again later.",
+            status=200,
+        )
+    return task
+
+
+def _mappings(value: object) -> list[Mapping[str, Any]]:
+    return [each for each in value if isinstance(each, Mapping)] if isinstance(value, list) else []
 
 
 def _first_of(body: Mapping[str, Any], key: str) -> Mapping[str, Any]:
@@ -749,46 +813,3 @@ def _ask(model: Model, candidates: Sequence[Task], cause: WiroError) -> str:
         "again, or it may be paid twice: one that is yours is collected by its id (collect ID on "
         f"the command line, Wiro Task Result in ComfyUI). If none is yours: {not_there}."
     )
-
-
-def _leave_open(
-    call: Callable[[Callable[[], None]], dict[str, Any]],
-    sleep: Callable[[float], None],
-    before_last_byte: Callable[[], None],
-) -> dict[str, Any]:
-    """Make a call in a thread and wait for it with `sleep`, which may raise to leave it.
-
-    A call that is left does not send its last byte any more: either `before_last_byte` was called
-    before, or it never is.
-    """
-    lock = threading.Lock()
-    over = threading.Event()
-    answer: list[dict[str, Any]] = []
-    errors: list[BaseException] = []
-    is_left = False
-
-    def guard() -> None:
-        with lock:
-            if is_left:
-                raise WiroError("the caller has left")
-            before_last_byte()
-
-    def work() -> None:
-        try:
-            answer.append(call(guard))
-        except BaseException as error:  # noqa: BLE001 - it is raised again in the caller
-            errors.append(error)
-        over.set()
-
-    context = contextvars.copy_context()
-    threading.Thread(target=context.run, args=(work,), name="wiro call", daemon=True).start()
-    try:
-        while not over.wait(0.02):
-            sleep(0.0)
-    except BaseException:
-        with lock:
-            is_left = True
-        raise
-    if errors:
-        raise errors[0]
-    return answer[0]

@@ -18,7 +18,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from .client import WATCH_S, Client, Model, RunHandle, raise_for_failure
+from .client import MIN_WAIT_S, WATCH_S, Client, Model, RunHandle, raise_for_failure
 from .errors import (
     ApiError,
     ConcurrencyError,
@@ -304,12 +304,13 @@ def finish(
         if socket_url and task.token and verdict(task) is Verdict.RUNNING:
             try:
                 feed = ProgressSocket(
-                    task.token, url=socket_url, on_progress=on_progress, on_log=on_log
-                )
+                    task.token, url=socket_url, on_progress=on_progress, on_log=on_log,
+                    taskid=task.taskid,
+                )  # fmt: skip
                 socket = stack.enter_context(feed)
             except (DependencyError, ConfigError) as error:  # the task is paid for: go on
                 logger.warning("%s Until then progress comes by polling alone.", error)
-        left = max(0.0, end - client.clock())
+        left = max(MIN_WAIT_S, end - client.clock())
         records = client.watch(handle, timeout_s=left, socket=socket)
         rest = records if verdict(task) is Verdict.RUNNING else ()
         for task in rest:

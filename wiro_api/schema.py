@@ -4,13 +4,13 @@ The service rejects some runs when a key of its schema is missing, so all are se
 that is not used, the model's default for a number that is not given.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from decimal import Decimal
 from typing import Any
 
 from .client import Model
 from .errors import ConfigError
-from .task import bool_of, decimal_of, text_of
+from .task import WORD, bool_of, decimal_of, one_line, text_of
 from .transport import FilePart
 
 SKYREELS = Model("wiro", "SkyReels-V1")
@@ -35,10 +35,15 @@ _FILES = ("fileinput", "multifileinput", "combinefileinput")
 _NUMBERS = ("range", "number", "float")
 #: optional fields that every model takes
 _COMMON = ("callbackUrl", "projectid")
+MAX_ITEMS = 500
+#: letters of a list of names or choices in a message
+LISTED = 500
 
 
 def items_of(record: Mapping[str, Any], model: Model | None = None) -> list[Mapping[str, Any]]:
     """The parameters that a record of Tool/Detail lists, without their groups.
+
+    What has no id of one line is none, and beyond `MAX_ITEMS` there are none.
 
     Args:
         model: SkyReels-V1 has known ones if the record lists none.
@@ -49,8 +54,8 @@ def items_of(record: Mapping[str, Any], model: Model | None = None) -> list[Mapp
         for group in _as_list(groups)
         if isinstance(group, Mapping)
         for item in _as_list(group.get("items"))
-        if isinstance(item, Mapping) and item.get("id")
-    ]
+        if isinstance(item, Mapping) and 0 < len(text_of(item.get("id"))) <= WORD
+    ][:MAX_ITEMS]
     if not items and model is not None and model.clean == SKYREELS.clean:
         return list(SKYREELS_ITEMS)
     return items
@@ -82,8 +87,7 @@ def complete(
     for name in [*values, *sent]:
         if name not in types and name not in urls and name not in _COMMON:
             raise ConfigError(
-                f"The model has no parameter {name!r}: it knows {', '.join(types)}. Nothing was "
-                "sent."
+                f"The model has no parameter {name!r}: it knows {_listed(types)}. Nothing was sent."
             )
     whole: dict[str, Any] = {}
     for item in items:
@@ -96,7 +100,7 @@ def complete(
             value = item.get("default")
         if value is None or value == "":
             if _is_required(item):
-                options = ", ".join(_options(item))
+                options = _listed(_options(item))
                 fix = f"choose one of {options}" if options else "fill it in"
                 raise ConfigError(f"The model wants {name}, which is empty: {fix}.")
             if kind not in _NUMBERS:
@@ -130,7 +134,7 @@ def _checked(item: Mapping[str, Any], name: str, kind: str, value: object) -> ob
         return _plain(number, value)
     options = _options(item)
     if kind == "select" and options and str(value) not in options:
-        raise ConfigError(f"{name} is {str(value)[:40]!r}: choose one of {', '.join(options)}.")
+        raise ConfigError(f"{name} is {str(value)[:40]!r}: choose one of {_listed(options)}.")
     return str(value) if kind == "select" else value
 
 
@@ -139,7 +143,13 @@ def _is_required(item: Mapping[str, Any]) -> bool:
 
 
 def _options(item: Mapping[str, Any]) -> list[str]:
-    return [text_of(o.get("value")) for o in item.get("options") or [] if isinstance(o, Mapping)]
+    options = _as_list(item.get("options"))
+    return [text_of(option.get("value")) for option in options if isinstance(option, Mapping)]
+
+
+def _listed(names: Iterable[str]) -> str:
+    text = one_line(", ".join(names))
+    return text if len(text) <= LISTED else f"{text[:LISTED]}..."
 
 
 def _plain(number: Decimal, value: object) -> int | float:

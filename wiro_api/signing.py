@@ -13,6 +13,7 @@ Source: the API sample on the model page of wiro/SkyReels-V1, 2025-03-13.
 import hashlib
 import hmac
 import os
+import secrets
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -26,6 +27,8 @@ from .errors import ConfigError
 
 KEY_VARIABLE = "WIRO_API_KEY"
 SECRET_VARIABLE = "WIRO_API_SECRET"
+#: of a nonce, behind its 13 digits of milliseconds
+OWN_DIGITS = 6
 HOW_TO_SET = (
     f"set {KEY_VARIABLE} (and {SECRET_VARIABLE} for a project with signature) in the environment; "
     "the key is on the project's page in the Wiro dashboard"
@@ -102,18 +105,29 @@ def sign(api_key: str, api_secret: str, nonce: str) -> str:
 
 
 class Nonces:
-    """Unix milliseconds that never repeat and never fall, in all threads of a process."""
+    """Decimal numbers that never repeat and never fall, in all threads of a process.
+
+    Unix milliseconds, then digits of this source alone: two processes on one key may ask in the
+    same millisecond. Both together fit a signed integer of 64 bits.
+    """
 
     def __init__(self, now_s: Callable[[], float] = time.time) -> None:
         self._now_s = now_s
         self._last = 0
         self._lock = threading.Lock()
+        self._process, self._digits = os.getpid(), _random_digits()
 
     def next(self) -> str:
         """The next one."""
         with self._lock:
+            if self._process != os.getpid():  # a copy of the process that made it
+                self._process, self._digits = os.getpid(), _random_digits()
             self._last = max(self._last + 1, int(self._now_s() * 1000))
-            return str(self._last)
+            return f"{self._last}{self._digits:0{OWN_DIGITS}}"
+
+
+def _random_digits() -> int:
+    return secrets.randbelow(10**OWN_DIGITS)
 
 
 @lru_cache(maxsize=8)

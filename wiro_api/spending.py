@@ -217,6 +217,8 @@ def _number(parameters: Mapping[str, Any], names: Sequence[str]) -> Decimal | No
 
 
 def _cents_up(amount: Decimal) -> Decimal:
+    if amount.adjusted() > 20:  # beyond what can be rounded so, and beyond all limits
+        return amount
     return amount.quantize(Decimal("0.0001"), ROUND_CEILING)
 
 

@@ -13,17 +13,18 @@ import logging
 import os
 import sqlite3
 import sys
-import uuid
+from contextlib import closing
 from pathlib import Path
 
 from .errors import ConfigError
-from .journal import Journal
+from .journal import BUSY_S, Journal
 from .spending import LIMIT_NAMES, Limits, load_limits, save_limits
 
 logger = logging.getLogger(__name__)
 
 STATE_VARIABLE = "WIRO_STATE_DIR"
-JOURNAL_NAME, LIMITS_NAME, POINTER_NAME = "journal.sqlite", "limits.json", "folder"
+JOURNAL_NAME, LIMITS_NAME = "journal.sqlite", "limits.json"
+POINTER_NAME, LOCK_NAME = "folder", "folder.lock"
 #: names of a host's files in versions that shared nothing
 HOST_JOURNAL_NAME, HOST_LIMITS_NAME = "wiro_journal.sqlite", "wiro_limits.json"
 
@@ -195,26 +196,21 @@ def _pointed(user: Path) -> Path | None:
 
 def _point(user: Path, own: Path) -> Path:
     """Make a host's folder the shared one, unless another host was faster; the one that is it."""
-    try:
-        Journal(own / JOURNAL_NAME).make()
-    except sqlite3.Error as error:
-        raise ConfigError(f"The journal in {own} cannot be used ({error}).") from None
     user.mkdir(parents=True, exist_ok=True)
     pointer = user / POINTER_NAME
-    part = user / f"{POINTER_NAME}.{uuid.uuid4().hex}.part"
-    part.write_bytes(os.fsencode(own))
     try:
-        if pointer.exists():  # it names what is gone
-            os.replace(part, pointer)
-        elif sys.platform == "win32":
-            part.rename(pointer)  # fails there if another host was faster
-        else:
-            os.link(part, pointer)  # fails everywhere if so
-    except FileExistsError:
-        pass
-    finally:
-        part.unlink(missing_ok=True)
-    return _pointed(user) or own
+        Journal(own / JOURNAL_NAME).make()
+        # one at a time: a pointer to what is gone may be replaced, one that is just written may not
+        with closing(sqlite3.connect(user / LOCK_NAME, timeout=BUSY_S)) as lock:
+            lock.execute("BEGIN EXCLUSIVE")
+            folder = _pointed(user)
+            if folder is None:
+                part = pointer.with_name(f"{POINTER_NAME}.part")
+                part.write_bytes(os.fsencode(own))
+                os.replace(part, pointer)
+            return folder or own
+    except sqlite3.Error as error:
+        raise ConfigError(f"A journal in {own} or {user} cannot be made ({error}).") from None
 
 
 def limits_beside(journal: Path) -> Path:

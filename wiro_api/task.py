@@ -3,11 +3,16 @@
 The wire is loosely typed: numbers come as strings, lists as text, keys are missing. Parsing never
 fails on that; it keeps the raw record beside what it understood.
 
+Nor is it trusted. `read_json` is the one place where bytes become objects, for answers, for frames
+of the socket and for JSON inside texts: what leaves it can be encoded, holds no character that
+steers a terminal, and is bounded in depth and number.
+
 A task has ended in two states only, "task_postprocess_end" (success or failure: the exit code
 tells) and "task_cancel". "task_end" is not the end, and "task_error" is a line of its log.
 """
 
 import json
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -37,9 +42,23 @@ RANKS: Mapping[str, int] = {
 #: (up to this rank, what people call it)
 PHASES = ((0, "queued"), (4, "preparing"), (7, "running"), (9, "finishing"), (10, "ended"))
 LONGEST_NUMBER = 30
-#: of a log, how much an error message quotes
-LOG_TAIL = 600
+#: of a log, how much an error message quotes, and how much of its end is kept at all
+LOG_TAIL, LOG_KEPT = 600, 256 * 1024
+_LOGS = ("debugoutput", "debugerror")
+#: of an answer: objects and lists in it (an empty one takes 20 times its text), and their depth
+MAX_GROUPS, MAX_DEPTH = 200_000, 32
+#: letters of a name or a state, of a file's name, of an address, and of a key in an object
+WORD, NAME, ADDRESS, KEY = 100, 300, 8192, 200
+MAX_OUTPUTS = 1000
+#: a step beyond this is none
+MAX_STEPS = 10**9
 
+#: C0 without tab and newline, DEL, C1, and halves of letters that no encoding takes
+_CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")
+#: turns the direction of what follows, so that it reads as something else
+_DIRECTION = re.compile("[\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069]")
+_ID = re.compile(r"[A-Za-z0-9_-]{1,64}")
+_TOKEN = re.compile(r"[!-~]{1,512}")
 
 _SECRET = re.compile(
     r"""((?:\\?["'])?(?:x-api-key|x-nonce|x-signature|socketaccesstoken|tasktoken|accesskey)"""
@@ -167,8 +186,9 @@ def may_lag(task: Task) -> bool:
 
 
 def log_tail(task: Task, length: int = LOG_TAIL) -> str:
-    """The end of a task's log, without secrets."""
-    return redact((task.error_log or task.output_log).strip(), [task.token])[-length:]
+    """The end of a task's log in one line, without secrets."""
+    text = redact((task.error_log or task.output_log).strip(), [task.token])
+    return one_line(text)[-length:]
 
 
 def failure_text(task: Task) -> str:
@@ -179,41 +199,111 @@ def failure_text(task: Task) -> str:
     return f"Task {task.taskid} failed on Wiro with exit code {code}{tail}"
 
 
+# --- cleaning -----------------------------------------------------------------------------------
+
+
+def read_json(data: bytes | str) -> object:
+    """The value of a JSON text of the service, cleaned.
+
+    Bytes that are no UTF-8 are replaced, and bare control characters. NaN, infinities and numbers
+    as long as a book are None, as is what lies deeper than any record. Of a log its end is kept.
+
+    Raises:
+        ValueError: it is no JSON, or holds more objects and lists than any answer.
+    """
+    text = data if isinstance(data, str) else data.decode("utf-8", "replace")
+    if text.count("{") + text.count("[") > MAX_GROUPS:
+        raise ValueError("too many values")
+    try:
+        value = json.loads(
+            text.removeprefix("\ufeff"), parse_int=_int_or_none, parse_float=_float_or_none,
+            parse_constant=lambda _: None, strict=False,
+        )  # fmt: skip
+    except RecursionError:
+        raise ValueError("too deep") from None
+    return _clean(value, 0)
+
+
+def _int_or_none(text: str) -> int | None:
+    return int(text) if len(text) <= LONGEST_NUMBER else None
+
+
+def _float_or_none(text: str) -> float | None:
+    number = float(text) if len(text) <= 2 * LONGEST_NUMBER else math.inf
+    return number if math.isfinite(number) else None
+
+
+def _clean(value: Any, depth: int) -> Any:
+    if isinstance(value, str):
+        return clean_text(value)
+    if isinstance(value, dict | list) and depth == MAX_DEPTH:
+        return None
+    if isinstance(value, list):
+        return [_clean(each, depth + 1) for each in value]
+    if isinstance(value, dict):
+        return {
+            clean_text(key[:KEY]): _clean(
+                each[-LOG_KEPT:] if key in _LOGS and isinstance(each, str) else each, depth + 1
+            )
+            for key, each in value.items()
+        }
+    return value
+
+
+def clean_text(text: str) -> str:
+    """A text that any encoding takes and no terminal obeys.
+
+    Control characters and halves of letters become U+FFFD, so that nothing grows together where
+    they stood; a carriage return is the end of a line.
+    """
+    if text.isascii() and text.isprintable():
+        return text
+    text = _DIRECTION.sub("", text.replace("\r\n", "\n").replace("\r", "\n"))
+    return _CONTROL.sub("\ufffd", text)
+
+
+def one_line(text: str) -> str:
+    """The same without line ends and runs of blanks."""
+    return " ".join(text.split())
+
+
 # --- parsing ------------------------------------------------------------------------------------
 
 
 def parse_task(record: Mapping[str, Any]) -> Task:
     """A Task of one record; missing or oddly typed fields become empty."""
     outputs = _as_list(record.get("outputs") or record.get("output"))
-    owner, project = record.get("modelslugowner"), record.get("modelslugproject")
+    owner, project = (word_of(record.get(f"modelslug{part}")) for part in ("owner", "project"))
     return Task(
-        taskid=text_of(record.get("id") or record.get("taskid")),
-        token=text_of(record.get("socketaccesstoken")),
-        status=text_of(record.get("status")),
-        exit_code=text_of(record.get("pexit")),
+        taskid=id_of(record.get("id") or record.get("taskid")),
+        token=token_of(record.get("socketaccesstoken")),
+        status=word_of(record.get("status")),
+        exit_code=word_of(record.get("pexit")),
         parameters=_as_mapping(record.get("parameters")),
-        outputs=tuple(_parse_output(o) for o in outputs if isinstance(o, Mapping)),
+        outputs=tuple(_parse_output(o) for o in outputs[:MAX_OUTPUTS] if isinstance(o, Mapping)),
         output_log=text_of(record.get("debugoutput")),
         error_log=text_of(record.get("debugerror")),
-        elapsed_s=decimal_of(record.get("elapsedseconds")),
-        totalcost=decimal_of(record.get("totalcost")),
-        cps=decimal_of(record.get("cps")),
+        elapsed_s=_amount_of(record.get("elapsedseconds")),
+        totalcost=_amount_of(record.get("totalcost")),
+        cps=_amount_of(record.get("cps")),
         createtime=time_of(record.get("createtime")),
         starttime=time_of(record.get("starttime")),
         endtime=time_of(record.get("endtime")),
         postprocessendtime=time_of(record.get("postprocessendtime")),
         model=f"{owner}/{project}" if owner and project else "",
-        callbackurl=text_of(record.get("callbackurl")),
+        callbackurl=text_of(record.get("callbackurl"))[:ADDRESS],
         raw=record,
     )
 
 
 def _parse_output(record: Mapping[str, Any]) -> Output:
+    url, size = text_of(record.get("url")), int_of(record.get("size")) or 0
     return Output(
-        name=text_of(record.get("name")),
-        contenttype=text_of(record.get("contenttype")),
-        url=text_of(record.get("url")),
-        num_bytes=int_of(record.get("size")) or None,
+        # the end of a name holds its suffix
+        name=re.sub(r"[^\S ]", "_", text_of(record.get("name")).strip())[-NAME:],
+        contenttype=word_of(record.get("contenttype")),
+        url=url if len(url) <= ADDRESS else "",
+        num_bytes=size if size > 0 else None,
         content=text_of(record.get("content")),
         raw=record,
     )
@@ -228,7 +318,7 @@ def parse_progress(message: object) -> Progress | None:
         message = _json_or_none(message)
     if not isinstance(message, Mapping):
         return None
-    step, total = int_of(message.get("stepCurrent")), int_of(message.get("stepTotal"))
+    step, total = (_step_of(message.get(name)) for name in ("stepCurrent", "stepTotal"))
     percentage = decimal_of(message.get("percentage"))
     fraction: float | None = None
     if percentage is not None:
@@ -237,10 +327,10 @@ def parse_progress(message: object) -> Progress | None:
         fraction = min(max(step / total, 0.0), 1.0)
     if fraction is None and step is None:
         return None
-    speed = text_of(message.get("speed"))
+    speed = word_of(message.get("speed"))
     if speed and message.get("speedType"):
-        speed = f"{speed} {text_of(message.get('speedType'))}"
-    return Progress(fraction, step, total, speed, text_of(message.get("remainingTime")))
+        speed = f"{speed} {word_of(message.get('speedType'))}"
+    return Progress(fraction, step, total, speed, word_of(message.get("remainingTime")))
 
 
 def redact(text: str, secrets: Sequence[str] = ()) -> str:
@@ -256,8 +346,9 @@ def redact(text: str, secrets: Sequence[str] = ()) -> str:
 
 
 def same_value(one: object, other: object) -> bool:
-    """Whether two parameter values are equal as text or as numbers."""
-    if str(one).strip().lower() == str(other).strip().lower():
+    """Whether two parameter values are equal as text or as numbers, of which one may be cleaned."""
+    first_text, second_text = (clean_text(str(value)).strip().lower() for value in (one, other))
+    if first_text == second_text:
         return True
     first, second = decimal_of(one), decimal_of(other)
     return first is not None and first == second
@@ -270,6 +361,25 @@ def text_of(value: object) -> str:
     return str(value)
 
 
+def word_of(value: object) -> str:
+    """A scalar as a short text of one line."""
+    return one_line(text_of(value)[: 10 * WORD])[:WORD]
+
+
+def id_of(value: object) -> str:
+    """The id of a task or a file: letters, digits, "_" and "-"; "" for anything else."""
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    text = text_of(value).strip()
+    return text if _ID.fullmatch(text) else ""
+
+
+def token_of(value: object) -> str:
+    """A task token, or "" for what cannot be one."""
+    text = text_of(value).strip()
+    return text if _TOKEN.fullmatch(text) else ""
+
+
 def int_of(value: object) -> int | None:
     """A whole number, or None."""
     number = decimal_of(value)
@@ -280,12 +390,26 @@ def decimal_of(value: object) -> Decimal | None:
     """A finite number, or None; money is never a float on its way here."""
     if isinstance(value, bool) or not isinstance(value, str | int | float):
         return None
+    # a number as long as a book is no number, and would keep the processor busy
+    if isinstance(value, int) and value.bit_length() > 4 * LONGEST_NUMBER:
+        return None
+    text = str(value).strip()
     try:
-        number = Decimal(str(value).strip())
+        number = Decimal(text if len(text) <= 2 * LONGEST_NUMBER else "NaN")
     except InvalidOperation:
         return None
-    # a number as long as a book is no number, and would keep the processor busy
     return number if number.is_finite() and abs(number.adjusted()) <= LONGEST_NUMBER else None
+
+
+def _amount_of(value: object) -> Decimal | None:
+    """Seconds or dollars of a record: a negative one would pay back what was spent."""
+    number = decimal_of(value)
+    return number if number is not None and number >= 0 else None
+
+
+def _step_of(value: object) -> int | None:
+    number = int_of(value)
+    return number if number is not None and 0 <= number <= MAX_STEPS else None
 
 
 def dollars(amount: Decimal | None) -> str | None:
@@ -326,6 +450,6 @@ def _as_mapping(value: object) -> Mapping[str, Any]:
 
 def _json_or_none(text: str) -> object:
     try:
-        return json.loads(text)
-    except (ValueError, RecursionError):
+        return read_json(text) if text.lstrip()[:1] in ("{", "[") else None
+    except ValueError:
         return None

@@ -278,11 +278,11 @@ def followed(server, tmp_path, monkeypatch):
 
 def test_point_06_beside_a_silent_socket_the_watchdog_finishes_the_task(followed):
     def hold(task, socket, progress) -> None:
-        time.sleep(0.02)  # it is healthy once it has registered
+        assert progress == []
 
     clock, states, _ = follow(followed, [("silent", 60)], hold)
     assert states[-1] == "task_postprocess_end"
-    assert clock.time_s >= client_module.WATCHDOG_S * (len(states) - 2)
+    assert clock.time_s < client_module.WATCHDOG_S * 2, "that it is connected tells nothing"
 
 
 @pytest.mark.parametrize("end", ["close", "drop"])

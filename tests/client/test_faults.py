@@ -187,7 +187,7 @@ def test_a_lost_run_is_looked_for_through_lists_that_fail_too(job, fault):
         ("..", "result.mp4"),
         (".hidden.mp4", "hidden.mp4"),
         ("a\0b.mp4", "a_b.mp4"),
-        ("\x1b[2J\r\n.mp4", "__2J__.mp4"),
+        ("\x1b[2J\r\n.mp4", "__2J_.mp4"),
         ("\ud800.mp4", "_.mp4"),
     ],
 )

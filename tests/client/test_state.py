@@ -94,7 +94,7 @@ def test_a_pointer_to_nothing_is_replaced(user, host, content):
     assert state.state_folder() == user
     assert state.share(host) == host
     assert state.state_folder() == host
-    assert list(user.iterdir()) == [user / state.POINTER_NAME]
+    assert sorted(path.name for path in user.iterdir()) == ["folder", "folder.lock"]
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="homes are elsewhere there")
@@ -119,7 +119,11 @@ def test_a_home_that_cannot_be_written_leaves_a_host_with_its_own(host, monkeypa
     assert jobs_in(host) == ["ours"]
 
 
-def test_hosts_that_start_together_agree(user, tmp_path):
+@pytest.mark.parametrize("pointer", [None, b"/nowhere/at/all"])
+def test_hosts_that_start_together_agree(user, tmp_path, pointer):
+    if pointer is not None:
+        user.mkdir(parents=True)
+        (user / state.POINTER_NAME).write_bytes(pointer)
     homes = [tmp_path / f"comfyui-{number}" for number in range(6)]
     for number, home in enumerate(homes):
         fill(home / state.HOST_JOURNAL_NAME, f"job {number}")
@@ -153,7 +157,7 @@ def test_old_files_of_both_come_together_once(user, host):
     limits = load_limits(host / state.LIMITS_NAME)
     assert (limits.per_run, limits.per_day, limits.per_month) == (1, 3, 30)
     assert sorted(path.name for path in user.iterdir()) == [
-        "folder", "journal.sqlite.merged", "limits.json.merged",
+        "folder", "folder.lock", "journal.sqlite.merged", "limits.json.merged",
     ]  # fmt: skip
     assert sorted(path.name for path in host.iterdir()) == [
         "journal.sqlite", "limits.json", "wiro_journal.sqlite.merged", "wiro_limits.json.merged",

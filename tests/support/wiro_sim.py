@@ -6,6 +6,7 @@ however busy the machine. The service keeps what Runs have sent and lists its ta
 each Run is told before (see `FATES`).
 """
 
+import contextvars
 import email.parser
 import email.policy
 import heapq
@@ -40,7 +41,8 @@ class World:
         self.rng = random.Random(seed)
         self.now_s = 0.0
         self._queue: list[tuple[float, float, Callable[[], None]]] = []
-        self._mine = threading.local()
+        #: of the program, also in the threads that its calls are made in
+        self._turn: contextvars.ContextVar[_Turn] = contextvars.ContextVar("turn")
 
     def at(self, moment: float, do: Callable[[], None]) -> None:
         """Do something at a time; what is due at once comes in an order of the dice."""
@@ -51,7 +53,7 @@ class World:
         turn = _Turn(killed_at)
 
         def work() -> None:
-            self._mine.turn = turn
+            self._turn.set(turn)
             turn.go.wait()
             turn.go.clear()
             try:
@@ -65,7 +67,7 @@ class World:
 
     def pause(self, seconds: float) -> None:
         """Let the others go on for a while; called by a program."""
-        turn: _Turn = self._mine.turn
+        turn = self._turn.get()
         self.at(min(self.now_s + seconds, max(turn.killed_at, self.now_s)), turn.run)
         turn.done.set()
         turn.go.wait()
