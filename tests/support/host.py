@@ -32,6 +32,7 @@ MODULES = (
     "comfy_api.latest",
     "comfy_execution",
     "comfy_execution.graph_utils",
+    "comfy_execution.utils",
 )
 
 
@@ -56,6 +57,8 @@ class Host:
     reserved_bytes: int = 0
     events: list[tuple[str, dict[str, Any]]] = field(default_factory=list)
     is_cancelled: bool = False
+    #: the prompt that runs, in API format
+    graph: dict[str, Any] | None = None
 
     def folder(self, kind: str) -> Path:
         path = self.root / "models" / kind
@@ -172,7 +175,12 @@ def stand_ins(host: Host) -> dict[str, ModuleType]:
     latest.InputImpl = SimpleNamespace(VideoFromFile=VideoFromFile)
     graph_utils: Any = modules["comfy_execution.graph_utils"]
     graph_utils.ExecutionBlocker = ExecutionBlocker
+    utils: Any = modules["comfy_execution.utils"]
+    context = SimpleNamespace(prompt_id="prompt 1", node_id="", list_index=None)
+    utils.get_executing_context = lambda: None if host.graph is None else context
+    running = lambda: ([(0, "prompt 1", host.graph, {}, [])], [])  # noqa: E731
     instance = SimpleNamespace(
+        prompt_queue=SimpleNamespace(get_current_queue_volatile=running),
         send_progress_text=lambda text, node_id: host.texts.append(text),
         send_sync=lambda event, data, sid=None: host.events.append((event, data)),
     )
@@ -251,8 +259,8 @@ def run_prompt(
             class_type = node["class_type"]
             if class_type in classes:
                 cls = classes[class_type]
-                if "unique_id" in cls.INPUT_TYPES().get("hidden", {}):
-                    inputs["unique_id"] = key
+                hidden = {"unique_id": key, "graph": prompt}
+                inputs |= {k: hidden[k] for k in cls.INPUT_TYPES().get("hidden", {})}
                 with torch.inference_mode():  # as ComfyUI does
                     outputs = getattr(cls(), cls.FUNCTION)(**inputs)
                     results[key] = asyncio.run(outputs) if asyncio.iscoroutine(outputs) else outputs
