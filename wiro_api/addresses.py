@@ -25,6 +25,11 @@ IPAddress = ipaddress.IPv4Address | ipaddress.IPv6Address
 SERVICE = "wiro.ai"
 #: hands out the secrets of a machine at Azure; the other clouds' are link-local or private
 _METADATA = (ipaddress.ip_address("168.63.129.16"),)
+#: private by the registries of IANA, and public to the tables of older Pythons
+_PRIVATE = tuple(
+    map(ipaddress.ip_network, ("192.0.0.0/24", "64:ff9b:1::/48", "2001::/23", "3fff::/20",
+                               "5f00::/16"))
+)  # fmt: skip
 _LOCAL_NAMES = re.compile(
     r"(.*\.)?(localhost|localdomain|local|internal|home\.arpa)|localhost[46]|ip6-.*|[^.]*"
 )
@@ -126,7 +131,8 @@ def is_public(address: IPAddress) -> bool:
             return is_public(inner)
         if address.is_site_local or address.teredo:
             return False
-    return address.is_global and not address.is_multicast and address not in _METADATA
+    is_private = address in _METADATA or any(address in network for network in _PRIVATE)
+    return address.is_global and not address.is_multicast and not is_private
 
 
 class _PublicConnection(HTTPSConnection):

@@ -462,7 +462,7 @@ def _reason(error: Exception) -> str:
 def _read_head(response: requests.Response) -> _Answer:
     headers = response.headers
     announced = headers.get("Content-Length", "").strip()
-    length = int(announced) if re.fullmatch(r"[0-9]{1,19}", announced) else None
+    length = int(announced) if re.fullmatch(r"[0-9]{1,30}", announced) else None
     is_packed = headers.get("Content-Encoding", "identity").strip().lower() not in ("", "identity")
     if is_packed:
         length = None
