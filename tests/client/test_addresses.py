@@ -22,7 +22,7 @@ from support.wiro_server import MP4
 
 WIRO = "https://api.wiro.ai/v1"
 #: every spelling of an address that leads nowhere public
-PRIVATE = """
+SPELLINGS = """
 127.0.0.1 10.0.0.1 10.255.1.2 172.16.0.1 172.31.9.9 192.168.1.1 100.64.0.1 100.100.100.200
 198.18.0.5 198.19.255.1 169.254.169.254 169.254.0.1 0.0.0.0 0.1.2.3 255.255.255.255 240.0.0.1
 224.0.0.1 192.0.0.192 192.0.2.1 168.63.129.16 127.0.0.1. 0x7f.1 0x7f.0.0.1 0X7F.0.0.1 2130706433
@@ -34,9 +34,16 @@ PRIVATE = """
 [2002:a00:1::1] [2002:c0a8:101::1] [2001:0:4136:e378:8000:63bf:3fff:fdd2] [100::1]
 localhost localhost. LOCALHOST a.localhost localhost.localdomain printer.local printer
 metadata.google.internal metadata router.home.arpa ip6-localhost
-""".split()
+"""
+PRIVATE = SPELLINGS.split()
 #: as requests hands them on, these are written with other letters
-STRANGE = ["127。0。0。1", "１２７.0.0.1", "①②⑦.0.0.1", "127%2e0%2e0%2e1", "cdn1.wiro.ai%00.x.org"]
+STRANGE = [
+    "127\u30020\u30020\u30021",
+    "\uff11\uff12\uff17.0.0.1",
+    "\u2460\u2461\u2466.0.0.1",
+    "127%2e0%2e0%2e1",
+    "cdn1.wiro.ai%00.x.org",
+]
 
 
 @pytest.mark.parametrize("proxy", ["", "http://proxy.example:3128"])
