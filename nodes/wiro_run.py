@@ -60,8 +60,8 @@ class Result:
 
     images: [F, H, W, 3] float32 in 0..1 of its first video or all its pictures. masks: [F, h, w].
     audio: as core's AUDIO. video: path of its first video. A text in place of one of these is the
-    reason why it is not there. text: of models that write. files: JSON list of all paths below the
-    output folder. cost: for people. warning: what else is to be said, or "".
+    reason why it is not there. text: of models that write. paths: of all files. cost: for people.
+    warning: what else is to be said, or "".
     """
 
     taskid: str
@@ -70,10 +70,15 @@ class Result:
     audio: dict[str, Any] | str
     video: Path | str
     text: str
-    files: str
+    paths: tuple[Path, ...]
     receipt: str
     cost: str
     warning: str
+
+    @property
+    def files(self) -> str:
+        """JSON list of the files, as paths below the output folder."""
+        return json.dumps([account.place_of(path) for path in self.paths], ensure_ascii=False)
 
     @property
     def line(self) -> str:
@@ -113,9 +118,7 @@ def remember(graph: dict[str, Any] | None, unique_id: str | None, result: Result
     """Look after the files of a result from now on."""
     key = _key_of(graph, unique_id)
     times, files = _results.pop(key, (0, ()))
-    new = [host.output_folder() / place for place in json.loads(result.files)]
-    there = [path for path in new if path.is_file()]  # others lie in an earlier output folder
-    _results[key] = (times, tuple(dict.fromkeys((*files, *there)))[-KEPT_FILES:])
+    _results[key] = (times, tuple(dict.fromkeys((*files, *result.paths)))[-KEPT_FILES:])
     if len(_results) > KEPT_NODES:
         del _results[next(iter(_results))]
     return result
@@ -302,22 +305,11 @@ def _run(
         window.handle = to_handle(entry)
         line = f"task {entry.taskid} goes on at Wiro"
         receipt = {"model": str(model), "parameters": parameters, "take": take}
-        here = files_here(journal, entry) if entry.state == "ended" else ()
-        if here and here == entry.files:
-            result = _from_disk(window, client, entry, here, receipt, wants)
+        if entry.state == "ended" and entry.files and files_here(journal, entry) == entry.files:
+            result = _from_disk(window, client, entry, entry.files, receipt, wants)
             line = f"made before by task {entry.taskid}: nothing was paid for it now"
             return result
-        try:
-            result = _follow(
-                window, client, to_handle(entry), timeout_minutes, receipt, entry.id, wants
-            )
-        except WiroError as error:
-            # of files that are gone for good, what matters may be here
-            gone = [path.name for path in entry.files if path not in here]
-            if not here or not _is_enough(here, gone):
-                raise
-            log.warning("Task %s: %s", entry.taskid, error)
-            result = _from_disk(window, client, entry, here, receipt, wants, str(error))
+        result = _follow(window, client, to_handle(entry), timeout_minutes, receipt, entry, wants)
         line = f"done · {result.line}"
         return result
     except BaseException as error:
@@ -361,11 +353,15 @@ def _follow(
     handle: "RunHandle",
     timeout_minutes: float,
     receipt: dict[str, Any],
-    row: int | None,
+    entry: "Entry | None",
     wants: frozenset[str],
 ) -> Result:
-    from ..wiro_api.errors import DownloadError
-    from ..wiro_api.jobs import finish
+    """Wait for a task, and bring home what is not here.
+
+    If something does not come, or Wiro has it no more, and what matters is here, that is a warning.
+    """
+    from ..wiro_api.errors import DownloadError, WiroError
+    from ..wiro_api.jobs import files_here, finish
     from ..wiro_api.task import dollars
     from ..wiro_api.transport import local_host
     from ..wiro_api.websocket import socket_url
@@ -374,15 +370,24 @@ def _follow(
     try:
         task, paths = finish(
             client, handle, account.task_folder(handle.taskid), journal=account.journal(),
-            entry_id=row, timeout_s=60.0 * timeout_minutes, socket_url=socket_url(),
+            entry_id=None if entry is None else entry.id, timeout_s=60.0 * timeout_minutes,
+            socket_url=socket_url(),
             local_host=local_host(), on_task=window.on_task, on_progress=window.on_progress,
             on_log=window.on_log, on_bytes=window.on_bytes, check=window.check,
         )  # fmt: skip
-    except DownloadError as error:
-        if error.task is None or not _is_enough(error.paths, error.missing):
-            raise
-        task, paths, warning = error.task, list(error.paths), str(error)
-        log.warning("%s", error)
+    except WiroError as error:
+        warning = str(error)
+        if isinstance(error, DownloadError) and error.task is not None:
+            if not _is_enough(error.paths, error.missing):
+                raise
+            task, paths = error.task, list(error.paths)
+            log.warning("%s", error)
+        else:
+            here = () if entry is None else files_here(account.journal(), entry)
+            if entry is None or not _is_enough(here, [path.name for path in entry.files]):
+                raise
+            log.warning("Task %s: %s", entry.taskid, error)
+            return _from_disk(window, client, entry, here, receipt, wants, warning)
     result = _to_result(
         window, receipt, task.taskid, dollars(task.totalcost), task.elapsed_s, paths,
         _text_of(task), wants, warning,
@@ -476,7 +481,7 @@ def _to_result(
         text = "\n".join(part for part in parts if part)
     video = videos[0] if videos else f"Task {taskid} made no video.{more}"
     return Result(
-        taskid, images, masks, audio, video, text, json.dumps(places, ensure_ascii=False),
+        taskid, images, masks, audio, video, text, tuple(paths),
         json.dumps(whole, indent=2, ensure_ascii=False),
         money(Decimal(cost)) if cost else "cost not told", warning,
     )  # fmt: skip
@@ -573,8 +578,8 @@ def collect(window: Window, text: str, timeout_minutes: float, wants: frozenset[
         line = f"stopped waiting; task {task.taskid} goes on at Wiro"
         receipt = {"model": task.model, "parameters": dict(task.parameters)}
         result = _follow(
-            window, client, RunHandle(task.taskid, task.token), timeout_minutes, receipt,
-            None if entry is None else entry.id, wants,
+            window, client, RunHandle(task.taskid, task.token), timeout_minutes, receipt, entry,
+            wants,
         )  # fmt: skip
         line = f"done · {result.line}"
         return result

@@ -244,28 +244,25 @@ def _fetch_patiently(fetch: _Fetch, not_yet_s: Sequence[float]) -> None:
             return
         except (_LastingError, RefusedAddressError) as error:
             raise _refusal(fetch.output, fetch.taskid, str(error)) from None
+        except _NotYetError as error:
+            if not waits:
+                raise _refusal(fetch.output, fetch.taskid, str(error)) from None
+            pause = waits.pop(0)
         except _PassingError as error:
             failures = 1 if fetch.done > most else failures + 1
             most = max(most, fetch.done)
+            is_over = failures >= ATTEMPTS or fetch.is_given_up
             if isinstance(error, _CutError):
-                # the same again: that is what the server has
                 if str(error) == last_cut and error.is_usable:
                     _warn(fetch, f"{error}; it is kept as it came")
                     return
-                is_over = str(error) == last_cut
+                is_over |= str(error) == last_cut  # the same again: that is what the server has
                 last_cut = str(error)
-            elif isinstance(error, _NotYetError):
-                is_over = not waits
-            else:
-                is_over = failures >= ATTEMPTS
-            if is_over or fetch.is_given_up:
+            if is_over:
                 raise _refusal(fetch.output, fetch.taskid, str(error)) from None
-            if isinstance(error, _NotYetError):
-                fetch.sleep(waits.pop(0))
-                continue
             pause = min(wait_s(failures, error, rng), fetch.behind_s)
             fetch.busy_s += pause  # so that a byte in each attempt is no way to last for ever
-            fetch.sleep(pause)
+        fetch.sleep(pause)
 
 
 def _warn(fetch: _Fetch, text: str) -> None:
@@ -295,8 +292,8 @@ def _attempt(fetch: _Fetch) -> None:
         with fetch.part.open("ab" if fetch.done else "wb") as file:
             for piece in events:
                 assert isinstance(piece, bytes)
-                tick()
                 fetch.came += len(piece)
+                tick()
                 if fetch.done + len(piece) > fetch.max_bytes:
                     raise _LastingError(f"it is over {fetch.max_bytes} bytes")
                 file.write(piece)

@@ -503,7 +503,7 @@ def test_part_of_the_files_is_enough_if_the_rest_is_gone_for_good(
 
 def test_the_list_of_nodes_that_are_looked_after_is_bounded(comfy, wiro):
     wiro_run._results.clear()
-    result = wiro_run.Result("1", "", "", "", "", "", "[]", "", "", "")
+    result = wiro_run.Result("1", "", "", "", "", "", (), "", "", "")
     for number in range(wiro_run.KEPT_NODES + 50):
         wiro_run.remember(None, str(number), result)
     assert len(wiro_run._results) == wiro_run.KEPT_NODES
