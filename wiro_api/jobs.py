@@ -49,7 +49,8 @@ logger = logging.getLogger(__name__)
 FIRST_BUSY_S, LAST_BUSY_S = 5.0, 60.0
 #: behind a name, in the journal, for a file that has not come: a place that is no file
 MISSING = ".missing"
-#: a download may be late by this many seconds however short the wait for the task
+#: a download may be late by this many seconds however short the wait for the task, and whatever
+#: the files before it have cost
 LEAST_BEHIND_S = 10.0
 
 
@@ -297,22 +298,24 @@ def _bring_home(
     raise_for_failure(task)
     began = client.clock()
     errors: dict[int, DownloadError] = {}
+    lost_s = 0.0
     for number, output in enumerate(outputs):
         if paths[number] is not None:
             continue
-        spent = client.clock() - began
+        start_s = client.clock()
         waits = zip(NOT_YET_S, itertools.accumulate(NOT_YET_S), strict=True)
         try:
             path = download(
                 output, folder, taskid=task.taskid, base_url=client.base_url,
                 local_host=local_host, check=check, on_bytes=on_bytes, sleep=client.sleep,
-                clock=client.clock, behind_s=min(BEHIND_S, max(timeout_s, LEAST_BEHIND_S)),
+                clock=client.clock, behind_s=max(min(BEHIND_S, timeout_s) - lost_s, LEAST_BEHIND_S),
                 # all files together have a minute to appear
-                not_yet_s=[wait for wait, end in waits if end > spent],
+                not_yet_s=[wait for wait, end in waits if end > start_s - began],
                 instead_of=damaged[number],
             )  # fmt: skip
         except DownloadError as error:
             errors[number] = error
+            lost_s += client.clock() - start_s
             continue
         paths[number] = path
         note()

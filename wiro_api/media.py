@@ -19,10 +19,10 @@ _SUFFIXES = {
 }  # fmt: skip
 _BEGINNINGS = (
     (b"\x89PNG\r\n\x1a\n", "image"), (b"\xff\xd8\xff", "image"), (b"GIF87a", "image"),
-    (b"GIF89a", "image"), (b"BM", "image"), (b"II*\0", "image"), (b"MM\0*", "image"),
+    (b"GIF89a", "image"), (b"II*\0", "image"), (b"MM\0*", "image"),
     (b"\x1aE\xdf\xa3", "video"), (b"FLV\1", "video"), (b"\0\0\1\xba", "video"),
     (b"\0\0\1\xb3", "video"),
-    (b"OggS", "audio"), (b"fLaC", "audio"), (b"ID3", "audio"), (b"FORM", "audio"),
+    (b"OggS", "audio"), (b"fLaC", "audio"),
 )  # fmt: skip
 _RIFF = {b"AVI ": "video", b"WAVE": "audio", b"WEBP": "image"}
 #: containers that hold sound alone as well as pictures: the name decides
@@ -52,12 +52,18 @@ def kind_of(path: Path, claimed: str = "") -> str:
         return "video"  # QuickTime from before ftyp
     if head[:4] == b"RIFF":
         return _RIFF.get(head[8:12], "other")
+    if head[:2] == b"BM" and head[6:10] == bytes(4):
+        return "image"
+    if head[:3] == b"ID3" and head[3:4] < b"\x10":
+        return "audio"
+    if head[:4] == b"FORM" and head[8:12] in (b"AIFF", b"AIFC"):
+        return "audio"
     for beginning, kind in _BEGINNINGS:
         if head.startswith(beginning):
             return claimed if beginning in _EITHER and claimed in ("audio", "video") else kind
     if head[:1] == b"\x47" and head[188:189] == b"\x47":
         return "video"  # MPEG transport stream
-    if len(head) > 1 and head[0] == 0xFF and head[1] & 0xE0 == 0xE0 and head[1] & 0x18 != 0x08:
+    if re.match(rb"\xff[\xe2\xe3\xf0-\xf5\xf8-\xfd]", head):
         return "audio"  # MPEG audio, ADTS
     return "text" if is_text(head) else "other"
 

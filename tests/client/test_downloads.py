@@ -177,6 +177,27 @@ def test_every_kind_of_file_is_kept_under_its_name(server, tmp_path, caplog, nam
     assert caplog.text == ""
 
 
+@pytest.mark.parametrize(
+    ("content", "kind"),
+    [
+        (b"BM" + bytes(60), "image"), (b"BMW and others", "text"),
+        (b"ID3\4\0\0", "audio"), (b"ID3v2 is a tag", "text"),
+        (b"FORM\0\0\1\0AIFF", "audio"), (b"FORM of a letter", "text"),
+        ("UTF-16".encode("utf-16"), "other"), (b"\xff\xf1\x50\x80", "audio"),
+        (b"\xef\xbb\xbfa", "text"), (b"", "other"), (b"\0", "other"),
+        (("ä" * 5000).encode(), "text"),
+        (b"x" + "ä".encode() * 5000, "text"), (b"\x1b[31mred", "text"), (b"a\0b", "other"),
+        (b"RIFF\0\0\0\0????", "other"), (b"\x1aE\xdf\xa3", "video"), (b"OggS", "audio"),
+        (b"G".ljust(188) + b"G", "video"), (b"\0\0\0\x20ftypavif", "image"),
+        (b"\0\0\0\x20ftypM4A ", "audio"), (b"\0\0\0\x20ftypisom", "video"),
+    ],
+)  # fmt: skip
+def test_what_a_file_is_stands_in_its_first_bytes(tmp_path, content, kind):
+    path = tmp_path / "x"
+    path.write_bytes(content)
+    assert kind_of(path) == kind
+
+
 @pytest.mark.parametrize("name", ["a.webp", "a.gif", "a.wav", "a.mp4"])
 @pytest.mark.parametrize(
     ("claim", "kind"), [("b.mp4", "video/mp4"), ("b.png", "image/png"), ("b.txt", "text/plain")]
