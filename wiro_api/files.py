@@ -558,6 +558,12 @@ def safe_name(output: Output) -> str:
     return name
 
 
+def is_name_of(name: str, output: Output) -> bool:
+    """Whether a file of that name may be the output's: its own, perhaps with a number."""
+    stem, dot, suffix = safe_name(output).rpartition(".")
+    return re.fullmatch(rf"{re.escape(stem)}( \(\d+\))?{re.escape(dot + suffix)}", name) is not None
+
+
 def free_name(folder: Path, name: str) -> Path:
     """A new empty file of that name, or with a number if it is taken."""
     stem, dot, suffix = name.rpartition(".")

@@ -33,6 +33,7 @@ from .files import (
     BEHIND_S,
     NOT_YET_S,
     download,
+    is_name_of,
     is_whole,
     nothing,
     safe_name,
@@ -277,13 +278,11 @@ def _bring_home(
     paths: list[Path | None] = [None] * len(outputs)
     damaged: list[Path | None] = [None] * len(outputs)
     if len(old) == len(outputs):  # in the same order: the missing ones hold a place
-        for number, path in enumerate(old):
-            if path.parent != folder.absolute() or path in taken:
-                continue
-            if is_whole(path):
-                paths[number] = path
-            elif path.is_file():
-                damaged[number] = path
+        for number, (path, output) in enumerate(zip(old, outputs, strict=True)):
+            is_its = path.parent == folder.absolute() and path not in taken
+            if is_its and is_name_of(path.name, output):
+                paths[number] = folder / path.name if is_whole(path) else None
+                damaged[number] = folder / path.name if path.is_file() else None
 
     def note() -> None:
         if journal is None or entry_id is None:

@@ -170,6 +170,14 @@ def test_a_name_that_went_to_another_tasks_file_is_not_taken_for_it(task):
     assert (task.folder / "0 (1).mp4").read_bytes() == CLIP
 
 
+def test_a_record_that_lists_its_files_otherwise_is_not_mixed_up(task):
+    task.bring_home()
+    task.server.tasks[task.taskid]["outputs"].reverse()
+    for name in task.bring_home():
+        kind = next(known for known in CONTENTS if known.partition(".")[2] in name)
+        assert (task.folder / name).read_bytes() == CONTENTS[kind]
+
+
 @pytest.mark.parametrize("name", ["0.mp4", "a.bin"])
 def test_a_file_that_does_not_decode_is_kept_and_told(task, caplog, name):
     content = CLIP[:40] + b"\1" * (len(CLIP) - 40) if name == "0.mp4" else b"anything"
