@@ -357,6 +357,9 @@ def _check_container(fetch: _Fetch, has_end: bool) -> None:
         raise _CutError(f"{missing}{told}", is_usable=is_usable)
     if missing:
         raise _PassingError(f"{missing}{told}")
+    if not has_end and fetch.told_bytes is not None and fetch.done < fetch.told_bytes:
+        # the connection may have broken: once more, and if it ends there again, it is its end
+        raise _CutError(told.removeprefix("; "), is_usable=True)
     if claimed in ("image", "audio", "video") and claimed != kind:
         _warn(fetch, f"it is announced as {claimed} and is {kind}")
 
@@ -460,7 +463,7 @@ def _read_head(response: requests.Response) -> _Answer:
     headers = response.headers
     announced = headers.get("Content-Length", "").strip()
     length = int(announced) if re.fullmatch(r"[0-9]{1,30}", announced) else None
-    is_packed = headers.get("Content-Encoding", "identity").strip().lower() not in ("", "identity")
+    is_packed = _is_packed(response)
     if is_packed:
         length = None
     tag, changed = headers.get("ETag", "").strip(), headers.get("Last-Modified", "").strip()
@@ -480,16 +483,20 @@ def _read_head(response: requests.Response) -> _Answer:
     return _Answer(int(given[1]), total, validator, has_end)
 
 
+def _is_packed(response: requests.Response) -> bool:
+    """Whether the content is compressed on the way, which nobody has asked for."""
+    encoding = response.headers.get("Content-Encoding", "").strip().lower()
+    return encoding not in ("", "identity")
+
+
 def _pieces(response: requests.Response) -> Iterator[bytes]:
     """The content as it comes, so that a slow server does not hold up the caller."""
-    raw = response.raw
-    is_packed = response.headers.get("Content-Encoding", "identity").strip().lower()
-    decode = is_packed not in ("", "identity")  # nobody asked for it
+    raw, is_packed = response.raw, _is_packed(response)
     # urllib3 has read1 since version 2.1; before it, small pieces must do
     read, size = getattr(raw, "read1", None), CHUNK_BYTES
-    if read is None or decode:
+    if read is None or is_packed:
         read, size = raw.read, 16 * 1024
-    while piece := read(size, decode_content=decode):
+    while piece := read(size, decode_content=is_packed):
         yield piece
 
 

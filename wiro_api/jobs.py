@@ -48,7 +48,7 @@ logger = logging.getLogger(__name__)
 
 #: seconds between two tries while the account's places are taken
 FIRST_BUSY_S, LAST_BUSY_S = 5.0, 60.0
-#: behind a name, in the journal, for a file that has not come: a place that is no file
+#: behind a dot and a name, in the journal, for a file that has not come: no file is called so
 MISSING = ".missing"
 #: a download may be late by this many seconds however short the wait for the task, and whatever
 #: the files before it have cost
@@ -290,7 +290,7 @@ def _bring_home(
         known: Sequence[Path] = ()
         if any(paths):
             places = zip(paths, outputs, strict=True)
-            known = [path or folder / f"{safe_name(output)}{MISSING}" for path, output in places]
+            known = [path or folder / f".{safe_name(output)}{MISSING}" for path, output in places]
         journal.ended(entry_id, task, known if outputs else old)
 
     note()

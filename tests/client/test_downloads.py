@@ -122,6 +122,17 @@ def test_a_file_that_is_cut_on_the_way_is_no_file(server, tmp_path):
     assert names(tmp_path) == []
 
 
+def test_where_nothing_else_tells_the_record_is_asked_once(server, tmp_path, caplog):
+    """A connection that ends without a length, and a file that does not know its end."""
+    server.files["a.txt"] = b"a text"
+    server.fail("GET a.txt", *["unsized"] * 20)
+    assert fetch(server, tmp_path, "a.txt", "", 6).read_bytes() == b"a text"
+    assert len(server.fetched) == 1
+    assert fetch(server, tmp_path, "a.txt", "", 600).read_bytes() == b"a text"
+    assert len(server.fetched) == 3
+    assert caplog.text.count("6 bytes came where Wiro names 600; it is kept as it came") == 1
+
+
 # --- whatever the model makes -------------------------------------------------------------------
 
 

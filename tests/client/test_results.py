@@ -71,7 +71,8 @@ def test_a_file_that_does_not_come_costs_no_other(task, bad, fault):
     assert (error.taskid, error.missing) == (task.taskid, (bad,))
     assert [path.name for path in error.paths] == good
     assert task.names() == sorted(good)
-    assert task.noted == [name + MISSING * (name == bad) for name in CONTENTS]
+    places = [f".{name}{MISSING}" if name == bad else name for name in CONTENTS]
+    assert task.noted == places
     assert files_here(task.journal, task.journal.get(task.row)) == error.paths
     task.fetched()
     # the second time only what is missing is fetched, and nothing gets another name
