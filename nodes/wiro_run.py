@@ -371,9 +371,9 @@ def _follow(
         task, paths = finish(
             client, handle, account.task_folder(handle.taskid), journal=account.journal(),
             entry_id=None if entry is None else entry.id, timeout_s=60.0 * timeout_minutes,
-            socket_url=socket_url(),
-            local_host=local_host(), on_task=window.on_task, on_progress=window.on_progress,
-            on_log=window.on_log, on_bytes=window.on_bytes, check=window.check,
+            socket_url=socket_url(), local_host=local_host(), on_task=window.on_task,
+            on_progress=window.on_progress, on_log=window.on_log, on_bytes=window.on_bytes,
+            check=window.check,
         )  # fmt: skip
     except WiroError as error:
         warning = str(error)
@@ -465,18 +465,18 @@ def _to_result(
     masks: Tensor | str = images
     audio: dict[str, Any] | str = f"Task {taskid} made no sound.{more}"
     idle = "Nothing was connected here when the files were read: queue again."
-    window.say("decoding", 0.98)
     if videos or pictures:
         images = masks = idle
         if wants & {"images", "mask"}:
+            window.say("decoding", 0.98)
             images, masks = _decode(videos, pictures, window)
     sounds = kinds.get("audio", []) + videos
     if sounds:
         audio = idle
         if "audio" in wants:
             audio = _decode_sound(sounds[0], window)
-    notes = kinds.get("text", [])
-    if not text:
+    if not text and "text" in wants:
+        notes = kinds.get("text", [])
         parts = [read_text(path) for path in notes if kind_of_name(path.name) == "text"]
         text = "\n".join(part for part in parts if part)
     video = videos[0] if videos else f"Task {taskid} made no video.{more}"
@@ -491,7 +491,7 @@ def _decode(
     videos: Sequence[Path], pictures: Sequence[Path], window: Window
 ) -> tuple[Tensor | str, Tensor | str]:
     """IMAGE and MASK of the first video, else of all pictures; or why there are none."""
-    from ..wiro_api.errors import WiroError
+    from ..wiro_api.errors import DownloadError, WiroError
 
     try:
         if not videos:
@@ -499,7 +499,9 @@ def _decode(
         clip = read_clip(videos[0], window.check)
         return clip, torch.zeros(len(clip), EMPTY_MASK, EMPTY_MASK)
     except WiroError as error:
-        reason = f"{error} It is kept as it came: {account.place_of((*videos, *pictures)[0])}."
+        place = account.place_of((*videos, *pictures)[0])
+        again = "; delete it to fetch it again" if isinstance(error, DownloadError) else ""
+        reason = f"{str(error).rstrip('.')}. It is kept as it came: {place}{again}."
         log.warning("%s", reason)
         return reason, reason
 
@@ -510,7 +512,7 @@ def _decode_sound(path: Path, window: Window) -> dict[str, Any] | str:
     try:
         return read_audio(path, window.check)
     except WiroError as error:
-        return f"{error} ({account.place_of(path)})."
+        return f"{str(error).rstrip('.')}: {account.place_of(path)}."
 
 
 def _stop(window: Window, model: "Model", parameters: Mapping[str, Any]) -> str:

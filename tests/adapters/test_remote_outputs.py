@@ -205,6 +205,8 @@ def test_what_does_not_decode_is_kept_and_stops_only_what_hangs_on_it(comfy, wir
         got = run("images", "audio", "files")
         assert isinstance(got["images"], ExecutionBlocker)
         assert isinstance(got["audio"], ExecutionBlocker)
+        told = got["audio" if name == "a_wav" else "images"].message
+        assert f"wiro/2221/{name.replace('_', '.')}" in told
     assert kept(comfy) == {name.replace("_", "."): bytes(spoiled)}
     assert len(wiro.fetched) == 1
     assert len(wiro.tasks) == 1
