@@ -284,6 +284,50 @@ def blocked(message: str) -> Any:
     return ExecutionBlocker(message)
 
 
+def linked_outputs(graph: dict[str, Any] | None, unique_id: str | None) -> set[int] | None:
+    """Which outputs of a node something hangs on, by a prompt in API format.
+
+    Returns:
+        Their numbers, or None if it cannot be known: a node that another one has made is not in
+        the prompt.
+    """
+    if not graph or unique_id is None or unique_id not in graph:
+        return None
+    found = set()
+    for node in graph.values():
+        for value in node.get("inputs", {}).values():
+            is_link = isinstance(value, list) and len(value) == 2
+            if is_link and str(value[0]) == unique_id and isinstance(value[1], int):
+                found.add(value[1])
+    return found
+
+
+def running_graph() -> dict[str, Any] | None:
+    """The prompt that the caller's node is asked for, in API format; None if it cannot be known.
+
+    IS_CHANGED is called without it, and the answer may depend on what hangs on the node.
+    """
+    try:
+        from comfy_execution.utils import get_executing_context
+    except ImportError:
+        return None
+    context, queue = get_executing_context(), getattr(_server(), "prompt_queue", None)
+    if context is None or queue is None:
+        return None
+    for item in queue.get_current_queue_volatile()[0]:  # (number, prompt id, prompt, ...)
+        if item[1] == context.prompt_id:
+            graph: dict[str, Any] = item[2]
+            return graph
+    return None
+
+
+def free_host_bytes() -> int:
+    """Bytes of main memory that ComfyUI considers free."""
+    import comfy.model_management as mm
+
+    return int(mm.get_free_memory(torch.device("cpu")))
+
+
 def video_of(path: Path) -> Any:
     """A file as core's VIDEO; saved in its own format it is copied, not encoded again."""
     from comfy_api.latest import InputImpl

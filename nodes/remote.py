@@ -16,7 +16,16 @@ from ..skyreels.conditioning import FITS, fit_image
 from ..skyreels.errors import ShapeError
 from ..skyreels.text import with_fps_prefix
 from . import host
-from .wiro_run import Result, Window, check_fields, collect, run_model
+from .wiro_run import (
+    Result,
+    Window,
+    check_fields,
+    collect,
+    fingerprint,
+    remember,
+    run_model,
+    wanted,
+)
 
 if TYPE_CHECKING:
     from ..wiro_api.transport import FilePart
@@ -74,7 +83,7 @@ class WiroRemoteI2V:
     RETURN_TYPES = ("IMAGE", "VIDEO", "STRING", "STRING")
     RETURN_NAMES = ("images", "video", "task_id", "receipt")
     OUTPUT_TOOLTIPS = (
-        "The frames, for CreateVideo at 24 fps or anything else.",
+        "The frames, for CreateVideo at 24 fps or anything else. Decoded only if connected.",
         "The video as the service made it; SaveVideo copies it.",
         "The task's id at Wiro, for Wiro Task Result.",
         "JSON: model, parameters, task id, cost in US dollars, seconds, files.",
@@ -163,8 +172,12 @@ class WiroRemoteI2V:
                 ),
                 **_common_widgets(),
             },
-            "hidden": {"unique_id": "UNIQUE_ID"},
+            "hidden": {"unique_id": "UNIQUE_ID", "graph": "PROMPT"},
         }
+
+    @classmethod
+    def IS_CHANGED(cls, unique_id: str | None = None, **_: Any) -> str:
+        return fingerprint(unique_id, cls.RETURN_NAMES)
 
     @classmethod
     def VALIDATE_INPUTS(cls, prompt: str | None = None) -> bool | str:
@@ -187,6 +200,7 @@ class WiroRemoteI2V:
         wait_when_busy: bool = False,
         timeout_minutes: float = 40.0,
         unique_id: str | None = None,
+        graph: dict[str, Any] | None = None,
     ) -> tuple[Any, ...]:
         from ..wiro_api.errors import ConfigError
         from ..wiro_api.schema import SKYREELS, frame_count
@@ -210,8 +224,10 @@ class WiroRemoteI2V:
         result = await run_model(
             SKYREELS, values, lambda: [("inputImage", png_part(image, size, fit))], take=take,
             wait_when_busy=wait_when_busy, timeout_minutes=timeout_minutes, unique_id=unique_id,
+            wants=wanted(graph, unique_id, self.RETURN_NAMES),
         )  # fmt: skip
-        return (*_outputs(result)[:2], result.taskid, result.receipt)
+        remember(graph, unique_id, result)
+        return _or_blocked(result.images), _video(result), result.taskid, result.receipt
 
 
 class WiroRunModel:
@@ -221,14 +237,17 @@ class WiroRunModel:
         "money: the price is shown before if the service tells it, and Cancel stops the task."
     )
     FUNCTION = "run"
-    RETURN_TYPES = ("IMAGE", "VIDEO", "STRING", "STRING", "STRING")
-    RETURN_NAMES = ("images", "video", "text", "task_id", "receipt")
+    RETURN_TYPES = ("IMAGE", "VIDEO", "STRING", "STRING", "STRING", "MASK", "AUDIO", "STRING")
+    RETURN_NAMES = ("images", "video", "text", "task_id", "receipt", "mask", "audio", "files")
     OUTPUT_TOOLTIPS = (
-        "Frames of the first video, or all pictures, if the model makes any.",
+        "Frames of the first video, else all pictures. Decoded only if connected.",
         "The first video as the service made it, if the model makes any.",
-        "What a model that writes has written.",
+        "What a model that writes has written, or what is in its small text files.",
         "The task's id at Wiro, for Wiro Task Result.",
         "JSON: model, parameters, task id, cost in US dollars, seconds, files.",
+        "1 where the pictures are transparent, as of Load Image; empty where none is.",
+        "The first sound file, else the sound of the first video.",
+        "JSON list of all files as they came, as paths below the output folder.",
     )
 
     @classmethod
@@ -266,8 +285,12 @@ class WiroRunModel:
                 ),
                 **_common_widgets(),
             },
-            "hidden": {"unique_id": "UNIQUE_ID"},
+            "hidden": {"unique_id": "UNIQUE_ID", "graph": "PROMPT"},
         }
+
+    @classmethod
+    def IS_CHANGED(cls, unique_id: str | None = None, **_: Any) -> str:
+        return fingerprint(unique_id, cls.RETURN_NAMES)
 
     @classmethod
     def VALIDATE_INPUTS(
@@ -291,6 +314,7 @@ class WiroRunModel:
         wait_when_busy: bool = False,
         timeout_minutes: float = 40.0,
         unique_id: str | None = None,
+        graph: dict[str, Any] | None = None,
     ) -> tuple[Any, ...]:
         from ..wiro_api.client import Model
 
@@ -300,8 +324,9 @@ class WiroRunModel:
         result = await run_model(
             Model.parse(model), parse_parameters(parameters), make_files, take=take,
             wait_when_busy=wait_when_busy, timeout_minutes=timeout_minutes, unique_id=unique_id,
+            wants=wanted(graph, unique_id, self.RETURN_NAMES),
         )  # fmt: skip
-        return (*_outputs(result), result.taskid, result.receipt)
+        return _outputs(remember(graph, unique_id, result))
 
 
 class WiroTaskResult:
@@ -311,8 +336,8 @@ class WiroTaskResult:
         "still runs. Costs nothing. Cancel stops the wait, not the task."
     )
     FUNCTION = "collect"
-    RETURN_TYPES = ("IMAGE", "VIDEO", "STRING", "STRING", "STRING")
-    RETURN_NAMES = ("images", "video", "text", "task_id", "receipt")
+    RETURN_TYPES = ("IMAGE", "VIDEO", "STRING", "STRING", "STRING", "MASK", "AUDIO", "STRING")
+    RETURN_NAMES = ("images", "video", "text", "task_id", "receipt", "mask", "audio", "files")
     OUTPUT_TOOLTIPS = WiroRunModel.OUTPUT_TOOLTIPS
 
     @classmethod
@@ -330,17 +355,26 @@ class WiroTaskResult:
                 ),
             },
             "optional": {"timeout_minutes": _common_widgets()["timeout_minutes"]},
-            "hidden": {"unique_id": "UNIQUE_ID"},
+            "hidden": {"unique_id": "UNIQUE_ID", "graph": "PROMPT"},
         }
 
+    @classmethod
+    def IS_CHANGED(cls, unique_id: str | None = None, **_: Any) -> str:
+        return fingerprint(unique_id, cls.RETURN_NAMES)
+
     async def collect(
-        self, task: str, timeout_minutes: float = 40.0, unique_id: str | None = None
+        self,
+        task: str,
+        timeout_minutes: float = 40.0,
+        unique_id: str | None = None,
+        graph: dict[str, Any] | None = None,
     ) -> tuple[Any, ...]:
         over = threading.Event()
+        wants = wanted(graph, unique_id, self.RETURN_NAMES)
         result = await host.in_thread(
-            lambda: collect(Window(unique_id, over), task, timeout_minutes), over
+            lambda: collect(Window(unique_id, over), task, timeout_minutes, wants), over
         )
-        return (*_outputs(result), result.taskid, result.receipt)
+        return _outputs(remember(graph, unique_id, result))
 
 
 class WiroUploadFile:
@@ -410,15 +444,23 @@ class WiroUploadFile:
         return await host.in_thread(work, over)
 
 
-def _outputs(result: Result) -> tuple[Any, Any, str]:
-    """IMAGE, VIDEO and text; what the task did not make stops only the nodes that want it."""
-    images = result.frames
-    if images is None:
-        images = host.blocked(f"Task {result.taskid} made no picture and no video.")
-    video: Any = host.blocked(f"Task {result.taskid} made no video.")
-    if result.video is not None:
-        video = host.video_of(result.video)
-    return images, video, result.text
+def _outputs(result: Result) -> tuple[Any, ...]:
+    """In the order of the sockets of Wiro Run Model and Wiro Task Result."""
+    return (
+        _or_blocked(result.images), _video(result), result.text, result.taskid, result.receipt,
+        _or_blocked(result.masks), _or_blocked(result.audio), result.files,
+    )  # fmt: skip
+
+
+def _or_blocked(value: Any) -> Any:
+    """What the task did not make stops only the nodes that want it, with the reason."""
+    return host.blocked(value) if isinstance(value, str) else value
+
+
+def _video(result: Result) -> Any:
+    if isinstance(result.video, str):
+        return host.blocked(result.video)
+    return host.video_of(result.video)
 
 
 def png_part(image: Tensor, size: str = "", fit: str = "crop") -> "FilePart":

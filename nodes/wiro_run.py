@@ -20,11 +20,12 @@ import torch
 from torch import Tensor
 
 from . import account, host
+from .wiro_decode import EMPTY_MASK, read_audio, read_clip, read_pictures, read_text
 
 if TYPE_CHECKING:
     from ..wiro_api.client import Client, Model, RunHandle
     from ..wiro_api.journal import Entry
-    from ..wiro_api.task import Output, Progress, Task
+    from ..wiro_api.task import Progress, Task
     from ..wiro_api.transport import FilePart
 
 log = logging.getLogger("skyreels")
@@ -43,6 +44,13 @@ _RUNNING_FROM, _RUNNING_TO = 0.06, 0.92
 #: how names of fields begin that send a result or a bill elsewhere, letters and digits only
 _ELSEWHERE = ("callback", "webhook", "projectid")
 
+#: outputs of which it depends on the graph whether they are decoded
+DECODED = ("images", "mask", "audio", "text")
+#: nodes, and files of each, that are looked after while the server runs
+KEPT_NODES, KEPT_FILES = 500, 64
+
+#: a node with its widgets -> how often files of its results were gone, and the files it has now
+_results: dict[str, tuple[int, tuple[Path, ...]]] = {}
 _records: dict[tuple[str, str], tuple[float, Mapping[str, Any]]] = {}
 
 
@@ -54,16 +62,77 @@ class StoppedError(Exception):
 class Result:
     """What a run brought home.
 
-    frames: [F, H, W, 3] float32 in 0..1 of its first video or all its pictures, or None.
-    video: path of its first video, or None. text: of models that write. cost: for people.
+    images: [F, H, W, 3] float32 in 0..1 of its first video or all its pictures. masks: [F, h, w].
+    audio: as core's AUDIO. video: path of its first video. A text in place of one of these is the
+    reason why it is not there. text: of models that write. paths: of all files. cost: for people.
+    warning: what else is to be said, or "".
     """
 
     taskid: str
-    frames: Tensor | None
-    video: Path | None
+    images: Tensor | str
+    masks: Tensor | str
+    audio: dict[str, Any] | str
+    video: Path | str
     text: str
+    paths: tuple[Path, ...]
     receipt: str
     cost: str
+    warning: str
+
+    @property
+    def files(self) -> str:
+        """JSON list of the files, as paths below the output folder."""
+        return json.dumps([account.place_of(path) for path in self.paths], ensure_ascii=False)
+
+    @property
+    def line(self) -> str:
+        """What stands on the node in the end."""
+        line = f"{self.cost} · task {self.taskid}"
+        return f"{line} · {self.warning}" if self.warning else line
+
+
+# --- what a node is asked for -------------------------------------------------------------------
+
+
+def wanted(
+    graph: dict[str, Any] | None, unique_id: str | None, names: Sequence[str]
+) -> frozenset[str]:
+    """Names of a node's outputs that something hangs on; all if it cannot be known."""
+    linked = host.linked_outputs(graph, unique_id)
+    return frozenset(n for i, n in enumerate(names) if linked is None or i in linked)
+
+
+def fingerprint(unique_id: str | None, names: Sequence[str]) -> str:
+    """What IS_CHANGED says of a node: it runs again if this is another one than last time.
+
+    That is so when files of its results are gone, and when something else hangs on it than what
+    was decoded. It pays for nothing again: the journal knows the run.
+    """
+    graph = host.running_graph()
+    key = _key_of(graph, unique_id)
+    times, files = _results.get(key, (0, ()))
+    left = tuple(path for path in files if path.is_file())
+    if left != files:
+        times += 1
+        _results[key] = (times, left)
+    return f"{times} {sorted(wanted(graph, unique_id, names) & set(DECODED))}"
+
+
+def remember(graph: dict[str, Any] | None, unique_id: str | None, result: Result) -> Result:
+    """Look after the files of a result from now on."""
+    key = _key_of(graph, unique_id)
+    times, files = _results.pop(key, (0, ()))
+    _results[key] = (times, tuple(dict.fromkeys((*files, *result.paths)))[-KEPT_FILES:])
+    if len(_results) > KEPT_NODES:
+        del _results[next(iter(_results))]
+    return result
+
+
+def _key_of(graph: dict[str, Any] | None, unique_id: str | None) -> str:
+    """A node with its widgets; linked inputs are not known when IS_CHANGED is asked."""
+    inputs = (graph or {}).get(str(unique_id), {}).get("inputs", {})
+    widgets = sorted((k, v) for k, v in inputs.items() if not isinstance(v, list))
+    return json.dumps([unique_id, widgets], default=str)
 
 
 # --- one run ------------------------------------------------------------------------------------
@@ -213,12 +282,14 @@ async def run_model(
     wait_when_busy: bool,
     timeout_minutes: float,
     unique_id: str | None,
+    wants: frozenset[str],
 ) -> Result:
     """Run a model on Wiro once, or go on with the run that these inputs started before.
 
     Args:
         values: of its parameters. make_files: makes its (parameter, part) of files.
         take: another number is another run of the same inputs.
+        wants: names of the outputs that something hangs on, as `wanted` finds them.
     Raises:
         WiroError: with a sentence that helps. The host's cancel exception, after the remote task
             was stopped.
@@ -227,7 +298,9 @@ async def run_model(
 
     def work() -> Result:
         window = Window(unique_id, over)
-        return _run(window, model, values, make_files(), take, wait_when_busy, timeout_minutes)
+        return _run(
+            window, model, values, make_files(), take, wait_when_busy, timeout_minutes, wants
+        )
 
     return await host.in_thread(work, over)
 
@@ -240,10 +313,11 @@ def _run(
     take: int,
     wait_when_busy: bool,
     timeout_minutes: float,
+    wants: frozenset[str],
 ) -> Result:
     from ..wiro_api.client import check_wait
-    from ..wiro_api.errors import DownloadError, WiroError
-    from ..wiro_api.jobs import start, to_handle
+    from ..wiro_api.errors import WiroError
+    from ..wiro_api.jobs import files_here, start, to_handle
     from ..wiro_api.schema import complete, items_of
     from ..wiro_api.spending import describe_price, load_limits, price_of
 
@@ -269,15 +343,12 @@ def _run(
         window.handle = to_handle(entry)
         line = f"task {entry.taskid} goes on at Wiro"
         receipt = {"model": str(model), "parameters": parameters, "take": take}
-        if entry.state == "ended" and entry.files and all(p.is_file() for p in entry.files):
-            try:
-                result = _from_disk(entry, receipt)
-                line = f"made before by task {entry.taskid}: nothing was paid for it now"
-                return result
-            except DownloadError as error:
-                log.warning("A file of task %s is fetched anew: %s.", entry.taskid, error)
-        result = _follow(window, client, to_handle(entry), timeout_minutes, receipt, entry.id)
-        line = f"done · {result.cost} · task {result.taskid}"
+        if entry.state == "ended" and entry.files and files_here(journal, entry) == entry.files:
+            result = _from_disk(window, client, entry, entry.files, receipt, wants)
+            line = f"made before by task {entry.taskid}: nothing was paid for it now"
+            return result
+        result = _follow(window, client, to_handle(entry), timeout_minutes, receipt, entry, wants)
+        line = f"done · {result.line}"
         return result
     except BaseException as error:
         if isinstance(error, StoppedError) or host.is_interrupt(error):
@@ -320,96 +391,166 @@ def _follow(
     handle: "RunHandle",
     timeout_minutes: float,
     receipt: dict[str, Any],
-    row: int | None,
+    entry: "Entry | None",
+    wants: frozenset[str],
 ) -> Result:
-    from ..wiro_api.jobs import finish
+    """Wait for a task, and bring home what is not here.
+
+    If something does not come, or Wiro has it no more, and what matters is here, that is a warning.
+    """
+    from ..wiro_api.errors import DownloadError, WiroError
+    from ..wiro_api.jobs import files_here, finish
     from ..wiro_api.task import dollars
     from ..wiro_api.transport import local_host
-    from ..wiro_api.video import is_image, is_video
     from ..wiro_api.websocket import socket_url
 
-    frames: list[Tensor] = []
-
-    def decode(path: Path, output: "Output") -> None:
-        window.say("decoding", 0.98)
-        if is_video(output):
-            clip = read_clip(path, window.check)
-            if not frames:
-                frames.append(clip)
-        elif is_image(output):
-            frames.append(read_clip(path, window.check))
-
-    folder = account.task_folder(handle.taskid)
-    task, paths = finish(
-        client, handle, folder, journal=account.journal(), entry_id=row,
-        timeout_s=60.0 * timeout_minutes, socket_url=socket_url(),
-        local_host=local_host(), on_task=window.on_task, on_progress=window.on_progress,
-        on_log=window.on_log, on_bytes=window.on_bytes, check=window.check, verify=decode,
+    warning = ""
+    try:
+        task, paths = finish(
+            client, handle, account.task_folder(handle.taskid), journal=account.journal(),
+            entry_id=None if entry is None else entry.id, timeout_s=60.0 * timeout_minutes,
+            socket_url=socket_url(), local_host=local_host(), on_task=window.on_task,
+            on_progress=window.on_progress, on_log=window.on_log, on_bytes=window.on_bytes,
+            check=window.check,
+        )  # fmt: skip
+    except WiroError as error:
+        warning = str(error)
+        if isinstance(error, DownloadError) and error.task is not None:
+            if not _is_enough(error.paths, error.missing):
+                raise
+            task, paths = error.task, list(error.paths)
+            log.warning("%s", error)
+        else:
+            here = () if entry is None else files_here(account.journal(), entry)
+            if entry is None or not _is_enough(here, [path.name for path in entry.files]):
+                raise
+            log.warning("Task %s: %s", entry.taskid, error)
+            return _from_disk(window, client, entry, here, receipt, wants, warning)
+    result = _to_result(
+        window, receipt, task.taskid, dollars(task.totalcost), task.elapsed_s, paths,
+        _text_of(task), wants, warning,
     )  # fmt: skip
     window.say("done", 1.0)
+    return result
+
+
+def _text_of(task: "Task") -> str:
+    return "\n".join(output.content for output in task.outputs if output.content)
+
+
+def _is_enough(paths: Sequence[Path], missing: Sequence[str]) -> bool:
+    """Whether what is here is of the kind that matters most: a video counts more than its cover."""
+    from ..wiro_api.jobs import MISSING
+    from ..wiro_api.media import KINDS, kind_of, kind_of_name
+
+    here = [KINDS.index(kind_of(path)) for path in paths]
+    lost = [KINDS.index(kind_of_name(name.removesuffix(MISSING))) for name in missing]
+    return bool(here) and max(here) >= max(lost, default=0)
+
+
+def _from_disk(
+    window: Window,
+    client: "Client",
+    entry: "Entry",
+    paths: Sequence[Path],
+    receipt: dict[str, Any],
+    wants: frozenset[str],
+    warning: str = "",
+) -> Result:
+    from ..wiro_api.errors import WiroError
+    from ..wiro_api.jobs import to_handle
+
+    text = ""
+    if "text" in wants:  # the journal holds none
+        try:
+            text = _text_of(client.detail(to_handle(entry)))
+        except WiroError as error:
+            log.warning("The text of task %s is read from its files alone: %s", entry.taskid, error)
     return _to_result(
-        receipt, task.taskid, dollars(task.totalcost), task.elapsed_s, paths, frames,
-        "\n".join(output.content for output in task.outputs if output.content),
-    )  # fmt: skip
-
-
-def _from_disk(entry: "Entry", receipt: dict[str, Any]) -> Result:
-    videos = [path for path in entry.files if path.suffix.lower() in account.VIDEO_SUFFIXES]
-    pictures = [path for path in entry.files if path.suffix.lower() in account.IMAGE_SUFFIXES]
-    frames = [read_clip(path) for path in videos[:1] or pictures]
-    return _to_result(receipt, entry.taskid, entry.cost, entry.elapsed_s, entry.files, frames, "")
+        window, receipt, entry.taskid, entry.cost, entry.elapsed_s, paths, text, wants, warning
+    )
 
 
 def _to_result(
+    window: Window,
     receipt: dict[str, Any],
     taskid: str,
     cost: str | None,
     elapsed_s: object,
     paths: Sequence[Path],
-    frames: list[Tensor],
     text: str,
+    wants: frozenset[str],
+    warning: str,
 ) -> Result:
+    """The files as what the sockets carry; only what something hangs on is decoded."""
+    from ..wiro_api.media import kind_of, kind_of_name
     from ..wiro_api.task import money
 
+    kinds: dict[str, list[Path]] = {}
+    for path in paths:
+        kinds.setdefault(kind_of(path), []).append(path)
+    videos, pictures = kinds.get("video", []), kinds.get("image", [])
+    places = [account.place_of(path) for path in paths]
     whole = {
         **receipt,
         "taskid": taskid,
         "cost_usd": cost or None,
         "elapsed_s": None if elapsed_s in (None, "") else float(str(elapsed_s)),
-        "files": [account.place_of(path) for path in paths],
+        "files": places,
     }
-    same = [clip for clip in frames if clip.shape[1:] == frames[0].shape[1:]]
-    if len(same) < len(frames):
-        log.warning("Task %s made pictures of several sizes: IMAGE holds the first size.", taskid)
-    videos = [path for path in paths if path.suffix.lower() in account.VIDEO_SUFFIXES]
+    more = f" {warning}" if warning else ""
+    images: Tensor | str = f"Task {taskid} made no picture and no video.{more}"
+    masks: Tensor | str = images
+    audio: dict[str, Any] | str = f"Task {taskid} made no sound.{more}"
+    idle = "Nothing was connected here when the files were read: queue again."
+    if videos or pictures:
+        images = masks = idle
+        if wants & {"images", "mask"}:
+            window.say("decoding", 0.98)
+            images, masks = _decode(videos, pictures, window)
+    sounds = kinds.get("audio", []) + videos
+    if sounds:
+        audio = idle
+        if "audio" in wants:
+            audio = _decode_sound(sounds[0], window)
+    if not text and "text" in wants:
+        notes = kinds.get("text", [])
+        parts = [read_text(path) for path in notes if kind_of_name(path.name) == "text"]
+        text = "\n".join(part for part in parts if part)
+    video = videos[0] if videos else f"Task {taskid} made no video.{more}"
     return Result(
-        taskid, torch.cat(same) if len(same) > 1 else next(iter(same), None),
-        videos[0] if videos else None, text, json.dumps(whole, indent=2, ensure_ascii=False),
-        money(Decimal(cost)) if cost else "cost not told",
+        taskid, images, masks, audio, video, text, tuple(paths),
+        json.dumps(whole, indent=2, ensure_ascii=False),
+        money(Decimal(cost)) if cost else "cost not told", warning,
     )  # fmt: skip
 
 
-def read_clip(path: Path, check: Callable[[], None] = lambda: None) -> Tensor:
-    """The frames of a video or picture, [F, H, W, 3] float32 in 0..1, decoded one at a time.
+def _decode(
+    videos: Sequence[Path], pictures: Sequence[Path], window: Window
+) -> tuple[Tensor | str, Tensor | str]:
+    """IMAGE and MASK of the first video, else of all pictures; or why there are none."""
+    from ..wiro_api.errors import DownloadError, WiroError
 
-    Args:
-        check: called before each; may raise to stop.
-    Raises:
-        DownloadError: it does not decode. DependencyError: PyAV is missing.
-    """
-    from ..wiro_api.video import read_frames
+    try:
+        if not videos:
+            return read_pictures(pictures, window.check)
+        clip = read_clip(videos[0], window.check)
+        return clip, torch.zeros(len(clip), EMPTY_MASK, EMPTY_MASK)
+    except WiroError as error:
+        place = account.place_of((*videos, *pictures)[0])
+        again = "; delete it to fetch it again" if isinstance(error, DownloadError) else ""
+        reason = f"{str(error).rstrip('.')}. It is kept as it came: {place}{again}."
+        log.warning("%s", reason)
+        return reason, reason
 
-    clip: Tensor | None = None
-    for number, (frame, announced) in enumerate(read_frames(path)):
-        check()
-        if clip is None:
-            # a container that does not tell is read twice: the clip must not be held twice
-            total = announced or sum(1 for _ in read_frames(path))
-            clip = torch.empty((total, *frame.shape))
-        if number < len(clip):
-            clip[number].copy_(torch.from_numpy(frame)).div_(255.0)
-    assert clip is not None, "read_frames raises where there is no frame"
-    return clip
+
+def _decode_sound(path: Path, window: Window) -> dict[str, Any] | str:
+    from ..wiro_api.errors import WiroError
+
+    try:
+        return read_audio(path, window.check)
+    except WiroError as error:
+        return f"{str(error).rstrip('.')}: {account.place_of(path)}."
 
 
 def _stop(
@@ -475,7 +616,7 @@ def _stop(
     return f"task {task.taskid} {word} · {charged}"
 
 
-def collect(window: Window, text: str, timeout_minutes: float) -> Result:
+def collect(window: Window, text: str, timeout_minutes: float, wants: frozenset[str]) -> Result:
     """Follow a task that a person named, to its files."""
     from ..wiro_api.client import RunHandle
     from ..wiro_api.errors import WiroError
@@ -492,10 +633,10 @@ def collect(window: Window, text: str, timeout_minutes: float) -> Result:
         line = f"stopped waiting; task {task.taskid} goes on at Wiro"
         receipt = {"model": task.model, "parameters": dict(task.parameters)}
         result = _follow(
-            window, client, RunHandle(task.taskid, task.token), timeout_minutes, receipt,
-            None if entry is None else entry.id,
+            window, client, RunHandle(task.taskid, task.token), timeout_minutes, receipt, entry,
+            wants,
         )  # fmt: skip
-        line = f"done · {result.cost} · task {result.taskid}"
+        line = f"done · {result.line}"
         return result
     except WiroError as error:
         line = str(error)

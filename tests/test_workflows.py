@@ -191,6 +191,10 @@ def test_the_graph_runs_to_a_video_on_tiny_weights(path, comfy, wiro):
     assert types["SaveVideo"] in results
     if "WiroRemoteI2V" in types:
         frames, video, taskid, receipt = results[types["WiroRemoteI2V"]]
-        assert (tuple(frames.shape), taskid) == ((5, 32, 48, 3), "2221")
+        assert taskid == "2221"
+        if path.stem == "remote":  # nothing wants the frames
+            assert isinstance(frames, host.ExecutionBlocker)
+        else:
+            assert tuple(frames.shape) == (5, 32, 48, 3)
         assert Path(video.file).read_bytes() == wiro.files["0.mp4"]
         assert json.loads(receipt)["cost_usd"] == "0.00351"

@@ -22,13 +22,15 @@ from .errors import (
     AuthError,
     ConfigError,
     DependencyError,
+    DownloadError,
     NotFoundError,
     TransportError,
     WiroError,
 )
 from .files import read_part
-from .jobs import finish, start, to_handle
+from .jobs import files_here, finish, start, to_handle
 from .journal import Entry, Journal
+from .media import claimed_kind, kind_of
 from .schema import SKYREELS, check_skyreels, complete, items_of
 from .signing import account_of, load_credentials
 from .spending import (
@@ -54,7 +56,7 @@ from .task import (
     word_of,
 )
 from .transport import base_url, local_host
-from .video import check_video, is_video
+from .video import check_video
 from .websocket import socket_url
 
 EXIT_ERROR, EXIT_INTERRUPTED = 1, 130
@@ -96,7 +98,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _fail(arguments: argparse.Namespace, error: WiroError) -> int:
     say(f"error: {error}")
     if arguments.json:
-        print(json.dumps({"error": str(error), "taskid": error.taskid}))  # noqa: T201
+        told: dict[str, Any] = {"error": str(error), "taskid": error.taskid}
+        if isinstance(error, DownloadError) and error.paths:
+            told["files"] = [str(path) for path in error.paths]
+        print(json.dumps(told))  # noqa: T201
     return EXIT_ERROR
 
 
@@ -165,7 +170,7 @@ def build_parser() -> argparse.ArgumentParser:
         limits.add_argument(
             f"--{name.replace('_', '-')}", metavar="USD", help="an amount, or none for no limit"
         )
-    for added in (run, limits):
+    for added in (run, collect, limits):
         added.add_argument(
             "--journal", type=Path, metavar="FILE",
             help="what was started and paid for, if not the one that all programs of the user "
@@ -203,7 +208,7 @@ def run_run(client: Client, arguments: argparse.Namespace) -> dict[str, Any]:
         wait_when_busy=arguments.wait,
         on_wait=lambda left: say(f"all places of the account are taken; next try in {left:.0f} s"),
     )  # fmt: skip
-    if entry.state == "ended" and entry.files and all(path.is_file() for path in entry.files):
+    if entry.state == "ended" and entry.files and files_here(journal, entry) == entry.files:
         say(f"made before, by task {entry.taskid}; --again pays for another run")
         for path in entry.files:
             say(str(path))
@@ -229,7 +234,9 @@ def run_collect(client: Client, arguments: argparse.Namespace) -> dict[str, Any]
             taskid=task.taskid,
         )
     arguments.timeout = WATCH_S
-    return _finish(client, arguments, RunHandle(task.taskid, task.token))
+    journal = open_journal(arguments)  # knows what was fetched before
+    entry = journal.adopt(task.taskid, task.model)
+    return _finish(client, arguments, RunHandle(task.taskid, task.token), journal, entry)
 
 
 def run_detail(client: Client, arguments: argparse.Namespace) -> dict[str, Any]:
@@ -353,12 +360,12 @@ def _finish(
 
 
 def verify(path: Path, output: Output) -> None:
-    """Decode a video once, if PyAV is here to do it.
+    """Decode a video once, keeping nothing, if PyAV is here to do it.
 
     Raises:
         DownloadError: it does not decode.
     """
-    if not is_video(output):
+    if kind_of(path, claimed_kind(output)) != "video":
         return
     try:
         check_video(path)

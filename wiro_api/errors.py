@@ -27,6 +27,8 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from .task import Task
 
 
@@ -156,7 +158,25 @@ class TaskStalledError(_TaskError):
 
 
 class DownloadError(WiroError):
-    """A result that cannot be fetched or is not what was announced; its task is done and paid."""
+    """A result that cannot be fetched or is not what was announced; its task is done and paid.
+
+    reason: why, without the sentence around it. task, paths: if some files of it are here, its
+    record and these. missing: names of the others.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        taskid: str = "",
+        reason: str = "",
+        task: "Task | None" = None,
+        paths: Sequence["Path"] = (),
+        missing: Sequence[str] = (),
+    ) -> None:
+        super().__init__(message, taskid=taskid)
+        self.reason, self.task = reason or message, task
+        self.paths, self.missing = tuple(paths), tuple(missing)
 
 
 CODES: Mapping[int, type[ApiError]] = {

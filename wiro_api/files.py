@@ -1,41 +1,79 @@
 """Files: bringing a result home, whole or not at all; reading what is sent.
 
-The address comes from outside, so it is fetched without any header of ours, over https, from public
-addresses only, and redirects are checked one by one. The file grows under a temporary name and
-takes its own when its size and its first bytes are right.
+The address comes from outside: `addresses` says where it may lead, and no header of ours goes
+there. A thread of its own listens to the server, so that a silent one keeps nobody from leaving.
+The file grows under a temporary name and takes its own when it is whole: Content-Length and its
+container tell that. The size in the record is a hint, for it has been wrong.
 """
 
-import ipaddress
+import contextlib
+import logging
 import mimetypes
 import os
+import queue
 import random
 import re
-import socket
+import sys
+import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from urllib.parse import urljoin, urlsplit
+from typing import Any
+from urllib.parse import urljoin
 
 import requests
 import urllib3.exceptions
 
+from .addresses import PublicAdapter, RefusedAddressError, must_be_public, service_domain
 from .errors import ConfigError, DownloadError
+from .media import claimed_kind, is_page, kind_of, what_is_missing
 from .task import Output
-from .transport import CONNECT_S, LOOPBACK, READ_S, FilePart, wait_s
+from .transport import (
+    BASE_URL,
+    CONNECT_S,
+    READ_S,
+    FilePart,
+    retry_after,
+    setting_at_fault,
+    wait_s,
+)
+
+logger = logging.getLogger(__name__)
 
 #: the service's limit for an uploaded file
 MAX_UPLOAD_BYTES = 100 * 1000 * 1000
 #: no result is larger than this
 MAX_BYTES = 2 * 1024**3
+#: in a row that bring nothing new
 ATTEMPTS = 5
 MAX_REDIRECTS = 3
 CHUNK_BYTES = 256 * 1024
 #: of a file's name, in UTF-8, with room for a number
 MAX_NAME_BYTES = 120
-#: HTTP answers that may pass: a file may reach the delivery network late
-PASSING = (403, 404, 408, 425, 429)
-_SUFFIXES = {"video/mp4": ".mp4", "video/webm": ".webm", "image/png": ".png", "image/jpeg": ".jpg"}
+#: a file may reach the delivery network a minute after its task has ended: seconds to wait
+NOT_YET = (403, 404)
+NOT_YET_S = (1.0, 2.0, 4.0, 8.0, 15.0, 15.0, 15.0)
+#: other HTTP answers that may pass
+PASSING = (408, 425, 429)
+#: the least speed of a download, and the seconds by which all attempts together may fall behind it
+LEAST_BYTES_PER_S, BEHIND_S = 1024, 60.0
+#: longest download, all attempts together
+LONGEST_S = 6 * 3600.0
+NO_ADDRESS = "its address is none, or is redirected to none"
+#: between two looks at the cancel button while a server is silent
+TICK_S = 0.1
+_SUFFIXES = {
+    "video/mp4": ".mp4", "video/webm": ".webm", "video/quicktime": ".mov", "image/png": ".png",
+    "image/jpeg": ".jpg", "image/webp": ".webp", "image/gif": ".gif", "image/svg+xml": ".svg",
+    "audio/mpeg": ".mp3", "audio/wav": ".wav", "audio/x-wav": ".wav", "text/plain": ".txt",
+    "application/json": ".json", "application/zip": ".zip",
+}  # fmt: skip
 _WINDOWS_NAMES = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?", re.IGNORECASE)
+_PART = re.compile(r"\.wiro-(\d+)-[0-9a-f]+\.part")
+#: temporary files of this process; those of its number from before are another process's
+_own_parts: set[str] = set()
+_BEGAN = time.time() - 10.0  # for disks that keep coarse times
 
 
 def nothing(*_: object) -> None:
@@ -47,62 +85,68 @@ def download(
     folder: Path,
     *,
     taskid: str = "",
+    base_url: str = BASE_URL,
     local_host: str = "",
     session: requests.Session | None = None,
     check: Callable[[], None] = nothing,
     on_bytes: Callable[[int, int | None], None] = nothing,
-    verify: Callable[[Path, Output], None] = nothing,
     sleep: Callable[[float], None] = time.sleep,
+    clock: Callable[[], float] = time.monotonic,
     max_bytes: int = MAX_BYTES,
+    behind_s: float = BEHIND_S,
+    not_yet_s: Sequence[float] = NOT_YET_S,
+    instead_of: Path | None = None,
 ) -> Path:
     """One file of a result.
 
     Args:
         output: with an address.
-        folder: made if needed. A name that is taken gets a number.
+        folder: made if needed. A name that is taken gets a number. What downloads of processes
+            that are no more have left in it is removed.
         taskid: for messages.
+        base_url: of the service, whose own hosts are fetched from wherever names lead.
         local_host: "host:port" of a test server on this machine, which alone may be fetched from
             without TLS.
-        check: called before every piece; may raise to stop.
+        session: for tests and proxies.
+        check, sleep: called many times a second, whatever the server does; may raise to stop.
         on_bytes: (bytes here, bytes in all or None), after every piece.
-        verify: looks at the whole file before it gets its name; raises if it is not right.
+        clock: seconds.
         max_bytes: a larger file is refused.
+        behind_s: seconds by which it may fall behind LEAST_BYTES_PER_S before it is given up.
+        not_yet_s: waits while the server does not have it yet; () to ask once.
+        instead_of: a damaged file that it replaces, under that name.
     Returns:
         The path.
     Raises:
-        DownloadError: it cannot be had, is not what was announced, or its address is not allowed.
+        DownloadError: it cannot be had, is not whole, or its address is not allowed.
     """
     if session is None:
         with requests.Session() as own:
             return download(
-                output, folder, taskid=taskid, local_host=local_host, session=own, check=check,
-                on_bytes=on_bytes, verify=verify, sleep=sleep, max_bytes=max_bytes,
+                output, folder, taskid=taskid, base_url=base_url, local_host=local_host,
+                session=own, check=check, on_bytes=on_bytes, sleep=sleep, clock=clock,
+                max_bytes=max_bytes, behind_s=behind_s, not_yet_s=not_yet_s,
+                instead_of=instead_of,
             )  # fmt: skip
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        remove_dead_parts(folder)
         part = _new_part(folder)
     except OSError as error:
-        raise DownloadError(
+        raise _refusal(
+            output, taskid, f"{folder} cannot be written ({error.strerror})",
             f"{folder} cannot be written ({error.strerror}): choose another folder, then collect "
             f"task {taskid} again.",
-            taskid=taskid,
-        ) from None
-    rng = random.Random()
+        ) from None  # fmt: skip
+    fetch = _Fetch(
+        output, part, taskid, service_domain(base_url), local_host, session, check, on_bytes,
+        sleep, clock, max_bytes, behind_s,
+    )  # fmt: skip
     try:
-        for attempt in range(1, ATTEMPTS + 1):
-            try:
-                _fetch(output, part, local_host, session, check, on_bytes, max_bytes)
-                break
-            except _PassingError as error:
-                if attempt == ATTEMPTS:
-                    raise _refusal(output, taskid, str(error)) from None
-                sleep(wait_s(attempt, error, rng))
-            except _LastingError as error:
-                raise _refusal(output, taskid, str(error)) from None
-        try:
-            verify(part, output)
-        except DownloadError as error:
-            raise _refusal(output, taskid, str(error)) from None
+        _fetch_patiently(fetch, not_yet_s)
+        if instead_of is not None:
+            os.replace(part, instead_of)
+            return instead_of
         target = free_name(folder, safe_name(output))
         try:
             os.replace(part, target)
@@ -111,112 +155,405 @@ def download(
             raise
         return target
     except OSError as error:
-        raise DownloadError(
+        raise _refusal(
+            output, taskid, f"{folder} cannot be written ({error.strerror})",
             f"The result of task {taskid} cannot be written to {folder} ({error.strerror}): make "
             "room or choose another folder, then collect it again; it is paid for.",
-            taskid=taskid,
-        ) from None
+        ) from None  # fmt: skip
     finally:
         part.unlink(missing_ok=True)
+        _own_parts.discard(part.name)
 
 
 class _PassingError(Exception):
-    """Worth another attempt."""
+    """Worth another attempt; retry_after_s: what the server asked for, or None."""
+
+    def __init__(self, message: str, retry_after_s: float | None = None) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
+
+
+class _NotYetError(_PassingError):
+    """The server does not have it, or does not show it."""
+
+
+class _CutError(_PassingError):
+    """All that was announced came, and the file ends early all the same."""
+
+    def __init__(self, message: str, *, is_usable: bool) -> None:
+        super().__init__(message)
+        self.is_usable = is_usable
 
 
 class _LastingError(Exception):
     """Not worth one."""
 
 
-def _refusal(output: Output, taskid: str, reason: str) -> DownloadError:
+def _refusal(output: Output, taskid: str, reason: str, sentence: str = "") -> DownloadError:
+    name = safe_name(output) if output.name else "The result"
     return DownloadError(
-        f"{output.name or 'The result'} of task {taskid} cannot be fetched: {reason}. The task is "
-        "done and paid for; collect it again by its id.",
+        sentence
+        or f"{name} of task {taskid} cannot be fetched: {reason}. The task is done and "
+        "paid for; collect it again by its id.",
         taskid=taskid,
+        reason=reason,
     )
 
 
-def _fetch(
-    output: Output,
-    part: Path,
-    local_host: str,
-    session: requests.Session,
-    check: Callable[[], None],
-    on_bytes: Callable[[int, int | None], None],
-    max_bytes: int,
-) -> None:
+@dataclass
+class _Fetch:
+    """One download, through all its attempts.
+
+    done: bytes in the part. came, busy_s: bytes and seconds of all attempts. validator: names the
+    version of the file that the part is of, for If-Range; "" if the server told none. total: bytes
+    in all, or None.
+    """
+
+    output: Output
+    part: Path
+    taskid: str
+    service: str
+    local_host: str
+    session: requests.Session
+    check: Callable[[], None]
+    on_bytes: Callable[[int, int | None], None]
+    sleep: Callable[[float], None]
+    clock: Callable[[], float]
+    max_bytes: int
+    behind_s: float
+    done: int = 0
+    came: int = 0
+    busy_s: float = 0.0
+    validator: str = ""
+    total: int | None = None
+
+    @property
+    def told_bytes(self) -> int | None:
+        """The record's size, if it can be one."""
+        told = self.output.num_bytes
+        return told if told is not None and 0 < told <= self.max_bytes else None
+
+    @property
+    def is_given_up(self) -> bool:
+        """Whether the attempts so far have taken too long for what they brought."""
+        return (
+            self.busy_s > self.behind_s + self.came / LEAST_BYTES_PER_S or self.busy_s > LONGEST_S
+        )
+
+
+def _fetch_patiently(fetch: _Fetch, not_yet_s: Sequence[float]) -> None:
+    """Attempts until the part is whole."""
+    rng = random.Random()
+    waits = list(not_yet_s)
+    failures, most, last_cut = 0, 0, ""
+    while True:
+        try:
+            _attempt(fetch)
+            return
+        except (_LastingError, RefusedAddressError) as error:
+            raise _refusal(fetch.output, fetch.taskid, str(error)) from None
+        except _NotYetError as error:
+            if not waits:
+                raise _refusal(fetch.output, fetch.taskid, str(error)) from None
+            pause = waits.pop(0)
+        except _PassingError as error:
+            failures = 1 if fetch.done > most else failures + 1
+            most = max(most, fetch.done)
+            is_over = failures >= ATTEMPTS or fetch.is_given_up
+            if isinstance(error, _CutError):
+                if str(error) == last_cut and error.is_usable:
+                    _warn(fetch, f"{error}; it is kept as it came")
+                    return
+                is_over |= str(error) == last_cut  # the same again: that is what the server has
+                last_cut = str(error)
+            if is_over:
+                raise _refusal(fetch.output, fetch.taskid, str(error)) from None
+            pause = min(wait_s(failures, error, rng), fetch.behind_s)
+            fetch.busy_s += pause  # so that a byte in each attempt is no way to last for ever
+        fetch.sleep(pause)
+
+
+def _warn(fetch: _Fetch, text: str) -> None:
+    logger.warning("%s of task %s: %s.", safe_name(fetch.output), fetch.taskid, text)
+
+
+def _attempt(fetch: _Fetch) -> None:
+    """Ask once, and let the part grow; raises unless it is whole."""
+    if fetch.validator == "":
+        fetch.done = 0
+    began, before = fetch.clock(), fetch.busy_s
+
+    def tick() -> None:
+        fetch.check()
+        fetch.sleep(0.0)
+        fetch.busy_s = before + fetch.clock() - began
+        if fetch.is_given_up:
+            raise _PassingError(f"it comes too slowly: {fetch.came} bytes in {fetch.busy_s:.0f} s")
+
+    sent_range = f"bytes={fetch.done}-" if fetch.done else ""
+    events = _in_thread(_listen(fetch, sent_range), tick)
     try:
-        with _open(output.url, local_host, session) as response:
-            announced = response.headers.get("Content-Length", "")
-            expected = int(announced) if announced.isdigit() else None
-            for size in (expected, output.num_bytes):
-                if size is not None and size > max_bytes:
-                    raise _LastingError(f"it is announced with {size} bytes, over {max_bytes}")
-            done = 0
-            with part.open("wb") as file:
-                for piece in _pieces(response):
-                    check()
-                    done += len(piece)
-                    if done > max_bytes:
-                        raise _LastingError(f"it is over {max_bytes} bytes")
-                    file.write(piece)
-                    on_bytes(done, expected or output.num_bytes)
-                file.flush()
-                os.fsync(file.fileno())
-    except requests.RequestException as error:
-        raise _PassingError(f"the connection failed ({type(error).__name__})") from None
-    if expected is not None and done != expected:
-        raise _PassingError(f"{done} of {expected} bytes came")
-    if output.num_bytes is not None and done != output.num_bytes:
-        raise _PassingError(f"{done} bytes came where Wiro names {output.num_bytes}")
-    _check_container(output, part)
+        answer = next(events)
+        assert isinstance(answer, _Answer)
+        tick()
+        _agree(fetch, answer)
+        with fetch.part.open("ab" if fetch.done else "wb") as file:
+            for piece in events:
+                assert isinstance(piece, bytes)
+                fetch.came += len(piece)
+                tick()
+                if fetch.done + len(piece) > fetch.max_bytes:
+                    raise _LastingError(f"it is over {fetch.max_bytes} bytes")
+                file.write(piece)
+                fetch.done += len(piece)
+                fetch.on_bytes(fetch.done, fetch.total or fetch.told_bytes)
+            file.flush()
+            os.fsync(file.fileno())
+    finally:
+        events.close()
+        fetch.busy_s = before + fetch.clock() - began
+    if fetch.total is not None and fetch.done != fetch.total:
+        raise _PassingError(f"{fetch.done} of {fetch.total} bytes came")
+    _check_container(fetch, answer.has_end)
+    if fetch.told_bytes is not None and fetch.done != fetch.told_bytes:
+        _warn(fetch, f"{fetch.done} bytes came where Wiro names {fetch.told_bytes}, and the file "
+                     "is whole")  # fmt: skip
+
+
+def _agree(fetch: _Fetch, answer: "_Answer") -> None:
+    """Go on where the part ends, or begin again, as the server says."""
+    if answer.start is None:
+        fetch.done, fetch.total, fetch.validator = 0, answer.total, answer.validator
+    else:
+        # a tag can be compared to a tag, and a date to a date
+        same_kind = answer.validator[:1] == fetch.validator[:1] == '"' or not (
+            answer.validator[:1] == '"' or fetch.validator[:1] == '"'
+        )
+        is_other = same_kind and answer.validator not in ("", fetch.validator)
+        totals = {fetch.total, answer.total} - {None}
+        if answer.start != fetch.done or is_other or len(totals) > 1:
+            fetch.validator = ""  # from the start, then
+            raise _PassingError("the server went on with another piece or another file")
+        fetch.total = next(iter(totals), None)
+    if fetch.total is not None and fetch.total > fetch.max_bytes:
+        raise _LastingError(f"it is announced with {fetch.total} bytes, over {fetch.max_bytes}")
+
+
+def _check_container(fetch: _Fetch, has_end: bool) -> None:
+    """Raise if the part is not the file, or not all of it.
+
+    Args:
+        has_end: whether the server said where the file ends, and all before that came.
+    """
+    fetch.validator = ""  # if it is wrong, it is wrong from the start
+    output, part = fetch.output, fetch.part
+    told = ""
+    if fetch.told_bytes is not None and fetch.done != fetch.told_bytes:
+        told = f"; {fetch.done} bytes came where Wiro names {fetch.told_bytes}"
+    if fetch.done == 0:
+        raise _PassingError("it is empty")
+    claimed = claimed_kind(output)
+    is_mp4 = output.contenttype == "video/mp4" or output.name.lower().endswith(".mp4")
+    kind = kind_of(part, claimed)
+    if is_mp4 and kind in ("text", "other"):
+        page = ", but a web page" if is_page(part) else ""
+        raise _PassingError(f"it is no MP4 file{page}{told}")
+    if claimed in ("image", "audio", "video") and is_page(part):
+        raise _PassingError(f"it is no {claimed}, but a web page{told}")
+    missing, is_usable = what_is_missing(part)
+    if missing and has_end:
+        raise _CutError(f"{missing}{told}", is_usable=is_usable)
+    if missing:
+        raise _PassingError(f"{missing}{told}")
+    if not has_end and fetch.told_bytes is not None and fetch.done < fetch.told_bytes:
+        # the connection may have broken: once more, and if it ends there again, it is its end
+        raise _CutError(told.removeprefix("; "), is_usable=True)
+    if claimed in ("image", "audio", "video") and claimed != kind:
+        _warn(fetch, f"it is announced as {claimed} and is {kind}")
+
+
+def is_whole(path: Path) -> bool:
+    """Whether a file is there and, as far as its container tells, all of it."""
+    try:
+        return path.is_file() and path.stat().st_size > 0 and not what_is_missing(path)[0]
+    except OSError:
+        return False
+
+
+# --- asking the server --------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Answer:
+    """What the head of an answer says.
+
+    start: of the piece it brings, or None for a whole file. total: bytes of the whole file, or
+    None. has_end: whether the end of the content can be told from a broken connection.
+    """
+
+    start: int | None
+    total: int | None
+    validator: str
+    has_end: bool
+
+
+def _in_thread(
+    events: Generator[object, None, None], tick: Callable[[], None]
+) -> Generator[object, None, None]:
+    """What a generator yields in a thread of its own; `tick` is called while it is silent.
+
+    A thread that hangs in a call of the system is left behind, and ends with that call.
+    """
+    items: queue.Queue[object] = queue.Queue(maxsize=4)
+    is_left = threading.Event()
+    end = object()
+
+    def put(item: object) -> None:
+        while not is_left.is_set():
+            try:
+                items.put(item, timeout=TICK_S)
+                return
+            except queue.Full:
+                pass
+
+    def run() -> None:
+        try:
+            for item in events:
+                put(item)
+                if is_left.is_set():
+                    events.close()
+                    return
+            put(end)
+        except BaseException as error:  # noqa: BLE001 - it is raised again in the caller
+            put(error)
+
+    threading.Thread(target=run, name="wiro download", daemon=True).start()
+    try:
+        while True:
+            try:
+                item = items.get(timeout=TICK_S)
+            except queue.Empty:
+                tick()
+                continue
+            if item is end:
+                return
+            if isinstance(item, BaseException):
+                raise item
+            yield item
+    finally:
+        is_left.set()
+
+
+def _listen(fetch: _Fetch, sent_range: str) -> Generator[object, None, None]:
+    """The _Answer of a server, then pieces of the content."""
+    try:
+        with contextlib.ExitStack() as stack:
+            response = _open(fetch, sent_range, stack)
+            yield _read_head(response)
+            yield from _pieces(response)
+    except (requests.exceptions.InvalidSchema, requests.exceptions.MissingSchema):
+        raise _LastingError("its address is none: only https is fetched") from None
+    except (requests.exceptions.InvalidURL, urllib3.exceptions.LocationValueError):
+        raise _LastingError(NO_ADDRESS) from None
+    except (requests.RequestException, urllib3.exceptions.HTTPError, OSError) as error:
+        raise _PassingError(f"the connection failed ({_reason(error)})") from None
+    except ValueError:
+        raise _LastingError(NO_ADDRESS) from None
+
+
+def _reason(error: Exception) -> str:
+    """The kind of failure; the text of these errors holds addresses."""
+    inner = error.args[0] if error.args else None
+    return type(getattr(inner, "reason", None) or error).__name__
+
+
+def _read_head(response: requests.Response) -> _Answer:
+    headers = response.headers
+    announced = headers.get("Content-Length", "").strip()
+    length = int(announced) if re.fullmatch(r"[0-9]{1,30}", announced) else None
+    is_packed = _is_packed(response)
+    if is_packed:
+        length = None
+    tag, changed = headers.get("ETag", "").strip(), headers.get("Last-Modified", "").strip()
+    # a weak tag does not promise the same bytes
+    validator = "" if is_packed else (tag if tag.startswith('"') else changed)
+    is_chunked = "chunked" in headers.get("Transfer-Encoding", "").lower()
+    has_end = length is not None or is_chunked
+    if response.status_code == 200:
+        return _Answer(None, length, validator, has_end)
+    given = re.fullmatch(
+        r"bytes ([0-9]{1,19})-([0-9]{1,19})/([0-9]{1,19}|\*)",
+        headers.get("Content-Range", "").strip(),
+    )
+    if given is None:
+        return _Answer(-1, None, validator, has_end)
+    total = None if given[3] == "*" else int(given[3])
+    return _Answer(int(given[1]), total, validator, has_end)
+
+
+def _is_packed(response: requests.Response) -> bool:
+    """Whether the content is compressed on the way, which nobody has asked for."""
+    encoding = response.headers.get("Content-Encoding", "").strip().lower()
+    return encoding not in ("", "identity")
 
 
 def _pieces(response: requests.Response) -> Iterator[bytes]:
-    """The content as it comes, so that a slow server does not hold up `check`."""
-    raw = response.raw
+    """The content as it comes, so that a slow server does not hold up the caller."""
+    raw, is_packed = response.raw, _is_packed(response)
     # urllib3 has read1 since version 2.1; before it, small pieces must do
     read, size = getattr(raw, "read1", None), CHUNK_BYTES
-    if read is None:
+    if read is None or is_packed:
         read, size = raw.read, 16 * 1024
-    try:
-        while piece := read(size):
-            yield piece
-    except (urllib3.exceptions.HTTPError, OSError) as error:
-        raise _PassingError(f"the connection failed ({type(error).__name__})") from None
+    while piece := read(size, decode_content=is_packed):
+        yield piece
 
 
-def _check_container(output: Output, part: Path) -> None:
-    is_mp4 = output.contenttype == "video/mp4" or output.name.lower().endswith(".mp4")
-    with part.open("rb") as file:
-        head = file.read(12)
-    if is_mp4 and head[4:8] != b"ftyp":
-        raise _PassingError("it is no MP4 file")
-    if not head:
-        raise _PassingError("it is empty")
-
-
-def _open(url: str, local_host: str, session: requests.Session) -> requests.Response:
-    """The answer at the end of a chain of allowed addresses."""
+def _open(fetch: _Fetch, sent_range: str, stack: contextlib.ExitStack) -> requests.Response:
+    """The answer at the end of a chain of allowed addresses; closed with the stack."""
+    url, session = fetch.output.url, fetch.session
+    headers = {"Accept-Encoding": "identity"}
+    if sent_range:
+        headers |= {"Range": sent_range, "If-Range": fetch.validator}
     for _ in range(MAX_REDIRECTS + 1):
-        check_address(url, local_host)
+        request = session.prepare_request(
+            requests.Request("GET", url, headers=headers, auth=_no_auth)
+        )
+        address = request.url or ""
+        settings = session.merge_environment_settings(address, {}, True, None, None)
+        proxy = requests.utils.select_proxy(address, settings["proxies"]) or ""
+        adapter = session.get_adapter(address)
+        if must_be_public(address, service=fetch.service, local_host=fetch.local_host, proxy=proxy):
+            adapter = PublicAdapter()
+            stack.callback(adapter.close)
         try:
-            response = session.get(
-                url, stream=True, allow_redirects=False, timeout=(CONNECT_S, READ_S),
-                headers={"Accept-Encoding": "identity"}, auth=_no_auth,
+            # not the session's own way to send: that reads all that comes with a redirect
+            response = adapter.send(
+                request, stream=True, timeout=(CONNECT_S, READ_S),
+                verify=settings["verify"] or False, cert=settings["cert"],
+                proxies=settings["proxies"],
             )  # fmt: skip
-        except ValueError:  # of an address, or of one it is redirected to
-            raise _LastingError("its address is none, or is redirected to none") from None
+        except (requests.RequestException, urllib3.exceptions.HTTPError, OSError) as error:
+            at_fault = setting_at_fault(error, address, settings["proxies"])
+            if at_fault is None:
+                raise
+            raise _LastingError(str(at_fault).rstrip(" .")) from None
         status = response.status_code
-        if status == 200:
+        if status == 200 or (status == 206 and sent_range):
+            stack.callback(response.close)
             return response
         response.close()
         if status in (301, 302, 303, 307, 308) and response.headers.get("Location"):
-            url = urljoin(url, response.headers["Location"])
+            url = urljoin(address, response.headers["Location"])
             continue
+        said = f"the server answered HTTP {status}"
+        if status == 416 and sent_range:
+            fetch.validator = ""  # from the start, then
+            raise _PassingError(said)
+        if status in NOT_YET:
+            raise _NotYetError(said)
         if status in PASSING or status >= 500:
-            raise _PassingError(f"the server answered HTTP {status}")
-        raise _LastingError(f"the server answered HTTP {status}")
+            raise _PassingError(said, retry_after(response))
+        raise _LastingError(said)
     raise _LastingError(f"there are more than {MAX_REDIRECTS} redirects")
 
 
@@ -225,27 +562,7 @@ def _no_auth(request: requests.PreparedRequest) -> requests.PreparedRequest:
     return request
 
 
-def check_address(url: str, local_host: str = "") -> None:
-    """Refuse everything but https to public addresses (and one test server on this machine)."""
-    try:
-        parts = urlsplit(url)
-        host, port = parts.hostname or "", parts.port
-    except ValueError:
-        raise _LastingError("its address is none") from None
-    if local_host and parts.netloc == local_host and host in LOOPBACK:
-        return
-    if parts.scheme != "https" or not host or parts.username or parts.password:
-        raise _LastingError(f"its address is {parts.scheme or 'no'}: only https is fetched")
-    try:
-        found = socket.getaddrinfo(host, port or 443, type=socket.SOCK_STREAM)
-    except OSError:
-        raise _PassingError(f"{host} is not known") from None
-    except UnicodeError:
-        raise _LastingError("its address is none") from None
-    for entry in found:
-        address = ipaddress.ip_address(str(entry[4][0]).partition("%")[0])
-        if not address.is_global or address.is_multicast:
-            raise _LastingError(f"{host} is not a public address")
+# --- names --------------------------------------------------------------------------------------
 
 
 def safe_name(output: Output) -> str:
@@ -261,6 +578,12 @@ def safe_name(output: Output) -> str:
     return name
 
 
+def is_name_of(name: str, output: Output) -> bool:
+    """Whether a file of that name may be the output's: its own, perhaps with a number."""
+    stem, dot, suffix = safe_name(output).rpartition(".")
+    return re.fullmatch(rf"{re.escape(stem)}( \(\d+\))?{re.escape(dot + suffix)}", name) is not None
+
+
 def free_name(folder: Path, name: str) -> Path:
     """A new empty file of that name, or with a number if it is taken."""
     stem, dot, suffix = name.rpartition(".")
@@ -274,8 +597,54 @@ def free_name(folder: Path, name: str) -> Path:
             number += 1
 
 
+def remove_dead_parts(folder: Path) -> None:
+    """Remove what downloads have left that were killed; what is in use stays."""
+    for part in folder.glob(".wiro-*.part"):
+        found = _PART.fullmatch(part.name)
+        try:
+            if found is None or _is_alive(int(found[1]), part):
+                continue
+            part.unlink()
+        except OSError as error:  # another process was faster, or it is not ours to remove
+            if part.exists():
+                logger.warning("%s is left over and cannot be removed: %s.", part, error.strerror)
+
+
+def _is_alive(pid: int, part: Path) -> bool:
+    """Whether the process of a temporary file may still write to it."""
+    if pid == os.getpid():
+        # containers give the same number to each new process
+        return part.name in _own_parts or part.stat().st_mtime >= _BEGAN
+    if sys.platform == "win32":
+        return _is_alive_on_windows(pid)
+    try:
+        os.kill(pid, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except OSError:  # it is somebody else's
+        return True
+    return True
+
+
+def _is_alive_on_windows(pid: int) -> bool:
+    """There, `os.kill(pid, 0)` is no question but a Ctrl-C."""
+    import ctypes
+
+    kernel: Any = ctypes.WinDLL("kernel32", use_last_error=True)  # type: ignore[attr-defined]
+    query_limited, invalid_parameter, still_active = 0x1000, 87, 259
+    process = kernel.OpenProcess(query_limited, False, pid & 0xFFFFFFFF)
+    if not process:
+        error: int = ctypes.get_last_error()  # type: ignore[attr-defined]
+        return error != invalid_parameter
+    code = ctypes.c_ulong()
+    known = kernel.GetExitCodeProcess(process, ctypes.byref(code))
+    kernel.CloseHandle(process)
+    return not known or code.value == still_active
+
+
 def _new_part(folder: Path) -> Path:
     part = folder / f".wiro-{os.getpid()}-{random.getrandbits(48):012x}.part"
+    _own_parts.add(part.name)
     part.open("xb").close()
     return part
 

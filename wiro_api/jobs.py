@@ -9,6 +9,7 @@ through callbacks.
 
 import contextlib
 import hashlib
+import itertools
 import json
 import logging
 import random
@@ -24,11 +25,20 @@ from .errors import (
     ConcurrencyError,
     ConfigError,
     DependencyError,
+    DownloadError,
     LimitError,
     NotFoundError,
     TransportError,
 )
-from .files import download, nothing
+from .files import (
+    BEHIND_S,
+    NOT_YET_S,
+    download,
+    is_name_of,
+    is_whole,
+    nothing,
+    safe_name,
+)
 from .journal import Entry, Journal, LostEntryError
 from .spending import Limits, Price, check_limits
 from .task import Output, Progress, Task, Verdict, verdict
@@ -39,6 +49,11 @@ logger = logging.getLogger(__name__)
 
 #: seconds between two tries while the account's places are taken
 FIRST_BUSY_S, LAST_BUSY_S = 5.0, 60.0
+#: behind a dot and a name, in the journal, for a file that has not come: no file is called so
+MISSING = ".missing"
+#: a download may be late by this many seconds however short the wait for the task, and whatever
+#: the files before it have cost
+LEAST_BEHIND_S = 10.0
 
 
 class PicturePart(tuple[str, bytes, str]):
@@ -286,12 +301,15 @@ def finish(
         local_host: "host:port" of a test server, as for `download`.
         on_task: called with each new record. on_bytes: as for `download`.
         on_progress, on_log: called in the socket's thread.
-        check, verify: as for `download`.
+        check: as for `download`.
+        verify: looks at each file when it has its name and stands in the journal. A DownloadError
+            it raises is told, and the file stays: it is paid for.
     Returns:
-        The final record and the paths.
+        The final record and the paths, those of an earlier call among them.
     Raises:
         TaskFailedError, TaskCancelledError: it ended without success.
-        TaskTimeoutError, TaskStalledError: it has not ended. DownloadError: it has, and is paid.
+        TaskTimeoutError, TaskStalledError: it has not ended.
+        DownloadError: it has, and is paid, but files are missing; the others are in its `paths`.
     """
     end = client.clock() + timeout_s
     task = next(client.watch(handle, timeout_s=timeout_s))
@@ -318,17 +336,112 @@ def finish(
             if task.status != last and journal is not None and entry_id is not None:
                 journal.seen(entry_id, task.status)
             last = task.status
-    if journal is not None and entry_id is not None:
-        journal.ended(entry_id, task)
+    return task, _bring_home(
+        client, task, folder, None if entry_id is None else journal, entry_id, timeout_s,
+        local_host, check, on_bytes, verify,
+    )  # fmt: skip
+
+
+def _bring_home(
+    client: Client,
+    task: Task,
+    folder: Path,
+    journal: Journal | None,
+    entry_id: int | None,
+    timeout_s: float,
+    local_host: str,
+    check: Callable[[], None],
+    on_bytes: Callable[[int, int | None], None],
+    verify: Callable[[Path, Output], None],
+) -> list[Path]:
+    """Download what is not here yet; each file is in the journal as soon as it has come."""
+    outputs = [output for output in task.outputs if output.url]
+    row = journal.get(entry_id) if journal is not None and entry_id is not None else None
+    old = () if row is None else row.files
+    taken = set() if row is None or journal is None else _taken(journal, row)
+    paths: list[Path | None] = [None] * len(outputs)
+    damaged: list[Path | None] = [None] * len(outputs)
+    if len(old) == len(outputs):  # in the same order: the missing ones hold a place
+        for number, (path, output) in enumerate(zip(old, outputs, strict=True)):
+            is_its = path.parent == folder.absolute() and path not in taken
+            if is_its and is_name_of(path.name, output):
+                paths[number] = folder / path.name if is_whole(path) else None
+                damaged[number] = folder / path.name if path.is_file() else None
+
+    def note() -> None:
+        if journal is None or entry_id is None:
+            return
+        known: Sequence[Path] = ()
+        if any(paths):
+            places = zip(paths, outputs, strict=True)
+            known = [path or folder / f".{safe_name(output)}{MISSING}" for path, output in places]
+        journal.ended(entry_id, task, known if outputs else old)
+
+    note()
     raise_for_failure(task)
-    paths = []
-    for output in task.outputs:
-        if output.url:
+    began = client.clock()
+    errors: dict[int, DownloadError] = {}
+    lost_s = 0.0
+    for number, output in enumerate(outputs):
+        if paths[number] is not None:
+            continue
+        start_s = client.clock()
+        waits = zip(NOT_YET_S, itertools.accumulate(NOT_YET_S), strict=True)
+        try:
             path = download(
-                output, folder, taskid=task.taskid, local_host=local_host, check=check,
-                on_bytes=on_bytes, verify=verify, sleep=client.sleep,
+                output, folder, taskid=task.taskid, base_url=client.base_url,
+                local_host=local_host, check=check, on_bytes=on_bytes, sleep=client.sleep,
+                clock=client.clock, behind_s=max(min(BEHIND_S, timeout_s) - lost_s, LEAST_BEHIND_S),
+                # all files together have a minute to appear
+                not_yet_s=[wait for wait, end in waits if end > start_s - began],
+                instead_of=damaged[number],
             )  # fmt: skip
-            paths.append(path)
-    if journal is not None and entry_id is not None:
-        journal.ended(entry_id, task, paths)
-    return task, paths
+        except DownloadError as error:
+            errors[number] = error
+            lost_s += client.clock() - start_s
+            continue
+        paths[number] = path
+        note()
+        try:
+            verify(path, output)
+        except DownloadError as error:
+            logger.warning(
+                "%s of task %s is kept as it came, but: %s.", path.name, task.taskid, error
+            )
+    came = [path for path in paths if path is not None]
+    if not errors:
+        return came
+    if len(outputs) == 1:
+        raise next(iter(errors.values()))
+    names = [safe_name(outputs[number]) for number in errors]
+    reasons = "; ".join(
+        f"{name} ({error.reason})" for name, error in zip(names, errors.values(), strict=True)
+    )
+    there = f"here are {', '.join(path.name for path in came)}" if came else "none is here"
+    raise DownloadError(
+        f"{len(errors)} of {len(outputs)} files of task {task.taskid} cannot be fetched: "
+        f"{reasons}; {there}. The task is done and paid for; collect it again by its id: only "
+        "what is missing is fetched.",
+        taskid=task.taskid,
+        reason=reasons,
+        task=task,
+        paths=came,
+        missing=names,
+    )
+
+
+def files_here(journal: Journal, entry: Entry) -> tuple[Path, ...]:
+    """The files of a row that are there, whole and its own."""
+    taken = _taken(journal, entry)
+    return tuple(path for path in entry.files if path not in taken and is_whole(path))
+
+
+def _taken(journal: Journal, entry: Entry) -> set[Path]:
+    """Names of a row's files that were free again and went to the file of a later task."""
+    return {
+        path
+        for other in journal.newest(1000)
+        if other.id != entry.id and other.updated_at > entry.updated_at
+        for path in other.files
+        if path in entry.files
+    }

@@ -435,43 +435,17 @@ def _as_text(value: object) -> str:
 
 
 def _failure(error: Exception, url: str, proxies: Mapping[str, str], was_sent: bool) -> WiroError:
-    """What kept a call from being answered, and what to do about it.
-
-    The texts of these errors hold addresses with user and password: none is quoted as it is.
-    """
-    causes = list(_causes(error))
-    told = " ".join(map(str, causes))
-    host = urlsplit(url).hostname or ""
-    kind = type(_innermost(error)).__name__
+    """What kept a call from being answered, and what to do about it."""
     left = _sent(was_sent)
-    proxy = proxy_of(url, proxies)
-    if "SOCKS" in told and isinstance(error, requests.exceptions.InvalidSchema):
-        return DependencyError(no_socks(url))
-    malformed = (requests.exceptions.InvalidURL, urllib3.exceptions.LocationValueError)
-    if proxy and isinstance(error, malformed):
-        return ConfigError(
-            f"{proxy_variable(url)} is not the address of a proxy: give http://host:port, or unset "
-            f"it. {left}"
-        )
-    for variable in CA_VARIABLES:
-        named = os.environ.get(variable)
-        if named and re.search(r"CA certificate bundle|NO_CERTIFICATE|\[X509|\bPEM\b", told):
-            return ConfigError(
-                f"{variable} names {clean_text(named)[:MAX_HEADER]!r}, which holds no certificate: "
-                f"name the PEM file of your company's CA, or unset it. {left}"
-            )
-    refused = next((c for c in causes if isinstance(c, ssl.SSLCertVerificationError)), None)
-    if refused is not None or "CERTIFICATE_VERIFY_FAILED" in told:
-        return TransportError(no_certificate(host, refused, left), was_sent=was_sent)
-    if proxy and any(isinstance(c, urllib3.exceptions.ProxyError) for c in causes):
-        if re.search(r"\b407\b", told):
-            return TransportError(no_login(url, host, left), was_sent=was_sent, status=None)
-        return TransportError(
-            f"The proxy {place_of(proxy)} could not be used ({_strerror(causes) or kind}): check "
-            f"{proxy_variable(url)}, or name {host} in NO_PROXY. {left}",
-            was_sent=was_sent,
-        )
+    at_fault = setting_at_fault(error, url, proxies, left)
+    if at_fault is not None:
+        if isinstance(at_fault, TransportError):
+            at_fault.was_sent = was_sent
+        return at_fault
+    causes = list(_causes(error))
+    kind = type(_innermost(error)).__name__
     if any(isinstance(c, socket.gaierror) for c in causes):
+        host = urlsplit(url).hostname or ""
         fix = "check the network, or name your proxy in HTTPS_PROXY"
         return TransportError(f"There is no host {host} ({kind}): {fix}. {left}", was_sent=was_sent)
     if isinstance(error, requests.exceptions.ReadTimeout):
@@ -480,6 +454,55 @@ def _failure(error: Exception, url: str, proxies: Mapping[str, str], was_sent: b
     return TransportError(
         f"Wiro could not be reached ({reason}): check the network. {left}", was_sent=was_sent
     )
+
+
+def setting_at_fault(
+    error: Exception, url: str, proxies: Mapping[str, str], left: str = ""
+) -> WiroError | None:
+    """The setting of this machine that kept a request from being answered, if one did.
+
+    The texts of these errors hold addresses with user and password: none is quoted as it is.
+
+    Args:
+        left: what the sentence ends with.
+    """
+    causes = list(_causes(error))
+    told = " ".join(map(str, causes))
+    host = urlsplit(url).hostname or ""
+    proxy = proxy_of(url, proxies)
+    found: WiroError | None = None
+    malformed = (requests.exceptions.InvalidURL, urllib3.exceptions.LocationValueError)
+    refused = next((c for c in causes if isinstance(c, ssl.SSLCertVerificationError)), None)
+    wrong_ca = [
+        name
+        for name in CA_VARIABLES
+        if os.environ.get(name)
+        and re.search(r"CA certificate bundle|NO_CERTIFICATE|\[X509|\bPEM\b", told)
+    ]
+    if "SOCKS" in told and isinstance(error, requests.exceptions.InvalidSchema):
+        found = DependencyError(no_socks(url))
+    elif proxy and isinstance(error, malformed):
+        found = ConfigError(
+            f"{proxy_variable(url)} is not the address of a proxy: give http://host:port, or unset "
+            f"it. {left}"
+        )
+    elif wrong_ca:
+        named = clean_text(os.environ[wrong_ca[0]])[:MAX_HEADER]
+        found = ConfigError(
+            f"{wrong_ca[0]} names {named!r}, which holds no certificate: name the PEM file of your "
+            f"company's CA, or unset it. {left}"
+        )
+    elif refused is not None or "CERTIFICATE_VERIFY_FAILED" in told:
+        found = TransportError(no_certificate(host, refused, left))
+    elif proxy and any(isinstance(c, urllib3.exceptions.ProxyError) for c in causes):
+        why = _strerror(causes) or type(_innermost(error)).__name__
+        found = TransportError(
+            no_login(url, host, left)
+            if re.search(r"\b407\b", told)
+            else f"The proxy {place_of(proxy)} could not be used ({why}): check "
+            f"{proxy_variable(url)}, or name {host} in NO_PROXY. {left}"
+        )
+    return found
 
 
 #: name a file of CAs, in the order in which requests looks at them
@@ -584,7 +607,7 @@ def read_answer(
             f"{BASE_URL_VARIABLE}.",
             status=status,
         )
-    retry_after_s = _retry_after(response)
+    retry_after_s = retry_after(response)
     try:
         content = _unpacked(_read(response), header(response, "Content-Encoding").lower())
     except (
@@ -740,7 +763,7 @@ def wait_s(attempt: int, error: Exception, rng: random.Random) -> float:
     return wait * rng.uniform(0.8, 1.2)
 
 
-def _retry_after(response: requests.Response) -> float | None:
+def retry_after(response: requests.Response) -> float | None:
     """Seconds that the service asks to wait, within bounds; None if it does not say so clearly.
 
     A time of day is measured from the answer's own: the clocks of two machines are not compared.

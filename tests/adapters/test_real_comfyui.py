@@ -294,6 +294,34 @@ def test_two_remote_nodes_of_one_graph_run_at_the_same_time(server):
     assert time.monotonic() - start < 2 * server.wiro.pace_s, "one after the other"
 
 
+def test_deleted_files_come_again_and_frames_are_there_when_something_wants_them(server):
+    graph = remote_prompt("deleted")
+
+    def queue() -> tuple[bool, dict]:
+        """Whether the remote node came from the cache, and what the others gave."""
+        result = server.result(server.queue(graph))
+        assert result["status"]["status_str"] == "success", result["status"]
+        told = dict(result["status"]["messages"])
+        return "remote 0" in told["execution_cached"]["nodes"], result["outputs"]
+
+    assert queue()[0] is False
+    assert queue()[0] is True, "nothing has changed"
+    (task,) = [t for t in server.wiro.tasks.values()
+               if t["parameters"]["prompt"].endswith("deleted 0")]  # fmt: skip
+    file = server.base / "output" / "wiro" / task["id"] / "0.mp4"
+    file.unlink()
+    assert queue()[0] is False
+    assert file.read_bytes() == server.wiro.files["0.mp4"]
+    assert queue()[0] is True
+    graph["look"] = {"class_type": "PreviewImage", "inputs": {"images": ["remote 0", 0]}}
+    from_cache, outputs = queue()
+    assert from_cache is False
+    assert len(outputs["look"]["images"]) == 5
+    assert queue()[0] is True
+    prompts = [t["parameters"]["prompt"] for t in server.wiro.tasks.values()]
+    assert sum(prompt.endswith("deleted 0") for prompt in prompts) == 1
+
+
 def wait_for_task(server: Server, prompt: str, *states: str) -> dict:
     for _ in range(500):
         for task in list(server.wiro.tasks.values()):

@@ -510,7 +510,7 @@ def run_model(**changes):
 
 
 def test_any_model_is_run_by_its_slug_with_its_defaults(comfy, wiro):
-    frames, _, text, taskid, _ = run_model()
+    frames, _, text, taskid, *_ = run_model()
     assert (frames.shape, text, taskid) == ((5, 32, 48, 3), "", "2221")
     (run,) = runs(wiro)
     assert (run.body["steps"], run.body["numFrames"]) == ("30", "97")
@@ -567,7 +567,7 @@ def test_an_earlier_task_is_collected(comfy, wiro, by):
     wiro.add_task({"prompt": "x"})
     token = wiro.tasks["2221"]["socketaccesstoken"]
     task = "2221" if by == "id" else f"token:{token}"
-    frames, _, _, taskid, receipt = run_node(remote.WiroTaskResult, task=task)
+    frames, _, _, taskid, receipt, *_ = run_node(remote.WiroTaskResult, task=task)
     assert (frames.shape, taskid) == ((5, 32, 48, 3), "2221")
     assert token not in receipt
     assert runs(wiro) == []

@@ -330,15 +330,15 @@ def test_what_the_service_asks_to_wait_is_read_in_both_forms_within_bounds(asked
     response = requests.Response()
     # the date of the answer, and no clock of this machine
     response.headers = {"Retry-After": asked, "Date": formatdate(DATE, usegmt=True)}
-    assert transport._retry_after(response) == seconds
-    error = TransportError("x", retry_after_s=transport._retry_after(response))
+    assert transport.retry_after(response) == seconds
+    error = TransportError("x", retry_after_s=transport.retry_after(response))
     assert seconds is None or wait_s(1, error, None) == seconds
 
 
 def test_a_time_of_day_without_the_answers_own_is_not_told():
     response = requests.Response()
     response.headers = {"Retry-After": formatdate(time.time() + 60, usegmt=True)}
-    assert transport._retry_after(response) is None
+    assert transport.retry_after(response) is None
 
 
 def test_a_read_does_not_ask_again_after_an_age(server, client, clock):

@@ -33,6 +33,7 @@ MODULES = (
     "comfy_api.latest",
     "comfy_execution",
     "comfy_execution.graph_utils",
+    "comfy_execution.utils",
 )
 
 
@@ -62,6 +63,8 @@ class Host:
     user: str = ""
     is_multi_user: bool = False
     sent_to: list[str | None] = field(default_factory=list)
+    #: the prompt that runs, in API format
+    graph: dict[str, Any] | None = None
 
     def folder(self, kind: str) -> Path:
         path = self.root / "models" / kind
@@ -180,6 +183,9 @@ def stand_ins(host: Host) -> dict[str, ModuleType]:
     graph_utils.ExecutionBlocker = ExecutionBlocker
     modules["comfy.cli_args"].args = _Arguments(host)  # type: ignore[attr-defined]
     modules["server"].PromptServer = SimpleNamespace(instance=PromptServer(host))  # type: ignore[attr-defined]
+    utils: Any = modules["comfy_execution.utils"]
+    context = SimpleNamespace(prompt_id="prompt 1", node_id="", list_index=None)
+    utils.get_executing_context = lambda: None if host.graph is None else context
     return modules
 
 
@@ -197,9 +203,12 @@ class PromptServer:
 
     def __init__(self, host: Host) -> None:
         self._host = host
-        running = lambda: ([(0, "id", {}, {"skyreels_user": host.user}, [])], [])  # noqa: E731
-        self.prompt_queue = SimpleNamespace(get_current_queue_volatile=running)
+        self.prompt_queue = SimpleNamespace(get_current_queue_volatile=self._queue)
         self.user_manager = SimpleNamespace(get_request_user_id=self._user_of)
+
+    def _queue(self) -> tuple[list[Any], list[Any]]:
+        data = {"skyreels_user": self._host.user}
+        return [(0, "prompt 1", self._host.graph, data, [])], []
 
     @property
     def client_id(self) -> str | None:
@@ -291,8 +300,8 @@ def run_prompt(
             class_type = node["class_type"]
             if class_type in classes:
                 cls = classes[class_type]
-                if "unique_id" in cls.INPUT_TYPES().get("hidden", {}):
-                    inputs["unique_id"] = key
+                hidden = {"unique_id": key, "graph": prompt}
+                inputs |= {k: hidden[k] for k in cls.INPUT_TYPES().get("hidden", {})}
                 with torch.inference_mode():  # as ComfyUI does
                     outputs = getattr(cls(), cls.FUNCTION)(**inputs)
                     results[key] = asyncio.run(outputs) if asyncio.iscoroutine(outputs) else outputs

@@ -21,6 +21,12 @@ Faults are queued with `fail` and used up one by one, by what they are queued fo
         "huge"             1 TiB is announced
         "unsized", "chunked"    whole, without Content-Length
         ("slow", 30)       whole, in trickles over that many seconds
+        ("drip", 0.5)      a byte each half second
+        ("stall", 60)      half of it comes, then nothing for so long, then the connection ends
+        ("silent", 60)     no answer for so long, then the connection ends
+        ("headers", {...})     whole, under these headers beside or instead of the usual ones; of
+                               {"Content-Encoding": "gzip"} the content is packed so
+        ("piece", 100)     an answer 206 that begins at that byte, whatever was asked for
         ("redirect", address)    anywhere
     "socket"
         "refuse"           no connection
@@ -38,11 +44,13 @@ that never ends (`states=STATES[:6]` stays in task_start); a clock that is off
 import argparse
 import email.parser
 import email.policy
+import gzip
 import hashlib
 import hmac
 import io
 import json
 import math
+import re
 import signal
 import sys
 import threading
@@ -115,7 +123,21 @@ PARAMETERS = [
 ]  # fmt: skip
 #: the words that name a fault, for what it is queued for
 FAULTS = {
-    "GET": {"reset", "cut", "short", "huge", "unsized", "chunked", "slow", "redirect"},
+    "GET": {
+        "reset",
+        "cut",
+        "short",
+        "huge",
+        "unsized",
+        "chunked",
+        "slow",
+        "redirect",
+        "drip",
+        "stall",
+        "silent",
+        "headers",
+        "piece",
+    },
     "socket": {"refuse", "silent", "drop", "binary"},
     "": {"reset", "lost", "silent", "html", "truncated", "list"},
 }
@@ -164,6 +186,7 @@ class WiroServer:
         left out.
     balance: dollars; a Run needs 0.50. max_tasks: that may go at once; None is what the balance
         allows, which is any number above 250 dollars.
+    ranges: files have tags, and pieces of them are given.
     with_socket: a progress socket beside. port, socket_port: 0 takes a free one.
     now: Unix seconds, for the times in records; without, the real clock if timed, else NOW.
     clock: seconds, by which timed tasks walk.
@@ -194,6 +217,7 @@ class WiroServer:
     approximatelycost: str = ""
     balance: Decimal | str = "1000.00"
     max_tasks: int | None = None
+    ranges: bool = False
     with_socket: bool = False
     port: int = 0
     socket_port: int = 0
@@ -620,28 +644,59 @@ class WiroServer:
             handler.end_headers()
             return
         assert content is not None
+        if word == "silent":
+            self._over.wait(value)
+            handler.close_connection = True
+            return
+        special = value if word == "headers" else {}
+        if special.get("Content-Encoding") == "gzip":
+            content = gzip.compress(content)
+        tag = f'"{hashlib.sha256(content).hexdigest()[:16]}"'
+        whole, start = content, 0
+        asked = re.fullmatch(r"bytes=(\d+)-", handler.headers.get("Range", ""))
+        if asked and self.ranges and handler.headers.get("If-Range", tag) == tag:
+            start = int(asked[1])
+        start = value if word == "piece" else start
+        content = content[start:]
+        if start and not content:
+            handler.send_response(416)
+            handler.send_header("Content-Length", "0")
+            handler.end_headers()
+            return
         half = content[: len(content) // 2]
-        handler.send_response(200)
+        handler.send_response(206 if start else 200)
+        headers = {"ETag": tag} if self.ranges else {}
+        if start:
+            headers["Content-Range"] = f"bytes {start}-{len(whole) - 1}/{len(whole)}"
         if word == "chunked":
-            handler.send_header("Transfer-Encoding", "chunked")
+            headers["Transfer-Encoding"] = "chunked"
         elif word == "unsized":
-            handler.send_header("Connection", "close")
+            headers["Connection"] = "close"
         else:
             announced = {"short": len(half), "huge": 2**40}.get(word or "", len(content))
-            handler.send_header("Content-Length", str(announced))
+            headers["Content-Length"] = str(announced)
+        for header, text in {**headers, **special}.items():
+            handler.send_header(header, text)
         handler.end_headers()
         if word == "slow":
             step = len(content) // 20 + 1
-            for start in range(0, len(content), step):
+            for first in range(0, len(content), step):
                 self._over.wait(value / 20)
-                handler.wfile.write(content[start : start + step])
+                handler.wfile.write(content[first : first + step])
+        elif word == "drip":
+            for first in range(len(content)):
+                if self._over.wait(value):
+                    break
+                handler.wfile.write(content[first : first + 1])
         elif word == "chunked":
             pieces = [piece for piece in (half, content[len(half) :]) if piece]
             for piece in (*pieces, b""):
                 handler.wfile.write(f"{len(piece):x}\r\n".encode() + piece + b"\r\n")
         else:
-            handler.wfile.write(half if word in ("cut", "short") else content)
-        if word in ("cut", "huge", "unsized"):
+            handler.wfile.write(half if word in ("cut", "short", "stall") else content)
+        if word == "stall":
+            self._over.wait(value)
+        if word in ("cut", "huge", "unsized", "stall", "drip", "headers"):
             handler.close_connection = True
 
     # --- the socket -----------------------------------------------------------------------------
