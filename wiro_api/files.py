@@ -26,7 +26,7 @@ import requests
 import urllib3.exceptions
 
 from .addresses import PublicAdapter, RefusedAddressError, must_be_public, service_domain
-from .errors import ConfigError, DownloadError
+from .errors import ConfigError, DownloadError, TransportError
 from .media import claimed_kind, is_page, kind_of, what_is_missing
 from .task import Output
 from .transport import (
@@ -536,7 +536,9 @@ def _open(fetch: _Fetch, sent_range: str, stack: contextlib.ExitStack) -> reques
             at_fault = setting_at_fault(error, address, settings["proxies"])
             if at_fault is None:
                 raise
-            raise _LastingError(str(at_fault).rstrip(" .")) from None
+            lasts = not isinstance(at_fault, TransportError)
+            problem = _LastingError if lasts else _PassingError
+            raise problem(str(at_fault).rstrip(" .")) from None
         status = response.status_code
         if status == 200 or (status == 206 and sent_range):
             stack.callback(response.close)
