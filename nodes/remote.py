@@ -532,15 +532,17 @@ def _files_for(
     many = {slot.name for slot in slots if slot.takes_many}
     rest, files = dict(connected), []
     is_named = "image" in places
-    is_unknown = image_parameter in ("", IMAGE_PARAMETER) and bool(slots) and all(
-        slot.name != image_parameter for slot in slots
+    is_unknown = (
+        image_parameter in ("", IMAGE_PARAMETER)
+        and bool(slots)
+        and all(slot.name != image_parameter for slot in slots)
     )
     taken = ""
     if "image" in rest and not is_named and not is_unknown:
         taken = image_parameter
         files.append((taken, png_part(rest.pop("image"))))
     for socket, name in place(list(rest), places, slots, values, taken).items():
-        files += parts_of(name, socket, rest[socket], name in many or not slots, png_part)
+        files += parts_of(name, socket, rest[socket], name in many, png_part)
     return files
 
 

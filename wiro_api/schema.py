@@ -158,6 +158,14 @@ def takes_many(item: Mapping[str, Any]) -> bool:
     return text_of(item.get("type")) in _FILES[1:]
 
 
+def parameters_of_example(example: object) -> Mapping[str, Any]:
+    """The values in one of a model's examples: itself, or the object in its "parameters"."""
+    if not isinstance(example, Mapping):
+        return {}
+    inner = example.get("parameters") or example.get("inputs")
+    return inner if isinstance(inner, Mapping) else example
+
+
 def listed(names: Iterable[str]) -> str:
     """Names or choices for a message, of bounded length."""
     text = one_line(", ".join(names))
