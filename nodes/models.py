@@ -77,10 +77,11 @@ def describe(slug: str) -> Answer:
     items = items_of(record, model)
     kinds = {slot.name: slot for slot in slots_of(items)}
     budget = [OPTIONS]
-    described = [(_group_of(record, item), _describe_item(item, kinds, budget)) for item in items]
+    titles = _titles(record)
     groups: dict[str, list[Answer]] = {}
-    for title, item in described:
-        groups.setdefault(title, []).append(item)
+    for item in items:
+        described = _describe_item(item, kinds, budget)
+        groups.setdefault(titles.get(id(item), ""), []).append(described)
     owner, project = (quote(part, safe="") for part in (model.clean.owner, model.clean.project))
     return {
         **_describe_short(record),
@@ -106,7 +107,9 @@ def price(body: Mapping[str, Any]) -> Answer:
 
     values, files = body.get("parameters"), body.get("files")
     if not isinstance(values, dict) or not isinstance(files, int) or not 0 <= files <= 1000:
-        raise ConfigError("The request holds no parameters, or no number of files: reload the page.")
+        raise ConfigError(
+            "The request holds no parameters, or no number of files: reload the page."
+        )
     model = Model.parse(_checked(body.get("slug"), "slug"))
     with account.make_client() as client:
         record = model_record(client, model)
@@ -166,18 +169,18 @@ def _describe_short(record: Mapping[str, Any]) -> Answer:
     }
 
 
-def _group_of(record: Mapping[str, Any], item: Mapping[str, Any]) -> str:
-    groups = record.get("parameters")
+def _titles(record: Mapping[str, Any]) -> dict[int, str]:
+    """id() of each item of a record -> the title of its group."""
+    groups, found = record.get("parameters"), {}
     for group in groups if isinstance(groups, list) else []:
         items = group.get("items") if isinstance(group, Mapping) else None
-        if isinstance(items, list) and any(one is item for one in items):
-            return _line(group.get("title"))
-    return ""
+        if isinstance(items, list):
+            title = _line(group.get("title"))
+            found.update((id(item), title) for item in items)
+    return found
 
 
-def _describe_item(
-    item: Mapping[str, Any], kinds: Mapping[str, Any], budget: list[int]
-) -> Answer:
+def _describe_item(item: Mapping[str, Any], kinds: Mapping[str, Any], budget: list[int]) -> Answer:
     """A parameter: what the form needs to show it. budget: options that may still be shown."""
     from ..wiro_api.schema import is_required
     from ..wiro_api.task import bool_of, decimal_of
@@ -198,7 +201,9 @@ def _describe_item(
         "id": name,
         "type": _line(item.get("type")),
         "label": _line(item.get("label")) or name,
-        "help": " ".join(filter(None, (_text(item.get(k)) for k in ("note", "description"))))[:HELP],
+        "help": " ".join(filter(None, (_text(item.get(k)) for k in ("note", "description"))))[
+            :HELP
+        ],
         "placeholder": _line(item.get("placeholder")),
         "is_required": is_required(item),
         "is_advanced": bool(bool_of(item.get("advanced"))),

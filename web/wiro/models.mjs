@@ -2,7 +2,7 @@
 //
 // The widgets of the node are the truth: the form only writes them, so a workflow works without it.
 import { app } from "../../../scripts/app.js";
-import { actionButton, complain, guard, make, setLine, setText } from "./dom.mjs";
+import { actionButton, guard, make, setLine, setText } from "./dom.mjs";
 import {
   SOCKETS, applyExample, dropMember, examplesOf, factsOf, fieldsOf, forget, groupsOf, isWiroPage,
   line, membersOf, placeOf, setPlace, shorten, shownIn, socketsFor, typeInto, unknownKeys,
@@ -246,14 +246,14 @@ class ModelDialog {
   }
 
   #group({ title, fields }) {
-    const make_ = (some) => make("div", "skm-fields", {}, ...some.map((field) => this.#field(field)));
+    const rows = (some) => make("div", "skm-fields", {}, ...some.map((field) => this.#field(field)));
     const [usual, advanced] = [fields.filter((f) => !f.isAdvanced), fields.filter((f) => f.isAdvanced)];
     const parts = [];
     if (title) parts.push(make("h4", "skm-group", {}, title));
-    if (usual.length) parts.push(make_(usual));
+    if (usual.length) parts.push(rows(usual));
     if (advanced.length) {
       const name = make("summary", "", {}, `Advanced (${advanced.length})`);
-      parts.push(make("details", "", {}, name, make_(advanced)));
+      parts.push(make("details", "", {}, name, rows(advanced)));
     }
     return parts;
   }
@@ -294,7 +294,10 @@ class ModelDialog {
         reset.hidden = !now.isGiven;
         if (control === typing) return;
         control.value = now.text;
-        if (control.tagName === "SELECT" && control.value !== now.text) addOption(control, now.text);
+        if (control.tagName === "SELECT" && control.value !== now.text) {
+          addOption(control, now.text); // a value that the model does not list
+          control.value = now.text;
+        }
         control.readOnly = now.isOdd;
         setLine(problem, now.isOdd ? "This is no plain value: change it in the JSON below." : "");
         sockets?.update();
@@ -427,7 +430,6 @@ function makeSelect(field) {
 
 function addOption(select, value, label = value) {
   select.append(make("option", "", { value }, shorten(label, 100)));
-  if (select.value !== value && select.options.length > 1) select.value = value;
 }
 
 /** Loaded only when the list is open, and without telling where from. */
