@@ -90,8 +90,8 @@ def check_reader(headers: Iterable[tuple[str, str]]) -> None:
 
     A browser sends no Origin with a page's own GET, nor with a picture that a foreign page wants to
     load from here. So the page's own ones carry `PAGE_HEADER`, which no other page can add without
-    asking (ComfyUI never allows it, and then there is an Origin), and beyond that are judged as what
-    changes something.
+    asking (ComfyUI never allows it, and then there is an Origin); the rest is as for what changes
+    something.
 
     Raises:
         ForbiddenError: otherwise.

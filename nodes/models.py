@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from aiohttp import web
 
 Answer = dict[str, Any]
+Handler = Callable[["web.Request"], Awaitable["web.Response"]]
 
 PREFIX = "/skyreels/wiro/models"
 #: models of one search, searches that are remembered
@@ -286,7 +287,7 @@ def _picture(value: object) -> str:
 def register(
     table: Any,
     answer: "Callable[[Callable[[], Answer]], Awaitable[web.Response]]",
-    post: "Callable[[Callable[[Answer], Answer]], Callable[[web.Request], Awaitable[web.Response]]]",
+    post: "Callable[[Callable[[Answer], Answer]], Handler]",
 ) -> None:
     """Add the routes to the server's table.
 

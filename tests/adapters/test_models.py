@@ -1,4 +1,4 @@
-"""Any model from the page: the list, the form's data, the price; and the files that a node sends."""
+"""Any model from the page: the list, the form's data, the price; and the files a node sends."""
 
 import asyncio
 import io
@@ -99,8 +99,9 @@ def test_a_film_and_a_sound_go_where_the_names_say_so(comfy, more, tmp_path):
 
 
 def test_what_is_written_in_file_parameters_goes_there(comfy, more):
-    run_model(FRAMES, image=pictures(2, 0.1), image_2=pictures(level=0.3), image_3=pictures(level=0.4),
-              file_parameters="image=references, image_2 = lastFrame\nimage_3=firstFrame")  # fmt: skip
+    places = "image=references, image_2 = lastFrame\nimage_3=firstFrame"
+    run_model(FRAMES, image=pictures(2, 0.1), image_2=pictures(level=0.3),
+              image_3=pictures(level=0.4), file_parameters=places)  # fmt: skip
     _, files, contents = sent(more)
     assert [name for name, *_ in files] == ["references", "references", "lastFrame", "firstFrame"]
     assert len(set(contents)) == 4
@@ -417,8 +418,9 @@ def test_without_a_key_the_page_is_told_where_to_put_it(comfy, more, ask, monkey
 
 
 NONSENSE = [
-    None, True, False, 0, -1, 0.5, 1e300, 10**30, float("inf"), float("nan"), "", " ", "x" * 300_000,
-    "<img src=x onerror=alert(1)>", "javascript:alert(1)", "\ud800", "\x1b[31m", "\u202e", "__proto__",
+    None, True, False, 0, -1, 0.5, 1e300, 10**30, float("inf"), float("nan"), "", " ",
+    "x" * 300_000, "<img src=x onerror=alert(1)>", "javascript:alert(1)", "\ud800", "\x1b[31m",
+    "\u202e", "__proto__",
     "callbackUrl", "../..", "a/b/c", "1e999", "NaN", "[", "{}", "null", [], {}, [[]], [None], [{}],
     [[[[[[]]]]]], {"a": {}}, {"id": []}, {"value": {}}, {"parameters": 7}, ["x" * 9000] * 30,
     [{"id": "a"}] * 600, [{"value": 1}, {"value": None}, 7], [1, "a", {}], {"items": "x"},
@@ -427,8 +429,8 @@ assert len(NONSENSE) >= 40
 ITEM = {"id": "a", "type": "select", "label": "A", "note": "n", "description": "d", "default": "x",
         "placeholder": "p", "required": True, "advanced": True, "min": 0, "max": 1, "step": 1,
         "options": [{"label": "X", "value": "x"}]}  # fmt: skip
-RECORD = {"title": "T", "description": "D", "image": "https://cdn.wiro.ai/x.png", "dynamicprice": "[]",
-          "cps": "1", "approximatelycost": "1", "slugowner": "o", "slugproject": "p",
+RECORD = {"title": "T", "description": "D", "image": "https://cdn.wiro.ai/x.png",
+          "dynamicprice": "[]", "cps": "1", "approximatelycost": "1", "slugowner": "o", "slugproject": "p",
           "cleanslugowner": "o", "cleanslugproject": "p", "samples": [{"a": "x"}], "inspire": [],
           "parameters": [{"title": "G", "items": [ITEM]}]}  # fmt: skip
 

@@ -146,7 +146,8 @@ MODELS = {
             ]},
             {"title": "Settings", "items": [
                 {"id": "resolution", "type": "select", "label": "Resolution", "default": "480p",
-                 "options": [{"label": "480p", "value": "480p"}, {"label": "720p", "value": "720p"}]},
+                 "options": [{"label": "480p", "value": "480p"},
+                             {"label": "720p", "value": "720p"}]},
                 {"id": "strength", "type": "range", "label": "Strength", "default": 0.5, "min": 0,
                  "max": 1, "step": 0.05, "note": "How far it may leave the pictures."},
                 {"id": "seed", "type": "number", "label": "Seed", "advanced": True},

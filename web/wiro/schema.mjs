@@ -182,7 +182,10 @@ export function dropMember(json, key) {
 /** Names in the JSON that none of the fields stands for. */
 export function unknownKeys(json, groups) {
   const known = new Set();
-  for (const field of fieldsOf(groups)) known.add(field.id).add(field.addressId);
+  for (const field of fieldsOf(groups)) {
+    known.add(field.id);
+    if (field.kind === "file") known.add(field.addressId);
+  }
   const keys = (membersOf(json).members ?? []).map((member) => member.key);
   return [...new Set(keys)].filter((key) => !known.has(key));
 }
@@ -222,7 +225,7 @@ function keyOf(json, field) {
  */
 export function typeInto(json, field, typed) {
   const key = keyOf(json, field);
-  const given = String(typed);
+  const given = text(typed, LONGEST_JSON);
   if (field.kind === "file") return { json: setAddresses(json, field, key, given), problem: "" };
   if (field.kind === "number" || field.kind === "flag") return typeLiteral(json, field, given.trim());
   if (field.kind === "choice" && given === "") return { json: dropMember(json, key), problem: "" };
@@ -305,7 +308,7 @@ function leadsAway(value) {
 
 /** [[socket, parameter]] of "image_2=lastImage, video=inputVideo"; what is no pair is ["", text]. */
 function placesOf(line) {
-  return String(line ?? "").split(/[,;\n]/).map((part) => part.trim()).filter(Boolean).map((part) => {
+  return text(line, LONGEST_JSON).split(/[,;\n]/).map((part) => part.trim()).filter(Boolean).map((part) => {
     const at = part.indexOf("=");
     const socket = part.slice(0, Math.max(at, 0)).trim();
     return SOCKETS.includes(socket) ? [socket, part.slice(at + 1).trim()] : ["", part];
@@ -344,7 +347,7 @@ export function isWiroPage(address) {
 }
 
 export function shorten(value, length = 120) {
-  const whole = String(value).replace(/\s+/g, " ").trim();
+  const whole = text(value, 10 * LONG).replace(/\s+/g, " ").trim();
   return whole.length > length ? `${whole.slice(0, length)}…` : whole;
 }
 
