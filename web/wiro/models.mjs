@@ -52,10 +52,14 @@ class ModelDialog {
     this.list = make("ul", "skm-list", { "aria-label": "Models" });
     this.form = make("div", "skm-form");
     this.close = actionButton("Close", () => this.element.close());
+    this.price = make("p", "skw-strong", { role: "status" });
+    this.source = make("p", "skw-faint", {});
+    this.problem = make("p", "skw-warning", {});
+    const money = make("div", "skm-money", {}, this.price, this.source, this.problem);
     this.element = make(
       "dialog", "skw skm-dialog", { "aria-label": "Wiro model" },
       make("div", "skm-left", {}, this.search, this.found, this.list),
-      make("div", "skm-right", {}, this.form, make("div", "skm-foot", {}, this.close)),
+      make("div", "skm-right", {}, this.form, make("div", "skm-foot", {}, money, this.close)),
     );
     // what is typed here is not meant for the graph
     for (const name of ["keydown", "keyup", "keypress", "copy", "cut", "paste", "wheel"]) {
@@ -133,7 +137,7 @@ class ModelDialog {
       if (number !== this.counters.search) return;
       this.list.replaceChildren(...models.map((model) => this.#entry(model)));
       this.#mark();
-      setText(this.found, models.length ? `${models.length} models` : "No model fits.");
+      setText(this.found, models.length ? `Found: ${models.length}` : "No model fits.");
     } catch (error) {
       if (number !== this.counters.search) return;
       this.list.replaceChildren();
@@ -179,6 +183,8 @@ class ModelDialog {
     const number = ++this.counters.model;
     const slug = this.#read("model").trim();
     this.controls = [];
+    this.counters.price += 1;
+    for (const told of [this.price, this.source, this.problem]) setLine(told, "");
     if (!slug) return this.#say("Choose a model on the left.");
     if (this.#isLinked("model")) return this.#say(`The model ${LINKED}`);
     this.#say(`Asking Wiro about ${slug}…`);
@@ -203,13 +209,9 @@ class ModelDialog {
       const link = { href: model.page, target: "_blank", rel: "noopener noreferrer" };
       head.append(make("a", "skw-faint", { ...link, referrerpolicy: "no-referrer" }, "Page at Wiro"));
     }
-    this.price = make("p", "skw-strong", { role: "status" }, "…");
-    this.source = make("p", "skw-faint", {});
-    this.problem = make("p", "skw-warning", {});
     this.unknown = make("div", "skm-unknown");
     const parts = [head];
     if (model.about) parts.push(make("p", "skw-faint skm-about", {}, shorten(model.about, 600)));
-    parts.push(make("div", "skm-money", {}, this.price, this.source, this.problem));
     if (isFixed) parts.push(make("p", "skw-warning", {}, `The node's parameters ${LINKED}`));
     else parts.push(...this.#examples());
     for (const group of groups) parts.push(...this.#group(group));
@@ -265,13 +267,12 @@ class ModelDialog {
       this.#write("parameters", forget(this.#read("parameters"), field));
       this.#refresh();
     });
-    const label = make("span", "skm-label", {}, field.label);
+    control.id = `skm-field-${this.controls.length}`;
+    const label = make("label", "skm-label", { for: control.id }, field.label);
     if (field.isRequired) label.append(make("span", "skm-required", { title: "required" }, " *"));
-    const facts = factsOf(field);
+    const facts = make("span", "skw-faint", {}, factsOf(field));
     const element = make(
-      "div", "skm-field", {},
-      make("label", "skw-field", {}, label, control),
-      make("div", "skm-facts", {}, make("span", "skw-faint", {}, facts), reset),
+      "div", "skm-field", {}, make("div", "skm-facts", {}, label, facts, reset), control,
     );
     const sockets = field.kind === "file" ? this.#sockets(field) : null;
     if (sockets) element.append(sockets.element);
@@ -392,13 +393,13 @@ class ModelDialog {
       const parameters = json.trim() ? JSON.parse(json) : {};
       const told = await post("models/price", { slug: this.model.slug, parameters, files });
       if (number !== this.counters.price) return;
-      setText(this.price, told.price ? `Price ${told.price}` : "Price not told");
-      setText(this.source, `${told.source} Yours: ${told.limits}.`);
+      setLine(this.price, told.price ? `Price ${told.price}` : "Price not told");
+      setLine(this.source, `${told.source} Yours: ${told.limits}.`);
       setLine(this.problem, told.problem);
     } catch (error) {
       if (number !== this.counters.price) return;
-      setText(this.price, "Price not known");
-      setText(this.source, error.message);
+      setLine(this.price, "Price not known");
+      setLine(this.source, error.message);
       setLine(this.problem, "");
     }
   }
