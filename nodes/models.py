@@ -121,7 +121,7 @@ def price(body: Mapping[str, Any]) -> Answer:
         parts = [(str(i["id"]), ("", b"", "")) for i in items if is_file(i) and files]
         parameters = complete(items, values, parts)
     except ConfigError as error:  # not filled in yet: what is there, and the defaults
-        problem = str(error)
+        problem = str(error).replace(" Nothing was sent.", "")
         defaults = {str(item["id"]): item.get("default") for item in items}
         given = {name: value for name, value in values.items() if value not in (None, "")}
         parameters = {n: v for n, v in {**defaults, **given}.items() if v is not None}
@@ -172,7 +172,8 @@ def _describe_short(record: Mapping[str, Any]) -> Answer:
 
 def _titles(record: Mapping[str, Any]) -> dict[int, str]:
     """id() of each item of a record -> the title of its group."""
-    groups, found = record.get("parameters"), {}
+    groups = record.get("parameters")
+    found: dict[int, str] = {}
     for group in groups if isinstance(groups, list) else []:
         items = group.get("items") if isinstance(group, Mapping) else None
         if isinstance(items, list):

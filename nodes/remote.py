@@ -365,6 +365,7 @@ class WiroRunModel:
         from ..wiro_api.client import Model
 
         values, places = parse_parameters(parameters), parse_places(file_parameters)
+        check_fields(dict.fromkeys([image_parameter, *places.values()]))
         all_inputs = (image, image_2, image_3, image_4, video, audio)
         connected = {
             socket: value
