@@ -429,10 +429,12 @@ assert len(NONSENSE) >= 40
 ITEM = {"id": "a", "type": "select", "label": "A", "note": "n", "description": "d", "default": "x",
         "placeholder": "p", "required": True, "advanced": True, "min": 0, "max": 1, "step": 1,
         "options": [{"label": "X", "value": "x"}]}  # fmt: skip
-RECORD = {"title": "T", "description": "D", "image": "https://cdn.wiro.ai/x.png",
-          "dynamicprice": "[]", "cps": "1", "approximatelycost": "1", "slugowner": "o",
-          "slugproject": "p", "cleanslugowner": "o", "cleanslugproject": "p",
-          "samples": [{"a": "x"}], "inspire": [], "parameters": [{"title": "G", "items": [ITEM]}]}  # fmt: skip
+RECORD = {
+    "title": "T", "description": "D", "image": "https://cdn.wiro.ai/x.png", "dynamicprice": "[]",
+    "cps": "1", "approximatelycost": "1", "slugowner": "o", "slugproject": "p",
+    "cleanslugowner": "o", "cleanslugproject": "p", "samples": [{"a": "x"}], "inspire": [],
+    "parameters": [{"title": "G", "items": [ITEM]}],
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("field", [*RECORD, *(f"item.{name}" for name in ITEM)])

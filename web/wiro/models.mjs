@@ -373,14 +373,21 @@ class ModelDialog {
 
   #showUnknown(json) {
     const keys = this.groups.length ? unknownKeys(json, this.groups) : [];
-    if (!keys.length) return this.unknown.replaceChildren();
-    const text = `Not of this model: ${shorten(keys.join(", "), 300)}. It does not run with them.`;
+    const takers = fieldsOf(this.groups).filter(({ kind }) => kind === "file").map(({ id }) => id);
+    const places = this.#read("file_parameters");
+    const lost = takers.length
+      ? SOCKETS.filter((socket) => placeOf(places, socket) && !takers.includes(placeOf(places, socket)))
+      : [];
+    if (!keys.length && !lost.length) return this.unknown.replaceChildren();
+    const names = [...keys, ...lost.map((socket) => `${placeOf(places, socket)} (for ${socket})`)];
+    const text = `Not of this model: ${shorten(names.join(", "), 300)}. It does not run with them.`;
     const remove = actionButton("Remove them", () => {
-      const without = keys.reduce(dropMember, this.#read("parameters"));
-      this.#write("parameters", without);
+      this.#write("parameters", keys.reduce(dropMember, this.#read("parameters")));
+      const left = lost.reduce((rest, socket) => setPlace(rest, socket, ""), places);
+      this.#write("file_parameters", left);
       this.#refresh();
     });
-    remove.disabled = this.#isLinked("parameters");
+    remove.disabled = this.#isLinked("parameters") || this.#isLinked("file_parameters");
     this.unknown.replaceChildren(make("p", "skw-warning", {}, text), remove);
   }
 
