@@ -20,6 +20,8 @@ from urllib.parse import urlsplit
 
 #: names, separated by commas, under which the page is opened: of a reverse proxy, for example
 HOSTS_VARIABLE = "SKYREELS_WIRO_HOSTS"
+#: header of the page's own questions
+PAGE_HEADER = "X-SkyReels-Page"
 #: anything but "", 0, no, off and false freezes key and limits
 LOCK_VARIABLE = "SKYREELS_WIRO_LOCKED"
 #: characters of the key that prove it is known
@@ -81,6 +83,30 @@ def check_sender(headers: Iterable[tuple[str, str]]) -> None:
             f"nothing was changed. If it is yours, start ComfyUI with {HOSTS_VARIABLE}="
             f"{host[0][:80]}, or open the page by the machine's number."
         )
+
+
+def check_reader(headers: Iterable[tuple[str, str]]) -> None:
+    """Nothing if a question that is put to the service comes from ComfyUI's own page.
+
+    A browser sends no Origin with a page's own GET, nor with a picture that a foreign page wants to
+    load from here. So the page's own ones carry `PAGE_HEADER`, which no other page can add without
+    asking (ComfyUI never allows it, and then there is an Origin); the rest is as for what changes
+    something.
+
+    Raises:
+        ForbiddenError: otherwise.
+    """
+    given = list(headers)
+    names = [name.lower() for name, _ in given]
+    hosts = [value for name, value in given if name.lower() == "host"]
+    if PAGE_HEADER.lower() not in names or len(hosts) != 1:
+        raise ForbiddenError(
+            f"The request is not of ComfyUI's own page (no {PAGE_HEADER}, or no Host), so Wiro was "
+            "not asked. Reload the page."
+        )
+    if "origin" not in names:
+        given.append(("Origin", f"http://{hosts[0]}"))
+    check_sender(given)
 
 
 def _split(address: str) -> tuple[str, int | None]:

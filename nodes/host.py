@@ -6,8 +6,10 @@ where there is no ComfyUI.
 
 import asyncio
 import contextvars
+import io
 import logging
 import os
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -333,6 +335,33 @@ def video_of(path: Path) -> Any:
     from comfy_api.latest import InputImpl
 
     return InputImpl.VideoFromFile(str(path))
+
+
+def video_bytes(video: Any, most: int) -> tuple[bytes, bool]:
+    """A VIDEO as the bytes of a file, and whether these are a file's own, not encoded now.
+
+    Args:
+        most: of a larger one that many bytes are read, and one more.
+    """
+    from comfy_api.latest import InputImpl
+
+    if isinstance(video, InputImpl.VideoFromFile) and not _is_trimmed(video):
+        source = video.get_stream_source()
+        if isinstance(source, io.BytesIO):
+            return source.getbuffer()[: most + 1].tobytes(), True
+        with open(source, "rb") as file:
+            return file.read(most + 1), True
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "input.mp4"
+        video.save_to(str(path))
+        with path.open("rb") as file:
+            return file.read(most + 1), False
+
+
+def _is_trimmed(video: Any) -> bool:
+    """Whether only a part of its file is meant; older versions of ComfyUI know no such thing."""
+    window = getattr(video, "get_active_trim_window", None)
+    return window is not None and tuple(window()) != (0.0, 0.0)
 
 
 def status_line(stage: str, done: int, total: int, seconds_each: float) -> str:

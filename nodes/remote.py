@@ -7,6 +7,7 @@ import io
 import json
 import logging
 import threading
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,6 +17,7 @@ from ..skyreels.conditioning import FITS, fit_image
 from ..skyreels.errors import ShapeError
 from ..skyreels.text import with_fps_prefix
 from . import host
+from .wiro_inputs import PICTURES, SOCKETS, parse_places, parts_of, place, slots_of
 from .wiro_run import (
     Result,
     Window,
@@ -35,6 +37,8 @@ log = logging.getLogger("skyreels")
 ORIENTATION = "by orientation"
 SIZES = ("960x544", "544x960")
 FROM_IMAGE = "the image"
+#: default of Wiro Run Model's image_parameter
+IMAGE_PARAMETER = "inputImage"
 
 
 def _common_widgets() -> dict[str, Any]:
@@ -279,11 +283,42 @@ class WiroRunModel:
                 "image_parameter": (
                     "STRING",
                     {
-                        "default": "inputImage",
-                        "tooltip": "The model's parameter that takes the picture.",
+                        "default": IMAGE_PARAMETER,
+                        "tooltip": "The model's parameter that takes the picture; if the model has "
+                        "no inputImage, its first one for pictures.",
                     },
                 ),
                 **_common_widgets(),
+                **{
+                    name: (
+                        "IMAGE",
+                        {
+                            "tooltip": "A further picture, or a batch for a parameter that takes "
+                            "several; see file_parameters."
+                        },
+                    )
+                    for name in PICTURES[1:]
+                },
+                "video": (
+                    "VIDEO",
+                    {
+                        "tooltip": "A film for the model, sent as the file it is (also what is "
+                        "written in it, as its workflow); at most 100 MB."
+                    },
+                ),
+                "audio": (
+                    "AUDIO",
+                    {"tooltip": "A sound for the model, sent as WAV of 16 bits; at most 100 MB."},
+                ),
+                "file_parameters": (
+                    "STRING",
+                    {
+                        "default": "",
+                        "tooltip": "Which input feeds which parameter: image_2=lastImage, "
+                        "video=inputVideo. What is not named goes where the model's list says, in "
+                        "order.",
+                    },
+                ),
             },
             "hidden": {"unique_id": "UNIQUE_ID", "graph": "PROMPT"},
         }
@@ -294,12 +329,17 @@ class WiroRunModel:
 
     @classmethod
     def VALIDATE_INPUTS(
-        cls, parameters: str | None = None, image_parameter: str | None = None
+        cls,
+        parameters: str | None = None,
+        image_parameter: str | None = None,
+        file_parameters: str | None = None,
     ) -> bool | str:
         from ..wiro_api.errors import ConfigError
 
         try:
-            check_fields([parse_parameters(parameters or ""), {image_parameter or "": None}])
+            places = parse_places(file_parameters or "")
+            names = [image_parameter or "", *places.values()]
+            check_fields([parse_parameters(parameters or ""), dict.fromkeys(names)])
         except (ValueError, ConfigError) as error:
             return str(error)
         return True
@@ -309,22 +349,36 @@ class WiroRunModel:
         model: str,
         parameters: str,
         image: Tensor | None = None,
-        image_parameter: str = "inputImage",
+        image_parameter: str = IMAGE_PARAMETER,
         take: int = 1,
         wait_when_busy: bool = False,
         timeout_minutes: float = 40.0,
+        image_2: Tensor | None = None,
+        image_3: Tensor | None = None,
+        image_4: Tensor | None = None,
+        video: Any = None,
+        audio: dict[str, Any] | None = None,
+        file_parameters: str = "",
         unique_id: str | None = None,
         graph: dict[str, Any] | None = None,
     ) -> tuple[Any, ...]:
         from ..wiro_api.client import Model
 
-        def make_files() -> "list[tuple[str, FilePart]]":
-            return [] if image is None else [(image_parameter.strip(), png_part(image))]
-
+        values, places = parse_parameters(parameters), parse_places(file_parameters)
+        check_fields(dict.fromkeys([image_parameter, *places.values()]))
+        all_inputs = (image, image_2, image_3, image_4, video, audio)
+        connected = {
+            socket: value
+            for socket, value in zip(SOCKETS, all_inputs, strict=True)
+            if value is not None
+        }
         result = await run_model(
-            Model.parse(model), parse_parameters(parameters), make_files, take=take,
-            wait_when_busy=wait_when_busy, timeout_minutes=timeout_minutes, unique_id=unique_id,
+            Model.parse(model), values, list, take=take, wait_when_busy=wait_when_busy,
+            timeout_minutes=timeout_minutes, unique_id=unique_id,
             wants=wanted(graph, unique_id, self.RETURN_NAMES),
+            files_for=lambda items: _files_for(
+                items, values, connected, places, image_parameter.strip()
+            ),
         )  # fmt: skip
         return _outputs(remember(graph, unique_id, result))
 
@@ -461,6 +515,36 @@ def _video(result: Result) -> Any:
     if isinstance(result.video, str):
         return host.blocked(result.video)
     return host.video_of(result.video)
+
+
+def _files_for(
+    items: Sequence[Mapping[str, Any]],
+    values: Mapping[str, Any],
+    connected: dict[str, Any],
+    places: dict[str, str],
+    image_parameter: str,
+) -> "list[tuple[str, FilePart]]":
+    """The files of Wiro Run Model, in the order of its sockets.
+
+    `image` goes to `image_parameter`, as before there were other sockets, and the first picture of
+    it alone; unless `file_parameters` names it, or that is the default and the model has none.
+    """
+    slots = slots_of(items)
+    many = {slot.name for slot in slots if slot.takes_many}
+    rest, files = dict(connected), []
+    is_named = "image" in places
+    is_unknown = (
+        image_parameter in ("", IMAGE_PARAMETER)
+        and bool(slots)
+        and all(slot.name != image_parameter for slot in slots)
+    )
+    taken = ""
+    if "image" in rest and not is_named and not is_unknown:
+        taken = image_parameter
+        files.append((taken, png_part(rest.pop("image"))))
+    for socket, name in place(list(rest), places, slots, values, taken).items():
+        files += parts_of(name, socket, rest[socket], name in many, png_part)
+    return files
 
 
 def png_part(image: Tensor, size: str = "", fit: str = "crop") -> "FilePart":

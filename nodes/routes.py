@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
-from . import account, guard, host
+from . import account, guard, host, models
 
 if TYPE_CHECKING:
     from aiohttp import web
@@ -305,6 +305,8 @@ def register(table: Any) -> None:
     async def post_action(request: "web.Request") -> "web.Response":
         row, action = int(request.match_info["row"]), request.match_info["action"]
         return await _post(lambda _: act(row, action, _user(request)))(request)
+
+    models.register(table, _answer, _post)
 
 
 def _user(request: "web.Request") -> str:

@@ -29,6 +29,8 @@ if TYPE_CHECKING:
     from ..wiro_api.transport import FilePart
 
 log = logging.getLogger("skyreels")
+#: the parameters of a model -> (parameter, part) of files
+FilesFor = Callable[[Sequence[Mapping[str, Any]]], "list[tuple[str, FilePart]]"]
 
 #: between two looks at the cancel button
 SLICE_S = 0.25
@@ -36,6 +38,8 @@ SLICE_S = 0.25
 STOP_S = 20.0
 #: seconds for which what the service said of a model is taken as current
 RECORD_S = 600.0
+#: models of which it is remembered
+KEPT_RECORDS = 50
 #: rank of a task's state -> where the bar stands while nothing better is known
 _BAR = {-1: 0.0, 0: 0.0, 1: 0.02, 2: 0.03, 3: 0.04, 4: 0.05, 5: 0.06, 6: 0.06, 7: 0.92, 8: 0.93,
         9: 0.95, 10: 0.97}  # fmt: skip
@@ -283,6 +287,7 @@ async def run_model(
     timeout_minutes: float,
     unique_id: str | None,
     wants: frozenset[str],
+    files_for: "FilesFor | None" = None,
 ) -> Result:
     """Run a model on Wiro once, or go on with the run that these inputs started before.
 
@@ -290,6 +295,7 @@ async def run_model(
         values: of its parameters. make_files: makes its (parameter, part) of files.
         take: another number is another run of the same inputs.
         wants: names of the outputs that something hangs on, as `wanted` finds them.
+        files_for: makes further files, of which it depends on the model's parameters where they go.
     Raises:
         WiroError: with a sentence that helps. The host's cancel exception, after the remote task
             was stopped.
@@ -299,8 +305,9 @@ async def run_model(
     def work() -> Result:
         window = Window(unique_id, over)
         return _run(
-            window, model, values, make_files(), take, wait_when_busy, timeout_minutes, wants
-        )
+            window, model, values, make_files(), take, wait_when_busy, timeout_minutes, wants,
+            files_for,
+        )  # fmt: skip
 
     return await host.in_thread(work, over)
 
@@ -314,6 +321,7 @@ def _run(
     wait_when_busy: bool,
     timeout_minutes: float,
     wants: frozenset[str],
+    files_for: "FilesFor | None" = None,
 ) -> Result:
     from ..wiro_api.client import check_wait
     from ..wiro_api.errors import WiroError
@@ -330,7 +338,12 @@ def _run(
         window.check()
         window.say("asking Wiro for the price")
         record = model_record(client, model)
-        parameters = complete(items_of(record, model), values, files)
+        items = items_of(record, model)
+        if files_for is not None:
+            files = [*files, *files_for(items)]
+            check_fields(dict(files))
+            window.check()
+        parameters = complete(items, values, files)
         price = price_of(record, parameters, len(files), journal.costs(str(model)))
         told = describe_price(price, load_limits(account.limits_file()))
         log.info("Wiro model %r: %s.", str(model), told)
@@ -381,7 +394,10 @@ def model_record(client: "Client", model: "Model") -> Mapping[str, Any]:
             raise
         log.warning("Wiro does not describe %s, so its price is not known: %s", model, error)
         return {}
+    _records.pop(key, None)
     _records[key] = (time.monotonic(), record)
+    if len(_records) > KEPT_RECORDS:
+        _records.pop(next(iter(_records)), None)
     return record
 
 

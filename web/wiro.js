@@ -4,16 +4,19 @@ import { api } from "../../scripts/api.js";
 
 import { createAccountForm } from "./wiro/account.mjs";
 import { guard } from "./wiro/dom.mjs";
+import { addModelButton } from "./wiro/models.mjs";
 import { createPanel } from "./wiro/panel.mjs";
 
 let panel = null; // made when the tab is opened for the first time
 let settingsForm = null;
 
 function addStyle() {
-  const link = document.createElement("link");
-  link.rel = "stylesheet";
-  link.href = new URL("./wiro/wiro.css", import.meta.url).href;
-  document.head.append(link);
+  for (const name of ["wiro", "models"]) {
+    const link = document.createElement("link");
+    link.rel = "stylesheet";
+    link.href = new URL(`./wiro/${name}.css`, import.meta.url).href;
+    document.head.append(link);
+  }
 }
 
 // the page may call this again for the same container
@@ -46,6 +49,9 @@ app.registerExtension({
       defaultValue: "",
     },
   ],
+  nodeCreated: guard((node) => {
+    if (node.comfyClass === "WiroRunModel") addModelButton(node);
+  }),
   setup: guard(() => {
     addStyle();
     listen();

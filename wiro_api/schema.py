@@ -87,20 +87,20 @@ def complete(
     for name in [*values, *sent]:
         if name not in types and name not in urls and name not in _COMMON:
             raise ConfigError(
-                f"The model has no parameter {name!r}: it knows {_listed(types)}. Nothing was sent."
+                f"The model has no parameter {name!r}: it knows {listed(types)}. Nothing was sent."
             )
     whole: dict[str, Any] = {}
     for item in items:
         name, kind = str(item["id"]), types[str(item["id"])]
         if kind in _FILES:
-            whole |= _file_values(name, kind, values, name in sent, _is_required(item))
+            whole |= _file_values(name, kind, values, name in sent, is_required(item))
             continue
         value = values.get(name)
         if value is None or (value == "" and kind in _NUMBERS):
             value = item.get("default")
         if value is None or value == "":
-            if _is_required(item):
-                options = _listed(_options(item))
+            if is_required(item):
+                options = listed(_options(item))
                 fix = f"choose one of {options}" if options else "fill it in"
                 raise ConfigError(f"The model wants {name}, which is empty: {fix}.")
             if kind not in _NUMBERS:
@@ -134,11 +134,12 @@ def _checked(item: Mapping[str, Any], name: str, kind: str, value: object) -> ob
         return _plain(number, value)
     options = _options(item)
     if kind == "select" and options and str(value) not in options:
-        raise ConfigError(f"{name} is {str(value)[:40]!r}: choose one of {_listed(options)}.")
+        raise ConfigError(f"{name} is {str(value)[:40]!r}: choose one of {listed(options)}.")
     return str(value) if kind == "select" else value
 
 
-def _is_required(item: Mapping[str, Any]) -> bool:
+def is_required(item: Mapping[str, Any]) -> bool:
+    """Whether a parameter must have a value."""
     return bool(bool_of(item.get("required")))
 
 
@@ -147,7 +148,26 @@ def _options(item: Mapping[str, Any]) -> list[str]:
     return [text_of(option.get("value")) for option in options if isinstance(option, Mapping)]
 
 
-def _listed(names: Iterable[str]) -> str:
+def is_file(item: Mapping[str, Any]) -> bool:
+    """Whether a parameter takes files."""
+    return text_of(item.get("type")) in _FILES
+
+
+def takes_many(item: Mapping[str, Any]) -> bool:
+    """Whether a parameter takes several files."""
+    return text_of(item.get("type")) in _FILES[1:]
+
+
+def parameters_of_example(example: object) -> Mapping[str, Any]:
+    """The values in one of a model's examples: itself, or the object in its "parameters"."""
+    if not isinstance(example, Mapping):
+        return {}
+    inner = example.get("parameters") or example.get("inputs")
+    return inner if isinstance(inner, Mapping) else example
+
+
+def listed(names: Iterable[str]) -> str:
+    """Names or choices for a message, of bounded length."""
     text = one_line(", ".join(names))
     return text if len(text) <= LISTED else f"{text[:LISTED]}..."
 

@@ -68,7 +68,7 @@ FROZEN = {
     "WiroRunModel": (
         "Wiro Run Model",
         ["model", "parameters", "image", "image_parameter", "take", "wait_when_busy",
-         "timeout_minutes"],
+         "timeout_minutes", "image_2", "image_3", "image_4", "video", "audio", "file_parameters"],
         [("images", "IMAGE"), ("video", "VIDEO"), ("text", "STRING"), ("task_id", "STRING"),
          ("receipt", "STRING"), ("mask", "MASK"), ("audio", "AUDIO"), ("files", "STRING")],
     ),

@@ -749,10 +749,11 @@ def test_routes_are_registered_under_one_prefix():
 
     table = Table()
     routes.register(table)
-    assert len(table.paths) == 7
+    assert len(table.paths) == 10
     assert all(path.startswith("/skyreels/wiro/") for _, path in table.paths)
     assert {p for m, p in table.paths if m == "GET"} == {
         "/skyreels/wiro/account", "/skyreels/wiro/tasks",
+        "/skyreels/wiro/models", "/skyreels/wiro/models/one",
         "/skyreels/wiro/tasks/{row:[0-9]{1,18}}/file",
     }  # fmt: skip
 

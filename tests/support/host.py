@@ -91,8 +91,37 @@ class ExecutionBlocker:
 class VideoFromFile:
     """A VIDEO that lies in a file."""
 
-    def __init__(self, file: str) -> None:
+    def __init__(self, file: Any) -> None:
         self.file = file
+        self.window = (0.0, 0.0)
+
+    def get_stream_source(self) -> Any:
+        return self.file
+
+    def get_active_trim_window(self) -> tuple[float, float]:
+        return self.window
+
+    def get_components(self) -> Any:
+        return SimpleNamespace(images=torch.zeros(2, 4, 4, 3), frame_rate=24, audio=None)
+
+    def save_to(self, path: str) -> None:
+        Path(path).write_bytes(b"\0\0\0\x18ftypisom a part")
+
+
+class VideoFromComponents:
+    """A VIDEO of frames and sound; each encoding of it gives other bytes."""
+
+    encoded = 0
+
+    def __init__(self, images: torch.Tensor, audio: Any = None, frame_rate: float = 24.0) -> None:
+        self.images, self.audio, self.frame_rate = images, audio, frame_rate
+
+    def get_components(self) -> Any:
+        return self
+
+    def save_to(self, path: str) -> None:
+        VideoFromComponents.encoded += 1
+        Path(path).write_bytes(b"\0\0\0\x18ftypisom" + str(self.encoded).encode())
 
 
 class ModelPatcher:
@@ -178,7 +207,9 @@ def stand_ins(host: Host) -> dict[str, ModuleType]:
         decode_latent_to_preview_image=lambda kind, latents: (kind, tuple(latents.shape), None)
     )
     latest: Any = modules["comfy_api.latest"]
-    latest.InputImpl = SimpleNamespace(VideoFromFile=VideoFromFile)
+    latest.InputImpl = SimpleNamespace(
+        VideoFromFile=VideoFromFile, VideoFromComponents=VideoFromComponents
+    )
     graph_utils: Any = modules["comfy_execution.graph_utils"]
     graph_utils.ExecutionBlocker = ExecutionBlocker
     modules["comfy.cli_args"].args = _Arguments(host)  # type: ignore[attr-defined]

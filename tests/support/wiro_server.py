@@ -121,6 +121,52 @@ PARAMETERS = [
          "min": 1, "max": 100, "step": 1, "advanced": True},
     ]},
 ]  # fmt: skip
+#: further models of the server by hand: several pictures, a film, a sound
+MODELS = {
+    "wiro/first-last-frame": {
+        "title": "First and Last Frame",
+        "description": "A video between two pictures.",
+        "image": "https://cdn.wiro.ai/first-last-frame.webp",
+        "dynamicprice": json.dumps([
+            {"inputs": {"resolution": "480p"}, "price": "0.20", "priceMethod": "cpr"},
+            {"inputs": {"resolution": "720p"}, "price": "0.45", "priceMethod": "cpr"},
+        ]),
+        "inspire": [
+            {"prompt": "a fox jumps over a brook", "resolution": "720p",
+             "firstFrameUrl": "https://cdn.wiro.ai/fox.png"},
+            {"prompt": "a town from dusk to night", "seed": 7},
+        ],
+        "parameters": [
+            {"title": "Inputs", "items": [
+                {"id": "firstFrame", "type": "fileinput", "label": "First frame", "required": True},
+                {"id": "lastFrame", "type": "fileinput", "label": "Last frame"},
+                {"id": "references", "type": "multifileinput", "label": "Reference pictures",
+                 "note": "Up to four pictures of the same person."},
+                {"id": "prompt", "type": "textarea", "label": "Prompt", "required": True},
+            ]},
+            {"title": "Settings", "items": [
+                {"id": "resolution", "type": "select", "label": "Resolution", "default": "480p",
+                 "options": [{"label": "480p", "value": "480p"},
+                             {"label": "720p", "value": "720p"}]},
+                {"id": "strength", "type": "range", "label": "Strength", "default": 0.5, "min": 0,
+                 "max": 1, "step": 0.05, "note": "How far it may leave the pictures."},
+                {"id": "seed", "type": "number", "label": "Seed", "advanced": True},
+            ]},
+        ],
+    },
+    "wiro/lip-sync": {
+        "title": "Lip Sync",
+        "description": "Lets a person in a film say what is in a sound file.",
+        "parameters": [
+            {"title": "Inputs", "items": [
+                {"id": "inputVideo", "type": "fileinput", "label": "Video", "required": True},
+                {"id": "inputAudio", "type": "fileinput", "label": "Voice", "required": True},
+                {"id": "faces", "type": "combinefileinput", "label": "Pictures of faces"},
+                {"id": "prompt", "type": "text", "label": "Prompt", "required": True},
+            ]},
+        ],
+    },
+}  # fmt: skip
 #: the words that name a fault, for what it is queued for
 FAULTS = {
     "GET": {
@@ -184,6 +230,8 @@ class WiroServer:
     schema: Tool/Detail shows PARAMETERS. price: rows such as {"inputs": [], "price": "0.30",
         "priceMethod": "cpr"}; without, a task costs `cps` per second. approximatelycost: "" is
         left out.
+    models: slug -> record of further models, as Tool/Detail shows them; Tool/List searches in their
+        titles, and a `strict` Run of one is checked against its parameters.
     balance: dollars; a Run needs 0.50. max_tasks: that may go at once; None is what the balance
         allows, which is any number above 250 dollars.
     ranges: files have tags, and pieces of them are given.
@@ -215,6 +263,7 @@ class WiroServer:
     price: list[dict[str, Any]] | None = None
     cps: str = "0.000585000000"
     approximatelycost: str = ""
+    models: dict[str, dict[str, Any]] = field(default_factory=dict)
     balance: Decimal | str = "1000.00"
     max_tasks: int | None = None
     ranges: bool = False
@@ -527,7 +576,12 @@ class WiroServer:
         if path == "Tool/Detail":
             return self._answer_model(body)
         if path == "Tool/List":
-            return _grant(total=1, tool=[{"id": "598", "title": body.get("search", "")}])
+            word = str(body.get("search", ""))
+            if not self.models:
+                return _grant(total=1, tool=[{"id": "598", "title": word}])
+            own = {slug: self._model(slug) for slug in (*self.slugs, *self.models)}
+            fits = [m for m in own.values() if word.lower() in str(m.get("title", "")).lower()]
+            return _grant(total=len(fits), tool=fits[: int(body.get("limit") or 20)])
         if path == "File/FolderCreate":
             return _grant(list=[{"id": "f1", "name": body.get("name", "")}])
         if path == "File/Upload":
@@ -535,11 +589,13 @@ class WiroServer:
         return _refuse(0, "Error parsing url.", 404)
 
     def _answer_run(self, slug: str, body: dict[str, Any], files: list[Upload]) -> Answer:
-        if slug not in self.slugs:
+        if slug not in self.slugs and unquote(slug) not in self.models:
             return _refuse(1, "slug-owner-project-not-exist")
         complaint = "" if body.get("prompt") else "Request parameter [prompt] required"
-        if self.strict:
-            complaint = _complaint(body, {name for name, *_ in files})
+        record = self.models.get(unquote(slug))
+        if self.strict or record is not None:
+            listed = PARAMETERS if record is None else record.get("parameters") or []
+            complaint = _complaint(body, {name for name, *_ in files}, listed)
         if complaint:
             return _refuse(0, complaint)
         balance, limit = Decimal(self.balance), self.max_tasks
@@ -555,10 +611,14 @@ class WiroServer:
 
     def _answer_model(self, body: dict[str, Any]) -> Answer:
         owner, project = str(body.get("slugowner", "")), str(body.get("slugproject", ""))
-        known = {unquote(slug).lower() for slug in self.slugs}
+        known = {unquote(slug).lower() for slug in (*self.slugs, *self.models)}
         if self.schema and f"{owner}/{project}".lower() not in known:
             return _refuse(1, "slug-owner-project-not-exist")
-        model = {
+        return _grant(tool=[self._model(f"{owner}/{project}")])
+
+    def _model(self, slug: str) -> dict[str, Any]:
+        owner, _, project = slug.partition("/")
+        model: dict[str, Any] = {
             "id": "598",
             "title": project,
             "slugowner": owner,
@@ -571,7 +631,7 @@ class WiroServer:
         }
         if self.approximatelycost:
             model["approximatelycost"] = self.approximatelycost
-        return _grant(tool=[model])
+        return {**model, **self.models.get(slug, {})}
 
     def _answer_task(self, path: str, body: dict[str, Any]) -> Answer:
         legal = {
@@ -805,16 +865,19 @@ def _refuse(code: int, message: str, status: int = 200) -> Answer:
     return status, {"result": False, "errors": [{"code": code, "message": message}]}
 
 
-def _complaint(body: dict[str, Any], uploaded: set[str]) -> str:
+def _complaint(
+    body: dict[str, Any], uploaded: set[str], parameters: list[dict[str, Any]] = PARAMETERS
+) -> str:
     """What is wrong with the parameters of a Run, or ""."""
-    for item in (item for group in PARAMETERS for item in group["items"]):
+    for item in (item for group in parameters for item in group["items"]):
         name, value = item["id"], body.get(item["id"])
-        if item["type"] == "fileinput":
-            if name not in uploaded and not value and not body.get(name + "Url"):
+        if item["type"] in ("fileinput", "multifileinput", "combinefileinput"):
+            is_there = name in uploaded or value or body.get(name + "Url")
+            if item.get("required") and not is_there:
                 return f"Request files [{name}] required"
             continue
         if value in (None, ""):
-            if item["required"]:
+            if item.get("required"):
                 return f"Request parameter [{name}] required"
             continue
         if item["type"] in ("range", "number"):
@@ -936,6 +999,7 @@ def main() -> None:
         port=options.port, socket_port=options.socket_port, pace_s=options.seconds,
         with_socket=True, real_video=True, strict=True, schema=True, log=say,
         price=[{"inputs": [], "price": "0.30", "priceMethod": "cpr"}], approximatelycost="0.30",
+        models=MODELS,
     )  # fmt: skip
     for text in options.fail:
         try:

@@ -49,7 +49,8 @@ for (const base of ["", "comfy", "a/b/c"]) {
     api.base = `/${base}`;
     await get("account");
     await post("limits", { per_run: null });
-    const [[first], [second, options]] = api.asked;
+    const [[first, { headers }], [second, options]] = api.asked;
+    assert.ok(headers["X-SkyReels-Page"], "what tells the server that its own page asks");
     assert.equal(first, `/${base}/api/skyreels/wiro/account`);
     assert.equal(second, `/${base}/api/skyreels/wiro/limits`);
     assert.equal(options.headers["Content-Type"], "application/json");
