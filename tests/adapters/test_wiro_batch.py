@@ -36,6 +36,7 @@ GRAPH = {
 def quick_polls(monkeypatch):
     """Tasks of these tests end at once: no poll waits seconds."""
     monkeypatch.setattr(client, "POLL_SCHEDULE", ((float("inf"), 0.05),))
+    monkeypatch.setattr("comfyui_skyreels.wiro_api.journal.SYNCHRONOUS", "OFF")
     wiro_run._results.clear()
 
 
@@ -244,8 +245,8 @@ def test_a_lost_run_of_submit_is_found_by_collect_and_not_sent_again(comfy, wiro
     [
         (pictures(3), "x", [(0, "x"), (1, "x"), (2, "x")]),
         ([picture(4), picture(2)], "x", [(4, "x"), (2, "x")]),
-        ([pictures(2), picture(5, 40, 30), picture(1, 64, 64)], "x",
-         [(0, "x"), (1, "x"), (5, "x"), (1, "x")]),
+        ([pictures(2), picture(5, 40, 30), picture(7, 64, 64)], "x",
+         [(0, "x"), (1, "x"), (5, "x"), (7, "x")]),
         (picture(3), ["a", "b", "c"], [(3, "a"), (3, "b"), (3, "c")]),
         (pictures(2), ["a", "b"], [(0, "a"), (1, "b")]),
         ([picture(1), picture(0)], ["a", "b"], [(1, "a"), (0, "b")]),
@@ -394,7 +395,7 @@ def test_what_meets_every_run_is_tried_once(comfy, wiro):
     assert "balance is too low" in got["report"]
 
 
-@pytest.mark.parametrize("fault", [(96, "concurrency limit"), {"status": 429}])
+@pytest.mark.parametrize("fault", [(96, "concurrency limit"), (0, "Too many requests.", 429)])
 def test_no_place_leaves_a_run_that_was_never_sent_and_is_started_later(comfy, wiro, fault):
     wiro.fail("Run", fault)
     runs, report = submit(pictures(2))
@@ -486,9 +487,6 @@ def test_cancel_in_submit_stops_what_this_call_has_started(comfy, wiro, after):
     assert going(wiro) == ["2221"], "of an earlier call: it goes on"
     assert len(wiro.tasks) == after + 2
     assert "task 2222 stopped" in comfy.texts[-1]
-    started = len(paid(wiro))
-    time.sleep(0.3)
-    assert len(paid(wiro)) == started
     wiro.steps_by_itself, wiro.states = True, ("task_postprocess_end",)
     with wiro._lock:
         wiro._enter(wiro.tasks["2221"], "task_postprocess_end", wiro.now() + 7)
@@ -503,7 +501,7 @@ def is_following(wiro) -> bool:
 @pytest.mark.parametrize("moment", ["at once", "while some wait", "from outside", "at the door"])
 def test_cancel_in_collect_stops_all_and_starts_none(comfy, wiro, moment):
     hold(wiro)
-    runs, _ = submit(pictures(12))
+    runs, _ = submit(pictures(6))
     assert len(wiro.tasks) == 3
     if moment == "at the door":
         with wiro._lock:
@@ -550,9 +548,11 @@ def test_cancel_in_collect_stops_all_and_starts_none(comfy, wiro, moment):
     else:
         assert statuses == ["task_cancel"] * 3
         assert comfy.texts[-1].count("stopped") == 3
-    assert "wiro" not in [thread.name for thread in threading.enumerate()]
+    for thread in [thread for thread in threading.enumerate() if thread.name == "wiro"]:
+        thread.join(10)
+        assert not thread.is_alive(), "none is left to start one afterwards"
     started = len(paid(wiro))
-    time.sleep(0.3)
-    assert len(paid(wiro)) == started, "none was started afterwards"
     wiro.steps_by_itself, wiro.states = True, ("task_postprocess_end",)
-    assert len(collect(runs)["task_id"]) == 12, "the next queue is good"
+    got = collect(runs)
+    assert len(got["task_id"]) == 6, got["report"]  # the next queue is good
+    assert len(paid(wiro)) - started == 6 - (moment == "at the door")
