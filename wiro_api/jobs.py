@@ -179,6 +179,9 @@ def start(
         def on_answer(handle: RunHandle, entry: Entry = entry) -> None:
             journal.started(entry.id, handle.taskid)
 
+        def on_refusal(entry: Entry = entry) -> None:
+            journal.waiting(entry)  # the caller may have left, and then nobody else notes it
+
         try:
             if entry.state == "sending":
                 handle = recover(client, journal, entry, model, parameters, files)
@@ -187,7 +190,7 @@ def start(
             handle = client.run(
                 model, parameters, files, known=partial(_other_tasks, journal, entry),
                 claim=partial(_claim, journal, entry), before_sending=before_last_byte,
-                on_answer=on_answer,
+                on_answer=on_answer, on_refusal=on_refusal,
             )  # fmt: skip
             break
         except LostEntryError:
