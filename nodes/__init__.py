@@ -10,6 +10,7 @@ from .loaders import SkyReelsTransformerLoader, SkyReelsVAELoader
 from .remote import WiroRemoteI2V, WiroRunModel, WiroTaskResult, WiroUploadFile
 from .sampler import SkyReelsSampler, SkyReelsScheduler
 from .text import SkyReelsTextEncode, SkyReelsTextEncoderLoader
+from .wiro_batch import WiroCollect, WiroSubmit
 
 NODE_CLASS_MAPPINGS = {
     "SkyReelsTransformerLoader": SkyReelsTransformerLoader,
@@ -24,6 +25,8 @@ NODE_CLASS_MAPPINGS = {
     "WiroRunModel": WiroRunModel,
     "WiroTaskResult": WiroTaskResult,
     "WiroUploadFile": WiroUploadFile,
+    "WiroSubmit": WiroSubmit,
+    "WiroCollect": WiroCollect,
 }
 
 NODE_DISPLAY_NAME_MAPPINGS = {
@@ -39,6 +42,8 @@ NODE_DISPLAY_NAME_MAPPINGS = {
     "WiroRunModel": "Wiro Run Model",
     "WiroTaskResult": "Wiro Task Result",
     "WiroUploadFile": "Wiro Upload File",
+    "WiroSubmit": "Wiro Submit",
+    "WiroCollect": "Wiro Collect",
 }
 
 if (_table := host.routes()) is not None:

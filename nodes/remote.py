@@ -206,25 +206,11 @@ class WiroRemoteI2V:
         unique_id: str | None = None,
         graph: dict[str, Any] | None = None,
     ) -> tuple[Any, ...]:
-        from ..wiro_api.errors import ConfigError
-        from ..wiro_api.schema import SKYREELS, frame_count
+        from ..wiro_api.schema import SKYREELS
 
-        if not prompt.strip():
-            raise ConfigError("The prompt is empty: say what happens in the video.")
-        if size == ORIENTATION:
-            is_upright = image.ndim == 4 and image.shape[1] > image.shape[2]
-            size = SIZES[int(is_upright)]
-        frames = frame_count(num_frames)
-        if frames != num_frames:
-            log.info("num_frames %d is not 4k + 1: %d frames are made.", num_frames, frames)
-        values = {
-            "prompt": with_fps_prefix(prompt) if add_fps_prefix else prompt,
-            "negativePrompt": negative_prompt,
-            "scale": cfg,
-            "numFrames": frames,
-            "size": size,
-            "steps": steps,
-        }
+        values, size = skyreels_values(
+            image, prompt, size, num_frames, steps, cfg, negative_prompt, add_fps_prefix
+        )
         result = await run_model(
             SKYREELS, values, lambda: [("inputImage", png_part(image, size, fit))], take=take,
             wait_when_busy=wait_when_busy, timeout_minutes=timeout_minutes, unique_id=unique_id,
@@ -496,6 +482,43 @@ class WiroUploadFile:
             return str(record.get("url") or ""), str(record.get("id") or "")
 
         return await host.in_thread(work, over)
+
+
+def skyreels_values(
+    image: Tensor,
+    prompt: str,
+    size: str,
+    num_frames: int,
+    steps: int,
+    cfg: float,
+    negative_prompt: str,
+    add_fps_prefix: bool,
+) -> tuple[dict[str, Any], str]:
+    """Parameters of SkyReels-V1 for a node's widgets, and the size that its picture is sent in.
+
+    Raises:
+        ConfigError: the prompt is empty.
+    """
+    from ..wiro_api.errors import ConfigError
+    from ..wiro_api.schema import frame_count
+
+    if not prompt.strip():
+        raise ConfigError("The prompt is empty: say what happens in the video.")
+    if size == ORIENTATION:
+        is_upright = image.ndim == 4 and image.shape[1] > image.shape[2]
+        size = SIZES[int(is_upright)]
+    frames = frame_count(num_frames)
+    if frames != num_frames:
+        log.info("num_frames %d is not 4k + 1: %d frames are made.", num_frames, frames)
+    values = {
+        "prompt": with_fps_prefix(prompt) if add_fps_prefix else prompt,
+        "negativePrompt": negative_prompt,
+        "scale": cfg,
+        "numFrames": frames,
+        "size": size,
+        "steps": steps,
+    }
+    return values, size
 
 
 def _outputs(result: Result) -> tuple[Any, ...]:

@@ -24,6 +24,7 @@ from .wiro_decode import EMPTY_MASK, read_audio, read_clip, read_pictures, read_
 
 if TYPE_CHECKING:
     from ..wiro_api.client import Client, Model, RunHandle
+    from ..wiro_api.errors import WiroError
     from ..wiro_api.journal import Entry
     from ..wiro_api.task import Progress, Task
     from ..wiro_api.transport import FilePart
@@ -51,7 +52,7 @@ _ELSEWHERE = ("callback", "webhook", "projectid")
 #: outputs of which it depends on the graph whether they are decoded
 DECODED = ("images", "mask", "audio", "text")
 #: nodes, and files of each, that are looked after while the server runs
-KEPT_NODES, KEPT_FILES = 500, 64
+KEPT_NODES, KEPT_FILES = 500, 256
 
 #: a node with its widgets -> how often files of its results were gone, and the files it has now
 _results: dict[str, tuple[int, tuple[Path, ...]]] = {}
@@ -132,6 +133,13 @@ def remember(graph: dict[str, Any] | None, unique_id: str | None, result: Result
     return result
 
 
+def remember_failure(graph: dict[str, Any] | None, unique_id: str | None) -> None:
+    """Let a node that brought home only a part run again with the next queue."""
+    key = _key_of(graph, unique_id)
+    times, files = _results.get(key, (0, ()))
+    _results[key] = (times + 1, files)
+
+
 def _key_of(graph: dict[str, Any] | None, unique_id: str | None) -> str:
     """A node with its widgets; linked inputs are not known when IS_CHANGED is asked."""
     inputs = (graph or {}).get(str(unique_id), {}).get("inputs", {})
@@ -149,8 +157,13 @@ class Window:
     that thread may meet the host's cancel exception.
     """
 
-    def __init__(self, unique_id: str | None, over: threading.Event) -> None:
-        self._progress = host.RemoteProgress(unique_id)
+    def __init__(
+        self,
+        unique_id: str | None,
+        over: threading.Event,
+        progress: host.RemoteProgress | None = None,
+    ) -> None:
+        self._progress = progress or host.RemoteProgress(unique_id)
         self._over = over
         self._fraction, self._line = 0.0, "asking Wiro"
         self._began = time.monotonic()
@@ -196,6 +209,15 @@ class Window:
                 account.leave(self.row)
             self.row, self.live = entry.id, account.follow(entry.id)
         account.tell(self.row, always=True)
+
+    def on_start(self, entry: "Entry") -> None:
+        """The run is started, or was before."""
+        from ..wiro_api.jobs import to_handle
+
+        self.handle = to_handle(entry)
+
+    #: waits for a place of the account in place of the usual countdown, which is `on_wait`'s
+    on_busy: "Callable[[WiroError, float], None] | None" = None
 
     def on_task(self, task: "Task") -> None:
         from ..wiro_api.client import RunHandle
@@ -351,9 +373,10 @@ def _run(
         entry = start(
             client, journal, model, parameters, files, given=values, take=take, price=price,
             limits=lambda: load_limits(account.limits_file()), wait_when_busy=wait_when_busy,
-            on_entry=window.on_entry, on_wait=window.on_wait, check=window.check,
+            on_entry=window.on_entry, on_wait=window.on_wait, on_busy=window.on_busy,
+            check=window.check,
         )  # fmt: skip
-        window.handle = to_handle(entry)
+        window.on_start(entry)
         line = f"task {entry.taskid} goes on at Wiro"
         receipt = {"model": str(model), "parameters": parameters, "take": take}
         if entry.state == "ended" and entry.files and files_here(journal, entry) == entry.files:

@@ -51,8 +51,8 @@ def widgets(node_type: str) -> list[tuple[str, str, dict]]:
 
 
 def test_the_workflows_are_here():
-    names = {"quick_start", "local_bf16", "local_low_memory", "remote", "local_and_remote"}
-    assert {path.stem for path in FILES} == names
+    local = {"quick_start", "local_bf16", "local_low_memory"}
+    assert {path.stem for path in FILES} == {*local, "remote", "wiro_batch", "local_and_remote"}
 
 
 @each_file
@@ -186,9 +186,18 @@ def test_the_graph_runs_to_a_video_on_tiny_weights(path, comfy, wiro):
     videos = [results[key][0] for key in prompt if prompt[key]["class_type"] == "CreateVideo"]
     assert all((v[0].dtype, v[1]) == (torch.float32, 24.0) for v in videos)
     shapes = [tuple(v[0].shape) for v in videos]
-    expected = {"remote": [], "local_and_remote": [(5, 32, 48, 3), (5, 32, 96, 3)]}
+    expected = {
+        "remote": [],
+        "wiro_batch": [],
+        "local_and_remote": [(5, 32, 48, 3), (5, 32, 96, 3)],
+    }
     assert shapes == expected.get(path.stem, [(5, 32, 48, 3)])
     assert types["SaveVideo"] in results
+    if "WiroCollect" in types:
+        videos, _, taskids, _, report = results[types["WiroCollect"]]
+        assert taskids == ["2221", "2222"]
+        assert [Path(video.file).parent.name for video in videos] == taskids
+        assert report.startswith("2 of 2 done")
     if "WiroRemoteI2V" in types:
         frames, video, taskid, receipt = results[types["WiroRemoteI2V"]]
         assert taskid == "2221"

@@ -307,12 +307,13 @@ class Client:
         read_s: float = READ_S,
         before_last_byte: Callable[[], None] | None = None,
         on_answer: Callable[[Mapping[str, Any]], None] | None = None,
+        on_error: Callable[[TransportError | ApiError], None] | None = None,
         whole_s: float | None = None,
     ) -> dict[str, Any]:
         return post(
             self._session, f"{self.base_url}/{path}", self._auth, body=body, files=files,
             read_s=read_s, payload_keys=payload_keys, before_last_byte=before_last_byte,
-            on_answer=on_answer, whole_s=whole_s,
+            on_answer=on_answer, on_error=on_error, whole_s=whole_s,
             sleep=self.sleep if self._interruptible else None,
         )  # fmt: skip
 
@@ -343,6 +344,7 @@ class Client:
         claim: Callable[[str, bool], bool] = always,
         before_sending: Callable[[str], None] = nothing,
         on_answer: Callable[[RunHandle], None] = nothing,
+        on_refusal: Callable[[], None] = nothing,
     ) -> RunHandle:
         """Start a task, once.
 
@@ -359,6 +361,7 @@ class Client:
                 with the id that `newest_task` gave; what it raises keeps the end from leaving, and
                 so the task from being made.
             on_answer: called with what the service named, also if the caller has left meanwhile.
+            on_refusal: called, as `on_answer`, with an answer that says that no task was made.
         Raises:
             RunOutcomeUnknownError: it went out, and neither an answer nor the list of tasks tells
                 what became of it. Do not run again without asking.
@@ -379,13 +382,19 @@ class Client:
             if (handle := self._handle_of(answer)).taskid:
                 on_answer(handle)
 
+        def note_refusal(error: TransportError | ApiError) -> None:
+            if has_left and _is_refusal(error):
+                on_refusal()
+
         while True:
             path = f"Run/{quote(spelling.owner, safe='')}/{quote(spelling.project, safe='')}"
             keys = ("taskid", "socketaccesstoken")
             read_s = UPLOAD_S if files else RUN_S
             has_left = False
             try:
-                answer = self._post(path, parameters, keys, files, read_s, leave, note)
+                answer = self._post(
+                    path, parameters, keys, files, read_s, leave, note, note_refusal
+                )
             except (TransportError, ApiError) as error:
                 if has_left and not _is_refusal(error):
                     return self._reconcile(

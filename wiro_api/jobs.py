@@ -29,6 +29,7 @@ from .errors import (
     LimitError,
     NotFoundError,
     TransportError,
+    WiroError,
 )
 from .files import (
     BEHIND_S,
@@ -128,6 +129,7 @@ def start(
     wait_when_busy: bool = False,
     on_entry: Callable[[Entry], None] = nothing,
     on_wait: Callable[[float], None] = nothing,
+    on_busy: Callable[[WiroError, float], None] | None = None,
     check: Callable[[], None] = nothing,
 ) -> Entry:
     """Start a job, or find it if it was started before, in whatever process.
@@ -142,6 +144,8 @@ def start(
         wait_when_busy: wait for a place if too many tasks of the account run.
         on_entry: called with the row before anything is sent.
         on_wait: called each second of that wait with the seconds to the next try.
+        on_busy: waits in place of that countdown: gets the refusal and the seconds it would take;
+            may raise to leave the row in "intent", from where the job can be started later.
         check: called before the Run leaves; may raise to keep it.
     Returns:
         A row in "started" or "ended".
@@ -175,6 +179,9 @@ def start(
         def on_answer(handle: RunHandle, entry: Entry = entry) -> None:
             journal.started(entry.id, handle.taskid)
 
+        def on_refusal(entry: Entry = entry) -> None:
+            journal.waiting(entry)  # the caller may have left, and then nobody else notes it
+
         try:
             if entry.state == "sending":
                 handle = recover(client, journal, entry, model, parameters, files)
@@ -183,7 +190,7 @@ def start(
             handle = client.run(
                 model, parameters, files, known=partial(_other_tasks, journal, entry),
                 claim=partial(_claim, journal, entry), before_sending=before_last_byte,
-                on_answer=on_answer,
+                on_answer=on_answer, on_refusal=on_refusal,
             )  # fmt: skip
             break
         except LostEntryError:
@@ -197,7 +204,10 @@ def start(
             if is_busy and wait_when_busy:
                 if journal.waiting(entry):
                     asked_s = getattr(error, "retry_after_s", None)
-                    _count_down(client, asked_s or busy_s, on_wait)
+                    if on_busy is None:
+                        _count_down(client, asked_s or busy_s, on_wait)
+                    else:
+                        on_busy(error, asked_s or busy_s)
                     busy_s = min(2 * busy_s, LAST_BUSY_S)
                 again = False  # the row is there
                 continue
@@ -210,6 +220,24 @@ def start(
         journal.started(entry.id, taskid)
     # a journal that cannot be written any more is told by itself; the task goes on
     return replace(journal.get(entry.id) or entry, state="started", taskid=taskid)
+
+
+def find(
+    client: Client,
+    journal: Journal,
+    model: Model,
+    asked: Mapping[str, Any],
+    files: Sequence[tuple[str, FilePart]] = (),
+    *,
+    take: int = 1,
+) -> Entry | None:
+    """The row of a job that is sent, under way or done, without asking the service.
+
+    Args:
+        asked: what `start` takes as `given`.
+    """
+    *keys, _ = _job_keys(client, model, asked, files, take)
+    return journal.find(keys, client.account)
 
 
 def recover(

@@ -239,6 +239,25 @@ class Journal:
                 "that were started before are not lost: list and collect them by their ids."
             ) from None
 
+    def find(self, jobs: Sequence[str], account: str = "") -> Entry | None:
+        """The row of a job that was sent and stands in the way of another Run, or None.
+
+        Args:
+            jobs: digests by which it is or was known. account: digest of the key. Rows of other
+                keys count only where their files are here.
+        """
+        try:
+            with self._open() as connection:
+                entry = _find(connection, jobs, account, own_only=False)
+        except (sqlite3.Error, OSError) as error:
+            logger.warning("The journal %s could not be read: %s.", self.path, error)
+            return None
+        if entry is None or entry.state == "intent" or _may_start_again(entry):
+            return None
+        is_own = not account or entry.account in ("", account)
+        has_files = bool(entry.files) and all(path.is_file() for path in entry.files)
+        return entry if is_own or has_files else None
+
     def sending(
         self,
         entry: Entry,

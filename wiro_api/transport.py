@@ -133,6 +133,7 @@ def post(
     payload_keys: Sequence[str] = (),
     before_last_byte: Callable[[], None] | None = None,
     on_answer: Callable[[Mapping[str, Any]], None] | None = None,
+    on_error: Callable[[TransportError | ApiError], None] | None = None,
     whole_s: float | None = None,
     sleep: Callable[[float], None] | None = None,
 ) -> dict[str, Any]:
@@ -148,6 +149,7 @@ def post(
             the end from leaving, and without its end the service cannot act on a request.
         on_answer: called with what is returned. With it, a call whose end has left is listened to
             until its time is over, also if `sleep` has ended the wait: the answer is worth having.
+        on_error: called with what is raised instead, under the same terms.
         whole_s: longest time from the first byte to the last, if less than what `longest_s` allows.
         sleep: called again and again while the call is under way; what it raises ends the wait.
     Returns:
@@ -180,6 +182,17 @@ def post(
     sent = [text_of((body or {}).get(name)) for name in ("tasktoken", "socketaccesstoken")]
 
     def exchange() -> dict[str, Any]:
+        try:
+            answer = answered()
+        except (TransportError, ApiError) as error:
+            if on_error is not None:
+                on_error(error)
+            raise
+        if on_answer is not None:
+            on_answer(answer)  # here, because the caller may have left
+        return answer
+
+    def answered() -> dict[str, Any]:
         settings: Mapping[str, Any] = {}
         try:
             settings = session.merge_environment_settings(url, {}, True, None, None)
@@ -192,10 +205,7 @@ def post(
         ) as error:  # fmt: skip
             raise _failure(error, url, settings.get("proxies") or {}, line.is_whole) from None
         with contextlib.closing(response):
-            answer = read_answer(response, payload_keys, (*auth.secrets, *sent))
-        if on_answer is not None:
-            on_answer(answer)  # here, because the caller may have left
-        return answer
+            return read_answer(response, payload_keys, (*auth.secrets, *sent))
 
     longest = longest_s(read_s, len(whole))
     longest = longest if whole_s is None else min(whole_s, longest)

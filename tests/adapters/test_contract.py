@@ -14,7 +14,7 @@ NODES = comfyui_skyreels.NODE_CLASS_MAPPINGS
 TYPES = {"INT": int, "FLOAT": float, "STRING": str, "BOOLEAN": bool}
 CORE_SOCKETS = {"IMAGE", "MASK", "VIDEO", "AUDIO", "LATENT", "CONDITIONING", "SAMPLER", "SIGMAS"}
 #: nodes whose results lie in files that may be deleted
-WITH_FILES = {"WiroRemoteI2V", "WiroRunModel", "WiroTaskResult"}
+WITH_FILES = {"WiroRemoteI2V", "WiroRunModel", "WiroTaskResult", "WiroCollect"}
 
 #: frozen: display name, inputs in order, outputs. New widgets only at the end of a list
 FROZEN = {
@@ -82,6 +82,18 @@ FROZEN = {
         "Wiro Upload File",
         ["file", "folder", "image"],
         [("url", "STRING"), ("file_id", "STRING")],
+    ),
+    "WiroSubmit": (
+        "Wiro Submit",
+        ["image", "prompt", "size", "fit", "num_frames", "steps", "cfg", "negative_prompt",
+         "add_fps_prefix", "take", "max_runs"],
+        [("runs", "SKYREELS_WIRO_RUNS"), ("report", "STRING")],
+    ),
+    "WiroCollect": (
+        "Wiro Collect",
+        ["runs", "timeout_minutes"],
+        [("video", "VIDEO"), ("images", "IMAGE"), ("task_id", "STRING"), ("receipt", "STRING"),
+         ("report", "STRING")],
     ),
 }  # fmt: skip
 

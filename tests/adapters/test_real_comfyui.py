@@ -208,7 +208,7 @@ def test_a_workflow_runs_to_a_playable_video(server, name):
     result = server.result(server.queue(small_prompt(name)))
     assert result["status"]["status_str"] == "success", result["status"]
     videos = saved_videos(server, result)
-    assert len(videos) == (3 if name == "local_and_remote" else 1)
+    assert len(videos) == {"local_and_remote": 3, "wiro_batch": 2}.get(name, 1)
     for path in videos:
         width = 48 + 8 + 48 if "compared" in path.name else 48
         with av.open(str(path)) as container:
@@ -292,6 +292,83 @@ def test_two_remote_nodes_of_one_graph_run_at_the_same_time(server):
     prompts = [task["parameters"]["prompt"] for task in server.wiro.tasks.values()]
     assert sum(prompt.endswith(("two 0", "two 1")) for prompt in prompts) == 2
     assert time.monotonic() - start < 2 * server.wiro.pace_s, "one after the other"
+
+
+def test_a_batch_of_pictures_comes_home_in_order_with_one_that_fails(server, monkeypatch):
+    """The shipped workflow with a third picture, two places and frames wanted."""
+    from PIL import Image
+
+    graph = json.loads((ROOT / "tests" / "workflows" / "wiro_batch.api.json").read_text())
+    keys = {node["class_type"]: key for key, node in graph.items()}
+    for number in range(3):
+        picture = Image.new("RGB", (64, 48), (60 * number, 90, 120))
+        picture.save(server.base / "input" / f"batch_{number}.png")
+        inputs = {**graph[keys["LoadImage"]]["inputs"], "image": f"batch_{number}.png"}
+        graph[f"image {number}"] = {"class_type": "LoadImage", "inputs": inputs}
+    graph[keys["ImageBatch"]]["inputs"] = {"image1": ["image 0", 0], "image2": ["image 1", 0]}
+    graph["more"] = {
+        "class_type": "ImageBatch",
+        "inputs": {"image1": [keys["ImageBatch"], 0], "image2": ["image 2", 0]},
+    }
+    submit, collect = graph[keys["WiroSubmit"]], keys["WiroCollect"]
+    submit["inputs"] |= {"image": ["more", 0], "prompt": "FPS-24, a batch"}
+    graph["look"] = {"class_type": "PreviewImage", "inputs": {"images": [collect, 1]}}
+    graph["report"] = {"class_type": "PreviewAny", "inputs": {"source": [collect, 4]}}
+    first = 2221 + len(server.wiro.tasks)
+    failure = {"pexit": "1", "outputs": [], "debugerror": "CUDA error"}
+    monkeypatch.setattr(server.wiro, "finals", {str(first + 1): failure})
+    monkeypatch.setattr(server.wiro, "max_tasks", 2)
+
+    def queue() -> tuple[list[str], dict]:
+        result = server.result(server.queue(graph))
+        assert result["status"]["status_str"] == "success", result["status"]
+        cached = dict(result["status"]["messages"])["execution_cached"]["nodes"]
+        return cached, result
+
+    _, result = queue()
+    assert (
+        len(saved_videos(server, {"outputs": {"save": result["outputs"][keys["SaveVideo"]]}})) == 2
+    )
+    assert len(result["outputs"]["look"]["images"]) == 2 * 5
+    text = result["outputs"]["report"]["text"][0]
+    assert text.startswith("2 of 3 done · 1 failed")
+    assert f"Picture 2: Task {first + 1} failed" in text
+    sent = [task["parameters"]["inputImage"] for task in server.wiro.tasks.values()][-3:]
+    assert len({server.wiro.inputs[url.partition("/File/")[2]] for url in sent}) == 3
+    monkeypatch.setattr(server.wiro, "finals", {})
+    cached, result = queue()
+    assert keys["WiroSubmit"] in cached
+    assert collect not in cached, "what failed is tried again"
+    assert result["outputs"]["report"]["text"][0].startswith("3 of 3 done")
+    cached, _ = queue()
+    assert collect in cached, "nothing is left to do"
+    assert 2221 + len(server.wiro.tasks) == first + 4
+
+
+def test_cancel_in_comfyui_stops_all_runs_of_a_batch(server, monkeypatch):
+    monkeypatch.setattr(server.wiro, "pace_s", 8.0)
+    graph = json.loads((ROOT / "tests" / "workflows" / "wiro_batch.api.json").read_text())
+    (submit,) = (node for node in graph.values() if node["class_type"] == "WiroSubmit")
+    (prompt,) = (n for n in graph.values() if n["class_type"] == "PrimitiveStringMultiline")
+    prompt["inputs"]["value"] = "FPS-24, cancel a batch"
+    submit["inputs"]["take"] = 2
+    (batch,) = (node for node in graph.values() if node["class_type"] == "ImageBatch")
+    graph["other"] = {
+        "class_type": "EmptyImage",
+        "inputs": {"width": 64, "height": 48, "batch_size": 1, "color": 255},
+    }
+    batch["inputs"]["image2"] = ["other", 0]
+    before = set(server.wiro.tasks)
+    queued = server.queue(graph)
+    for _ in range(1000):
+        ours = [task for key, task in list(server.wiro.tasks.items()) if key not in before]
+        if len(ours) == 2 and "Task/Detail" in [s.path for s in server.wiro.seen[-2:]]:
+            break
+        time.sleep(0.01)
+    server.post("/interrupt", {"prompt_id": queued})
+    result = server.result(queued)
+    assert "execution_interrupted" in [kind for kind, _ in result["status"]["messages"]]
+    assert [task["status"] for task in ours] == ["task_cancel"] * 2
 
 
 def test_deleted_files_come_again_and_frames_are_there_when_something_wants_them(server):

@@ -12,7 +12,7 @@ from comfyui_skyreels.wiro_api.errors import (
     ConfigError,
     RunOutcomeUnknownError,
 )
-from comfyui_skyreels.wiro_api.jobs import job_key, start, to_handle
+from comfyui_skyreels.wiro_api.jobs import find, job_key, start, to_handle
 from comfyui_skyreels.wiro_api.journal import Journal, LostEntryError
 from support.wiro_client import MODEL, PARAMETERS, Clock, make_client
 from support.wiro_server import NOW
@@ -118,6 +118,38 @@ def test_a_refused_job_may_be_tried_again(server, client, journal):
         start(client, journal, MODEL, PARAMETERS)
     assert journal.newest()[0].state == "refused"
     assert start(client, journal, MODEL, PARAMETERS).state == "started"
+
+
+def test_a_job_is_found_without_asking_if_it_was_sent_and_only_then(server, client, journal):
+    def found(**changes):
+        entry = find(client, journal, MODEL, PARAMETERS, [FILE], **changes)
+        return None if entry is None else entry.state
+
+    class LeftError(Exception):
+        pass
+
+    def leave(error, seconds):
+        assert (seconds, runs(server)) == (5.0, 1)
+        raise LeftError
+
+    assert found() is None
+    server.fail("Run", (96, "You have reached your concurrency limit."))
+    with pytest.raises(LeftError):
+        start(
+            client, journal, MODEL, PARAMETERS, [FILE], wait_when_busy=True, on_busy=leave
+        )  # fmt: skip
+    assert journal.newest()[0].state == "intent"
+    assert found() is None
+    server.fail("Run", (97, "Your balance is too low to run this model."))
+    with pytest.raises(BalanceError):
+        start(client, journal, MODEL, PARAMETERS, [FILE])
+    assert found() is None
+    entry = start(client, journal, MODEL, PARAMETERS, [FILE])
+    assert (found(), found(take=2)) == ("started", None)
+    journal.ended(entry.id, client.stop(to_handle(entry)))
+    asked = len(server.seen)
+    assert found() is None, "a cancelled run may be run again"
+    assert len(server.seen) == asked
 
 
 def test_two_programs_with_one_job_send_it_once(server, clock, journal):

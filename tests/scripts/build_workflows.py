@@ -259,6 +259,19 @@ TAKE_NOTE = (
     "there, or is waited for. For another one of the same inputs set **take** to 2, 3, ...\n\nThe "
     "tab **Wiro** in the sidebar shows all tasks."
 )
+BATCH_NOTE = (
+    "## Many pictures on Wiro\n\nEach picture becomes a run of its own on "
+    "[wiro.ai](https://wiro.ai/models/wiro/SkyReels-V1), **and each costs money**: how many there "
+    "are and what they cost together stands on *Wiro Submit* before anything is sent.\n\n1. Put "
+    "your Wiro key and limits into *Settings > SkyReels > Wiro*.\n2. Choose two pictures, or "
+    "connect any batch or list of them in place of these. The same picture twice is one run.\n"
+    "3. **Run**."
+)
+COLLECT_NOTE = (
+    "As many run at once as your account has places for; the others wait. The videos come in the "
+    "order of the pictures. One that fails is named in the **report** and tried again by the next "
+    "**Run**; the others are not paid for again.\n\n*Cancel* stops all that run."
+)
 PROMPT = (
     "FPS-24, A woman in a green coat turns her head towards the camera and smiles, wind moves her "
     "hair, soft evening light, medium shot"
@@ -296,6 +309,31 @@ def remote() -> Graph:
         "prompt": {"prompt": prompt_text()},
         "run on Wiro": {"remote": wiro_node(), "take note": note(TAKE_NOTE, 150)},
         "save": {"save": save("wiro", ("remote", 1))},
+    }
+
+
+def wiro_batch() -> Graph:
+    """Two pictures as one batch, a run on Wiro for each, the videos in order."""
+    pictures = {"image1": ("image", 0), "image2": ("second", 0)}
+    return {
+        "pictures": {
+            "note": note(BATCH_NOTE, 300),
+            "image": Node("LoadImage", {"image": "example.png"}, title="Picture 1", height=320),
+            "second": Node("LoadImage", {"image": "example.png"}, title="Picture 2", height=320),
+            "batch": Node("ImageBatch", {}, pictures),
+        },
+        "prompt": {"prompt": prompt_text()},
+        "run on Wiro": {
+            "submit": Node(
+                "WiroSubmit",
+                {"negative_prompt": DEFAULT_NEGATIVE_PROMPT},
+                {"image": ("batch", 0), "prompt": ("prompt", 0)},
+                height=560,
+            ),
+            "collect": Node("WiroCollect", {}, {"runs": ("submit", 0)}, height=220),
+            "collect note": note(COLLECT_NOTE, 190),
+        },
+        "save": {"save": save("wiro_batch", ("collect", 0))},
     }
 
 
@@ -337,6 +375,7 @@ GRAPHS = {
     "local_bf16": local_bf16,
     "local_low_memory": local_low_memory,
     "remote": remote,
+    "wiro_batch": wiro_batch,
     "local_and_remote": local_and_remote,
 }
 

@@ -283,6 +283,8 @@ def core_node(class_type: str, inputs: dict[str, Any], text_sizes: tuple[int, in
         x, y = inputs["x"], inputs["y"]
         image[:, y : y + source.shape[1], x : x + source.shape[2]] = source
         return (image,)
+    if class_type == "ImageBatch":
+        return (torch.cat([inputs["image1"], inputs["image2"]]),)
     if class_type == "DualCLIPLoader":
         assert inputs["type"] == "hunyuan_video"
         return ("clip",)
@@ -317,7 +319,10 @@ def validate(prompt: dict[str, Any], classes: dict[str, Any]) -> dict[str, str]:
 def run_prompt(
     prompt: dict[str, Any], classes: dict[str, Any], text_sizes: tuple[int, int] = (4096, 768)
 ) -> dict[str, tuple]:
-    """Node id -> outputs, after a validation that must find nothing."""
+    """Node id -> outputs, after a validation that must find nothing.
+
+    A list of a node that gives lists is handed on as it is: only core nodes stand behind one.
+    """
     assert validate(prompt, classes) == {}
     results: dict[str, tuple] = {}
 
@@ -333,6 +338,8 @@ def run_prompt(
                 cls = classes[class_type]
                 hidden = {"unique_id": key, "graph": prompt}
                 inputs |= {k: hidden[k] for k in cls.INPUT_TYPES().get("hidden", {})}
+                if getattr(cls, "INPUT_IS_LIST", False):
+                    inputs = {name: [value] for name, value in inputs.items()}
                 with torch.inference_mode():  # as ComfyUI does
                     outputs = getattr(cls(), cls.FUNCTION)(**inputs)
                     results[key] = asyncio.run(outputs) if asyncio.iscoroutine(outputs) else outputs

@@ -36,9 +36,9 @@ Faults are queued with `fail` and used up one by one, by what they are queued fo
 
 What needs no fault: wrong first bytes (`files["0.mp4"] = b"<html>"`); evil names, lost files and
 failures (`final={"outputs": [{"name": "../../x.mp4", "url": server.file_url("0.mp4")}]}`,
-`final={"outputs": []}`, `final={"pexit": "1", "outputs": [], "debugerror": "CUDA error"}`); a task
-that never ends (`states=STATES[:6]` stays in task_start); a clock that is off
-(`now=lambda: time.time() + 300`).
+`final={"outputs": []}`, `final={"pexit": "1", "outputs": [], "debugerror": "CUDA error"}`), also
+of one task alone (`finals`); a task that never ends (`states=STATES[:6]` stays in task_start); a
+clock that is off (`now=lambda: time.time() + 300`).
 """
 
 import argparse
@@ -221,7 +221,7 @@ class WiroServer:
     states: what each task walks through, one state per Task/Detail; with the last alone, a task
         has ended when it is made. steps_by_itself: False stops the walk.
     pace_s: above 0, tasks walk by the real clock instead, from the Run to the end in that time.
-    final: goes over a task's record at its end.
+    final: goes over a task's record at its end; finals: over that of one task, by its id.
     files: what is served; each task shows "0.mp4" under an address of its own.
     inputs: what Runs have sent, "token/name" -> content; records show their addresses.
     fetched_inputs: the headers with which these were asked for.
@@ -247,6 +247,7 @@ class WiroServer:
     states: tuple[str, ...] = STATES
     steps_by_itself: bool = True
     final: dict[str, Any] = field(default_factory=dict)
+    finals: dict[str, dict[str, Any]] = field(default_factory=dict)
     slugs: tuple[str, ...] = ("wiro/SkyReels-V1",)
     seen: list[Seen] = field(default_factory=list)
     tasks: dict[str, dict[str, Any]] = field(default_factory=dict)
@@ -464,7 +465,7 @@ class WiroServer:
         if task["id"] in self._broken:
             error = self._broken[task["id"]]
             task |= {"pexit": "1", "outputs": [], "debugerror": error, "totalcost": "0"}
-        task |= self.final
+        task |= self.final | self.finals.get(task["id"], {})
 
     def _make_video(self, task: dict[str, Any], picture: bytes, delay: float) -> None:
         """Runs in a thread of its own; one at a time, from when the task starts running."""
