@@ -203,24 +203,20 @@ class WiroRemoteI2V:
         graph: dict[str, Any] | None = None,
     ) -> tuple[Any, ...]:
         from ..wiro_api.errors import ConfigError
-        from ..wiro_api.schema import SKYREELS, frame_count
+        from ..wiro_api.schema import SKYREELS
 
         if not prompt.strip():
             raise ConfigError("The prompt is empty: say what happens in the video.")
         if size == ORIENTATION:
             is_upright = image.ndim == 4 and image.shape[1] > image.shape[2]
             size = SIZES[int(is_upright)]
-        frames = frame_count(num_frames)
-        if frames != num_frames:
+        values = skyreels_values(
+            prompt=prompt, size=size, num_frames=num_frames, steps=steps, cfg=cfg,
+            negative_prompt=negative_prompt, add_fps_prefix=add_fps_prefix,
+        )  # fmt: skip
+        if values["numFrames"] != num_frames:
+            frames = values["numFrames"]
             log.info("num_frames %d is not 4k + 1: %d frames are made.", num_frames, frames)
-        values = {
-            "prompt": with_fps_prefix(prompt) if add_fps_prefix else prompt,
-            "negativePrompt": negative_prompt,
-            "scale": cfg,
-            "numFrames": frames,
-            "size": size,
-            "steps": steps,
-        }
         result = await run_model(
             SKYREELS, values, lambda: [("inputImage", png_part(image, size, fit))], take=take,
             wait_when_busy=wait_when_busy, timeout_minutes=timeout_minutes, unique_id=unique_id,
@@ -442,6 +438,26 @@ class WiroUploadFile:
             return str(record.get("url") or ""), str(record.get("id") or "")
 
         return await host.in_thread(work, over)
+
+
+def skyreels_values(**widgets: Any) -> dict[str, Any]:
+    """Widgets of Wiro Remote I2V as parameters of SkyReels-V1; a widget that is left out has none.
+
+    Raises:
+        ConfigError: too few frames.
+    """
+    from ..wiro_api.schema import frame_count
+
+    names = {"negative_prompt": "negativePrompt", "cfg": "scale", "steps": "steps", "size": "size"}
+    values = {names[name]: value for name, value in widgets.items() if name in names}
+    if "num_frames" in widgets:
+        values["numFrames"] = frame_count(widgets["num_frames"])
+    if "prompt" in widgets:
+        prompt = widgets["prompt"]
+        values["prompt"] = (
+            with_fps_prefix(prompt) if widgets.get("add_fps_prefix", True) else prompt
+        )
+    return values
 
 
 def _outputs(result: Result) -> tuple[Any, ...]:
