@@ -83,7 +83,9 @@ class Job:
         return sum(path.startswith("Run/") for path in self.server.paths())
 
     def names(self) -> list[str]:
-        return sorted(path.name for path in self.folder.iterdir())
+        """Of the files in its folder, the receipt left aside."""
+        names = (path.name for path in self.folder.iterdir())
+        return sorted(name for name in names if not name.endswith(".receipt.json"))
 
 
 @pytest.fixture
