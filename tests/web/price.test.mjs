@@ -2,7 +2,7 @@
 import assert from "node:assert/strict";
 import { test } from "node:test";
 
-import { badgeOf, isDue, PRICED, questionOf } from "../../web/wiro/price.mjs";
+import { badgeOf, fit, isDue, PRICED, questionOf } from "../../web/wiro/price.mjs";
 
 const ANSWER = { has_key: true, price: "0.30", is_exact: true, problem: "" };
 const ACCOUNT = {
@@ -50,9 +50,25 @@ test("the line on a node", () => {
       "$0.30 · spent today $0.00", true],
   ];
   for (const [answer, account, text, isKnown] of cases) {
-    assert.deepEqual(badgeOf(answer, account), { text, isKnown });
+    const badge = badgeOf(answer, account);
+    assert.deepEqual([badge.parts.join(" · "), badge.isKnown], [text, isKnown]);
   }
-  assert.ok(badgeOf(new Error("x".repeat(5000)), null).text.length < 120);
+  assert.ok(badgeOf(new Error("x".repeat(5000)), null).parts.join("").length < 150);
+});
+
+test("a line is never wider than its node, and the price goes last", () => {
+  const parts = ["about $0.30", "limit $2.00 a run", "spent today $1.20 of $20.00"];
+  const widthOf = (text) => text.length;
+  assert.equal(fit(parts, widthOf, 100), parts.join(" · "));
+  assert.equal(fit(parts, widthOf, 40), "about $0.30 · limit $2.00 a run");
+  assert.equal(fit(parts, widthOf, 12), "about $0.30");
+  for (let width = 9; width < 90; width += 1) {
+    const text = fit(parts, widthOf, width);
+    assert.ok(text.length <= width, `${text} in ${width}`);
+    assert.ok(text.startsWith("about $"));
+    assert.ok(fit(["price not told: no such model"], widthOf, width).length <= width);
+  }
+  assert.ok(fit(parts, widthOf, 0).length < 12, "it comes to an end");
 });
 
 test("a field is asked about once, and not while somebody types", () => {

@@ -2,12 +2,13 @@
 import { app } from "../../../scripts/app.js";
 import { followAccount, loadAccount } from "./account.mjs";
 import { complain } from "./dom.mjs";
-import { badgeOf, isDue, questionOf } from "./price.mjs";
+import { badgeOf, fit, isDue, questionOf } from "./price.mjs";
 import { post } from "./server.mjs";
 
 const LOOK_MS = 700; // a field that has not changed between two looks is asked about
 const KEEP_MS = 300000; // an answer is asked for again after that
 const KEPT = 200;
+const GAP = 2; // between two rows of badges
 const KNOWN = { fgColor: "#fff", bgColor: "#2b6b48" };
 const UNKNOWN = { fgColor: "#bbb", bgColor: "#4a4a4a" };
 
@@ -79,12 +80,21 @@ async function ask(question) {
 function attach(node) {
   const state = { seen: "", asked: "", answer: null };
   badges.set(node, state);
-  const draw = () => {
-    const { text, isKnown } = badgeOf(state.answer, account);
-    return new window.LGraphBadge({ text, ...(isKnown ? KNOWN : UNKNOWN) });
-  };
-  node.badges?.push(draw); // a front end without badges shows the price when the node runs
+  node.badges?.push(() => makeBadge(node, state)); // without badges the run itself tells the price
   return state;
+}
+
+/** In a row of its own above the other badges, as wide as the node at most. */
+function makeBadge(node, state) {
+  const { parts, isKnown } = badgeOf(state.answer, account);
+  const made = (text) => new window.LGraphBadge({ text, ...(isKnown ? KNOWN : UNKNOWN) });
+  const badge = made(parts.join(" · ")); // front ends without a canvas read its text
+  badge.getWidth = () => 0;
+  badge.draw = (context, x, y) => {
+    const shown = made(fit(parts, (text) => made(text).getWidth(context), node.width ?? node.size[0]));
+    shown.draw(context, 0, y - shown.height - GAP);
+  };
+  return badge;
 }
 
 function redraw() {

@@ -4,8 +4,7 @@ import { dollars } from "./words.mjs";
 /** Nodes that pay for a run when they are queued. */
 export const PRICED = ["WiroRemoteI2V", "WiroRunModel", "WiroSubmit"];
 
-const WAITING = { text: "price …", isKnown: false };
-const LONGEST = 90; // letters of a reason on a node
+const LONGEST = 120; // letters of a reason
 
 /**
  * What the server is asked for a node, or null if the node pays for nothing.
@@ -28,28 +27,27 @@ function isPlain(value) {
 }
 
 /**
- * {text, isKnown}: what stands on the node.
+ * {parts, isKnown}: what stands on the node, the most important first.
  *
  * answer: of the server, an Error, or null while it is waited for. account: of the page, or null.
  */
 export function badgeOf(answer, account) {
-  if (answer === null) return WAITING;
-  if (answer instanceof Error) return unknown(answer.message);
-  if (!answer.has_key) return { text: "no key", isKnown: false };
-  const told = answer.price === null ? reasonOf(answer) : "";
-  const price = `${answer.is_exact ? "" : "about "}${dollars(answer.price ?? "")}`;
-  const parts = [told || price, ...(account ? moneyOf(account) : [])];
-  return { text: parts.join(" · "), isKnown: !told };
+  if (answer === null) return unknown("price …");
+  if (answer instanceof Error) return unknown(`price not told: ${lineOf(answer.message)}`);
+  if (!answer.has_key) return unknown("no key");
+  if (answer.problem) return unknown(`price not told: ${lineOf(answer.problem)}`);
+  const money = account ? moneyOf(account) : [];
+  if (answer.price === null) return unknown("price not told", ...money);
+  const price = `${answer.is_exact ? "" : "about "}${dollars(answer.price)}`;
+  return { parts: [price, ...money], isKnown: true };
 }
 
-function reasonOf({ problem }) {
-  return problem ? unknown(problem).text : "price not told";
+function unknown(...parts) {
+  return { parts, isKnown: false };
 }
 
-function unknown(reason) {
-  const line = reason.replace(/\s+/g, " ").trim();
-  const end = line.length > LONGEST ? `${line.slice(0, LONGEST - 1)}…` : line;
-  return { text: `price not told: ${end}`, isKnown: false };
+function lineOf(text) {
+  return text.replace(/\s+/g, " ").trim().slice(0, LONGEST);
 }
 
 function moneyOf({ limits, spent }) {
@@ -57,6 +55,17 @@ function moneyOf({ limits, spent }) {
   if (limits.per_run !== null) parts.push(`limit ${dollars(limits.per_run)} a run`);
   const of = limits.per_day === null ? "" : ` of ${dollars(limits.per_day)}`;
   return [...parts, `spent today ${dollars(spent.day)}${of}`];
+}
+
+/** As much of the parts as fits: whole ones from the end are left out, then letters. */
+export function fit(parts, widthOf, width) {
+  for (let count = parts.length; count > 0; count -= 1) {
+    const text = parts.slice(0, count).join(" · ");
+    if (widthOf(text) <= width) return text;
+  }
+  let text = parts[0];
+  while (text.length > 8 && widthOf(`${text}…`) > width) text = text.slice(0, -1).trimEnd();
+  return `${text}…`;
 }
 
 /**
