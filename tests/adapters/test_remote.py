@@ -144,8 +144,8 @@ def test_the_price_stands_on_the_node_before_and_the_cost_after(comfy, wiro):
     wiro.price = [{"inputs": {}, "price": 0.3, "priceMethod": "cpr"}]
     generate()
     assert (
-        "sending · price $0.30, limit $2.00 a run (default; change it in Settings > SkyReels > "
-        "Wiro or with python -m wiro_api limits --per-run USD)"
+        "sending · price $0.30, limit $2.00 a run, $20.00 a day (default; change it in Settings > "
+        "SkyReels > Wiro or with python -m wiro_api limits --per-run USD)"
     ) in comfy.texts
     assert comfy.texts[-1] == "done · $0.30 · task 2221"
 
