@@ -17,7 +17,11 @@ from support.wiro_server import KEY
 WIDGETS = {"prompt": "a fox", "size": "960x544", "fit": "crop", "num_frames": 97, "steps": 30,
            "cfg": 6.0, "negative_prompt": "", "add_fps_prefix": True, "take": 1,
            "wait_when_busy": False, "timeout_minutes": 40.0}  # fmt: skip
-ANY = {"model": "wiro/SkyReels-V1", "parameters": '{"prompt": "x"}', "image_parameter": "inputImage"}
+ANY = {
+    "model": "wiro/SkyReels-V1",
+    "parameters": '{"prompt": "x"}',
+    "image_parameter": "inputImage",
+}
 
 
 def ask(node="WiroRemoteI2V", linked=("image",), values=None, **changes):

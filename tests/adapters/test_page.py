@@ -541,7 +541,9 @@ def test_the_default_limit_holds_a_workflow_that_costs_more(comfy, wiro):
     with pytest.raises(LimitError, match=r"would cost \$2.01; your limit is \$2.00 a run"):
         generate()
     assert wiro.tasks == {}
-    assert any("limit $2.00 a run, $20.00 a day (default; change it in" in text for text in comfy.texts)
+    assert any(
+        "limit $2.00 a run, $20.00 a day (default; change it in" in text for text in comfy.texts
+    )
 
 
 def test_skyreels_without_a_price_runs_under_the_default_and_says_so(comfy, wiro):

@@ -342,7 +342,9 @@ def test_the_default_holds_a_day_however_many_nodes_a_workflow_has(
                   limits=lambda: DEFAULT_LIMITS)  # fmt: skip
         except LimitError as error:
             refused += 1
-            assert re.search(r"limit is \$20.00 a day, and \$\S+ of it is spent. Nothing", str(error))
+            assert re.search(
+                r"limit is \$20.00 a day, and \$\S+ of it is spent. Nothing", str(error)
+            )
     assert (runs(server), refused) == (number, 5)
 
 

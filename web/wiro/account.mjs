@@ -9,7 +9,7 @@ const LIMITS = [
   ["per_month", "Per month"],
 ];
 const ABOUT_DEFAULT =
-  "Nobody has set limits yet: until then this one holds, and models whose price is not told do " +
+  "Nobody has set limits yet: until then these hold, and models whose price is not told do " +
   "not run. Save any (or none) to choose yourself.";
 const NO_LIMIT = "A limit is a number of US dollars such as 0.50, or empty for no limit.";
 const ABOUT_KEY =
