@@ -3,7 +3,7 @@ import { app } from "../../scripts/app.js";
 import { api } from "../../scripts/api.js";
 
 import { createAccountForm } from "./wiro/account.mjs";
-import { renewPrices, showPrices } from "./wiro/badge.mjs";
+import { preparePrice, renewPrices, showPrices } from "./wiro/badge.mjs";
 import { guard } from "./wiro/dom.mjs";
 import { createPanel } from "./wiro/panel.mjs";
 
@@ -50,6 +50,7 @@ app.registerExtension({
       defaultValue: "",
     },
   ],
+  nodeCreated: guard(preparePrice),
   setup: guard(() => {
     addStyle();
     listen();

@@ -230,8 +230,8 @@ def test_four_are_followed_at_a_time(comfy, wiro, monkeypatch):
 def test_which_rows_are_brought_home(comfy, wiro):
     switch_on()
     journal = account.journal()
-    rows = {name: row_of(wiro) for name in
-            ("running", "done", "fetched", "part", "failed", "deleted", "old", "followed")}  # fmt: skip
+    every = ("running", "done", "fetched", "part", "failed", "deleted", "old", "followed")
+    rows = {name: row_of(wiro) for name in every}
     folder = comfy.root / "output" / "wiro"
 
     def note(name, **values):

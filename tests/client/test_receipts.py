@@ -41,8 +41,9 @@ def run(server, client, folder, **changes):
     journal = Journal(folder.parent / "journal.sqlite")
     entry = start(client, journal, MODEL, {**PARAMETERS, **changes})
     host = server.url.removeprefix("http://").removesuffix("/v1")
+    asked = {"model": str(MODEL), "parameters": PARAMETERS, "take": 3}
     return finish(client, to_handle(entry), folder, journal=journal, entry_id=entry.id,
-                  local_host=host, asked={"model": str(MODEL), "parameters": PARAMETERS, "take": 3})  # fmt: skip
+                  local_host=host, asked=asked)  # fmt: skip
 
 
 def test_a_run_leaves_a_receipt_that_tells_what_was_asked_paid_and_made(server, client, tmp_path):

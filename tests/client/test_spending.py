@@ -205,7 +205,7 @@ def test_the_default_holds_until_the_user_has_chosen_even_if_the_choice_is_none(
         (
             None,
             DEFAULT_LIMITS,
-            r"not told before the run, so the default limit of \$2.00 a run cannot hold it; it counts",
+            r"not told before the run, so the default limit of \$2.00 a run cannot hold it; it",
         ),
         ("0.30", Limits(), r"price \$0.30, no limit$"),
         (None, Limits(), "price not told before the run, no limit$"),

@@ -8,6 +8,7 @@ import { post } from "./server.mjs";
 const LOOK_MS = 700; // a field that has not changed between two looks is asked about
 const KEEP_MS = 300000; // an answer is asked for again after that
 const KEPT = 200;
+const NEWS = "skyreelsPrices"; // a field of the page's reactive store, never saved
 const GAP = 2; // between two rows of badges
 const KNOWN = { fgColor: "#fff", bgColor: "#2b6b48" };
 const UNKNOWN = { fgColor: "#bbb", bgColor: "#4a4a4a" };
@@ -15,6 +16,7 @@ const UNKNOWN = { fgColor: "#bbb", bgColor: "#4a4a4a" };
 const badges = new WeakMap(); // node -> {seen, asked, answer, badge}
 const answers = new Map(); // question -> {answer, at}; fifty equal nodes ask once
 let account = null;
+let news = 0; // counts what changes badges
 let isAsking = false;
 
 /** Look at the graph from now on. */
@@ -25,6 +27,11 @@ export function showPrices() {
   });
   loadAccount().catch(() => {}); // the panel tells what is wrong with the account
   setInterval(() => look().catch(complain), LOOK_MS);
+}
+
+/** A node was made: its badge is there from the beginning, for front ends that look only then. */
+export function preparePrice(node) {
+  if (questionOf(node) && !badges.has(node)) attach(node);
 }
 
 /** A run has ended: what is spent, and what a model did cost, is news. */
@@ -86,6 +93,7 @@ function attach(node) {
 
 /** In a row of its own above the other badges, as wide as the node at most. */
 function makeBadge(node, state) {
+  void app.extensionManager?.[NEWS];
   const { parts, isKnown } = badgeOf(state.answer, account);
   const made = (text) => new window.LGraphBadge({ text, ...(isKnown ? KNOWN : UNKNOWN) });
   const badge = made(parts.join(" · ")); // front ends without a canvas read its text
@@ -97,6 +105,8 @@ function makeBadge(node, state) {
   return badge;
 }
 
+// the canvas is told; nodes that are elements ("Nodes 2.0") follow what their badges have read
 function redraw() {
+  if (app.extensionManager) app.extensionManager[NEWS] = ++news;
   app.canvas?.setDirty(true, true);
 }
