@@ -40,6 +40,8 @@ MAX_PRICE_BODY = 500_000
 PREFIX = "/skyreels/wiro"
 #: newest rows among which a user's are looked for
 SEARCHED = 5000
+#: the node that starts a run for each picture
+MANY_RUNS = "WiroSubmit"
 #: in place of a file of which only its name counts
 NO_FILE = ("", b"", "")
 #: of a file that a browser must not open here, whatever is in it
@@ -171,14 +173,16 @@ def price(body: dict[str, Any]) -> dict[str, Any]:
         body: node: its id. values: its widgets by name. linked: names of its inputs that links
             fill: what they bring is not known yet.
     Returns:
-        has_key; price in US dollars or None, is_exact; problem: why there is none, or "".
+        has_key; price of a run in US dollars or None, is_exact; is_each: whether the node makes
+        several runs; problem: why there is no price, or "".
     """
     from ..wiro_api.errors import ConfigError, WiroError
     from ..wiro_api.jobs import quote
     from ..wiro_api.signing import load_credentials
     from ..wiro_api.task import dollars
 
-    told: dict[str, Any] = {"has_key": True, "price": None, "is_exact": False, "problem": ""}
+    told: dict[str, Any] = {"has_key": True, "price": None, "is_exact": False, "problem": "",
+                            "is_each": body.get("node") == MANY_RUNS}  # fmt: skip
     try:
         load_credentials(file=account.credentials_file())
     except ConfigError:
@@ -214,14 +218,16 @@ def _draft(
     if not isinstance(values, dict) or not isinstance(linked, list):
         raise ConfigError("The request names no values and links: reload the page.")
     given = {name: value for name, value in values.items() if name not in linked}
-    if node == "WiroRemoteI2V":
+    if node in ("WiroRemoteI2V", MANY_RUNS):
         if given.get("size") == ORIENTATION:
             given["size"] = SIZES[0]  # as many pixels as the other
             linked = [*linked, "size"]
         frames = given.get("num_frames", 97)
         if not isinstance(frames, int) or not isinstance(given.get("prompt", ""), str):
             raise ConfigError("A field of the node holds what it cannot: reload the page.")
-        is_known = not {"prompt", "size", "num_frames", "steps", "cfg"} & set(linked)
+        is_known = node != MANY_RUNS and not {"prompt", "size", "num_frames", "steps", "cfg"} & set(
+            linked
+        )
         return SKYREELS, skyreels_values(**given), [("inputImage", NO_FILE)], is_known
     if "model" not in given or not isinstance(given["model"], str):
         raise ConfigError("The model comes through a link, so its price is not known yet.")

@@ -25,7 +25,7 @@ ANY = {
 
 
 def ask(node="WiroRemoteI2V", linked=("image",), values=None, **changes):
-    shown = {**(WIDGETS if node == "WiroRemoteI2V" else ANY), **changes}
+    shown = {**(ANY if node == "WiroRunModel" else WIDGETS), **changes}
     return routes.price({"node": node, "values": values or shown, "linked": list(linked)})
 
 
@@ -43,9 +43,10 @@ def runs(wiro):
 def test_the_price_of_a_node_is_told_and_nothing_is_started_or_written(comfy, wiro):
     wiro.price = listed()
     before = sorted(comfy.root.rglob("*"))
-    told = {"has_key": True, "price": "0.3", "is_exact": True, "problem": ""}
+    told = {"has_key": True, "price": "0.3", "is_exact": True, "is_each": False, "problem": ""}
     assert ask() == told
     assert ask("WiroRunModel") == told
+    assert ask("WiroSubmit") == {**told, "is_exact": False, "is_each": True}
     assert sorted(comfy.root.rglob("*")) == before
     assert {seen.path for seen in wiro.seen} == {"Tool/Detail"}
     assert len(wiro.seen) == 1, "what Wiro says of a model is kept for a while"

@@ -40,6 +40,7 @@ test("the line on a node", () => {
     [{ ...ANSWER, is_exact: false }, ACCOUNT,
       "about $0.30 · limit $2.00 a run · spent today $1.20 of $20.00", true],
     [ANSWER, null, "$0.30", true],
+    [{ ...ANSWER, is_each: true, is_exact: false }, null, "about $0.30 each", true],
     [{ ...ANSWER, price: null }, null, "price not told", false],
     [{ ...ANSWER, price: null, problem: "No\nsuch  model." }, null,
       "price not told: No such model.", false],

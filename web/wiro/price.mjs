@@ -38,7 +38,7 @@ export function badgeOf(answer, account) {
   if (answer.problem) return unknown(`price not told: ${lineOf(answer.problem)}`);
   const money = account ? moneyOf(account) : [];
   if (answer.price === null) return unknown("price not told", ...money);
-  const price = `${answer.is_exact ? "" : "about "}${dollars(answer.price)}`;
+  const price = `${answer.is_exact ? "" : "about "}${dollars(answer.price)}${answer.is_each ? " each" : ""}`;
   return { parts: [price, ...money], isKnown: true };
 }
 
