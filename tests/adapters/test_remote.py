@@ -749,7 +749,7 @@ def test_routes_are_registered_under_one_prefix():
 
     table = Table()
     routes.register(table)
-    assert len(table.paths) == 7
+    assert len(table.paths) == 9
     assert all(path.startswith("/skyreels/wiro/") for _, path in table.paths)
     assert {p for m, p in table.paths if m == "GET"} == {
         "/skyreels/wiro/account", "/skyreels/wiro/tasks",
@@ -781,7 +781,7 @@ def test_the_journal_is_shared_with_the_command_line(comfy, wiro, caplog):
     Journal(state.user_folder() / "journal.sqlite").adopt("8", "wiro/SkyReels-V1")
     assert {entry.taskid for entry in account.journal().newest()} == {"7", "8"}
     assert account.journal().path == state.open_state() / "journal.sqlite"
-    routes.save_limits({"per_run": "1", "per_day": "", "per_month": ""})
+    routes.save_limits({"per_run": "1", "per_day": "20", "per_month": ""})
     assert load_limits(state.open_state() / "limits.json").per_run == 1
     assert account.credentials_file() == own / "wiro.env"
     assert caplog.text == ""
