@@ -496,7 +496,7 @@ def test_limits_are_set_shown_and_lifted_by_the_command_line(tmp_path):
         "limits": {"per_run": "0.5", "per_day": "20", "per_month": "20"},
         "spent": {"day": "0.3", "month": "0.3"},
     }
-    assert "per day    no limit" in done.stderr
+    assert "per day    $20.00" in done.stderr
     assert "spent: $0.30 today, $0.30 this month" in done.stderr
     limits("--per-run", "none")
     assert load_limits(tmp_path / "limits.json") == Limits(per_month=Decimal(20))
