@@ -499,8 +499,8 @@ def test_limits_are_set_shown_and_lifted_by_the_command_line(tmp_path):
     assert "per day    $20.00" in done.stderr
     assert "spent: $0.30 today, $0.30 this month" in done.stderr
     limits("--per-run", "none")
-    assert load_limits(tmp_path / "limits.json") == Limits(per_month=Decimal(20))
+    assert load_limits(tmp_path / "limits.json") == Limits(None, Decimal(20), Decimal(20))
     wrong = limits("--per-day", "plenty")
     assert wrong.returncode == 1
     assert "'plenty' is not a limit" in json.loads(wrong.stdout)["error"]
-    assert load_limits(tmp_path / "limits.json") == Limits(per_month=Decimal(20))
+    assert load_limits(tmp_path / "limits.json") == Limits(None, Decimal(20), Decimal(20))
