@@ -3,7 +3,7 @@
 Ids equal class names and never change.
 """
 
-from . import host, routes
+from . import autocollect, host, routes
 from .conditioning import SkyReelsImageConditioning
 from .decode import SkyReelsVAEDecode
 from .loaders import SkyReelsTransformerLoader, SkyReelsVAELoader
@@ -49,3 +49,4 @@ NODE_DISPLAY_NAME_MAPPINGS = {
 if (_table := host.routes()) is not None:
     routes.register(_table)
     host.remember_users()
+    host.at_start(autocollect.bring_home)

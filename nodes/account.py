@@ -6,6 +6,7 @@ line, unless another folder is shared already (wiro_api/state.py).
 """
 
 import contextlib
+import json
 import logging
 import os
 import re
@@ -27,6 +28,8 @@ log = logging.getLogger("skyreels")
 
 VIDEO_SUFFIXES = (".mp4", ".webm", ".mov", ".mkv")
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".gif")
+#: file of the page's other settings, and its only field
+SETTINGS_NAME, COLLECT = "settings.json", "collect_at_start"
 #: event of the page; its data is what `describe` makes
 EVENT = "skyreels.wiro"
 #: lines of a task's log that are kept for the page
@@ -45,6 +48,8 @@ class Live:
     line: str = ""
     log: deque[str] = field(default_factory=lambda: deque(maxlen=LOG_LINES))
     told_at: float = 0.0
+    #: why what was tried for it without being asked did not work
+    error: str = ""
     #: the page that queued it
     client: str | None = None
 
@@ -102,6 +107,36 @@ def _shared_files() -> tuple[Path, Path]:
         return _shared[own]
 
 
+def settings_file() -> Path:
+    """Where the page's other settings are kept, beside the limits."""
+    return limits_file().with_name(SETTINGS_NAME)
+
+
+def collects_at_start() -> bool:
+    """Whether tasks that ran while ComfyUI was away are brought home when it starts.
+
+    Nobody is asked for a file that cannot be read: it counts as off, which is logged.
+    """
+    if not has_state():
+        return False
+    file = settings_file()
+    try:
+        stored = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+        return stored.get(COLLECT) is True
+    except (OSError, ValueError, AttributeError, RecursionError) as error:
+        log.warning("%s cannot be read (%s): nothing is collected at start.", file.name, error)
+        return False
+
+
+def save_collects_at_start(is_on: bool) -> None:
+    """Write that setting; the old file is replaced as a whole."""
+    file = settings_file()
+    file.parent.mkdir(parents=True, exist_ok=True)
+    part = file.with_name(file.name + ".part")
+    part.write_text(json.dumps({COLLECT: is_on}), encoding="utf-8")
+    os.replace(part, file)
+
+
 def has_state() -> bool:
     """Whether there is a journal or limits: looking must neither make nor merge a file."""
     from ..wiro_api import state
@@ -110,11 +145,13 @@ def has_state() -> bool:
     own = host.state_folder()
     with _lock:
         if own in _shared:
-            return any(file.exists() for file in _shared[own])
+            files = *_shared[own], _shared[own][1].with_name(SETTINGS_NAME)
+            return any(file.exists() for file in files)
     folders = [own]
     with contextlib.suppress(ConfigError):  # no home: only the host's own
         folders += [state.state_folder(), state.user_folder()]
-    names = (state.JOURNAL_NAME, state.LIMITS_NAME, state.HOST_JOURNAL_NAME, state.HOST_LIMITS_NAME)
+    names = (state.JOURNAL_NAME, state.LIMITS_NAME, state.HOST_JOURNAL_NAME, state.HOST_LIMITS_NAME,
+             SETTINGS_NAME)  # fmt: skip
     return any((folder / name).exists() for folder in folders for name in names)
 
 
@@ -187,6 +224,7 @@ def describe_account() -> dict[str, Any]:
         "is_locked": guard.is_locked(),
         "is_shared": host.is_multi_user(),
         "has_default_limits": limits.is_default,
+        "collect_at_start": collects_at_start(),
         "source": source,
         "service": base_url(),
         "limits": to_json(limits),
@@ -203,15 +241,17 @@ def is_followed(row: int) -> bool:
     return _followers.get(row, 0) > 0
 
 
-def follow(row: int) -> Live:
-    """Say that a node of the running prompt follows a task from now on."""
-    user = host.prompt_user()
+def follow(row: int, *, by_prompt: bool = True) -> Live:
+    """Say that a node of the running prompt, or else nobody's, follows a task from now on."""
+    user = host.prompt_user() if by_prompt else ""
     if user:
         journal().note_user(row, user)
     with _lock:
         _followers[row] = _followers.get(row, 0) + 1
         live = _live.setdefault(row, Live())
-        live.client = host.prompt_client()
+        live.error = ""
+        if by_prompt:
+            live.client = host.prompt_client()
         return live
 
 
@@ -270,7 +310,7 @@ def describe(entry: "Entry") -> dict[str, Any]:
         "created_at": entry.created_at,
         "updated_at": entry.updated_at,
         "is_live": is_followed(entry.id),
-        "error": entry.error,
+        "error": entry.error or live.error,
         "files": [file for path in entry.files if (file := _describe_file(path)) is not None],
         "remote_deleted": entry.remote_deleted,
     }

@@ -273,6 +273,18 @@ def remember_users() -> None:
     server.add_on_prompt_handler(mark)
 
 
+def at_start(work: Callable[[], None]) -> None:
+    """Call `work` in a thread once the server's loop runs; the end of the program waits not for it.
+
+    Where there is no server nothing is called.
+    """
+    server = _server()
+    if server is None:
+        return
+    thread = threading.Thread(target=work, name="wiro at start", daemon=True)
+    server.loop.call_soon(thread.start)
+
+
 def routes() -> Any:
     """The server's table of routes, or None in tests and import-only runs."""
     server = _server()

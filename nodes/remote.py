@@ -497,28 +497,43 @@ def skyreels_values(
     """Parameters of SkyReels-V1 for a node's widgets, and the size that its picture is sent in.
 
     Raises:
-        ConfigError: the prompt is empty.
+        ConfigError: the prompt is empty, or there are too few frames.
     """
     from ..wiro_api.errors import ConfigError
-    from ..wiro_api.schema import frame_count
 
     if not prompt.strip():
         raise ConfigError("The prompt is empty: say what happens in the video.")
     if size == ORIENTATION:
         is_upright = image.ndim == 4 and image.shape[1] > image.shape[2]
         size = SIZES[int(is_upright)]
-    frames = frame_count(num_frames)
-    if frames != num_frames:
+    values = values_of_widgets(
+        prompt=prompt, size=size, num_frames=num_frames, steps=steps, cfg=cfg,
+        negative_prompt=negative_prompt, add_fps_prefix=add_fps_prefix,
+    )  # fmt: skip
+    if values["numFrames"] != num_frames:
+        frames = values["numFrames"]
         log.info("num_frames %d is not 4k + 1: %d frames are made.", num_frames, frames)
-    values = {
-        "prompt": with_fps_prefix(prompt) if add_fps_prefix else prompt,
-        "negativePrompt": negative_prompt,
-        "scale": cfg,
-        "numFrames": frames,
-        "size": size,
-        "steps": steps,
-    }
     return values, size
+
+
+def values_of_widgets(**widgets: Any) -> dict[str, Any]:
+    """Widgets of Wiro Remote I2V as parameters of SkyReels-V1; one that is left out has none.
+
+    Raises:
+        ConfigError: too few frames.
+    """
+    from ..wiro_api.schema import frame_count
+
+    names = {"negative_prompt": "negativePrompt", "cfg": "scale", "steps": "steps", "size": "size"}
+    values = {names[name]: value for name, value in widgets.items() if name in names}
+    if "num_frames" in widgets:
+        values["numFrames"] = frame_count(widgets["num_frames"])
+    if "prompt" in widgets:
+        prompt = widgets["prompt"]
+        values["prompt"] = (
+            with_fps_prefix(prompt) if widgets.get("add_fps_prefix", True) else prompt
+        )
+    return values
 
 
 def _outputs(result: Result) -> tuple[Any, ...]:

@@ -12,6 +12,7 @@ this keeps users out of each other's way, not out of each other's reach.
 import json
 import logging
 import os
+import re
 import threading
 import time
 from collections.abc import Awaitable, Callable
@@ -20,19 +21,29 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
 from . import account, guard, host, models
+from .remote import ORIENTATION, SIZES, parse_parameters, values_of_widgets
+from .wiro_run import check_fields, model_record
 
 if TYPE_CHECKING:
     from aiohttp import web
 
+    from ..wiro_api.client import Model
     from ..wiro_api.journal import Entry
+    from ..wiro_api.transport import FilePart
 
 log = logging.getLogger("skyreels")
 
 #: no request of the page is longer
 MAX_BODY = 10_000
+#: but what stands in a node's fields, prompts among them
+MAX_PRICE_BODY = 500_000
 PREFIX = "/skyreels/wiro"
 #: newest rows among which a user's are looked for
 SEARCHED = 5000
+#: the node that starts a run for each picture
+MANY_RUNS = "WiroSubmit"
+#: in place of a file of which only its name counts
+NO_FILE = ("", b"", "")
 #: of a file that a browser must not open here, whatever is in it
 AS_DOWNLOAD = {
     "Content-Type": "application/octet-stream",
@@ -112,26 +123,121 @@ def _check_proof(body: dict[str, Any]) -> None:
     guard.check_proof(proof, credentials.api_key)
 
 
-def list_tasks(limit: int, user: str = "") -> dict[str, Any]:
+def save_settings(body: dict[str, Any]) -> dict[str, Any]:
+    """Write whether tasks are collected at start; answers as `account.describe_account`."""
+    from ..wiro_api.errors import ConfigError
+
+    _check_names(body, account.COLLECT)
+    is_on = body[account.COLLECT]
+    if not isinstance(is_on, bool):
+        raise ConfigError(f"{account.COLLECT} is neither true nor false.")
+    account.save_collects_at_start(is_on)
+    return account.describe_account()
+
+
+def list_tasks(limit: int, user: str = "", before: int | None = None) -> dict[str, Any]:
     """The journal's newest tasks; what keeps it from being read is told beside.
 
     Args:
         user: whose; "" for all, on a server that has one user.
+        before: only rows with a lower number: the page asks for older ones so.
     """
     from ..wiro_api.errors import ConfigError
 
     if not account.has_state():
-        return {"tasks": [], "error": ""}
+        return {"tasks": [], "has_more": False, "error": ""}
     error, journal = "", account.journal()
     try:
         journal.spent()
     except ConfigError as problem:
         error = str(problem)
-    entries = journal.newest(limit if not user else SEARCHED)
+    # one more than asked for tells whether there are older ones
+    entries = journal.newest(limit + 1 if not user else SEARCHED, before)
     if user:
         mine = journal.rows_of(user)
-        entries = [entry for entry in entries if entry.id in mine][:limit]
-    return {"tasks": [account.describe(entry) for entry in entries], "error": error}
+        entries = [entry for entry in entries if entry.id in mine]
+    return {
+        "tasks": [account.describe(entry) for entry in entries[:limit]],
+        "has_more": len(entries) > limit,
+        "error": error,
+    }
+
+
+def price(body: dict[str, Any]) -> dict[str, Any]:
+    """What a node would cost as it stands.
+
+    Wiro is asked for what it says of the model, at most every ten minutes, and not at all without a
+    key. No file is made and nothing is changed.
+
+    Args:
+        body: node: its id. values: its widgets by name. linked: names of its inputs that links
+            fill: what they bring is not known yet.
+    Returns:
+        has_key; price of a run in US dollars or None, is_exact; is_each: whether the node makes
+        several runs; problem: why there is no price, or "".
+    """
+    from ..wiro_api.errors import ConfigError, WiroError
+    from ..wiro_api.jobs import quote
+    from ..wiro_api.signing import load_credentials
+    from ..wiro_api.task import dollars
+
+    told: dict[str, Any] = {"has_key": True, "price": None, "is_exact": False, "problem": "",
+                            "is_each": body.get("node") == MANY_RUNS}  # fmt: skip
+    try:
+        load_credentials(file=account.credentials_file())
+    except ConfigError:
+        return {**told, "has_key": False}
+    try:
+        model, values, files, is_known = _draft(body)
+        check_fields([values, dict(files)])
+        earlier = account.journal().costs(str(model)) if account.has_state() else []
+        with account.make_client() as client:
+            record = model_record(client, model)
+        amount = quote(record, model, values, files, earlier, is_draft=True).price
+    except (WiroError, ValueError) as error:
+        return {**told, "problem": str(error)}
+    if amount is None:
+        return told
+    return {**told, "price": dollars(amount.amount), "is_exact": amount.is_exact and is_known}
+
+
+def _draft(
+    body: dict[str, Any],
+) -> "tuple[Model, dict[str, Any], list[tuple[str, FilePart]], bool]":
+    """Model, parameters and files of a node, and whether all that a price may depend on is known.
+
+    Raises:
+        ConfigError: it is no node that runs a model, or what its model is comes through a link.
+        ValueError: its parameters are no JSON object.
+    """
+    from ..wiro_api.client import Model
+    from ..wiro_api.errors import ConfigError
+    from ..wiro_api.schema import SKYREELS
+
+    node, values, linked = (body.get(name) for name in ("node", "values", "linked"))
+    if not isinstance(values, dict) or not isinstance(linked, list):
+        raise ConfigError("The request names no values and links: reload the page.")
+    given = {name: value for name, value in values.items() if name not in linked}
+    if node in ("WiroRemoteI2V", MANY_RUNS):
+        if given.get("size") == ORIENTATION:
+            given["size"] = SIZES[0]  # as many pixels as the other
+            linked = [*linked, "size"]
+        frames = given.get("num_frames", 97)
+        if not isinstance(frames, int) or not isinstance(given.get("prompt", ""), str):
+            raise ConfigError("A field of the node holds what it cannot: reload the page.")
+        is_known = node != MANY_RUNS and not {"prompt", "size", "num_frames", "steps", "cfg"} & set(
+            linked
+        )
+        return SKYREELS, values_of_widgets(**given), [("inputImage", NO_FILE)], is_known
+    if "model" not in given or not isinstance(given["model"], str):
+        raise ConfigError("The model comes through a link, so its price is not known yet.")
+    text, name = given.get("parameters", ""), given.get("image_parameter", "inputImage")
+    if not isinstance(text, str) or not isinstance(name, str):
+        raise ConfigError("A field of the node holds what it cannot: reload the page.")
+    sockets = [name for name in linked if re.fullmatch(r"(image|video|audio)(_\d+)?", str(name))]
+    files = [(name.strip(), NO_FILE) for _ in sockets]
+    is_known = not {"parameters", "image_parameter"} & set(linked)
+    return Model.parse(given["model"]), parse_parameters(text), files, is_known
 
 
 def refresh(entry: "Entry") -> None:
@@ -279,9 +385,9 @@ def register(table: Any) -> None:
 
     @table.get(f"{PREFIX}/tasks")
     async def get_tasks(request: "web.Request") -> "web.Response":
-        text = request.query.get("limit", "")
-        limit = min(int(text), 500) if text.isascii() and text.isdigit() and len(text) < 9 else 50
-        return await _answer(lambda: list_tasks(limit, _user(request)))
+        limit = min(_number(request.query.get("limit", "")) or 50, 500)
+        before = _number(request.query.get("before", ""))
+        return await _answer(lambda: list_tasks(limit, _user(request), before))
 
     @table.get(f"{PREFIX}/tasks/{{row:[0-9]{{1,18}}}}/file")
     async def get_file(request: "web.Request") -> "web.StreamResponse":
@@ -298,8 +404,10 @@ def register(table: Any) -> None:
         "account": save_account,
         "account/test": test_account,
         "limits": save_limits,
+        "settings": save_settings,
     }.items():
         table.post(f"{PREFIX}/{path}")(_post(function))
+    table.post(f"{PREFIX}/price")(_post(price, MAX_PRICE_BODY))
 
     @table.post(f"{PREFIX}/tasks/{{row:[0-9]{{1,18}}}}/{{action}}")
     async def post_action(request: "web.Request") -> "web.Response":
@@ -307,6 +415,11 @@ def register(table: Any) -> None:
         return await _post(lambda _: act(row, action, _user(request)))(request)
 
     models.register(table, _answer, _post)
+
+
+def _number(text: str) -> int | None:
+    """A number of a query, or None if it is none."""
+    return int(text) if text.isascii() and text.isdigit() and len(text) < 19 else None
 
 
 def _user(request: "web.Request") -> str:
@@ -322,6 +435,7 @@ def _user(request: "web.Request") -> str:
 
 def _post(
     function: Callable[[dict[str, Any]], dict[str, Any]],
+    max_body: int = MAX_BODY,
 ) -> "Callable[[web.Request], Awaitable[web.Response]]":
     async def handle(request: "web.Request") -> "web.Response":
         from aiohttp import web
@@ -336,7 +450,7 @@ def _post(
         content = b""
         async for piece in request.content.iter_chunked(MAX_BODY):
             content += piece
-            if len(content) > MAX_BODY:
+            if len(content) > max_body:
                 return web.json_response({"error": "The request is too long."}, status=413)
         try:
             body = json.loads(content)

@@ -423,9 +423,8 @@ def _submit(
         WiroError: of the first run, if none could be started.
     """
     from ..wiro_api.errors import RunOutcomeUnknownError, WiroError
-    from ..wiro_api.jobs import find, start
-    from ..wiro_api.schema import complete, items_of
-    from ..wiro_api.spending import load_limits, price_of
+    from ..wiro_api.jobs import find, quote, start
+    from ..wiro_api.spending import load_limits
 
     client, journal = window.make_client(), account.journal()
     account.check_socket_url()
@@ -433,14 +432,13 @@ def _submit(
     window.say("asking Wiro for the price")
     jobs, model = _unique(runs), runs[0].model
     record = model_record(client, model)
-    items, costs = items_of(record, model), journal.costs(str(model))
+    costs = journal.costs(str(model))
     waiting: list[tuple[list[WiroRun], dict[str, Any], Price | None]] = []
     for same in jobs.values():
         run = same[0]
         if find(client, journal, model, run.values, run.files, take=run.take) is None:
-            parameters = complete(items, run.values, run.files)
-            price = price_of(record, parameters, len(run.files), costs)
-            waiting.append((same, parameters, price))
+            quoted = quote(record, model, run.values, run.files, costs)
+            waiting.append((same, quoted.parameters, quoted.price))
     num_before = len(jobs) - len(waiting)
     prices = [price for _, _, price in waiting]
     lines = [describe_total(prices, load_limits(account.limits_file()), journal.spent())]

@@ -246,12 +246,10 @@ class Window:
     def _show(self) -> None:
         task = self._task
         if task is not None and not task.is_terminal:
-            where = _BAR[task.rank]
+            where = fraction_of(task, self._report)
             line = f"{task.phase} for {time.monotonic() - self._began:.0f} s"
             if self._report is not None and task.rank <= 7:
                 line = str(self._report)
-                done = self._report.fraction or 0.0
-                where = _RUNNING_FROM + done * (_RUNNING_TO - _RUNNING_FROM)
             self._fraction, self._line = max(self._fraction, where), line
         self.live.fraction, self.live.line = self._fraction, self._line
         of = "" if task is None else f" · task {task.taskid}"  # the panel shows it beside
@@ -268,6 +266,13 @@ class Window:
             account.leave(self.row)
         if self._client is not None:
             self._client.close()
+
+
+def fraction_of(task: "Task", report: "Progress | None") -> float:
+    """Where the bar stands, 0..1: by the report of the running model, else by the task's state."""
+    if report is None or task.rank > 7:
+        return _BAR[task.rank]
+    return _RUNNING_FROM + (report.fraction or 0.0) * (_RUNNING_TO - _RUNNING_FROM)
 
 
 def check_fields(values: object) -> None:
@@ -347,9 +352,9 @@ def _run(
 ) -> Result:
     from ..wiro_api.client import check_wait
     from ..wiro_api.errors import WiroError
-    from ..wiro_api.jobs import files_here, start, to_handle
-    from ..wiro_api.schema import complete, items_of
-    from ..wiro_api.spending import describe_price, load_limits, price_of
+    from ..wiro_api.jobs import files_here, quote, start, to_handle
+    from ..wiro_api.schema import items_of
+    from ..wiro_api.spending import describe_price, load_limits
 
     line, parameters = "not started", dict(values)
     try:
@@ -360,13 +365,12 @@ def _run(
         window.check()
         window.say("asking Wiro for the price")
         record = model_record(client, model)
-        items = items_of(record, model)
         if files_for is not None:
-            files = [*files, *files_for(items)]
+            files = [*files, *files_for(items_of(record, model))]
             check_fields(dict(files))
             window.check()
-        parameters = complete(items, values, files)
-        price = price_of(record, parameters, len(files), journal.costs(str(model)))
+        quoted = quote(record, model, values, files, journal.costs(str(model)))
+        parameters, price = quoted.parameters, quoted.price
         told = describe_price(price, load_limits(account.limits_file()))
         log.info("Wiro model %r: %s.", str(model), told)
         window.say(f"sending · {told}")
@@ -401,21 +405,16 @@ def model_record(client: "Client", model: "Model") -> Mapping[str, Any]:
 
     Of SkyReels-V1 enough is known without: {} if Wiro does not say, which is logged.
     """
-    from ..wiro_api.errors import ApiError, AuthError, NotFoundError, TransportError
-    from ..wiro_api.schema import SKYREELS
+    from ..wiro_api.jobs import read_record
 
     key = (client.base_url, str(model.clean))
     read_at, record = _records.get(key, (-RECORD_S, {}))
     if time.monotonic() - read_at < RECORD_S:
         return record
-    try:
-        record = client.model_detail(model)
-    except (AuthError, NotFoundError):
-        raise
-    except (ApiError, TransportError) as error:
-        if model.clean != SKYREELS.clean:
-            raise
-        log.warning("Wiro does not describe %s, so its price is not known: %s", model, error)
+    problems: list[WiroError] = []
+    record = read_record(client, model, problems.append)
+    if problems:
+        log.warning("Wiro does not describe %s, so its price is not known: %s", model, problems[0])
         return {}
     _records.pop(key, None)
     _records[key] = (time.monotonic(), record)
@@ -450,7 +449,7 @@ def _follow(
             entry_id=None if entry is None else entry.id, timeout_s=60.0 * timeout_minutes,
             socket_url=socket_url(), local_host=local_host(), on_task=window.on_task,
             on_progress=window.on_progress, on_log=window.on_log, on_bytes=window.on_bytes,
-            check=window.check,
+            check=window.check, asked=receipt,
         )  # fmt: skip
     except WiroError as error:
         warning = str(error)
@@ -523,6 +522,7 @@ def _to_result(
 ) -> Result:
     """The files as what the sockets carry; only what something hangs on is decoded."""
     from ..wiro_api.media import kind_of, kind_of_name
+    from ..wiro_api.receipts import shown
     from ..wiro_api.task import money
 
     kinds: dict[str, list[Path]] = {}
@@ -531,7 +531,7 @@ def _to_result(
     videos, pictures = kinds.get("video", []), kinds.get("image", [])
     places = [account.place_of(path) for path in paths]
     whole = {
-        **receipt,
+        **shown(receipt),
         "taskid": taskid,
         "cost_usd": cost or None,
         "elapsed_s": None if elapsed_s in (None, "") else float(str(elapsed_s)),

@@ -3,6 +3,7 @@ import { app } from "../../scripts/app.js";
 import { api } from "../../scripts/api.js";
 
 import { createAccountForm } from "./wiro/account.mjs";
+import { preparePrice, renewPrices, showPrices } from "./wiro/badge.mjs";
 import { guard } from "./wiro/dom.mjs";
 import { addModelButton } from "./wiro/models.mjs";
 import { createPanel } from "./wiro/panel.mjs";
@@ -26,7 +27,10 @@ function showPanel(container) {
 }
 
 function listen() {
-  api.addEventListener("skyreels.wiro", guard((event) => panel?.hear(event.detail)));
+  api.addEventListener("skyreels.wiro", guard(({ detail }) => {
+    panel?.hear(detail);
+    if (detail.state === "ended") renewPrices();
+  }));
   api.addEventListener("reconnecting", guard(() => panel?.lose()));
   api.addEventListener("reconnected", guard(() => panel?.regain()));
 }
@@ -51,10 +55,12 @@ app.registerExtension({
   ],
   nodeCreated: guard((node) => {
     if (node.comfyClass === "WiroRunModel") addModelButton(node);
+    preparePrice(node);
   }),
   setup: guard(() => {
     addStyle();
     listen();
+    showPrices();
     app.extensionManager.registerSidebarTab({
       id: "skyreels-wiro",
       icon: "pi pi-cloud",

@@ -9,7 +9,7 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from decimal import Decimal
 from functools import partial
@@ -17,21 +17,12 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from .client import WATCH_S, Client, Model, RunHandle, check_wait
-from .errors import (
-    ApiError,
-    AuthError,
-    ConfigError,
-    DependencyError,
-    DownloadError,
-    NotFoundError,
-    TransportError,
-    WiroError,
-)
+from .errors import ConfigError, DependencyError, DownloadError, WiroError
 from .files import read_part
-from .jobs import files_here, finish, start, to_handle
+from .jobs import files_here, finish, quote, read_record, start, to_handle
 from .journal import Entry, Journal
 from .media import claimed_kind, kind_of
-from .schema import SKYREELS, check_skyreels, complete, items_of
+from .schema import SKYREELS, check_skyreels, items_of
 from .signing import account_of, load_credentials
 from .spending import (
     LIMIT_NAMES,
@@ -192,19 +183,14 @@ def run_run(client: Client, arguments: argparse.Namespace) -> dict[str, Any]:
     if model.clean == SKYREELS.clean:
         given = check_skyreels(given, files)
     journal = open_journal(arguments)
-    try:
-        record = client.model_detail(model)
-    except (ApiError, TransportError) as error:
-        if isinstance(error, AuthError | NotFoundError) or model.clean != SKYREELS.clean:
-            raise
-        say(f"the price is not known before the run: {error}")
-        record = {}
-    parameters = complete(items_of(record, model), given, files)
-    price = price_of(record, parameters, len(files), journal.costs(str(model)))
-    say(describe_price(price, load_limits(limits_beside(journal.path))))
+    record = read_record(
+        client, model, lambda error: say(f"the price is not known before the run: {error}")
+    )
+    quoted = quote(record, model, given, files, journal.costs(str(model)))
+    say(describe_price(quoted.price, load_limits(limits_beside(journal.path))))
     entry = start(
-        client, journal, model, parameters, files, given=given, again=arguments.again,
-        price=price, limits=partial(load_limits, limits_beside(journal.path)),
+        client, journal, model, quoted.parameters, files, given=given, again=arguments.again,
+        price=quoted.price, limits=partial(load_limits, limits_beside(journal.path)),
         wait_when_busy=arguments.wait,
         on_wait=lambda left: say(f"all places of the account are taken; next try in {left:.0f} s"),
     )  # fmt: skip
@@ -215,7 +201,8 @@ def run_run(client: Client, arguments: argparse.Namespace) -> dict[str, Any]:
         return _describe_entry(entry)
     arguments.taskid = entry.taskid
     say(f"task {entry.taskid} started; it goes on if this program ends")
-    return _finish(client, arguments, to_handle(entry), journal, entry)
+    asked = {"model": str(model), "parameters": quoted.parameters, "take": 1}
+    return _finish(client, arguments, to_handle(entry), journal, entry, asked)
 
 
 def run_watch(client: Client, arguments: argparse.Namespace) -> dict[str, Any]:
@@ -340,6 +327,7 @@ def _finish(
     handle: RunHandle,
     journal: Journal | None = None,
     entry: Entry | None = None,
+    asked: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     last = ""
 
@@ -354,7 +342,7 @@ def _finish(
         client, handle, arguments.out, journal=journal,
         entry_id=None if entry is None else entry.id, timeout_s=arguments.timeout,
         socket_url=socket_url(), local_host=local_host(), on_task=say_state,
-        on_progress=lambda progress: say(str(progress)), verify=verify,
+        on_progress=lambda progress: say(str(progress)), verify=verify, asked=asked,
     )  # fmt: skip
     return _report(task, paths)
 

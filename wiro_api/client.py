@@ -198,6 +198,11 @@ class Client:
         self.sleep, self.clock, self._now = sleep, clock, now
         self._rng = random.Random()
 
+    @property
+    def secrets(self) -> tuple[str, ...]:
+        """What no file and no message may hold."""
+        return self._auth.secrets
+
     def close(self) -> None:
         """Let go of the connections; a call after that makes new ones."""
         self._session.close()

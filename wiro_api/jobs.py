@@ -13,8 +13,10 @@ import itertools
 import json
 import logging
 import random
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from decimal import Decimal
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,6 +24,7 @@ from typing import Any
 from .client import MIN_WAIT_S, WATCH_S, Client, Model, RunHandle, raise_for_failure
 from .errors import (
     ApiError,
+    AuthError,
     ConcurrencyError,
     ConfigError,
     DependencyError,
@@ -34,6 +37,7 @@ from .errors import (
 from .files import (
     BEHIND_S,
     NOT_YET_S,
+    TICK_S,
     download,
     is_name_of,
     is_whole,
@@ -41,12 +45,18 @@ from .files import (
     safe_name,
 )
 from .journal import Entry, Journal, LostEntryError
-from .spending import Limits, Price, check_limits
+from .receipts import write_receipt
+from .schema import SKYREELS, complete, items_of
+from .spending import Limits, Price, check_limits, price_of
 from .task import Output, Progress, Task, Verdict, verdict
 from .transport import FilePart
 from .websocket import ProgressSocket
 
 logger = logging.getLogger(__name__)
+
+#: rows whose files somebody is bringing home in this process, as (journal, row)
+_coming: set[tuple[Path, int]] = set()
+_comes_and_goes = threading.Condition()
 
 #: seconds between two tries while the account's places are taken
 FIRST_BUSY_S, LAST_BUSY_S = 5.0, 60.0
@@ -55,6 +65,61 @@ MISSING = ".missing"
 #: a download may be late by this many seconds however short the wait for the task, and whatever
 #: the files before it have cost
 LEAST_BEHIND_S = 10.0
+
+
+@dataclass(frozen=True)
+class Quote:
+    """What a run would be sent with, and what it would cost; None if that is not told before."""
+
+    parameters: dict[str, Any]
+    price: Price | None
+
+
+def read_record(
+    client: Client, model: Model, on_unknown: Callable[[WiroError], None] = nothing
+) -> Mapping[str, Any]:
+    """What the service says of a model.
+
+    Of SkyReels-V1 enough is known without: {} if the service does not say, after `on_unknown`.
+
+    Raises:
+        ApiError, TransportError: of any other model, or if the key is refused.
+    """
+    try:
+        return client.model_detail(model)
+    except (ApiError, TransportError) as error:
+        if isinstance(error, AuthError | NotFoundError) or model.clean != SKYREELS.clean:
+            raise
+        on_unknown(error)
+        return {}
+
+
+def quote(
+    record: Mapping[str, Any],
+    model: Model,
+    values: Mapping[str, Any],
+    files: Sequence[tuple[str, FilePart]] = (),
+    earlier: Sequence[Decimal] = (),
+    *,
+    is_draft: bool = False,
+) -> Quote:
+    """The whole parameters of a run and its price: the one way for all who show or pay it.
+
+    Args:
+        record: of `read_record`.
+        values, files: as for `schema.complete`. earlier: as for `spending.price_of`.
+        is_draft: of a run that is still being written: what is missing is no error.
+    Raises:
+        ConfigError: as for `schema.complete`.
+    """
+    items = items_of(record, model)
+    parts = files
+    if is_draft:  # where a file goes may be found out later; that it comes along counts
+        items = [{**item, "required": False} for item in items]
+        known = {str(item["id"]) for item in items}
+        parts = [(name, part) for name, part in files if name in known]
+    parameters = complete(items, values, parts)
+    return Quote(parameters, price_of(record, parameters, len(files), earlier))
 
 
 class PicturePart(tuple[str, bytes, str]):
@@ -318,8 +383,11 @@ def finish(
     on_bytes: Callable[[int, int | None], None] = nothing,
     check: Callable[[], None] = nothing,
     verify: Callable[[Path, Output], None] = nothing,
+    asked: Mapping[str, Any] | None = None,
 ) -> tuple[Task, list[Path]]:
-    """Follow a task to its end and download what it made.
+    """Follow a task to its end, download what it made, and write a receipt beside it.
+
+    Who comes while another thread brings home the same row waits, and finds the files there.
 
     Args:
         folder: for the files.
@@ -332,6 +400,7 @@ def finish(
         check: as for `download`.
         verify: looks at each file when it has its name and stands in the journal. A DownloadError
             it raises is told, and the file stays: it is paid for.
+        asked: model, parameters and take for the receipt; without it, what the record says.
     Returns:
         The final record and the paths, those of an earlier call among them.
     Raises:
@@ -364,10 +433,42 @@ def finish(
             if task.status != last and journal is not None and entry_id is not None:
                 journal.seen(entry_id, task.status)
             last = task.status
-    return task, _bring_home(
-        client, task, folder, None if entry_id is None else journal, entry_id, timeout_s,
-        local_host, check, on_bytes, verify,
-    )  # fmt: skip
+    with _alone(journal, entry_id, check):
+        paths: Sequence[Path] = ()
+        try:
+            paths = _bring_home(
+                client, task, folder, None if entry_id is None else journal, entry_id, timeout_s,
+                local_host, check, on_bytes, verify,
+            )  # fmt: skip
+        except DownloadError as error:
+            paths = error.paths
+            raise
+        finally:
+            if paths:
+                write_receipt(task, paths, asked, secrets=client.secrets, check=check)
+    return task, list(paths)
+
+
+@contextlib.contextmanager
+def _alone(
+    journal: Journal | None, entry_id: int | None, check: Callable[[], None]
+) -> Iterator[None]:
+    """One at a time for a row: two that look for free names would both fetch what is paid once."""
+    if journal is None or entry_id is None:
+        yield
+        return
+    key = journal.path, entry_id
+    with _comes_and_goes:
+        while key in _coming:
+            check()
+            _comes_and_goes.wait(TICK_S)
+        _coming.add(key)
+    try:
+        yield
+    finally:
+        with _comes_and_goes:
+            _coming.discard(key)
+            _comes_and_goes.notify_all()
 
 
 def _bring_home(

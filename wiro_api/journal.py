@@ -34,7 +34,7 @@ from typing import Any
 
 from .candidates import clean_slug
 from .errors import ConfigError
-from .spending import Limits, Price, Spent, check_limits
+from .spending import Limits, Price, Spent, check_limits, reserved
 from .task import Task, Verdict, decimal_of, dollars, may_lag, verdict
 
 logger = logging.getLogger(__name__)
@@ -277,12 +277,13 @@ class Journal:
         """
         try:
             with self._open() as connection:
-                check_limits(limits or Limits(), price, self._spent(connection, entry.id), model)
+                limits = limits or Limits()
+                check_limits(limits, price, self._spent(connection, entry.id), model)
                 cursor = connection.execute(
                     "UPDATE jobs SET state = 'sending', projected = ?, sent_at = ?, baseline = ?, "
                     "updated_at = ? "
                     "WHERE id = ? AND owner = ? AND state IN ('intent', 'sending')",
-                    ("" if price is None else dollars(price.amount), self._now(), baseline,
+                    (dollars(reserved(price, limits)) or "", self._now(), baseline,
                      self._now(), entry.id, entry.owner),
                 )  # fmt: skip
                 if cursor.rowcount != 1:
@@ -468,12 +469,18 @@ class Journal:
             logger.warning("The journal %s could not be written: %s.", self.path, error)
             return True
 
-    def newest(self, limit: int = 100) -> list[Entry]:
-        """The newest rows, newest first; empty if the journal cannot be read, which is logged."""
+    def newest(self, limit: int = 100, before: int | None = None) -> list[Entry]:
+        """The newest rows, newest first; empty if the journal cannot be read, which is logged.
+
+        Args:
+            before: only rows with a lower id.
+        """
+        below = 2**63 - 1 if before is None else before
         try:
             with self._open() as connection:
                 rows = connection.execute(
-                    f"SELECT {', '.join(_COLUMNS)} FROM jobs ORDER BY id DESC LIMIT ?", (limit,)
+                    f"SELECT {', '.join(_COLUMNS)} FROM jobs WHERE id < ? ORDER BY id DESC LIMIT ?",
+                    (below, limit),
                 ).fetchall()
         except (sqlite3.Error, OSError) as error:
             logger.warning("The journal %s could not be read: %s.", self.path, error)

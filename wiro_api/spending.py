@@ -79,8 +79,9 @@ class Limits:
         )
 
 
-#: until the user sets limits: a workflow file is a stranger's, and may name any model
-DEFAULT_LIMITS = Limits(per_run=Decimal(2), is_default=True)
+#: until the user sets limits: a workflow file is a stranger's, and may name any model in any number
+#: of nodes
+DEFAULT_LIMITS = Limits(per_run=Decimal(2), per_day=Decimal(20), is_default=True)
 
 
 @dataclass(frozen=True)
@@ -276,12 +277,24 @@ def describe_price(price: Price | None, limits: Limits) -> str:
     """What a run will cost and what it may, in one line: said before anything is sent."""
     if price is not None:
         return f"price {price}, {limits}"
-    if limits.is_default and limits.per_run is not None:
+    assumed = reserved(price, limits)
+    if assumed is not None:
         return (
-            f"price not told before the run, so the default limit of {money(limits.per_run)} a run "
-            f"cannot hold it (set yours in {HOW_TO_LIMIT})"
+            f"price not told before the run, so the default limit of {money(assumed)} a run cannot "
+            f"hold it; it counts as {money(assumed)} of the day until its cost is known (set your "
+            f"limits in {HOW_TO_LIMIT})"
         )
     return f"price not told before the run, {limits}"
+
+
+def reserved(price: Price | None, limits: Limits) -> Decimal | None:
+    """What a run counts for until its cost is known, or None for nothing.
+
+    Without a price, under the default alone, as much as a run may cost: many at once are bounded.
+    """
+    if price is not None:
+        return price.amount
+    return limits.per_run if limits.is_default else None
 
 
 def check_limits(limits: Limits, price: Price | None, spent: Spent, model: str) -> None:
@@ -294,15 +307,14 @@ def check_limits(limits: Limits, price: Price | None, spent: Spent, model: str) 
     if not limits.is_set:
         return
     fix = "Nothing was sent. Raise the limit in the Wiro settings (or: python -m wiro_api limits)"
-    if price is None and limits.is_default:
-        if model.lower() == FIXED_MODEL:
-            return
+    assumed = reserved(price, limits)
+    if price is None and limits.is_default and model.lower() != FIXED_MODEL:
         raise LimitError(
             f"Wiro tells no price for {model} with these settings, and you have set no limits yet, "
             "so nothing bounds what it may cost. Nothing was sent. Set limits once (an amount, or "
             f"none) in {HOW_TO_LIMIT}."
         )
-    if price is None:
+    if assumed is None:
         raise LimitError(
             f"Wiro tells no price for {model} with these settings, so your spending limits cannot "
             "be checked. Nothing was sent. Remove the limits for one run; later runs are judged by "
@@ -314,8 +326,9 @@ def check_limits(limits: Limits, price: Price | None, spent: Spent, model: str) 
         ("a month", limits.per_month, spent.month),
     )
     for period, limit, already in periods:
-        if limit is not None and already + price.amount > limit:
+        if limit is not None and already + assumed > limit:
             so_far = f", and {money(already)} of it is spent" if already else ""
+            told = f"would cost {price}" if price is not None else "has no price that is told"
             raise LimitError(
-                f"{model} would cost {price}; your limit is {money(limit)} {period}{so_far}. {fix}."
+                f"{model} {told}; your limit is {money(limit)} {period}{so_far}. {fix}."
             )

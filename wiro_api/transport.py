@@ -40,6 +40,7 @@ from .errors import (
     CODES,
     ApiError,
     AuthError,
+    BalanceError,
     ConcurrencyError,
     ConfigError,
     DependencyError,
@@ -746,6 +747,10 @@ def to_error(code: int, message: str, status: int) -> ApiError:
     fixes: dict[type[ApiError], str] = {
         AuthError: "check key, secret, the project's kind of authentication and its IP list",
         RequestError: "change the request; nothing was started",
+        BalanceError: "a run needs a balance of $0.50, training $10; top it up at wiro.ai (Wiro "
+        "tells the balance nowhere else). Nothing was started",
+        ConcurrencyError: "as many tasks run as the balance allows, one for each $10 and at least "
+        "one; wait for one to end. Nothing was started",
     }
     cls = CODES.get(code, ApiError)
     if status in (401, 403):

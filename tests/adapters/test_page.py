@@ -13,7 +13,8 @@ from comfyui_skyreels.wiro_api.spending import Limits
 from support.wiro_server import KEY, SECRET
 
 WRITING = ("account", "account/test", "limits", "tasks/1/stop", "tasks/1/delete_files",
-           "tasks/1/refresh", "tasks/1/collect", "tasks/1/forget", "models/price")  # fmt: skip
+           "tasks/1/refresh", "tasks/1/collect", "tasks/1/forget", "models/price", "settings",
+           "price")  # fmt: skip
 #: how a browser at this address asks
 OWN = {"Host": "127.0.0.1:8188", "Origin": "http://127.0.0.1:8188"}
 NO_LIMITS = {"per_run": None, "per_day": None, "per_month": None}
@@ -188,7 +189,7 @@ def ask(monkeypatch):
 
 @pytest.mark.parametrize("path", WRITING)
 def test_every_route_that_writes_judges_the_sender_before_it_reads(comfy, ask, path):
-    assert len(ask.table.post_routes) == 5, "a new one must be added here"
+    assert len(ask.table.post_routes) == 7, "a new one must be added here"
     for headers in FOREIGN:
         status, answer = ask(path, headers)
         assert (status, "nothing was changed" in answer["error"]) == (403, True)
@@ -541,7 +542,9 @@ def test_the_default_limit_holds_a_workflow_that_costs_more(comfy, wiro):
     with pytest.raises(LimitError, match=r"would cost \$2.01; your limit is \$2.00 a run"):
         generate()
     assert wiro.tasks == {}
-    assert any("limit $2.00 a run (default; change it in" in text for text in comfy.texts)
+    assert any(
+        "limit $2.00 a run, $20.00 a day (default; change it in" in text for text in comfy.texts
+    )
 
 
 def test_skyreels_without_a_price_runs_under_the_default_and_says_so(comfy, wiro):

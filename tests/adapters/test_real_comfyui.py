@@ -483,7 +483,7 @@ def test_a_request_that_is_not_the_pages_changes_nothing(server, body, kind, sta
 @pytest.mark.parametrize(
     "path",
     ["account", "account/test", "limits", "tasks/1/stop", "tasks/1/delete_files",
-     "tasks/1/refresh", "tasks/1/collect", "tasks/1/forget"],
+     "tasks/1/refresh", "tasks/1/collect", "tasks/1/forget", "settings", "price"],
 )  # fmt: skip
 def test_another_page_writes_nothing_even_where_comfyui_lets_it_in(open_server, path):
     """With --enable-cors-header ComfyUI asks nobody where he comes from."""

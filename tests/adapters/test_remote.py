@@ -144,8 +144,8 @@ def test_the_price_stands_on_the_node_before_and_the_cost_after(comfy, wiro):
     wiro.price = [{"inputs": {}, "price": 0.3, "priceMethod": "cpr"}]
     generate()
     assert (
-        "sending · price $0.30, limit $2.00 a run (default; change it in Settings > SkyReels > "
-        "Wiro or with python -m wiro_api limits --per-run USD)"
+        "sending · price $0.30, limit $2.00 a run, $20.00 a day (default; change it in Settings > "
+        "SkyReels > Wiro or with python -m wiro_api limits --per-run USD)"
     ) in comfy.texts
     assert comfy.texts[-1] == "done · $0.30 · task 2221"
 
@@ -749,7 +749,7 @@ def test_routes_are_registered_under_one_prefix():
 
     table = Table()
     routes.register(table)
-    assert len(table.paths) == 10
+    assert len(table.paths) == 12
     assert all(path.startswith("/skyreels/wiro/") for _, path in table.paths)
     assert {p for m, p in table.paths if m == "GET"} == {
         "/skyreels/wiro/account", "/skyreels/wiro/tasks",
@@ -782,7 +782,7 @@ def test_the_journal_is_shared_with_the_command_line(comfy, wiro, caplog):
     Journal(state.user_folder() / "journal.sqlite").adopt("8", "wiro/SkyReels-V1")
     assert {entry.taskid for entry in account.journal().newest()} == {"7", "8"}
     assert account.journal().path == state.open_state() / "journal.sqlite"
-    routes.save_limits({"per_run": "1", "per_day": "", "per_month": ""})
+    routes.save_limits({"per_run": "1", "per_day": "20", "per_month": ""})
     assert load_limits(state.open_state() / "limits.json").per_run == 1
     assert account.credentials_file() == own / "wiro.env"
     assert caplog.text == ""

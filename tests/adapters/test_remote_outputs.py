@@ -87,7 +87,8 @@ def sound(seconds: float = 0.5, rate: int = 8000) -> bytes:
 
 def kept(comfy, taskid: str = "2221") -> dict[str, bytes]:
     folder = comfy.root / "output" / "wiro" / taskid
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
+    files = (path for path in folder.iterdir() if not path.name.endswith(".receipt.json"))
+    return {path.name: path.read_bytes() for path in files}
 
 
 # --- whatever the model makes -------------------------------------------------------------------

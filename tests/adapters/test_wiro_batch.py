@@ -157,7 +157,8 @@ def test_twelve_pictures_three_places_one_fails(comfy, wiro, caplog):
     assert len(wiro.tasks) == 12
     refused = len(paid(wiro)) - 12
     assert 1 <= refused <= 4, "a place that is not there is not asked for again and again"
-    assert most[0] <= 1 + 3 + 1, "a thread for each that runs, the node's, one at the door"
+    # the node's, those that run or bring their files home, one at the door
+    assert most[0] < 1 + 12, "none for what waits"
     values = [value for value, _ in comfy.progress]
     after = values[values.index(1000) :] if 1000 in values else values
     assert after[1:] == sorted(after[1:]), "the bar of Collect never moves back"

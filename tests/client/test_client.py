@@ -149,6 +149,13 @@ def test_a_refused_run_is_its_own_error_and_is_not_sent_again(server, client, fa
     assert server.paths() == ["Task/List", "Run/wiro/SkyReels-V1"], "and not looked for"
 
 
+@pytest.mark.parametrize(("code", "rule"), [(97, r"balance of \$0.50"), (96, r"each \$10")])
+def test_a_refusal_for_want_of_money_or_places_tells_the_rule(server, client, code, rule):
+    server.fail("Run", (code, "Your balance is too low."))
+    with pytest.raises(ApiError, match=rf"{rule}.*Nothing was started"):
+        client.run(MODEL, PARAMETERS)
+
+
 def test_codes_map_to_different_classes(server, client):
     found = set()
     for code in (0, 1, 96, 97, 98, 99):

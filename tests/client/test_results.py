@@ -50,7 +50,9 @@ class Task:
         return [path.name for path in self.journal.get(self.row).files]
 
     def names(self) -> list[str]:
-        return sorted(path.name for path in self.folder.iterdir())
+        """Of the files in its folder, the receipt left aside."""
+        names = (path.name for path in self.folder.iterdir())
+        return sorted(name for name in names if not name.endswith(".receipt.json"))
 
     def fetched(self) -> int:
         count = len(self.server.fetched)

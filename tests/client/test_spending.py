@@ -187,7 +187,7 @@ def test_limits_come_back_as_they_were_saved(tmp_path):
 def test_the_default_holds_until_the_user_has_chosen_even_if_the_choice_is_none(tmp_path, chosen):
     file = tmp_path / "limits.json"
     assert load_limits(file).is_default
-    assert load_limits(file).per_run == 2
+    assert (load_limits(file).per_run, load_limits(file).per_day) == (2, 20)
     save_limits(file, chosen)
     assert load_limits(file) == chosen
     assert not load_limits(file).is_default
@@ -199,13 +199,13 @@ def test_the_default_holds_until_the_user_has_chosen_even_if_the_choice_is_none(
         (
             "0.30",
             DEFAULT_LIMITS,
-            r"price \$0.30, limit \$2.00 a run \(default; change it in Settings",
+            r"price \$0.30, limit \$2.00 a run, \$20.00 a day \(default; change it in Settings",
         ),
         ("0.30", DEFAULT_LIMITS, "limits --per-run USD"),
         (
             None,
             DEFAULT_LIMITS,
-            r"not told before the run, so the default limit of \$2.00 a run cann",
+            r"not told before the run, so the default limit of \$2.00 a run cannot hold it; it",
         ),
         ("0.30", Limits(), r"price \$0.30, no limit$"),
         (None, Limits(), "price not told before the run, no limit$"),
@@ -221,8 +221,10 @@ def test_the_first_line_tells_price_and_limits(cost, limits, told):
     ("before", "after", "is_more"),
     [
         (DEFAULT_LIMITS, Limits(), True),
-        (DEFAULT_LIMITS, Limits(Decimal(2)), False),
-        (DEFAULT_LIMITS, Limits(Decimal("2.01")), True),
+        (DEFAULT_LIMITS, Limits(Decimal(2)), True),  # no limit of a day any more
+        (DEFAULT_LIMITS, Limits(Decimal(2), Decimal(20)), False),
+        (DEFAULT_LIMITS, Limits(Decimal(2), Decimal(21)), True),
+        (DEFAULT_LIMITS, Limits(Decimal("2.01"), Decimal(20)), True),
         (DEFAULT_LIMITS, Limits(Decimal(1), Decimal(5)), False),
         (Limits(), Limits(Decimal(1)), False),
         (Limits(), Limits(), False),
@@ -325,6 +327,35 @@ def test_a_run_without_a_price_is_refused_if_there_is_a_limit_and_sent_if_there_
         begin(client, journal, cost=None, per_month="1000")
     assert server.seen == []
     assert begin(client, journal, cost=None).state == "started"
+
+
+@pytest.mark.parametrize(("cost", "number"), [("2.00", 10), ("0.30", 66), (None, 10)])
+def test_the_default_holds_a_day_however_many_nodes_a_workflow_has(
+    server, client, journal, cost, number
+):
+    """A run whose price is not told counts as the dearest one until its cost is known."""
+    price = None if cost is None else Price(Decimal(cost), is_exact=True)
+    refused = 0
+    for take in range(number + 5):
+        try:
+            start(client, journal, MODEL, PARAMETERS, take=take, price=price,
+                  limits=lambda: DEFAULT_LIMITS)  # fmt: skip
+        except LimitError as error:
+            refused += 1
+            assert re.search(
+                r"limit is \$20.00 a day, and \$\S+ of it is spent. Nothing", str(error)
+            )
+    assert (runs(server), refused) == (number, 5)
+
+
+def test_a_run_whose_price_was_not_told_counts_by_its_cost_once_that_is_known(
+    server, client, journal, tmp_path
+):
+    server.states = ("task_postprocess_end",)
+    entry = start(client, journal, MODEL, PARAMETERS, limits=lambda: DEFAULT_LIMITS)
+    assert journal.spent().day == 2
+    complete(client, server, journal, entry, tmp_path / "out")
+    assert journal.spent().day == Decimal("0.00351")
 
 
 @pytest.mark.parametrize("limit", ["per_day", "per_month"])
@@ -462,14 +493,14 @@ def test_limits_are_set_shown_and_lifted_by_the_command_line(tmp_path):
 
     done = limits("--per-run", "0.5", "--per-month", "$20")
     assert json.loads(done.stdout) == {
-        "limits": {"per_run": "0.5", "per_day": None, "per_month": "20"},
+        "limits": {"per_run": "0.5", "per_day": "20", "per_month": "20"},
         "spent": {"day": "0.3", "month": "0.3"},
     }
-    assert "per day    no limit" in done.stderr
+    assert "per day    $20.00" in done.stderr
     assert "spent: $0.30 today, $0.30 this month" in done.stderr
     limits("--per-run", "none")
-    assert load_limits(tmp_path / "limits.json") == Limits(per_month=Decimal(20))
+    assert load_limits(tmp_path / "limits.json") == Limits(None, Decimal(20), Decimal(20))
     wrong = limits("--per-day", "plenty")
     assert wrong.returncode == 1
     assert "'plenty' is not a limit" in json.loads(wrong.stdout)["error"]
-    assert load_limits(tmp_path / "limits.json") == Limits(per_month=Decimal(20))
+    assert load_limits(tmp_path / "limits.json") == Limits(None, Decimal(20), Decimal(20))

@@ -9,7 +9,7 @@ const LIMITS = [
   ["per_month", "Per month"],
 ];
 const ABOUT_DEFAULT =
-  "Nobody has set limits yet: until then this one holds, and models whose price is not told do " +
+  "Nobody has set limits yet: until then these hold, and models whose price is not told do " +
   "not run. Save any (or none) to choose yourself.";
 const NO_LIMIT = "A limit is a number of US dollars such as 0.50, or empty for no limit.";
 const ABOUT_KEY =
@@ -17,6 +17,10 @@ const ABOUT_KEY =
   "browser. WIRO_API_KEY and WIRO_API_SECRET in the server's environment go before it.";
 const ABOUT_PROOF =
   "Wanted to replace or remove the key, and to raise or remove a limit; to lower one it is not.";
+const START = "When ComfyUI starts, bring home what runs at Wiro";
+const ABOUT_START =
+  "Tasks that were under way when it ended are followed and their files fetched, four at a time. " +
+  "Nothing is paid for.";
 const PLAIN_HTTP =
   "This page is not encrypted: others on the network could read a key typed here. Set it in " +
   "the server's environment instead.";
@@ -55,6 +59,7 @@ export function createAccountForm() {
   const proof = createProofPart();
   const key = createKeyPart(proof);
   const limits = createLimitsPart(proof);
+  const start = createStartPart();
   const notes = make("p", "skw-warning");
   followAccount((now) => setLine(notes, accountNotes(now).join(" ")));
   const clear = () => {
@@ -62,7 +67,8 @@ export function createAccountForm() {
     proof.clear();
   };
   return {
-    element: make("div", "skw skw-form", {}, notes, key.element, limits.element, proof.element),
+    element: make("div", "skw skw-form", {}, notes, key.element, limits.element, proof.element,
+      start.element),
     focus: key.focus,
     focusLimits: limits.focus,
     clear,
@@ -190,6 +196,35 @@ function createLimitsPart(proof) {
     result.element,
   );
   return { element, focus: () => inputs.per_run.focus() };
+}
+
+/** What ComfyUI does with remote tasks when it starts. */
+function createStartPart() {
+  const box = make("input", "", { type: "checkbox" });
+  const result = resultLine();
+  const save = result.wrap(async () => {
+    box.disabled = true;
+    try {
+      tell(await post("settings", { collect_at_start: box.checked }));
+      result.say("Saved.");
+    } catch (error) {
+      box.checked = !box.checked; // as it was
+      throw error;
+    } finally {
+      box.disabled = false;
+    }
+  });
+  box.addEventListener("change", save);
+  followAccount((now) => {
+    if (!box.disabled) box.checked = now.collect_at_start === true;
+  });
+  const element = make(
+    "section", "skw-part", { "aria-label": "When ComfyUI starts" },
+    make("label", "skw-check", {}, box, START),
+    make("p", "skw-faint", {}, ABOUT_START),
+    result.element,
+  );
+  return { element };
 }
 
 // no <form> around it: browsers offer to store what is typed into one

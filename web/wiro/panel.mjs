@@ -3,9 +3,12 @@ import { createAccountForm, followAccount, loadAccount, mayHaveKey } from "./acc
 import { actionButton, complain, make, setLine, setText } from "./dom.mjs";
 import { TaskRow } from "./row.mjs";
 import { get, ServerError } from "./server.mjs";
+import { csvName, FILTERS, isFiltering, NO_FILTER, select, toCsv } from "./table.mjs";
 import { accountNotes, keyLine, limitLine, needsAsking, spentLine } from "./words.mjs";
 
-const SHOWN = 50;
+const SHOWN = 50; // at first, and how many more the button adds
+const PAGE = 500; // older tasks that one question brings
+const FOUND_AT_MOST = 10000; // tasks that are looked through for a search
 const TICK_MS = 1000;
 const ASK_MS = 10000;
 const ASKED_AT_ONCE = 20;
@@ -25,7 +28,14 @@ export function createPanel() {
 
 class Panel {
   constructor() {
-    this.rows = new Map();
+    this.tasks = new Map(); // all that are known
+    this.heardAt = new Map(); // task -> the counter at its last event
+    this.rows = new Map(); // those that are on the page
+    this.filter = NO_FILTER;
+    this.shown = SHOWN;
+    this.hasOlder = false;
+    this.loadingOlder = null;
+    this.wanted = 0; // tasks that shall be known
     this.counter = 0; // orders events and questions
     this.timers = [];
     this.spentTimer = 0;
@@ -64,13 +74,93 @@ class Panel {
     this.list = make("ul", "skw-list", { "aria-label": "Remote tasks" });
     this.empty = make("div", "skw-empty", {}, ...EMPTY.map((text) => make("p", "", {}, text)));
     this.empty.hidden = true;
+    this.#buildSearch();
     this.spoken = make("div", "skw-spoken", { role: "status" });
     this.element = make(
       "section", "skw skw-panel", { "aria-label": "Wiro remote tasks" },
       make("div", "skw-top", {}, this.key, this.setKey, refresh),
       this.money, make("div", "skw-limit", {}, this.limit, this.setLimit), this.notes,
-      this.accountBox, this.spoken, this.empty, this.list,
+      this.accountBox, this.search, this.spoken, this.empty, this.list, this.more,
     );
+  }
+
+  #buildSearch() {
+    const field = (tag, attributes, ...children) =>
+      make(tag, "skw-input", { autocomplete: "off", ...attributes }, ...children);
+    const options = FILTERS.map(([value, text]) => make("option", "", { value }, text));
+    this.fields = {
+      text: field("input", {
+        type: "search", placeholder: "model, task id or error", "aria-label": "Search tasks",
+        maxlength: "200",
+      }),
+      group: field("select", { "aria-label": "State" }, ...options),
+      from: field("input", { type: "date", "aria-label": "From day", title: "From" }),
+      to: field("input", { type: "date", "aria-label": "To day", title: "To" }),
+    };
+    const change = () => this.#setFilter();
+    for (const input of Object.values(this.fields)) input.addEventListener("input", change);
+    const { text, group, from, to } = this.fields;
+    this.count = make("span", "skw-faint", { role: "status" });
+    this.exporter = actionButton("Export as CSV", () => this.#export());
+    this.search = make(
+      "section", "skw-search", { "aria-label": "Search and export", role: "search" },
+      text, group,
+      make("div", "skw-days", {}, from, make("span", "skw-faint", {}, "to"), to),
+      make("div", "skw-found", {}, this.count, this.exporter),
+    );
+    this.more = actionButton("Show more", () => this.#showMore());
+    this.more.classList.add("skw-more");
+    this.more.hidden = true;
+  }
+
+  #setFilter() {
+    const values = Object.entries(this.fields).map(([name, input]) => [name, input.value]);
+    this.filter = Object.fromEntries(values);
+    this.shown = SHOWN;
+    this.#render();
+    if (isFiltering(this.filter)) this.#loadOlder(FOUND_AT_MOST).catch(complain);
+  }
+
+  async #showMore() {
+    this.shown += SHOWN;
+    if (select(this.tasks.values(), this.filter).length < this.shown) {
+      await this.#loadOlder(this.tasks.size + PAGE);
+    }
+    this.#render();
+  }
+
+  /** Older tasks, until so many are known or there are no more; one caller at a time. */
+  #loadOlder(wanted) {
+    this.wanted = Math.max(this.wanted, wanted); // one that is under way goes on as far
+    this.loadingOlder ??= this.#fetchOlder().finally(() => (this.loadingOlder = null));
+    return this.loadingOlder;
+  }
+
+  async #fetchOlder() {
+    while (this.hasOlder && this.tasks.size < this.wanted) {
+      const oldest = Math.min(...this.tasks.keys());
+      let answer;
+      try {
+        answer = await get(`tasks?limit=${PAGE}&before=${oldest}`);
+      } catch (error) {
+        this.trouble = error.message;
+        this.#updateTop();
+        return;
+      }
+      for (const task of answer.tasks) if (task.id < oldest) this.tasks.set(task.id, task);
+      this.hasOlder = answer.has_more && answer.tasks.length > 0;
+      this.#render();
+    }
+  }
+
+  #export() {
+    const tasks = select(this.tasks.values(), this.filter);
+    const url = URL.createObjectURL(new Blob([toCsv(tasks)], { type: "text/csv;charset=utf-8" }));
+    const link = make("a", "", { href: url, download: csvName(Date.now() / 1000) });
+    this.element.append(link); // some browsers follow only what is on the page
+    link.click();
+    link.remove();
+    setTimeout(() => URL.revokeObjectURL(url), 60000);
   }
 
   mount(container) {
@@ -103,9 +193,9 @@ class Panel {
 
   /** An event of the server: always newer than what is known. */
   hear(task) {
-    const row = this.#put(task);
-    row.heardAt = ++this.counter;
-    this.#updateEmpty();
+    this.#take(task);
+    this.heardAt.set(task.id, ++this.counter);
+    this.#render();
   }
 
   /** The socket is gone: the page says so until it is back. */
@@ -133,7 +223,7 @@ class Panel {
       const answer = await get(`tasks?limit=${SHOWN}`);
       this.#setOffline(false);
       this.trouble = answer.error;
-      this.#takeList(answer.tasks, began);
+      this.#takeList(answer.tasks, answer.has_more, began);
       await loadAccount();
     } catch (error) {
       if (!(error instanceof ServerError)) complain(error);
@@ -143,35 +233,59 @@ class Panel {
     this.#updateTop();
   }
 
-  #takeList(tasks, began) {
+  #takeList(tasks, hasMore, began) {
     const listed = new Set(tasks.map((task) => task.id));
-    for (const row of [...this.rows.values()]) {
-      if (!listed.has(row.id) && row.heardAt < began) this.#drop(row);
+    const oldest = hasMore ? Math.min(...listed) : 0; // of older ones the answer says nothing
+    for (const id of [...this.tasks.keys()]) {
+      if (id >= oldest && !listed.has(id) && !(this.heardAt.get(id) > began)) this.tasks.delete(id);
     }
+    const isFirst = ![...this.tasks.keys()].some((id) => id < oldest);
+    if (isFirst) this.hasOlder = hasMore;
     for (const task of tasks) {
       // an event that came after the question is newer than the answer
-      if (!(this.rows.get(task.id)?.heardAt > began)) this.#put(task);
+      if (!(this.heardAt.get(task.id) > began)) this.#take(task);
     }
-    this.#updateEmpty();
+    this.#render();
   }
 
-  #put(task) {
+  #take(task) {
+    this.tasks.set(task.id, task);
     const row = this.rows.get(task.id);
-    if (!row) return this.#add(task);
+    if (row) this.#update(row, task);
+  }
+
+  #update(row, task) {
     const wasActive = row.state.isActive;
     row.update(task);
     if (wasActive && !row.state.isActive) this.#announceEnd(row);
-    return row;
+  }
+
+  /** What the filter leaves, as far as it is to be shown. */
+  #render() {
+    const found = select(this.tasks.values(), this.filter);
+    const shown = new Map(found.slice(0, this.shown).map((task) => [task.id, task]));
+    for (const row of [...this.rows.values()]) if (!shown.has(row.id)) this.#drop(row);
+    for (const task of shown.values()) if (!this.rows.has(task.id)) this.#add(task);
+    const isSearch = isFiltering(this.filter);
+    const left = found.length - shown.size;
+    this.more.hidden = !left && !this.hasOlder;
+    this.search.hidden = !this.tasks.size;
+    const older = this.hasOlder ? "+" : "";
+    const of = isSearch ? ` of ${this.tasks.size}${older}` : older;
+    setText(this.count, `${found.length}${of} ${this.tasks.size === 1 ? "task" : "tasks"}`);
+    setText(this.exporter, `Export ${found.length} as CSV`);
+    this.exporter.disabled = !found.length;
+    this.empty.hidden = this.tasks.size > 0;
   }
 
   // rows that are there never move: a video that is moved starts again
   #add(task) {
     const row = new TaskRow(task);
+    row.onUpdate = (now) => this.tasks.set(now.id, now);
     const older = [...this.list.children].find((element) => element.skwId < task.id);
     row.element.skwId = task.id;
     this.list.insertBefore(row.element, older ?? null);
     this.rows.set(task.id, row);
-    return row;
   }
 
   #drop(row) {
@@ -242,10 +356,6 @@ class Panel {
     this.setKey.hidden = !account || account.has_key;
     setText(this.money, trouble || (account ? spentLine(account) : "\u00a0"));
     this.money.classList.toggle("skw-bad", Boolean(trouble));
-  }
-
-  #updateEmpty() {
-    this.empty.hidden = this.rows.size > 0;
   }
 
   #openForm(where) {

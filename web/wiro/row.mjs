@@ -10,7 +10,7 @@ const SHOWN_FILES = 6; // of a task with more, the rest are links only
 export class TaskRow {
   constructor(task) {
     this.id = task.id;
-    this.heardAt = 0; // the panel's counter at the last event
+    this.onUpdate = () => {}; // called with each new state of the task
     this.pauses = 0; // rounds of asking to leave out after errors
     this.failures = 0;
     this.files = new Map();
@@ -78,6 +78,7 @@ export class TaskRow {
     const state = describe(task);
     this.task = task;
     this.state = state;
+    this.onUpdate(task);
     this.element.dataset.tone = state.tone;
     setText(this.word, state.word);
     setText(this.cost, costOf(task));
