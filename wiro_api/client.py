@@ -57,6 +57,7 @@ from .transport import (
     in_time,
     is_passing,
     make_session,
+    nothing,
     post,
     wait_s,
 )
@@ -96,10 +97,6 @@ PROOF_S = 120.0
 NOTHING_MADE = frozenset({*range(300, 400), 401, 403, 404, 405, 413, 429})
 STOP_ROUNDS, STOP_WAIT_S = 3, 2.0
 NO_OUTPUT_READS, NO_OUTPUT_WAIT_S = 3, 2.0
-
-
-def nothing(*_: object) -> None:
-    """Do nothing."""
 
 
 def always(*_: object) -> bool:

@@ -34,6 +34,7 @@ from .transport import (
     CONNECT_S,
     READ_S,
     FilePart,
+    nothing,
     retry_after,
     setting_at_fault,
     wait_s,
@@ -74,10 +75,6 @@ _PART = re.compile(r"\.wiro-(\d+)-[0-9a-f]+\.part")
 #: temporary files of this process; those of its number from before are another process's
 _own_parts: set[str] = set()
 _BEGAN = time.time() - 10.0  # for disks that keep coarse times
-
-
-def nothing(*_: object) -> None:
-    """Do nothing."""
 
 
 def download(

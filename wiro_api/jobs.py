@@ -41,7 +41,6 @@ from .files import (
     download,
     is_name_of,
     is_whole,
-    nothing,
     safe_name,
 )
 from .journal import Entry, Journal, LostEntryError
@@ -49,7 +48,7 @@ from .receipts import write_receipt
 from .schema import SKYREELS, complete, items_of
 from .spending import Limits, Price, check_limits, price_of
 from .task import Output, Progress, Task, Verdict, verdict
-from .transport import FilePart
+from .transport import FilePart, nothing
 from .websocket import ProgressSocket
 
 logger = logging.getLogger(__name__)

@@ -15,8 +15,9 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from .files import nothing, safe_name
+from .files import safe_name
 from .task import Task, dollars, redact, verdict
+from .transport import nothing
 
 logger = logging.getLogger(__name__)
 

@@ -84,6 +84,10 @@ Found = TypeVar("Found")
 FilePart = tuple[str, bytes, str]
 
 
+def nothing(*_: object) -> None:
+    """Do nothing."""
+
+
 def check_base_url(url: str, *, schemes: tuple[str, str] = ("https", "http")) -> str:
     """An address without its trailing slash.
 
