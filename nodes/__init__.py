@@ -3,14 +3,15 @@
 Ids equal class names and never change.
 """
 
-from . import autocollect, host, routes
-from .conditioning import SkyReelsImageConditioning
-from .decode import SkyReelsVAEDecode
-from .loaders import SkyReelsTransformerLoader, SkyReelsVAELoader
-from .remote import WiroRemoteI2V, WiroRunModel, WiroTaskResult, WiroUploadFile
-from .sampler import SkyReelsSampler, SkyReelsScheduler
-from .text import SkyReelsTextEncode, SkyReelsTextEncoderLoader
-from .wiro_batch import WiroCollect, WiroSubmit
+from . import host
+from .local.decode import SkyReelsVAEDecode
+from .local.image import SkyReelsImageConditioning
+from .local.loaders import SkyReelsTransformerLoader, SkyReelsVAELoader
+from .local.sampler import SkyReelsSampler, SkyReelsScheduler
+from .local.text import SkyReelsTextEncode, SkyReelsTextEncoderLoader
+from .remote import autocollect, routes
+from .remote.batch import WiroCollect, WiroSubmit
+from .remote.nodes import WiroRemoteI2V, WiroRunModel, WiroTaskResult, WiroUploadFile
 
 NODE_CLASS_MAPPINGS = {
     "SkyReelsTransformerLoader": SkyReelsTransformerLoader,

@@ -6,9 +6,6 @@
 Nothing here knows about ComfyUI: whatever hosts the engine passes in a Runtime.
 """
 
-from .cache import CACHES, CacheConfig
-from .checkpoint import CheckpointInfo, inspect
-from .conditioning import ImageConditioning, encode_image
 from .config import Guidance, Tiling, TransformerConfig, VAEConfig
 from .errors import (
     CheckpointError,
@@ -19,14 +16,20 @@ from .errors import (
     SkyReelsError,
     TextError,
 )
-from .loading import load_transformer, load_vae
-from .model import SkyReelsTransformer
+from .image import encode_image
+from .latents import ImageConditioning
 from .pipeline import image_to_video
 from .runtime import Runtime, TorchRuntime
-from .sampling import get_sigmas, initial_noise, sample
-from .text import PromptEmbeds, TextEncoder, encode_prompt, load_text_encoder
+from .sampling.sample import get_sigmas, initial_noise, sample
+from .sampling.step_cache import CACHES, CacheConfig
+from .text.embeds import PromptEmbeds
+from .text.encode import encode_prompt
+from .text.load import TextEncoder, load_text_encoder
+from .transformer.model import SkyReelsTransformer
 from .vae.model import VideoVAE
 from .vae.tiling import decode_frames, iter_decode
+from .weights.inspect import CheckpointInfo, inspect
+from .weights.load import load_transformer, load_vae
 
 __all__ = [
     "CACHES",

@@ -15,17 +15,17 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from .attention import MODES
-from .cache import CACHES
 from .config import TILINGS, TRANSFORMER_PRECISIONS
 from .errors import OptionError, SkyReelsError
 from .interrupt import remembered_interrupt
+from .sampling.step_cache import CACHES
+from .transformer.attention import MODES
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from .runtime import Runtime
-    from .text import PromptEmbeds
+    from .text.embeds import PromptEmbeds
 
 EXIT_ERROR = 1
 EXIT_INTERRUPTED = 130
@@ -173,7 +173,7 @@ def build_parser() -> argparse.ArgumentParser:
 def run_generate(arguments: argparse.Namespace) -> dict[str, Any]:
     """`generate`: load, encode, sample, decode, write."""
     start = time.perf_counter()
-    from .video import check_output
+    from .media import check_output
 
     check_output(arguments.out)  # before minutes of work, not after
     paths = (arguments.transformer, arguments.vae, arguments.text_encoder)
@@ -190,8 +190,8 @@ def run_generate(arguments: argparse.Namespace) -> dict[str, Any]:
     )
 
     from .builtin import BUILTIN_NOTICE, example_image
-    from .conditioning import check_size
-    from .video import read_image, write_frames
+    from .latents import check_size
+    from .media import read_image, write_frames
 
     check_size(width, height, num_frames)
     image = read_image(arguments.image) if arguments.image else example_image()
@@ -226,19 +226,21 @@ def _generate(
 ) -> "Tensor":
     from .builtin import builtin_transformer, builtin_vae
     from .config import Guidance
-    from .loading import check_transformer, check_vae, load_transformer, load_vae
     from .pipeline import image_to_video
     from .runtime import TorchRuntime
+    from .weights.load import check_transformer, check_vae, load_transformer, load_vae
 
     runtime = TorchRuntime(pick_device(arguments.device), on_progress=report, on_check=check)
     if arguments.transformer is not None:  # minutes before they are loaded
         check_transformer(arguments.transformer)
         check_vae(arguments.vae)
     # what was asked for tells in a line what it did
-    asked = {"cache": arguments.cache != "off", "attention": arguments.attention != "exact"}
-    for module, is_asked in asked.items():
-        level = logging.INFO if is_asked else logging.NOTSET
-        logging.getLogger(f"{__package__}.{module}").setLevel(level)
+    asked = {
+        "skyreels.sampling.step_cache": arguments.cache != "off",
+        "skyreels.transformer.attention": arguments.attention != "exact",
+    }
+    for name, is_asked in asked.items():
+        logging.getLogger(name).setLevel(logging.INFO if is_asked else logging.NOTSET)
     prompt, negative = _encode_prompts(arguments, runtime)
     precision = arguments.precision
     if arguments.transformer is None:
@@ -269,13 +271,8 @@ def _encode_prompts(
     With --prompt-cache, prompts encoded earlier are found without loading it at all.
     """
     from .builtin import builtin_text_encoder
-    from .text import (
-        DEFAULT_NEGATIVE_PROMPT,
-        cached_prompt,
-        encode_prompt,
-        fingerprint_text_encoder,
-        load_text_encoder,
-    )
+    from .text.encode import DEFAULT_NEGATIVE_PROMPT, cached_prompt, encode_prompt
+    from .text.load import fingerprint_text_encoder, load_text_encoder
 
     folder, cache = arguments.text_encoder, arguments.prompt_cache
     negative = DEFAULT_NEGATIVE_PROMPT if arguments.negative is None else arguments.negative
@@ -352,7 +349,7 @@ def progress_bar() -> Iterator[Any]:
 
 def run_inspect(arguments: argparse.Namespace) -> dict[str, Any]:
     """`inspect`: describe a checkpoint."""
-    from .checkpoint import FAMILY_NAMES, inspect
+    from .weights.inspect import FAMILY_NAMES, inspect
 
     info = inspect(arguments.path)
     if not arguments.json:

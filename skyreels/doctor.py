@@ -11,11 +11,11 @@ from pathlib import Path
 
 import torch
 
-from . import attention, linear, quant
-from .checkpoint import FAMILY_NAMES, inspect
 from .errors import SkyReelsError
 from .kernels import dispatch, selection
 from .runtime import TorchRuntime
+from .transformer import attention, linear, quant
+from .weights.inspect import FAMILY_NAMES, inspect
 
 #: package -> what it is for here
 PACKAGES = {

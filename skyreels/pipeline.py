@@ -4,14 +4,14 @@ from pathlib import Path
 
 from torch import Tensor
 
-from .attention import Attention
-from .cache import OFF, CacheConfig
-from .conditioning import encode_image
 from .config import Guidance
-from .model import SkyReelsTransformer
+from .image import encode_image
 from .runtime import Runtime
-from .sampling import Solver, euler, get_sigmas, sample
-from .text import PromptEmbeds
+from .sampling.sample import Solver, euler, get_sigmas, sample
+from .sampling.step_cache import OFF, CacheConfig
+from .text.embeds import PromptEmbeds
+from .transformer.attention import Attention
+from .transformer.model import SkyReelsTransformer
 from .vae.model import VideoVAE
 from .vae.tiling import decode_frames
 

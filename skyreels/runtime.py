@@ -1,7 +1,7 @@
 """The one seam between the engine and whatever hosts it.
 
 The engine never asks which program it runs in: it is handed a Runtime, places work on its device,
-reports progress to it and gives it a chance to stop. ComfyUI's version lives in nodes/host.py.
+reports progress to it and gives it a chance to stop. ComfyUI's version lives in nodes/host.
 """
 
 from collections.abc import Callable

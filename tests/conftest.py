@@ -70,7 +70,7 @@ def comfy(monkeypatch, tmp_path):
 @pytest.fixture
 def wiro(monkeypatch):
     """A loopback Wiro whose tasks end at once with a small video; its key is in the environment."""
-    from comfyui_skyreels.nodes import wiro_run
+    from comfyui_skyreels.nodes.remote import run as wiro_run
     from support.clip import make_clip
     from support.wiro_server import KEY, SECRET, WiroServer
 

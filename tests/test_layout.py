@@ -4,6 +4,7 @@ import ast
 import re
 import subprocess
 import sys
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -20,28 +21,15 @@ HOST = {
 }
 HEAVY = {"diffusers", "transformers", "triton", "av", "PIL", "websocket", "tokenizers"}
 
-#: a module may import those that stand in a later row, or in its own
+#: a room of skyreels/ (a file, or a folder) may import those of a later row, and of its own folder
 LAYERS = [
-    {"cli", "__main__"},
-    {"doctor", "pipeline", "builtin"},
-    {"sampling", "loading", "vae.tiling", "video"},
-    {"modulation"},
-    {"conditioning", "text"},
-    {"memory", "checkpoint"},
-    {"cache"},
-    {"model", "vae.model", "vae"},
-    {"layers", "keymaps"},
-    {"linear"},
-    {"attention", "attention_quality", "quant"},
+    {"cli"},
+    {"builtin", "doctor", "pipeline"},
+    {"sampling", "weights"},
+    {"image", "media", "text"},
+    {"transformer", "vae"},
+    {"latents", "offload"},
     {"kernels"},
-    {"kernels.selection"},
-    {
-        "kernels.triton_attention",
-        "kernels.triton_int8",
-        "kernels.triton_kernels",
-        "kernels.triton_rescale",
-    },
-    {"kernels.dispatch", "kernels.reference", "kernels.triton_common"},
     {"config", "errors", "interrupt", "runtime"},
 ]
 
@@ -75,26 +63,52 @@ def test_engine_and_client_never_name_the_host_or_each_other(path):
         assert all(module.split(".")[0] != "torch" for module, _, _ in imports(path))
 
 
-@pytest.mark.parametrize("path", sources("skyreels"), ids=str)
-def test_imports_in_the_engine_only_go_down(path):
-    parts = path.relative_to(ROOT / "skyreels").with_suffix("").parts
-    name = ".".join(part for part in parts if part != "__init__")
-    if not name:
-        return  # the package root re-exports
-    row = next(i for i, layer in enumerate(LAYERS) if name in layer)
-    for module, level, is_late in imports(path):
-        if level == 0 or is_late:
-            continue
-        package = parts[: len(parts) - level]
-        target = ".".join([*package, *filter(None, module.split("."))])
-        if target:
-            assert next(i for i, layer in enumerate(LAYERS) if target in layer) >= row, target
+def imported_modules(path: Path) -> set[str]:
+    """Dotted names, below the pack, of what a module of the engine imports when it is imported."""
+    package = path.relative_to(ROOT).parts[:-1]
+    found = set()
+    for node in ast.parse(path.read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.ImportFrom) and node.level:
+            base = package[: len(package) - node.level + 1]
+            base += tuple(node.module.split(".")) if node.module else ()
+            for alias in node.names:
+                inner = ROOT.joinpath(*base, alias.name)
+                is_module = inner.with_suffix(".py").exists() or inner.is_dir()
+                found.add(".".join((*base, alias.name) if is_module else base))
+    return found
 
 
-def test_of_the_nodes_only_the_host_adapter_names_comfyui():
+def test_imports_in_the_engine_only_go_down():
+    floors = {room: floor for floor, rooms in enumerate(LAYERS) for room in rooms}
+    there = {path.stem for path in (ROOT / "skyreels").iterdir() if "." not in path.stem}
+    assert floors.keys() == there - {"__init__", "__main__", "__pycache__", "py"}
+    upward = []
+    for path in sources("skyreels"):
+        room = path.relative_to(ROOT / "skyreels").with_suffix("").parts[0]
+        if room in {"__init__", "__main__"}:
+            continue  # these only name what others made
+        for target in imported_modules(path):
+            other = target.split(".")[1]
+            if other != room and floors[other] <= floors[room]:
+                upward.append(f"{path.relative_to(ROOT)} -> {target}")
+    assert upward == []
+
+
+@pytest.mark.parametrize("folder", ["nodes", "skyreels", "wiro_api"])
+def test_no_imports_go_in_a_circle(folder):
+    def name_of(path: Path) -> str:
+        parts = path.relative_to(ROOT).with_suffix("").parts
+        return ".".join(part for part in parts if part != "__init__")
+
+    graph = {name_of(path): imported_modules(path) for path in sources(folder)}
+    graph.pop(folder)  # the root re-exports
+    TopologicalSorter(graph).prepare()  # raises CycleError, naming the circle
+
+
+def test_of_the_nodes_only_the_host_folder_names_comfyui():
     for path in sources("nodes"):
         named = {module.split(".")[0] for module, level, _ in imports(path) if not level}
-        assert path.name == "host.py" or not named & HOST, path
+        assert path.parent.name == "host" or not named & HOST, path
 
 
 @pytest.mark.parametrize("folder", ["nodes", "skyreels", "wiro_api"])
@@ -102,11 +116,10 @@ def test_heavy_packages_are_imported_inside_functions(folder):
     for path in sources(folder):
         for module, level, is_late in imports(path):
             root = module.split(".")[0]
-            if root == "triton" and path.name.startswith("triton_"):
-                continue  # these are themselves imported inside functions, as below
+            if path.parent.name == "triton":
+                continue  # these are themselves imported inside functions
             assert level or is_late or root not in HEAVY | (HOST if folder == "nodes" else set())
-            is_kernel = module.split(".")[-1].startswith("triton_")
-            assert is_late or path.name.startswith("triton_") or not is_kernel, module
+            assert is_late or "triton" not in module.split("."), module
 
 
 def test_library_works_alone_and_leaves_the_host_and_heavy_packages_out():

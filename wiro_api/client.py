@@ -65,7 +65,7 @@ from .transport import (
 if TYPE_CHECKING:
     from .websocket import ProgressSocket
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger("wiro_api.client")
 
 #: attempts of a read, and of a Run that never left
 READ_ATTEMPTS, RUN_ATTEMPTS = 5, 3

@@ -40,7 +40,7 @@ from .transport import (
     wait_s,
 )
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger("wiro_api.files")
 
 #: the service's limit for an uploaded file
 MAX_UPLOAD_BYTES = 100 * 1000 * 1000

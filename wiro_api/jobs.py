@@ -34,15 +34,7 @@ from .errors import (
     TransportError,
     WiroError,
 )
-from .files import (
-    BEHIND_S,
-    NOT_YET_S,
-    TICK_S,
-    download,
-    is_name_of,
-    is_whole,
-    safe_name,
-)
+from .files import BEHIND_S, NOT_YET_S, TICK_S, download, is_name_of, is_whole, safe_name
 from .journal import Entry, Journal, LostEntryError
 from .receipts import write_receipt
 from .schema import SKYREELS, complete, items_of
@@ -51,7 +43,7 @@ from .task import Output, Progress, Task, Verdict, verdict
 from .transport import FilePart, nothing
 from .websocket import ProgressSocket
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger("wiro_api.jobs")
 
 #: rows whose files somebody is bringing home in this process, as (journal, row)
 _coming: set[tuple[Path, int]] = set()

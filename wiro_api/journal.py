@@ -37,7 +37,7 @@ from .errors import ConfigError
 from .spending import Limits, Price, Spent, check_limits, reserved
 from .task import Task, Verdict, decimal_of, dollars, may_lag, verdict
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger("wiro_api.journal")
 
 #: seconds to wait for another process that is writing
 BUSY_S = 10.0

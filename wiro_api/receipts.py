@@ -19,7 +19,7 @@ from .files import safe_name
 from .task import Task, dollars, redact, verdict
 from .transport import nothing
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger("wiro_api.receipts")
 
 #: of this package, as pyproject.toml says
 VERSION = "0.1.0"

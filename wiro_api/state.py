@@ -20,7 +20,7 @@ from .errors import ConfigError
 from .journal import BUSY_S, Journal
 from .spending import LIMIT_NAMES, Limits, load_limits, save_limits
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger("wiro_api.state")
 
 STATE_VARIABLE = "WIRO_STATE_DIR"
 JOURNAL_NAME, LIMITS_NAME = "journal.sqlite", "limits.json"

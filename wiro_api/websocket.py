@@ -37,7 +37,7 @@ from .transport import (
     shut,
 )
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger("wiro_api.websocket")
 
 SOCKET_URL = "wss://socket.wiro.ai/v1"
 SOCKET_URL_VARIABLE = "WIRO_SOCKET_URL"

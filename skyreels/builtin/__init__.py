@@ -10,11 +10,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..loading import load_transformer, load_vae
-from ..model import SkyReelsTransformer
 from ..runtime import Runtime
-from ..text import TextEncoder, load_text_encoder
+from ..text.load import TextEncoder, load_text_encoder
+from ..transformer.model import SkyReelsTransformer
 from ..vae.model import VideoVAE
+from ..weights.load import load_transformer, load_vae
 
 BUILTIN_NAME = "built-in (tiny, 64x64)"
 BUILTIN_NOTICE = (

@@ -1,7 +1,7 @@
 """The memory-bound steps between the matrix products, fused.
 
 Each step is one torch operator, so that compilers, shape-only tensors and counters see one call:
-`reference.py` says what it computes and runs on a CPU, `triton_kernels.py` is what runs on a GPU
+`reference.py` says what it computes and runs on a CPU, `triton/` is what runs on a GPU
 where it passes its self-test (`selection.py`). Tensors that need gradients take the reference.
 
 Where a `RowFormat` is given, the result is rounded to 8 bits row by row in the same pass and comes

@@ -28,7 +28,7 @@ import torch
 
 from ..errors import OptionError
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger("skyreels.kernels.dispatch")
 
 BACKEND_VARIABLE, ATTENTION_VARIABLE = "SKYREELS_BACKEND", "SKYREELS_ATTENTION"
 BACKENDS = ("auto", "reference", "triton")

@@ -39,7 +39,7 @@ _decisions: dict[Hashable, Any] = {}
 
 def load_kernels() -> ModuleType:
     """The module of the Triton kernels; imports Triton."""
-    from . import triton_kernels
+    from .triton import norms as triton_kernels
 
     return triton_kernels
 

@@ -20,8 +20,9 @@ from torch import Tensor
 
 from ..config import SPATIAL_COMPRESSION, TEMPORAL_COMPRESSION, TILINGS, Tiling, VAEConfig
 from ..errors import OptionError, OutOfRoomError, ShapeError
-from ..memory import decode_bytes, missing_bytes, on_device
+from ..offload import missing_bytes, on_device
 from ..runtime import Runtime
+from .budget import decode_bytes
 from .model import VideoVAE
 
 #: whole-time tiles, largest first; a 64 px overlap is the reference's, smaller tiles afford less

@@ -26,15 +26,15 @@ import torch.nn.functional as F
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import conftest  # noqa: F401 - loads the package the way ComfyUI does
 from bench_transformer import ignore_row, timed
-from comfyui_skyreels.skyreels import attention
-from comfyui_skyreels.skyreels.attention import Attention
-from comfyui_skyreels.skyreels.attention_quality import (
+from comfyui_skyreels.skyreels.kernels import dispatch, reference
+from comfyui_skyreels.skyreels.transformer import attention
+from comfyui_skyreels.skyreels.transformer.attention import Attention
+from comfyui_skyreels.skyreels.transformer.attention_quality import (
     CHECKED_QUERIES,
     KINDS,
     draw,
     relative_error,
 )
-from comfyui_skyreels.skyreels.kernels import dispatch, reference
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 

@@ -25,8 +25,9 @@ import torch.nn.functional as F
 sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).resolve().parent)]
 import conftest  # noqa: F401 - loads the package the way ComfyUI does
 from bench_transformer import ignore_row, timed
-from comfyui_skyreels.skyreels import kernels, quant
+from comfyui_skyreels.skyreels import kernels
 from comfyui_skyreels.skyreels.kernels import RowFormat
+from comfyui_skyreels.skyreels.transformer import quant
 
 #: out and in features
 SHAPES = ((9216, 3072), (3072, 3072), (12288, 3072), (3072, 12288), (3072, 15360))

@@ -25,10 +25,10 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import conftest  # noqa: F401 - loads the package the way ComfyUI does
 from comfyui_skyreels.skyreels.config import TransformerConfig
-from comfyui_skyreels.skyreels.loading import load_transformer
-from comfyui_skyreels.skyreels.memory import weight_bytes
-from comfyui_skyreels.skyreels.model import SkyReelsTransformer
+from comfyui_skyreels.skyreels.offload import weight_bytes
 from comfyui_skyreels.skyreels.runtime import TorchRuntime
+from comfyui_skyreels.skyreels.transformer.model import SkyReelsTransformer
+from comfyui_skyreels.skyreels.weights.load import load_transformer
 from support import tiny
 
 STORED = {"bf16": torch.bfloat16, "fp8": torch.float8_e4m3fn}

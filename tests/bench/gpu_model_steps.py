@@ -14,22 +14,24 @@ import bench_attention
 import torch
 import torch.nn.functional as F
 from bench_attention import Unavailable
-from comfyui_skyreels.skyreels import attention, memory
-from comfyui_skyreels.skyreels.attention import Attention, choose_attention
-from comfyui_skyreels.skyreels.attention_quality import draw
+from comfyui_skyreels.skyreels import offload
 from comfyui_skyreels.skyreels.config import LAYOUTS, TransformerConfig
 from comfyui_skyreels.skyreels.kernels import reference
-from comfyui_skyreels.skyreels.layers import rope_table
-from comfyui_skyreels.skyreels.memory import placed, weight_bytes
-from comfyui_skyreels.skyreels.model import SkyReelsTransformer, StepConditioning
-from comfyui_skyreels.skyreels.quant import (
+from comfyui_skyreels.skyreels.offload import weight_bytes
+from comfyui_skyreels.skyreels.runtime import TorchRuntime
+from comfyui_skyreels.skyreels.transformer import attention, placement
+from comfyui_skyreels.skyreels.transformer.attention import Attention, choose_attention
+from comfyui_skyreels.skyreels.transformer.attention_quality import draw
+from comfyui_skyreels.skyreels.transformer.layers import rope_table
+from comfyui_skyreels.skyreels.transformer.model import SkyReelsTransformer, StepConditioning
+from comfyui_skyreels.skyreels.transformer.placement import placed
+from comfyui_skyreels.skyreels.transformer.quant import (
     STORAGE_DTYPES,
     QuantLinear,
     is_quantizable,
     quantize,
     rotation_size,
 )
-from comfyui_skyreels.skyreels.runtime import TorchRuntime
 from gpu_steps import Context, draw_weights, relative_difference
 from support import tiny
 from torch import Tensor
@@ -222,7 +224,7 @@ class peak_of:  # noqa: N801 - a context manager
 def measured_peak(context: Context, bench: Bench, layout: str) -> Tensor:
     """A prediction, and what it takes beside what is planned with."""
     name = f"ours, {layout}"
-    planned = memory.sampling_bytes(bench.model.config, bench.tokens, torch.bfloat16, layout)
+    planned = placement.sampling_bytes(bench.model.config, bench.tokens, torch.bfloat16, layout)
     with peak_of(context, name) as peak:
         output = bench.denoise(layout=layout)
     context.emit(f"{name}: planned", planned / 1e9, "GB")
@@ -408,8 +410,10 @@ def _whole_process(context: Context, precision: str) -> None:
     torch.cuda.synchronize()
     peak = torch.cuda.max_memory_allocated()
     free, total = torch.cuda.mem_get_info()
-    activations = memory.sampling_bytes(bench.model.config, bench.tokens, torch.bfloat16, "whole")
-    planned = weights + activations + memory.RESERVE_BYTES
+    activations = placement.sampling_bytes(
+        bench.model.config, bench.tokens, torch.bfloat16, "whole"
+    )
+    planned = weights + activations + offload.RESERVE_BYTES
     context.emit(f"{precision}: weights", weights / 1e9, "GB")
     context.emit(f"{precision}: peak allocated", peak / 1e9, "GB")
     context.emit(f"{precision}: used on the device afterwards", (total - free) / 1e9, "GB",
@@ -446,7 +450,7 @@ def streaming(context: Context) -> None:
     rounds = Rounds(context)
     for name, spare in room.items():
         runtime = TorchRuntime(device)
-        runtime.free_bytes = lambda b=outside + spare + memory.RESERVE_BYTES: b
+        runtime.free_bytes = lambda b=outside + spare + offload.RESERVE_BYTES: b
         with placed(model, runtime, 0) as run_block:
             forward = partial(model, **inputs, run_block=run_block)
             outputs.append(forward().cpu())

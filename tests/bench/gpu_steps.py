@@ -25,8 +25,9 @@ from torch import Tensor, nn
 sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).resolve().parent)]
 import conftest  # noqa: F401 - loads the package the way ComfyUI does
 from bench_transformer import timed
-from comfyui_skyreels.skyreels import kernels, linear
+from comfyui_skyreels.skyreels import kernels
 from comfyui_skyreels.skyreels.kernels import dispatch
+from comfyui_skyreels.skyreels.transformer import linear
 
 #: tokens of the fc1 that GELU follows: 97 frames of 544x960 and 60 of text
 FULL_TOKENS = 51_060

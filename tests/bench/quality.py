@@ -35,22 +35,19 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import conftest  # noqa: F401 - loads the package the way ComfyUI does
-from comfyui_skyreels.skyreels.attention import Attention, sdpa
 from comfyui_skyreels.skyreels.builtin import BUILTIN_FOLDER
-from comfyui_skyreels.skyreels.cache import CACHES, OFF, CacheConfig
-from comfyui_skyreels.skyreels.conditioning import encode_image
 from comfyui_skyreels.skyreels.config import Guidance, Tiling
+from comfyui_skyreels.skyreels.image import encode_image
 from comfyui_skyreels.skyreels.kernels.reference import quantized_attention
-from comfyui_skyreels.skyreels.loading import load_transformer, load_vae
-from comfyui_skyreels.skyreels.memory import RESERVE_BYTES
+from comfyui_skyreels.skyreels.offload import RESERVE_BYTES
 from comfyui_skyreels.skyreels.runtime import TorchRuntime
-from comfyui_skyreels.skyreels.sampling import get_sigmas, sample
-from comfyui_skyreels.skyreels.text import (
-    DEFAULT_NEGATIVE_PROMPT,
-    encode_prompt,
-    load_text_encoder,
-)
+from comfyui_skyreels.skyreels.sampling.sample import get_sigmas, sample
+from comfyui_skyreels.skyreels.sampling.step_cache import CACHES, OFF, CacheConfig
+from comfyui_skyreels.skyreels.text.encode import DEFAULT_NEGATIVE_PROMPT, encode_prompt
+from comfyui_skyreels.skyreels.text.load import load_text_encoder
+from comfyui_skyreels.skyreels.transformer.attention import Attention, sdpa
 from comfyui_skyreels.skyreels.vae.tiling import decode_frames
+from comfyui_skyreels.skyreels.weights.load import load_transformer, load_vae
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from train import data, measure

@@ -7,11 +7,7 @@ import threading
 import pytest
 from comfyui_skyreels.wiro_api import journal as journal_module
 from comfyui_skyreels.wiro_api.client import Model
-from comfyui_skyreels.wiro_api.errors import (
-    BalanceError,
-    ConfigError,
-    RunOutcomeUnknownError,
-)
+from comfyui_skyreels.wiro_api.errors import BalanceError, ConfigError, RunOutcomeUnknownError
 from comfyui_skyreels.wiro_api.jobs import find, job_key, start, to_handle
 from comfyui_skyreels.wiro_api.journal import Journal, LostEntryError
 from support.wiro_client import MODEL, PARAMETERS, Clock, make_client

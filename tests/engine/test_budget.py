@@ -7,9 +7,9 @@ the same counter: it is the counter's check, and the figure to beat.
 import pytest
 import torch
 from comfyui_skyreels.skyreels.config import LAYOUTS, TransformerConfig
-from comfyui_skyreels.skyreels.memory import sampling_bytes
-from comfyui_skyreels.skyreels.model import SkyReelsTransformer
-from comfyui_skyreels.skyreels.quant import (
+from comfyui_skyreels.skyreels.transformer.model import SkyReelsTransformer
+from comfyui_skyreels.skyreels.transformer.placement import sampling_bytes
+from comfyui_skyreels.skyreels.transformer.quant import (
     STORAGE_DTYPES,
     QuantLinear,
     is_quantizable,

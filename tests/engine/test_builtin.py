@@ -6,11 +6,13 @@ import sys
 import pytest
 import torch
 from bench import quality
-from comfyui_skyreels.skyreels import builtin, text
-from comfyui_skyreels.skyreels.checkpoint import inspect
+from comfyui_skyreels.skyreels import builtin
 from comfyui_skyreels.skyreels.errors import DependencyError, OptionError
-from comfyui_skyreels.skyreels.quant import QuantLinear, is_quantizable
 from comfyui_skyreels.skyreels.runtime import TorchRuntime
+from comfyui_skyreels.skyreels.text import embeds as text_embeds
+from comfyui_skyreels.skyreels.text import encode, load
+from comfyui_skyreels.skyreels.transformer.quant import QuantLinear, is_quantizable
+from comfyui_skyreels.skyreels.weights.inspect import inspect
 from train import data, measure
 
 RUNTIME = TorchRuntime()
@@ -26,7 +28,7 @@ def studio() -> quality.Studio:
 
 
 @pytest.fixture(scope="module")
-def encoder(studio) -> text.TextEncoder:
+def encoder(studio) -> load.TextEncoder:
     return builtin.builtin_text_encoder(runtime=RUNTIME)
 
 
@@ -187,16 +189,16 @@ def test_8_bits_reach_every_block(precision):
 @pytest.mark.parametrize("words", ["", "мир 你好 😀", "a {brace} <|eot_id|>"])
 def test_any_text_encodes(encoder, words):
     config = builtin.builtin_transformer(runtime=RUNTIME).config
-    embeds = text.encode_prompt(encoder, words, runtime=RUNTIME)
-    text.check_prompt_embeds(embeds, config)
+    embeds = encode.encode_prompt(encoder, words, runtime=RUNTIME)
+    text_embeds.check_prompt_embeds(embeds, config)
 
 
 def test_the_template_takes_as_many_tokens_as_the_real_one(encoder):
-    assert encoder.crop_start == text.REAL_CROP_START
+    assert encoder.crop_start == load.REAL_CROP_START
 
 
 def test_a_long_prompt_is_cut_to_256_tokens(encoder):
-    embeds = text.encode_prompt(encoder, "word " * 300, runtime=RUNTIME)
+    embeds = encode.encode_prompt(encoder, "word " * 300, runtime=RUNTIME)
     assert embeds.prompt_embeds.shape[1] == 256
 
 

@@ -17,7 +17,7 @@ import torch
 from comfyui_skyreels.skyreels import cli
 from comfyui_skyreels.skyreels.builtin import BUILTIN_NOTICE
 from comfyui_skyreels.skyreels.config import TransformerConfig
-from comfyui_skyreels.skyreels.model import SkyReelsTransformer
+from comfyui_skyreels.skyreels.transformer.model import SkyReelsTransformer
 from comfyui_skyreels.skyreels.vae.model import VideoVAE
 from PIL import Image
 from support import tiny
@@ -186,11 +186,12 @@ def damaged_files(tmp_path: Path) -> dict[str, tuple[Path, str]]:
 def test_damaged_and_wrong_files_are_one_sentence_in_the_transformer_slot(
     capsys, tmp_path, monkeypatch
 ):
-    from comfyui_skyreels.skyreels import builtin, text
+    from comfyui_skyreels.skyreels import builtin
+    from comfyui_skyreels.skyreels.text import load
 
     # the text encoder comes first; the built-in one stands in for the real folder
     monkeypatch.setattr(
-        text, "load_text_encoder",
+        load, "load_text_encoder",
         lambda path, *, runtime: builtin.builtin_text_encoder(runtime=runtime),
     )  # fmt: skip
     vae = tiny.save(tmp_path / "good vae.safetensors", VideoVAE(tiny.VAE).state_dict())
@@ -206,10 +207,11 @@ def test_damaged_and_wrong_files_are_one_sentence_in_the_transformer_slot(
 
 
 def test_transformer_in_the_vae_slot_is_named(capsys, tmp_path, monkeypatch):
-    from comfyui_skyreels.skyreels import builtin, text
+    from comfyui_skyreels.skyreels import builtin
+    from comfyui_skyreels.skyreels.text import load
 
     monkeypatch.setattr(
-        text, "load_text_encoder",
+        load, "load_text_encoder",
         lambda path, *, runtime: builtin.builtin_text_encoder(runtime=runtime),
     )  # fmt: skip
     path = tiny.save(tmp_path / "x.safetensors", tiny.transformer().state_dict())
@@ -229,7 +231,7 @@ def test_missing_text_encoder_folder_is_explained(capsys, tmp_path):
 
 
 def test_cached_prompts_are_found_without_loading_the_text_encoder(capsys, tmp_path, monkeypatch):
-    from comfyui_skyreels.skyreels import text
+    from comfyui_skyreels.skyreels.text import encode, load
     from support.text import POOLED_DIM, TEXT_DIM, make_text_folder
 
     config = TransformerConfig(
@@ -244,8 +246,8 @@ def test_cached_prompts_are_found_without_loading_the_text_encoder(capsys, tmp_p
              "--prompt-cache", tmp_path / "cache"]  # fmt: skip
     first, second = tmp_path / "a.npy", tmp_path / "b.npy"
     assert run(capsys, "generate", *FAST, *slots, "--out", first)[0] == 0
-    monkeypatch.setattr(text, "load_text_encoder", lambda *_, **__: pytest.fail("was loaded"))
-    text._cache.clear()
+    monkeypatch.setattr(load, "load_text_encoder", lambda *_, **__: pytest.fail("was loaded"))
+    encode._cache.clear()
     assert run(capsys, "generate", *FAST, *slots, "--out", second)[0] == 0
     assert first.read_bytes() == second.read_bytes()
 

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 from comfyui_skyreels.skyreels.config import TransformerConfig
-from comfyui_skyreels.skyreels.loading import load_transformer
 from comfyui_skyreels.skyreels.runtime import TorchRuntime
+from comfyui_skyreels.skyreels.weights.load import load_transformer
 from safetensors.torch import load_file
 from support import checkout, tiny
 

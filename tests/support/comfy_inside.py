@@ -33,11 +33,11 @@ module = sys.modules[name] = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(module)
 sys.path.append(str(pack / "tests"))  # behind ComfyUI's own `tests`
 
-from comfyui_skyreels.skyreels.conditioning import to_model_space
 from comfyui_skyreels.skyreels.config import TransformerConfig, VAEConfig
-from comfyui_skyreels.skyreels.keymaps import vae_sources
-from comfyui_skyreels.skyreels.sampling import get_sigmas
+from comfyui_skyreels.skyreels.latents import to_model_space
+from comfyui_skyreels.skyreels.sampling.sample import get_sigmas
 from comfyui_skyreels.skyreels.vae.model import VideoVAE
+from comfyui_skyreels.skyreels.weights.keymaps import vae_sources
 
 from support import tiny
 from support.host import made_up_conditioning

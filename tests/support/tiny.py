@@ -6,8 +6,8 @@ from pathlib import Path
 
 import torch
 from comfyui_skyreels.skyreels.config import TransformerConfig, VAEConfig
-from comfyui_skyreels.skyreels.keymaps import transformer_sources
-from comfyui_skyreels.skyreels.model import SkyReelsTransformer
+from comfyui_skyreels.skyreels.transformer.model import SkyReelsTransformer
+from comfyui_skyreels.skyreels.weights.keymaps import transformer_sources
 from safetensors.torch import save_file
 from torch import Tensor
 

@@ -16,9 +16,9 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import conftest  # noqa: F401 - loads the package the way ComfyUI does
-from comfyui_skyreels.skyreels import attention_quality as quality
 from comfyui_skyreels.skyreels.kernels import reference
-from comfyui_skyreels.skyreels.kernels import triton_attention as kernels
+from comfyui_skyreels.skyreels.kernels.triton import attention as kernels
+from comfyui_skyreels.skyreels.transformer import attention_quality as quality
 
 from support.triton_versions import mend_interpreter
 

@@ -16,8 +16,8 @@ import triton
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import conftest  # noqa: F401 - loads the package the way ComfyUI does
 from comfyui_skyreels.skyreels.kernels import reference
-from comfyui_skyreels.skyreels.kernels import triton_kernels as kernels
-from comfyui_skyreels.skyreels.kernels.triton_common import INTERPRETED
+from comfyui_skyreels.skyreels.kernels.triton import norms as kernels
+from comfyui_skyreels.skyreels.kernels.triton.common import INTERPRETED
 
 from support.kernel_cases import EAGER, FP8, INT8, SMALL, error, inputs, results, truth
 from support.triton_versions import mend_interpreter

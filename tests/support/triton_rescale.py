@@ -18,8 +18,8 @@ from triton.backends.compiler import GPUTarget
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import conftest  # noqa: F401 - loads the package the way ComfyUI does
-from comfyui_skyreels.skyreels import quant
-from comfyui_skyreels.skyreels.kernels import triton_rescale as kernels
+from comfyui_skyreels.skyreels.kernels.triton import rescale as kernels
+from comfyui_skyreels.skyreels.transformer import quant
 
 from support.triton_versions import mend_interpreter
 

@@ -19,8 +19,8 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from comfyui_skyreels.skyreels.text import (
-    DEFAULT_NEGATIVE_PROMPT,
+from comfyui_skyreels.skyreels.text.encode import DEFAULT_NEGATIVE_PROMPT
+from comfyui_skyreels.skyreels.text.load import (
     MAX_CLIP_TOKENS,
     PROMPT_TEMPLATE,
     UNUSED_LAYERS,

@@ -23,19 +23,16 @@ import warnings
 from pathlib import Path
 
 import torch
-from comfyui_skyreels.skyreels.attention import sdpa
-from comfyui_skyreels.skyreels.conditioning import to_model_space
 from comfyui_skyreels.skyreels.config import TransformerConfig
-from comfyui_skyreels.skyreels.layers import rope_table
-from comfyui_skyreels.skyreels.loading import load_transformer, load_vae
-from comfyui_skyreels.skyreels.model import SkyReelsTransformer
+from comfyui_skyreels.skyreels.latents import to_model_space
 from comfyui_skyreels.skyreels.runtime import TorchRuntime
-from comfyui_skyreels.skyreels.text import (
-    DEFAULT_NEGATIVE_PROMPT,
-    PromptEmbeds,
-    encode_prompt,
-    load_text_encoder,
-)
+from comfyui_skyreels.skyreels.text.embeds import PromptEmbeds
+from comfyui_skyreels.skyreels.text.encode import DEFAULT_NEGATIVE_PROMPT, encode_prompt
+from comfyui_skyreels.skyreels.text.load import load_text_encoder
+from comfyui_skyreels.skyreels.transformer.attention import sdpa
+from comfyui_skyreels.skyreels.transformer.layers import rope_table
+from comfyui_skyreels.skyreels.transformer.model import SkyReelsTransformer
+from comfyui_skyreels.skyreels.weights.load import load_transformer, load_vae
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 

@@ -25,9 +25,9 @@ from pathlib import Path
 
 import torch
 from comfyui_skyreels.skyreels.config import VAEConfig
-from comfyui_skyreels.skyreels.loading import load_vae
 from comfyui_skyreels.skyreels.runtime import TorchRuntime
 from comfyui_skyreels.skyreels.vae.model import ResnetBlock, VideoVAE
+from comfyui_skyreels.skyreels.weights.load import load_vae
 from torch import Tensor, nn
 
 from . import data, graph, optim

@@ -1,0 +1,87 @@
+"""All that the nodes ask of ComfyUI; the only folder that imports it.
+
+Its imports stand inside the functions, so that the package loads, and its nodes can be listed and
+tested, where there is no ComfyUI.
+"""
+
+from .files import (
+    FOLDER_MARK,
+    LINKS,
+    check_choice,
+    input_file,
+    input_files,
+    model_folders,
+    output_folder,
+    resolve,
+    resume_folder,
+    state_folder,
+    video_bytes,
+    video_of,
+    weight_files,
+)
+from .runtime import (
+    ComfyRuntime,
+    LoadedModel,
+    bring_in,
+    free_host_bytes,
+    plain_tensors,
+    register,
+    status_line,
+)
+from .samplers import core_solver
+from .server import (
+    RemoteProgress,
+    at_start,
+    blocked,
+    in_thread,
+    is_interrupt,
+    is_multi_user,
+    linked_outputs,
+    prompt_client,
+    prompt_user,
+    remember_users,
+    routes,
+    running_graph,
+    say_on_node,
+    send_event,
+    user_of,
+)
+
+__all__ = [
+    "FOLDER_MARK",
+    "LINKS",
+    "ComfyRuntime",
+    "LoadedModel",
+    "RemoteProgress",
+    "at_start",
+    "blocked",
+    "bring_in",
+    "check_choice",
+    "core_solver",
+    "free_host_bytes",
+    "in_thread",
+    "input_file",
+    "input_files",
+    "is_interrupt",
+    "is_multi_user",
+    "linked_outputs",
+    "model_folders",
+    "output_folder",
+    "plain_tensors",
+    "prompt_client",
+    "prompt_user",
+    "register",
+    "remember_users",
+    "resolve",
+    "resume_folder",
+    "routes",
+    "running_graph",
+    "say_on_node",
+    "send_event",
+    "state_folder",
+    "status_line",
+    "user_of",
+    "video_bytes",
+    "video_of",
+    "weight_files",
+]

@@ -1,0 +1,162 @@
+"""ComfyUI as the engine's Runtime: its devices, memory manager, progress bar and Cancel."""
+
+import logging
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ...skyreels.offload import RESERVE_BYTES, missing_bytes, weight_bytes
+from .server import say_on_node
+
+logger = logging.getLogger("skyreels.nodes.host.runtime")
+
+#: more than any device has
+UNKNOWN_BYTES = 2**50
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """What a SKYREELS_MODEL or SKYREELS_VAE socket carries.
+
+    module: SkyReelsTransformer or VideoVAE. patcher: ComfyUI's handle on it, through which its
+    memory manager moves it. name: for messages.
+    """
+
+    module: Any
+    patcher: Any
+    name: str
+
+
+class ComfyRuntime:
+    """The engine's Runtime over ComfyUI's memory manager, progress bar and cancel button."""
+
+    def __init__(self, unique_id: str | None = None, *, with_preview: bool = False) -> None:
+        import comfy.model_management as mm
+        import comfy.utils
+
+        self._mm = mm
+        self._unique_id = unique_id
+        self._bar = comfy.utils.ProgressBar(1, node_id=unique_id)
+        self._started: dict[str, tuple[float, int]] = {}
+        # as weights name it: "mps" becomes "mps:0"
+        self.device = torch.empty(0, device=mm.get_torch_device()).device
+        self.offload_device = mm.unet_offload_device()
+        if self.offload_device.type != "cpu":  # --highvram keeps models where they compute
+            self.offload_device = torch.device("cpu")
+        self._previewer = _previewer(self.device) if with_preview else None
+        self._in_use: list[Any] = []
+
+    def free_bytes(self) -> int:
+        """Bytes ComfyUI considers free on the compute device, less what --reserve-vram keeps."""
+        if self.device.type == "privateuseone":  # DirectML tells nothing: try, and see
+            return UNKNOWN_BYTES
+        return int(self._mm.get_free_memory(self.device) - self._mm.extra_reserved_memory())
+
+    def make_room(self, num_bytes: int) -> None:
+        """Let ComfyUI unload other models until num_bytes are free."""
+        kept = [self._mm.LoadedModel(patcher) for patcher in self._in_use]
+        self._mm.free_memory(num_bytes, self.device, kept)
+
+    def keep(self, patcher: Any) -> None:
+        """Never unload this model to make room: the run needs it."""
+        self._in_use.append(patcher)
+
+    def progress(self, stage: str, done: int, total: int, preview: Tensor | None = None) -> None:
+        """Move the bar of the node, draw a preview if the server wants one, write a status line."""
+        now = time.monotonic()
+        if stage not in self._started or done <= self._started[stage][1]:
+            self._started[stage] = (now, done)
+        image = None
+        if preview is not None and self._previewer is not None:
+            image = self._previewer.decode_latent_to_preview_image("JPEG", preview)
+        self._bar.update_absolute(done, max(1, total), image)
+        start, first = self._started[stage]
+        self._say(status_line(stage, done, total, (now - start) / max(1, done - first)))
+
+    def check_interrupt(self) -> None:
+        """Raise ComfyUI's own exception if the user pressed Cancel."""
+        self._mm.throw_exception_if_processing_interrupted()
+
+    def _say(self, text: str) -> None:
+        say_on_node(text, self._unique_id)
+
+
+def status_line(stage: str, done: int, total: int, seconds_each: float) -> str:
+    """What stands on the node: "step 12/30 · 3.4 s/step · about 61 s left"."""
+    if stage == "load":
+        scale, unit = (1e9, "GB") if total >= 1e8 else (1e6, "MB")
+        size = f"{total / scale:.1f} {unit}"
+        return f"loading {done / scale:.1f} of {size}" if done < total else f"loaded {size}"
+    if stage == "encode":
+        return "encoding" if done < total else "encoded"
+    unit = "step" if stage == "sample" else "tile"
+    if done > total:  # adaptive samplers take as many as they need
+        return f"{unit} {done}"
+    line = f"{unit} {done}/{total}"
+    if done and done < total and seconds_each > 0:
+        left = seconds_each * (total - done)
+        short = f"{left:.0f} s" if left < 90 else f"{left / 60:.0f} min"
+        each = f"{seconds_each:.1f}" if seconds_each >= 1 else f"{seconds_each:.2f}"
+        line += f" · {each} s/{unit} · about {short} left"
+    return line
+
+
+def _previewer(device: torch.device) -> Any:
+    """ComfyUI's previewer with its own factors, or None where previews are switched off."""
+    import comfy.latent_formats
+    import latent_preview
+
+    return latent_preview.get_previewer(device, comfy.latent_formats.HunyuanVideo())
+
+
+def register(module: nn.Module, name: str, runtime: ComfyRuntime) -> LoadedModel:
+    """Hand a module to ComfyUI's memory manager, idle until it is used."""
+    from comfy.model_patcher import ModelPatcher
+
+    patcher = ModelPatcher(
+        module, load_device=runtime.device, offload_device=runtime.offload_device
+    )
+    return LoadedModel(module, patcher, name)
+
+
+def bring_in(loaded: LoadedModel, runtime: ComfyRuntime, activation_bytes: int) -> None:
+    """Load a model onto the device through the memory manager, if it fits as a whole.
+
+    If not, it and everything else leaves the device: the engine then brings in its parts itself,
+    as far as they fit, and takes them away afterwards.
+    """
+    import comfy.model_management as mm
+
+    runtime.keep(loaded.patcher)
+    if runtime.device.type != "cpu":
+        away = missing_bytes(loaded.module, runtime.device)
+        runtime.make_room(away + activation_bytes + RESERVE_BYTES)
+        if runtime.free_bytes() < away + activation_bytes + RESERVE_BYTES:
+            size = weight_bytes(loaded.module)
+            logger.info(
+                "%s (%.1f GB) and %.1f GB of activations do not fit the card together: it works on "
+                "a part at a time.",
+                loaded.name, size / 1e9, activation_bytes / 1e9,
+            )  # fmt: skip
+            mm.unload_all_models()
+            return
+    mm.load_models_gpu([loaded.patcher], memory_required=activation_bytes, force_full_load=True)
+
+
+def free_host_bytes() -> int:
+    """Bytes of main memory that ComfyUI considers free."""
+    import comfy.model_management as mm
+
+    return int(mm.get_free_memory(torch.device("cpu")))
+
+
+@contextmanager
+def plain_tensors() -> Iterator[None]:
+    """Leave ComfyUI's inference mode while modules are built: their weights outlive the prompt."""
+    with torch.inference_mode(False), torch.no_grad():
+        yield

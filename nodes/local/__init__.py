@@ -1,0 +1,1 @@
+"""Nodes that run the model on this machine."""

@@ -1,0 +1,139 @@
+"""Between ComfyUI's objects and the engine's."""
+
+import logging
+from typing import Any
+
+from torch import Tensor
+
+from ...skyreels.config import SPATIAL_COMPRESSION, TEMPORAL_COMPRESSION
+from ...skyreels.errors import ShapeError, TextError
+from ...skyreels.latents import ImageConditioning, to_model_space
+from ...skyreels.text.embeds import PromptEmbeds, trim
+
+logger = logging.getLogger("skyreels.nodes.local.convert")
+
+Conditioning = list[list[Any]]
+Latent = dict[str, Any]
+
+TEXT_FIX = (
+    "use DualCLIPLoader (clip_l + llava_llama3, type hunyuan_video) with CLIPTextEncode, or "
+    "SkyReels Text Encode"
+)
+
+
+def to_conditioning(embeds: PromptEmbeds) -> Conditioning:
+    """CONDITIONING laid out as core's hunyuan_video CLIP makes it.
+
+    Returns:
+        [[tensor [1, n, 4096] float32 on the CPU, {"pooled_output": [1, 768]}]]
+    """
+    return [[embeds.prompt_embeds, {"pooled_output": embeds.pooled_prompt_embeds}]]
+
+
+def to_prompt_embeds(conditioning: Conditioning, name: str) -> PromptEmbeds:
+    """Prompt embeddings of a CONDITIONING, trimmed to its true tokens and to 256.
+
+    Args:
+        conditioning: of which the first entry is used; more are reported in the log.
+        name: "positive" or "negative", for messages.
+    Raises:
+        TextError: empty, several prompts in one entry, or without pooled CLIP state.
+    """
+    if not conditioning:
+        raise TextError(f"The {name} conditioning is empty: {TEXT_FIX}.")
+    if len(conditioning) > 1:
+        logger.warning(
+            "The %s conditioning has %d entries (combined, areas or time ranges); SkyReels uses "
+            "the first one only.",
+            name,
+            len(conditioning),
+        )
+    states, extras = conditioning[0]
+    pooled = extras.get("pooled_output")
+    if pooled is None:
+        raise TextError(f"The {name} conditioning has no pooled CLIP state: {TEXT_FIX}.")
+    if states.shape[0] != 1 or pooled.shape[0] != 1:
+        raise TextError(
+            f"The {name} conditioning holds {states.shape[0]} prompts at once: encode one prompt."
+        )
+    mask = extras.get("attention_mask")
+    if mask is not None and mask.numel() < states.shape[1]:
+        raise TextError(
+            f"The {name} conditioning has {states.shape[1]} tokens and a mask of {mask.numel()}: "
+            f"{TEXT_FIX}."
+        )
+    if mask is not None:
+        states = states[:, mask.reshape(-1)[: states.shape[1]].bool().to(states.device)]
+    return trim(PromptEmbeds(states.float().cpu(), pooled.float().cpu()))
+
+
+def embedded_guidance(conditioning: Conditioning, widget: float) -> float:
+    """The value a FluxGuidance node left in the conditioning, else the widget's."""
+    value = conditioning[0][1].get("guidance") if conditioning else None
+    if value is None:
+        return widget
+    if value != widget:
+        logger.info("Embedded guidance %s comes from the conditioning, not the widget.", value)
+    return float(value)
+
+
+def latent_samples(latent: Latent) -> Tensor:
+    """[1, 16, T, h, w] of a LATENT, VAE space.
+
+    Raises:
+        ShapeError: another model's latent, or a batch of clips.
+    """
+    samples = latent.get("samples")
+    if not isinstance(samples, Tensor):
+        raise ShapeError("The latent holds no samples: connect a LATENT of HunyuanVideo.")
+    if samples.ndim != 5 or samples.shape[1] != 16:
+        raise ShapeError(
+            f"The latent is {list(samples.shape)}, and HunyuanVideo's is [1, 16, frames, height, "
+            "width]: use EmptyHunyuanLatentVideo, or VAE Encode with the HunyuanVideo VAE."
+        )
+    if samples.shape[0] != 1:
+        raise ShapeError(
+            f"The latent holds {samples.shape[0]} clips: set batch_size to 1 and queue the rest."
+        )
+    return samples
+
+
+def image_from_conditioning(positive: Conditioning, latent: Latent | None) -> ImageConditioning:
+    """The picture an InstructPixToPixConditioning node left in the positive conditioning.
+
+    Args:
+        latent: gives the length of the video; without one the picture's own length counts.
+    Raises:
+        ShapeError: no picture, no length, or two sizes that disagree.
+    """
+    given = positive[0][1].get("concat_latent_image") if positive else None
+    if given is None:
+        raise ShapeError(
+            "There is no picture: connect SkyReels Image Conditioning to `image` (or use core's "
+            "InstructPixToPixConditioning on both prompts)."
+        )
+    if given.ndim != 5 or given.shape[:2] != (1, 16):
+        raise ShapeError(
+            f"The picture's latent in the conditioning is {list(given.shape)}, and HunyuanVideo's "
+            "is [1, 16, frames, height, width]: use the HunyuanVideo VAE and one picture in "
+            "InstructPixToPixConditioning."
+        )
+    frames = given.shape[2]
+    if latent is not None:
+        samples = latent_samples(latent)
+        frames = samples.shape[2]
+        if samples.shape[3:] != given.shape[3:] or frames < given.shape[2]:
+            raise ShapeError(
+                f"The picture's latent is {list(given.shape)} and `latent` is "
+                f"{list(samples.shape)}: make both for the same video size."
+            )
+    elif frames == 1:
+        raise ShapeError(
+            "The length of the video is unknown: connect an EmptyHunyuanLatentVideo to `latent`."
+        )
+    return ImageConditioning(
+        to_model_space(given.float().cpu()),
+        width=given.shape[4] * SPATIAL_COMPRESSION,
+        height=given.shape[3] * SPATIAL_COMPRESSION,
+        num_frames=(frames - 1) * TEMPORAL_COMPRESSION + 1,
+    )

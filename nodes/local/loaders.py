@@ -1,0 +1,135 @@
+"""Loaders: from files in ComfyUI's model folders, or the tiny built-in model."""
+
+import logging
+from pathlib import Path
+from typing import Any
+
+from ...skyreels.builtin import BUILTIN_NAME, BUILTIN_NOTICE, builtin_transformer, builtin_vae
+from ...skyreels.config import TRANSFORMER_PRECISIONS, VAE_PRECISIONS
+from ...skyreels.weights.load import load_transformer, load_vae
+from .. import host
+
+
+def transformer_folders() -> dict[str, Path]:
+    """Sharded diffusers folders among the models."""
+    return host.model_folders(("diffusers", "diffusion_models"), "config.json", "*.index.json")
+
+
+def transformer_choices() -> list[str]:
+    """Everything SkyReels Load Transformer offers."""
+    return [BUILTIN_NAME, *host.weight_files("diffusion_models"), *transformer_folders()]
+
+
+def vae_choices() -> list[str]:
+    """Everything SkyReels Load VAE offers."""
+    return [BUILTIN_NAME, *host.weight_files("vae")]
+
+
+logger = logging.getLogger("skyreels.nodes.local.loaders")
+
+
+class SkyReelsTransformerLoader:
+    CATEGORY = "SkyReels/loaders"
+    DESCRIPTION = (
+        "Loads the SkyReels-V1 image-to-video transformer (13 B parameters). Layout, variant and "
+        "8-bit format are read from the file's tensors, whatever its name; text-to-video and "
+        "Tencent's own I2V files are refused with both channel counts."
+    )
+    FUNCTION = "load"
+    RETURN_TYPES = ("SKYREELS_MODEL",)
+    RETURN_NAMES = ("model",)
+    OUTPUT_TOOLTIPS = ("The transformer, for SkyReels Sampler.",)
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict[str, Any]:
+        return {
+            "required": {
+                "transformer": (
+                    transformer_choices(),
+                    {
+                        "tooltip": "A file in models/diffusion_models (bf16 25.6 GB, fp8 13.2 GB), "
+                        "a sharded diffusers folder in models/diffusers, or the built-in one: not "
+                        "SkyReels but a tiny model that moves coloured shapes, 64x64."
+                    },
+                ),
+                "precision": (
+                    list(TRANSFORMER_PRECISIONS),
+                    {
+                        "default": "auto",
+                        "tooltip": "auto keeps what the file holds. bf16 is exact (25.6 GB). fp8 "
+                        "and int8 round the block weights to 8 bits (17 GB) and multiply in 8 bits "
+                        "where the card can: not exact, see the help. fp32 is for checks (51 GB).",
+                    },
+                ),
+            },
+            "hidden": {"unique_id": "UNIQUE_ID"},
+        }
+
+    @classmethod
+    def VALIDATE_INPUTS(cls, transformer: str | None = None) -> bool | str:
+        return host.check_choice("diffusion_models", transformer, transformer_choices())
+
+    def load(
+        self, transformer: str, precision: str, unique_id: str | None = None
+    ) -> tuple[host.LoadedModel]:
+        runtime = host.ComfyRuntime(unique_id)
+        with host.plain_tensors():
+            if transformer == BUILTIN_NAME:
+                logger.info(BUILTIN_NOTICE)
+                module = builtin_transformer(precision, runtime=runtime)
+            else:
+                path = host.resolve("diffusion_models", transformer, transformer_folders())
+                module = load_transformer(path, precision=precision, runtime=runtime)
+        return (host.register(module, transformer, runtime),)
+
+
+class SkyReelsVAELoader:
+    CATEGORY = "SkyReels/loaders"
+    DESCRIPTION = (
+        "Loads the HunyuanVideo VAE in either key layout. Unlike core's, its decoder keeps the "
+        "frame-causal attention the weights were trained with."
+    )
+    FUNCTION = "load"
+    RETURN_TYPES = ("SKYREELS_VAE",)
+    RETURN_NAMES = ("vae",)
+    OUTPUT_TOOLTIPS = ("The VAE, for SkyReels Image Conditioning and SkyReels VAE Decode.",)
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict[str, Any]:
+        return {
+            "required": {
+                "vae": (
+                    vae_choices(),
+                    {
+                        "tooltip": "A file in models/vae (hunyuan_video_vae_bf16, 0.5 GB), or the "
+                        "built-in one. Use the built-in VAE with the built-in transformer."
+                    },
+                ),
+                "precision": (
+                    list(VAE_PRECISIONS),
+                    {
+                        "default": "auto",
+                        "tooltip": "auto is bf16 on a GPU and fp32 on the CPU; fp32 doubles memory "
+                        "and time and is for checks.",
+                    },
+                ),
+            },
+            "hidden": {"unique_id": "UNIQUE_ID"},
+        }
+
+    @classmethod
+    def VALIDATE_INPUTS(cls, vae: str | None = None) -> bool | str:
+        return host.check_choice("vae", vae, vae_choices())
+
+    def load(
+        self, vae: str, precision: str, unique_id: str | None = None
+    ) -> tuple[host.LoadedModel]:
+        runtime = host.ComfyRuntime(unique_id)
+        with host.plain_tensors():
+            if vae == BUILTIN_NAME:
+                module = builtin_vae(precision, runtime=runtime)
+            else:
+                module = load_vae(
+                    host.resolve("vae", vae, {}), precision=precision, runtime=runtime
+                )
+        return (host.register(module, vae, runtime),)

@@ -1,0 +1,343 @@
+"""The sampler."""
+
+import logging
+from typing import Any
+
+from torch import Tensor
+
+from ...skyreels.config import MAX_STEPS, Guidance
+from ...skyreels.latents import ImageConditioning
+from ...skyreels.sampling.sample import check_inputs, euler, get_sigmas, run_bytes, sample
+from ...skyreels.sampling.step_cache import CACHES
+from ...skyreels.transformer.attention import MODES
+from .. import host
+from . import convert
+
+logger = logging.getLogger("skyreels.nodes.local.sampler")
+
+STEPS = {
+    "steps": (
+        "INT",
+        {
+            "default": 30,
+            "min": 1,
+            "max": MAX_STEPS,
+            "tooltip": "30 is the authors' number; at least 5 times CFG. Below 20 with CFG 6 the "
+            "picture melts.",
+        },
+    ),
+}
+SHIFT = {
+    "shift": (
+        "FLOAT",
+        {
+            "default": 7.0,
+            "min": 0.1,
+            "max": 100.0,
+            "step": 0.1,
+            "tooltip": "Of the schedule towards noise; 7 is the released value, 17 is advised "
+            "below 20 steps.",
+        },
+    ),
+}
+DENOISE = {
+    "denoise": (
+        "FLOAT",
+        {
+            "default": 1.0,
+            "min": 0.01,
+            "max": 1.0,
+            "step": 0.01,
+            "advanced": True,
+            "tooltip": "Below 1 only the end of the schedule is run on a start latent: 0.5 keeps "
+            "the layout, 0.8 little more than the colours.",
+        },
+    ),
+}
+
+
+class SkyReelsScheduler:
+    CATEGORY = "SkyReels/sampling"
+    DESCRIPTION = (
+        "The schedule that SkyReels Sampler makes by itself, as SIGMAS: to split it between two "
+        "samplers, or to change it on the way."
+    )
+    FUNCTION = "schedule"
+    RETURN_TYPES = ("SIGMAS",)
+    RETURN_NAMES = ("sigmas",)
+    OUTPUT_TOOLTIPS = ("steps + 1 numbers from 1 (or where denoise starts) to 0.",)
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict[str, Any]:
+        return {"required": {**STEPS, **SHIFT, **DENOISE}}
+
+    def schedule(self, steps: int, shift: float, denoise: float) -> tuple[Tensor]:
+        return (get_sigmas(steps, shift, denoise),)
+
+
+class SkyReelsSampler:
+    CATEGORY = "SkyReels/sampling"
+    DESCRIPTION = (
+        "Turns noise into the latents of a video: 30 Euler steps with true CFG 6 by default, as "
+        "the authors do. A transformer that does not fit the card is streamed block by block. "
+        "Cancel works between blocks."
+    )
+    FUNCTION = "sample"
+    RETURN_TYPES = ("LATENT",)
+    RETURN_NAMES = ("samples",)
+    OUTPUT_TOOLTIPS = (
+        "[1, 16, T, h, w] in VAE space, for SkyReels VAE Decode or core's VAE Decode nodes.",
+    )
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict[str, Any]:
+        fraction = {"min": 0.0, "max": 1.0, "step": 0.01, "advanced": True}
+        return {
+            "required": {
+                "model": ("SKYREELS_MODEL", {"tooltip": "From SkyReels Load Transformer."}),
+                "positive": (
+                    "CONDITIONING",
+                    {
+                        "tooltip": "From core's CLIPTextEncode with a hunyuan_video CLIP, or "
+                        "SkyReels Text Encode. Should begin with 'FPS-24, '."
+                    },
+                ),
+                "seed": (
+                    "INT",
+                    {
+                        "default": 0,
+                        "min": 0,
+                        "max": 2**64 - 1,
+                        "control_after_generate": True,
+                        "tooltip": "One seed gives the same noise on every device.",
+                    },
+                ),
+                **STEPS,
+                "cfg": (
+                    "FLOAT",
+                    {
+                        "default": 6.0,
+                        "min": 0.0,
+                        "max": 30.0,
+                        "step": 0.1,
+                        "tooltip": "True classifier-free guidance, 6 by default. At 1 or below "
+                        "the negative prompt is skipped and a step takes half the time.",
+                    },
+                ),
+                "embedded_guidance": (
+                    "FLOAT",
+                    {
+                        "default": 1.0,
+                        "min": 0.0,
+                        "max": 30.0,
+                        "step": 0.1,
+                        "tooltip": "Keep 1.0: SkyReels is not guidance-distilled (6 is for "
+                        "HunyuanVideo's text-to-video). A FluxGuidance node wins over this.",
+                    },
+                ),
+                **SHIFT,
+            },
+            "optional": {
+                "negative": (
+                    "CONDITIONING",
+                    {"tooltip": "What to avoid; needed while cfg is above 1, may be empty text."},
+                ),
+                "image": (
+                    "SKYREELS_IMAGE",
+                    {
+                        "tooltip": "From SkyReels Image Conditioning. Without it the picture is "
+                        "taken from core's InstructPixToPixConditioning."
+                    },
+                ),
+                "latent": (
+                    "LATENT",
+                    {
+                        "tooltip": "A clip of the same size to start from, for video to video "
+                        "with denoise below 1. An empty latent only states the length."
+                    },
+                ),
+                "sampler": (
+                    "SAMPLER",
+                    {
+                        "tooltip": "From KSamplerSelect or another core node without a model "
+                        "input; without one, Euler."
+                    },
+                ),
+                "sigmas": (
+                    "SIGMAS",
+                    {
+                        "tooltip": "From SkyReels Scheduler or one's own, falling within 1..0; "
+                        "they replace steps, shift and denoise. A part of a schedule (SplitSigmas) "
+                        "gives an unfinished latent, for a second sampler with add_noise off."
+                    },
+                ),
+                **DENOISE,
+                "cfg_start": (
+                    "FLOAT",
+                    {
+                        "default": 0.0,
+                        **fraction,
+                        "tooltip": "Part of the steps before which the negative prompt is "
+                        "skipped; 0 is from the start.",
+                    },
+                ),
+                "cfg_end": (
+                    "FLOAT",
+                    {
+                        "default": 1.0,
+                        **fraction,
+                        "tooltip": "Part of the steps after which the negative prompt is skipped; "
+                        "0.5 saves a quarter of the time.",
+                    },
+                ),
+                "guidance_rescale": (
+                    "FLOAT",
+                    {
+                        "default": 0.0,
+                        **fraction,
+                        "tooltip": "0 is off; 0.7 tames the contrast of a high CFG.",
+                    },
+                ),
+                "cfg_zero_star": (
+                    "BOOLEAN",
+                    {
+                        "default": False,
+                        "advanced": True,
+                        "tooltip": "CFG-Zero*: scale the negative prediction to fit the positive.",
+                    },
+                ),
+                "zero_init_steps": (
+                    "INT",
+                    {
+                        "default": 0,
+                        "min": 0,
+                        "max": 20,
+                        "advanced": True,
+                        "tooltip": "CFG-Zero*: this many first steps stand still; 0 is off.",
+                    },
+                ),
+                "riflex_k": (
+                    "INT",
+                    {
+                        "default": 4,
+                        "min": 0,
+                        "max": 8,
+                        "advanced": True,
+                        "tooltip": "RIFLEx keeps clips beyond 197 frames from starting over: the "
+                        "temporal frequency to slow, 4 for SkyReels, 0 is off.",
+                    },
+                ),
+                "resume": (
+                    "BOOLEAN",
+                    {
+                        "default": False,
+                        "advanced": True,
+                        "tooltip": "Keep each finished step on disk (13 MB); queueing the same "
+                        "inputs after a cancel or crash continues there. Euler only. Unused steps "
+                        "are removed after 7 days.",
+                    },
+                ),
+                "add_noise": (
+                    "BOOLEAN",
+                    {
+                        "default": True,
+                        "advanced": True,
+                        "tooltip": "Off continues an unfinished latent of another sampler, whose "
+                        "sigmas ended where these begin.",
+                    },
+                ),
+                "cache": (
+                    list(CACHES),
+                    {
+                        "default": "off",
+                        "advanced": True,
+                        "tooltip": "Skips steps that can be foretold; off is exact. Passes of 60 "
+                        "that are left on the built-in model, and what the clip keeps of the exact "
+                        "one: easy 35, 70 dB; fast 27, 62 dB; first-block 33, 57 dB (holds 0.7 GB "
+                        "at 960x544x97). Euler only.",
+                    },
+                ),
+                "attention": (
+                    list(MODES),
+                    {
+                        "default": "exact",
+                        "advanced": True,
+                        "tooltip": "fast rounds it to 8 bits by the fastest kernel here (ours, "
+                        "comfy-kitchen, SageAttention, FA3, cuDNN) that stays within 4 % of exact "
+                        "attention on every kind of input and beats it at the size of the run; "
+                        "else it stays exact, and the log says why. Takes up to 1 GB more at "
+                        "960x544x97. On the built-in model ours leaves the clip at 44 dB to the "
+                        "exact one.",
+                    },
+                ),
+            },
+            "hidden": {"unique_id": "UNIQUE_ID"},
+        }
+
+    def sample(
+        self,
+        model: host.LoadedModel,
+        positive: convert.Conditioning,
+        seed: int,
+        steps: int,
+        cfg: float,
+        embedded_guidance: float,
+        shift: float,
+        negative: convert.Conditioning | None = None,
+        image: ImageConditioning | None = None,
+        latent: convert.Latent | None = None,
+        sampler: Any = None,
+        sigmas: Tensor | None = None,
+        denoise: float = 1.0,
+        cfg_start: float = 0.0,
+        cfg_end: float = 1.0,
+        guidance_rescale: float = 0.0,
+        cfg_zero_star: bool = False,
+        zero_init_steps: int = 0,
+        riflex_k: int = 4,
+        resume: bool = False,
+        add_noise: bool = True,
+        cache: str = "off",
+        attention: str = "exact",
+        unique_id: str | None = None,
+    ) -> tuple[convert.Latent]:
+        prompt = convert.to_prompt_embeds(positive, "positive")
+        negative_prompt = None
+        if negative is not None and cfg > 1:
+            negative_prompt = convert.to_prompt_embeds(negative, "negative")
+        if image is None:
+            image = convert.image_from_conditioning(positive, latent)
+        if sigmas is None:
+            sigmas = get_sigmas(steps, shift, denoise)
+        sigmas = sigmas.float().cpu()
+        init_latents = None if latent is None else convert.latent_samples(latent)
+        if latent is not None and latent.get("noise_mask") is not None:
+            logger.warning("The latent's noise mask is not used: the whole clip is sampled.")
+        guidance = Guidance(
+            true_cfg_scale=cfg,
+            guidance_scale=convert.embedded_guidance(positive, embedded_guidance),
+            cfg_start=cfg_start,
+            cfg_end=cfg_end,
+            guidance_rescale=guidance_rescale,
+            cfg_zero_star=cfg_zero_star,
+            zero_init_steps=zero_init_steps,
+        )
+        runtime = host.ComfyRuntime(unique_id, with_preview=True)
+        inputs = (model.module, image, prompt, negative_prompt)
+        check_inputs(*inputs, sigmas, guidance, init_latents)
+        host.bring_in(model, runtime, run_bytes(*inputs, CACHES[cache], attention=attention))
+        samples = sample(
+            *inputs,
+            seed=seed,
+            sigmas=sigmas,
+            guidance=guidance,
+            solver=euler if sampler is None else host.core_solver(sampler, shift, seed),
+            init_latents=init_latents,
+            add_noise=add_noise,
+            riflex_k=riflex_k,
+            resume=host.resume_folder() if resume else None,
+            cache=CACHES[cache],
+            attention=attention,
+            runtime=runtime,
+        )
+        return ({**(latent or {}), "samples": samples},)

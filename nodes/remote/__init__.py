@@ -1,0 +1,1 @@
+"""Nodes, page and account of wiro.ai."""

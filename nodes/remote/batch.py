@@ -1,0 +1,787 @@
+"""Many runs on wiro.ai at once: one node starts them, another brings their results home in order.
+
+What goes from one node to the other is what makes each job; the journal knows by that what was
+started. So it does not matter which node starts a run, nor whether ComfyUI was restarted between.
+
+The host shows Cancel to one asker alone: only the node's own thread asks, and ends the others'.
+"""
+
+import contextvars
+import json
+import logging
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from decimal import Decimal
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from .. import host
+from . import account
+from .nodes import WiroRemoteI2V, _common_widgets, _or_blocked, _video, png_part, skyreels_values
+from .run import (
+    SLICE_S,
+    Result,
+    StoppedError,
+    Window,
+    _decode,
+    _run,
+    _stop,
+    fingerprint,
+    model_record,
+    remember,
+    remember_failure,
+    wanted,
+)
+
+if TYPE_CHECKING:
+    from ...wiro_api.client import Model
+    from ...wiro_api.errors import WiroError
+    from ...wiro_api.journal import Entry
+    from ...wiro_api.spending import Limits, Price, Spent
+    from ...wiro_api.task import Task
+    from ...wiro_api.transport import FilePart
+
+logger = logging.getLogger("skyreels.nodes.remote.batch")
+
+#: a picture for each frame of a clip that was connected by mistake is more than this
+MAX_RUNS = 48
+NOTHING_SENT = "cancelled before anything was sent"
+
+
+@dataclass(frozen=True)
+class WiroRun:
+    """All that makes a job. label: for people, as "picture 3"."""
+
+    model: "Model"
+    values: Mapping[str, Any]
+    files: "tuple[tuple[str, FilePart], ...]"
+    take: int
+    label: str
+
+    @property
+    def key(self) -> str:
+        """Equal for two runs that are the same job."""
+        from ...wiro_api.jobs import job_key
+
+        return job_key(self.model, self.values, self.files, take=self.take)
+
+
+class NoPlaceError(Exception):
+    """The account has no place for another task now."""
+
+
+class WiroSubmit:
+    CATEGORY = "SkyReels/remote"
+    DESCRIPTION = (
+        "Starts a run of SkyReels-V1 on wiro.ai for each picture of a batch or list (or each "
+        "prompt), as many as the account has places for, and does not wait. Wiro Collect starts "
+        "the others and brings the videos home. Costs money for each: the total is shown before."
+    )
+    FUNCTION = "submit"
+    INPUT_IS_LIST = True
+    RETURN_TYPES = ("SKYREELS_WIRO_RUNS", "STRING")
+    RETURN_NAMES = ("runs", "report")
+    OUTPUT_TOOLTIPS = (
+        "For Wiro Collect, in the order of the pictures. What was started goes on at Wiro if the "
+        "prompt is cancelled or fails later, before Wiro Collect follows it.",
+        "How many were started, their task ids, how many wait for a place.",
+    )
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict[str, Any]:
+        single = WiroRemoteI2V.INPUT_TYPES()
+        required, optional = single["required"], single["optional"]
+        tooltips = {
+            "image": "Pictures: a batch, a list, or batches of any sizes in a list. With one "
+            "prompt it is used for all; else there must be a prompt for each, or one picture.",
+            "prompt": "What happens in the video; a list of them goes with the pictures, in order, "
+            "or with one picture. None may be empty.",
+        }
+        for name, tooltip in tooltips.items():
+            kind, *options = required[name]
+            required[name] = (kind, {**options[0], "tooltip": tooltip})
+        return {
+            "required": required,
+            "optional": {
+                **{name: optional[name] for name in ("negative_prompt", "add_fps_prefix", "take")},
+                "max_runs": (
+                    "INT",
+                    {
+                        "default": MAX_RUNS,
+                        "min": 1,
+                        "max": 10_000,
+                        "tooltip": f"More runs than this (default {MAX_RUNS}) are refused before "
+                        "anything is paid: a clip that is connected by mistake is a picture a "
+                        "frame.",
+                    },
+                ),
+            },
+            "hidden": {"unique_id": "UNIQUE_ID"},
+        }
+
+    @classmethod
+    def VALIDATE_INPUTS(cls, prompt: Any = None) -> bool | str:
+        for text in _listed(prompt):
+            if text is not None and not text.strip():
+                return "The prompt is empty: say what happens in the video. Nothing was sent."
+        return True
+
+    async def submit(
+        self,
+        image: list[Tensor],
+        prompt: list[str],
+        size: list[str],
+        fit: list[str],
+        num_frames: list[int],
+        steps: list[int],
+        cfg: list[float],
+        negative_prompt: Any = "",
+        add_fps_prefix: Any = True,
+        take: Any = 1,
+        max_runs: Any = MAX_RUNS,
+        unique_id: Any = None,
+    ) -> tuple[tuple[WiroRun, ...], str]:
+        over = threading.Event()
+        widgets = {
+            "size": size, "fit": fit, "num_frames": num_frames, "steps": steps, "cfg": cfg,
+            "negative_prompt": negative_prompt, "add_fps_prefix": add_fps_prefix, "take": take,
+        }  # fmt: skip
+
+        def work() -> tuple[tuple[WiroRun, ...], str]:
+            window = Window(_listed(unique_id)[0], over)
+            sent: list[_Sent] = []
+            line = "not started"
+            try:
+                window.say("preparing the pictures")
+                limit = int(_listed(max_runs)[0])
+                runs = expand(image, prompt, widgets, max_runs=limit, check=window.check)
+                report = _submit(window, runs, over, sent)
+                line = report.replace("\n", " · ")
+                return runs, report
+            except BaseException as error:
+                line = _stop_all(sent) if _is_stop(error) else str(error)
+                raise
+            finally:
+                for each in sent:
+                    is_started = each.window.handle is not None
+                    each.window.close("Wiro Collect follows it" if is_started else line)
+                window.close(line)
+
+        return await host.in_thread(work, over)
+
+
+class WiroCollect:
+    CATEGORY = "SkyReels/remote"
+    DESCRIPTION = (
+        "Follows the runs of Wiro Submit, starts those that wait as places become free, and gives "
+        "the results in the order of the pictures. A run that fails leaves its place out and is "
+        "told in the report. Cancel stops all that run."
+    )
+    FUNCTION = "collect"
+    RETURN_TYPES = ("VIDEO", "IMAGE", "STRING", "STRING", "STRING")
+    RETURN_NAMES = ("video", "images", "task_id", "receipt", "report")
+    OUTPUT_IS_LIST = (True, True, True, True, False)
+    OUTPUT_TOOLTIPS = (
+        "List: the videos as the service made them; SaveVideo copies each.",
+        "List: the frames of each video. Decoded only if connected, one after the other.",
+        "List: the tasks' ids at Wiro.",
+        "List: JSON of each run, as from Wiro Remote I2V.",
+        "How many are done, what they cost, and a sentence for each run that failed.",
+    )
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict[str, Any]:
+        wait, options = _common_widgets()["timeout_minutes"]
+        told = "Longest wait for each run once it is started, in minutes (40 is the service's own)."
+        return {
+            "required": {
+                "runs": ("SKYREELS_WIRO_RUNS", {"tooltip": "From Wiro Submit."}),
+            },
+            "optional": {
+                "timeout_minutes": (
+                    wait,
+                    {
+                        **options,
+                        "tooltip": f"{told} Its task then goes on at Wiro, and queueing again goes "
+                        "on waiting.",
+                    },
+                ),
+            },
+            "hidden": {"unique_id": "UNIQUE_ID", "graph": "PROMPT"},
+        }
+
+    @classmethod
+    def IS_CHANGED(cls, unique_id: str | None = None, **_: Any) -> str:
+        return fingerprint(unique_id, cls.RETURN_NAMES)
+
+    async def collect(
+        self,
+        runs: tuple[WiroRun, ...],
+        timeout_minutes: float = 40.0,
+        unique_id: str | None = None,
+        graph: dict[str, Any] | None = None,
+    ) -> tuple[Any, ...]:
+        over = threading.Event()
+        wants = wanted(graph, unique_id, self.RETURN_NAMES)
+        results, report, has_failed = await host.in_thread(
+            lambda: _collect(Window(unique_id, over), runs, timeout_minutes, wants, over), over
+        )
+        for result in results:
+            remember(graph, unique_id, result)
+        if has_failed:
+            remember_failure(graph, unique_id)
+        return (
+            [_video(result) for result in results],
+            [_or_blocked(result.images) for result in results],
+            [result.taskid for result in results],
+            [result.receipt for result in results],
+            report,
+        )
+
+
+# --- what is asked for --------------------------------------------------------------------------
+
+
+def expand(
+    image: Sequence[Tensor],
+    prompt: Sequence[str],
+    widgets: Mapping[str, Any],
+    *,
+    max_runs: int = MAX_RUNS,
+    check: Callable[[], None],
+) -> tuple[WiroRun, ...]:
+    """The runs of pictures and prompts, in order.
+
+    Args:
+        image: batches [B, H, W, 3] of any sizes.
+        widgets: the others of the node: one value, or one for each run.
+        check: called before each picture is packed; may raise to stop.
+    Raises:
+        ConfigError: the numbers do not go together, or there are too many.
+    """
+    from ...wiro_api.errors import ConfigError
+    from ...wiro_api.schema import SKYREELS
+
+    pictures = [batch[i : i + 1] for batch in _listed(image) for i in range(len(batch))]
+    prompts = _listed(prompt)
+    count = max(len(pictures), len(prompts))
+    if not pictures or not prompts:
+        raise ConfigError(
+            f"There are {len(pictures)} pictures and {len(prompts)} prompts: at least one of each "
+            "is needed. Nothing was sent."
+        )
+    if not {len(pictures), len(prompts)} <= {1, count}:
+        raise ConfigError(
+            f"{len(pictures)} pictures and {len(prompts)} prompts do not go together: give one "
+            "prompt for all pictures, one picture for all prompts, or as many of each. Nothing was "
+            "sent."
+        )
+    if count > max_runs:
+        raise ConfigError(
+            f"That would be {count} runs ({len(pictures)} pictures, {len(prompts)} prompts), and "
+            f"max_runs is {max_runs}: raise it if you mean it. Nothing was sent."
+        )
+    columns = {name: _listed(value) for name, value in widgets.items()}
+    for name, values in columns.items():
+        if len(values) not in (1, count):
+            raise ConfigError(
+                f"{name} has {len(values)} values for {count} runs: give one, or one for each. "
+                "Nothing was sent."
+            )
+    word = "picture" if len(pictures) > 1 or len(prompts) == 1 else "prompt"
+    runs = []
+    for number in range(count):
+        check()
+        picture, text = _nth(pictures, number), _nth(prompts, number)
+        own = {name: _nth(values, number) for name, values in columns.items()}
+        fit, take = own.pop("fit"), own.pop("take")
+        parameters, size = skyreels_values(picture, text, **own)
+        part = png_part(picture, size, fit)
+        label = f"{word} {number + 1}"
+        runs.append(WiroRun(SKYREELS, parameters, (("inputImage", part),), take, label))
+    return tuple(runs)
+
+
+def _listed(value: Any) -> list[Any]:
+    """A list input as a list, also where the default stands for it."""
+    return list(value) if isinstance(value, list | tuple) else [value]
+
+
+def _nth(values: Sequence[Any], number: int) -> Any:
+    return values[number] if len(values) > 1 else values[0]
+
+
+def _unique(runs: Sequence[WiroRun]) -> dict[str, list[WiroRun]]:
+    """Key -> the runs that are one job, in the order of the first of each."""
+    jobs: dict[str, list[WiroRun]] = {}
+    for run in runs:
+        jobs.setdefault(run.key, []).append(run)
+    return jobs
+
+
+def _labels(runs: Sequence[WiroRun]) -> str:
+    """Pictures 3, 4 and 7."""
+    word, _, first = runs[0].label.partition(" ")
+    if len(runs) == 1:
+        return f"{word.capitalize()} {first}"
+    numbers = [run.label.rpartition(" ")[2] for run in runs]
+    return f"{word.capitalize()}s {', '.join(numbers[:-1])} and {numbers[-1]}"
+
+
+def describe_total(prices: "Sequence[Price | None]", limits: "Limits", spent: "Spent") -> str:
+    """What runs will cost together and what may be spent: said before anything is sent."""
+    from ...wiro_api.spending import Price, describe_price
+    from ...wiro_api.task import money
+
+    count = f"{len(prices)} run{'' if len(prices) == 1 else 's'}"
+    known = [price for price in prices if price is not None]
+    if len(known) < len(prices):
+        return f"{count}, {describe_price(None, limits)}"
+    total = sum((price.amount for price in known), Decimal(0))
+    told = f"{count}, {Price(total, all(price.is_exact for price in known))}, {limits}"
+    for period, limit, already in (
+        ("day", limits.per_day, spent.day),
+        ("month", limits.per_month, spent.month),
+    ):
+        if limit is None or already + total <= limit:
+            continue
+        fits, so_far = 0, already
+        for price in known:
+            so_far += price.amount
+            fits += so_far <= limit
+        return (
+            f"{told}; that passes the limit of the {period} ({money(already)} of it is spent): "
+            f"only {fits} of {len(prices)} will be started"
+        )
+    return told
+
+
+# --- starting -----------------------------------------------------------------------------------
+
+
+class _Silent(host.RemoteProgress):
+    """Of one run of several: bar, line and cancel button are the node's."""
+
+    def __init__(self) -> None:
+        pass
+
+    def show(self, fraction: float, line: str) -> None:
+        pass
+
+    def say(self, line: str) -> None:
+        pass
+
+    def check_interrupt(self) -> None:
+        pass
+
+
+@dataclass(frozen=True)
+class _Sent:
+    """A run that Wiro Submit sends or has sent."""
+
+    window: Window
+    run: WiroRun
+    parameters: Mapping[str, Any]
+
+
+def _is_stop(error: BaseException) -> bool:
+    return isinstance(error, StoppedError) or host.is_interrupt(error)
+
+
+def _is_for_all(error: BaseException) -> bool:
+    """Whether it would meet each further run as well: none is tried."""
+    from ...wiro_api.errors import AccountError, AuthError, BalanceError
+
+    return isinstance(error, AccountError | AuthError | BalanceError)
+
+
+def _no_place(error: "WiroError", seconds: float) -> None:
+    raise NoPlaceError
+
+
+def _submit(
+    window: Window, runs: Sequence[WiroRun], over: threading.Event, sent: list[_Sent]
+) -> str:
+    """Start what the account has places for.
+
+    Args:
+        sent: to which each run is added before it is sent, and from which it is taken if it was
+            not made.
+    Returns:
+        The report.
+    Raises:
+        WiroError: of the first run, if none could be started.
+    """
+    from ...wiro_api.errors import RunOutcomeUnknownError, WiroError
+    from ...wiro_api.jobs import find, quote, start
+    from ...wiro_api.spending import load_limits
+
+    client, journal = window.make_client(), account.journal()
+    account.check_socket_url()
+    window.check()
+    window.say("asking Wiro for the price")
+    jobs, model = _unique(runs), runs[0].model
+    record = model_record(client, model)
+    costs = journal.costs(str(model))
+    waiting: list[tuple[list[WiroRun], dict[str, Any], Price | None]] = []
+    for same in jobs.values():
+        run = same[0]
+        if find(client, journal, model, run.values, run.files, take=run.take) is None:
+            quoted = quote(record, model, run.values, run.files, costs)
+            waiting.append((same, quoted.parameters, quoted.price))
+    num_before = len(jobs) - len(waiting)
+    prices = [price for _, _, price in waiting]
+    lines = [describe_total(prices, load_limits(account.limits_file()), journal.spent())]
+    if len(jobs) < len(runs):
+        lines.append(f"{len(runs) - len(jobs)} the same as another: one run for both")
+    if num_before:
+        lines.append(f"{num_before} started before, nothing is paid for them again")
+    total = " · ".join(lines)
+    logger.info("Wiro: %s.", total)
+    failures: list[tuple[Sequence[WiroRun], Exception]] = []
+    num_wait = 0
+    for number, (same, parameters, price) in enumerate(waiting):
+        run = same[0]
+        window.say(f"starting {number + 1} of {len(waiting)} · {total}", number / len(waiting))
+        each = _Sent(Window(None, over, _Silent()), run, parameters)
+        sent.append(each)
+        try:
+            entry = start(
+                client, journal, model, parameters, run.files, given=run.values, take=run.take,
+                price=price, limits=lambda: load_limits(account.limits_file()),
+                wait_when_busy=True, on_entry=each.window.on_entry, on_busy=_no_place,
+                check=window.check,
+            )  # fmt: skip
+            each.window.on_start(entry)
+        except NoPlaceError:
+            sent.pop().window.close("waits for a place")
+            num_wait = len(waiting) - number
+            break
+        except WiroError as error:
+            if not isinstance(error, RunOutcomeUnknownError):
+                sent.pop().window.close(str(error))
+            failures.append((same, error))
+            if _is_for_all(error):
+                failures += [(rest, error) for rest, _, _ in waiting[number + 1 :]]
+                break
+    if failures and len(failures) == len(jobs):
+        raise failures[0][1]
+    tasks = [
+        f"{each.run.label}: task {each.window.handle.taskid}"
+        for each in sent
+        if each.window.handle is not None
+    ]
+    lines.append(f"{len(tasks)} started" + (f" ({', '.join(tasks)})" if tasks else ""))
+    if num_wait:
+        lines.append(f"{num_wait} wait for a place of the account: Wiro Collect starts them")
+    lines += _tell(failures)
+    window.say("started", 1.0)
+    return "\n".join(lines)
+
+
+def _stop_all(sent: Sequence[_Sent]) -> str:
+    """Stop what one call has started, all at once; returns the line for the node."""
+    lines = [""] * len(sent)
+
+    def stop(number: int) -> None:
+        each = sent[number]
+        lines[number] = _stop(each.window, each.run.model, each.parameters, list(each.run.files))
+
+    threads = [_thread(stop, number) for number in range(len(sent))]
+    for thread in threads:
+        thread.join()
+    return " · ".join(lines) or NOTHING_SENT
+
+
+def _thread(work: Callable[..., None], *arguments: Any) -> threading.Thread:
+    """Started, under the caller's context."""
+    context = contextvars.copy_context()
+    thread = threading.Thread(target=context.run, args=(work, *arguments), name="wiro", daemon=True)
+    thread.start()
+    return thread
+
+
+def _tell(failures: Sequence[tuple[Sequence[WiroRun], Exception]]) -> list[str]:
+    """One sentence for each failure, and for several that failed alike; each is logged."""
+    alike: dict[str, list[WiroRun]] = {}
+    for runs, error in failures:
+        text = " ".join(str(error).split()) or type(error).__name__
+        alike.setdefault(text, []).extend(runs)
+    sentences = [f"{_labels(runs)}: {text}" for text, runs in alike.items()]
+    for sentence in sentences:
+        logger.error("Wiro: %s", sentence)
+    return sentences
+
+
+# --- collecting ---------------------------------------------------------------------------------
+
+
+class _Batch:
+    """What the runs of one node know of each other: who holds a place, who is at the door."""
+
+    def __init__(self, over: threading.Event) -> None:
+        self.over = over
+        #: set when something has changed
+        self.news = threading.Event()
+        #: how many tasks of ours have ended
+        self.freed = 0
+        #: tasks of ours that go at once, as far as Wiro has said no to another
+        self.places: int | None = None
+        self.refused_at = 0.0
+        self.at_door: _Seat | None = None
+        self.seats: list[_Seat] = []
+        self.lock = threading.Lock()
+
+    @property
+    def held(self) -> int:
+        """Places of the account that are ours."""
+        return sum(seat.holds for seat in self.seats)
+
+    def may_knock(self) -> bool:
+        """Whether the next run may be sent: alone, and if there may be a place for it."""
+        from ...wiro_api.jobs import LAST_BUSY_S
+
+        if self.at_door is not None:
+            return False
+        is_full = self.places is not None and self.held >= self.places
+        # somebody else's task may have ended, too
+        return not is_full or time.monotonic() - self.refused_at >= LAST_BUSY_S
+
+
+class _Seat(Window):
+    """One run: it shows itself in the panel alone."""
+
+    def __init__(self, batch: _Batch, runs: Sequence[WiroRun]) -> None:
+        super().__init__(None, batch.over, _Silent())
+        self.runs = runs
+        self.result: Result | None = None
+        self.error: Exception | None = None
+        self.is_over = False
+        #: whether its task counts among those of the account
+        self.holds = False
+        self.thread: threading.Thread | None = None
+        self._batch = batch
+        self._before = (0, 0)
+
+    @property
+    def fraction(self) -> float:
+        """How far it is."""
+        return 1.0 if self.is_over else self.live.fraction or 0.0
+
+    def on_entry(self, entry: "Entry") -> None:
+        self._before = (self._batch.freed, self._batch.held)
+        super().on_entry(entry)
+
+    def on_start(self, entry: "Entry") -> None:
+        super().on_start(entry)
+        batch = self._batch
+        self.holds = entry.state != "ended"
+        if batch.places is not None:
+            batch.places = max(batch.places, batch.held)
+        self._leave_door()
+
+    def on_task(self, task: "Task") -> None:
+        super().on_task(task)
+        if task.is_terminal:
+            self._free()
+
+    def on_busy(self, error: "WiroError", seconds: float) -> None:
+        """Wait until one of ours has ended, and if that tells nothing, as long as usual.
+
+        What was refused is an upload: it is not repeated to ask.
+        """
+        from ...wiro_api.errors import ConcurrencyError
+        from ...wiro_api.jobs import LAST_BUSY_S
+
+        batch = self._batch
+        freed, held = self._before
+        is_full = isinstance(error, ConcurrencyError)
+        if is_full and batch.freed == freed and (batch.places is None or held >= batch.places):
+            batch.places = max(1, held)
+            seconds = LAST_BUSY_S if held else seconds
+        batch.refused_at = time.monotonic()
+        end = batch.refused_at + seconds
+        while (left := end - time.monotonic()) > 0 and not (is_full and batch.freed != freed):
+            self.say("all places of the account are taken", 0.0)
+            self.sleep(min(left, SLICE_S))
+
+    def work(self, timeout_minutes: float) -> None:
+        """Run it to its files; what comes of it is in `result` or `error`."""
+        from ...wiro_api.errors import WiroError, tell_task
+
+        run = self.runs[0]
+        try:
+            # frames are decoded later, one clip at a time
+            self.result = _run(
+                self, run.model, run.values, list(run.files), run.take, True, timeout_minutes,
+                frozenset(),
+            )  # fmt: skip
+        except Exception as error:
+            self.error = error
+            if isinstance(error, WiroError) and self.handle is not None:
+                tell_task(error, self.handle.taskid)
+            elif not isinstance(error, WiroError | StoppedError):
+                logger.error("Wiro: %s.", _labels(self.runs), exc_info=error)
+        finally:
+            self.is_over = True
+            self._free()
+            self._leave_door()
+
+    def _free(self) -> None:
+        if self.holds:
+            self.holds = False
+            with self._batch.lock:
+                self._batch.freed += 1
+        self._batch.news.set()
+
+    def _leave_door(self) -> None:
+        if self._batch.at_door is self:
+            self._batch.at_door = None
+        self._batch.news.set()
+
+
+def _collect(
+    window: Window,
+    runs: Sequence[WiroRun],
+    timeout_minutes: float,
+    wants: frozenset[str],
+    over: threading.Event,
+) -> tuple[list[Result], str, bool]:
+    """Bring all runs home.
+
+    Returns:
+        The results in the order of `runs`, the report, and whether some failed.
+    Raises:
+        WiroError: of the first run, if all failed.
+    """
+    line = "not started"
+    batch = _Batch(over)
+    try:
+        _follow_all(window, batch, runs, timeout_minutes)
+        failures = [(seat.runs, seat.error) for seat in batch.seats if seat.error is not None]
+        sentences = _tell(failures)
+        if len(failures) == len(batch.seats) and failures:
+            raise failures[0][1]
+        results: dict[str, Result] = {}
+        for seat in batch.seats:
+            if seat.result is not None:
+                if "images" in wants:
+                    window.say(f"decoding {seat.runs[0].label}")
+                    seat.result = _with_images(seat.result, window)
+                if seat.result.warning:
+                    sentences.append(f"{_labels(seat.runs)}: {seat.result.warning}")
+                results[seat.runs[0].key] = seat.result
+        head = _sum_of(batch.seats)
+        line = " · ".join([head, *sentences])
+        window.say(head, 1.0)
+        in_order = [results[run.key] for run in runs if run.key in results]
+        return in_order, "\n".join([head, *sentences]), bool(failures)
+    except BaseException as error:
+        line = _line_of_stop(batch) if _is_stop(error) else str(error)
+        raise
+    finally:
+        window.close(line)
+
+
+def _follow_all(
+    window: Window, batch: _Batch, runs: Sequence[WiroRun], timeout_minutes: float
+) -> None:
+    """Until all have ended; with Cancel, until all are stopped."""
+    from ...wiro_api.errors import ConfigError
+    from ...wiro_api.jobs import find
+
+    if not runs:
+        raise ConfigError("There are no runs: connect Wiro Submit.")
+
+    def go(seat: _Seat) -> None:
+        seat.thread = _thread(seat.work, timeout_minutes)
+
+    batch.seats = [_Seat(batch, same) for same in _unique(runs).values()]
+    best = 0.0
+    try:
+        client, journal = window.make_client(), account.journal()
+        waiting = []
+        for seat in batch.seats:
+            run = seat.runs[0]
+            entry = find(client, journal, run.model, run.values, run.files, take=run.take)
+            if entry is None:
+                waiting.append(seat)
+                continue
+            seat.on_entry(entry)  # Cancel stops it from here on, whatever its thread does
+            if entry.state == "started":
+                seat.on_start(entry)
+            go(seat)
+        while not all(seat.is_over for seat in batch.seats):
+            window.check()
+            failed = next((s.error for s in batch.seats if s.error and _is_for_all(s.error)), None)
+            if failed is not None:
+                for seat in waiting:
+                    seat.error, seat.is_over = failed, True
+                waiting = []
+            if waiting and batch.may_knock():
+                batch.at_door = waiting.pop(0)
+                go(batch.at_door)
+            best = max(best, sum(seat.fraction for seat in batch.seats) / len(batch.seats))
+            window.say(_line_of(batch.seats), best)
+            batch.news.wait(SLICE_S)
+            batch.news.clear()
+        window.check()
+    except BaseException:
+        batch.over.set()
+        raise
+    finally:
+        for seat in batch.seats:
+            if seat.thread is not None:
+                seat.thread.join()
+
+
+def _line_of(seats: Sequence[_Seat]) -> str:
+    """How they stand: "5 of 12 done · 3 running · 3 waiting · 1 failed"."""
+    done = sum(seat.result is not None for seat in seats)
+    failed = sum(seat.error is not None for seat in seats)
+    running = sum(not seat.is_over and seat.handle is not None for seat in seats)
+    waiting = len(seats) - done - failed - running
+    parts = [f"{done} of {len(seats)} done"]
+    counts = ((running, "running"), (waiting, "waiting"), (failed, "failed"))
+    return " · ".join(parts + [f"{count} {word}" for count, word in counts if count])
+
+
+def _line_of_stop(batch: _Batch) -> str:
+    """What came of those that were sent and had not ended."""
+    lines = [seat.live.line for seat in batch.seats if seat.row and seat.error]
+    told = [line for line in lines if line != NOTHING_SENT]
+    return " · ".join(told) or NOTHING_SENT
+
+
+def _sum_of(seats: Sequence[_Seat]) -> str:
+    """Of the end: how many, and what they did cost together."""
+    from ...wiro_api.task import decimal_of, money
+
+    costs = [
+        decimal_of(json.loads(seat.result.receipt)["cost_usd"])
+        for seat in seats
+        if seat.result is not None
+    ]
+    known = [cost for cost in costs if cost is not None]
+    told = f"{money(sum(known, Decimal(0)))} in all" if known else "cost not told"
+    if known and len(known) < len(costs):
+        told += f", {len(costs) - len(known)} not told"
+    return f"{_line_of(seats)} · {told}"
+
+
+def _with_images(result: Result, window: Window) -> Result:
+    """With the frames of its video, which is read now."""
+    from ...wiro_api.media import kind_of
+
+    kinds: dict[str, list[Path]] = {}
+    for path in result.paths:
+        kinds.setdefault(kind_of(path), []).append(path)
+    videos, pictures = kinds.get("video", []), kinds.get("image", [])
+    if not videos and not pictures:
+        return result
+    images, masks = _decode(videos, pictures, window)
+    return replace(result, images=images, masks=masks)

@@ -1,0 +1,689 @@
+"""One run on wiro.ai as a node sees it: started once, shown, stopped with the prompt, brought home.
+
+The work is done in a thread beside the host's loop. A run that was started is found again by its
+inputs: queueing the same node after a crash goes on instead of paying again.
+"""
+
+import json
+import logging
+import re
+import threading
+import time
+import unicodedata
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from decimal import Decimal
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from .. import host
+from . import account
+from .decode import EMPTY_MASK, read_audio, read_clip, read_pictures, read_text
+
+if TYPE_CHECKING:
+    from ...wiro_api.client import Client, Model, RunHandle
+    from ...wiro_api.errors import WiroError
+    from ...wiro_api.journal import Entry
+    from ...wiro_api.task import Progress, Task
+    from ...wiro_api.transport import FilePart
+
+logger = logging.getLogger("skyreels.nodes.remote.run")
+#: the parameters of a model -> (parameter, part) of files
+FilesFor = Callable[[Sequence[Mapping[str, Any]]], "list[tuple[str, FilePart]]"]
+
+#: between two looks at the cancel button
+SLICE_S = 0.25
+#: longest that a cancelled prompt waits for the service to confirm
+STOP_S = 20.0
+#: seconds for which what the service said of a model is taken as current
+RECORD_S = 600.0
+#: models of which it is remembered
+KEPT_RECORDS = 50
+#: rank of a task's state -> where the bar stands while nothing better is known
+_BAR = {-1: 0.0, 0: 0.0, 1: 0.02, 2: 0.03, 3: 0.04, 4: 0.05, 5: 0.06, 6: 0.06, 7: 0.92, 8: 0.93,
+        9: 0.95, 10: 0.97}  # fmt: skip
+_RUNNING_FROM, _RUNNING_TO = 0.06, 0.92
+
+#: how names of fields begin that send a result or a bill elsewhere, letters and digits only
+_ELSEWHERE = ("callback", "webhook", "projectid")
+
+#: outputs of which it depends on the graph whether they are decoded
+DECODED = ("images", "mask", "audio", "text")
+#: nodes, and files of each, that are looked after while the server runs
+KEPT_NODES, KEPT_FILES = 500, 256
+
+#: a node with its widgets -> how often files of its results were gone, and the files it has now
+_results: dict[str, tuple[int, tuple[Path, ...]]] = {}
+_records: dict[tuple[str, str], tuple[float, Mapping[str, Any]]] = {}
+
+
+class StoppedError(Exception):
+    """The prompt has ended elsewhere: another node failed, or Cancel was seen there first."""
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a run brought home.
+
+    images: [F, H, W, 3] float32 in 0..1 of its first video or all its pictures. masks: [F, h, w].
+    audio: as core's AUDIO. video: path of its first video. A text in place of one of these is the
+    reason why it is not there. text: of models that write. paths: of all files. cost: for people.
+    warning: what else is to be said, or "".
+    """
+
+    taskid: str
+    images: Tensor | str
+    masks: Tensor | str
+    audio: dict[str, Any] | str
+    video: Path | str
+    text: str
+    paths: tuple[Path, ...]
+    receipt: str
+    cost: str
+    warning: str
+
+    @property
+    def files(self) -> str:
+        """JSON list of the files, as paths below the output folder."""
+        return json.dumps([account.place_of(path) for path in self.paths], ensure_ascii=False)
+
+    @property
+    def line(self) -> str:
+        """What stands on the node in the end."""
+        line = f"{self.cost} · task {self.taskid}"
+        return f"{line} · {self.warning}" if self.warning else line
+
+
+# --- what a node is asked for -------------------------------------------------------------------
+
+
+def wanted(
+    graph: dict[str, Any] | None, unique_id: str | None, names: Sequence[str]
+) -> frozenset[str]:
+    """Names of a node's outputs that something hangs on; all if it cannot be known."""
+    linked = host.linked_outputs(graph, unique_id)
+    return frozenset(n for i, n in enumerate(names) if linked is None or i in linked)
+
+
+def fingerprint(unique_id: str | None, names: Sequence[str]) -> str:
+    """What IS_CHANGED says of a node: it runs again if this is another one than last time.
+
+    That is so when files of its results are gone, and when something else hangs on it than what
+    was decoded. It pays for nothing again: the journal knows the run.
+    """
+    graph = host.running_graph()
+    key = _key_of(graph, unique_id)
+    times, files = _results.get(key, (0, ()))
+    left = tuple(path for path in files if path.is_file())
+    if left != files:
+        times += 1
+        _results[key] = (times, left)
+    return f"{times} {sorted(wanted(graph, unique_id, names) & set(DECODED))}"
+
+
+def remember(graph: dict[str, Any] | None, unique_id: str | None, result: Result) -> Result:
+    """Look after the files of a result from now on."""
+    key = _key_of(graph, unique_id)
+    times, files = _results.pop(key, (0, ()))
+    _results[key] = (times, tuple(dict.fromkeys((*files, *result.paths)))[-KEPT_FILES:])
+    if len(_results) > KEPT_NODES:
+        del _results[next(iter(_results))]
+    return result
+
+
+def remember_failure(graph: dict[str, Any] | None, unique_id: str | None) -> None:
+    """Let a node that brought home only a part run again with the next queue."""
+    key = _key_of(graph, unique_id)
+    times, files = _results.get(key, (0, ()))
+    _results[key] = (times + 1, files)
+
+
+def _key_of(graph: dict[str, Any] | None, unique_id: str | None) -> str:
+    """A node with its widgets; linked inputs are not known when IS_CHANGED is asked."""
+    inputs = (graph or {}).get(str(unique_id), {}).get("inputs", {})
+    widgets = sorted((k, v) for k, v in inputs.items() if not isinstance(v, list))
+    return json.dumps([unique_id, widgets], default=str)
+
+
+# --- one run ------------------------------------------------------------------------------------
+
+
+class Window:
+    """What one run shows on its node and in the panel, and how it is stopped.
+
+    Callbacks of the progress socket only leave a note; the worker's thread shows it, because only
+    that thread may meet the host's cancel exception.
+    """
+
+    def __init__(
+        self,
+        unique_id: str | None,
+        over: threading.Event,
+        progress: host.RemoteProgress | None = None,
+    ) -> None:
+        self._progress = progress or host.RemoteProgress(unique_id)
+        self._over = over
+        self._fraction, self._line = 0.0, "asking Wiro"
+        self._began = time.monotonic()
+        self._report: Progress | None = None
+        self._task: Task | None = None
+        self._client: Client | None = None
+        self.live = account.Live()
+        self.row = 0
+        #: of the task, as soon as one is known
+        self.handle: RunHandle | None = None
+
+    def make_client(self) -> "Client":
+        """A client whose waits this run can end; let go of with `close`."""
+        self._client = account.make_client(self.sleep)
+        return self._client
+
+    def check(self) -> None:
+        """Raise if the run shall stop: the host's exception, or StoppedError."""
+        if self._over.is_set():
+            raise StoppedError
+        self._progress.check_interrupt()
+
+    def sleep(self, seconds: float) -> None:
+        """Wait, showing what comes in and looking at the cancel button."""
+        end = time.monotonic() + seconds
+        while True:
+            self.check()
+            self._show()
+            left = end - time.monotonic()
+            if left <= 0:
+                return
+            self._over.wait(min(left, SLICE_S))
+
+    def say(self, line: str, fraction: float | None = None) -> None:
+        """Show a line now."""
+        self._line = line
+        self._fraction = self._fraction if fraction is None else fraction
+        self._show()
+
+    def on_entry(self, entry: "Entry") -> None:
+        if self.row != entry.id:
+            if self.row:
+                account.leave(self.row)
+            self.row, self.live = entry.id, account.follow(entry.id)
+        account.tell(self.row, always=True)
+
+    def on_start(self, entry: "Entry") -> None:
+        """The run is started, or was before."""
+        from ...wiro_api.jobs import to_handle
+
+        self.handle = to_handle(entry)
+
+    #: waits for a place of the account in place of the usual countdown, which is `on_wait`'s
+    on_busy: "Callable[[WiroError, float], None] | None" = None
+
+    def on_task(self, task: "Task") -> None:
+        from ...wiro_api.client import RunHandle
+
+        if self._task is None or task.status != self._task.status:
+            self._began = time.monotonic()
+            self._line = task.phase
+            account.add_log(self.live, [f"{time.strftime('%H:%M:%S')} {task.status}"])
+        self._task = task
+        self.handle = RunHandle(task.taskid, task.token)
+        self._show()
+
+    def on_progress(self, report: "Progress") -> None:
+        self._report = report
+
+    def on_log(self, line: str) -> None:
+        account.add_log(self.live, line.splitlines())
+
+    def on_bytes(self, done: int, total: int | None) -> None:
+        of = f" of {total / 1e6:.1f}" if total else ""
+        self.say(f"downloading {done / 1e6:.1f}{of} MB", 0.97)
+
+    def on_wait(self, left: float) -> None:
+        self.say(f"all places of the account are taken · next try in {left:.0f} s", 0.0)
+
+    def _show(self) -> None:
+        task = self._task
+        if task is not None and not task.is_terminal:
+            where = fraction_of(task, self._report)
+            line = f"{task.phase} for {time.monotonic() - self._began:.0f} s"
+            if self._report is not None and task.rank <= 7:
+                line = str(self._report)
+            self._fraction, self._line = max(self._fraction, where), line
+        self.live.fraction, self.live.line = self._fraction, self._line
+        of = "" if task is None else f" · task {task.taskid}"  # the panel shows it beside
+        self._progress.show(self._fraction, self._line + of)
+        if self.row:
+            account.tell(self.row)
+
+    def close(self, line: str) -> None:
+        """Show the last line, without looking at the cancel button."""
+        # every open page gets this one: it needs no place of this machine
+        self.live.line = line.replace(str(host.output_folder()), "output")
+        self._progress.say(line)
+        if self.row:
+            account.leave(self.row)
+        if self._client is not None:
+            self._client.close()
+
+
+def fraction_of(task: "Task", report: "Progress | None") -> float:
+    """Where the bar stands, 0..1: by the report of the running model, else by the task's state."""
+    if report is None or task.rank > 7:
+        return _BAR[task.rank]
+    return _RUNNING_FROM + (report.fraction or 0.0) * (_RUNNING_TO - _RUNNING_FROM)
+
+
+def check_fields(values: object) -> None:
+    """Refuse fields that send the bill or the result elsewhere, at any depth and in any spelling.
+
+    A workflow file is a stranger's, and these are not seen when it runs. Whoever wants them types
+    them on the command line.
+
+    Raises:
+        ConfigError: names the field.
+    """
+    from ...wiro_api.errors import ConfigError
+
+    left = [values]
+    while left:
+        value = left.pop()
+        if isinstance(value, list | tuple):
+            left.extend(value)
+        if not isinstance(value, Mapping):
+            continue
+        left.extend(value.values())
+        for name in value:
+            plain = re.sub(r"[^a-z0-9]", "", unicodedata.normalize("NFKC", str(name)).lower())
+            if plain.startswith(_ELSEWHERE):
+                raise ConfigError(
+                    f"The field {str(name)[:40]!r} sends the result or the bill to somebody else, "
+                    "and a workflow may not do that. Nothing was sent. Remove it, or run the model "
+                    "with python -m wiro_api run, where you type it yourself."
+                )
+
+
+async def run_model(
+    model: "Model",
+    values: Mapping[str, Any],
+    make_files: "Callable[[], list[tuple[str, FilePart]]]",
+    *,
+    take: int,
+    wait_when_busy: bool,
+    timeout_minutes: float,
+    unique_id: str | None,
+    wants: frozenset[str],
+    files_for: "FilesFor | None" = None,
+) -> Result:
+    """Run a model on Wiro once, or go on with the run that these inputs started before.
+
+    Args:
+        values: of its parameters. make_files: makes its (parameter, part) of files.
+        take: another number is another run of the same inputs.
+        wants: names of the outputs that something hangs on, as `wanted` finds them.
+        files_for: makes further files, of which it depends on the model's parameters where they go.
+    Raises:
+        WiroError: with a sentence that helps. The host's cancel exception, after the remote task
+            was stopped.
+    """
+    over = threading.Event()
+
+    def work() -> Result:
+        window = Window(unique_id, over)
+        return _run(
+            window, model, values, make_files(), take, wait_when_busy, timeout_minutes, wants,
+            files_for,
+        )  # fmt: skip
+
+    return await host.in_thread(work, over)
+
+
+def _run(
+    window: Window,
+    model: "Model",
+    values: Mapping[str, Any],
+    files: "list[tuple[str, FilePart]]",
+    take: int,
+    wait_when_busy: bool,
+    timeout_minutes: float,
+    wants: frozenset[str],
+    files_for: "FilesFor | None" = None,
+) -> Result:
+    from ...wiro_api.client import check_wait
+    from ...wiro_api.errors import WiroError
+    from ...wiro_api.jobs import files_here, quote, start, to_handle
+    from ...wiro_api.schema import items_of
+    from ...wiro_api.spending import describe_price, load_limits
+
+    line, parameters = "not started", dict(values)
+    try:
+        check_fields([values, dict(files)])
+        check_wait(60.0 * timeout_minutes)
+        client, journal = window.make_client(), account.journal()
+        account.check_socket_url()
+        window.check()
+        window.say("asking Wiro for the price")
+        record = model_record(client, model)
+        if files_for is not None:
+            files = [*files, *files_for(items_of(record, model))]
+            check_fields(dict(files))
+            window.check()
+        quoted = quote(record, model, values, files, journal.costs(str(model)))
+        parameters, price = quoted.parameters, quoted.price
+        told = describe_price(price, load_limits(account.limits_file()))
+        logger.info("Wiro model %r: %s.", str(model), told)
+        window.say(f"sending · {told}")
+        entry = start(
+            client, journal, model, parameters, files, given=values, take=take, price=price,
+            limits=lambda: load_limits(account.limits_file()), wait_when_busy=wait_when_busy,
+            on_entry=window.on_entry, on_wait=window.on_wait, on_busy=window.on_busy,
+            check=window.check,
+        )  # fmt: skip
+        window.on_start(entry)
+        line = f"task {entry.taskid} goes on at Wiro"
+        receipt = {"model": str(model), "parameters": parameters, "take": take}
+        if entry.state == "ended" and entry.files and files_here(journal, entry) == entry.files:
+            result = _from_disk(window, client, entry, entry.files, receipt, wants)
+            line = f"made before by task {entry.taskid}: nothing was paid for it now"
+            return result
+        result = _follow(window, client, to_handle(entry), timeout_minutes, receipt, entry, wants)
+        line = f"done · {result.line}"
+        return result
+    except BaseException as error:
+        if isinstance(error, StoppedError) or host.is_interrupt(error):
+            line = _stop(window, model, parameters, files)
+        elif isinstance(error, WiroError):
+            line = str(error)
+        raise
+    finally:
+        window.close(line)
+
+
+def model_record(client: "Client", model: "Model") -> Mapping[str, Any]:
+    """What Wiro says of a model, from the last minutes.
+
+    Of SkyReels-V1 enough is known without: {} if Wiro does not say, which is logged.
+    """
+    from ...wiro_api.jobs import read_record
+
+    key = (client.base_url, str(model.clean))
+    read_at, record = _records.get(key, (-RECORD_S, {}))
+    if time.monotonic() - read_at < RECORD_S:
+        return record
+    problems: list[WiroError] = []
+    record = read_record(client, model, problems.append)
+    if problems:
+        logger.warning(
+            "Wiro does not describe %s, so its price is not known: %s", model, problems[0]
+        )
+        return {}
+    _records.pop(key, None)
+    _records[key] = (time.monotonic(), record)
+    if len(_records) > KEPT_RECORDS:
+        _records.pop(next(iter(_records)), None)
+    return record
+
+
+def _follow(
+    window: Window,
+    client: "Client",
+    handle: "RunHandle",
+    timeout_minutes: float,
+    receipt: dict[str, Any],
+    entry: "Entry | None",
+    wants: frozenset[str],
+) -> Result:
+    """Wait for a task, and bring home what is not here.
+
+    If something does not come, or Wiro has it no more, and what matters is here, that is a warning.
+    """
+    from ...wiro_api.errors import DownloadError, WiroError
+    from ...wiro_api.jobs import files_here, finish
+    from ...wiro_api.task import dollars
+    from ...wiro_api.transport import local_host
+    from ...wiro_api.websocket import socket_url
+
+    warning = ""
+    try:
+        task, paths = finish(
+            client, handle, account.task_folder(handle.taskid), journal=account.journal(),
+            entry_id=None if entry is None else entry.id, timeout_s=60.0 * timeout_minutes,
+            socket_url=socket_url(), local_host=local_host(), on_task=window.on_task,
+            on_progress=window.on_progress, on_log=window.on_log, on_bytes=window.on_bytes,
+            check=window.check, asked=receipt,
+        )  # fmt: skip
+    except WiroError as error:
+        warning = str(error)
+        if isinstance(error, DownloadError) and error.task is not None:
+            if not _is_enough(error.paths, error.missing):
+                raise
+            task, paths = error.task, list(error.paths)
+            logger.warning("%s", error)
+        else:
+            here = () if entry is None else files_here(account.journal(), entry)
+            if entry is None or not _is_enough(here, [path.name for path in entry.files]):
+                raise
+            logger.warning("Task %s: %s", entry.taskid, error)
+            return _from_disk(window, client, entry, here, receipt, wants, warning)
+    result = _to_result(
+        window, receipt, task.taskid, dollars(task.totalcost), task.elapsed_s, paths,
+        _text_of(task), wants, warning,
+    )  # fmt: skip
+    window.say("done", 1.0)
+    return result
+
+
+def _text_of(task: "Task") -> str:
+    return "\n".join(output.content for output in task.outputs if output.content)
+
+
+def _is_enough(paths: Sequence[Path], missing: Sequence[str]) -> bool:
+    """Whether what is here is of the kind that matters most: a video counts more than its cover."""
+    from ...wiro_api.jobs import MISSING
+    from ...wiro_api.media import KINDS, kind_of, kind_of_name
+
+    here = [KINDS.index(kind_of(path)) for path in paths]
+    lost = [KINDS.index(kind_of_name(name.removesuffix(MISSING))) for name in missing]
+    return bool(here) and max(here) >= max(lost, default=0)
+
+
+def _from_disk(
+    window: Window,
+    client: "Client",
+    entry: "Entry",
+    paths: Sequence[Path],
+    receipt: dict[str, Any],
+    wants: frozenset[str],
+    warning: str = "",
+) -> Result:
+    from ...wiro_api.errors import WiroError
+    from ...wiro_api.jobs import to_handle
+
+    text = ""
+    if "text" in wants:  # the journal holds none
+        try:
+            text = _text_of(client.detail(to_handle(entry)))
+        except WiroError as error:
+            logger.warning(
+                "The text of task %s is read from its files alone: %s", entry.taskid, error
+            )
+    return _to_result(
+        window, receipt, entry.taskid, entry.cost, entry.elapsed_s, paths, text, wants, warning
+    )
+
+
+def _to_result(
+    window: Window,
+    receipt: dict[str, Any],
+    taskid: str,
+    cost: str | None,
+    elapsed_s: object,
+    paths: Sequence[Path],
+    text: str,
+    wants: frozenset[str],
+    warning: str,
+) -> Result:
+    """The files as what the sockets carry; only what something hangs on is decoded."""
+    from ...wiro_api.media import kind_of, kind_of_name
+    from ...wiro_api.receipts import shown
+    from ...wiro_api.task import money
+
+    kinds: dict[str, list[Path]] = {}
+    for path in paths:
+        kinds.setdefault(kind_of(path), []).append(path)
+    videos, pictures = kinds.get("video", []), kinds.get("image", [])
+    places = [account.place_of(path) for path in paths]
+    whole = {
+        **shown(receipt),
+        "taskid": taskid,
+        "cost_usd": cost or None,
+        "elapsed_s": None if elapsed_s in (None, "") else float(str(elapsed_s)),
+        "files": places,
+    }
+    more = f" {warning}" if warning else ""
+    images: Tensor | str = f"Task {taskid} made no picture and no video.{more}"
+    masks: Tensor | str = images
+    audio: dict[str, Any] | str = f"Task {taskid} made no sound.{more}"
+    idle = "Nothing was connected here when the files were read: queue again."
+    if videos or pictures:
+        images = masks = idle
+        if wants & {"images", "mask"}:
+            window.say("decoding", 0.98)
+            images, masks = _decode(videos, pictures, window)
+    sounds = kinds.get("audio", []) + videos
+    if sounds:
+        audio = idle
+        if "audio" in wants:
+            audio = _decode_sound(sounds[0], window)
+    if not text and "text" in wants:
+        notes = kinds.get("text", [])
+        parts = [read_text(path) for path in notes if kind_of_name(path.name) == "text"]
+        text = "\n".join(part for part in parts if part)
+    video = videos[0] if videos else f"Task {taskid} made no video.{more}"
+    return Result(
+        taskid, images, masks, audio, video, text, tuple(paths),
+        json.dumps(whole, indent=2, ensure_ascii=False),
+        money(Decimal(cost)) if cost else "cost not told", warning,
+    )  # fmt: skip
+
+
+def _decode(
+    videos: Sequence[Path], pictures: Sequence[Path], window: Window
+) -> tuple[Tensor | str, Tensor | str]:
+    """IMAGE and MASK of the first video, else of all pictures; or why there are none."""
+    from ...wiro_api.errors import DownloadError, WiroError
+
+    try:
+        if not videos:
+            return read_pictures(pictures, window.check)
+        clip = read_clip(videos[0], window.check)
+        return clip, torch.zeros(len(clip), EMPTY_MASK, EMPTY_MASK)
+    except WiroError as error:
+        place = account.place_of((*videos, *pictures)[0])
+        again = "; delete it to fetch it again" if isinstance(error, DownloadError) else ""
+        reason = f"{str(error).rstrip('.')}. It is kept as it came: {place}{again}."
+        logger.warning("%s", reason)
+        return reason, reason
+
+
+def _decode_sound(path: Path, window: Window) -> dict[str, Any] | str:
+    from ...wiro_api.errors import WiroError
+
+    try:
+        return read_audio(path, window.check)
+    except WiroError as error:
+        return f"{str(error).rstrip('.')}: {account.place_of(path)}."
+
+
+def _stop(
+    window: Window,
+    model: "Model",
+    parameters: Mapping[str, Any],
+    files: "list[tuple[str, FilePart]]",
+) -> str:
+    """Stop what a run has started, and say what came of it; raises nothing.
+
+    A Run whose answer is still on its way is waited for: only that, or a proof, tells its task from
+    those of others, and no other's is stopped.
+
+    Returns:
+        The line for the node.
+    """
+    from ...wiro_api.client import RECONCILE_AT_S
+    from ...wiro_api.errors import WiroError
+    from ...wiro_api.jobs import recover, to_handle
+    from ...wiro_api.journal import LostEntryError
+    from ...wiro_api.task import money
+
+    deadline = time.monotonic() + STOP_S
+
+    def sleep(seconds: float) -> None:
+        if time.monotonic() + seconds > deadline:
+            raise WiroError("Wiro did not confirm in time")
+        time.sleep(seconds)
+
+    journal, row, handle = account.journal(), window.row, window.handle
+    entry = journal.get(row) if row else None
+    is_sent = entry is not None and entry.state == "sending"
+    if handle is None and (row == 0 or (entry is not None and not is_sent)):
+        if entry is None or not entry.taskid:
+            return "cancelled before anything was sent"
+        handle = to_handle(entry)
+    taskid = handle.taskid if handle is not None else ""
+    try:
+        with account.make_client(sleep) as client:
+            if handle is None:
+                if entry is None:
+                    raise WiroError(f"the journal {journal.path} cannot be read")
+                deadline += RECONCILE_AT_S[-1]
+                try:
+                    handle = recover(client, journal, entry, model, parameters, files)
+                except LostEntryError:  # the answer has come
+                    entry = journal.get(row) or entry
+                    if not entry.taskid:
+                        return "cancelled, and Wiro made no task"
+                    handle = to_handle(entry)
+                taskid = handle.taskid
+                deadline = time.monotonic() + STOP_S
+            task = client.stop(handle)
+    except WiroError as error:
+        what = f"task {taskid}" if taskid else "the run"
+        logger.error("Cancelled, but %s may go on at Wiro and cost money: %s", what, error)
+        return f"cancelled here, but {what} may go on at Wiro: stop it in the Wiro panel"
+    if row:
+        journal.ended(row, task, () if entry is None else entry.files)
+    charged = f"charged {money(task.totalcost)}" if task.totalcost else "nothing was charged"
+    logger.info("Wiro task %s: %s, %s.", task.taskid, task.status, charged)
+    word = "stopped" if task.status == "task_cancel" else "had ended"
+    return f"task {task.taskid} {word} · {charged}"
+
+
+def collect(window: Window, text: str, timeout_minutes: float, wants: frozenset[str]) -> Result:
+    """Follow a task that a person named, to its files."""
+    from ...wiro_api.client import RunHandle
+    from ...wiro_api.errors import WiroError
+
+    line = "stopped waiting"
+    try:
+        account.check_socket_url()
+        handle = RunHandle.parse(text)
+        client = window.make_client()
+        task = client.detail(handle)
+        entry = account.journal().adopt(task.taskid, task.model)
+        if entry is not None:
+            window.on_entry(entry)
+        line = f"stopped waiting; task {task.taskid} goes on at Wiro"
+        receipt = {"model": task.model, "parameters": dict(task.parameters)}
+        result = _follow(
+            window, client, RunHandle(task.taskid, task.token), timeout_minutes, receipt, entry,
+            wants,
+        )  # fmt: skip
+        line = f"done · {result.line}"
+        return result
+    except WiroError as error:
+        line = str(error)
+        raise
+    finally:
+        window.close(line)

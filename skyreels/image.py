@@ -1,0 +1,152 @@
+"""From a picture to the first-frame latents the transformer is conditioned on."""
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .config import TEMPORAL_COMPRESSION
+from .errors import DependencyError, OptionError, ShapeError
+from .latents import (
+    ImageConditioning,
+    check_size,
+    latent_shape,
+    nearest_frames,
+    seeded_generator,
+    to_model_space,
+)
+from .offload import missing_bytes, on_device
+from .runtime import Runtime
+from .vae.budget import decode_bytes
+from .vae.model import VideoVAE
+
+FITS = ("crop", "pad", "stretch")
+
+
+def fit_image(image: Tensor, width: int, height: int, fit: str = "crop") -> Tensor:
+    """Bring pictures to the size of the video, as the official code does.
+
+    Args:
+        image: [F, H, W, C] float in 0..1; channels beyond three (alpha) are dropped.
+        width, height: wanted size in pixels.
+        fit: "crop" cuts the centre to the wanted proportions, "pad" adds black bars, "stretch"
+            distorts; then Lanczos in 8 bits per channel. A picture of the right size is untouched.
+    Returns:
+        [1, 3, F, height, width] float32 in -1..1.
+    Raises:
+        ShapeError: not a picture. OptionError: unknown fit.
+    Source: SkyworkAI/SkyReels-V1 @cb0ceaa, video_generate.py (centre crop), then the Lanczos
+        resize of diffusers' VideoProcessor.
+    """
+    if fit not in FITS:
+        raise OptionError(f"Fit {fit!r} is not one of {', '.join(FITS)}.")
+    if image.ndim != 4 or image.shape[-1] not in (3, 4) or 0 in image.shape:
+        raise ShapeError(
+            f"A picture is [frames, height, width, 3 or 4 colours]; got {list(image.shape)}."
+        )
+    if not image.is_floating_point():
+        raise ShapeError(
+            f"A picture holds floats within 0..1; got {image.dtype}: divide it by its white."
+        )
+    pixels = image[..., :3].detach().to("cpu", torch.float32).clamp(0.0, 1.0)
+    if not bool(pixels.isfinite().all()):
+        raise ShapeError("The picture holds NaN or infinity: check the node that made it.")
+    if pixels.shape[1:3] != (height, width):
+        frames = [_resize(frame, width, height, fit) for frame in pixels]
+        pixels = torch.stack(frames)
+    return (pixels * 2.0 - 1.0).permute(3, 0, 1, 2)[None].contiguous()
+
+
+def _resize(frame: Tensor, width: int, height: int, fit: str) -> Tensor:
+    try:
+        from PIL import Image
+    except ImportError:
+        raise DependencyError(
+            "Resizing a picture needs Pillow: pip install pillow, or give a picture of "
+            f"{width}x{height}."
+        ) from None
+    picture = Image.fromarray((frame * 255.0).round().to(torch.uint8).numpy())
+    size = (width, height)
+    if fit == "crop":
+        w, h = picture.size
+        if h * width > w * height:
+            crop_w, crop_h = w, max(1, w * height // width)
+        else:
+            crop_w, crop_h = max(1, h * width // height), h
+        left, top = (w - crop_w) / 2, (h - crop_h) / 2
+        picture = picture.crop((left, top, left + crop_w, top + crop_h))
+    elif fit == "pad":
+        scale = min(width / picture.width, height / picture.height)
+        size = (max(1, round(picture.width * scale)), max(1, round(picture.height * scale)))
+    picture = picture.resize(size, Image.Resampling.LANCZOS)
+    if size != (width, height):
+        canvas = Image.new("RGB", (width, height))
+        canvas.paste(picture, ((width - size[0]) // 2, (height - size[1]) // 2))
+        picture = canvas
+    return torch.from_numpy(np.asarray(picture, dtype=np.float32) / 255.0)
+
+
+def encode_image(
+    vae: "VideoVAE",
+    image: Tensor,
+    *,
+    width: int,
+    height: int,
+    num_frames: int,
+    fit: str = "crop",
+    prefix_frames: int = 1,
+    noise_augmentation: float = 0.0,
+    latent_strength: float = 1.0,
+    seed: int = 0,
+    runtime: Runtime,
+) -> ImageConditioning:
+    """First-frame latents: the posterior mode of the picture encoded alone, in model space.
+
+    Args:
+        vae: on any device; back there afterwards.
+        image: [F, H, W, C] float in 0..1; its first `prefix_frames` frames are used.
+        width, height, num_frames: size of the video.
+        fit: see `fit_image`.
+        prefix_frames: 1, or 4k + 1 frames to continue a clip (the model was trained with 1).
+        noise_augmentation: std of noise added to the picture before encoding; more gives more
+            motion and less likeness. Pixels of -1 (black bars) stay. 0.04 is a common value.
+        latent_strength: factor on the image latents; below 1 gives more motion.
+        seed: of the augmentation noise: drawn after the clip's own noise, so that one seed gives
+            one result however the steps are wired.
+    Raises:
+        ShapeError, OptionError: illegal sizes and settings.
+    """
+    check_size(width, height, num_frames)
+    if prefix_frames < 1 or (prefix_frames - 1) % TEMPORAL_COMPRESSION:
+        raise ShapeError(
+            f"{prefix_frames} prefix frames is not a multiple of 4 plus 1: use "
+            f"{nearest_frames(prefix_frames)}."
+        )
+    if image.ndim == 4 and len(image) and prefix_frames > min(num_frames, image.shape[0]):
+        raise ShapeError(
+            f"{prefix_frames} prefix frames do not fit: the picture has {image.shape[0]} and the "
+            f"video {num_frames}; use 1 for a single picture."
+        )
+    if not 0.0 <= noise_augmentation <= 1.0:
+        raise OptionError(f"Noise augmentation {noise_augmentation} is not within 0..1: use 0.04.")
+    if not 0.0 <= latent_strength <= 10.0:
+        raise OptionError(f"Latent strength {latent_strength} is not within 0..10: use 1.")
+    generator = seeded_generator(seed)
+    video = fit_image(image[:prefix_frames], width, height, fit)
+    if noise_augmentation > 0:
+        torch.randn(latent_shape(num_frames, height, width), generator=generator)
+        noise = torch.randn(video.shape, generator=generator) * noise_augmentation
+        video = torch.where(video == -1.0, video, video + noise)
+    weight = next(vae.parameters())
+    largest = torch.Size(latent_shape(prefix_frames, height, width))
+    runtime.check_interrupt()
+    runtime.make_room(
+        missing_bytes(vae, runtime.device) + decode_bytes(vae.config, largest, weight.dtype)
+    )
+    runtime.progress("encode", 0, 1)
+    with torch.inference_mode(), on_device(vae, runtime.device):
+        vae_latents = vae.encode(
+            video.to(runtime.device, weight.dtype), check=runtime.check_interrupt
+        )
+    runtime.progress("encode", 1, 1)
+    latents = to_model_space(vae_latents.float()).cpu() * latent_strength
+    return ImageConditioning(latents, width, height, num_frames)

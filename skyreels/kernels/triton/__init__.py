@@ -1,0 +1,1 @@
+"""Triton kernels; imported inside functions only, where Triton is installed."""

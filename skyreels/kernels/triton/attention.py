@@ -1,0 +1,269 @@
+"""Attention with an int8 product of queries and keys, for sm8x, sm90 and sm12x.
+
+The product of weights and values is e4m3 where the tensor cores take that (8.9 and later), or
+fp16. `reference.quantized_attention` is the same arithmetic in plain torch, and says why it is what
+it is. One kernel quantizes queries and keys, one values, and the third attends: a program takes a
+tile of queries past all tiles of keys. Quantized tensors are padded to whole tiles, so only scores
+need a mask, and only in the last tile.
+
+A tensor core of 8.9 and 9.0 sums e4m3 products with 13 bits behind the point. So a tile of keys is
+summed there, and tiles in float32: the multiplication by what a new peak leaves of the old sums is
+due anyway. The weights are summed by the tensor core as well, as their product with ones: then they
+are the sums of what they were rounded to, which costs a fraction of widening them again.
+"""
+
+import math
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..dispatch import current_device
+from ..reference import VALUES_E4M3, VALUES_FP16, ValueFormat, hadamard
+from .common import INTERPRETED, narrow
+
+HEAD_DIMS = (32, 64, 128)
+
+
+class Tile(NamedTuple):
+    """Queries of one program and keys at a time; stages: tiles of keys in flight.
+
+    Keys of a tile share a scale. values: format of the second product.
+    """
+
+    queries: int
+    keys: int
+    num_warps: int
+    num_stages: int
+    values: ValueFormat
+
+
+_FP16 = Tile(128, 64, 8, 3, VALUES_FP16)
+_E4M3 = Tile(128, 64, 8, 3, VALUES_E4M3), Tile(128, 128, 8, 2, VALUES_E4M3)
+#: compute capability -> tiles, as compiled for a head dimension of 128, not yet timed: no register
+#: spilled, at most the 99 KiB of shared memory of 8.6, 8.9 and 12.0. On 9.0 two programs of the
+#: first share a multiprocessor (231 registers, 74 KiB), and the softmax of one hides behind the
+#: products of the other. GeForce cards multiply e4m3 no faster than fp16 summed in fp16, which
+#: loses a third as much. 10.x is left out: Triton 3.6 does not compile these for it
+TILES = {
+    (8, 0): (_FP16,),
+    (8, 6): (_FP16,),
+    (8, 7): (_FP16,),
+    (8, 9): (*_E4M3, _FP16),
+    (9, 0): (Tile(64, 128, 4, 2, VALUES_E4M3), Tile(128, 128, 8, 3, VALUES_E4M3), _FP16),
+    (12, 0): (*_E4M3, _FP16),
+    (12, 1): (*_E4M3, _FP16),
+}
+#: tokens of values quantized at a time; divides every tile's keys
+VALUE_BLOCK = 64
+#: columns of ones that a tile of weights is multiplied with, the fewest a product takes
+_ONES = tl.constexpr(16)
+
+
+@triton.jit
+def _scale(largest_bits):
+    """Bits of largest magnitudes to int8 scales; those of nothing are 1, and a NaN stays one."""
+    largest = largest_bits.to(tl.float32, bitcast=True)
+    return tl.where(largest == 0.0, 1.0, largest / 127.0)
+
+
+@triton.jit
+def _quantize_rotated_kernel(
+    x, mean, signs, out, out_scale,
+    x_batch, x_head, x_row, heads, tokens, padded,
+    width: tl.constexpr, block: tl.constexpr, row_scales: tl.constexpr, factor: tl.constexpr,
+):  # fmt: skip
+    """A tile of queries (a scale for each) or of keys (one for all, without their mean), rotated.
+
+    signs is the unscaled Hadamard matrix; factor, part of every scale, makes up for that. The
+    largest magnitude is taken over bits: as integers they order alike, and a NaN is the largest.
+    """
+    pair = tl.program_id(1).to(tl.int64)
+    rows = tl.program_id(0) * block + tl.arange(0, block)
+    columns = tl.arange(0, width)
+    inside = (rows < tokens)[:, None]
+    start = x + (pair // heads) * x_batch + (pair % heads) * x_head
+    tile = tl.load(start + rows.to(tl.int64)[:, None] * x_row + columns, mask=inside, other=0.0)
+    matrix = tl.load(signs + columns[:, None] * width + columns)
+    if INTERPRETED:  # its product of bf16 is wrong
+        tile, matrix = tile.to(tl.float32), matrix.to(tl.float32)
+    rotated = tl.dot(tile, matrix, input_precision="ieee")
+    if mean is not None:
+        rotated = tl.where(inside, rotated - tl.load(mean + pair * width + columns), 0.0)
+    largest = tl.max(rotated.to(tl.int32, bitcast=True) & 0x7FFFFFFF, axis=1)
+    if row_scales:
+        scale = _scale(largest)
+        tl.store(out_scale + pair * padded + rows, scale * factor)
+        rotated = rotated / scale[:, None]
+    else:
+        scale = _scale(tl.max(largest, axis=0))
+        tl.store(out_scale + pair * tl.num_programs(0) + tl.program_id(0), scale * factor)
+        rotated = rotated / scale
+    tl.store(out + (pair * padded + rows[:, None]) * width + columns, narrow(rotated, tl.int8))
+
+
+@triton.jit
+def _quantize_values_kernel(
+    x, mean, scale, out, sums,
+    x_batch, x_head, x_row, heads, tokens, padded,
+    width: tl.constexpr, block: tl.constexpr,
+):  # fmt: skip
+    """A tile of values without their mean, over the scale of their channel, transposed; and the
+    sums of what they were rounded to."""
+    pair = tl.program_id(1).to(tl.int64)
+    rows = tl.program_id(0) * block + tl.arange(0, block)
+    columns = tl.arange(0, width)
+    inside = (rows < tokens)[:, None]
+    start = x + (pair // heads) * x_batch + (pair % heads) * x_head
+    tile = tl.load(start + rows.to(tl.int64)[:, None] * x_row + columns, mask=inside, other=0.0)
+    tile = tile.to(tl.float32) - tl.load(mean + pair * width + columns)
+    tile = tl.where(inside, tile / tl.load(scale + pair * width + columns), 0.0)
+    tile = narrow(tile, out.dtype.element_ty)
+    place = out + (pair * width + columns[:, None]) * padded + rows
+    tl.store(place, tl.trans(tile))
+    of_tile = (pair * tl.num_programs(0) + tl.program_id(0)) * width + columns
+    tl.store(sums + of_tile, tl.sum(tile.to(tl.float32), axis=0))
+
+
+@triton.jit
+def _attend_tile(
+    query, query_scale, k, k_scale, v, sums, total, peak, tile, tokens, padded,
+    width: tl.constexpr, block: tl.constexpr, log_max: tl.constexpr, masked: tl.constexpr,
+):  # fmt: skip
+    """One tile of keys: sums [M, width], total [M, 16] (columns alike) and peak [M] after it."""
+    dtype: tl.constexpr = v.dtype.element_ty
+    keys = tile * block + tl.arange(0, block)
+    columns = tl.arange(0, width)
+    key = tl.load(k + columns[:, None] + keys * width)
+    scores = tl.dot(query, key, out_dtype=tl.int32).to(tl.float32)
+    if masked:
+        scores = tl.where((keys < tokens)[None, :], scores, float("-inf"))
+    factor = query_scale * tl.load(k_scale + tile)
+    new_peak = tl.maximum(peak, tl.max(scores, axis=1) * factor)
+    weights = tl.exp2(scores * factor[:, None] - (new_peak - log_max)[:, None])
+    kept = tl.exp2(peak - new_peak)
+    weights = narrow(weights, dtype)
+    value = tl.load(v + columns * padded + keys[:, None])
+    ones = tl.full((block, _ONES), 1.0, tl.float32).to(dtype)
+    total = total * kept[:, None] + tl.dot(weights, ones)
+    if dtype == tl.float16:
+        # GeForce cards sum fp16 products in fp16 at twice the rate, and 64 keys stay below 2^15
+        part = tl.dot(weights, value, out_dtype=tl.float16).to(tl.float32)
+    else:
+        part = tl.dot(weights, value)
+    sums = sums * kept[:, None] + part
+    return sums, total, new_peak
+
+
+@triton.jit
+def _attend_kernel(
+    q, q_scale, k, k_scale, v, v_scale, v_mean, out,
+    out_batch, out_head, out_row, heads, queries, tokens, padded_q, padded_k,
+    width: tl.constexpr, block_m: tl.constexpr, block_n: tl.constexpr, log_max: tl.constexpr,
+):  # fmt: skip
+    pair = tl.program_id(1).to(tl.int64)
+    rows = tl.program_id(0) * block_m + tl.arange(0, block_m)
+    columns = tl.arange(0, width)
+    query = tl.load(q + pair * padded_q * width + rows[:, None] * width + columns)
+    query_scale = tl.load(q_scale + pair * padded_q + rows)
+    k += pair * padded_k * width
+    v += pair * padded_k * width
+    k_scale += pair * (padded_k // block_n)
+    sums = tl.zeros((block_m, width), tl.float32)
+    total = tl.zeros((block_m, _ONES), tl.float32)
+    peak = tl.full((block_m,), float("-inf"), tl.float32)
+    whole_tiles = tokens // block_n
+    # the last tile goes first: behind the loop it would cost the loop 60 registers
+    if whole_tiles * block_n < tokens:
+        sums, total, peak = _attend_tile(
+            query, query_scale, k, k_scale, v, sums, total, peak, whole_tiles, tokens, padded_k,
+            width, block_n, log_max, True,
+        )  # fmt: skip
+    for tile in range(whole_tiles):
+        sums, total, peak = _attend_tile(
+            query, query_scale, k, k_scale, v, sums, total, peak, tile, tokens, padded_k,
+            width, block_n, log_max, False,
+        )  # fmt: skip
+    result = sums / (tl.sum(total, axis=1) / _ONES)[:, None]
+    result = result * tl.load(v_scale + pair * width + columns)
+    result += tl.load(v_mean + pair * width + columns)
+    place = out + (pair // heads) * out_batch + (pair % heads) * out_head
+    place += rows.to(tl.int64)[:, None] * out_row + columns
+    tl.store(place, narrow(result, out.dtype.element_ty), mask=(rows < queries)[:, None])
+
+
+@lru_cache
+def _signs(width: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """The unscaled Hadamard matrix [width, width]; made once, as it takes thirty launches."""
+    return (hadamard(width, device) * width**0.5).to(dtype)
+
+
+def tiles(capability: tuple[int, int]) -> tuple[Tile, ...]:
+    """The tiles made for a compute capability, the likely fastest first; none for some."""
+    return TILES.get(capability, ())
+
+
+def quantized_attention(query: Tensor, key: Tensor, value: Tensor, tile: Tile) -> Tensor:
+    """What `reference.quantized_attention` computes.
+
+    Reads the inputs where they lie, as long as the head dimension of each is contiguous; takes
+    3 bytes per element for their quantized copies, 4 where values are fp16. The output lies as
+    [B, S, heads, D].
+
+    Args:
+        query: [B, heads, S, D]; key, value: [B, heads, T, D]; fp16, bf16 or fp32, D 32, 64 or 128.
+        tile: one that the device takes, see `tiles`.
+    Returns:
+        [B, heads, S, D] in query's dtype.
+    """
+    query, key, value = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, key, value))
+    batch, heads, queries, width = query.shape
+    tokens, device, pairs = key.shape[2], query.device, batch * heads
+    tiles_q, tiles_k = triton.cdiv(queries, tile.queries), triton.cdiv(tokens, tile.keys)
+    padded_q, padded_k = tiles_q * tile.queries, tiles_k * tile.keys
+
+    key_mean = key.mean(dim=2, dtype=torch.float32) @ _signs(width, device, torch.float32)
+    mean = value.mean(dim=2, dtype=torch.float32)
+    least, largest = torch.aminmax(value, dim=2)
+    v_scale = torch.maximum(largest - mean, mean - least) / tile.values.value_max
+    v_scale = torch.where(v_scale == 0, 1.0, v_scale)
+
+    def empty(*shape: int, dtype: torch.dtype = torch.int8) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device=device)
+
+    q, q_scale = empty(pairs, padded_q, width), empty(pairs, padded_q, dtype=torch.float32)
+    k, k_scale = empty(pairs, padded_k, width), empty(pairs, tiles_k, dtype=torch.float32)
+    v = empty(pairs, width, padded_k, dtype=tile.values.dtype)
+    blocks = padded_k // VALUE_BLOCK
+    v_sums = empty(pairs, blocks, width, dtype=torch.float32)
+    out = empty(batch, queries, heads, width, dtype=query.dtype).transpose(1, 2)
+    # the rotation's 1 / width for each pair, softmax's scale, and exp2 in exp's place
+    unit = width**-0.5
+    # multiplications and additions are to be fused, which Triton 3.10 no longer does by itself
+    prepare = {"num_warps": 8, "enable_fp_fusion": True}
+    with current_device(query.device):
+        _quantize_rotated_kernel[(tiles_q, pairs)](
+            query, None, _signs(width, device, query.dtype), q, q_scale, *query.stride()[:3],
+            heads, queries, padded_q, width, tile.queries, True, unit * unit * math.log2(math.e),
+            **prepare,
+        )  # fmt: skip
+        _quantize_rotated_kernel[(tiles_k, pairs)](
+            key, key_mean, _signs(width, device, key.dtype), k, k_scale, *key.stride()[:3],
+            heads, tokens, padded_k, width, tile.keys, False, unit, **prepare,
+        )  # fmt: skip
+        _quantize_values_kernel[(blocks, pairs)](
+            value, mean, v_scale, v, v_sums, *value.stride()[:3], heads, tokens, padded_k, width,
+            VALUE_BLOCK, **prepare,
+        )  # fmt: skip
+        rounded_mean = v_sums.sum(dim=1).view(mean.shape) / tokens
+        mean = mean - 0.5 * v_scale * rounded_mean
+        _attend_kernel[(tiles_q, pairs)](
+            q, q_scale, k, k_scale, v, v_scale, mean, out, *out.stride()[:3], heads, queries,
+            tokens, padded_q, padded_k, width, tile.queries, tile.keys,
+            math.log2(tile.values.weight_max), num_warps=tile.num_warps,
+            num_stages=tile.num_stages, enable_fp_fusion=True,
+        )  # fmt: skip
+    return out

@@ -1,0 +1,407 @@
+"""The operators of reference.py in Triton; selection.py decides where they run.
+
+Row kernels: one program per row, which stays in registers from its load to its store. Statistics
+are float32 in two passes over those registers; nothing is rounded but what is stored. Rows may lie
+anywhere (views are taken as they are) as long as the channels of a row are adjacent; others are
+copied first. Widths need not be powers of two.
+
+Triton's interpreter has no libdevice, so tanh and SiLU are written with exp2 everywhere.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..dispatch import current_device
+from ..reference import EPS, FORMAT_MAX
+from .common import narrow
+
+#: elements one thread holds; 16 bytes of bf16 are loaded at a time, so four loads are in flight
+ELEMENTS_PER_THREAD = 32
+#: elements of a channel that one program reduces to a mean and a spread
+MOMENT_BLOCK, MOMENT_STEPS = 2048, 16
+#: smallest scale: its reciprocal must be finite. Rows below 1e-34 round to zeros
+_SMALLEST_SCALE = tl.constexpr(2.0**-120)
+_EPS = tl.constexpr(EPS)
+
+
+@triton.jit
+def _butterfly(x, pairs: tl.constexpr, distance: tl.constexpr):
+    """Sums and differences of the numbers `distance` apart in x, [pairs * 2 * distance].
+
+    The other of two numbers is their exclusive or with the one: that is one shuffle between lanes,
+    where splitting and joining would go through shared memory.
+    """
+    x = tl.reshape(x, (pairs, 2, distance))
+    bits = x.to(tl.int32, bitcast=True)
+    other = (tl.xor_sum(bits, axis=1, keep_dims=True) ^ bits).to(tl.float32, bitcast=True)
+    sign = (1 - 2 * tl.arange(0, 2)).to(tl.float32)
+    return tl.reshape(other + x * sign[None, :, None], (pairs * 2 * distance,))
+
+
+@triton.jit
+def _rotate(x, block: tl.constexpr, stages: tl.constexpr):
+    """Multiply each run of 2^stages of the `block` channels by `reference.hadamard`."""
+    for stage in tl.static_range(stages):
+        x = _butterfly(x, block // (2 << stage), 1 << stage)
+    return x * 2.0 ** (-0.5 * stages)
+
+
+@triton.jit
+def _store_row(x, out, out_scale, row, columns, width: tl.constexpr, block: tl.constexpr,
+               stages: tl.constexpr, limit: tl.constexpr):  # fmt: skip
+    """Store one row, rounded to 8 bits with a scale of its own if there is an `out_scale`.
+
+    x is zero beyond the width. The largest magnitude is taken over the bits, as integers order like
+    magnitudes and, unlike a floating-point maximum, keep a NaN.
+    """
+    dtype: tl.constexpr = out.dtype.element_ty
+    if out_scale is not None:
+        x = _rotate(x, block, stages)
+        magnitudes = x.to(tl.int32, bitcast=True) & 0x7FFFFFFF
+        largest = tl.max(magnitudes, axis=0).to(tl.float32, bitcast=True)
+        # compared this way round, a NaN stays what it is
+        scale = largest / limit
+        scale = tl.where(scale < _SMALLEST_SCALE, _SMALLEST_SCALE, scale)
+        scale = tl.where(largest == 0, 1.0, scale)
+        x = x * (1.0 / scale)
+        tl.store(out_scale + row, scale)
+    tl.store(out + row * width + columns, narrow(x, dtype), mask=columns < width)
+
+
+@triton.jit
+def _norm_kernel(
+    x, y, gate, shift, scale, total, out, out_scale,
+    x_batch, x_row, y_batch, y_row, gate_batch, shift_batch, scale_batch,
+    width: tl.constexpr, block: tl.constexpr, stages: tl.constexpr, limit: tl.constexpr,
+):  # fmt: skip
+    token, batch = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
+    row = batch * tl.num_programs(0) + token
+    columns = tl.arange(0, block)
+    inside = columns < width
+    values = tl.load(x + batch * x_batch + token * x_row + columns, mask=inside, other=0.0)
+    values = values.to(tl.float32)
+    if y is not None:
+        branch = tl.load(y + batch * y_batch + token * y_row + columns, mask=inside, other=0.0)
+        weight = tl.load(gate + batch * gate_batch + columns, mask=inside, other=0.0)
+        values += branch.to(tl.float32) * weight.to(tl.float32)
+        rounded = narrow(values, total.dtype.element_ty)
+        tl.store(total + row * width + columns, rounded, mask=inside)
+        values = rounded.to(tl.float32)  # the norm is that of what is stored
+    mean = tl.sum(values, axis=0) / width
+    centred = tl.where(inside, values - mean, 0.0)
+    normed = centred * tl.rsqrt(tl.sum(centred * centred, axis=0) / width + _EPS)
+    factor = tl.load(scale + batch * scale_batch + columns, mask=inside, other=0.0)
+    addend = tl.load(shift + batch * shift_batch + columns, mask=inside, other=0.0)
+    result = addend.to(tl.float32) + normed * (1.0 + factor.to(tl.float32))
+    _store_row(result, out, out_scale, row, columns, width, block, stages, limit)
+
+
+@triton.jit
+def _gated_residual_kernel(
+    x, y, z, gate, out, x_batch, x_row, y_batch, y_row, z_batch, z_row, gate_batch,
+    width: tl.constexpr, block: tl.constexpr,
+):  # fmt: skip
+    token, batch = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
+    row = batch * tl.num_programs(0) + token
+    columns = tl.arange(0, block)
+    inside = columns < width
+    values = tl.load(x + batch * x_batch + token * x_row + columns, mask=inside, other=0.0)
+    branch = tl.load(y + batch * y_batch + token * y_row + columns, mask=inside, other=0.0)
+    branch = branch.to(tl.float32)
+    if z is not None:
+        other = tl.load(z + batch * z_batch + token * z_row + columns, mask=inside, other=0.0)
+        branch += other.to(tl.float32)
+    weight = tl.load(gate + batch * gate_batch + columns, mask=inside, other=0.0)
+    values = values.to(tl.float32) + branch * weight.to(tl.float32)
+    tl.store(out + row * width + columns, narrow(values, out.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _quantize_kernel(
+    x, out, out_scale, x_batch, x_row,
+    width: tl.constexpr, block: tl.constexpr, stages: tl.constexpr, limit: tl.constexpr,
+    gelu: tl.constexpr,
+):  # fmt: skip
+    token, batch = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
+    row = batch * tl.num_programs(0) + token
+    columns = tl.arange(0, block)
+    values = tl.load(
+        x + batch * x_batch + token * x_row + columns, mask=columns < width, other=0.0
+    ).to(tl.float32)
+    if gelu:
+        # x / 2 * (1 + tanh u) = x / (1 + exp(-2 u)) with u = sqrt(2 / pi) * (x + 0.044715 x^3), and
+        # exp(y) = exp2(y / ln 2); where that overflows, the quotient is zero
+        power = values * (-2.302208198144325 - 0.10294323957902348 * values * values)
+        values = values / (1.0 + tl.exp2(power))
+    _store_row(values, out, out_scale, row, columns, width, block, stages, limit)
+
+
+@triton.jit(do_not_specialize=["image_tokens"])
+def _qk_norm_rope_kernel(
+    qkv, q_weight, k_weight, text_q_weight, text_k_weight, rope, image_tokens,
+    batch_stride, token_stride, part_stride, head_stride,
+    heads: tl.constexpr, heads_block: tl.constexpr, dim: tl.constexpr,
+):  # fmt: skip
+    token, batch = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
+    channels = tl.arange(0, dim)
+    pairs = tl.arange(0, dim // 2)
+    head = tl.arange(0, heads_block)[:, None]
+    inside = head < heads
+    # an image token uses all its channels with the image weights, a text token none; it turns by 0
+    used = tl.where(token < image_tokens, dim, 0)
+    of_image, of_text, rotating = channels < used, channels >= used, pairs < used
+    cos = tl.load(rope + token * dim + 2 * pairs, mask=rotating, other=1.0)[None]
+    sin = tl.load(rope + token * dim + 2 * pairs + 1, mask=rotating, other=0.0)[None]
+    tile = qkv + batch * batch_stride + token * token_stride
+    tile += head * head_stride + channels[None]
+    for part in tl.static_range(2):
+        if part == 0:
+            weight = tl.load(q_weight + channels, mask=of_image, other=0.0).to(tl.float32)
+            text_weight = tl.load(text_q_weight + channels, mask=of_text, other=0.0)
+        else:
+            weight = tl.load(k_weight + channels, mask=of_image, other=0.0).to(tl.float32)
+            text_weight = tl.load(text_k_weight + channels, mask=of_text, other=0.0)
+        weight += text_weight.to(tl.float32)
+        values = tl.load(tile + part * part_stride, mask=inside, other=0.0).to(tl.float32)
+        mean_square = tl.sum(values * values, axis=1, keep_dims=True) / dim
+        values = values * tl.rsqrt(mean_square + _EPS) * weight[None]
+        even, odd = tl.split(tl.reshape(values, (heads_block, dim // 2, 2)))
+        turned = tl.join(even * cos - odd * sin, even * sin + odd * cos)
+        turned = narrow(tl.reshape(turned, (heads_block, dim)), qkv.dtype.element_ty)
+        tl.store(tile + part * part_stride, turned, mask=inside)
+
+
+@triton.jit
+def _group_norm_silu_kernel(
+    x, scale, shift, out, batch_stride, channel_stride, size,
+    channels: tl.constexpr, block: tl.constexpr,
+):  # fmt: skip
+    image = tl.program_id(1).to(tl.int64)  # one channel of one clip
+    at = tl.program_id(0).to(tl.int64) * block + tl.arange(0, block)
+    inside = at < size
+    source = x + (image // channels) * batch_stride + (image % channels) * channel_stride
+    values = tl.load(source + at, mask=inside, other=0.0).to(tl.float32)
+    values = values * tl.load(scale + image) + tl.load(shift + image)
+    values = values / (1.0 + tl.exp2(-1.4426950408889634 * values))
+    tl.store(out + image * size + at, narrow(values, out.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _moments_kernel(
+    x, mean, spread, batch_stride, channel_stride, size,
+    channels: tl.constexpr, block: tl.constexpr, steps: tl.constexpr,
+):  # fmt: skip
+    image = tl.program_id(1).to(tl.int64)
+    first = tl.program_id(0).to(tl.int64) * (block * steps)
+    source = x + (image // channels) * batch_stride + (image % channels) * channel_stride
+    # deviations from some value of the run: a mean far from zero would cancel the digits of squares
+    pivot = tl.load(source + first).to(tl.float32)
+    sums = tl.zeros((block,), tl.float32)
+    squares = tl.zeros((block,), tl.float32)
+    for step in range(steps):
+        at = first + step * block + tl.arange(0, block)
+        inside = at < size
+        values = tl.load(source + at, mask=inside, other=0.0).to(tl.float32)
+        values = tl.where(inside, values - pivot, 0.0)
+        sums += values
+        squares += values * values
+    count = tl.minimum(size - first, block * steps).to(tl.float32)
+    offset = tl.sum(sums, axis=0) / count
+    target = image * tl.num_programs(0) + tl.program_id(0)
+    tl.store(mean + target, pivot + offset)
+    tl.store(spread + target, tl.sum(squares, axis=0) - offset * offset * count)
+
+
+def _warps(elements: int) -> int:
+    return max(1, min(32, elements // (32 * ELEMENTS_PER_THREAD)))
+
+
+def _rows(x: Tensor) -> Tensor:
+    """x [B, S, C] itself, or a copy where the channels of a row are not adjacent."""
+    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+
+
+def _vectors(x: Tensor, like: Tensor) -> Tensor:
+    """[B or 1, 1, C] as one vector per batch, whose batch stride may be zero."""
+    return _rows(x.expand(like.shape[0], 1, like.shape[-1]))
+
+
+def _rounding(dtype: torch.dtype, rotation: int) -> dict[str, int | float]:
+    return {"stages": max(rotation, 1).bit_length() - 1, "limit": FORMAT_MAX[dtype]}
+
+
+def _launch(kernel: triton.JITFunction, grid: tuple[int, int], elements: int, *args: object,
+            **constants: object) -> None:  # fmt: skip
+    """Start a kernel on the device of its tensors, which need not be the current one."""
+    if 0 in grid:
+        return
+    first = next(a for a in args if isinstance(a, Tensor))
+    with current_device(first.device):
+        # fused multiply-adds are asked for, as Triton 3.10 will not make them by default
+        kernel[grid](*args, **constants, num_warps=_warps(elements), enable_fp_fusion=True)
+
+
+def _norm(
+    x: Tensor, y: Tensor | None, gate: Tensor | None, shift: Tensor, scale: Tensor,
+    dtype: torch.dtype | None = None, rotation: int = 0,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    batch, tokens, width = x.shape
+    x, shift, scale = _rows(x), _vectors(shift, x), _vectors(scale, x)
+    out = torch.empty(x.shape, dtype=dtype or x.dtype, device=x.device)
+    out_scale = None
+    rounding: dict[str, int | float] = {"stages": 0, "limit": 0.0}
+    if dtype is not None:
+        out_scale = torch.empty(batch, tokens, 1, dtype=torch.float32, device=x.device)
+        rounding = _rounding(dtype, rotation)
+    total, strides = None, (0, 0, 0)
+    if y is not None and gate is not None:
+        y, gate = _rows(y), _vectors(gate, x)
+        total = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+        strides = (y.stride(0), y.stride(1), gate.stride(0))
+    block = triton.next_power_of_2(width)
+    _launch(
+        _norm_kernel, (tokens, batch), block, x, y, gate, shift, scale, total, out, out_scale,
+        x.stride(0), x.stride(1), *strides, shift.stride(0), scale.stride(0),
+        width=width, block=block, **rounding,
+    )  # fmt: skip
+    return tuple(each for each in (total, out, out_scale) if each is not None)
+
+
+def layer_norm_modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    """`reference.layer_norm_modulate`."""
+    return _norm(x, None, None, shift, scale)[0]
+
+
+def layer_norm_modulate_quantize(
+    x: Tensor, shift: Tensor, scale: Tensor, dtype: torch.dtype, rotation: int
+) -> tuple[Tensor, ...]:
+    """`reference.layer_norm_modulate_quantize`."""
+    return _norm(x, None, None, shift, scale, dtype, rotation)
+
+
+def residual_layer_norm_modulate(
+    x: Tensor, y: Tensor, gate: Tensor, shift: Tensor, scale: Tensor
+) -> tuple[Tensor, ...]:
+    """`reference.residual_layer_norm_modulate`."""
+    return _norm(x, y, gate, shift, scale)
+
+
+def residual_layer_norm_modulate_quantize(
+    x: Tensor, y: Tensor, gate: Tensor, shift: Tensor, scale: Tensor,
+    dtype: torch.dtype, rotation: int,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """`reference.residual_layer_norm_modulate_quantize`."""
+    return _norm(x, y, gate, shift, scale, dtype, rotation)
+
+
+def gated_residual(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
+    """`reference.gated_residual`."""
+    return _gated(x, y, None, gate)
+
+
+def gated_residual_sum(x: Tensor, y: Tensor, z: Tensor, gate: Tensor) -> Tensor:
+    """`reference.gated_residual_sum`."""
+    return _gated(x, y, z, gate)
+
+
+def _gated(x: Tensor, y: Tensor, z: Tensor | None, gate: Tensor) -> Tensor:
+    batch, tokens, width = x.shape
+    x, y, gate = _rows(x), _rows(y), _vectors(gate, x)
+    z_strides = (0, 0)
+    if z is not None:
+        z = _rows(z)
+        z_strides = (z.stride(0), z.stride(1))
+    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    block = triton.next_power_of_2(width)
+    _launch(
+        _gated_residual_kernel, (tokens, batch), block, x, y, z, gate, out,
+        x.stride(0), x.stride(1), y.stride(0), y.stride(1), *z_strides, gate.stride(0),
+        width=width, block=block,
+    )  # fmt: skip
+    return out
+
+
+def _quantize(x: Tensor, dtype: torch.dtype, rotation: int, gelu: bool) -> tuple[Tensor, Tensor]:
+    *outer, width = x.shape
+    rows = _rows(x if x.ndim == 3 else x.reshape(1, -1, width))
+    batch, tokens, _ = rows.shape
+    out = torch.empty(x.shape, dtype=dtype, device=x.device)
+    out_scale = torch.empty(*outer, 1, dtype=torch.float32, device=x.device)
+    block = triton.next_power_of_2(width)
+    _launch(
+        _quantize_kernel, (tokens, batch), block, rows, out, out_scale,
+        rows.stride(0), rows.stride(1),
+        width=width, block=block, gelu=gelu, **_rounding(dtype, rotation),
+    )  # fmt: skip
+    return out, out_scale
+
+
+def quantize_rows(x: Tensor, dtype: torch.dtype, rotation: int) -> tuple[Tensor, Tensor]:
+    """`reference.quantize_rows`."""
+    return _quantize(x, dtype, rotation, gelu=False)
+
+
+def gelu_quantize(x: Tensor, dtype: torch.dtype, rotation: int) -> tuple[Tensor, Tensor]:
+    """`reference.gelu_quantize`."""
+    return _quantize(x, dtype, rotation, gelu=True)
+
+
+def qk_norm_rope_(
+    qkv: Tensor, q_weight: Tensor, k_weight: Tensor,
+    text_q_weight: Tensor, text_k_weight: Tensor, rope: Tensor,
+) -> None:  # fmt: skip
+    """`reference.qk_norm_rope_`; the channels of a head must be adjacent."""
+    batch, tokens, _, heads, dim = qkv.shape
+    weights = [w.contiguous() for w in (q_weight, k_weight, text_q_weight, text_k_weight)]
+    rotations = torch.view_as_real(rope.resolve_conj()).contiguous()
+    heads_block = triton.next_power_of_2(heads)
+    _launch(
+        _qk_norm_rope_kernel, (tokens, batch), heads_block * dim,
+        qkv, *weights, rotations, rope.shape[0], *qkv.stride()[:4],
+        heads=heads, heads_block=heads_block, dim=dim,
+    )  # fmt: skip
+
+
+def _images(x: Tensor) -> tuple[Tensor, int]:
+    """A clip whose channels are dense, and the size of one channel."""
+    channel = x[0, 0]
+    return (x if channel.is_contiguous() else x.contiguous()), channel.numel()
+
+
+def group_norm_silu(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+    """`reference.group_norm_silu`."""
+    batch, channels = x.shape[:2]
+    x, size = _images(x)
+    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    block = min(4096, triton.next_power_of_2(size))
+    _launch(
+        _group_norm_silu_kernel, (triton.cdiv(size, block), batch * channels), block,
+        x, scale.float().contiguous(), shift.float().contiguous(), out,
+        x.stride(0), x.stride(1), size, channels=channels, block=block,
+    )  # fmt: skip
+    return out
+
+
+def group_moments(x: Tensor, groups: int) -> tuple[Tensor, Tensor]:
+    """`reference.group_moments`; the parts of a group are merged in float64."""
+    batch, channels = x.shape[:2]
+    x, size = _images(x)
+    run = MOMENT_BLOCK * MOMENT_STEPS
+    runs = triton.cdiv(size, run)
+    mean = torch.empty(batch, channels, runs, dtype=torch.float32, device=x.device)
+    spread = torch.empty_like(mean)
+    _launch(
+        _moments_kernel, (runs, batch * channels), MOMENT_BLOCK, x, mean, spread,
+        x.stride(0), x.stride(1), size,
+        channels=channels, block=MOMENT_BLOCK, steps=MOMENT_STEPS,
+    )  # fmt: skip
+    counts = torch.full((runs,), float(run), dtype=torch.float64, device=x.device)
+    counts[-1] = size - (runs - 1) * run
+    counts = counts.expand(batch, groups, channels // groups, runs).flatten(2)
+    means, spreads = (t.double().reshape(counts.shape) for t in (mean, spread))
+    total = counts[0, 0].sum()
+    centre = (means * counts).sum(-1, keepdim=True) / total
+    variance = (spreads + (means - centre).square() * counts).sum(-1) / total
+    return centre[..., 0].float(), variance.float()

@@ -1,0 +1,104 @@
+"""Shapes and spaces of latents, sizes of clips, and the start of one."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .config import (
+    MAX_FRAMES,
+    MAX_SIZE,
+    SCALING_FACTOR,
+    SIZE_MULTIPLE,
+    SPATIAL_COMPRESSION,
+    TEMPORAL_COMPRESSION,
+)
+from .errors import OptionError, ShapeError
+
+
+@dataclass(frozen=True)
+class ImageConditioning:
+    """The start of a clip and its size.
+
+    image_latents: [1, 16, k, h, w] float32 on the CPU, model space; k latent frames are given, the
+        rest of the clip is zero there.
+    width, height: of the video in pixels. num_frames: of the video, 4k + 1.
+    """
+
+    image_latents: Tensor
+    width: int
+    height: int
+    num_frames: int
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int, int, int]:
+        """[1, 16, T, h, w] of the whole clip."""
+        return latent_shape(self.num_frames, self.height, self.width)
+
+    def padded(self) -> Tensor:
+        """[1, 16, T, h, w]: the given latents, then zeros in time (zeros in model space)."""
+        latents = torch.zeros(self.latent_shape)
+        latents[:, :, : self.image_latents.shape[2]] = self.image_latents
+        return latents
+
+
+def latent_shape(num_frames: int, height: int, width: int) -> tuple[int, int, int, int, int]:
+    """[1, 16, T, h, w] of a clip; T = (num_frames - 1) / 4 + 1."""
+    frames = (num_frames - 1) // TEMPORAL_COMPRESSION + 1
+    return (1, 16, frames, height // SPATIAL_COMPRESSION, width // SPATIAL_COMPRESSION)
+
+
+def to_model_space(vae_latents: Tensor) -> Tensor:
+    """VAE-space latents, as in a LATENT, to the scale the transformer works in."""
+    return vae_latents * SCALING_FACTOR
+
+
+def to_vae_space(latents: Tensor) -> Tensor:
+    """The transformer's latents to the scale the VAE decodes."""
+    return latents / SCALING_FACTOR
+
+
+def seeded_generator(seed: int) -> torch.Generator:
+    """The CPU generator of a run: the clip's noise is drawn from it first.
+
+    Raises:
+        OptionError: a seed outside 0..2^64-1.
+    """
+    if not 0 <= seed < 2**64:
+        raise OptionError(f"Seed {seed} is not within 0..2^64-1: use any such number.")
+    return torch.Generator("cpu").manual_seed(seed)
+
+
+def nearest_frames(num_frames: int) -> int:
+    """The legal frame count (4k + 1) closest to a number."""
+    num_frames = max(1, min(num_frames, MAX_FRAMES))
+    return round((num_frames - 1) / TEMPORAL_COMPRESSION) * TEMPORAL_COMPRESSION + 1
+
+
+def nearest_size(pixels: int) -> int:
+    """The legal width or height (a multiple of 16) closest to a number."""
+    return round(max(SIZE_MULTIPLE, min(pixels, MAX_SIZE)) / SIZE_MULTIPLE) * SIZE_MULTIPLE
+
+
+def check_size(width: int, height: int, num_frames: int) -> None:
+    """Refuse sizes the model cannot make.
+
+    Raises:
+        ShapeError: names the value, the rule and the nearest legal value.
+    """
+    for name, value in (("Width", width), ("Height", height), ("Number of frames", num_frames)):
+        if not isinstance(value, int):
+            raise ShapeError(f"{name} {value!r} is not a whole number.")
+    for name, value in (("Width", width), ("Height", height)):
+        if value < SIZE_MULTIPLE or value % SIZE_MULTIPLE:
+            raise ShapeError(
+                f"{name} {value} is not a multiple of {SIZE_MULTIPLE}: use {nearest_size(value)}."
+            )
+        if value > MAX_SIZE:
+            raise ShapeError(f"{name} {value} is more than {MAX_SIZE}: use 960 or 544.")
+    if num_frames < 1 or (num_frames - 1) % TEMPORAL_COMPRESSION:
+        raise ShapeError(
+            f"{num_frames} frames is not a multiple of 4 plus 1: use {nearest_frames(num_frames)}."
+        )
+    if num_frames > MAX_FRAMES:
+        raise ShapeError(f"{num_frames} frames is more than {MAX_FRAMES}: use 97.")

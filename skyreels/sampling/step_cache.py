@@ -1,0 +1,308 @@
+"""Skip steps of a run whose predictions can be foretold from an earlier step.
+
+Between two steps of a long schedule the velocity changes little, so some need not be computed. A
+cached clip is not the exact clip: off unless asked for. What each choice saves and costs on the
+built-in model is in tests/bench/LOG.md.
+
+Both branches of guidance skip the same steps. Were one fresh and the other old, their difference,
+which guidance multiplies by six, would be the error of the old one. So the positive branch decides
+and the negative one follows. The first 15 and the last 5 per cent of the steps, where most is
+decided, are always computed.
+"""
+
+import logging
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..config import TransformerConfig
+from ..errors import OptionError
+from ..transformer.layers import DoubleBlock, SingleBlock
+from ..transformer.model import RunBlock
+
+logger = logging.getLogger("skyreels.sampling.step_cache")
+
+KINDS = ("off", "easy", "first-block")
+#: per cent of the steps that are never skipped, at least one step each
+PROTECTED_START, PROTECTED_END = 15, 5
+#: tokens that the first-block cache compares, spread over all
+COMPARED_TOKENS = 4096
+
+#: forward(run_block) -> [1, 16, T, h, w] float32: one branch's prediction, computed
+Forward = Callable[[RunBlock], Tensor]
+
+
+@dataclass(frozen=True)
+class CacheConfig:
+    """Which steps are skipped.
+
+    kind: "off"; "easy", see `EasyCache`; "first-block", see `FirstBlockCache`.
+    threshold: relative change, 0..1, below which a step is skipped; 0 skips none.
+    """
+
+    kind: str = "off"
+    threshold: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.kind not in KINDS:
+            raise OptionError(f"Cache {self.kind!r} is not one of {', '.join(KINDS)}.")
+        if not 0.0 <= self.threshold <= 1.0:
+            raise OptionError(
+                f"Cache threshold {self.threshold} is not within 0..1: use one of CACHES, or 0 to "
+                "skip no step."
+            )
+
+
+OFF = CacheConfig()
+#: what users choose from; 0.025 is what EasyCache's authors use for HunyuanVideo. Measured on 24
+#: clips of the built-in model (tests/bench/LOG.md): passes saved, median PSNR to the exact clips
+CACHES = {
+    "off": OFF,
+    "easy": CacheConfig("easy", 0.025),  # 1.7 times fewer, 69 dB
+    "fast": CacheConfig("easy", 0.05),  # 2.2 times fewer, 61 dB; at 0.1 some clips go wrong
+    "first-block": CacheConfig("first-block", 0.04),  # 1.8 times fewer, 57 dB; at 0.1 the same
+}
+
+
+def is_protected(step: int, num_steps: int) -> bool:
+    """Whether a step is one of the first or last that are always computed."""
+    return step < protected_start(num_steps) or step >= num_steps - _percent(
+        PROTECTED_END, num_steps
+    )
+
+
+def protected_start(num_steps: int) -> int:
+    """How many first steps are always computed."""
+    return _percent(PROTECTED_START, num_steps)
+
+
+def _percent(share: int, num_steps: int) -> int:
+    return max(1, -(-share * num_steps // 100))
+
+
+def cache_bytes(
+    config: CacheConfig,
+    transformer: TransformerConfig,
+    latent_shape: Sequence[int],
+    num_image_tokens: int,
+    num_branches: int,
+    dtype: torch.dtype,
+) -> int:
+    """Bytes that a cache holds through a run.
+
+    Args:
+        latent_shape: [1, 16, T, h, w]. dtype: of the activations.
+    """
+    if config.kind == "easy":
+        return (1 + num_branches) * 4 * math.prod(latent_shape)
+    if config.kind == "first-block":
+        compared = len(range(0, num_image_tokens, _stride(num_image_tokens)))
+        tokens = num_branches * num_image_tokens + 2 * compared
+        return tokens * transformer.hidden_size * dtype.itemsize
+    return 0
+
+
+class StepCache:
+    """Computes every step: the cache that is off, and what the others are built on.
+
+    One object belongs to one run, so that a cancelled or failed run leaves nothing behind. The
+    sampler calls `begin` once a step, then `predict` for the positive branch (0) and, where
+    guidance wants it, for the negative one (1).
+
+    Args:
+        num_steps: of the whole schedule.
+        run_block: runs one block of the transformer.
+    """
+
+    kind = "off"
+
+    def __init__(self, num_steps: int, run_block: RunBlock) -> None:
+        self.num_steps = num_steps
+        self.run_block = run_block
+        self.skipped: list[int] = []
+        #: whether the present step is foretold; settled when its positive branch is there
+        self.skips = False
+
+    def begin(self, step: int, latents: Tensor, num_branches: int) -> None:
+        """Begin a step.
+
+        Args:
+            step: its place in the schedule. latents: [1, 16, T, h, w] float32, its input.
+            num_branches: how many predictions will be asked for, 1 or 2.
+        """
+
+    def predict(self, branch: int, forward: Forward) -> Tensor:
+        """The prediction of a branch, [1, 16, T, h, w] float32; `forward` computes it."""
+        return forward(self.run_block)
+
+    def report(self) -> None:
+        """Say which steps were skipped, counted from 1; asked for once, at the last step."""
+        if self.kind == "off":
+            return
+        steps = ", ".join(str(step + 1) for step in self.skipped) or "none"
+        logger.info(
+            "Cache %s skipped %d of %d steps: %s.",
+            self.kind, len(self.skipped), self.num_steps, steps,
+        )  # fmt: skip
+
+
+class EasyCache(StepCache):
+    """Foretells the output from the input: output = input + (output - input of an earlier step).
+
+    How much an output changes for a change of the input hardly varies from step to step. So its
+    rate at the last two computed steps, times how far the input has come since, tells how far the
+    output has; below the threshold, as a part of the output, the step is skipped.
+
+    Holds one latent-sized tensor and one more for each branch.
+
+    Source: arXiv:2507.02860 (EasyCache), which adds up the way the input goes step by step.
+    """
+
+    kind = "easy"
+
+    def __init__(self, num_steps: int, run_block: RunBlock, threshold: float) -> None:
+        super().__init__(num_steps, run_block)
+        self.threshold = threshold
+        self._latents: Tensor | None = None  # input of this step
+        self._computed: Tensor | None = None  # input of the last computed step, its outputs
+        self._outputs: dict[int, Tensor] = {}
+        self._rate: Tensor | None = None
+
+    def begin(self, step: int, latents: Tensor, num_branches: int) -> None:
+        self._latents = latents
+        known = all(branch in self._outputs for branch in range(num_branches))
+        self.skips = (
+            known and not is_protected(step, self.num_steps) and self._change() < self.threshold
+        )
+        if self.skips:
+            self.skipped.append(step)
+
+    def _change(self) -> float:
+        """Expected change of the output since the last computed step, relative."""
+        if self._rate is None or self._latents is None or self._computed is None:
+            return float("inf")
+        distance = (self._latents - self._computed).abs().mean()
+        # 0 / 0 gives NaN, which is below no threshold
+        return float(self._rate * distance / self._outputs[0].abs().mean())
+
+    def predict(self, branch: int, forward: Forward) -> Tensor:
+        assert self._latents is not None
+        if self.skips:
+            assert self._computed is not None
+            return self._latents + (self._outputs[branch] - self._computed)
+        output = forward(self.run_block)
+        if branch == 0:
+            if self._computed is not None:
+                distance = (self._latents - self._computed).abs().mean()
+                self._rate = (output - self._outputs[0]).abs().mean() / distance
+            self._computed = self._latents
+            self._outputs.clear()
+        self._outputs[branch] = output
+        return output
+
+
+class FirstBlockCache(StepCache):
+    """Runs the first block, and the others only if what it does has changed.
+
+    The first block's change of the image tokens is compared with that of the last computed step. If
+    it differs by less than the threshold, what all the other blocks added then is added again.
+
+    Holds for each branch one tensor of the size of the image tokens. Blocks may work in place.
+
+    Args:
+        first, last: blocks of the transformer; the first a double, the last a single one.
+    Source: the first-block cache of ParaAttention (no paper), after arXiv:2411.02397 (AdaCache).
+    """
+
+    kind = "first-block"
+
+    def __init__(
+        self,
+        num_steps: int,
+        run_block: RunBlock,
+        threshold: float,
+        *,
+        first: nn.Module,
+        last: nn.Module,
+    ) -> None:
+        super().__init__(num_steps, run_block)
+        self.threshold = threshold
+        self.first, self.last = first, last
+        self._step, self._branch, self._num_branches = 0, 0, 1
+        self._num_tokens = 0
+        self._first_change: Tensor | None = None  # by the first block, of the compared tokens
+        self._rest: dict[int, Tensor] = {}  # by all others, of the image tokens
+
+    def begin(self, step: int, latents: Tensor, num_branches: int) -> None:
+        self._step, self._num_branches, self.skips = step, num_branches, False
+
+    def predict(self, branch: int, forward: Forward) -> Tensor:
+        self._branch = branch
+        return forward(self._run)
+
+    def _run(self, block: nn.Module, *args: Any) -> Any:
+        if block is self.first:
+            return self._run_first(block, *args)
+        if not self.skips or not isinstance(block, DoubleBlock | SingleBlock):
+            result = self.run_block(block, *args)
+            if block is self.last:
+                self._rest[self._branch] += result[:, : self._num_tokens]
+            return result
+        if isinstance(block, DoubleBlock):
+            return args[:2]
+        joined = args[0]
+        if block is self.last:  # the model has joined the streams for these blocks alone
+            joined[:, : self._num_tokens] += self._rest[self._branch]
+        return joined
+
+    def _run_first(self, block: nn.Module, img: Tensor, *args: Any) -> tuple[Tensor, ...]:
+        stride = _stride(img.shape[1])
+        before = img[:, ::stride].clone()
+        img, *others = self.run_block(block, img, *args)
+        if self._branch == 0:
+            self._decide(img[:, ::stride] - before)
+        if not self.skips:
+            # the last block's output is added to this: the difference, held without a third tensor
+            self._rest[self._branch] = -img
+            self._num_tokens = img.shape[1]
+        return img, *others
+
+    def _decide(self, change: Tensor) -> None:
+        known = all(branch in self._rest for branch in range(self._num_branches))
+        if known and not is_protected(self._step, self.num_steps):
+            assert self._first_change is not None
+            difference = (change - self._first_change).abs().mean(dtype=torch.float32)
+            relative = difference / self._first_change.abs().mean(dtype=torch.float32)
+            self.skips = bool(relative < self.threshold)
+        if self.skips:
+            self.skipped.append(self._step)
+        else:
+            self._first_change = change
+            self._rest.clear()
+
+
+def _stride(num_tokens: int) -> int:
+    """Every how many-th token is compared; odd, so that these are not always the same columns."""
+    return max(1, num_tokens // COMPARED_TOKENS) | 1
+
+
+def start_cache(
+    config: CacheConfig, num_steps: int, run_block: RunBlock, blocks: Sequence[nn.Module]
+) -> StepCache:
+    """The cache of one run.
+
+    Args:
+        num_steps: of the schedule. run_block: see model.py.
+        blocks: the transformer's, in order.
+    """
+    if config.kind == "easy":
+        return EasyCache(num_steps, run_block, config.threshold)
+    if config.kind == "first-block":
+        return FirstBlockCache(
+            num_steps, run_block, config.threshold, first=blocks[0], last=blocks[-1]
+        )
+    return StepCache(num_steps, run_block)

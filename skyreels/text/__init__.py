@@ -1,0 +1,1 @@
+"""Prompts: the text encoders and the embeddings they make."""

@@ -1,0 +1,256 @@
+"""From a prompt to its embeddings: layer by layer if need be, and kept for the next time."""
+
+import hashlib
+import logging
+import os
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..config import MAX_TEXT_TOKENS
+from ..errors import OutOfRoomError, TextError
+from ..offload import missing_bytes, on_device, weight_bytes
+from ..runtime import Runtime
+from .embeds import PromptEmbeds, warn_long, with_fps_prefix
+from .load import MAX_CLIP_TOKENS, TextEncoder
+
+logger = logging.getLogger("skyreels.text.encode")
+
+#: the official pipeline's default negative prompt ("aerial view" twice is its own)
+#: Source: SkyworkAI/SkyReels-V1 @cb0ceaa, negative_prompt of its pipeline
+DEFAULT_NEGATIVE_PROMPT = (
+    "Aerial view, aerial view, overexposed, low quality, deformation, a poor composition, "
+    "bad hands, bad teeth, bad eyes, bad limbs, distortion"
+)
+
+#: prompts kept in memory: 4 MB each at most
+_CACHE_ENTRIES = 32
+
+_cache: OrderedDict[str, PromptEmbeds] = OrderedDict()
+
+_cache_lock = threading.Lock()
+
+
+def encode_prompt(
+    encoder: TextEncoder,
+    prompt: str,
+    *,
+    fps_prefix: bool = True,
+    cache_dir: Path | None = None,
+    runtime: Runtime,
+) -> PromptEmbeds:
+    """One prompt as the transformer reads it, from the cache if it was encoded before.
+
+    The final text goes to both encoders, as in diffusers. A language model that does not fit on
+    `runtime.device` visits it layer by layer.
+
+    Args:
+        encoder: from `load_text_encoder`, on any device; back there afterwards.
+        prompt: any text, may be empty; braces have no meaning.
+        fps_prefix: put "FPS-24, " in front unless a frame rate is named. The negative prompt was
+            used without it: pass False there.
+        cache_dir: folder that keeps results beyond this process, one file each.
+        runtime: progress "encode" in layers; asked for an interrupt before each layer and CLIP.
+    Returns:
+        At most 256 tokens of the prompt and the end of its turn, and the pooled state; a longer
+        prompt is cut, with a warning.
+    Raises:
+        OutOfRoomError: not even one layer fits on the device.
+        TextError: the prompt is not text that can be written in UTF-8.
+    """
+    text = with_fps_prefix(prompt) if fps_prefix else prompt
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise TextError(
+            f"Character {error.start + 1} of the prompt is half a character: type it again."
+        ) from None
+    key = _cache_key(encoder.fingerprint, text)
+    if (cached := _find_cached(key, cache_dir)) is not None:
+        if cache_dir is not None and not _cache_path(key, cache_dir).is_file():
+            _write_cache(_cache_path(key, cache_dir), cached)
+        return cached
+
+    runtime.check_interrupt()
+    with torch.inference_mode(False), torch.no_grad():
+        states = _language_states(encoder, text, runtime)
+        runtime.check_interrupt()
+        pooled = _pooled_state(encoder, text, runtime)
+    embeds = PromptEmbeds(states.float().cpu(), pooled.float().cpu())
+    _remember(key, PromptEmbeds(embeds.prompt_embeds.clone(), embeds.pooled_prompt_embeds.clone()))
+    if cache_dir is not None:
+        _write_cache(_cache_path(key, cache_dir), embeds)
+    return embeds
+
+
+def cached_prompt(
+    fingerprint: str, prompt: str, *, fps_prefix: bool = True, cache_dir: Path | None = None
+) -> PromptEmbeds | None:
+    """The result of an earlier `encode_prompt`, or None.
+
+    Args:
+        fingerprint: of a `TextEncoder`, or from `fingerprint_text_encoder`.
+        prompt, fps_prefix, cache_dir: as for `encode_prompt`.
+    """
+    text = with_fps_prefix(prompt) if fps_prefix else prompt
+    return _find_cached(_cache_key(fingerprint, text), cache_dir)
+
+
+def _language_states(encoder: TextEncoder, text: str, runtime: Runtime) -> Tensor:
+    """[1, n, text_dim]; the template's own tokens are cut off, n <= 256."""
+    full = encoder.template.replace("{}", text)
+    ids = encoder.llm_tokenizer(full)["input_ids"]
+    limit = MAX_TEXT_TOKENS + encoder.crop_start
+    if len(ids) > limit:
+        warn_long(len(ids) - encoder.crop_start, MAX_TEXT_TOKENS)
+        ids = encoder.llm_tokenizer(full, max_length=limit, truncation=True)["input_ids"]
+    input_ids = torch.tensor([ids], device=runtime.device)
+    with _layers_at_hand(encoder.llm, runtime):
+        states: Tensor = encoder.llm(input_ids=input_ids, use_cache=False).last_hidden_state
+    return states[:, encoder.crop_start :]
+
+
+def _pooled_state(encoder: TextEncoder, text: str, runtime: Runtime) -> Tensor:
+    """[1, pooled_dim]: CLIP's state at the end of text, after the final norm, not projected."""
+    ids = encoder.clip_tokenizer(
+        text, padding="max_length", max_length=MAX_CLIP_TOKENS, truncation=True
+    )["input_ids"]
+    input_ids = torch.tensor([ids], device=runtime.device)
+    runtime.make_room(missing_bytes(encoder.clip, runtime.device))
+    with on_device(encoder.clip, runtime.device):
+        pooled: Tensor = encoder.clip(input_ids=input_ids).pooler_output
+    return pooled
+
+
+@contextmanager
+def _layers_at_hand(llm: Any, runtime: Runtime) -> Iterator[None]:
+    """Have the language model on `runtime.device`: whole if it fits, else one layer at a time.
+
+    Each layer reports progress and asks for an interrupt. Where the weights were, they are
+    afterwards, whatever happens.
+    """
+    device = runtime.device
+    layers = list(llm.layers)
+    streams = False
+    if missing_bytes(llm, device):
+        total = weight_bytes(llm)
+        runtime.make_room(total)
+        layer_bytes = sum(weight_bytes(layer) for layer in layers)
+        free = runtime.free_bytes()
+        streams = free < total * 1.1  # activations of 351 tokens are small beside the weights
+        least = total - layer_bytes + layer_bytes // len(layers)
+        if free < least:
+            raise OutOfRoomError(
+                f"The text encoder needs {least / 1e9:.1f} GB on {device} even layer by layer and "
+                f"{free / 1e9:.1f} GB are free: close other programs, or encode on the CPU."
+            )
+    with ExitStack() as stack:
+        if not streams:
+            stack.enter_context(on_device(llm, device))
+        else:
+            for name, child in llm.named_children():
+                if name != "layers":
+                    stack.enter_context(on_device(child, device))
+        visit = ExitStack()
+        stack.callback(visit.close)
+
+        def arrive(done: int) -> Callable[..., None]:
+            def hook(layer: nn.Module, *_: Any) -> None:
+                runtime.check_interrupt()
+                runtime.progress("encode", done, len(layers))
+                if streams:
+                    visit.enter_context(on_device(layer, device))
+
+            return hook
+
+        def leave(*_: Any) -> None:
+            visit.close()
+
+        for index, layer in enumerate(layers):
+            stack.callback(layer.register_forward_pre_hook(arrive(index)).remove)
+            stack.callback(layer.register_forward_hook(leave).remove)
+        yield
+        runtime.progress("encode", len(layers), len(layers))
+
+
+def _cache_key(fingerprint: str, text: str) -> str:
+    return hashlib.sha256(f"{fingerprint}\0{text}".encode("utf-8", "surrogatepass")).hexdigest()
+
+
+def _find_cached(key: str, cache_dir: Path | None) -> PromptEmbeds | None:
+    with _cache_lock:
+        embeds = _cache.get(key)
+        if embeds is not None:
+            _cache.move_to_end(key)
+    if embeds is None and cache_dir is not None:
+        embeds = _read_cache(_cache_path(key, cache_dir))
+        if embeds is not None:
+            _remember(key, embeds)
+    if embeds is None:
+        return None
+    # copies: what a caller does with its tensors must not reach the next one
+    return PromptEmbeds(embeds.prompt_embeds.clone(), embeds.pooled_prompt_embeds.clone())
+
+
+def _remember(key: str, embeds: PromptEmbeds) -> None:
+    with _cache_lock:
+        _cache[key] = embeds
+        _cache.move_to_end(key)
+        while len(_cache) > _CACHE_ENTRIES:
+            _cache.popitem(last=False)
+
+
+def _cache_path(key: str, cache_dir: Path) -> Path:
+    return Path(cache_dir) / f"{key}.safetensors"
+
+
+def _read_cache(path: Path) -> PromptEmbeds | None:
+    if not path.is_file():
+        return None
+    from safetensors import SafetensorError
+    from safetensors.torch import load
+
+    try:
+        # read, not mapped: a mapped file that is rewritten would change under the tensors
+        tensors = load(path.read_bytes())
+        states, pooled = tensors["prompt_embeds"], tensors["pooled_prompt_embeds"]
+        is_prompt = (
+            states.ndim == 3
+            and states.shape[0] == 1
+            and 1 <= states.shape[1] <= MAX_TEXT_TOKENS
+            and pooled.ndim == 2
+            and pooled.shape[0] == 1
+            and states.dtype == pooled.dtype == torch.float32
+        )
+        if not is_prompt or not all(bool(t.isfinite().all()) for t in (states, pooled)):
+            raise ValueError("not the tensors of a prompt")
+    except (OSError, KeyError, ValueError, SafetensorError) as error:
+        logger.warning("Cached prompt %s is damaged (%s) and will be made again.", path, error)
+        return None
+    return PromptEmbeds(states, pooled)
+
+
+def _write_cache(path: Path, embeds: PromptEmbeds) -> None:
+    from safetensors.torch import save
+
+    data = save(
+        {
+            "prompt_embeds": embeds.prompt_embeds.contiguous(),
+            "pooled_prompt_embeds": embeds.pooled_prompt_embeds.contiguous(),
+        }
+    )
+    part = path.with_name(f"{path.name}.{os.getpid()}.{threading.get_ident()}.part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part.write_bytes(data)
+        os.replace(part, path)
+    except (OSError, ValueError) as error:  # a full or read-only disk must not cost the result
+        logger.warning("The prompt could not be cached in %s: %s.", path.parent, error)
+        with suppress(OSError, ValueError):
+            part.unlink(missing_ok=True)

@@ -1,0 +1,443 @@
+"""From a prompt to what the transformer reads: LLaMA-3 states and a CLIP-L pooled state.
+
+Two ways lead here. A host that has its own encoders hands over finished `PromptEmbeds`, which are
+only checked and cut to the trained length. Everyone else loads a diffusers-style folder
+(text_encoder, text_encoder_2, tokenizer, tokenizer_2) through transformers.
+
+The language model is cut to what is used. SkyReels reads the states after all layers but two,
+before the final norm, so these two layers and the norm are never built (1.4 GB of 15 in 16 bits).
+Texts are never padded and so never masked: padded-with-mask gives the same numbers, slower.
+
+transformers 5 rebuilds the pre-tokenizer of a tokenizer.json declared as LlamaTokenizerFast, as
+this model's is, and so gets other ids without a word. Hence the generic fast class below, and a
+comparison of its ids with those of the plain `tokenizers` library at every load.
+
+Given up: weighted prompts ("(word:1.2)"), GGUF and scaled 8-bit encoders; ComfyUI's own text nodes
+do those, and their output is accepted.
+"""
+
+import ast
+import hashlib
+import importlib.util
+import json
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..errors import CheckpointError, DependencyError, OptionError, TextError
+from ..runtime import Runtime
+
+logger = logging.getLogger("skyreels.text.load")
+
+#: what stands around every prompt; the braces mark its place.
+#: Source: diffusers 0.42.1 (Apache-2.0), DEFAULT_PROMPT_TEMPLATE of
+#: pipelines/hunyuan_video/pipeline_hunyuan_skyreels_image2video.py; it must match to the letter
+PROMPT_TEMPLATE = (
+    "<|start_header_id|>system<|end_header_id|>\n\n"
+    "Describe the video by detailing the following aspects: "
+    "1. The main content and theme of the video."
+    "2. The color, shape, size, texture, quantity, text, and spatial relationships of the objects."
+    "3. Actions, events, behaviors temporal relationships, "
+    "physical movement changes of the objects."
+    "4. background environment, light, style and atmosphere."
+    "5. camera angles, movements, and transitions used in the video:<|eot_id|>"
+    "<|start_header_id|>user<|end_header_id|>\n\n{}<|eot_id|>"
+)
+
+#: tokens before the prompt in the real vocabulary: begin of text, system turn, user header
+REAL_CROP_START = 95
+
+#: id of <|start_header_id|> in the LLaMA-3 vocabulary, by which that vocabulary is known
+_START_HEADER_ID = 128006
+
+#: ids of "a photo of a cat" in the CLIP-L vocabulary, begin and end of text included
+_CLIP_VOCABULARY = 49408
+
+_CLIP_KNOWN = ("a photo of a cat", [49406, 320, 1125, 539, 320, 2368, 49407])
+
+#: layers at the end of the language model that SkyReels does not use
+UNUSED_LAYERS = 2
+
+#: context of CLIP-L
+MAX_CLIP_TOKENS = 77
+
+TEXT_PRECISIONS = ("auto", "fp32", "bf16", "fp16")
+
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+FOLDER_SOURCE = (
+    "get the folders text_encoder, text_encoder_2, tokenizer and tokenizer_2 of "
+    "hunyuanvideo-community/HunyuanVideo"
+)
+
+#: what tokenizers disagree on: scripts, digits, runs of blanks, the template's special tokens
+_GUARD_TEXT = (
+    "<|start_header_id|>user<|end_header_id|>\n\nFPS-24, A cat's 3.14 naïve café —  two  blanks\t"
+    "12345678 你好。世界 Привет, мир! مرحبا 日本語 हिन्दी 😀\n\n  end<|eot_id|>"
+)
+
+
+@dataclass(frozen=True)
+class TextEncoder:
+    """The two encoders with their tokenizers.
+
+    llm: transformers LlamaModel without its last two layers and final norm.
+    clip: transformers CLIPTextModel.
+    template: text with "{}" where the prompt goes. crop_start: tokens before that place.
+    fingerprint: hex digest of everything that decides the numbers; part of the cache key.
+    """
+
+    llm: nn.Module
+    clip: nn.Module
+    llm_tokenizer: Any
+    clip_tokenizer: Any
+    template: str
+    crop_start: int
+    fingerprint: str
+
+
+def prompt_template() -> str:
+    """The prompt template: diffusers' if it is installed, else the copy carried here.
+
+    It is read from diffusers' source without importing it, which would take seconds and fail with
+    some versions of transformers.
+    """
+    try:
+        spec = importlib.util.find_spec("diffusers")
+    except ValueError:  # a program has marked diffusers as not importable
+        spec = None
+    for folder in (spec.submodule_search_locations or []) if spec else []:
+        name = "pipelines/hunyuan_video/pipeline_hunyuan_skyreels_image2video.py"
+        try:
+            tree = ast.parse((Path(folder) / name).read_text(encoding="utf-8"))
+            for node in tree.body:
+                if isinstance(node, ast.Assign) and _assigns(node, "DEFAULT_PROMPT_TEMPLATE"):
+                    template = ast.literal_eval(node.value)["template"]
+                    if template.count("{}") == 1:
+                        return str(template)
+        except (OSError, SyntaxError, ValueError, KeyError, TypeError):
+            continue  # a diffusers older or newer than this constant
+    return PROMPT_TEMPLATE
+
+
+def _assigns(node: ast.Assign, name: str) -> bool:
+    return any(isinstance(target, ast.Name) and target.id == name for target in node.targets)
+
+
+def load_text_encoder(
+    directory: str | os.PathLike[str], *, precision: str = "auto", runtime: Runtime
+) -> TextEncoder:
+    """Load LLaMA-3 and CLIP-L with their tokenizers onto `runtime.offload_device`.
+
+    Args:
+        directory: holds text_encoder/, text_encoder_2/, tokenizer/ and tokenizer_2/.
+        precision: "auto" keeps what the files hold on an accelerator. On the CPU it turns a half
+            precision language model into bf16 (same size; fp16 there is slow and can overflow) and
+            CLIP into fp32 (it is small). "fp32" is the exact one and needs 30 GB.
+        runtime: progress "load" in files; asked for an interrupt before each of the two models.
+    Raises:
+        CheckpointError: a folder or file missing or damaged, weights missing, or not this model.
+        TextError: the tokenizer gives other tokens than its own file says.
+        OptionError: unknown precision. DependencyError: transformers is missing.
+    """
+    if precision not in TEXT_PRECISIONS:
+        raise OptionError(f"Precision {precision!r} is not one of {', '.join(TEXT_PRECISIONS)}.")
+    transformers = _import_transformers()
+    root = Path(directory)
+    _check_folder(root)
+    llm_tokenizer = load_tokenizer(root / "tokenizer")
+    clip_tokenizer = load_clip_tokenizer(root / "tokenizer_2")
+    template = prompt_template()
+    crop_start = find_crop_start(llm_tokenizer, template)
+
+    llm_config = _read_config(root / "text_encoder", "llama", transformers.LlamaConfig)
+    llm_config.num_hidden_layers -= UNUSED_LAYERS
+    if llm_config.num_hidden_layers < 1:
+        raise CheckpointError(
+            f"{root / 'text_encoder'} has {llm_config.num_hidden_layers + UNUSED_LAYERS} layers "
+            f"and at least {UNUSED_LAYERS + 1} are needed: {FOLDER_SOURCE}."
+        )
+    clip_config = _read_config(
+        root / "text_encoder_2", "clip_text_model", transformers.CLIPTextConfig
+    )
+    for part, tokenizer, config in (
+        ("tokenizer", llm_tokenizer, llm_config),
+        ("tokenizer_2", clip_tokenizer, clip_config),
+    ):
+        if len(tokenizer) > config.vocab_size:
+            raise CheckpointError(
+                f"{root / part} has {len(tokenizer)} tokens and its model {config.vocab_size}: the "
+                f"two do not belong together; {FOLDER_SOURCE}."
+            )
+    llm_dtype = _choose_dtype(root / "text_encoder", precision, torch.bfloat16, runtime.device)
+    clip_dtype = _choose_dtype(root / "text_encoder_2", precision, torch.float32, runtime.device)
+
+    runtime.check_interrupt()
+    runtime.progress("load", 0, 2)
+    llm = _load_model(transformers.LlamaModel, root / "text_encoder", llm_config, llm_dtype)
+    llm.norm = nn.Identity()
+    runtime.progress("load", 1, 2)
+    runtime.check_interrupt()
+    clip = _load_model(transformers.CLIPTextModel, root / "text_encoder_2", clip_config, clip_dtype)
+    runtime.progress("load", 2, 2)
+    return TextEncoder(
+        llm=llm.to(runtime.offload_device),
+        clip=clip.to(runtime.offload_device),
+        llm_tokenizer=llm_tokenizer,
+        clip_tokenizer=clip_tokenizer,
+        template=template,
+        crop_start=crop_start,
+        fingerprint=fingerprint_text_encoder(root, precision=precision, runtime=runtime),
+    )
+
+
+def fingerprint_text_encoder(
+    directory: str | os.PathLike[str], *, precision: str = "auto", runtime: Runtime
+) -> str:
+    """Hex digest of a text encoder folder, without loading it.
+
+    Configs and tokenizers are read whole, of each weight file its size and 64 samples; template,
+    precision and kind of device count too, since they change the numbers. With it, and a cache
+    folder, `cached_prompt` finds a prompt encoded earlier before 15 GB are loaded.
+    """
+    root = Path(directory)
+    _check_folder(root)
+    digest = hashlib.sha256()
+    digest.update(f"{prompt_template()}\0{precision}\0{runtime.device.type}\0".encode())
+    for part in ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2"):
+        for file in sorted(path for path in (root / part).iterdir() if path.is_file()):
+            size = file.stat().st_size
+            digest.update(f"{part}/{file.name}\0{size}\0".encode())
+            with file.open("rb") as stream:
+                if file.suffix != ".safetensors":
+                    digest.update(stream.read())
+                    continue
+                for sample in range(64):
+                    stream.seek(size * sample // 64)
+                    digest.update(stream.read(4096))
+    return digest.hexdigest()
+
+
+def load_tokenizer(folder: Path) -> Any:
+    """The language model's tokenizer, proved against its own file.
+
+    Args:
+        folder: holds tokenizer.json.
+    Returns:
+        transformers PreTrainedTokenizerFast, whatever class tokenizer_config.json declares.
+    Raises:
+        TextError: its ids differ from those of the `tokenizers` library.
+        CheckpointError: unreadable. DependencyError: transformers is missing.
+    """
+    transformers = _import_transformers()
+    import tokenizers
+
+    try:
+        plain = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+    except Exception as error:  # `tokenizers` raises nothing finer
+        raise _unreadable(folder / "tokenizer.json", error) from error
+    with _quiet(transformers):
+        try:
+            tokenizer = transformers.PreTrainedTokenizerFast.from_pretrained(
+                str(folder), local_files_only=True
+            )
+        except (OSError, ValueError, TypeError, KeyError) as error:
+            raise _unreadable(folder, error) from error
+    check_tokenizer(tokenizer, plain)
+    return tokenizer
+
+
+def check_tokenizer(tokenizer: Any, plain: Any) -> None:
+    """The guard: compare the ids of one difficult sentence.
+
+    Args:
+        tokenizer: of transformers. plain: `tokenizers.Tokenizer` of the same file.
+    Raises:
+        TextError: they differ (the message names the versions).
+    """
+    # not verbose: the sentence is longer than CLIP reads, which matters to no one here
+    got = list(tokenizer(_GUARD_TEXT, verbose=False)["input_ids"])
+    expected = list(plain.encode(_GUARD_TEXT).ids)
+    if got != expected:
+        import tokenizers
+        import transformers
+
+        raise TextError(
+            f"transformers {transformers.__version__} with tokenizers {tokenizers.__version__} "
+            f"splits a test sentence into {len(got)} tokens and the tokenizer's own file into "
+            f"{len(expected)}: prompts would be misread; install another transformers "
+            "(pip install -U transformers, or 4.57.6)."
+        )
+
+
+def load_clip_tokenizer(folder: Path) -> Any:
+    """CLIP's tokenizer, from tokenizer.json or from vocab.json and merges.txt.
+
+    Raises:
+        TextError: its ids are not those its file says, or, for the real vocabulary, not those
+            known for CLIP-L.
+        CheckpointError: unreadable. DependencyError: transformers is missing.
+    """
+    transformers = _import_transformers()
+    if (folder / "tokenizer.json").is_file():
+        tokenizer = load_tokenizer(folder)
+    else:
+        with _quiet(transformers):
+            try:
+                tokenizer = transformers.CLIPTokenizer.from_pretrained(
+                    str(folder), local_files_only=True
+                )
+            except (OSError, ValueError, TypeError, KeyError) as error:
+                raise _unreadable(folder, error) from error
+    text, ids = _CLIP_KNOWN
+    if len(tokenizer) == _CLIP_VOCABULARY and list(tokenizer(text)["input_ids"]) != ids:
+        raise TextError(
+            f"transformers {transformers.__version__} reads CLIP's tokenizer wrongly (ids of "
+            f"{text!r} differ from the known ones): install another transformers, or download "
+            f"{folder} again from hunyuanvideo-community/HunyuanVideo."
+        )
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token  # as CLIP-L does
+    return tokenizer
+
+
+def find_crop_start(tokenizer: Any, template: str) -> int:
+    """Number of tokens before the prompt, begin-of-text included.
+
+    Raises:
+        TextError: the vocabulary is LLaMA-3's and the number is not 95, so the tokenizer or the
+            template is damaged.
+    """
+    crop_start = len(tokenizer(template.split("{}")[0])["input_ids"])
+    is_real = tokenizer.convert_tokens_to_ids("<|start_header_id|>") == _START_HEADER_ID
+    if is_real and crop_start != REAL_CROP_START:
+        raise TextError(
+            f"The prompt template takes {crop_start} tokens and must take {REAL_CROP_START}: the "
+            f"tokenizer does not add its begin of text or is damaged; {FOLDER_SOURCE}."
+        )
+    return crop_start
+
+
+def _import_transformers() -> Any:
+    try:
+        import tokenizers  # noqa: F401
+        import transformers
+    except ImportError as error:
+        raise DependencyError(
+            "Encoding text from a folder needs transformers: pip install 'transformers>=4.50.3'."
+        ) from error
+    return transformers
+
+
+def _check_folder(root: Path) -> None:
+    """Refuse a folder that lacks a piece, naming it and where it comes from."""
+    if not root.is_dir():
+        raise CheckpointError(f"There is no text encoder folder {root}: {FOLDER_SOURCE}.")
+    wanted: dict[str, tuple[tuple[str, ...], ...]] = {
+        "text_encoder": (("config.json",), ("*.safetensors",)),
+        "text_encoder_2": (("config.json",), ("*.safetensors",)),
+        "tokenizer": (("tokenizer.json",),),
+        "tokenizer_2": (("tokenizer.json", "vocab.json"),),
+    }
+    for part, choices in wanted.items():
+        for names in choices:
+            if not any(next((root / part).glob(name), None) for name in names):
+                raise CheckpointError(
+                    f"{root / part} lacks {' or '.join(names)}: {FOLDER_SOURCE}, all in one folder."
+                )
+
+
+def _read_config(folder: Path, model_type: str, config_class: Any) -> Any:
+    try:
+        values = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        found = values.get("model_type")
+    except (OSError, ValueError, AttributeError, RecursionError) as error:
+        raise _unreadable(folder / "config.json", error) from error
+    if found != model_type:
+        raise CheckpointError(
+            f"{folder} holds a model of type {found!r} and {model_type!r} is needed: "
+            f"{FOLDER_SOURCE}."
+        )
+    try:
+        return config_class(**values)
+    except Exception as error:  # versions of transformers validate differently
+        raise _unreadable(folder / "config.json", error) from error
+
+
+def _choose_dtype(
+    folder: Path, precision: str, half_on_cpu: torch.dtype, device: torch.device
+) -> torch.dtype:
+    if precision != "auto":
+        return _DTYPES[precision]
+    from safetensors import SafetensorError, safe_open
+
+    file = min(folder.glob("*.safetensors"))
+    try:
+        with safe_open(file, framework="pt") as weights:
+            stored = weights.get_slice(next(iter(weights.keys()))).get_dtype()
+    except (OSError, SafetensorError, StopIteration) as error:
+        raise _unreadable(file, error) from error
+    dtypes = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+    if stored not in dtypes:
+        raise CheckpointError(
+            f"{file} stores {stored} and F32, F16 or BF16 is needed here: {FOLDER_SOURCE}, or use "
+            "ComfyUI's own text nodes for 8-bit encoders."
+        )
+    dtype = dtypes[stored]
+    return half_on_cpu if device.type == "cpu" and dtype != torch.float32 else dtype
+
+
+def _load_model(model_class: Any, folder: Path, config: Any, dtype: torch.dtype) -> Any:
+    import transformers
+
+    version = tuple(int(part) for part in transformers.__version__.split(".")[:2])
+    dtype_name = "dtype" if version >= (4, 56) else "torch_dtype"
+    with _quiet(transformers):
+        try:
+            model, report = model_class.from_pretrained(
+                str(folder),
+                config=config,
+                local_files_only=True,
+                use_safetensors=True,
+                output_loading_info=True,
+                **{dtype_name: dtype},
+            )
+        except Exception as error:  # whatever a strange folder makes transformers stumble over
+            raise _unreadable(folder, error) from error
+    missing = sorted(str(name) for name in report["missing_keys"])
+    if missing:
+        more = f" and {len(missing) - 5} more" if len(missing) > 5 else ""
+        raise CheckpointError(
+            f"{folder} lacks tensors {', '.join(missing[:5])}{more}: it is incomplete or of "
+            f"another model; {FOLDER_SOURCE}."
+        )
+    return model.eval().requires_grad_(False)
+
+
+@contextmanager
+def _quiet(transformers: Any) -> Iterator[None]:
+    """Without transformers' remarks on unused layers and tokenizer classes: both are intended."""
+    verbosity = transformers.logging.get_verbosity()
+    bar = transformers.logging.is_progress_bar_enabled()
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers.logging.set_verbosity(verbosity)
+        if bar:
+            transformers.logging.enable_progress_bar()
+
+
+def _unreadable(path: Path, error: Exception) -> CheckpointError:
+    reason = next(iter(str(error).splitlines()), type(error).__name__)[:200]
+    if "above report" in reason:  # which is not shown
+        reason = "its weights do not fit its config.json"
+    return CheckpointError(f"{path} cannot be read ({reason}): download it again; {FOLDER_SOURCE}.")

@@ -1,0 +1,126 @@
+"""Where the transformer's weights are during a run, and how many bytes a forward pass needs.
+
+Only what `SkyReelsTransformer.denoise` needs counts as the weights of the loop (9.06 G of 12.82 G
+parameters). A transformer whose loop does not fit the device is streamed: its small layers and as
+many blocks as fit stay there for the whole run, the other blocks visit for the length of their own
+forward pass.
+
+Given up for now: prefetching the next block while one computes (performance plan, section 2.5).
+"""
+
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..config import TransformerConfig
+from ..errors import OutOfRoomError
+from ..offload import RESERVE_BYTES, bytes_away, tensors_of, visit
+from ..runtime import Runtime
+from .model import RunBlock, SkyReelsTransformer
+
+#: hidden-sized tensors alive at the peak of a block, counted on shape-only tensors at the full
+#: 51,256 x 3072 in bfloat16 (tests/engine/test_budget.py repeats the count), and a little more
+PEAK_HIDDEN_TENSORS = {"whole": 8.8, "chunks": 6.2, "head groups": 4.6}
+
+#: what must be left for "whole", which is hardly faster than "chunks"
+WHOLE_MARGIN_BYTES = 1024**3
+
+
+def _loop_tensors(transformer: SkyReelsTransformer, part: nn.Module | None = None) -> list[Tensor]:
+    """What of the transformer, or of a part of it, `denoise` needs: not the conditioners."""
+    apart = {id(t) for module in transformer.conditioners for t in tensors_of(module)}
+    return [t for t in tensors_of(part or transformer) if id(t) not in apart]
+
+
+def sampling_bytes(
+    config: TransformerConfig, num_tokens: int, dtype: torch.dtype, layout: str = "chunks"
+) -> int:
+    """Peak bytes of one forward pass beyond the weights.
+
+    Args:
+        num_tokens: image and text tokens of one branch; the branches run one after the other.
+        dtype: of the activations. layout: a name of config.LAYOUTS.
+    """
+    hidden = num_tokens * config.hidden_size * dtype.itemsize
+    return int(PEAK_HIDDEN_TENSORS[layout] * hidden)
+
+
+def choose_layout(
+    transformer: SkyReelsTransformer, activation_bytes: Mapping[str, int], runtime: Runtime
+) -> str:
+    """The fastest layout that leaves room for all weights of the loop, else the smallest.
+
+    Args:
+        activation_bytes: of each layout; names of config.LAYOUTS, fastest first.
+    """
+    weights = bytes_away(_loop_tensors(transformer), runtime.device) + RESERVE_BYTES
+    runtime.make_room(weights + activation_bytes["chunks"])
+    free = runtime.free_bytes() - weights
+    for layout, num_bytes in activation_bytes.items():
+        margin = WHOLE_MARGIN_BYTES if layout == "whole" else 0
+        if num_bytes + margin <= free:
+            return layout
+    return "head groups"
+
+
+@contextmanager
+def placed(
+    transformer: SkyReelsTransformer, runtime: Runtime, activation_bytes: int
+) -> Iterator[RunBlock]:
+    """Make a transformer runnable on `runtime.device` for the length of a run.
+
+    Conditioners stay away: they visit when they are called (see modulation.py).
+
+    Args:
+        transformer: on any device; left alone if it is on `runtime.device` already.
+        activation_bytes: to keep free beside the weights, from `sampling_bytes`.
+    Yields:
+        run_block for `SkyReelsTransformer.denoise`; asks for an interrupt before each block and
+        brings in the blocks that do not live on the device.
+    Raises:
+        OutOfRoomError: not even one block fits beside the activations.
+    """
+    device = runtime.device
+    parts = {id(block): _loop_tensors(transformer, block) for block in transformer.blocks}
+    conditioners = {id(module): tensors_of(module) for module in transformer.conditioners}
+    in_blocks = {id(tensor) for tensors in parts.values() for tensor in tensors}
+    outside = [t for t in _loop_tensors(transformer) if id(t) not in in_blocks]
+    missing = bytes_away(_loop_tensors(transformer), device)
+    runtime.make_room(missing + activation_bytes + RESERVE_BYTES)
+    away = {key: tensors for key, tensors in parts.items() if bytes_away(tensors, device)}
+    free = runtime.free_bytes() - activation_bytes - bytes_away(outside, device)
+    if device.type != "cpu":
+        free -= RESERVE_BYTES
+    sizes = {key: sum(t.nbytes for t in tensors) for key, tensors in away.items()}
+    largest = max(sizes.values(), default=0)
+    if away and free < largest:
+        raise OutOfRoomError(
+            f"One step needs {activation_bytes / 1e9:.1f} GB for activations and "
+            f"{largest / 1e9:.1f} GB for a block on {device}, {(largest - free) / 1e9:.1f} GB more "
+            "than there is: use fewer frames or a smaller size, or close other programs."
+        )
+    with ExitStack() as stack:
+        stack.callback(visit(outside, device))
+        visitors = dict(conditioners)
+        for key, tensors in away.items():
+            free -= sizes[key]
+            if free < largest:  # room for one visitor must remain
+                visitors[key] = tensors
+                continue
+            runtime.check_interrupt()
+            stack.callback(visit(tensors, device))
+
+        def run_block(module: nn.Module, *args: Any) -> Any:
+            runtime.check_interrupt()
+            if id(module) not in visitors:
+                return module(*args)
+            restore = visit(visitors[id(module)], device)
+            try:
+                return module(*args)
+            finally:
+                restore()
+
+        yield run_block

@@ -1,0 +1,530 @@
+"""What a weight file is, from its header alone.
+
+Files are recognised by the names and shapes of their tensors, never by their own name. Reading is
+defensive: sizes and offsets are checked against the file before anything is believed, so that a
+truncated or damaged file is reported as such and not as a shape mismatch later.
+"""
+
+import json
+import math
+import os
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from ..config import TransformerConfig, VAEConfig
+from ..errors import CheckpointError
+from .keymaps import detect, transformer_sources
+
+#: the limit of the safetensors library itself
+MAX_HEADER_BYTES = 100_000_000
+
+DTYPES: dict[str, torch.dtype] = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U64": torch.uint64,
+    "U32": torch.uint32,
+    "U16": torch.uint16,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+    "C64": torch.complex64,
+}
+DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+VARIANTS = {16: "t2v", 32: "skyreels-i2v", 33: "tencent-i2v"}
+
+#: what a family is called in messages
+FAMILY_NAMES = {
+    "transformer": "a HunyuanVideo transformer",
+    "vae": "a HunyuanVideo VAE",
+    "llama": "a LLaMA text encoder",
+    "clip": "a CLIP text encoder",
+    "t5": "a T5 text encoder",
+    "lora": "a LoRA",
+    "unknown": "nothing this package knows",
+}
+
+#: suffixes of companions of a quantised weight, ComfyUI v0 and v1
+SCALE_SUFFIXES = {"v0": ".scale_weight", "v1": ".weight_scale"}
+COMPANION_SUFFIXES = (
+    ".scale_weight",
+    ".scale_input",
+    ".weight_scale",
+    ".input_scale",
+    ".comfy_quant",
+)
+MARKER_NAME = "scaled_fp8"
+#: where a .pt file may keep its weights
+_NESTING_KEYS = ("state_dict", "module", "model")
+
+
+@dataclass(frozen=True)
+class TensorEntry:
+    """Where one tensor lies: `num_bytes` bytes from `offset` of `file`; offset -1 in a .pt file.
+
+    name is the full name in the file, prefix included.
+    """
+
+    file: Path
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    offset: int
+    num_bytes: int
+
+
+@dataclass(frozen=True)
+class CheckpointInfo:
+    """What a checkpoint is.
+
+    family: "transformer", "vae", "llama", "clip", "t5", "lora" or "unknown".
+    variant: of a transformer, "skyreels-i2v", "t2v", "tencent-i2v" or "<n>-channel".
+    layout, prefix: see keymaps.py. dtypes: number of parameters stored in each dtype.
+    metadata: what the header says beside its tensors.
+    scales: "none", "v0 per tensor", "v0 per row", "v1 per tensor" or "v1 per row".
+    config: TransformerConfig or VAEConfig, else None. tensors: by name without the
+    prefix; whatever lacks the prefix belongs to another model of the same file and is not listed.
+    """
+
+    path: Path
+    family: str
+    variant: str
+    layout: str
+    prefix: str
+    dtypes: dict[str, int]
+    scales: str
+    guidance_embeds: bool
+    num_tensors: int
+    num_parameters: int
+    num_bytes: int
+    config: TransformerConfig | VAEConfig | None
+    metadata: Mapping[str, str] = field(repr=False)
+    tensors: Mapping[str, TensorEntry] = field(repr=False)
+
+    def to_json(self) -> dict[str, Any]:
+        """The same without the tensors and the metadata, ready for json.dumps."""
+        from dataclasses import asdict
+
+        skipped = ("tensors", "metadata", "path", "config")
+        values = {k: v for k, v in self.__dict__.items() if k not in skipped}
+        return {
+            "path": str(self.path),
+            **values,
+            "config": None if self.config is None else asdict(self.config),
+        }
+
+
+def inspect(path: str | os.PathLike[str]) -> CheckpointInfo:
+    """Say what a checkpoint is without reading its weights.
+
+    Args:
+        path: a .safetensors or .pt file, or a diffusers folder (config.json with one .safetensors
+            file or with shards and their index).
+    Raises:
+        CheckpointError: missing, empty, truncated or damaged file; folder without weights.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise CheckpointError(f"{path} does not exist: check the name and the folder.")
+    folder_config: dict[str, Any] = {}
+    metadata: dict[str, str] = {}
+    if path.is_dir():
+        tensors, metadata = _read_folder(path)
+        folder_config = _read_folder_config(path)
+    elif not path.is_file():
+        raise CheckpointError(f"{path} is neither a file nor a folder: choose a weight file.")
+    elif path.suffix.lower() == ".gguf":
+        raise CheckpointError(
+            f"{path.name} is a GGUF file, which is not supported: use the .safetensors file of the "
+            "same model (the fp8 one is the smallest)."
+        )
+    elif path.suffix.lower() in (".pt", ".pth", ".ckpt", ".bin"):
+        tensors = _pickle_entries(path, load_pickle(path, map_location="meta"))
+    else:
+        tensors, metadata = read_header(path)
+    return _describe(path, tensors, folder_config, metadata)
+
+
+def _describe(
+    path: Path,
+    tensors: dict[str, TensorEntry],
+    folder_config: dict[str, Any],
+    metadata: dict[str, str],
+) -> CheckpointInfo:
+    if not tensors:
+        raise CheckpointError(f"{path.name} holds no tensors: download it again.")
+    family, layout, prefix = detect(tensors)
+    weights = {
+        name[len(prefix) :]: entry
+        for name, entry in tensors.items()
+        if name.startswith(prefix) and name != prefix + MARKER_NAME
+    }
+    config: TransformerConfig | VAEConfig | None = None
+    variant = ""
+    if family == "transformer":
+        config = _transformer_config(path, weights, layout, folder_config)
+        variant = VARIANTS.get(config.in_channels, f"{config.in_channels}-channel")
+    elif family == "vae":
+        config = _vae_config(path, weights, layout, folder_config)
+    plain = {n: e for n, e in weights.items() if not n.endswith(COMPANION_SUFFIXES)}
+    dtypes: Counter[str] = Counter()
+    for entry in plain.values():
+        dtypes[DTYPE_NAMES[entry.dtype]] += _numel(entry.shape)
+    return CheckpointInfo(
+        path=path,
+        family=family,
+        variant=variant,
+        layout=layout,
+        prefix=prefix,
+        dtypes=dict(dtypes.most_common()),
+        scales=_scales(weights),
+        guidance_embeds=isinstance(config, TransformerConfig) and config.guidance_embeds,
+        num_tensors=len(plain),
+        num_parameters=sum(dtypes.values()),
+        num_bytes=sum(entry.num_bytes for entry in weights.values()),
+        config=config,
+        metadata=metadata,
+        tensors=weights,
+    )
+
+
+def require(info: CheckpointInfo, family: Literal["transformer", "vae"]) -> None:
+    """Refuse a checkpoint of another family, with the slot it belongs to.
+
+    Raises:
+        CheckpointError: names what the file is, what was wanted and what to do.
+    """
+    if info.family == family:
+        return
+    fixes = {
+        "transformer": "load it with SkyReels Load Transformer",
+        "vae": "load it with SkyReels Load VAE",
+        "llama": "load it with DualCLIPLoader, type hunyuan_video",
+        "clip": "load it with DualCLIPLoader, type hunyuan_video",
+        "t5": "HunyuanVideo has no use for it",
+        "lora": "a LoRA goes on top of a model, it is not one",
+        "unknown": f"its first tensors are {', '.join(list(info.tensors)[:3])}",
+    }
+    raise CheckpointError(
+        f"{info.path.name} is {FAMILY_NAMES[info.family]}, and this slot takes "
+        f"{FAMILY_NAMES[family]}: {fixes[info.family]}."
+    )
+
+
+# --- reading ------------------------------------------------------------------------------------
+
+
+def read_header(path: Path) -> tuple[dict[str, TensorEntry], dict[str, str]]:
+    """The tensor table and the metadata of one safetensors file.
+
+    Source: format description in the README of huggingface/safetensors.
+
+    Raises:
+        CheckpointError: the file is shorter or longer than its header says, or the header is not
+            one.
+    """
+    file_bytes = path.stat().st_size
+    again = "it is truncated or not a safetensors file; download it again."
+    if file_bytes < 8:
+        raise CheckpointError(f"{path.name} has {file_bytes} bytes, a header needs 8: {again}")
+    with path.open("rb") as file:
+        header_bytes = int.from_bytes(file.read(8), "little")
+        if header_bytes > min(file_bytes - 8, MAX_HEADER_BYTES):
+            raise CheckpointError(
+                f"{path.name} announces a header of {header_bytes} bytes in a file of "
+                f"{file_bytes} (limit {MAX_HEADER_BYTES}): {again}"
+            )
+        raw = file.read(header_bytes)
+    try:
+        header = json.loads(raw, object_pairs_hook=_refuse_duplicates)
+        metadata = header.pop("__metadata__", {}) or {}
+        if not all(isinstance(text, str) for text in metadata.values()):
+            raise ValueError("its metadata are not text")
+        entries = {
+            name: _header_entry(path, name, value, 8 + header_bytes)
+            for name, value in header.items()
+        }
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise CheckpointError(
+            f"{path.name} has a damaged header ({error}): download it again."
+        ) from None
+    end = 8 + header_bytes
+    for name, entry in sorted(entries.items(), key=lambda item: item[1].offset):
+        if entry.offset != end:
+            raise CheckpointError(
+                f"{path.name} has a damaged header: tensor {name} starts at byte {entry.offset}, "
+                f"the one before ends at {end}. Download it again."
+            )
+        end += entry.num_bytes
+    if end != file_bytes:
+        raise CheckpointError(
+            f"{path.name} has {file_bytes} bytes where its header promises {end}: {again}"
+        )
+    return entries, metadata
+
+
+def _refuse_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    values = dict(pairs)
+    if len(values) != len(pairs):
+        raise ValueError("a name appears twice")
+    return values
+
+
+def _header_entry(path: Path, name: str, value: dict[str, Any], data_start: int) -> TensorEntry:
+    if value["dtype"] not in DTYPES:
+        raise CheckpointError(
+            f"{path.name} stores {name} as {value['dtype']}, which this package cannot read: use "
+            "the bf16, fp8 or scaled fp8 file of the same model, or download it again if it is one."
+        )
+    dtype, shape = DTYPES[value["dtype"]], tuple(value["shape"])
+    begin, end = value["data_offsets"]
+    if not all(type(number) is int and number >= 0 for number in (*shape, begin, end)):
+        raise ValueError(f"tensor {name} has a shape or offset that is not a whole number")
+    if end - begin != _numel(shape) * dtype.itemsize:
+        raise ValueError(f"tensor {name} of {value['dtype']} {list(shape)} has {end - begin} bytes")
+    return TensorEntry(path, name, dtype, shape, data_start + begin, end - begin)
+
+
+def load_pickle(path: Path, map_location: str) -> dict[str, torch.Tensor]:
+    """The tensors of a .pt file, looked for under "state_dict", "module" and "model" too.
+
+    Only plain weights are unpickled; a file of the present format is memory-mapped, one of before
+    torch 1.6 is read whole.
+
+    Raises:
+        CheckpointError: damaged file, or one that holds code.
+    """
+    import zipfile
+
+    try:
+        content = torch.load(
+            path, map_location=map_location, weights_only=True, mmap=zipfile.is_zipfile(path)
+        )
+    except Exception:  # noqa: BLE001 - torch's own texts advise to run the code inside
+        raise CheckpointError(
+            f"{path.name} cannot be read as plain weights: it is damaged, not a checkpoint, or "
+            "holds program code, which is never run. Use the .safetensors file of the same model."
+        ) from None
+    while isinstance(content, dict):
+        inner = next((content[k] for k in _NESTING_KEYS if isinstance(content.get(k), dict)), None)
+        if inner is None:
+            break
+        content = inner
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path.name} holds no tensors: it is not a checkpoint.")
+    return {
+        name: value
+        for name, value in content.items()
+        if isinstance(name, str)
+        and isinstance(value, torch.Tensor)
+        and value.layout == torch.strided
+    }
+
+
+def _pickle_entries(path: Path, tensors: dict[str, torch.Tensor]) -> dict[str, TensorEntry]:
+    return {
+        name: TensorEntry(path, name, t.dtype, tuple(t.shape), -1, t.numel() * t.itemsize)
+        for name, t in tensors.items()
+    }
+
+
+def _read_folder(path: Path) -> tuple[dict[str, TensorEntry], dict[str, str]]:
+    """Tensor table of a diffusers folder: one file, or the shards its index lists."""
+    indices = sorted(path.glob("*.safetensors.index.json"))
+    files = sorted(path.glob("*.safetensors"))
+    if len(indices) > 1 or (not indices and len(files) != 1):
+        subfolders = [name for name in ("transformer", "vae") if (path / name).is_dir()]
+        hint = f"; did you mean its folder {' or '.join(subfolders)}?" if subfolders else "."
+        raise CheckpointError(
+            f"Folder {path.name} has {len(indices)} *.safetensors.index.json and {len(files)} "
+            f".safetensors files: it needs one index with its shards, or exactly one file{hint}"
+        )
+    if not indices:
+        return read_header(files[0])
+    try:
+        index = json.loads(indices[0].read_text(encoding="utf-8"))
+        shard_of = {str(k): str(v) for k, v in index["weight_map"].items()}
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OSError):
+        raise CheckpointError(
+            f"{indices[0].name} in {path.name} is not a shard index: download it again."
+        ) from None
+    tensors: dict[str, TensorEntry] = {}
+    metadata: dict[str, str] = {}
+    for shard in sorted(set(shard_of.values())):
+        if Path(shard).name != shard or not (path / shard).is_file():
+            raise CheckpointError(
+                f"Folder {path.name} lacks {shard}, which its index names: download that file."
+            )
+        entries, shard_metadata = read_header(path / shard)
+        tensors.update(entries)
+        metadata.update(shard_metadata)
+    absent = [name for name in shard_of if name not in tensors]
+    if absent:
+        raise CheckpointError(
+            f"Folder {path.name} lacks tensor {absent[0]} and {len(absent) - 1} more that its "
+            "index promises: download the shards again."
+        )
+    return tensors, metadata
+
+
+def _read_folder_config(path: Path) -> dict[str, Any]:
+    file = path / "config.json"
+    if not file.is_file():
+        return {}
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError, OSError):
+        raise CheckpointError(
+            f"config.json in {path.name} is not JSON: download it again."
+        ) from None
+    return config if isinstance(config, dict) else {}
+
+
+def _bad_config(path: Path, name: str, value: object, rule: str) -> CheckpointError:
+    return CheckpointError(
+        f"config.json in {path.name} has {name} {value!r}, and it must be {rule}: download it "
+        "again."
+    )
+
+
+# --- describing ---------------------------------------------------------------------------------
+
+
+def _numel(shape: tuple[int, ...]) -> int:
+    product = 1
+    for size in shape:
+        product *= size
+    return product
+
+
+def _scales(weights: Mapping[str, TensorEntry]) -> str:
+    for version, suffix in SCALE_SUFFIXES.items():
+        sizes = [_numel(e.shape) for name, e in weights.items() if name.endswith(suffix)]
+        if sizes:
+            return f"{version} per {'row' if max(sizes) > 1 else 'tensor'}"
+    return "none"
+
+
+def _count(weights: Mapping[str, TensorEntry], stem: str) -> int:
+    """How many numbered blocks `stem`.0, `stem`.1, ... there are."""
+    numbers = {
+        name[len(stem) + 1 :].partition(".")[0] for name in weights if name.startswith(stem + ".")
+    }
+    return len(numbers)
+
+
+def rope_axes(head_dim: int) -> tuple[int, int, int]:
+    """Rotary dims of time, height and width in the proportion 16:56:56 of a 128-wide head."""
+    time = max(2, head_dim // 16 * 2)
+    space = (head_dim - time) // 4 * 2
+    return head_dim - 2 * space, space, space
+
+
+def _shape(path: Path, weights: Mapping[str, TensorEntry], name: str, ndim: int) -> tuple[int, ...]:
+    """Shape of a tensor that must be there, with so many dimensions, none of them empty."""
+    if name not in weights:
+        raise CheckpointError(
+            f"{path.name} lacks tensor {name}: it is incomplete; download it again."
+        )
+    shape = weights[name].shape
+    if len(shape) != ndim or 0 in shape:
+        raise CheckpointError(
+            f"{path.name} has {name} of shape {list(shape)} where HunyuanVideo has {ndim} "
+            "dimensions: it is of another model."
+        )
+    return shape
+
+
+def _transformer_config(
+    path: Path, weights: Mapping[str, TensorEntry], layout: str, folder_config: dict[str, Any]
+) -> TransformerConfig:
+    def shape(name: str, ndim: int) -> tuple[int, ...]:
+        return _shape(path, weights, transformer_sources(name, layout)[0], ndim)
+
+    stems = {
+        "diffusers": (
+            "transformer_blocks",
+            "single_transformer_blocks",
+            "context_embedder.token_refiner.refiner_blocks",
+        )
+    }.get(layout, ("double_blocks", "single_blocks", "txt_in.individual_token_refiner.blocks"))
+    hidden, in_channels, patch_t, patch, _ = shape("img_in.proj.weight", 5)
+    (head_dim,) = shape("double_blocks.0.img_attn_q_norm.weight", 1)
+    guidance = transformer_sources("guidance_in.mlp.0.weight", layout)[0] in weights
+    return TransformerConfig(
+        in_channels=in_channels,
+        out_channels=shape("final_layer.linear.weight", 2)[0] // (patch_t * patch * patch),
+        num_attention_heads=hidden // head_dim,
+        attention_head_dim=head_dim,
+        num_layers=_count(weights, stems[0]),
+        num_single_layers=_count(weights, stems[1]),
+        num_refiner_layers=_count(weights, stems[2]),
+        mlp_ratio=shape("double_blocks.0.img_mlp.fc1.weight", 2)[0] / hidden,
+        patch_size=patch,
+        patch_size_t=patch_t,
+        guidance_embeds=guidance,
+        text_embed_dim=shape("txt_in.input_embedder.weight", 2)[1],
+        pooled_projection_dim=shape("vector_in.in_layer.weight", 2)[1],
+        rope_theta=_rope_theta(path, folder_config),
+        rope_axes_dim=_rope_axes_dim(path, folder_config, head_dim),
+    )
+
+
+def _rope_theta(path: Path, folder_config: dict[str, Any]) -> float:
+    theta = folder_config.get("rope_theta", 256.0)
+    if type(theta) not in (int, float) or not 0 < theta < math.inf:
+        raise _bad_config(path, "rope_theta", theta, "a positive number (256)")
+    return float(theta)
+
+
+def _rope_axes_dim(
+    path: Path, folder_config: dict[str, Any], head_dim: int
+) -> tuple[int, int, int]:
+    axes = folder_config.get("rope_axes_dim")
+    if axes is None:
+        return rope_axes(head_dim)
+    is_sound = isinstance(axes, list) and len(axes) == 3 and all(type(dim) is int for dim in axes)
+    if not is_sound or any(dim < 2 or dim % 2 for dim in axes) or sum(axes) != head_dim:
+        rule = f"three even numbers with the sum {head_dim}"
+        raise _bad_config(path, "rope_axes_dim", axes, rule)
+    return axes[0], axes[1], axes[2]
+
+
+def _vae_config(
+    path: Path, weights: Mapping[str, TensorEntry], layout: str, folder_config: dict[str, Any]
+) -> VAEConfig:
+    stem, conv = (
+        ("encoder.down", "block.0.conv1.conv.weight")
+        if layout == "sd"
+        else ("encoder.down_blocks", "resnets.0.conv1.conv.weight")
+    )
+    resnets = "block" if layout == "sd" else "resnets"
+    groups = folder_config.get("norm_num_groups", 32)
+    if type(groups) is not int or groups < 1:
+        raise _bad_config(path, "norm_num_groups", groups, "a whole number from 1 (32)")
+
+    def channels(name: str, axis: int) -> int:
+        return _shape(path, weights, name, 5)[axis]
+
+    return VAEConfig(
+        in_channels=channels("encoder.conv_in.conv.weight", 1),
+        out_channels=channels("decoder.conv_out.conv.weight", 0),
+        latent_channels=channels("post_quant_conv.weight", 0),
+        block_out_channels=tuple(
+            channels(f"{stem}.{level}.{conv}", 0) for level in range(_count(weights, stem))
+        ),
+        layers_per_block=_count(weights, f"{stem}.0.{resnets}"),
+        norm_num_groups=groups,
+    )

@@ -1,0 +1,538 @@
+"""From a checkpoint to a module, one tensor at a time.
+
+The module is built on the meta device, the whole plan (names, shapes, dtypes) is checked against
+the header before the first weight is read, and each tensor is then read straight into its place in
+the fused weight. So memory beyond the model itself stays at one tensor, and a bad file fails before
+anything is allocated. Files are read, not memory-mapped: a mapped file that is replaced or cut
+while in use ends the process, and mapped pages count twice while a copy is made.
+
+Given up: starting without reading the whole file once. A .pt file is mapped: its tensors lie behind
+a pickle that only torch reads.
+"""
+
+import json
+import math
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass
+from os import PathLike
+from pathlib import Path
+from typing import IO, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from ..config import TRANSFORMER_PRECISIONS, VAE_PRECISIONS, TransformerConfig, VAEConfig
+from ..errors import CheckpointError, OptionError
+from ..kernels import RowFormat
+from ..runtime import Runtime
+from ..transformer.model import SkyReelsTransformer
+from ..transformer.quant import (
+    FLOAT8_DTYPES,
+    STORAGE_DTYPES,
+    QuantLinear,
+    dequantize,
+    is_quantizable,
+    quantize,
+    rotation_size,
+)
+from ..vae.model import VideoVAE
+from .inspect import (
+    COMPANION_SUFFIXES,
+    DTYPE_NAMES,
+    SCALE_SUFFIXES,
+    CheckpointInfo,
+    TensorEntry,
+    inspect,
+    load_pickle,
+    require,
+)
+from .keymaps import HALF_SWAPPED, transformer_sources, vae_sources
+
+_FLOAT_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+LATENT_CHANNELS = 16
+#: of a weight that are looked at together: 4 MB in float32
+CHECKED_ELEMENTS = 1024**2
+VAE_FILE = "hunyuan_video_vae_bf16.safetensors of Comfy-Org/HunyuanVideo_repackaged"
+I2V_FILE = "skyreels_hunyuan_i2v_bf16.safetensors of Kijai/SkyReels-V1-Hunyuan_comfy"
+
+ModuleT = TypeVar("ModuleT", bound=nn.Module)
+
+
+def load_transformer(
+    path: str | PathLike[str],
+    *,
+    precision: str = "auto",
+    runtime: Runtime,
+) -> SkyReelsTransformer:
+    """Load the SkyReels image-to-video transformer onto `runtime.offload_device`.
+
+    Args:
+        path: any layout of keymaps.py, as a file or a diffusers folder.
+        precision: "auto" keeps what the file holds (float32 stays float32, anything else computes
+            in bfloat16, and 8-bit weights stay 8-bit but are widened for every call: the numbers
+            other implementations get from such a file); "fp32" and "bf16" widen or round
+            everything; "fp8" and "int8" round the block linears to 8 bits, a scale per row, int8
+            after a rotation, and have them multiplied in 8 bits where the device can (quant.py). A
+            file's own fp8 weights are used for "fp8" as they are.
+        runtime: progress "load" in bytes; asked for an interrupt before every tensor.
+    Returns:
+        The module in eval mode, without gradients.
+    Raises:
+        CheckpointError: unreadable, another family, another variant (T2V, 33 channels), tensors
+            missing, left over, of the wrong shape, or not finite.
+        OptionError: unknown precision.
+    """
+    _check_precision(precision, TRANSFORMER_PRECISIONS)
+    info = check_transformer(path)
+    config = info.config
+    assert isinstance(config, TransformerConfig)
+    if precision == "auto":
+        compute_dtype = torch.float32 if _main_dtype(info) == torch.float32 else torch.bfloat16
+    else:
+        compute_dtype = _FLOAT_DTYPES.get(precision, torch.bfloat16)
+    weight_format = _weight_format(precision, config)
+    return _assemble(
+        info,
+        lambda: SkyReelsTransformer(config),
+        lambda name: transformer_sources(name, info.layout),
+        keep_8bit=precision not in _FLOAT_DTYPES,
+        storage=lambda name: weight_format if is_quantizable(name, config.num_layers) else None,
+        compute_dtype=compute_dtype,
+        runtime=runtime,
+    )
+
+
+def load_vae(path: str | PathLike[str], *, precision: str = "auto", runtime: Runtime) -> VideoVAE:
+    """Load the HunyuanVideo VAE onto `runtime.offload_device`.
+
+    Args:
+        path: either key layout, .safetensors or .pt (plain weights only), or a diffusers folder.
+        precision: "auto" is bfloat16 on a CUDA device and float32 elsewhere.
+        runtime: as for `load_transformer`.
+    Raises:
+        CheckpointError, OptionError: as for `load_transformer`.
+    """
+    _check_precision(precision, VAE_PRECISIONS)
+    info = check_vae(path)
+    config = info.config
+    assert isinstance(config, VAEConfig)
+    if precision == "auto":
+        precision = "bf16" if runtime.device.type == "cuda" else "fp32"
+    levels = len(config.block_out_channels)
+    return _assemble(
+        info,
+        lambda: VideoVAE(config),
+        lambda name: vae_sources(name, info.layout, levels),
+        keep_8bit=False,
+        storage=lambda name: None,
+        compute_dtype=_FLOAT_DTYPES[precision],
+        runtime=runtime,
+    )
+
+
+def _weight_format(precision: str, config: TransformerConfig) -> RowFormat | None:
+    """What block linears are rounded to; one rotation, which divides the widths of all of them."""
+    if precision not in STORAGE_DTYPES:
+        return None
+    storage_dtype, hidden = STORAGE_DTYPES[precision], config.hidden_size
+    if storage_dtype != torch.int8:
+        return RowFormat(storage_dtype)
+    return RowFormat(storage_dtype, rotation_size(hidden, int(hidden * config.mlp_ratio)))
+
+
+def check_transformer(path: str | PathLike[str]) -> CheckpointInfo:
+    """Refuse what `load_transformer` could not load, from the header alone.
+
+    Raises:
+        CheckpointError: unreadable, another family, or another variant (T2V, 33 channels).
+    """
+    info = inspect(path)
+    require(info, "transformer")
+    config = info.config
+    assert isinstance(config, TransformerConfig)
+    if config.in_channels != 2 * config.out_channels:
+        raise CheckpointError(
+            f"{info.path.name} has {config.in_channels} input channels ({info.variant}), and "
+            f"SkyReels image-to-video has {2 * config.out_channels} (noise and image latents): "
+            f"use {I2V_FILE}."
+        )
+    return info
+
+
+def check_vae(path: str | PathLike[str]) -> CheckpointInfo:
+    """Refuse what `load_vae` could not load, from the header alone.
+
+    Raises:
+        CheckpointError: unreadable, another family, or of other sizes than can be.
+    """
+    info = inspect(path)
+    require(info, "vae")
+    config = info.config
+    assert isinstance(config, VAEConfig)
+    if config.latent_channels != LATENT_CHANNELS:
+        raise CheckpointError(
+            f"{info.path.name} is a VAE of {config.latent_channels} latent channels, and "
+            f"HunyuanVideo's has {LATENT_CHANNELS}: use {VAE_FILE}."
+        )
+    bad = [c for c in config.block_out_channels if c % config.norm_num_groups]
+    if bad:
+        raise CheckpointError(
+            f"{info.path.name} has {bad[0]} channels, which {config.norm_num_groups} norm groups "
+            "do not divide: a VAE of unusual width needs its config.json (load its folder)."
+        )
+    return info
+
+
+def _check_precision(precision: str, legal: tuple[str, ...]) -> None:
+    if precision not in legal:
+        fix = " (the transformer's range exceeds fp16)" if precision == "fp16" else ""
+        raise OptionError(f"Precision {precision!r} is not one of {', '.join(legal)}{fix}.")
+
+
+def _main_dtype(info: CheckpointInfo) -> torch.dtype:
+    """The dtype that holds the most parameters."""
+    name = next(iter(info.dtypes))
+    return next(dtype for dtype, dtype_name in DTYPE_NAMES.items() if dtype_name == name)
+
+
+# --- the plan -----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Part:
+    """One source tensor of a parameter and the scale that belongs to it, if any."""
+
+    entry: TensorEntry
+    scale: TensorEntry | None
+
+
+@dataclass(frozen=True)
+class _Target:
+    """One parameter of the module: its name, shape, and the parts joined along dim 0."""
+
+    name: str
+    shape: tuple[int, ...]
+    parts: tuple[_Part, ...]
+    swap_halves: bool
+
+
+def _plan(
+    info: CheckpointInfo,
+    shapes: dict[str, tuple[int, ...]],
+    sources: Callable[[str], tuple[str, ...]],
+) -> list[_Target]:
+    """Match every parameter with tensors of the file; refuse anything missing, left or misshapen.
+
+    Only the header is looked at.
+    """
+    targets, missing, used = [], [], set()
+    for name, shape in shapes.items():
+        parts = []
+        for source in sources(name):
+            entry = info.tensors.get(source)
+            if entry is None:
+                missing.append(source)
+                continue
+            used.add(source)
+            parts.append(_Part(entry, _find_scale(info, source)))
+        if len(parts) == len(sources(name)):
+            swap = (info.layout, name.rpartition(".")[0]) in HALF_SWAPPED
+            targets.append(_Target(name, shape, tuple(parts), swap))
+    left = [n for n in info.tensors if n not in used and not n.endswith(COMPANION_SUFFIXES)]
+    for problem, names in (("lacks", missing), ("holds unknown", left)):
+        if names:
+            more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+            raise CheckpointError(
+                f"{info.path.name} {problem} tensors {', '.join(names[:5])}{more}: it is "
+                "incomplete or of another model; download it again."
+            )
+    for target in targets:
+        _check_shape(info, target)
+        for part in target.parts:
+            _check_scale(info, part)
+    return targets
+
+
+def _find_scale(info: CheckpointInfo, source: str) -> TensorEntry | None:
+    layer, _, suffix = source.rpartition(".")
+    if suffix != "weight":
+        return None
+    for scale_suffix in SCALE_SUFFIXES.values():
+        if (entry := info.tensors.get(layer + scale_suffix)) is not None:
+            return entry
+    return None
+
+
+def _check_scale(info: CheckpointInfo, part: _Part) -> None:
+    """A scale belongs to the whole weight or to its rows."""
+    if part.scale is None:
+        return
+    rows, shape = part.entry.shape[0], part.scale.shape
+    per_row = shape in ((rows,), (rows, 1)) and len(part.entry.shape) == 2
+    if math.prod(shape) != 1 and not per_row:
+        raise CheckpointError(
+            f"{info.path.name} has {part.scale.name} of shape {list(shape)} for a weight of "
+            f"{list(part.entry.shape)}: one number, or one for each row of a matrix, can be read; "
+            "use the bf16, fp8 or scaled fp8 file."
+        )
+
+
+def _split_rows(info: CheckpointInfo, target: _Target) -> list[int]:
+    """Rows of each part: all but the last of several are as tall as the model is wide."""
+    leading = len(target.parts) - 1
+    if leading == 0 or not isinstance(info.config, TransformerConfig):
+        return [target.shape[0]]
+    hidden = info.config.hidden_size
+    return [*[hidden] * leading, target.shape[0] - leading * hidden]
+
+
+def _check_shape(info: CheckpointInfo, target: _Target) -> None:
+    fits = True
+    for part, rows in zip(target.parts, _split_rows(info, target), strict=True):
+        shape = _squeezed(part.entry.shape, target.shape)
+        dtype = part.entry.dtype
+        stores_integers = not dtype.is_floating_point and dtype != torch.int8
+        if stores_integers or (dtype == torch.int8 and part.scale is None):
+            raise CheckpointError(
+                f"{info.path.name} stores {part.entry.name} as {DTYPE_NAMES[dtype]}, a "
+                "quantisation this package cannot read: use the bf16, fp8 or scaled fp8 file."
+            )
+        fits = fits and shape == (rows, *target.shape[1:])
+    if not fits:
+        got = ", ".join(str(list(part.entry.shape)) for part in target.parts)
+        raise CheckpointError(
+            f"{info.path.name} has {target.parts[0].entry.name} of shape {got} where "
+            f"{target.name} is {list(target.shape)}: it is of another model."
+        )
+
+
+def _squeezed(shape: tuple[int, ...], wanted: tuple[int, ...]) -> tuple[int, ...]:
+    """Drop the trailing ones of a 1x1x1 convolution where a linear layer is wanted."""
+    extra = len(shape) - len(wanted)
+    return shape[:-extra] if extra > 0 and set(shape[-extra:]) == {1} else shape
+
+
+# --- reading ------------------------------------------------------------------------------------
+
+
+class _Reader:
+    """Open files of a checkpoint; reads one tensor at a time into memory it is given."""
+
+    def __init__(self, stack: ExitStack) -> None:
+        self._stack = stack
+        self._files: dict[Path, IO[bytes]] = {}
+        self._pickles: dict[Path, dict[str, Tensor]] = {}
+
+    def read_into(self, out: Tensor, entry: TensorEntry) -> None:
+        """Fill `out` (contiguous, the entry's dtype) with the tensor's bytes."""
+        if entry.offset < 0:
+            if entry.file not in self._pickles:
+                self._pickles[entry.file] = load_pickle(entry.file, "cpu")
+            out.copy_(self._pickles[entry.file][entry.name].reshape(out.shape))
+            return
+        if entry.file not in self._files:
+            # unbuffered: a tensor is one large read
+            self._files[entry.file] = self._stack.enter_context(entry.file.open("rb", 0))
+        file = self._files[entry.file]
+        file.seek(entry.offset)
+        view = memoryview(out.reshape(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
+        done = 0
+        while done < entry.num_bytes:
+            count = file.readinto(view[done:])  # type: ignore[attr-defined]
+            if not count:
+                raise CheckpointError(
+                    f"{entry.file.name} ended inside tensor {entry.name}: it changed while being "
+                    "read; load it again."
+                )
+            done += count
+
+    def read(self, entry: TensorEntry) -> Tensor:
+        out = torch.empty(entry.shape, dtype=entry.dtype)
+        self.read_into(out, entry)
+        return out
+
+
+def _assemble(
+    info: CheckpointInfo,
+    build: Callable[[], ModuleT],
+    sources: Callable[[str], tuple[str, ...]],
+    *,
+    keep_8bit: bool,
+    storage: Callable[[str], RowFormat | None],
+    compute_dtype: torch.dtype,
+    runtime: Runtime,
+) -> ModuleT:
+    """keep_8bit: of weights in blocks. storage: name -> what a weight is to be rounded to."""
+    with torch.device("meta"):
+        module = build()
+    shapes = {name: tuple(p.shape) for name, p in module.state_dict().items()}
+    targets = _plan(info, shapes, sources)
+    total = sum(part.entry.num_bytes for target in targets for part in target.parts)
+    done = 0
+    device = runtime.offload_device
+    runtime.progress("load", 0, total)
+    with ExitStack() as stack, torch.inference_mode(False), torch.no_grad():
+        reader = _Reader(stack)
+        _check_formats(info, reader)
+        for target in targets:
+            runtime.check_interrupt()
+            weight, scale = _read_target(info, reader, target, compute_dtype)
+            layer_name, _, attribute = target.name.rpartition(".")
+            layer = module.get_submodule(layer_name)
+            fits = attribute == "weight" and isinstance(layer, nn.Linear)
+            in_block = target.name.startswith(("double_blocks.", "single_blocks."))
+            wanted = storage(target.name) if fits else None
+            rotation, weight_only = 0, True
+            if wanted is not None and _is_stored_as(weight, wanted.dtype):
+                weight_only = weight.dtype == torch.int8  # whoever made that did not rotate it
+            elif wanted is not None:
+                if _is_8bit(weight) or scale is not None:
+                    weight = dequantize(weight, scale, torch.float32)
+                rotation, weight_only = wanted.rotation, False
+                weight, scale = quantize(weight, wanted.dtype, rotation, runtime.device)
+            elif not (_is_8bit(weight) and keep_8bit and fits and in_block):
+                weight = _widened(info, target, weight, scale, compute_dtype)
+                scale = None
+            if target.swap_halves:
+                weight = torch.cat(weight.chunk(2)[::-1])
+            if _is_8bit(weight):
+                scale = None if scale is None else scale.to(device)
+                bias = dict(layer.named_parameters()).get("bias")
+                quantized = QuantLinear(
+                    weight.to(device), scale, bias, rotation=rotation, weight_only=weight_only,
+                    compute_dtype=compute_dtype,
+                )  # fmt: skip
+                module.set_submodule(layer_name, quantized)
+            else:
+                parameter = nn.Parameter(weight.to(device), requires_grad=False)
+                setattr(layer, attribute, parameter)
+            done += sum(part.entry.num_bytes for part in target.parts)
+            runtime.progress("load", done, total)
+    return module.eval()
+
+
+def _is_8bit(weight: Tensor) -> bool:
+    return weight.dtype == torch.int8 or weight.dtype in FLOAT8_DTYPES
+
+
+def _is_stored_as(weight: Tensor, wanted: torch.dtype) -> bool:
+    """Whether a weight is used as it is where `wanted` is asked for; e5m2 counts as fp8."""
+    return weight.dtype == wanted or (wanted in FLOAT8_DTYPES and weight.dtype in FLOAT8_DTYPES)
+
+
+def _check_formats(info: CheckpointInfo, reader: _Reader) -> None:
+    """Refuse 8-bit formats that are more than a number and a scale (ComfyUI v1 names them)."""
+    formats = {}
+    try:
+        described = json.loads(info.metadata.get("_quantization_metadata", "{}"))
+        formats = {name: value["format"] for name, value in described.get("layers", {}).items()}
+        for name, entry in info.tensors.items():
+            if name.endswith(".comfy_quant"):
+                described = json.loads(reader.read(entry).numpy().tobytes())
+                formats[name] = described["format"]
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        raise CheckpointError(
+            f"{info.path.name} describes its quantisation in a way that cannot be read: use the "
+            "bf16, fp8 or scaled fp8 file."
+        ) from None
+    for name, kind in formats.items():
+        if kind not in ("float8_e4m3fn", "float8_e5m2"):
+            raise CheckpointError(
+                f"{info.path.name} stores {name.removesuffix('.comfy_quant')} as {kind}, a "
+                "quantisation this package cannot read: use the bf16, fp8 or scaled fp8 file."
+            )
+
+
+def _widened(
+    info: CheckpointInfo,
+    target: _Target,
+    weight: Tensor,
+    scale: Tensor | None,
+    compute_dtype: torch.dtype,
+) -> Tensor:
+    """The weight in the compute dtype, which must be able to hold it."""
+    if weight.dtype == compute_dtype and scale is None:
+        return weight
+    wide = dequantize(weight, scale, compute_dtype)
+    if not _is_finite(wide):
+        raise CheckpointError(
+            f"{info.path.name} has numbers in {target.parts[0].entry.name} beyond the range of "
+            f"{str(compute_dtype).removeprefix('torch.')}: choose precision fp32, or another file."
+        )
+    return wide
+
+
+def _read_target(
+    info: CheckpointInfo, reader: _Reader, target: _Target, compute_dtype: torch.dtype
+) -> tuple[Tensor, Tensor | None]:
+    """Read and join the parts; 8-bit parts of one dtype stay 8-bit, with their scales joined."""
+    dtypes = {part.entry.dtype for part in target.parts}
+    scaled = any(part.scale is not None for part in target.parts)
+    if len(dtypes) > 1:
+        pieces = []  # of several dtypes: joined in the dtype they are computed in
+        for part in target.parts:
+            piece = reader.read(part.entry).reshape(-1, *target.shape[1:])
+            _check_finite(info, part.entry.name, piece)
+            pieces.append(dequantize(piece, _read_scale(reader, part), compute_dtype))
+        return torch.cat(pieces), None
+
+    weight = torch.empty(target.shape, dtype=dtypes.pop())
+    row = 0
+    for part in target.parts:
+        rows = part.entry.shape[0]
+        reader.read_into(weight[row : row + rows], part.entry)
+        row += rows
+    _check_finite(info, target.parts[0].entry.name, weight)
+    if not scaled:
+        return weight, None
+    scales = []
+    for part in target.parts:
+        scale = _read_scale(reader, part)
+        scale = torch.ones(1, 1) if scale is None else scale
+        if len(target.parts) > 1:
+            scale = scale.expand(part.entry.shape[0], 1)
+        scales.append(scale)
+    joined = torch.cat(scales).contiguous()
+    if not bool((joined > 0).all()) or not bool(joined.isfinite().all()):
+        raise CheckpointError(
+            f"{info.path.name} has a scale of {target.parts[0].entry.name} that is not a positive "
+            "number: the file is damaged; download it again."
+        )
+    return weight, joined if joined.numel() > 1 else joined.reshape(())
+
+
+def _read_scale(reader: _Reader, part: _Part) -> Tensor | None:
+    """[rows, 1] or [1, 1] float32, or None."""
+    if part.scale is None:
+        return None
+    return reader.read(part.scale).float().reshape(-1, 1)
+
+
+def _check_finite(info: CheckpointInfo, name: str, weight: Tensor) -> None:
+    if not _is_finite(weight):
+        raise CheckpointError(
+            f"{info.path.name} has NaN or infinity in tensor {name}: the file is damaged; download "
+            "it again."
+        )
+
+
+def _is_finite(weight: Tensor) -> bool:
+    """Whether a tensor of any dtype holds neither NaN nor infinity.
+
+    A float32 sum is finite unless an element is not (or thousands are near the largest float, which
+    the slow second look forgives), and reads the weight only once. A piece at a time: what is not
+    float32 is copied to it.
+    """
+    if weight.numel() > CHECKED_ELEMENTS:
+        return all(map(_is_finite, weight.flatten().split(CHECKED_ELEMENTS)))
+    if weight.dtype in FLOAT8_DTYPES:
+        codes = weight.view(torch.uint8) & 0x7F
+        # e4m3fn: only 0x7f is NaN; e5m2: everything from 0x7c up is infinity or NaN
+        limit = 0x7F if weight.dtype == torch.float8_e4m3fn else 0x7C
+        return weight.numel() == 0 or bool(codes.max() < limit)
+    if not weight.dtype.is_floating_point:
+        return True
+    wide = torch.promote_types(weight.dtype, torch.float32)
+    return bool(weight.sum(dtype=wide).isfinite()) or bool(weight.isfinite().all())

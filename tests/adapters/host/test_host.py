@@ -1,0 +1,167 @@
+"""The adapter to ComfyUI: memory manager, status line, files that stay behind."""
+
+import os
+import time
+from types import SimpleNamespace
+
+import pytest
+import torch
+from comfyui_skyreels.nodes import host
+from comfyui_skyreels.skyreels import offload
+from comfyui_skyreels.skyreels.offload import RESERVE_BYTES, weight_bytes
+from comfyui_skyreels.skyreels.transformer import placement
+from comfyui_skyreels.skyreels.transformer.placement import placed
+from support import tiny
+
+GIB = 1024**3
+
+
+@pytest.fixture
+def on_gpu(comfy):
+    """A runtime that says it computes on a GPU; its weights are on the CPU, none are moved."""
+    runtime = host.ComfyRuntime("1")
+    runtime.device = torch.device("cuda:0")
+    return runtime
+
+
+def loaded_model() -> host.LoadedModel:
+    return host.LoadedModel(tiny.transformer(), "our patcher", "tiny.safetensors")
+
+
+def test_a_model_that_fits_is_loaded_by_comfyuis_memory_manager(comfy, on_gpu):
+    model = loaded_model()
+    host.bring_in(model, on_gpu, GIB)
+    assert comfy.loaded == ["our patcher"]
+    assert comfy.asked[0][0] == weight_bytes(model.module) + GIB + RESERVE_BYTES
+
+
+def test_a_model_that_does_not_fit_leaves_with_all_others_so_that_it_can_be_streamed(
+    comfy, on_gpu, caplog
+):
+    comfy.loaded.append("somebody else's")
+    comfy.free_bytes = GIB
+    with caplog.at_level("INFO"):
+        host.bring_in(loaded_model(), on_gpu, GIB)
+    assert comfy.loaded == []
+    assert "tiny.safetensors" in caplog.text
+    assert "do not fit the card together" in caplog.text
+
+
+def test_making_room_never_unloads_the_model_of_the_run(comfy, on_gpu):
+    host.bring_in(loaded_model(), on_gpu, 0)
+    on_gpu.make_room(5 * GIB)
+    assert comfy.asked[-1] == (5 * GIB, ["our patcher"])
+
+
+def test_models_are_registered_with_their_devices(comfy):
+    runtime = host.ComfyRuntime()
+    module = tiny.transformer()
+    patcher = host.register(module, "x", runtime).patcher
+    assert patcher.model is module
+    assert (patcher.load_device, patcher.offload_device) == (runtime.device, runtime.offload_device)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        (("load", 6_600_000_000, 13_200_000_000, 0), "loading 6.6 of 13.2 GB"),
+        (("load", 13_200_000_000, 13_200_000_000, 0), "loaded 13.2 GB"),
+        (("load", 1_000_000, 2_200_000, 0), "loading 1.0 of 2.2 MB"),
+        (("encode", 0, 1, 0), "encoding"),
+        (("encode", 1, 1, 0), "encoded"),
+        (("sample", 0, 30, 0), "step 0/30"),
+        (("sample", 12, 30, 3.4), "step 12/30 · 3.4 s/step · about 61 s left"),
+        (("sample", 12, 30, 0.04), "step 12/30 · 0.04 s/step · about 1 s left"),
+        (("sample", 12, 30, 34.0), "step 12/30 · 34.0 s/step · about 10 min left"),
+        (("sample", 30, 30, 3.4), "step 30/30"),
+        (("decode", 3, 15, 2.0), "tile 3/15 · 2.0 s/tile · about 24 s left"),
+    ],
+)
+def test_the_status_line_says_where_it_is_and_how_long_it_takes(arguments, line):
+    assert host.status_line(*arguments) == line
+
+
+def test_a_server_that_is_not_there_is_no_obstacle(comfy, monkeypatch):
+    import sys
+
+    runtime = host.ComfyRuntime("1")
+    monkeypatch.setitem(sys.modules, "server", None)
+    runtime.progress("sample", 1, 2)
+    monkeypatch.setitem(sys.modules, "server", SimpleNamespace(PromptServer=SimpleNamespace()))
+    runtime.progress("sample", 2, 2)
+    assert comfy.progress == [(1, 2), (2, 2)]
+
+
+def test_saved_steps_nobody_came_back_for_are_removed(comfy):
+    folder = host.resume_folder()
+    old, new = folder / "old.safetensors", folder / "new.safetensors"
+    for file in (old, new):
+        file.touch()
+    os.utime(old, (0, time.time() - 8 * 86_400))
+    assert host.resume_folder() == folder
+    assert not old.exists()
+    assert new.exists()
+    assert folder.parent.name == "__skyreels"  # ComfyUI serves no such folder
+
+
+@pytest.mark.parametrize("spare", [0, 1, 99_999, 100_000, 100_001])
+def test_a_model_near_the_limit_runs_whole_or_streamed(comfy, on_gpu, monkeypatch, spare):
+    """Free memory is what the device has, less the weights that are there, as on a real one."""
+    for module in (placement, host.runtime):
+        monkeypatch.setattr(module, "RESERVE_BYTES", 100_000)  # in proportion to a tiny model
+    model = loaded_model()
+    whole, activations = weight_bytes(model.module), 10_000_000
+    inside: set[int] = set()
+    comfy.free_bytes = whole + activations + spare
+
+    def missing(tensors, device):
+        return sum(tensor.nbytes for tensor in tensors if id(tensor) not in inside)
+
+    def visit(tensors, device):
+        mine = [tensor for tensor in tensors if id(tensor) not in inside]
+        inside.update(map(id, mine))
+        comfy.free_bytes -= sum(tensor.nbytes for tensor in mine)
+        assert comfy.free_bytes >= 0
+
+        def leave():
+            inside.difference_update(map(id, mine))
+            comfy.free_bytes += sum(tensor.nbytes for tensor in mine)
+
+        return leave
+
+    for module in (offload, placement):
+        monkeypatch.setattr(module, "bytes_away", missing)
+    monkeypatch.setattr(placement, "visit", visit)
+    host.bring_in(model, on_gpu, activations)
+    if comfy.loaded:
+        visit([*model.module.parameters()], on_gpu.device)
+    with placed(model.module, on_gpu, activations) as run_block:
+        model.module(**tiny.inputs(model.module.config), run_block=run_block)
+
+
+def test_reserved_memory_is_not_counted_as_free(comfy):
+    comfy.reserved_bytes = GIB
+    assert host.ComfyRuntime().free_bytes() == comfy.free_bytes - GIB
+
+
+def test_a_device_that_tells_nothing_is_tried(comfy):
+    runtime = host.ComfyRuntime()
+    runtime.device = SimpleNamespace(type="privateuseone")
+    assert runtime.free_bytes() > 1000 * GIB
+
+
+def test_highvram_does_not_make_the_card_the_resting_place(comfy, monkeypatch):
+    import sys
+
+    management = sys.modules["comfy.model_management"]
+    monkeypatch.setattr(management, "unet_offload_device", lambda: torch.device("cuda:0"))
+    assert host.ComfyRuntime().offload_device == torch.device("cpu")
+
+
+def test_an_unreadable_model_folder_does_not_take_the_node_away(comfy, monkeypatch, caplog):
+    def refuse(root):
+        raise PermissionError(13, "Permission denied", root)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    assert host.model_folders(("diffusers",), "config.json") == {}
+    assert "Permission denied" in caplog.text

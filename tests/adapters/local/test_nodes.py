@@ -1,0 +1,723 @@
+"""The nodes at work, under stand-ins of ComfyUI: same numbers as the library, errors, cancel."""
+
+import logging
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import comfyui_skyreels
+import pytest
+import torch
+from comfyui_skyreels.nodes.local import convert
+from comfyui_skyreels.skyreels.builtin import BUILTIN_NAME
+from comfyui_skyreels.skyreels.config import Guidance, Tiling
+from comfyui_skyreels.skyreels.errors import CheckpointError, OptionError, ShapeError, TextError
+from comfyui_skyreels.skyreels.image import encode_image
+from comfyui_skyreels.skyreels.latents import to_vae_space
+from comfyui_skyreels.skyreels.pipeline import image_to_video
+from comfyui_skyreels.skyreels.runtime import TorchRuntime
+from comfyui_skyreels.skyreels.sampling.sample import get_sigmas, sample
+from comfyui_skyreels.skyreels.sampling.step_cache import CACHES
+from comfyui_skyreels.skyreels.transformer.placement import sampling_bytes
+from comfyui_skyreels.skyreels.vae.budget import decode_bytes
+from comfyui_skyreels.skyreels.vae.model import VideoVAE
+from comfyui_skyreels.skyreels.vae.tiling import decode_frames
+from comfyui_skyreels.skyreels.weights.load import load_transformer, load_vae
+from support import host, tiny
+
+NODES = comfyui_skyreels.NODE_CLASS_MAPPINGS
+TEXT = (tiny.TRANSFORMER.text_embed_dim, tiny.TRANSFORMER.pooled_projection_dim)
+SIZE = {"width": 48, "height": 32, "num_frames": 9}
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("weights")
+    tiny.save(folder / "tiny.safetensors", tiny.transformer().state_dict())
+    tiny.save(folder / "vae.safetensors", tiny.randomize(VideoVAE(tiny.VAE)).state_dict())
+    return folder
+
+
+@pytest.fixture
+def comfy(comfy, weights):
+    shutil.copy(weights / "tiny.safetensors", comfy.folder("diffusion_models"))
+    shutil.copy(weights / "vae.safetensors", comfy.folder("vae"))
+    return comfy
+
+
+@pytest.fixture
+def picture() -> torch.Tensor:
+    return torch.rand(1, 40, 50, 3, generator=torch.Generator().manual_seed(3))
+
+
+def text(words: str) -> convert.Conditioning:
+    return host.made_up_conditioning(words, *TEXT)
+
+
+def node(name: str, **inputs):
+    cls = NODES[name]
+    with torch.inference_mode():
+        return getattr(cls(), cls.FUNCTION)(**inputs)[0]
+
+
+def load_model():
+    return node("SkyReelsTransformerLoader", transformer="tiny.safetensors", precision="auto")
+
+
+def load_vae_node():
+    return node("SkyReelsVAELoader", vae="vae.safetensors", precision="auto")
+
+
+def prepare(picture, model=None) -> tuple[Any, dict]:
+    """A VAE, and the inputs of a sampler node."""
+    vae = load_vae_node()
+    image = node("SkyReelsImageConditioning", vae=vae, image=picture, fit="crop", **SIZE)
+    inputs = {
+        "model": model or load_model(),
+        "positive": text("a dog runs"),
+        "negative": text(""),
+        "image": image,
+        "seed": 5,
+        "steps": 2,
+        "cfg": 6.0,
+        "embedded_guidance": 1.0,
+        "shift": 7.0,
+    }
+    return vae, inputs
+
+
+def make_clip(picture, model=None, **changes) -> torch.Tensor:
+    vae, inputs = prepare(picture, model)
+    samples = node("SkyReelsSampler", **{**inputs, **changes})
+    return node("SkyReelsVAEDecode", vae=vae, samples=samples, mode="auto")
+
+
+def library_clip(weights, picture) -> torch.Tensor:
+    runtime = TorchRuntime()
+    prompt, negative = (convert.to_prompt_embeds(text(t), "x") for t in ("a dog runs", ""))
+    return image_to_video(
+        load_transformer(weights / "tiny.safetensors", runtime=runtime),
+        load_vae(weights / "vae.safetensors", runtime=runtime),
+        picture, prompt, negative, seed=5, num_inference_steps=2, runtime=runtime, **SIZE,
+    )  # fmt: skip
+
+
+# --- the same numbers ---------------------------------------------------------------------------
+
+
+def test_the_graph_gives_the_bits_of_the_library(comfy, weights, picture):
+    frames = make_clip(picture)
+    assert (frames.shape, frames.dtype) == ((9, 32, 48, 3), torch.float32)
+    assert torch.equal(frames, library_clip(weights, picture))
+
+
+def test_a_second_run_of_the_same_objects_gives_the_same_bits(comfy, picture):
+    model = load_model()
+    assert torch.equal(make_clip(picture, model), make_clip(picture, model))
+
+
+def test_weights_loaded_in_one_prompt_serve_the_next(comfy, picture):
+    # ComfyUI runs nodes in inference mode, whose tensors must not become weights
+    model = load_model()
+    assert not any(p.is_inference() for p in model.module.parameters())
+
+
+def test_the_built_in_graph_runs_without_files(comfy, picture):
+    name = BUILTIN_NAME
+    vae = node("SkyReelsVAELoader", vae=name, precision="auto")
+    model = node("SkyReelsTransformerLoader", transformer=name, precision="auto")
+    encoder = node("SkyReelsTextEncoderLoader", text_encoder=name)
+    prompt = node(
+        "SkyReelsTextEncode", text_encoder=encoder, prompt="a red circle", add_fps_prefix=True
+    )
+    assert prompt[0][0].dtype == torch.float32
+    image = node("SkyReelsImageConditioning", vae=vae, image=picture, fit="crop", **SIZE)
+    samples = node(
+        "SkyReelsSampler", model=model, positive=prompt, image=image, seed=0, steps=2, cfg=1.0,
+        embedded_guidance=1.0, shift=7.0,
+    )  # fmt: skip
+    assert node("SkyReelsVAEDecode", vae=vae, samples=samples, mode="tiled").shape == (9, 32, 48, 3)
+
+
+def test_a_core_picture_conditioning_gives_the_same_clip(comfy, picture):
+    _, inputs = prepare(picture)
+    ours = node("SkyReelsSampler", **inputs)
+    # what InstructPixToPixConditioning leaves: the unscaled latent in the conditioning
+    states, extras = inputs["positive"][0]
+    unscaled = to_vae_space(inputs.pop("image").image_latents)
+    inputs["positive"] = [[states, {**extras, "concat_latent_image": unscaled}]]
+    empty = {"samples": torch.zeros(1, 16, 3, 4, 6)}
+    theirs = node("SkyReelsSampler", **inputs, latent=empty)
+    assert torch.allclose(ours["samples"], theirs["samples"], atol=1e-5)
+
+
+def test_euler_given_as_a_core_sampler_gives_the_same_clip(comfy, picture):
+    def sample_euler(model, x, sigmas, extra_args=None, callback=None, disable=None):
+        for i in range(len(sigmas) - 1):
+            denoised = model(x, sigmas[i] * x.new_ones([x.shape[0]]), **extra_args)
+            callback({"i": i, "x": x, "denoised": denoised})
+            x = x + (x - denoised) / sigmas[i] * (sigmas[i + 1] - sigmas[i])
+        return x
+
+    sampler = type("KSAMPLER", (), {"sampler_function": sample_euler, "extra_options": {}})
+    sampler.sampler_function = staticmethod(sample_euler)
+    ours, theirs = make_clip(picture), make_clip(picture, sampler=sampler)
+    assert torch.allclose(ours, theirs, atol=1e-4)
+
+
+def test_a_sampler_of_another_kind_is_refused(comfy, picture):
+    with pytest.raises(OptionError, match="KSamplerSelect"):
+        make_clip(picture, sampler=object())
+
+
+def test_sigmas_replace_steps_and_shift(comfy, picture):
+    own = torch.tensor([1.0, 0.6, 0.0])
+    clips = [make_clip(picture, sigmas=own, steps=steps, shift=3.0) for steps in (7, 9)]
+    assert torch.equal(*clips)
+
+
+def test_the_latents_other_keys_are_passed_on_and_it_stays_as_it_was(comfy, picture, caplog):
+    _, inputs = prepare(picture)
+    latent = {"samples": torch.zeros(1, 16, 3, 4, 6), "noise_mask": torch.ones(1, 4, 6), "mine": 1}
+    before = dict(latent)
+    with caplog.at_level(logging.WARNING):
+        samples = node("SkyReelsSampler", **inputs, latent=latent)
+    assert samples["mine"] == 1
+    assert latent["samples"] is before["samples"]
+    assert latent.keys() == before.keys()
+    assert "noise mask is not used" in caplog.text
+
+
+# --- progress and cancel ------------------------------------------------------------------------
+
+
+def test_progress_previews_and_time_left_reach_the_node(comfy, picture):
+    model = node(
+        "SkyReelsTransformerLoader", transformer="tiny.safetensors", precision="auto", unique_id="2"
+    )
+    assert comfy.texts[-1] == "loaded 0.7 MB"
+    comfy.progress.clear()
+    make_clip(picture, model, steps=3, unique_id="3:1")
+    assert (3, 3) in comfy.progress
+    assert len(comfy.previews) == 3
+    assert comfy.previews[0][1] == (1, 16, 3, 4, 6)
+    steps = [line for line in comfy.texts if line.startswith("step")]
+    assert steps[-1] == "step 3/3"
+    assert "s/step · about" in steps[2]
+
+
+@pytest.mark.parametrize("stage", ["load", "load vae", "encode", "sample", "decode"])
+def test_cancel_in_any_stage_passes_through_and_the_next_run_is_good(
+    comfy, weights, picture, stage
+):
+    vae, sampling = prepare(picture)
+    samples = node("SkyReelsSampler", **sampling)
+    work = {
+        "load": load_model,
+        "load vae": load_vae_node,
+        "encode": lambda: node(
+            "SkyReelsImageConditioning", vae=vae, image=picture, fit="crop", **SIZE
+        ),
+        "sample": lambda: node("SkyReelsSampler", **sampling),
+        "decode": lambda: node("SkyReelsVAEDecode", vae=vae, samples=samples, mode="tiled"),
+    }[stage]
+    start = comfy.checks
+    work()
+    total = comfy.checks - start
+    assert total >= 4
+    for after in {0, 1, total // 2, total - 1}:
+        comfy.checks, comfy.cancel_after = 0, after
+        with pytest.raises(host.InterruptProcessingException):
+            work()
+    assert torch.equal(make_clip(picture, sampling["model"]), library_clip(weights, picture))
+
+
+def test_a_cancelled_resumable_run_continues_to_the_same_bits(comfy, picture):
+    _, inputs = prepare(picture)
+    inputs["steps"] = 4
+    comfy.checks = 0
+    expected = node("SkyReelsSampler", **inputs)["samples"]
+    total, comfy.checks = comfy.checks, 0
+    comfy.cancel_after = total * 3 // 4
+    with pytest.raises(host.InterruptProcessingException):
+        node("SkyReelsSampler", **inputs, resume=True)
+    saved = list((comfy.root / "user" / "__skyreels" / "resume").glob("*.safetensors"))
+    assert len(saved) == 1
+    comfy.progress.clear()
+    assert torch.equal(node("SkyReelsSampler", **inputs, resume=True)["samples"], expected)
+    assert comfy.progress[0][0] > 0, "it started over"
+    # finished latents stay, for a ComfyUI that ends while decoding
+    comfy.checks = 0
+    assert torch.equal(node("SkyReelsSampler", **inputs, resume=True)["samples"], expected)
+    assert comfy.checks < 5
+
+
+# --- refusals -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("num_frames", "words"),
+    [
+        (98, "98 frames is not a multiple of 4 plus 1: use 97"),
+        (0, "use 1"),
+        (2001, "is more than 1025"),
+        ("abc", "'abc' is not a whole number"),
+    ],
+)
+def test_a_length_that_cannot_be_is_refused_before_anything_runs(comfy, num_frames, words):
+    validate = NODES["SkyReelsImageConditioning"].VALIDATE_INPUTS
+    assert validate(97) is True
+    assert validate() is True  # linked
+    assert words in validate(num_frames)
+
+
+@pytest.mark.parametrize(
+    ("inputs", "words"),
+    [
+        ({"width": 100}, "Width 100 is not a multiple of 16: use 96"),
+        ({"height": 0}, "Height 0 is not a multiple of 16: use 16"),
+        ({"width": 8192}, "is more than 4096"),
+    ],
+)
+def test_a_size_that_cannot_be_is_refused_when_the_node_runs(comfy, picture, inputs, words):
+    with pytest.raises(ShapeError, match=words):
+        node("SkyReelsImageConditioning", vae=load_vae_node(), image=picture, fit="crop",
+             **{**SIZE, **inputs})  # fmt: skip
+
+
+def test_a_file_that_is_not_here_is_answered_with_where_to_get_it(comfy):
+    validate = NODES["SkyReelsTransformerLoader"].VALIDATE_INPUTS
+    assert validate("tiny.safetensors") is True
+    assert validate(BUILTIN_NAME) is True
+    assert validate() is True
+    answer = validate("skyreels_hunyuan_i2v_bf16.safetensors")
+    assert "models/diffusion_models" in answer
+    assert "https://huggingface.co/Kijai" in answer
+    assert validate("sub\\tiny.safetensors").endswith("but tiny.safetensors is: choose that one.")
+    assert "models/vae" in NODES["SkyReelsVAELoader"].VALIDATE_INPUTS("gone.safetensors")
+    assert "models/diffusers" in validate("SkyReels (folder)")
+    assert "GGUF" in validate("q.gguf")
+    assert "5 is not in" in validate(5)
+    assert "hunyuanvideo" in NODES["SkyReelsTextEncoderLoader"].VALIDATE_INPUTS("gone")
+    with pytest.raises(CheckpointError, match="models/vae"):
+        node("SkyReelsVAELoader", vae="gone.safetensors", precision="auto")
+
+
+def test_files_in_the_wrong_slot_name_the_right_one(comfy, weights):
+    shutil.copy(weights / "vae.safetensors", comfy.folder("diffusion_models"))
+    shutil.copy(weights / "tiny.safetensors", comfy.folder("vae"))
+    with pytest.raises(CheckpointError, match="SkyReels Load VAE"):
+        node("SkyReelsTransformerLoader", transformer="vae.safetensors", precision="auto")
+    with pytest.raises(CheckpointError, match="SkyReels Load Transformer"):
+        node("SkyReelsVAELoader", vae="tiny.safetensors", precision="auto")
+
+
+def test_sharded_folders_and_text_encoder_folders_are_offered(comfy):
+    state = tiny.to_diffusers(tiny.transformer().state_dict(), tiny.TRANSFORMER)
+    config = tiny.diffusers_config(tiny.TRANSFORMER)
+    tiny.save_sharded(comfy.folder("diffusers") / "SkyReels-V1", state, config)
+    for part in ("text_encoder", "text_encoder_2"):
+        (comfy.folder("text_encoders") / "Hunyuan" / part).mkdir(parents=True)
+    (comfy.folder("diffusers") / "other").mkdir()
+    choices = NODES["SkyReelsTransformerLoader"].INPUT_TYPES()["required"]["transformer"][0]
+    assert choices == [BUILTIN_NAME, "tiny.safetensors", "SkyReels-V1 (folder)"]
+    encoders = NODES["SkyReelsTextEncoderLoader"].INPUT_TYPES()["required"]["text_encoder"][0]
+    assert encoders == [BUILTIN_NAME, "Hunyuan (folder)"]
+    loaded = node(
+        "SkyReelsTransformerLoader", transformer="SkyReels-V1 (folder)", precision="auto"
+    ).module.state_dict()
+    for name, tensor in tiny.transformer().state_dict().items():
+        assert torch.equal(loaded[name], tensor)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "words"),
+    [
+        ({"negative": None}, OptionError, "needs a negative prompt"),
+        ({"positive": []}, TextError, "positive conditioning is empty"),
+        ({"positive": [[torch.zeros(1, 3, 24), {}]]}, TextError, "no pooled CLIP state"),
+        (
+            {"positive": [[torch.zeros(1, 3, 99), {"pooled_output": torch.zeros(1, 12)}]]},
+            TextError,
+            "width 99",
+        ),
+        (
+            {"positive": [[torch.zeros(2, 3, 24), {"pooled_output": torch.zeros(2, 12)}]]},
+            TextError,
+            "2 prompts at once",
+        ),
+        ({"image": None}, ShapeError, "There is no picture"),
+        ({"latent": {"samples": torch.zeros(1, 4, 8, 8)}}, ShapeError, "EmptyHunyuanLatentVideo"),
+        ({"latent": {"samples": torch.zeros(2, 16, 3, 4, 6)}}, ShapeError, "batch_size to 1"),
+        ({"latent": {"samples": torch.zeros(1, 16, 5, 4, 6)}}, ShapeError, "start latent"),
+        ({"sigmas": torch.tensor([14.6, 1.0, 0.0])}, OptionError, "flow schedule"),
+        ({"sigmas": torch.tensor([0.0, 1.0])}, OptionError, "falling row"),
+    ],
+)
+def test_what_cannot_be_sampled_is_refused_before_the_model_moves(
+    comfy, picture, change, error, words
+):
+    _, inputs = prepare(picture)
+    comfy.loaded.clear()
+    with pytest.raises(error, match=words):
+        node("SkyReelsSampler", **{**inputs, **change})
+    assert comfy.loaded == []
+
+
+def test_tile_widgets_without_tiles_are_refused(comfy, picture):
+    samples = {"samples": torch.zeros(1, 16, 3, 4, 6)}
+    with pytest.raises(OptionError, match="no meaning in mode full"):
+        node("SkyReelsVAEDecode", vae=load_vae_node(), samples=samples, mode="full", tile_size=64)
+
+
+# --- CONDITIONING -------------------------------------------------------------------------------
+
+
+def test_conditioning_is_trimmed_to_its_true_tokens_and_to_256(caplog):
+    states = torch.randn(1, 300, 24)
+    pooled = {"pooled_output": torch.randn(1, 12)}
+    mask = torch.zeros(1, 300)
+    mask[:, :7] = 1
+    masked = convert.to_prompt_embeds([[states, {**pooled, "attention_mask": mask}]], "positive")
+    assert torch.equal(masked.prompt_embeds, states[:, :7])
+    with caplog.at_level(logging.WARNING):
+        long = convert.to_prompt_embeds([[states, pooled]], "positive")
+    assert torch.equal(long.prompt_embeds, states[:, :256])
+    assert "300 tokens" in caplog.text
+
+
+def test_a_second_entry_is_reported_and_the_first_is_used(caplog):
+    with caplog.at_level(logging.WARNING):
+        embeds = convert.to_prompt_embeds([*text("a"), *text("b c")], "positive")
+    assert torch.equal(embeds.prompt_embeds, text("a")[0][0])
+    assert "2 entries" in caplog.text
+
+
+def test_flux_guidance_wins_over_the_widget():
+    states, extras = text("a")[0]
+    assert convert.embedded_guidance([[states, {**extras, "guidance": 3.5}]], 1.0) == 3.5
+    assert convert.embedded_guidance(text("a"), 1.0) == 1.0
+
+
+def test_conditioning_made_here_is_laid_out_as_cores(comfy):
+    encoder = node("SkyReelsTextEncoderLoader", text_encoder=BUILTIN_NAME)
+    made = node("SkyReelsTextEncode", text_encoder=encoder, prompt="", add_fps_prefix=False)
+    states, extras = made[0]
+    assert states.ndim == 3
+    assert states.shape[0] == 1
+    assert list(extras) == ["pooled_output"]
+    assert extras["pooled_output"].shape == (1, 64)
+
+
+def test_the_length_of_a_core_conditioned_clip_must_be_known():
+    states, extras = text("a")[0]
+    positive = [[states, {**extras, "concat_latent_image": torch.zeros(1, 16, 1, 4, 6)}]]
+    with pytest.raises(ShapeError, match="length of the video is unknown"):
+        convert.image_from_conditioning(positive, None)
+    other = {"samples": torch.zeros(1, 16, 3, 8, 6)}
+    with pytest.raises(ShapeError, match="same video size"):
+        convert.image_from_conditioning(positive, other)
+
+
+# --- every widget reaches the engine ------------------------------------------------------------
+
+
+def library_samples(inputs, *, guidance=None, denoise=1.0, **keywords) -> torch.Tensor:
+    """What `sample` makes of a sampler node's inputs, with some of its keywords set by hand."""
+    runtime = TorchRuntime()
+    return sample(
+        inputs["model"].module, inputs["image"],
+        convert.to_prompt_embeds(inputs["positive"], "x"),
+        convert.to_prompt_embeds(inputs["negative"], "x"),
+        guidance=guidance or Guidance(), runtime=runtime,
+        **{"seed": 5, "sigmas": get_sigmas(4, 7.0, denoise), **keywords},
+    )  # fmt: skip
+
+
+START = torch.randn(1, 16, 3, 4, 6, generator=torch.Generator().manual_seed(9))
+
+
+@pytest.mark.parametrize(
+    ("widgets", "keywords"),
+    [
+        ({"seed": 6}, {"seed": 6}),
+        ({"cfg": 2.0}, {"guidance": Guidance(2.0)}),
+        ({"embedded_guidance": 4.0}, {"guidance": Guidance(guidance_scale=4.0)}),
+        ({"shift": 3.0}, {"sigmas": get_sigmas(4, 3.0)}),
+        ({"cfg_start": 0.5}, {"guidance": Guidance(cfg_start=0.5)}),
+        ({"cfg_end": 0.5}, {"guidance": Guidance(cfg_end=0.5)}),
+        ({"guidance_rescale": 0.7}, {"guidance": Guidance(guidance_rescale=0.7)}),
+        ({"cfg_zero_star": True}, {"guidance": Guidance(cfg_zero_star=True)}),
+        ({"zero_init_steps": 1}, {"guidance": Guidance(zero_init_steps=1)}),
+        (
+            {"denoise": 0.5, "latent": {"samples": START}},
+            {"denoise": 0.5, "init_latents": START},
+        ),
+        (
+            {"sigmas": get_sigmas(4)[2:], "latent": {"samples": START}, "add_noise": False},
+            {"sigmas": get_sigmas(4)[2:], "init_latents": START, "add_noise": False},
+        ),
+    ],
+    ids=lambda value: "-".join(value) if isinstance(value, dict) else None,
+)
+def test_a_sampler_widget_does_what_the_library_does(comfy, picture, widgets, keywords):
+    _, inputs = prepare(picture)
+    inputs["steps"] = 4
+    plain = node("SkyReelsSampler", **inputs)["samples"]
+    changed = node("SkyReelsSampler", **{**inputs, **widgets})["samples"]
+    assert not torch.equal(changed, plain)
+    assert torch.equal(changed, library_samples(inputs, **keywords))
+
+
+@pytest.mark.parametrize("name", [name for name in CACHES if name != "off"])
+def test_a_cache_does_what_the_librarys_does_and_says_so(comfy, picture, name, caplog):
+    caplog.set_level("INFO")
+    _, inputs = prepare(picture)
+    # predictions of random weights that change as little from step to step as trained ones
+    module = inputs["model"].module
+    module.final_layer.linear.weight.data *= 0.02
+    module.double_blocks[0].img_mod.linear.weight.data *= 0.02
+    inputs |= {"steps": 30, "cfg": 1.5}
+    plain = node("SkyReelsSampler", **inputs)["samples"]
+    assert "skipped" not in caplog.text
+    cached = node("SkyReelsSampler", **inputs, cache=name)["samples"]
+    assert f"Cache {CACHES[name].kind} skipped" in caplog.text
+    expected = {"guidance": Guidance(1.5), "sigmas": get_sigmas(30)}
+    assert torch.equal(cached, library_samples(inputs, **expected, cache=CACHES[name]))
+    assert not torch.equal(cached, plain)
+
+
+def test_fast_attention_stays_exact_without_a_gpu_and_says_so(comfy, picture, caplog, monkeypatch):
+    from comfyui_skyreels.skyreels.transformer import attention
+
+    monkeypatch.setattr(attention.dispatch, "_said", set())
+    _, inputs = prepare(picture)
+    plain = node("SkyReelsSampler", **inputs)["samples"]
+    assert "fast attention" not in caplog.text
+    fast = node("SkyReelsSampler", **inputs, attention="fast")["samples"]
+    assert "fast attention unavailable (needs an NVIDIA GPU" in caplog.text
+    assert torch.equal(fast, plain)
+
+
+def test_riflex_reaches_a_long_clip(comfy, picture):
+    _, inputs = prepare(picture)
+    image = inputs["image"]
+    long = type(image)(image.image_latents[..., :2, :2], 16, 16, 241)
+    inputs |= {"image": long, "cfg": 1.0, "steps": 1}
+    off, on = (node("SkyReelsSampler", **inputs, riflex_k=k)["samples"] for k in (0, 2))
+    assert not torch.equal(off, on)
+
+
+def test_a_split_schedule_gives_what_the_whole_gives(comfy, picture):
+    _, inputs = prepare(picture)
+    sigmas = node("SkyReelsScheduler", steps=6, shift=7.0, denoise=1.0)
+    whole = node("SkyReelsSampler", **inputs, sigmas=sigmas)["samples"]
+    first = node("SkyReelsSampler", **inputs, sigmas=sigmas[:4])
+    second = node("SkyReelsSampler", **inputs, sigmas=sigmas[3:], latent=first, add_noise=False)
+    assert tiny.relative_error(second["samples"], whole) <= 1e-5
+    with pytest.raises(OptionError, match="clip to continue"):
+        node("SkyReelsSampler", **inputs, sigmas=sigmas[3:], add_noise=False)
+
+
+@pytest.mark.parametrize(
+    "widgets",
+    [
+        {"latent_strength": 0.8},
+        {"noise_augmentation": 0.1},
+        {"noise_augmentation": 0.1, "augmentation_seed": 4},
+        {"prefix_frames": 5},
+        {"fit": "pad"},
+        {"num_frames": 13},
+    ],
+    ids=str,
+)
+def test_a_conditioning_widget_does_what_the_library_does(comfy, weights, widgets):
+    clip = torch.rand(5, 40, 50, 3, generator=torch.Generator().manual_seed(3))
+    vae = load_vae_node()
+    base = {**SIZE, "fit": "crop"}
+    made = node("SkyReelsImageConditioning", vae=vae, image=clip, **{**base, **widgets})
+    keywords = {**base, **widgets}
+    keywords["seed"] = keywords.pop("augmentation_seed", 0)
+    expected = encode_image(vae.module, clip, **keywords, runtime=TorchRuntime())
+    assert torch.equal(made.image_latents, expected.image_latents)
+    assert made.num_frames == expected.num_frames
+    if widgets != {"num_frames": 13}:
+        plain = node("SkyReelsImageConditioning", vae=vae, image=clip, **base)
+        assert not torch.equal(made.image_latents, plain.image_latents)
+
+
+@pytest.mark.parametrize(
+    ("widgets", "tiling"),
+    [
+        ({"mode": "tiled", "tile_size": 16}, Tiling(16, 16, 0, 8, 8, 0)),
+        ({"mode": "auto", "tile_size": 16, "tile_stride": 16}, Tiling(16, 16, 0, 16, 16, 0)),
+        ({"mode": "tiled", "tile_size": 32}, Tiling(32, 32, 0, 24, 24, 0)),
+        ({"mode": "tiled", "tile_frames": 8}, Tiling(256, 256, 8, 192, 192, 4)),
+        (
+            {"mode": "tiled-diffusers", "tile_frames": 4, "tile_frames_stride": 4},
+            Tiling(256, 256, 4, 192, 192, 4),
+        ),
+        ({"mode": "tiled", "tile_stride": 64}, Tiling(256, 256, 0, 64, 64, 0)),
+    ],
+    ids=str,
+)
+def test_a_tile_widget_does_what_the_library_does(comfy, widgets, tiling):
+    vae = load_vae_node()
+    samples = {"samples": START}
+    frames = node("SkyReelsVAEDecode", vae=vae, samples=samples, **widgets)
+    expected = decode_frames(vae.module, START, tiling=tiling, runtime=TorchRuntime())
+    assert torch.equal(frames, expected)
+
+
+def test_the_frame_rate_switch_reaches_the_encoder(comfy):
+    encoder = node("SkyReelsTextEncoderLoader", text_encoder=BUILTIN_NAME)
+    on, off, spelled = (
+        node("SkyReelsTextEncode", text_encoder=encoder, prompt=prompt, add_fps_prefix=prefix)
+        for prompt, prefix in (("a", True), ("a", False), ("FPS-24, a", False))
+    )
+    assert torch.equal(on[0][0], spelled[0][0])
+    assert on[0][0].shape != off[0][0].shape
+
+
+@pytest.mark.parametrize("name", ["tiny.safetensors", BUILTIN_NAME])
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp8", "int8"])
+def test_a_precision_reaches_the_transformer(comfy, name, precision):
+    model = node("SkyReelsTransformerLoader", transformer=name, precision=precision).module
+    weight = model.double_blocks[0].img_attn_qkv.weight
+    stored = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp8": torch.float8_e4m3fn,
+              "int8": torch.int8}[precision]  # fmt: skip
+    assert weight.dtype == stored
+
+
+@pytest.mark.parametrize("name", ["vae.safetensors", BUILTIN_NAME])
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+def test_a_precision_reaches_the_vae(comfy, name, precision):
+    vae = node("SkyReelsVAELoader", vae=name, precision=precision).module
+    stored = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+    assert {p.dtype for p in vae.parameters()} == {stored}
+
+
+def test_every_model_is_brought_in_by_the_memory_manager_before_it_works(comfy, picture):
+    vae, inputs = prepare(picture)
+    assert comfy.loaded == [vae.patcher]
+    samples = node("SkyReelsSampler", **inputs)
+    node("SkyReelsVAEDecode", vae=vae, samples=samples, mode="tiled")
+    assert comfy.loaded == [vae.patcher, inputs["model"].patcher, vae.patcher]
+    assert all(load["force_full_load"] for load in comfy.loads)
+    needed = [load["memory_required"] for load in comfy.loads]
+    latents = samples["samples"].shape
+    assert needed[0] == decode_bytes(tiny.VAE, torch.Size((1, 16, 1, *latents[3:])), torch.float32)
+    tokens = 3 * 2 * 3 + 4  # latent frames, rows, columns; "a dog runs" and the end of its turn
+    assert needed[1] == sampling_bytes(tiny.TRANSFORMER, tokens, torch.float32)
+    assert needed[2] == decode_bytes(tiny.VAE, latents, torch.float32)
+
+
+# --- odd things on a socket ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        (torch.zeros(1, 4, 1, 8, 8), "use the HunyuanVideo VAE"),
+        (torch.zeros(2, 16, 1, 4, 6), "one picture"),
+        (torch.zeros(1, 16, 4, 6), "use the HunyuanVideo VAE"),
+    ],
+)
+def test_a_picture_of_another_vae_is_named(given, words):
+    states, extras = text("a")[0]
+    positive = [[states, {**extras, "concat_latent_image": given}]]
+    for latent in (None, {"samples": torch.zeros(1, 16, 3, 4, 6)}):
+        with pytest.raises(ShapeError, match=words):
+            convert.image_from_conditioning(positive, latent)
+
+
+def test_a_mask_shorter_than_its_text_and_a_latent_without_samples_are_named():
+    states, extras = text("a b c")[0]
+    with pytest.raises(TextError, match="4 tokens and a mask of 2"):
+        convert.to_prompt_embeds([[states, {**extras, "attention_mask": torch.ones(1, 2)}]], "x")
+    for latent in ({}, {"samples": None}):
+        with pytest.raises(ShapeError, match="holds no samples"):
+            convert.latent_samples(latent)
+
+
+@pytest.mark.parametrize(
+    ("image", "words"),
+    [
+        (torch.rand(1, 3, 40, 50), "3 or 4 colours"),
+        (torch.rand(0, 40, 50, 3), "3 or 4 colours"),
+        (torch.full((1, 40, 50, 3), torch.nan), "NaN"),
+    ],
+)
+def test_an_image_that_is_none_is_named(comfy, image, words):
+    with pytest.raises(ShapeError, match=words):
+        node("SkyReelsImageConditioning", vae=load_vae_node(), image=image, fit="crop", **SIZE)
+
+
+@pytest.mark.parametrize("name", ["width", "height", "num_frames"])
+def test_a_size_that_is_no_whole_number_is_named(comfy, picture, name):
+    with pytest.raises(ShapeError, match="17.0 is not a whole number"):
+        node("SkyReelsImageConditioning", vae=load_vae_node(), image=picture, fit="crop",
+             **{**SIZE, name: 17.0})  # fmt: skip
+
+
+def test_a_start_latent_with_nan_is_named(comfy, picture):
+    _, inputs = prepare(picture)
+    latent = {"samples": torch.full((1, 16, 3, 4, 6), torch.nan)}
+    with pytest.raises(ShapeError, match="start latent holds NaN"):
+        node("SkyReelsSampler", **inputs, latent=latent)
+
+
+def test_a_sampler_that_looks_for_more_of_cores_model_is_named(comfy, picture):
+    def sample_strange(model, x, sigmas, **_):
+        return model.inner_model.conds
+
+    sampler = SimpleNamespace(sampler_function=sample_strange, extra_options={})
+    with pytest.raises(OptionError, match="Sampler sample_strange wants more"):
+        make_clip(picture, sampler=sampler)
+
+
+def test_a_core_sampler_gets_seed_shift_options_and_its_own_sigmas(comfy, picture):
+    seen = {}
+
+    def sample_spy(model, x, sigmas, extra_args=None, callback=None, disable=None, eta=0):
+        seen.update(seed=extra_args["seed"], eta=eta, shift=model.inner_model.model_sampling.shift)
+        sigmas[0] = 0.123  # as some do
+        return x
+
+    sigmas = torch.tensor([1.0, 0.5, 0.0])
+    sampler = SimpleNamespace(sampler_function=sample_spy, extra_options={"eta": 0.5})
+    make_clip(picture, sampler=sampler, sigmas=sigmas, shift=5.0, seed=77)
+    assert seen == {"seed": 77, "eta": 0.5, "shift": 5.0}
+    assert sigmas[0] == 1.0
+
+
+def test_a_cfg_plus_plus_sampler_gets_the_negative_prediction(comfy, picture, caplog):
+    seen = []
+
+    def sample_spy(model, x, sigmas, extra_args=None, **_):
+        options = {
+            "sampler_post_cfg_function": [lambda args: seen.append(args) or args["denoised"]]
+        }
+        model(x, sigmas[:1], **{**extra_args, "model_options": options})
+        return x
+
+    sampler = SimpleNamespace(sampler_function=sample_spy, extra_options={})
+    make_clip(picture, sampler=sampler)
+    assert not torch.equal(seen[0]["denoised"], seen[0]["uncond_denoised"])
+    assert caplog.text == ""
+    make_clip(picture, sampler=sampler, cfg=1.0)
+    assert torch.equal(seen[1]["denoised"], seen[1]["uncond_denoised"])
+    assert "CFG++" in caplog.text
+
+
+def test_an_adaptive_samplers_steps_are_told_as_they_come(comfy, picture):
+    def sample_many(model, x, sigmas, callback=None, **_):
+        for i in range(4):
+            callback({"i": i, "x": x, "denoised": x})
+        return x
+
+    sampler = SimpleNamespace(sampler_function=sample_many, extra_options={})
+    make_clip(picture, sampler=sampler, unique_id="1")
+    lines = [line for line in comfy.texts if line.startswith("step")]
+    assert lines[-2:] == ["step 4", "step 2/2"]

@@ -1,0 +1,647 @@
+"""Schedule, guidance, the loop, and the whole pipeline against the reference procedure."""
+
+import os
+from contextlib import contextmanager, suppress
+
+import numpy as np
+import pytest
+import torch
+from comfyui_skyreels.skyreels.config import Guidance
+from comfyui_skyreels.skyreels.errors import OptionError, ShapeError, TextError
+from comfyui_skyreels.skyreels.image import fit_image
+from comfyui_skyreels.skyreels.latents import ImageConditioning
+from comfyui_skyreels.skyreels.pipeline import image_to_video
+from comfyui_skyreels.skyreels.runtime import TorchRuntime
+from comfyui_skyreels.skyreels.sampling.precompute import precompute
+from comfyui_skyreels.skyreels.sampling.sample import (
+    combine,
+    euler,
+    get_sigmas,
+    guided_velocity,
+    initial_noise,
+    sample,
+)
+from comfyui_skyreels.skyreels.text.embeds import PromptEmbeds
+from comfyui_skyreels.skyreels.transformer.layers import rope_table
+from comfyui_skyreels.skyreels.transformer.model import call
+from comfyui_skyreels.skyreels.vae.model import VideoVAE
+from support import tiny
+from support.waits import Waits
+
+RUNTIME = TorchRuntime()
+
+
+def embeds(tokens: int, seed: int = 0) -> PromptEmbeds:
+    generator = torch.Generator().manual_seed(seed)
+    config = tiny.TRANSFORMER
+    return PromptEmbeds(
+        torch.randn(1, tokens, config.text_embed_dim, generator=generator),
+        torch.randn(1, config.pooled_projection_dim, generator=generator),
+    )
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny.transformer()
+
+
+@pytest.fixture
+def conditioning():
+    generator = torch.Generator().manual_seed(2)
+    return ImageConditioning(torch.randn(1, 16, 1, 4, 6, generator=generator), 48, 32, 9)
+
+
+PROMPT, NEGATIVE = embeds(7, 1), embeds(4, 2)
+SIGMAS = get_sigmas(4)
+
+
+def run(model, conditioning, prompt=PROMPT, negative=NEGATIVE, **kwargs):
+    kwargs = {"seed": 0, "sigmas": SIGMAS, "runtime": RUNTIME, **kwargs}
+    return sample(model, conditioning, prompt, negative, **kwargs)
+
+
+# --- schedule -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("steps", [1, 6, 10, 20, 30, 50])
+@pytest.mark.parametrize("shift", [7.0, 9.0, 17.0])
+def test_sigmas_equal_the_diffusers_scheduler(steps, shift):
+    from diffusers import FlowMatchEulerDiscreteScheduler
+
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=shift)
+    scheduler.set_timesteps(sigmas=np.linspace(1.0, 0.0, steps + 1)[:-1])
+    torch.testing.assert_close(get_sigmas(steps, shift), scheduler.sigmas, atol=6e-8, rtol=1.2e-7)
+
+
+def test_timesteps_of_thirty_steps_are_the_published_ones():
+    timesteps = (get_sigmas(30) * 1000).tolist()
+    for index, expected in ((0, 1000), (1, 995.10), (2, 989.90), (27, 437.5), (28, 333.33),
+                            (29, 194.44), (30, 0)):  # fmt: skip
+        assert timesteps[index] == pytest.approx(expected, abs=0.005)
+
+
+def test_denoise_takes_the_end_of_a_longer_schedule():
+    assert torch.equal(get_sigmas(5, denoise=0.5), get_sigmas(10)[-6:])
+
+
+@pytest.mark.parametrize(
+    "arguments", [(0,), (-1,), (4, 0.0), (4, float("nan")), (4, 7.0, 0.0), (4, 7.0, 1.5)]
+)
+def test_illegal_schedules_are_refused(arguments):
+    with pytest.raises(OptionError, match="use"):
+        get_sigmas(*arguments)
+
+
+# --- guidance -----------------------------------------------------------------------------------
+
+
+def test_plain_guidance_is_the_published_formula():
+    v_pos, v_neg = torch.randn(2, 1, 16, 3, 4, 6)
+    expected = v_neg + 6.0 * (v_pos - v_neg)
+    torch.testing.assert_close(combine(v_pos, v_neg, Guidance()), expected)
+
+
+def test_cfg_zero_star_projects_the_negative_on_the_positive():
+    v_pos, v_neg = torch.randn(2, 2, 16, 3)
+    got = combine(v_pos, v_neg, Guidance(cfg_zero_star=True))
+    for i in range(2):
+        alpha = (v_pos[i] * v_neg[i]).sum() / (v_neg[i].norm() ** 2 + 1e-8)
+        expected = alpha * v_neg[i] + 6.0 * (v_pos[i] - alpha * v_neg[i])
+        torch.testing.assert_close(got[i], expected)
+
+
+def test_rescale_of_one_gives_the_positive_branchs_deviation():
+    v_pos, v_neg = torch.randn(2, 2, 16, 300)
+    got = combine(v_pos, v_neg, Guidance(guidance_rescale=1.0))
+    torch.testing.assert_close(got.std((1, 2)), v_pos.std((1, 2)))
+    half = combine(v_pos, v_neg, Guidance(guidance_rescale=0.5))
+    torch.testing.assert_close(half, (got + combine(v_pos, v_neg, Guidance())) / 2)
+
+
+@contextmanager
+def counted(model):
+    """A list that grows by one with every forward pass."""
+    forwards = []
+    hook = model.img_in.register_forward_hook(lambda *_: forwards.append(1))
+    try:
+        yield forwards
+    finally:
+        hook.remove()
+
+
+@pytest.mark.parametrize(
+    ("guidance", "forwards"),
+    [
+        (Guidance(), 8),
+        (Guidance(true_cfg_scale=1.0), 4),
+        (Guidance(cfg_end=0.5), 6),
+        (Guidance(cfg_start=0.25, cfg_end=0.75), 6),
+        (Guidance(zero_init_steps=1), 6),
+    ],
+)
+def test_guidance_runs_the_negative_branch_only_where_it_counts(
+    model, conditioning, guidance, forwards
+):
+    with counted(model) as made:
+        run(model, conditioning, guidance=guidance)
+    assert len(made) == forwards
+
+
+def test_a_run_that_is_too_long_to_be_foreseen_leaves_room_for_conditioners(
+    model, conditioning, monkeypatch
+):
+    from comfyui_skyreels.skyreels.sampling import sample as sampling
+
+    placed, needed = sampling.placed, []
+
+    def recorded(transformer, runtime, activation_bytes):
+        needed.append(activation_bytes)
+        return placed(transformer, runtime, activation_bytes)
+
+    monkeypatch.setattr(sampling, "placed", recorded)
+    run(model, conditioning)  # four steps of two branches
+    for kept in (8, 7):
+        monkeypatch.setattr(sampling, "MAX_KEPT", kept)
+        run(model, conditioning)
+    largest = max(sampling.weight_bytes(module) for module in model.conditioners)
+    assert needed == [needed[0], needed[0], needed[0] + largest]
+
+
+def test_cfg_of_one_ignores_the_negative_prompt(model, conditioning):
+    plain = Guidance(true_cfg_scale=1.0)
+    without = run(model, conditioning, negative=None, guidance=plain)
+    assert torch.equal(run(model, conditioning, guidance=plain), without)
+
+
+# --- the loop -----------------------------------------------------------------------------------
+
+
+def test_noise_is_the_seeds_and_nothing_elses():
+    expected = torch.randn(1, 16, 3, 4, 6, generator=torch.Generator().manual_seed(7))
+    assert torch.equal(initial_noise(7, 9, 32, 48), expected)
+
+
+def test_two_runs_are_bit_identical_and_another_seed_is_not(model, conditioning):
+    first = run(model, conditioning)
+    assert torch.equal(first, run(model, conditioning))
+    assert not torch.equal(first, run(model, conditioning, seed=1))
+
+
+def test_global_random_state_is_neither_used_nor_changed(model, conditioning):
+    torch.manual_seed(1)
+    first = run(model, conditioning)
+    state = torch.random.get_rng_state()
+    torch.manual_seed(2)
+    assert torch.equal(first, run(model, conditioning))
+    torch.manual_seed(1)
+    assert torch.equal(state, torch.random.get_rng_state())
+
+
+def test_progress_counts_steps_and_carries_the_denoised_estimate(model, conditioning):
+    reports = []
+    run(model, conditioning, runtime=TorchRuntime(on_progress=lambda *r: reports.append(r)))
+    assert [r[:3] for r in reports] == [("sample", i, 4) for i in range(5)]
+    assert reports[0][3] is None
+    assert all(report[3].shape == (1, 16, 3, 4, 6) for report in reports[1:])
+
+
+def test_custom_sigmas_are_used_as_given(model, conditioning):
+    seen = []
+
+    def spy(velocity, latents, sigmas, on_step):
+        seen.append(sigmas)
+        return euler(velocity, latents, sigmas, on_step)
+
+    custom = torch.tensor([1.0, 0.7, 0.2, 0.0])
+    run(model, conditioning, sigmas=custom, solver=spy)
+    assert torch.equal(seen[0], custom)
+
+
+def test_start_latents_are_mixed_with_noise_at_the_first_sigma(model, conditioning):
+    start = torch.randn(conditioning.latent_shape)
+    sigmas = get_sigmas(2, denoise=0.5)
+    seen = []
+
+    def spy(velocity, latents, sigmas, on_step):
+        seen.append(latents)
+        return latents
+
+    run(model, conditioning, sigmas=sigmas, init_latents=start, solver=spy)
+    noise = initial_noise(0, 9, 32, 48)
+    expected = sigmas[0] * noise + (1 - sigmas[0]) * start * 0.476986
+    torch.testing.assert_close(seen[0], expected)
+
+
+def test_long_clips_change_with_riflex_and_short_ones_do_not(model):
+    latents = torch.randn(1, 16, 1, 2, 2)
+    long = ImageConditioning(latents, 16, 16, 241)
+    short = ImageConditioning(latents, 16, 16, 97)
+    two = get_sigmas(2)
+    off = {"riflex_k": 0, "sigmas": two}
+    assert not torch.equal(run(model, long, sigmas=two, riflex_k=2), run(model, long, **off))
+    assert torch.equal(run(model, short, sigmas=two, riflex_k=2), run(model, short, **off))
+
+
+def test_riflex_frequency_the_model_lacks_is_refused(model):
+    long = ImageConditioning(torch.zeros(1, 16, 1, 2, 2), 16, 16, 241)
+    with pytest.raises(OptionError, match=r"k 9 is not within 1\.\.2"):
+        run(model, long, riflex_k=9)
+
+
+class StopError(Exception):
+    pass
+
+
+def stop_after(checks: int) -> TorchRuntime:
+    countdown = iter(range(10_000))
+
+    def check() -> None:
+        if next(countdown) == checks:
+            raise StopError
+
+    return TorchRuntime(on_check=check)
+
+
+@pytest.mark.parametrize("checks", [0, 3, 5, 17, 30])
+def test_cancelled_run_stops_within_a_block_and_the_next_is_good(model, conditioning, checks):
+    before = run(model, conditioning)
+    with pytest.raises(StopError):
+        run(model, conditioning, runtime=stop_after(checks))
+    assert torch.equal(run(model, conditioning), before)
+
+
+def test_interrupted_run_resumes_to_the_same_latents(model, conditioning, tmp_path):
+    file = tmp_path / "state"
+    whole = run(model, conditioning)
+    with pytest.raises(StopError):
+        run(model, conditioning, resume=file, runtime=stop_after(33))  # in the third step
+    assert file.exists()
+    with counted(model) as made:
+        assert torch.equal(run(model, conditioning, resume=file), whole)
+    assert len(made) == 4  # two steps of four
+    # a run that fails after sampling, in the decoder say, loses nothing either
+    with counted(model) as made:
+        assert torch.equal(run(model, conditioning, resume=file), whole)
+    assert made == []
+    assert list(tmp_path.iterdir()) == [file]
+
+
+def test_saved_step_of_other_inputs_is_refused_and_kept(model, conditioning, tmp_path):
+    file = tmp_path / "state"
+    with pytest.raises(StopError):
+        run(model, conditioning, resume=file, runtime=stop_after(20))
+    for other in ({"seed": 1}, {"prompt": NEGATIVE}, {"guidance": Guidance(5.0)}):
+        with pytest.raises(OptionError, match="other settings"):
+            run(model, conditioning, resume=file, **other)
+    assert file.exists()
+
+
+def test_damaged_saved_step_is_explained(model, conditioning, tmp_path):
+    from comfyui_skyreels.skyreels.errors import CheckpointError
+
+    file = tmp_path / "state"
+    file.write_bytes(b"nonsense")
+    with pytest.raises(CheckpointError, match="delete it to start over"):
+        run(model, conditioning, resume=file)
+
+
+def test_resuming_needs_euler(model, conditioning, tmp_path):
+    with pytest.raises(OptionError, match="Euler"):
+        run(model, conditioning, resume=tmp_path / "x", solver=lambda *_: None)
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "error", "words"),
+    [
+        ({"negative": None}, OptionError, "needs a negative prompt"),
+        ({"sigmas": torch.tensor([0.0, 1.0])}, OptionError, "falling"),
+        ({"sigmas": torch.tensor([14.6, 0.0])}, OptionError, "flow"),
+        ({"sigmas": torch.tensor([1.0])}, OptionError, "two numbers"),
+        ({"guidance": Guidance(cfg_start=0.6, cfg_end=0.4)}, OptionError, "0.6..0.4"),
+        ({"guidance": Guidance(guidance_rescale=2.0)}, OptionError, "rescale 2.0"),
+        ({"init_latents": torch.zeros(1, 16, 3, 4, 4)}, ShapeError, r"\[1, 16, 3, 4, 4\]"),
+        ({"prompt": PromptEmbeds(torch.zeros(1, 3, 9), torch.zeros(1, 12))}, TextError, "9"),
+    ],
+)
+def test_illegal_settings_are_explained(model, conditioning, kwargs, error, words):
+    with pytest.raises(error, match=words):
+        run(model, conditioning, **kwargs)
+
+
+def test_image_latents_of_another_size_are_refused(model):
+    conditioning = ImageConditioning(torch.zeros(1, 16, 1, 4, 4), 48, 32, 9)
+    with pytest.raises(ShapeError, match="48x32"):
+        run(model, conditioning)
+
+
+def test_latents_that_are_not_finite_are_reported(conditioning):
+    model = tiny.transformer()
+    model.final_layer.linear.weight.data.fill_(1e38)
+    with pytest.raises(ShapeError, match="NaN"):
+        run(model, conditioning)
+
+
+# --- a loop that waits for nothing ----------------------------------------------------------------
+
+META = torch.device("meta")
+REFINED = Guidance(guidance_rescale=0.5, cfg_zero_star=True, cfg_reuse=2, cfg_end=0.9)
+
+
+def told_on_meta(model, sigmas=SIGMAS):
+    """A model of shapes only, standing for one on a GPU, and what its run is told, kept on the CPU.
+
+    Reading a value of a shape-only tensor on the host raises; copying one to it does not.
+    """
+    runtime = TorchRuntime()
+    conditioning = precompute(
+        model, [PROMPT, NEGATIVE], (sigmas[:-1] * 1000).tolist(), torch.tensor([1000.0]),
+        attention=torch.nn.functional.scaled_dot_product_attention, runtime=runtime,
+    )  # fmt: skip
+    runtime.device = META
+    return tiny.transformer().to(model.compute_dtype).to(META), conditioning, runtime
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("guidance", [Guidance(), REFINED, Guidance(zero_init_steps=1)])
+def test_the_euler_loop_reads_nothing_from_the_device_and_copies_once_a_forward(guidance, dtype):
+    with torch.inference_mode():
+        on_meta, told, _ = told_on_meta(tiny.transformer().to(dtype))
+        shape = (1, 16, 3, 4, 6)
+        rope = rope_table(on_meta.token_grid(shape), on_meta.config, device=META)
+        velocity = guided_velocity(
+            on_meta, torch.empty(shape, device=META), told, SIGMAS, guidance, rope=rope,
+            run_block=call,
+        )  # fmt: skip
+        steps, copied = [], []
+
+        def on_step(step, latents, denoised):
+            steps.append((step, latents.shape, denoised.device))
+            copied.append((len(waits.to_device), len(forwards)))
+
+        with counted(on_meta) as forwards, Waits() as waits:
+            latents = euler(velocity, torch.empty(shape, device=META), SIGMAS, on_step)
+    assert latents.is_meta and latents.shape == shape
+    assert steps == [(step, shape, META) for step in range(4)]
+    assert waits.reads == [] and waits.to_host == []
+    # what a forward is told goes in in one piece, and nothing else does
+    assert len(forwards) >= 6 and all(copies == made for copies, made in copied)
+    assert all(len(copy_shape) == 1 for _, copy_shape in waits.to_device)
+
+
+def test_a_whole_run_reads_the_device_once_after_its_last_step(conditioning, monkeypatch):
+    from comfyui_skyreels.skyreels.sampling import sample as sampling
+
+    model = tiny.transformer()
+    on_meta, told, runtime = told_on_meta(model)
+    monkeypatch.setattr(sampling, "precompute", lambda *_, **__: told)
+    waits, seen = Waits(), []
+    runtime._on_progress = lambda stage, done, *_: seen.append((done, len(waits.reads)))
+    with waits, suppress(RuntimeError):
+        run(on_meta, conditioning, runtime=runtime)
+    assert seen == [(done, 0) for done in range(5)]
+    assert len(waits.reads) == 1 and waits.to_host == []  # whether the latents are finite
+    # the picture, the noise, and eight forwards
+    assert len(waits.to_device) == 10
+
+
+@pytest.mark.parametrize("inference", [False, True])
+def test_the_counter_sees_what_it_is_there_to_see(inference):
+    device, host = torch.ones(3, device=META), torch.ones(3)
+    reads = [
+        lambda: device[0].item(), lambda: float(device[0]), lambda: bool(device[0]),
+        lambda: 1 if device.any() else 2, lambda: torch.equal(device, device),
+        lambda: device[device > 0], device.nonzero,
+    ]  # fmt: skip
+    to_host = [
+        device.cpu, lambda: device.to("cpu", torch.float64), lambda: host.clone().copy_(device),
+        lambda: device.to(host), device.tolist,
+    ]  # fmt: skip
+    to_device = [
+        lambda: host.to(META, non_blocking=True), lambda: device.copy_(host),
+        lambda: host.to(device), lambda: host.to(device="meta", dtype=torch.float16),
+    ]  # fmt: skip
+    if inference:
+        to_device.append(lambda: torch.tensor([1.0], device=META))
+    nothing = [
+        lambda: host[0] * device, lambda: float(host[0]), lambda: torch.equal(host, host),
+        lambda: host.to(torch.float64), lambda: device.to(torch.float64), host.cpu,
+        lambda: device.to(META), lambda: device.clone().copy_(device), lambda: host.copy_(host),
+    ]  # fmt: skip
+    for group, planted in (
+        ("reads", reads), ("to_host", to_host), ("to_device", to_device), (None, nothing),
+    ):  # fmt: skip
+        for index, act in enumerate(planted):
+            seen = Waits()
+            with torch.inference_mode(inference), seen, suppress(RuntimeError, NotImplementedError):
+                act()
+            found = {name for name in ("reads", "to_host", "to_device") if getattr(seen, name)}
+            assert found == ({group} if group else set()), (group, index)
+
+
+def test_a_solver_with_sigmas_of_the_device_pays_for_itself_and_euler_does_not():
+    """The planted read: what the loop would do if its sigmas were moved to the device."""
+    on_meta, told, _ = told_on_meta(tiny.transformer())
+    shape = (1, 16, 3, 4, 6)
+    velocity = guided_velocity(
+        on_meta, torch.empty(shape, device=META), told, SIGMAS, Guidance(),
+        rope=rope_table(on_meta.token_grid(shape), on_meta.config, device=META), run_block=call,
+    )  # fmt: skip
+    for sigma, waited in ((SIGMAS[0], 0), (SIGMAS.to(META)[0], 1)):
+        with Waits() as waits, suppress(NotImplementedError):
+            velocity(torch.empty(shape, device=META), sigma)
+        assert len(waits.reads) + len(waits.to_host) == waited
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_on_this_gpu_a_step_never_makes_the_host_wait(model):
+    runtime, shape = TorchRuntime("cuda"), (1, 16, 3, 4, 6)
+    with torch.inference_mode():
+        on_gpu = tiny.transformer().to(runtime.device)
+        told = precompute(
+            on_gpu, [PROMPT, NEGATIVE], (SIGMAS[:-1] * 1000).tolist(), torch.tensor([1000.0]),
+            attention=torch.nn.functional.scaled_dot_product_attention, runtime=runtime,
+        )  # fmt: skip
+        velocity = guided_velocity(
+            on_gpu, torch.zeros(shape, device=runtime.device), told, SIGMAS, REFINED,
+            rope=rope_table(on_gpu.token_grid(shape), on_gpu.config, device=runtime.device),
+            run_block=call,
+        )  # fmt: skip
+        latents = torch.zeros(shape, device=runtime.device)
+        euler(velocity, latents, SIGMAS, lambda *_: None)  # self-tests read their results
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            euler(velocity, latents, SIGMAS, lambda *_: None)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+
+# --- the whole pipeline -------------------------------------------------------------------------
+
+
+@torch.inference_mode()
+def reference_latents(model, vae_state, image, *, height, width, num_frames, steps, padding):
+    """diffusers' modules driven by the reference procedure: nothing of ours but the fit."""
+    from diffusers import AutoencoderKLHunyuanVideo, FlowMatchEulerDiscreteScheduler
+
+    vae = AutoencoderKLHunyuanVideo(
+        block_out_channels=tiny.VAE.block_out_channels, layers_per_block=1, latent_channels=16
+    ).eval()
+    vae.load_state_dict(vae_state)
+    transformer = tiny.diffusers_transformer(model)
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=7.0)
+    scheduler.set_timesteps(sigmas=np.linspace(1.0, 0.0, steps + 1)[:-1])
+    shape = (1, 16, (num_frames - 1) // 4 + 1, height // 8, width // 8)
+    latents = torch.randn(shape, generator=torch.Generator().manual_seed(11))
+    encoded = vae.encode(fit_image(image, width, height)).latent_dist.mode() * 0.476986
+    image_latents = torch.cat([encoded, encoded.new_zeros(1, 16, shape[2] - 1, *shape[3:])], dim=2)
+
+    def predict(timestep, text):
+        states = torch.nn.functional.pad(text.prompt_embeds, (0, 0, 0, padding))
+        mask = torch.zeros(states.shape[:2], dtype=torch.long)
+        mask[:, : text.prompt_embeds.shape[1]] = 1
+        return transformer(
+            torch.cat([latents, image_latents], dim=1), timestep[None], states, mask,
+            text.pooled_prompt_embeds, torch.tensor([1000.0]), return_dict=False,
+        )[0]  # fmt: skip
+
+    for timestep in scheduler.timesteps:
+        v_pos, v_neg = predict(timestep, PROMPT), predict(timestep, NEGATIVE)
+        velocity = v_neg + 6.0 * (v_pos - v_neg)
+        latents = scheduler.step(velocity, timestep, latents, return_dict=False)[0]
+    return latents
+
+
+def test_pipeline_equals_diffusers_modules_driven_by_the_reference_procedure(model, monkeypatch):
+    from comfyui_skyreels.skyreels import pipeline
+
+    vae = tiny.randomize(VideoVAE(tiny.VAE))
+    image = torch.rand(1, 40, 50, 3)
+    size = {"height": 32, "width": 48, "num_frames": 9}
+    expected = reference_latents(model, vae.state_dict(), image, **size, steps=6, padding=5)
+    decoded = []
+    decode = pipeline.decode_frames
+    monkeypatch.setattr(
+        pipeline, "decode_frames",
+        lambda vae, latents, *a, **k: decoded.append(latents) or decode(vae, latents, *a, **k),
+    )  # fmt: skip
+    frames = image_to_video(
+        model, vae, image, PROMPT, NEGATIVE, **size, num_inference_steps=6, seed=11,
+        runtime=RUNTIME,
+    )  # fmt: skip
+    assert tiny.relative_error(decoded[0] * 0.476986, expected) <= 1e-4
+    assert frames.shape == (9, 32, 48, 3)
+    assert frames.dtype == torch.float32
+    assert 0.0 <= frames.min() < frames.max() <= 1.0
+
+
+def test_pipeline_is_deterministic_to_the_last_bit(model):
+    vae = tiny.randomize(VideoVAE(tiny.VAE))
+    image = torch.rand(1, 32, 32, 3)
+    size = {"height": 32, "width": 32, "num_frames": 5, "num_inference_steps": 2}
+    first, second = (
+        image_to_video(model, vae, image, PROMPT, NEGATIVE, **size, runtime=RUNTIME)
+        for _ in range(2)
+    )
+    assert torch.equal(first, second)
+
+
+# --- saved steps that cannot be ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("precision", ["fp8", "int8", "bf16"])
+def test_a_saved_step_of_another_precision_is_refused(conditioning, tmp_path, precision):
+    from comfyui_skyreels.skyreels.weights.load import load_transformer
+
+    path = tiny.save(tmp_path / "x.safetensors", tiny.transformer().state_dict())
+    models = {p: load_transformer(path, precision=p, runtime=TorchRuntime())
+              for p in ("fp8", "int8", "bf16")}  # fmt: skip
+    file = tmp_path / "state"
+    with pytest.raises(StopError):
+        run(models.pop(precision), conditioning, resume=file, runtime=stop_after(20))
+    for other in models.values():
+        with pytest.raises(OptionError, match="or weights"):
+            run(other, conditioning, resume=file)
+
+
+@pytest.mark.parametrize("damage", ["step -1", "step 99", "int32", "nan"])
+def test_a_saved_step_that_cannot_be_is_refused(model, conditioning, tmp_path, damage):
+    from comfyui_skyreels.skyreels.errors import CheckpointError
+    from safetensors import safe_open
+    from safetensors.torch import save_file
+
+    file = tmp_path / "state"
+    with pytest.raises(StopError):
+        run(model, conditioning, resume=file, runtime=stop_after(20))
+    with safe_open(file, "pt") as saved:
+        metadata, latents = saved.metadata(), saved.get_tensor("latents").clone()
+    if damage.startswith("step"):
+        metadata["step"] = damage.split()[1]
+    latents = (
+        latents.int() if damage == "int32" else latents * (torch.nan if damage == "nan" else 1)
+    )
+    save_file({"latents": latents}, file, metadata)
+    with pytest.raises(CheckpointError, match="damaged"):
+        run(model, conditioning, resume=file)
+
+
+def test_a_place_that_cannot_be_written_is_found_before_the_first_step(
+    model, conditioning, tmp_path
+):
+    (tmp_path / "file").touch()
+    os.mkfifo(tmp_path / "fifo")
+    for place in ("file/state", "fifo", "nul\0", "x" * 300):
+        with (
+            counted(model) as made,
+            pytest.raises(OptionError, match="choose another place|not a file"),
+        ):
+            run(model, conditioning, resume=tmp_path / place)
+        assert made == []
+    run(model, conditioning, resume=tmp_path / "new" / "folder" / "state")
+
+
+def test_a_disk_that_fills_up_costs_the_saved_step_and_not_the_run(
+    model, conditioning, tmp_path, monkeypatch, caplog
+):
+    from comfyui_skyreels.skyreels.sampling import sample as sampling
+
+    save, calls = sampling.save_state, []
+
+    def fail(*args):
+        calls.append(args)
+        if len(calls) > 2:
+            raise OSError(28, "No space left on device")
+        save(*args)
+
+    monkeypatch.setattr(sampling, "save_state", fail)
+    assert torch.equal(
+        run(model, conditioning, resume=tmp_path / "state"), run(model, conditioning)
+    )
+    assert "No space left" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "words"),
+    [
+        ({"guidance": Guidance(1e39)}, "CFG 1e\\+39 is not within 0..100"),
+        ({"guidance": Guidance(-1.0)}, "CFG -1.0"),
+        ({"guidance": Guidance(6.0, 1e39)}, "Embedded guidance 1e\\+39"),
+        ({"guidance": Guidance(zero_init_steps=-1)}, "-1 zero-init steps"),
+        ({"sigmas": torch.tensor([1.0000001, 0.0])}, "from 1.00000012 to 0"),
+        ({"seed": 2**64}, "Seed 18446744073709551616"),
+    ],
+)
+def test_numbers_beyond_sense_are_refused(model, conditioning, kwargs, words):
+    with pytest.raises(OptionError, match=words):
+        run(model, conditioning, **kwargs)
+
+
+@pytest.mark.parametrize("arguments", [(1001,), (10**11,), (30, 1e9), (30, 1e-308), (30, -7.0)])
+def test_schedules_beyond_sense_are_refused(arguments):
+    with pytest.raises(OptionError, match="is not within|are not within"):
+        get_sigmas(*arguments)
+
+
+def test_rescaling_constant_velocities_stays_finite():
+    constant = torch.ones(1, 16, 3, 4, 6)
+    assert bool(combine(constant, constant, Guidance(guidance_rescale=0.7)).isfinite().all())

@@ -1,0 +1,226 @@
+"""The picture: its fit, its encoding, its place in the clip."""
+
+import numpy as np
+import pytest
+import torch
+from comfyui_skyreels.skyreels.config import VAEConfig
+from comfyui_skyreels.skyreels.errors import OptionError, ShapeError
+from comfyui_skyreels.skyreels.image import encode_image, fit_image
+from comfyui_skyreels.skyreels.latents import (
+    ImageConditioning,
+    check_size,
+    to_model_space,
+    to_vae_space,
+)
+from comfyui_skyreels.skyreels.runtime import TorchRuntime
+from comfyui_skyreels.skyreels.vae.budget import decode_bytes
+from comfyui_skyreels.skyreels.vae.model import VideoVAE
+from PIL import Image
+from support import tiny
+
+RUNTIME = TorchRuntime()
+
+
+@pytest.fixture(scope="module")
+def vae():
+    return tiny.randomize(VideoVAE(tiny.VAE))
+
+
+def picture(height: int, width: int, channels: int = 3) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(3)
+    values = torch.randint(0, 256, (1, height, width, channels), generator=generator)
+    return values.float() / 255
+
+
+def test_picture_of_the_right_size_is_only_rescaled():
+    image = picture(32, 48)
+    video = fit_image(image, 48, 32)
+    assert torch.equal(video[0, :, 0], image[0].permute(2, 0, 1) * 2 - 1)
+
+
+@pytest.mark.parametrize(("height", "width"), [(100, 40), (40, 100), (33, 47), (7, 200)])
+def test_crop_and_resize_equal_the_official_preprocessing(height, width):
+    from diffusers.video_processor import VideoProcessor
+
+    image = picture(height, width)
+    pil = Image.fromarray((image[0] * 255).round().byte().numpy())
+    th, tw = 32, 48
+    # the official procedure: centre crop to the target's proportions, then Lanczos
+    if height / width > th / tw:
+        crop_w, crop_h = width, int(width * th / tw)
+    else:
+        crop_w, crop_h = int(height * tw / th), height
+    box = ((width - crop_w) / 2, (height - crop_h) / 2, (width + crop_w) / 2, (height + crop_h) / 2)
+    expected = VideoProcessor(vae_scale_factor=8).preprocess(pil.crop(box), height=th, width=tw)
+    torch.testing.assert_close(fit_image(image, tw, th)[:, :, 0], expected, atol=1e-6, rtol=0)
+
+
+def test_stretch_equals_the_diffusers_preprocessing():
+    from diffusers.video_processor import VideoProcessor
+
+    image = picture(50, 70)
+    pil = Image.fromarray((image[0] * 255).round().byte().numpy())
+    expected = VideoProcessor(vae_scale_factor=8).preprocess(pil, height=32, width=48)
+    actual = fit_image(image, 48, 32, "stretch")[:, :, 0]
+    torch.testing.assert_close(actual, expected, atol=1e-6, rtol=0)
+
+
+def test_pad_keeps_the_whole_picture_between_black_bars():
+    video = fit_image(torch.ones(1, 32, 16, 3), 64, 32, "pad")[0, :, 0]
+    assert torch.equal(video[:, :, 24:40], torch.ones(3, 32, 16))
+    assert torch.equal(video[:, :, :24], -torch.ones(3, 32, 24))
+
+
+def test_alpha_is_dropped():
+    image = picture(32, 32, channels=4)
+    assert torch.equal(fit_image(image, 32, 32), fit_image(image[..., :3], 32, 32))
+
+
+def test_frame_is_encoded_alone_and_scaled(vae):
+    image = picture(32, 48)
+    conditioning = encode_image(vae, image, width=48, height=32, num_frames=9, runtime=RUNTIME)
+    with torch.inference_mode():
+        expected = to_model_space(vae.encode(fit_image(image, 48, 32)))
+    assert conditioning.image_latents.shape == (1, 16, 1, 4, 6)
+    assert torch.equal(conditioning.image_latents, expected)
+    assert torch.equal(conditioning.padded()[:, :, :1], expected)
+    assert conditioning.padded()[:, :, 1:].abs().max() == 0
+    assert conditioning.latent_shape == (1, 16, 3, 4, 6)
+
+
+def test_longer_prefix_fills_the_first_latent_frames(vae):
+    clip = torch.rand(9, 32, 32, 3)
+    conditioning = encode_image(
+        vae, clip, width=32, height=32, num_frames=17, prefix_frames=5, runtime=RUNTIME
+    )
+    assert conditioning.image_latents.shape[2] == 2
+    assert conditioning.padded()[:, :, 2:].abs().max() == 0
+
+
+def test_augmentation_noise_follows_the_clips_noise_and_spares_black_bars(vae):
+    seen = []
+
+    class Spy(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.zeros(1))
+            self.config = vae.config
+
+        def encode(self, video, *, check):
+            seen.append(video)
+            return vae.encode(video, check=check)
+
+    image = torch.full((1, 32, 32, 3), 0.5)
+    image[:, :, :8] = 0.0
+    encode_image(
+        Spy(), image, width=32, height=32, num_frames=9, noise_augmentation=0.25, seed=5,
+        runtime=RUNTIME,
+    )  # fmt: skip
+    generator = torch.Generator().manual_seed(5)
+    torch.randn(1, 16, 3, 4, 4, generator=generator)
+    noise = torch.randn(1, 3, 1, 32, 32, generator=generator) * 0.25
+    clean = fit_image(image, 32, 32)
+    assert torch.equal(seen[0][..., :8], clean[..., :8])
+    torch.testing.assert_close(seen[0][..., 8:], (clean + noise)[..., 8:])
+
+
+def test_latent_strength_scales_the_image_latents(vae):
+    size = {"width": 32, "height": 32, "num_frames": 5, "runtime": RUNTIME}
+    full = encode_image(vae, picture(32, 32), **size)
+    weak = encode_image(vae, picture(32, 32), latent_strength=0.5, **size)
+    assert torch.equal(weak.image_latents, full.image_latents * 0.5)
+
+
+def test_the_two_latent_spaces_are_inverse():
+    x = torch.randn(2, 16, 1, 4, 4)
+    torch.testing.assert_close(to_vae_space(to_model_space(x)), x)
+    assert to_model_space(torch.ones(1)).item() == pytest.approx(0.476986)
+
+
+@pytest.mark.parametrize(
+    ("size", "words"),
+    [
+        ((50, 32, 17), "Width 50.*use 48"),
+        ((48, 30, 17), "Height 30.*use 32"),
+        ((48, 0, 17), "Height 0.*use 16"),
+        ((48, 32, 16), "16 frames.*use 17"),
+        ((48, 32, 0), "0 frames.*use 1"),
+        ((48, 32, -3), "-3 frames.*use 1"),
+        ((48, 32, 100), "100 frames.*use 101"),
+    ],
+)
+def test_illegal_sizes_name_the_nearest_legal_one(size, words):
+    with pytest.raises(ShapeError, match=words):
+        check_size(*size)
+
+
+@pytest.mark.parametrize(
+    ("image", "kwargs", "error", "words"),
+    [
+        (torch.ones(1, 3, 32, 2), {}, ShapeError, "3 or 4 colours"),
+        (torch.ones(32, 32, 3), {}, ShapeError, "3 or 4 colours"),
+        (torch.full((1, 32, 32, 3), torch.nan), {}, ShapeError, "NaN"),
+        (torch.ones(1, 32, 32, 3), {"fit": "zoom"}, OptionError, "crop, pad, stretch"),
+        (torch.ones(1, 32, 32, 3), {"noise_augmentation": -1.0}, OptionError, "0..1"),
+        (torch.ones(1, 32, 32, 3), {"prefix_frames": 4}, ShapeError, "use 5"),
+        (torch.ones(1, 32, 32, 3), {"prefix_frames": 5}, ShapeError, "has 1"),
+    ],
+)
+def test_unusable_pictures_and_settings_are_explained(vae, image, kwargs, error, words):
+    with pytest.raises(error, match=words):
+        encode_image(vae, image, width=32, height=32, num_frames=5, runtime=RUNTIME, **kwargs)
+
+
+def test_interrupt_during_encoding_leaves_the_vae_usable(vae):
+    class StopError(Exception):
+        pass
+
+    checks = iter(range(100))
+
+    def check():
+        if next(checks) == 4:
+            raise StopError
+
+    image = picture(32, 32)
+    size = {"width": 32, "height": 32, "num_frames": 5}
+    before = encode_image(vae, image, **size, runtime=RUNTIME)
+    with pytest.raises(StopError):
+        encode_image(vae, image, **size, runtime=TorchRuntime(on_check=check))
+    after = encode_image(vae, image, **size, runtime=RUNTIME)
+    assert torch.equal(before.image_latents, after.image_latents)
+
+
+def test_conditioning_of_another_size_keeps_its_numbers():
+    conditioning = ImageConditioning(torch.zeros(1, 16, 1, 4, 6), 48, 32, 97)
+    assert conditioning.latent_shape == (1, 16, 25, 4, 6)
+    assert np.prod(conditioning.padded().shape) == 16 * 25 * 24
+
+
+def test_a_picture_of_whole_numbers_is_refused():
+    with pytest.raises(ShapeError, match="floats within 0..1; got torch.uint8"):
+        fit_image(torch.zeros(1, 32, 32, 3, dtype=torch.uint8), 32, 32)
+
+
+def test_room_is_asked_for_before_the_vae_moves(vae):
+    asked = []
+
+    class Recording(TorchRuntime):
+        def make_room(self, num_bytes):
+            asked.append(num_bytes)
+
+    image = torch.rand(1, 32, 32, 3)
+    encode_image(vae, image, width=32, height=32, num_frames=9, runtime=Recording())
+    assert asked
+    assert asked[0] >= decode_bytes(vae.config, torch.Size((1, 16, 1, 4, 4)), torch.float32)
+
+
+@pytest.mark.parametrize("shape", [(1, 3, 1, 544, 960), (1, 3, 9, 256, 256)])
+def test_encoding_takes_no_more_than_what_is_asked_for(shape):
+    from support.peak import PeakBytes
+
+    with torch.device("meta"):
+        big = VideoVAE(VAEConfig()).bfloat16()
+    video = torch.empty(shape, device="meta", dtype=torch.bfloat16)
+    with PeakBytes() as memory:
+        latents = big.encode(video)
+    assert memory.peak <= decode_bytes(big.config, latents.shape, torch.bfloat16)

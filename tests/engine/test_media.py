@@ -1,0 +1,270 @@
+"""Picture files become tensors, clips become files a browser plays."""
+
+import logging
+import struct
+import sys
+import zlib
+
+import numpy as np
+import pytest
+import torch
+from comfyui_skyreels.skyreels import media as video
+from comfyui_skyreels.skyreels.errors import DependencyError, OptionError, ShapeError
+
+Image = pytest.importorskip("PIL.Image")
+av = pytest.importorskip("av")
+
+
+def clip(frames: int = 5, height: int = 32, width: int = 48) -> torch.Tensor:
+    """A smooth picture that moves sideways."""
+    x = torch.linspace(0, 3, width)[None, None, :] + torch.arange(frames)[:, None, None] * 0.2
+    y = torch.linspace(0, 2, height)[None, :, None]
+    return torch.stack([x.sin() + 0 * y, (x + y).cos(), 0 * x + y.sin()], dim=-1) * 0.4 + 0.5
+
+
+class Stopped(Exception):  # noqa: N818 - a host's own exception
+    pass
+
+
+# --- pictures
+
+
+def saved(tmp_path, image, name="picture.png", **options):
+    image.save(tmp_path / name, **options)
+    return tmp_path / name
+
+
+def test_a_picture_comes_as_floats_from_zero_to_one(tmp_path):
+    image = Image.new("RGB", (6, 4), (255, 0, 51))
+    got = video.read_image(saved(tmp_path, image))
+    assert got.shape == (1, 4, 6, 3)
+    assert got.dtype == torch.float32
+    assert torch.equal(got, torch.tensor([1.0, 0.0, 0.2]).expand(1, 4, 6, 3))
+
+
+def test_a_picture_lying_on_its_side_is_turned_upright(tmp_path):
+    image = Image.new("RGB", (6, 4))
+    image.putpixel((0, 0), (255, 255, 255))
+    exif = Image.Exif()
+    exif[0x0112] = 6  # "rotate 90 degrees clockwise to view"
+    got = video.read_image(saved(tmp_path, image, exif=exif.tobytes()))
+    assert got.shape == (1, 6, 4, 3)
+    assert got[0, 0, 3].tolist() == [1.0, 1.0, 1.0]
+    assert got.sum() == 3.0
+
+
+def test_alpha_is_dropped_and_the_colour_under_it_stays(tmp_path):
+    got = video.read_image(saved(tmp_path, Image.new("RGBA", (4, 4), (255, 0, 51, 0))))
+    assert got[0, 0, 0].tolist() == pytest.approx([1.0, 0.0, 0.2])
+
+
+def test_a_palette_picture_with_transparency_gives_its_colours(tmp_path):
+    image = Image.new("P", (4, 4), 1)
+    image.putpalette([0, 0, 0, 255, 0, 51])
+    got = video.read_image(saved(tmp_path, image, transparency=1))
+    assert got[0, 0, 0].tolist() == pytest.approx([1.0, 0.0, 0.2])
+
+
+def test_a_grey_picture_gives_three_equal_channels(tmp_path):
+    got = video.read_image(saved(tmp_path, Image.new("L", (4, 4), 51)))
+    assert torch.equal(got, torch.full((1, 4, 4, 3), 0.2))
+
+
+def test_sixteen_bit_grey_keeps_its_depth(tmp_path):
+    levels = np.array([[0, 300, 65535]], dtype=np.uint16)
+    got = video.read_image(saved(tmp_path, Image.fromarray(levels)))
+    assert got[0, 0, :, 1].tolist() == pytest.approx([0.0, 300 / 65535, 1.0])
+
+
+def test_an_animation_gives_its_first_frame(tmp_path):
+    frames = [Image.new("RGB", (4, 4), colour) for colour in ("red", "blue")]
+    path = saved(tmp_path, frames[0], "a.gif", save_all=True, append_images=frames[1:])
+    assert video.read_image(path)[0, 0, 0].tolist() == [1.0, 0.0, 0.0]
+
+
+def test_a_missing_picture_is_named(tmp_path):
+    with pytest.raises(OptionError, match=r"no picture file .*gone\.png"):
+        video.read_image(tmp_path / "gone.png")
+
+
+def test_a_file_that_is_no_picture_is_refused(tmp_path):
+    path = tmp_path / "notes.png"
+    path.write_text("these are notes")
+    with pytest.raises(OptionError, match="not a picture"):
+        video.read_image(path)
+
+
+@pytest.mark.parametrize("name", ["cut.png", "cut.jpg"])
+def test_a_damaged_picture_is_refused(tmp_path, name):
+    noise = np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8)
+    path = saved(tmp_path, Image.fromarray(noise), name)
+    path.write_bytes(path.read_bytes()[:1500])
+    with pytest.raises(OptionError, match="damaged"):
+        video.read_image(path)
+
+
+def test_a_decompression_bomb_is_refused_before_it_is_unpacked(tmp_path):
+    header = struct.pack(">IIBBBBB", 60000, 60000, 8, 2, 0, 0, 0)
+    chunks = [(b"IHDR", header), (b"IDAT", zlib.compress(b"")), (b"IEND", b"")]
+    data = b"".join(
+        struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))
+        for name, body in chunks
+    )
+    path = tmp_path / "bomb.png"
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + data)
+    with pytest.raises(ShapeError, match="pixels: scale it down"):
+        video.read_image(path)
+
+
+def test_without_pillow_the_command_that_installs_it_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "PIL", None)
+    with pytest.raises(DependencyError, match="pip install pillow"):
+        video.read_image("any.png")
+
+
+# --- videos
+
+
+def test_a_video_is_what_browsers_play(tmp_path):
+    path = tmp_path / "new" / "clip.mp4"
+    video.write_video(path, clip())
+    with av.open(str(path)) as container:
+        stream = container.streams.video[0]
+        context = stream.codec_context
+        assert (context.name, context.pix_fmt) == ("h264", "yuv420p")
+        assert (stream.width, stream.height, stream.average_rate) == (48, 32, 24)
+        assert (context.colorspace, context.color_primaries, context.color_trc) == (1, 1, 1)
+        assert context.color_range == 1
+        assert sum(1 for _ in container.decode(stream)) == 5
+    data = path.read_bytes()
+    assert 0 < data.index(b"moov") < data.index(b"mdat")
+    assert [entry.name for entry in path.parent.iterdir()] == ["clip.mp4"]
+
+
+def test_another_frame_rate_is_kept(tmp_path):
+    video.write_video(tmp_path / "a.mp4", clip(), fps=12)
+    with av.open(str(tmp_path / "a.mp4")) as container:
+        assert container.streams.video[0].average_rate == 12
+
+
+@pytest.mark.parametrize("colour", [(0.8, 0.1, 0.1), (0.1, 0.8, 0.2), (0.2, 0.2, 0.9)])
+def test_colours_survive_by_the_rules_the_file_states(tmp_path, colour):
+    frames = torch.tensor(colour).expand(2, 32, 32, 3)
+    video.write_video(tmp_path / "a.mp4", frames)
+    with av.open(str(tmp_path / "a.mp4")) as container:
+        frame = next(container.decode(video=0))
+    planes = [bytes(plane)[0] for plane in frame.planes]
+    y, cb, cr = (planes[0] - 16) / 219, (planes[1] - 128) / 224, (planes[2] - 128) / 224
+    red, blue = y + 1.5748 * cr, y + 1.8556 * cb  # BT.709, limited range
+    green = (y - 0.2126 * red - 0.0722 * blue) / 0.7152
+    assert [red, green, blue] == pytest.approx(list(colour), abs=0.02)
+
+
+def test_the_pictures_come_back_close_to_what_was_written(tmp_path):
+    frames = clip()
+    video.write_video(tmp_path / "a.mp4", frames)
+    with av.open(str(tmp_path / "a.mp4")) as container:
+        decoded = [f.to_ndarray(format="rgb24") for f in container.decode(video=0)]
+    error = torch.from_numpy(np.stack(decoded)).float() / 255 - frames
+    assert error.pow(2).mean().sqrt() < 0.02
+
+
+def test_the_clip_is_converted_in_pieces_that_lose_no_frame(tmp_path, monkeypatch):
+    frames = clip(frames=7)
+    whole = np.concatenate(list(video._chunks_of_bytes(frames)))
+    monkeypatch.setattr(video, "_CHUNK_PIXELS", 2 * 32 * 48)
+    pieces = list(video._chunks_of_bytes(frames))
+    assert [len(piece) for piece in pieces] == [2, 2, 2, 1]
+    assert np.array_equal(np.concatenate(pieces), whole)
+
+
+def test_values_beyond_zero_and_one_are_clipped_and_nan_is_black_with_a_warning(caplog):
+    frames = torch.tensor([-1.0, 2.0, torch.nan]).expand(1, 2, 2, 3)
+    with caplog.at_level(logging.WARNING):
+        [pixels] = video._chunks_of_bytes(frames)
+    assert pixels[0, 0, 0].tolist() == [0, 255, 0]
+    assert "NaN" in caplog.text
+
+
+def test_a_stop_in_mid_write_leaves_the_old_file_and_no_part(tmp_path, monkeypatch):
+    monkeypatch.setattr(video, "_CHUNK_PIXELS", 1)
+    path = tmp_path / "a.mp4"
+    path.write_bytes(b"old")
+    calls = []
+
+    def check() -> None:
+        calls.append(1)
+        # x264 looks some 50 frames ahead, so it is late that the file begins
+        if len(calls) == 80:
+            assert (tmp_path / "a.mp4.part").exists()
+            raise Stopped
+
+    with pytest.raises(Stopped):
+        video.write_video(path, clip(frames=80), check=check)
+    assert [entry.name for entry in tmp_path.iterdir()] == ["a.mp4"]
+    assert path.read_bytes() == b"old"
+
+
+def test_a_whole_file_replaces_the_old_one(tmp_path):
+    path = tmp_path / "a.mp4"
+    path.write_bytes(b"old")
+    video.write_video(path, clip())
+    assert path.read_bytes()[4:8] == b"ftyp"
+
+
+@pytest.mark.parametrize("shape", [(5, 31, 48, 3), (5, 32, 47, 3)])
+def test_odd_sizes_are_refused(tmp_path, shape):
+    with pytest.raises(ShapeError, match=f"{shape[2]}x{shape[1]} .*even"):
+        video.write_video(tmp_path / "a.mp4", torch.zeros(shape))
+
+
+@pytest.mark.parametrize("shape", [(32, 48, 3), (5, 32, 48, 4), (0, 32, 48, 3)])
+def test_what_is_no_clip_is_refused(tmp_path, shape):
+    with pytest.raises(ShapeError, match="A clip is"):
+        video.write_frames(tmp_path / "a.mp4", torch.zeros(shape))
+
+
+@pytest.mark.parametrize("fps", [0, -24, float("nan")])
+def test_an_impossible_frame_rate_is_refused(tmp_path, fps):
+    with pytest.raises(OptionError, match="frames per second"):
+        video.write_video(tmp_path / "a.mp4", clip(), fps=fps)
+
+
+@pytest.mark.parametrize("name", ["a.mp4", "a.npy"])
+def test_a_place_that_cannot_be_written_is_named(tmp_path, name):
+    (tmp_path / "file").write_text("not a folder")
+    with pytest.raises(OptionError, match="cannot be written"):
+        video.write_frames(tmp_path / "file" / name, clip())
+
+
+def test_a_name_taken_by_a_folder_is_refused_and_leaves_no_part(tmp_path):
+    (tmp_path / "a.mp4").mkdir()
+    with pytest.raises(OptionError, match="cannot be written"):
+        video.write_video(tmp_path / "a.mp4", clip())
+    assert [entry.name for entry in tmp_path.iterdir()] == ["a.mp4"]
+
+
+def test_npy_keeps_the_exact_numbers(tmp_path):
+    frames = clip()
+    video.write_frames(tmp_path / "a.npy", frames)
+    got = np.load(tmp_path / "a.npy")
+    assert got.dtype == np.float32
+    assert np.array_equal(got, frames.numpy())
+    assert [entry.name for entry in tmp_path.iterdir()] == ["a.npy"]
+
+
+def test_the_suffix_chooses_a_video(tmp_path):
+    video.write_frames(tmp_path / "a.MP4", clip())
+    assert (tmp_path / "a.MP4").read_bytes()[4:8] == b"ftyp"
+
+
+@pytest.mark.parametrize("name", ["a.gif", "a"])
+def test_another_suffix_is_refused_with_both_that_work(tmp_path, name):
+    with pytest.raises(OptionError, match=r"\.mp4 .* or \.npy"):
+        video.write_frames(tmp_path / name, clip())
+
+
+def test_without_pyav_the_command_that_installs_it_is_named(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "av", None)
+    with pytest.raises(DependencyError, match="pip install av"):
+        video.write_video(tmp_path / "a.mp4", clip())

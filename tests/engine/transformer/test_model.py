@@ -1,0 +1,166 @@
+"""The transformer against diffusers' class with the same weights."""
+
+import pytest
+import torch
+from comfyui_skyreels.skyreels.config import TransformerConfig
+from comfyui_skyreels.skyreels.errors import ShapeError
+from comfyui_skyreels.skyreels.transformer.layers import rope_table
+from comfyui_skyreels.skyreels.transformer.model import SkyReelsTransformer
+from support import tiny
+
+
+def diffusers_forward(theirs, inputs, padding: int = 0):
+    states = inputs["encoder_hidden_states"]
+    mask = torch.ones(states.shape[:2], dtype=torch.long)
+    if padding:
+        garbage = torch.randn(states.shape[0], padding, states.shape[2])
+        states = torch.cat([states, garbage], dim=1)
+        mask = torch.cat([mask, torch.zeros(states.shape[0], padding, dtype=torch.long)], dim=1)
+    kwargs = {**inputs, "encoder_hidden_states": states, "encoder_attention_mask": mask}
+    return theirs(**kwargs, return_dict=False)[0]
+
+
+@pytest.mark.parametrize("text_tokens", [1, 2, 7, 77, 256])
+@pytest.mark.parametrize("grid", [(1, 2, 2), (3, 6, 10), (5, 14, 4)])
+def test_forward_equals_diffusers(text_tokens, grid):
+    model = tiny.transformer()
+    inputs = tiny.inputs(model.config, text_tokens, grid)
+    expected = diffusers_forward(tiny.diffusers_transformer(model), inputs)
+    assert tiny.relative_error(model(**inputs), expected) <= 1e-5
+
+
+def test_trimmed_text_equals_padded_and_masked_text():
+    model = tiny.transformer()
+    inputs = tiny.inputs(model.config, text_tokens=5)
+    expected = diffusers_forward(tiny.diffusers_transformer(model), inputs, padding=11)
+    assert tiny.relative_error(model(**inputs), expected) <= 1e-5
+
+
+def test_batch_of_two_equals_diffusers():
+    model = tiny.transformer()
+    inputs = tiny.inputs(model.config, batch=2)
+    inputs["timestep"] = torch.tensor([900.0, 333.25])
+    expected = diffusers_forward(tiny.diffusers_transformer(model), inputs)
+    assert tiny.relative_error(model(**inputs), expected) <= 1e-5
+
+
+def test_model_without_guidance_embedding_equals_diffusers():
+    config = TransformerConfig(**{**tiny.TRANSFORMER.__dict__, "guidance_embeds": False})
+    model = tiny.transformer(config)
+    inputs = {**tiny.inputs(config), "guidance": None}
+    expected = diffusers_forward(tiny.diffusers_transformer(model), inputs)
+    assert tiny.relative_error(model(**inputs), expected) <= 1e-5
+
+
+def test_missing_guidance_means_one():
+    model = tiny.transformer()
+    inputs = tiny.inputs(model.config)
+    assert torch.equal(model(**inputs), model(**{**inputs, "guidance": None}))
+
+
+def test_embedded_guidance_matters():
+    model = tiny.transformer()
+    inputs = tiny.inputs(model.config)
+    other = model(**{**inputs, "guidance": torch.tensor([6000.0])})
+    assert tiny.relative_error(other, model(**inputs)) > 0.01
+
+
+def test_swapping_noise_and_image_channels_matters():
+    model = tiny.transformer()
+    inputs = tiny.inputs(model.config)
+    swapped = inputs["hidden_states"].roll(16, dims=1)
+    other = model(**{**inputs, "hidden_states": swapped})
+    assert tiny.relative_error(other, model(**inputs)) > 0.1
+
+
+def test_other_attention_is_used_for_every_block():
+    model = tiny.transformer()
+    inputs = tiny.inputs(model.config)
+    calls = []
+
+    def explicit(query, key, value):
+        calls.append(query.shape)
+        scores = query @ key.transpose(-1, -2) * query.shape[-1] ** -0.5
+        return scores.softmax(-1) @ value
+
+    assert tiny.relative_error(model(**inputs, attention=explicit), model(**inputs)) <= 1e-5
+    assert len(calls) == 2 + 2 + 2  # refiner, double, single blocks
+
+
+def test_every_block_goes_through_run_block():
+    model = tiny.transformer()
+    seen = []
+
+    def run_block(block, *args):
+        seen.append(block)
+        return block(*args)
+
+    model(**tiny.inputs(model.config), run_block=run_block)
+    everything = [*model.conditioners, *model.blocks]
+    assert list(map(id, seen)) == list(map(id, everything))
+
+
+def test_two_forwards_are_bit_identical():
+    model = tiny.transformer()
+    inputs = tiny.inputs(model.config)
+    assert torch.equal(model(**inputs), model(**inputs))
+
+
+def test_bf16_is_as_close_to_fp32_as_diffusers_is():
+    model = tiny.transformer()
+    inputs = tiny.inputs(model.config)
+    truth = model(**inputs)
+    theirs = tiny.diffusers_transformer(model).bfloat16()
+    half = {k: v if k in ("timestep", "guidance") else v.bfloat16() for k, v in inputs.items()}
+    loss = (diffusers_forward(theirs, half).float() - truth).norm()
+    ours = (model.bfloat16()(**inputs).float() - truth).norm()
+    assert ours <= 1.2 * loss
+
+
+def test_full_size_model_has_the_published_parameters():
+    with torch.device("meta"):
+        state = SkyReelsTransformer(TransformerConfig()).state_dict()
+    assert len(state) == 856
+    assert sum(tensor.numel() for tensor in state.values()) == 12_821_209_152
+
+
+@pytest.mark.parametrize(
+    ("hidden_states", "words"),
+    [
+        (torch.zeros(1, 16, 1, 2, 2), "32"),
+        (torch.zeros(32, 1, 2, 2), "32"),
+        (torch.zeros(1, 32, 1, 3, 2), "multiples of 16"),
+    ],
+)
+def test_latents_of_illegal_shape_are_refused(hidden_states, words):
+    model = tiny.transformer()
+    inputs = {**tiny.inputs(model.config), "hidden_states": hidden_states}
+    with pytest.raises(ShapeError, match=words):
+        model(**inputs)
+
+
+def test_rope_table_holds_the_stated_frequencies():
+    config = TransformerConfig()
+    angles = rope_table((3, 2, 2), config).angle()
+    last = angles[-1]  # token at (2, 1, 1)
+    expected = torch.cat(
+        [
+            p / 256 ** (torch.arange(0, d, 2) / d)
+            for p, d in zip((2, 1, 1), (16, 56, 56), strict=True)
+        ]
+    )
+    torch.testing.assert_close(last, expected)
+
+
+def test_riflex_slows_one_temporal_frequency_of_a_long_clip():
+    config = TransformerConfig()
+    plain = rope_table((61, 1, 1), config).angle()[1]
+    slowed = rope_table((61, 1, 1), config, riflex_k=4).angle()[1]
+    changed = (plain != slowed).nonzero().flatten().tolist()
+    assert changed == [3]
+    assert (slowed[3] / plain[3]).item() == pytest.approx(0.742, abs=1e-3)
+
+
+def test_riflex_leaves_trained_lengths_alone():
+    config = TransformerConfig()
+    assert torch.equal(rope_table((50, 1, 1), config), rope_table((50, 1, 1), config, riflex_k=4))
