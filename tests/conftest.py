@@ -1,10 +1,5 @@
-"""Load the package once, the way ComfyUI does: by path, under a name that is not importable.
+"""The fixtures of all tests; `comfyui_skyreels.py` beside it is the pack, loaded by path."""
 
-Tests import `comfyui_skyreels.skyreels...` and `comfyui_skyreels.nodes...`, so no class exists
-twice and every relative import is proved. `nodes` must never be importable as a top-level name.
-"""
-
-import importlib.util
 import os
 import sys
 from pathlib import Path
@@ -13,7 +8,7 @@ import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
-PACKAGE = "comfyui_skyreels"
+sys.path.insert(0, str(ROOT / "tests"))  # for comfyui_skyreels, support, bench and train
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     # threads of several processes that wait for one another on the same cores are slower than one
@@ -21,21 +16,6 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRANSFORMERS_OFFLINE", "1")
-
-
-def load_package(name: str = PACKAGE):
-    spec = importlib.util.spec_from_file_location(
-        name, ROOT / "__init__.py", submodule_search_locations=[str(ROOT)]
-    )
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-if PACKAGE not in sys.modules:
-    load_package()
-    sys.path.insert(0, str(ROOT / "tests"))  # for `support.*`
 
 
 @pytest.fixture(autouse=True)

@@ -24,7 +24,6 @@ import torch
 import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-import conftest  # noqa: F401 - loads the package the way ComfyUI does
 from bench_transformer import ignore_row, timed
 from comfyui_skyreels.skyreels.kernels import dispatch, reference
 from comfyui_skyreels.skyreels.transformer import attention

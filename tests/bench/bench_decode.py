@@ -22,15 +22,11 @@ from pathlib import Path
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-ROOT = Path(__file__).resolve().parents[2]
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
-
-from support.peak import PeakBytes
-
-from skyreels.config import TILINGS, Tiling, VAEConfig
-from skyreels.runtime import TorchRuntime
-from skyreels.vae.model import VideoVAE
-from skyreels.vae.tiling import (
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from comfyui_skyreels.skyreels.config import TILINGS, Tiling, VAEConfig
+from comfyui_skyreels.skyreels.runtime import TorchRuntime
+from comfyui_skyreels.skyreels.vae.model import VideoVAE
+from comfyui_skyreels.skyreels.vae.tiling import (
     count_decodes,
     decode_bytes,
     decode_frames,
@@ -38,7 +34,9 @@ from skyreels.vae.tiling import (
     tile_starts,
     window_starts,
 )
+from support.peak import PeakBytes
 
+ROOT = Path(__file__).resolve().parents[2]
 MODES = ("full", *TILINGS)
 FULL_SIZE = torch.Size((1, 16, 25, 68, 120))
 

@@ -17,7 +17,6 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-import conftest  # noqa: F401 - loads the package the way ComfyUI does
 from bench_transformer import DTYPES, ignore_row, timed
 from comfyui_skyreels.skyreels import kernels
 from comfyui_skyreels.skyreels.kernels import selection

@@ -22,8 +22,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).resolve().parent)]
-import conftest  # noqa: F401 - loads the package the way ComfyUI does
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from bench_transformer import ignore_row, timed
 from comfyui_skyreels.skyreels import kernels
 from comfyui_skyreels.skyreels.kernels import RowFormat

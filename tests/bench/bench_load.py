@@ -23,7 +23,6 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-import conftest  # noqa: F401 - loads the package the way ComfyUI does
 from comfyui_skyreels.skyreels.config import TransformerConfig
 from comfyui_skyreels.skyreels.offload import weight_bytes
 from comfyui_skyreels.skyreels.runtime import TorchRuntime

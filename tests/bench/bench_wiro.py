@@ -23,9 +23,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[2]
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
-
+# tests/, and the client alone: the pack would bring torch, and this measures memory
+sys.path.extend(str(folder) for folder in Path(__file__).resolve().parents[1:3])
 import av  # noqa: F401 - our code imports these two late
 import websocket  # noqa: F401
 from support.clip import make_clip
@@ -38,6 +37,7 @@ from wiro_api.schema import SKYREELS
 from wiro_api.signing import Credentials
 from wiro_api.video import check_video, read_frames
 
+ROOT = Path(__file__).resolve().parents[2]
 BARS = {"rss_mb": 200.0, "cpu_share": 0.10, "overhead_s": 1.0}
 FIRST_ID, FEWEST_FRAMES = 2221, 5
 PICTURE_BYTES = 2_000_000

@@ -15,19 +15,15 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
-
-sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).resolve().parent)]
-import conftest  # noqa: F401 - loads the package the way ComfyUI does
 from bench_transformer import timed
 from comfyui_skyreels.skyreels import kernels
 from comfyui_skyreels.skyreels.kernels import dispatch
 from comfyui_skyreels.skyreels.transformer import linear
+from torch import Tensor, nn
 
 #: tokens of the fc1 that GELU follows: 97 frames of 544x960 and 60 of text
 FULL_TOKENS = 51_060

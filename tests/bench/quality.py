@@ -34,7 +34,6 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-import conftest  # noqa: F401 - loads the package the way ComfyUI does
 from comfyui_skyreels.skyreels.builtin import BUILTIN_FOLDER
 from comfyui_skyreels.skyreels.config import Guidance, Tiling
 from comfyui_skyreels.skyreels.image import encode_image

@@ -18,7 +18,6 @@ from typing import Any
 from unittest.mock import patch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-import conftest  # noqa: F401 - loads the package the way ComfyUI does
 from comfyui_skyreels.nodes import NODE_CLASS_MAPPINGS
 from comfyui_skyreels.skyreels.builtin import BUILTIN_NAME
 from comfyui_skyreels.skyreels.text.encode import DEFAULT_NEGATIVE_PROMPT

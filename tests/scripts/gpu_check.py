@@ -415,7 +415,7 @@ def take_step(options: argparse.Namespace) -> None:
     if module == "gpu_check":
         globals()[function](write, run_child, options.device)
         return
-    sys.path.insert(0, str(ROOT / "tests" / "bench"))
+    sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "tests" / "bench")]
     context = importlib.import_module("gpu_steps").make_context(
         options.device, options.size == "full", write, run_child
     )

@@ -1,3 +1,4 @@
+# ruff: noqa: E402 - ComfyUI chooses its device when it is imported
 """Run inside ComfyUI's own environment: its HunyuanVideo transformer on saved inputs.
 
     python comfy_forward.py CHECKOUT CHECKPOINT INPUTS OUTPUT

@@ -1,3 +1,4 @@
+# ruff: noqa: E402 - ComfyUI chooses its device when it is imported
 """Run inside ComfyUI's own environment: our nodes beside core's, on the same weights.
 
     python comfy_inside.py CHECKOUT PACK FOLDER
@@ -5,7 +6,6 @@
 The last line of the output is one JSON object.
 """
 
-import importlib.util
 import json
 import sys
 from pathlib import Path
@@ -25,14 +25,9 @@ import comfy.sd
 import folder_paths
 import torch
 
-name = "comfyui_skyreels"
-spec = importlib.util.spec_from_file_location(
-    name, pack / "__init__.py", submodule_search_locations=[str(pack)]
-)
-module = sys.modules[name] = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(module)
 sys.path.append(str(pack / "tests"))  # behind ComfyUI's own `tests`
 
+import comfyui_skyreels
 from comfyui_skyreels.skyreels.config import TransformerConfig, VAEConfig
 from comfyui_skyreels.skyreels.latents import to_model_space
 from comfyui_skyreels.skyreels.sampling.sample import get_sigmas
@@ -42,7 +37,7 @@ from comfyui_skyreels.skyreels.weights.keymaps import vae_sources
 from support import tiny
 from support.host import made_up_conditioning
 
-NODES = module.NODE_CLASS_MAPPINGS
+NODES = comfyui_skyreels.NODE_CLASS_MAPPINGS
 # ComfyUI fixes the rotary axes to 16, 56, 56 and two refiner blocks
 CONFIG = TransformerConfig(num_attention_heads=1, num_layers=1, num_single_layers=1)
 SIZE = {"width": 64, "height": 48, "num_frames": 9}

@@ -10,12 +10,8 @@ dimension 128 at the model's length: stack and local are the bytes that spilled 
 
 import json
 import sys
-from pathlib import Path
 
 import torch
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-import conftest  # noqa: F401 - loads the package the way ComfyUI does
 from comfyui_skyreels.skyreels.kernels import reference
 from comfyui_skyreels.skyreels.kernels.triton import attention as kernels
 from comfyui_skyreels.skyreels.transformer import attention_quality as quality

@@ -16,14 +16,11 @@ from pathlib import Path
 
 import torch
 import triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-import conftest  # noqa: F401 - loads the package the way ComfyUI does
 from comfyui_skyreels.skyreels.kernels import selection
 from comfyui_skyreels.skyreels.kernels.dispatch import short
 from comfyui_skyreels.skyreels.kernels.triton import norms as kernels
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
 
 TYPES = {
     torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32", torch.int8: "*i8",

@@ -10,16 +10,12 @@ shared, registers, stack, local, wgmma}: stack and local are the bytes that spil
 
 import json
 import sys
-from pathlib import Path
 
 import torch
 import triton
-from triton.backends.compiler import GPUTarget
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-import conftest  # noqa: F401 - loads the package the way ComfyUI does
 from comfyui_skyreels.skyreels.kernels.triton import int8 as kernels
 from comfyui_skyreels.skyreels.transformer import quant
+from triton.backends.compiler import GPUTarget
 
 from support.triton_versions import mend_interpreter
 

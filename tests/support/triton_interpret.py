@@ -7,14 +7,9 @@ line: {"versions": ..., "cases": {case: {"kernel": error, "eager": error}}, "fin
 """
 
 import json
-import sys
-from pathlib import Path
 
 import torch
 import triton
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-import conftest  # noqa: F401 - loads the package the way ComfyUI does
 from comfyui_skyreels.skyreels.kernels import reference
 from comfyui_skyreels.skyreels.kernels.triton import norms as kernels
 from comfyui_skyreels.skyreels.kernels.triton.common import INTERPRETED

@@ -8,4 +8,3 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-import conftest  # noqa: F401 - loads the package the way ComfyUI does

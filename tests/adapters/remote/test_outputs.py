@@ -325,8 +325,7 @@ def test_cancel_is_seen_while_frames_are_decoded(comfy, wiro):
 PEAK = """
 import asyncio, json, sys
 from pathlib import Path
-sys.path.insert(0, sys.argv[1])
-from tests import conftest
+sys.path.insert(0, sys.argv[1] + "/tests")
 from support import host
 comfy = host.Host(Path(sys.argv[2]))
 sys.modules.update(host.stand_ins(comfy))

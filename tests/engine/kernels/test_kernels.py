@@ -663,8 +663,9 @@ def test_plain_torch_can_be_pinned_and_imports_no_triton():
     code = """
 import json, sys
 sys.path.insert(0, "tests")
-import conftest, torch
-from comfyui_skyreels.skyreels import attention, doctor, linear, quant
+import torch
+from comfyui_skyreels.skyreels import doctor
+from comfyui_skyreels.skyreels.transformer import attention, linear, quant
 from comfyui_skyreels.skyreels.kernels import dispatch, reference, selection
 H100 = dispatch.DeviceInfo("cuda", "H100", (9, 0), 91900, triton_problem=dispatch.find_triton(
     dispatch.backend())[1])
