@@ -1,5 +1,6 @@
 """The fixtures of all tests; `comfyui_skyreels.py` beside it is the pack, loaded by path."""
 
+import itertools
 import os
 import sys
 from pathlib import Path
@@ -8,6 +9,7 @@ import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
+STATE_NUMBERS = itertools.count()
 sys.path.insert(0, str(ROOT / "tests"))  # for comfyui_skyreels, support, bench and train
 
 if "PYTEST_XDIST_WORKER" in os.environ:
@@ -25,10 +27,14 @@ def seeded() -> None:
 
 @pytest.fixture(autouse=True)
 def own_state(monkeypatch, tmp_path_factory) -> None:
-    """No test finds or leaves anything in the journal of who runs it."""
+    """No test finds or leaves anything in the journal of who runs it.
+
+    `mktemp` would look through the folders of all tests so far to find the next number.
+    """
     monkeypatch.delenv("WIRO_STATE_DIR", raising=False)
+    folder = tmp_path_factory.getbasetemp() / "states" / str(next(STATE_NUMBERS))
     for name in ("XDG_STATE_HOME", "LOCALAPPDATA"):
-        monkeypatch.setenv(name, str(tmp_path_factory.mktemp("state", numbered=True)))
+        monkeypatch.setenv(name, str(folder / name))
 
 
 @pytest.fixture
