@@ -3,10 +3,13 @@
 The long test runs every step at tiny size with three planted faults among them.
 """
 
+import contextlib
 import importlib.util
+import io
 import json
-import subprocess
+import signal
 import sys
+import warnings
 from itertools import pairwise
 
 import pytest
@@ -36,15 +39,34 @@ def report(gpu_check):
 
 
 @pytest.fixture(scope="module")
-def tiny_run(tmp_path_factory):
-    """A whole run at tiny size with faults: what was printed, the file's records, the exit code."""
+def tiny_run(gpu_check, tmp_path_factory):
+    """A whole run at tiny size with faults: its exit code, what it printed, the file's records.
+
+    The first step and those that go wrong are processes, as all are in the script. The others run
+    here, where torch and diffusers are imported already.
+    """
     out = tmp_path_factory.mktemp("gpu check")
-    command = [sys.executable, "tests/scripts/gpu_check.py", "--size", "tiny", "--device", "cpu"]
-    command += ["--out", str(out), "--budget", "1500", "--plant"]
-    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    results = out / "results.jsonl"
-    assert results.exists(), run.stdout[-2000:] + run.stderr[-2000:]
-    return run, results
+    in_processes = {"environment", *(step.name for step in gpu_check.PLANTED)}
+    start = gpu_check.run_process
+
+    def run_step(command, limit_s, stderr):
+        if command[command.index("--step") + 1] in in_processes:
+            return start(command, limit_s, stderr)
+        with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings():
+            warnings.simplefilter("default")
+            patch.setattr(sys, "argv", command[1:])
+            patch.setattr(sys, "path", [*sys.path])
+            return gpu_check.how_it_ended(gpu_check.main())
+
+    arguments = ["--size", "tiny", "--device", "cpu", "--out", str(out), "--budget", "1500"]
+    printed = io.StringIO()
+    on_terminate = signal.getsignal(signal.SIGTERM)
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(printed):
+        patch.setattr(gpu_check, "run_process", run_step)
+        patch.setattr(sys, "argv", ["gpu_check.py", *arguments, "--plant"])
+        code = gpu_check.main()
+    signal.signal(signal.SIGTERM, on_terminate)
+    return code, printed.getvalue(), out / "results.jsonl"
 
 
 def figure(step, name, value, **details):
@@ -53,11 +75,11 @@ def figure(step, name, value, **details):
 
 @pytest.mark.slow
 def test_every_step_is_measured_and_each_planted_fault_costs_only_itself(gpu_check, tiny_run):
-    run, results = tiny_run
+    code, printed, results = tiny_run
     records = gpu_check.read(results)
-    screen = run.stdout[-12_000:]
-    last = json.loads(run.stdout.splitlines()[-1])
-    assert run.returncode == 1
+    screen = printed[-12_000:]
+    last = json.loads(printed.splitlines()[-1])
+    assert code == 1
     assert last["gpu_check"] == "tiny"
     # nothing is wrong but what was planted, and that is told in words
     problems = last["problems"]
@@ -66,7 +88,7 @@ def test_every_step_is_measured_and_each_planted_fault_costs_only_itself(gpu_che
         "planted hang: killed at its limit of 3 s",
         "planted miss: planted: other: a measurement that failed",
         "planted miss: planted: value: 2 is not <= 1.0",
-    ], run.stdout[-6000:] + run.stderr[-2000:]
+    ], printed[-6000:]
     assert all(problem in screen for problem in problems)
     ended = {name: step["ended"] for name, step in last["steps"].items()}
     own = [step.name for step in gpu_check.STEPS]
@@ -93,7 +115,7 @@ def test_every_step_is_measured_and_each_planted_fault_costs_only_itself(gpu_che
 
 @pytest.mark.slow
 def test_the_report_has_a_table_of_every_step_of_that_run(gpu_check, report, tiny_run):
-    records = gpu_check.read(tiny_run[1])
+    records = gpu_check.read(tiny_run[2])
     text = report.report(records, "2026-01-31")
     assert text.startswith("## 2026-01-31")
     sections = {section.partition(" (")[0]: section for section in text.split("\n### ")[1:]}
