@@ -23,8 +23,9 @@ SHORT = ("task_queue", "task_start", "task_postprocess_end")
 
 
 @pytest.fixture
-def server(tmp_path_factory):
+def server(tmp_path_factory, programs):
     with WiroServer(states=SHORT) as server:
+        server.programs = programs
         server.files["0.mp4"] = CLIP
         server.state = tmp_path_factory.mktemp("state")
         yield server
@@ -39,11 +40,8 @@ def environment_for(server, **changes) -> dict[str, str]:
 
 
 def wiro(server, *arguments, **changes) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-m", "wiro_api", *map(str, arguments)]
-    environment = environment_for(server, **changes)
-    return subprocess.run(
-        command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False
-    )
+    command = ["-m", "wiro_api", *map(str, arguments)]
+    return server.programs.run(command, environment_for(server, **changes))
 
 
 def test_a_run_ends_with_the_file_and_one_json_object(server, tmp_path):
@@ -238,12 +236,8 @@ def test_a_program_that_is_killed_at_any_moment_has_run_once_in_the_end(server, 
         arguments = [*RUN[:4], "--param", f"prompt=number {number}", "--out", str(tmp_path),
                      "--file", f"inputImage={picture}"]  # fmt: skip
         before = runs(server)
-        command = [sys.executable, "-m", "wiro_api", *arguments]
-        process = subprocess.Popen(
-            command, cwd=ROOT, env=environment_for(server), stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-        )  # fmt: skip
-        time.sleep(random_moments.uniform(0.1, 0.6))
+        process = server.programs.start(["-m", "wiro_api", *arguments], environment_for(server))
+        time.sleep(random_moments.uniform(0.0, 0.5))
         process.kill()
         process.wait()
         again = wiro(server, *arguments, "--json")

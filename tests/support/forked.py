@@ -1,0 +1,123 @@
+"""Programs as processes of their own, without the seconds in which each would import the same.
+
+`Forks` starts one interpreter that imports a module; each program is a fork of it. Everything else
+is as with `python -m` and `python -c`: its own memory, environment, output, signals and exit code.
+Where there are no forks (Windows) each program is a new interpreter.
+"""
+
+import importlib
+import json
+import os
+import runpy
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+class Forks:
+    """An interpreter to fork; programs run in the repository's root, one at a time.
+
+    Args:
+        imports: module that is imported before the forks.
+    """
+
+    def __init__(self, imports: str) -> None:
+        self._folder = tempfile.TemporaryDirectory(prefix="forks-")
+        self._parent = None
+        if hasattr(os, "fork"):
+            self._parent = subprocess.Popen(
+                [sys.executable, "-m", "tests.support.forked", imports],
+                cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+            )  # fmt: skip
+
+    def __enter__(self) -> "Forks":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._parent is not None:
+            self._parent.communicate()
+        self._folder.cleanup()
+
+    def start(self, command: Sequence[str], env: dict[str, str]) -> "Fork":
+        """Start `["-m", module, argument...]` or `["-c", code, argument...]`."""
+        return Fork(self._parent, Path(self._folder.name), list(command), env)
+
+    def run(
+        self, command: Sequence[str], env: dict[str, str]
+    ) -> subprocess.CompletedProcess[str]:
+        """What `subprocess.run` with captured text returns."""
+        fork = self.start(command, env)
+        return subprocess.CompletedProcess(command, fork.wait(), *fork.output())
+
+
+class Fork:
+    """A program that runs, or has ended."""
+
+    def __init__(
+        self, parent: subprocess.Popen | None, folder: Path, command: list[str], env: dict[str, str]
+    ) -> None:
+        self._parent, self._files = parent, [folder / "stdout", folder / "stderr"]
+        if parent is None:
+            out, err = (file.open("wb") for file in self._files)
+            with out, err:
+                self._process = subprocess.Popen(
+                    [sys.executable, *command], cwd=ROOT, env=env, stdout=out, stderr=err
+                )
+            self.pid = self._process.pid
+            return
+        order = {"command": command, "env": env, "files": [str(file) for file in self._files]}
+        parent.stdin.write(json.dumps(order) + "\n")
+        parent.stdin.flush()
+        self.pid = int(parent.stdout.readline())
+
+    def send_signal(self, number: int) -> None:
+        os.kill(self.pid, number)
+
+    def kill(self) -> None:
+        """End it as a power failure would."""
+        self.send_signal(getattr(signal, "SIGKILL", signal.SIGTERM))
+
+    def wait(self) -> int:
+        """The exit code, or the negative number of the signal that ended it."""
+        return self._process.wait() if self._parent is None else int(self._parent.stdout.readline())
+
+    def output(self) -> list[str]:
+        """What was written to standard output and to standard error."""
+        return [file.read_text() for file in self._files]
+
+
+def serve(imports: str) -> None:
+    """Read orders from standard input; a fork of this process becomes each of them."""
+    importlib.import_module(imports)
+    while line := sys.stdin.readline():
+        order = json.loads(line)
+        if not (pid := os.fork()):
+            become(**order)
+            return
+        print(pid, flush=True)  # noqa: T201 - the answer
+        _, status = os.waitpid(pid, 0)
+        print(os.waitstatus_to_exitcode(status), flush=True)  # noqa: T201
+
+
+def become(command: list[str], env: dict[str, str], files: list[str]) -> None:
+    """Be the program, up to its end."""
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    for number, file in enumerate(files, start=1):
+        os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
+    os.environ.clear()
+    os.environ.update(env)
+    kind, what, *arguments = command
+    sys.argv = [kind, *arguments]
+    if kind == "-m":
+        runpy.run_module(what, run_name="__main__", alter_sys=True)
+    else:
+        exec(compile(what, "<string>", "exec"), {"__name__": "__main__"})
+
+
+if __name__ == "__main__":
+    serve(sys.argv[1])
