@@ -1,6 +1,21 @@
 """SkyReels-V1 image-to-video, usable from any Python program.
 
-    from skyreels import TorchRuntime, encode_prompt, image_to_video, load_text_encoder, ...
+    from skyreels import SamplingSettings, TorchRuntime, encode_prompt, get_sigmas, image_to_video
+    from skyreels import load_text_encoder, load_transformer, load_vae
+
+    runtime = TorchRuntime("cuda")
+    encoder = load_text_encoder("HunyuanVideo", runtime=runtime)
+    prompt = encode_prompt(encoder, "a dog runs", runtime=runtime)
+    negative = encode_prompt(encoder, "", fps_prefix=False, runtime=runtime)
+    frames = image_to_video(
+        load_transformer("skyreels.safetensors", runtime=runtime),
+        load_vae("vae.safetensors", runtime=runtime),
+        image,  # [1, H, W, 3] in 0..1
+        prompt,
+        negative,
+        SamplingSettings(seed=5, sigmas=get_sigmas(30, shift=7.0)),
+        runtime=runtime,
+    )
 
 `image_to_video` (pipeline.py) is the whole job in one function and the place to start reading.
 Nothing here knows about ComfyUI: whatever hosts the engine passes in a Runtime.
@@ -16,11 +31,12 @@ from .errors import (
     SkyReelsError,
     TextError,
 )
-from .image import encode_image
+from .image import ImageSettings, encode_image
 from .latents import ImageConditioning
 from .pipeline import image_to_video
 from .runtime import Runtime, TorchRuntime
-from .sampling.sample import get_sigmas, initial_noise, sample
+from .sampling.sample import initial_noise, sample
+from .sampling.settings import SamplingSettings, euler, get_sigmas
 from .sampling.step_cache import CACHES, CacheConfig
 from .text.embeds import PromptEmbeds
 from .text.encode import encode_prompt
@@ -39,10 +55,12 @@ __all__ = [
     "DependencyError",
     "Guidance",
     "ImageConditioning",
+    "ImageSettings",
     "OptionError",
     "OutOfRoomError",
     "PromptEmbeds",
     "Runtime",
+    "SamplingSettings",
     "ShapeError",
     "SkyReelsError",
     "SkyReelsTransformer",
@@ -56,6 +74,7 @@ __all__ = [
     "decode_frames",
     "encode_image",
     "encode_prompt",
+    "euler",
     "get_sigmas",
     "image_to_video",
     "initial_noise",

@@ -226,15 +226,32 @@ def _generate(
 ) -> "Tensor":
     from .builtin import builtin_transformer, builtin_vae
     from .config import Guidance
+    from .image import ImageSettings
     from .pipeline import image_to_video
     from .runtime import TorchRuntime
+    from .sampling.settings import SamplingSettings, get_sigmas
     from .weights.load import check_transformer, check_vae, load_transformer, load_vae
 
+    is_builtin = arguments.transformer is None
+    settings = SamplingSettings(
+        seed=arguments.seed,
+        sigmas=get_sigmas(arguments.steps, arguments.shift),
+        guidance=Guidance(arguments.cfg, arguments.embedded_guidance),
+        riflex_k=0 if is_builtin else 4,  # the tiny model has two temporal frequencies
+        cache=CACHES[arguments.cache],
+        attention=arguments.attention,
+        resume=arguments.resume,
+    )
+    image_settings = ImageSettings(
+        arguments.fit,
+        noise_augmentation=arguments.noise_augmentation,
+        latent_strength=arguments.latent_strength,
+    )
     runtime = TorchRuntime(pick_device(arguments.device), on_progress=report, on_check=check)
-    if arguments.transformer is not None:  # minutes before they are loaded
+    if not is_builtin:  # minutes before they are loaded
         check_transformer(arguments.transformer)
         check_vae(arguments.vae)
-    # what was asked for tells in a line what it did
+    # an option that was asked for says in a line what it did
     asked = {
         "skyreels.sampling.step_cache": arguments.cache != "off",
         "skyreels.transformer.attention": arguments.attention != "exact",
@@ -243,7 +260,7 @@ def _generate(
         logging.getLogger(name).setLevel(logging.INFO if is_asked else logging.NOTSET)
     prompt, negative = _encode_prompts(arguments, runtime)
     precision = arguments.precision
-    if arguments.transformer is None:
+    if is_builtin:
         transformer = builtin_transformer(precision=precision, runtime=runtime)
         vae = builtin_vae(runtime=runtime)
     else:
@@ -251,16 +268,19 @@ def _generate(
         vae = load_vae(arguments.vae, runtime=runtime)
     width, height, num_frames = size
     return image_to_video(
-        transformer, vae, image, prompt, negative,
-        width=width, height=height, num_frames=num_frames,
-        num_inference_steps=arguments.steps, shift=arguments.shift, seed=arguments.seed,
-        guidance=Guidance(arguments.cfg, arguments.embedded_guidance),
-        fit=arguments.fit, noise_augmentation=arguments.noise_augmentation,
-        latent_strength=arguments.latent_strength, decode=arguments.decode,
-        resume=arguments.resume, attention=arguments.attention, cache=CACHES[arguments.cache],
+        transformer,
+        vae,
+        image,
+        prompt,
+        negative,
+        settings,
+        width=width,
+        height=height,
+        num_frames=num_frames,
+        image_settings=image_settings,
+        decode=arguments.decode,
         runtime=runtime,
-        riflex_k=0 if arguments.transformer is None else 4,  # the tiny one has two frequencies
-    )  # fmt: skip
+    )
 
 
 def _encode_prompts(

@@ -1,10 +1,13 @@
 """Frozen descriptions of the networks, of guidance and of tiles; and the few global constants.
 
-Passed whole to whatever needs them. Letters used everywhere in this package: B batch, C channels,
-F frames, T latent frames, H W pixels, h w latent pixels, N image tokens, L text tokens, D head dim.
+Settings check their values when they are made. Letters used everywhere in this package: B batch,
+C channels, F frames, T latent frames, H W pixels, h w latent pixels, N image tokens, L text tokens,
+D head dim.
 """
 
 from dataclasses import dataclass
+
+from .errors import OptionError
 
 #: model-space latents = VAE-space latents * SCALING_FACTOR (config.json of the HunyuanVideo VAE)
 SCALING_FACTOR = 0.476986
@@ -18,12 +21,12 @@ SIZE_MULTIPLE = 16
 MAX_TEXT_TOKENS = 256
 FRAMES_PER_SECOND = 24
 #: largest values accepted anywhere; far beyond what the model was trained for (97 frames of
-#: 960x544), and small enough that a slip of the finger is refused instead of filling the memory
+#: 960x544), and small enough that a typing error is refused instead of filling the memory
 MAX_SIZE = 4096
 MAX_FRAMES = 1025
 MAX_STEPS = 1000
 
-#: how a checkpoint is computed with; skyreels/loading.py says what each does
+#: how a checkpoint is computed with; weights/load.py says what each does
 TRANSFORMER_PRECISIONS = ("auto", "fp32", "bf16", "fp8", "int8")
 VAE_PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 
@@ -70,14 +73,15 @@ class VAEConfig:
 class Guidance:
     """How the two predictions of a step become one velocity.
 
-    true_cfg_scale: classifier-free guidance, 0..100; <= 1 skips the negative pass.
-    guidance_scale: the embedded guidance value, 0..100; SkyReels was trained with 1.0.
-    cfg_start, cfg_end: fraction of the steps in which the negative pass runs.
-    guidance_rescale: 0..1, pulls the std of the guided velocity to the positive one's.
-    cfg_zero_star: project the negative prediction on the positive one (CFG-Zero*).
-    zero_init_steps: first steps whose velocity is zero (CFG-Zero*, paper only).
-    cfg_reuse: after the first 15 % of the steps the negative pass runs in every such step only, and
-        its difference to the positive one is used again in those between; 0 or 1 is off.
+    Attributes:
+        true_cfg_scale: classifier-free guidance, 0..100; at 1 or below the negative prediction is
+            skipped.
+        guidance_scale: embedded guidance, 0..100; SkyReels was trained with 1.0.
+        cfg_start: fraction of the steps before which the negative prediction is skipped.
+        cfg_end: fraction of the steps from which on it is skipped.
+        guidance_rescale: 0..1, pulls the std of the guided velocity to the positive one's.
+        cfg_zero_star: project the negative prediction on the positive one (CFG-Zero*).
+        zero_init_steps: first steps whose velocity is zero (CFG-Zero*).
     """
 
     true_cfg_scale: float = 6.0
@@ -87,23 +91,44 @@ class Guidance:
     guidance_rescale: float = 0.0
     cfg_zero_star: bool = False
     zero_init_steps: int = 0
-    cfg_reuse: int = 0
+
+    def __post_init__(self) -> None:
+        for name, scale, usual in (
+            ("CFG", self.true_cfg_scale, 6),
+            ("Embedded guidance", self.guidance_scale, 1),
+        ):
+            if not 0.0 <= scale <= 100.0:
+                raise OptionError(f"{name} {scale} is not within 0..100: use {usual}.")
+        if not 0.0 <= self.cfg_start <= self.cfg_end <= 1.0:
+            raise OptionError(
+                f"CFG window {self.cfg_start}..{self.cfg_end} is invalid: use 0 <= cfg_start <= "
+                "cfg_end <= 1."
+            )
+        if not 0.0 <= self.guidance_rescale <= 1.0:
+            raise OptionError(
+                f"Guidance rescale {self.guidance_rescale} is not within 0..1: use 0 for off."
+            )
+        if self.zero_init_steps < 0:
+            raise OptionError(
+                f"zero_init_steps must be >= 0, got {self.zero_init_steps}: use 0 for off."
+            )
 
 
 @dataclass(frozen=True)
-class Layout:
+class Chunking:
     """How much of a block is computed at a time; the numbers are the same up to rounding.
 
-    mlp_chunks: into how many runs of tokens the MLP is cut, whose middle is 4 times as wide.
-    head_groups: into how many groups of heads the attention is cut.
+    Attributes:
+        mlp_chunks: runs of tokens into which the MLP is cut, whose middle is 4 times as wide.
+        head_groups: groups of heads into which the attention is cut.
     """
 
     mlp_chunks: int = 1
     head_groups: int = 1
 
 
-#: fastest first; skyreels/memory.py says what each takes
-LAYOUTS = {"whole": Layout(), "chunks": Layout(3), "head groups": Layout(8, 3)}
+#: fastest first; transformer/placement.py says what each takes
+CHUNKINGS = {"whole": Chunking(), "chunks": Chunking(3), "head groups": Chunking(8, 3)}
 
 
 @dataclass(frozen=True)
@@ -120,6 +145,29 @@ class Tiling:
     tile_sample_stride_height: int = 192
     tile_sample_stride_width: int = 192
     tile_sample_stride_num_frames: int = 0
+
+    def __post_init__(self) -> None:
+        for axis, multiple in (
+            ("height", SPATIAL_COMPRESSION),
+            ("width", SPATIAL_COMPRESSION),
+            ("num_frames", TEMPORAL_COMPRESSION),
+        ):
+            tile = getattr(self, f"tile_sample_min_{axis}")
+            stride = getattr(self, f"tile_sample_stride_{axis}")
+            if axis == "num_frames" and tile == 0:
+                continue
+            for name, value in (("min", tile), ("stride", stride)):
+                if value <= 0 or value % multiple:
+                    near = max(round(value / multiple), 1) * multiple
+                    raise OptionError(
+                        f"tile_sample_{name}_{axis} is {value}; it must be a positive multiple of "
+                        f"{multiple}: use {near}."
+                    )
+            if stride > tile:
+                raise OptionError(
+                    f"tile_sample_stride_{axis} {stride} is larger than tile_sample_min_{axis} "
+                    f"{tile} and would leave gaps: use at most {tile}."
+                )
 
 
 #: geometries of the reference implementations (skyreels/vae/tiling.py says what each costs)

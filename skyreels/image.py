@@ -1,5 +1,7 @@
 """From a picture to the first-frame latents the transformer is conditioned on."""
 
+from dataclasses import dataclass
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -14,7 +16,7 @@ from .latents import (
     seeded_generator,
     to_model_space,
 )
-from .offload import missing_bytes, on_device
+from .offload import on_device
 from .runtime import Runtime
 from .vae.budget import decode_bytes
 from .vae.model import VideoVAE
@@ -37,8 +39,7 @@ def fit_image(image: Tensor, width: int, height: int, fit: str = "crop") -> Tens
     Source: SkyworkAI/SkyReels-V1 @cb0ceaa, video_generate.py (centre crop), then the Lanczos
         resize of diffusers' VideoProcessor.
     """
-    if fit not in FITS:
-        raise OptionError(f"Fit {fit!r} is not one of {', '.join(FITS)}.")
+    _check_fit(fit)
     if image.ndim != 4 or image.shape[-1] not in (3, 4) or 0 in image.shape:
         raise ShapeError(
             f"A picture is [frames, height, width, 3 or 4 colours]; got {list(image.shape)}."
@@ -54,6 +55,11 @@ def fit_image(image: Tensor, width: int, height: int, fit: str = "crop") -> Tens
         frames = [_resize(frame, width, height, fit) for frame in pixels]
         pixels = torch.stack(frames)
     return (pixels * 2.0 - 1.0).permute(3, 0, 1, 2)[None].contiguous()
+
+
+def _check_fit(fit: str) -> None:
+    if fit not in FITS:
+        raise OptionError(f"Fit {fit!r} is not one of {', '.join(FITS)}.")
 
 
 def _resize(frame: Tensor, width: int, height: int, fit: str) -> Tensor:
@@ -85,17 +91,46 @@ def _resize(frame: Tensor, width: int, height: int, fit: str) -> Tensor:
     return torch.from_numpy(np.asarray(picture, dtype=np.float32) / 255.0)
 
 
+@dataclass(frozen=True)
+class ImageSettings:
+    """How a picture becomes the start of a clip.
+
+    Attributes:
+        fit: see `fit_image`.
+        prefix_frames: 1, or 4k + 1 frames to continue a clip (the model was trained with 1).
+        noise_augmentation: std of noise added to the picture before encoding, 0..1; more gives more
+            motion and less likeness. Pixels of -1 (black bars) stay. 0.04 is a common value.
+        latent_strength: factor on the image latents, 0..10; below 1 gives more motion.
+    """
+
+    fit: str = "crop"
+    prefix_frames: int = 1
+    noise_augmentation: float = 0.0
+    latent_strength: float = 1.0
+
+    def __post_init__(self) -> None:
+        _check_fit(self.fit)
+        if self.prefix_frames < 1 or (self.prefix_frames - 1) % TEMPORAL_COMPRESSION:
+            raise ShapeError(
+                f"{self.prefix_frames} prefix frames is not a multiple of 4 plus 1: use "
+                f"{nearest_frames(self.prefix_frames)}."
+            )
+        if not 0.0 <= self.noise_augmentation <= 1.0:
+            raise OptionError(
+                f"Noise augmentation {self.noise_augmentation} is not within 0..1: use 0.04."
+            )
+        if not 0.0 <= self.latent_strength <= 10.0:
+            raise OptionError(f"Latent strength {self.latent_strength} is not within 0..10: use 1.")
+
+
 def encode_image(
-    vae: "VideoVAE",
+    vae: VideoVAE,
     image: Tensor,
+    settings: ImageSettings = ImageSettings(),
     *,
     width: int,
     height: int,
     num_frames: int,
-    fit: str = "crop",
-    prefix_frames: int = 1,
-    noise_augmentation: float = 0.0,
-    latent_strength: float = 1.0,
     seed: int = 0,
     runtime: Runtime,
 ) -> ImageConditioning:
@@ -104,49 +139,42 @@ def encode_image(
     Args:
         vae: on any device; back there afterwards.
         image: [F, H, W, C] float in 0..1; its first `prefix_frames` frames are used.
-        width, height, num_frames: size of the video.
-        fit: see `fit_image`.
-        prefix_frames: 1, or 4k + 1 frames to continue a clip (the model was trained with 1).
-        noise_augmentation: std of noise added to the picture before encoding; more gives more
-            motion and less likeness. Pixels of -1 (black bars) stay. 0.04 is a common value.
-        latent_strength: factor on the image latents; below 1 gives more motion.
+        settings: fit, frames given, and what is done to the picture for more motion.
+        width: of the video, in pixels.
+        height: of the video, in pixels.
+        num_frames: of the video, 4k + 1.
         seed: of the augmentation noise: drawn after the clip's own noise, so that one seed gives
             one result however the steps are wired.
+        runtime: progress "encode"; its device computes.
+
+    Returns:
+        The latents, with the size of the video.
+
     Raises:
-        ShapeError, OptionError: illegal sizes and settings.
+        ShapeError: illegal sizes, or fewer frames than `prefix_frames`.
     """
     check_size(width, height, num_frames)
-    if prefix_frames < 1 or (prefix_frames - 1) % TEMPORAL_COMPRESSION:
-        raise ShapeError(
-            f"{prefix_frames} prefix frames is not a multiple of 4 plus 1: use "
-            f"{nearest_frames(prefix_frames)}."
-        )
+    prefix_frames = settings.prefix_frames
     if image.ndim == 4 and len(image) and prefix_frames > min(num_frames, image.shape[0]):
         raise ShapeError(
             f"{prefix_frames} prefix frames do not fit: the picture has {image.shape[0]} and the "
             f"video {num_frames}; use 1 for a single picture."
         )
-    if not 0.0 <= noise_augmentation <= 1.0:
-        raise OptionError(f"Noise augmentation {noise_augmentation} is not within 0..1: use 0.04.")
-    if not 0.0 <= latent_strength <= 10.0:
-        raise OptionError(f"Latent strength {latent_strength} is not within 0..10: use 1.")
     generator = seeded_generator(seed)
-    video = fit_image(image[:prefix_frames], width, height, fit)
-    if noise_augmentation > 0:
+    video = fit_image(image[:prefix_frames], width, height, settings.fit)
+    if settings.noise_augmentation > 0:
         torch.randn(latent_shape(num_frames, height, width), generator=generator)
-        noise = torch.randn(video.shape, generator=generator) * noise_augmentation
+        noise = torch.randn(video.shape, generator=generator) * settings.noise_augmentation
         video = torch.where(video == -1.0, video, video + noise)
     weight = next(vae.parameters())
     largest = torch.Size(latent_shape(prefix_frames, height, width))
+    num_bytes = decode_bytes(vae.config, largest, weight.dtype)
     runtime.check_interrupt()
-    runtime.make_room(
-        missing_bytes(vae, runtime.device) + decode_bytes(vae.config, largest, weight.dtype)
-    )
-    runtime.progress("encode", 0, 1)
-    with torch.inference_mode(), on_device(vae, runtime.device):
+    with torch.inference_mode(), runtime.place(vae, num_bytes), on_device(vae, runtime.device):
+        runtime.progress("encode", 0, 1)
         vae_latents = vae.encode(
             video.to(runtime.device, weight.dtype), check=runtime.check_interrupt
         )
     runtime.progress("encode", 1, 1)
-    latents = to_model_space(vae_latents.float()).cpu() * latent_strength
+    latents = to_model_space(vae_latents.float()).cpu() * settings.latent_strength
     return ImageConditioning(latents, width, height, num_frames)

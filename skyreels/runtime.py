@@ -4,13 +4,16 @@ The engine never asks which program it runs in: it is handed a Runtime, places w
 reports progress to it and gives it a chance to stop. ComfyUI's version lives in nodes/host.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from typing import Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-#: where neither Linux nor psutil tells (the extra "standalone" brings psutil)
+from .offload import missing_bytes
+
+#: if neither Linux nor psutil reports it (the extra "standalone" brings psutil)
 ASSUMED_HOST_BYTES = 16 * 1024**3
 
 
@@ -30,11 +33,23 @@ class Runtime(Protocol):
         """Ask other models to leave `device` until num_bytes are free; may do nothing."""
         ...
 
-    def progress(self, stage: str, done: int, total: int, preview: Tensor | None = None) -> None:
-        """Report that `done` of `total` units of a stage ("load", "encode", "sample", "decode")
-        are finished.
+    def place(self, module: nn.Module, activation_bytes: int) -> AbstractContextManager[None]:
+        """Prepare `device` for a run of a module, and keep it so inside the block.
 
-        preview: [1, 16, T, h, w] denoised estimate in model space, in the "sample" stage only.
+        There is room for the weights that are missing there and for activation_bytes, as far as the
+        host can make it. A host with a memory manager loads the module through it if both fit;
+        weights still missing inside the block are streamed by the engine.
+        """
+        ...
+
+    def progress(self, stage: str, done: int, total: int, preview: Tensor | None = None) -> None:
+        """Report that `done` of `total` units of a stage are finished.
+
+        Args:
+            stage: "load", "encode", "sample" or "decode".
+            done: units finished so far.
+            total: units of the stage.
+            preview: [1, 16, T, h, w] denoised estimate in model space, in the "sample" stage only.
         """
         ...
 
@@ -71,7 +86,7 @@ class TorchRuntime:
         self._on_check = on_check
 
     def free_bytes(self) -> int:
-        """Free device memory, counting what torch has cached and not in use."""
+        """Free device memory, including what torch has cached but does not use."""
         if self.device.type == "cuda":
             free, _ = torch.cuda.mem_get_info(self.device)
             cached = torch.cuda.memory_reserved(self.device)
@@ -82,6 +97,12 @@ class TorchRuntime:
         """Give torch's cached blocks back to the driver if they are needed."""
         if self.device.type == "cuda" and torch.cuda.mem_get_info(self.device)[0] < num_bytes:
             torch.cuda.empty_cache()
+
+    @contextmanager
+    def place(self, module: nn.Module, activation_bytes: int) -> Iterator[None]:
+        """Make room for a module and its activations; nothing moves."""
+        self.make_room(missing_bytes(module, self.device) + activation_bytes)
+        yield
 
     def progress(self, stage: str, done: int, total: int, preview: Tensor | None = None) -> None:
         """Hand the report to the callback given at construction."""

@@ -28,9 +28,9 @@ LAYERS = [
     {"sampling", "weights"},
     {"image", "media", "text"},
     {"transformer", "vae"},
-    {"latents", "offload"},
-    {"kernels"},
-    {"config", "errors", "interrupt", "runtime"},
+    {"kernels", "latents", "runtime"},
+    {"config", "interrupt", "offload"},
+    {"errors"},
 ]
 
 

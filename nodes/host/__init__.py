@@ -22,11 +22,10 @@ from .files import (
 from .runtime import (
     ComfyRuntime,
     LoadedModel,
-    bring_in,
     free_host_bytes,
-    plain_tensors,
     register,
     status_line,
+    without_inference_mode,
 )
 from .samplers import core_solver
 from .server import (
@@ -55,7 +54,6 @@ __all__ = [
     "RemoteProgress",
     "at_start",
     "blocked",
-    "bring_in",
     "check_choice",
     "core_solver",
     "free_host_bytes",
@@ -67,7 +65,6 @@ __all__ = [
     "linked_outputs",
     "model_folders",
     "output_folder",
-    "plain_tensors",
     "prompt_client",
     "prompt_user",
     "register",
@@ -84,4 +81,5 @@ __all__ = [
     "video_bytes",
     "video_of",
     "weight_files",
+    "without_inference_mode",
 ]

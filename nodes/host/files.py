@@ -138,7 +138,7 @@ def resume_folder() -> Path:
     """Folder of saved steps in the user directory; steps nobody came back for are removed."""
     folder = state_folder() / "resume"
     folder.mkdir(parents=True, exist_ok=True)
-    for file in folder.glob("*.safetensors"):
+    for file in folder.glob("*.safetensors*"):
         if time.time() - file.stat().st_mtime > RESUME_DAYS * 86_400:
             file.unlink(missing_ok=True)
     return folder

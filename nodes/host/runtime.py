@@ -23,8 +23,10 @@ UNKNOWN_BYTES = 2**50
 class LoadedModel:
     """What a SKYREELS_MODEL or SKYREELS_VAE socket carries.
 
-    module: SkyReelsTransformer or VideoVAE. patcher: ComfyUI's handle on it, through which its
-    memory manager moves it. name: for messages.
+    Attributes:
+        module: SkyReelsTransformer or VideoVAE.
+        patcher: ComfyUI's handle on it, through which its memory manager moves it.
+        name: for messages.
     """
 
     module: Any
@@ -33,9 +35,17 @@ class LoadedModel:
 
 
 class ComfyRuntime:
-    """The engine's Runtime over ComfyUI's memory manager, progress bar and cancel button."""
+    """The engine's Runtime over ComfyUI's memory manager, progress bar and cancel button.
 
-    def __init__(self, unique_id: str | None = None, *, with_preview: bool = False) -> None:
+    Args:
+        unique_id: of the node that runs.
+        *models: those that run, so that ComfyUI's memory manager can load them.
+        with_preview: draw previews of the latents on the node.
+    """
+
+    def __init__(
+        self, unique_id: str | None = None, *models: LoadedModel, with_preview: bool = False
+    ) -> None:
         import comfy.model_management as mm
         import comfy.utils
 
@@ -49,22 +59,56 @@ class ComfyRuntime:
         if self.offload_device.type != "cpu":  # --highvram keeps models where they compute
             self.offload_device = torch.device("cpu")
         self._previewer = _previewer(self.device) if with_preview else None
+        self._models = {model.module: model for model in models}
         self._in_use: list[Any] = []
 
     def free_bytes(self) -> int:
         """Bytes ComfyUI considers free on the compute device, less what --reserve-vram keeps."""
-        if self.device.type == "privateuseone":  # DirectML tells nothing: try, and see
+        if self.device.type == "privateuseone":  # DirectML does not report it: try, and see
             return UNKNOWN_BYTES
         return int(self._mm.get_free_memory(self.device) - self._mm.extra_reserved_memory())
 
     def make_room(self, num_bytes: int) -> None:
         """Let ComfyUI unload other models until num_bytes are free."""
-        kept = [self._mm.LoadedModel(patcher) for patcher in self._in_use]
-        self._mm.free_memory(num_bytes, self.device, kept)
+        in_use = [self._mm.LoadedModel(patcher) for patcher in self._in_use]
+        self._mm.free_memory(num_bytes, self.device, in_use)
 
-    def keep(self, patcher: Any) -> None:
-        """Never unload this model to make room: the run needs it."""
-        self._in_use.append(patcher)
+    @contextmanager
+    def place(self, module: nn.Module, activation_bytes: int) -> Iterator[None]:
+        """Load a module through ComfyUI's memory manager if it fits whole, and keep it there.
+
+        If it does not fit, it and everything else leaves the device, and the engine streams it.
+        """
+        num_bytes = missing_bytes(module, self.device) + activation_bytes + RESERVE_BYTES
+        model = self._models.get(module)
+        if model is None:
+            self.make_room(num_bytes)
+            yield
+            return
+        self._in_use.append(model.patcher)
+        try:
+            if not self._fits(num_bytes):
+                logger.info(
+                    "%s (%.1f GB) and %.1f GB of activations do not fit the card together: it is "
+                    "streamed in parts.",
+                    model.name,
+                    weight_bytes(module) / 1e9,
+                    activation_bytes / 1e9,
+                )
+                self._mm.unload_all_models()
+            else:
+                self._mm.load_models_gpu(
+                    [model.patcher], memory_required=activation_bytes, force_full_load=True
+                )
+            yield
+        finally:
+            self._in_use.remove(model.patcher)
+
+    def _fits(self, num_bytes: int) -> bool:
+        if self.device.type == "cpu":
+            return True
+        self.make_room(num_bytes)
+        return num_bytes <= self.free_bytes()
 
     def progress(self, stage: str, done: int, total: int, preview: Tensor | None = None) -> None:
         """Move the bar of the node, draw a preview if the server wants one, write a status line."""
@@ -124,30 +168,6 @@ def register(module: nn.Module, name: str, runtime: ComfyRuntime) -> LoadedModel
     return LoadedModel(module, patcher, name)
 
 
-def bring_in(loaded: LoadedModel, runtime: ComfyRuntime, activation_bytes: int) -> None:
-    """Load a model onto the device through the memory manager, if it fits as a whole.
-
-    If not, it and everything else leaves the device: the engine then brings in its parts itself,
-    as far as they fit, and takes them away afterwards.
-    """
-    import comfy.model_management as mm
-
-    runtime.keep(loaded.patcher)
-    if runtime.device.type != "cpu":
-        away = missing_bytes(loaded.module, runtime.device)
-        runtime.make_room(away + activation_bytes + RESERVE_BYTES)
-        if runtime.free_bytes() < away + activation_bytes + RESERVE_BYTES:
-            size = weight_bytes(loaded.module)
-            logger.info(
-                "%s (%.1f GB) and %.1f GB of activations do not fit the card together: it works on "
-                "a part at a time.",
-                loaded.name, size / 1e9, activation_bytes / 1e9,
-            )  # fmt: skip
-            mm.unload_all_models()
-            return
-    mm.load_models_gpu([loaded.patcher], memory_required=activation_bytes, force_full_load=True)
-
-
 def free_host_bytes() -> int:
     """Bytes of main memory that ComfyUI considers free."""
     import comfy.model_management as mm
@@ -156,7 +176,7 @@ def free_host_bytes() -> int:
 
 
 @contextmanager
-def plain_tensors() -> Iterator[None]:
+def without_inference_mode() -> Iterator[None]:
     """Leave ComfyUI's inference mode while modules are built: their weights outlive the prompt."""
     with torch.inference_mode(False), torch.no_grad():
         yield

@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from ...skyreels.errors import OptionError
-from ...skyreels.sampling.sample import OnStep, Solver, Velocity
+from ...skyreels.sampling.settings import OnStep, Solver, Velocity
 
 logger = logging.getLogger("skyreels.nodes.host.samplers")
 
@@ -50,9 +50,14 @@ def core_solver(sampler: Any, shift: float, seed: int) -> Solver:
         try:
             # a copy: they are the user's SIGMAS, and samplers may write into them
             return function(
-                model, latents, sigmas.clone(), extra_args=extra_args, callback=callback,
-                disable=True, **sampler.extra_options,
-            )  # fmt: skip
+                model,
+                latents,
+                sigmas.clone(),
+                extra_args=extra_args,
+                callback=callback,
+                disable=True,
+                **sampler.extra_options,
+            )
         except AttributeError as error:
             raise OptionError(
                 f"Sampler {getattr(function, '__name__', function)} wants more of core's model "
@@ -67,7 +72,7 @@ class _DenoiserOfFlow:
 
     def __init__(self, velocity: Velocity, model_sampling: Any) -> None:
         self._velocity = velocity
-        self._said = False
+        self._has_warned = False
         patcher = SimpleNamespace(get_model_object={"model_sampling": model_sampling}.get)
         base = SimpleNamespace(model_sampling=model_sampling)
         self.inner_model = SimpleNamespace(
@@ -81,13 +86,14 @@ class _DenoiserOfFlow:
         guided, negative = self._velocity(x, level)
         denoised = x - level * guided
         functions = (model_options or {}).get("sampler_post_cfg_function", [])
-        if functions and negative is None and not self._said:
+        if functions and negative is None and not self._has_warned:
             logger.warning(
-                "CFG++ samplers need the negative prediction: a step without it is plain."
+                "CFG++ samplers need the negative prediction; a step without it runs without CFG++."
             )
-            self._said = True
-        unwanted = denoised if negative is None else x - level * negative
+            self._has_warned = True
+        uncond = denoised if negative is None else x - level * negative
         for function in functions:  # CFG++ samplers collect the negative prediction this way
-            denoised = function({"denoised": denoised, "uncond_denoised": unwanted, "input": x,
-                                 "sigma": sigma})  # fmt: skip
+            denoised = function(
+                {"denoised": denoised, "uncond_denoised": uncond, "input": x, "sigma": sigma}
+            )
         return denoised

@@ -5,8 +5,7 @@ from typing import Any
 from torch import Tensor
 
 from ...skyreels.config import TILINGS
-from ...skyreels.vae.budget import decode_bytes
-from ...skyreels.vae.tiling import decode_frames, explicit_tiling, largest_tile
+from ...skyreels.vae.tiling import decode_frames, explicit_tiling
 from .. import host
 from . import convert
 
@@ -94,10 +93,5 @@ class SkyReelsVAEDecode:
     ) -> tuple[Tensor]:
         latents = convert.latent_samples(samples)
         tiling = explicit_tiling(mode, tile_size, tile_stride, tile_frames, tile_frames_stride)
-        runtime = host.ComfyRuntime(unique_id)
-        config, dtype = vae.module.config, next(vae.module.parameters()).dtype
-        # "auto" asks for room for whole-clip tiles and then takes what there is
-        planned = tiling or TILINGS.get("tiled" if mode == "auto" else mode)
-        largest = largest_tile(latents.shape, planned)
-        host.bring_in(vae, runtime, decode_bytes(config, largest, dtype))
+        runtime = host.ComfyRuntime(unique_id, vae)
         return (decode_frames(vae.module, latents, mode, tiling=tiling, runtime=runtime),)

@@ -2,13 +2,12 @@
 
 from typing import Any
 
-from torch import Size, Tensor
+from torch import Tensor
 
 from ...skyreels.config import MAX_FRAMES, MAX_SIZE, SIZE_MULTIPLE
 from ...skyreels.errors import ShapeError
-from ...skyreels.image import FITS, encode_image
-from ...skyreels.latents import ImageConditioning, check_size, latent_shape
-from ...skyreels.vae.budget import decode_bytes
+from ...skyreels.image import FITS, ImageSettings, encode_image
+from ...skyreels.latents import ImageConditioning, check_size
 from .. import host
 
 
@@ -147,13 +146,15 @@ class SkyReelsImageConditioning:
         unique_id: str | None = None,
     ) -> tuple[ImageConditioning]:
         check_size(width, height, num_frames)
-        runtime = host.ComfyRuntime(unique_id)
-        largest = Size(latent_shape(prefix_frames, height, width))
-        dtype = next(vae.module.parameters()).dtype
-        host.bring_in(vae, runtime, decode_bytes(vae.module.config, largest, dtype))
+        settings = ImageSettings(fit, prefix_frames, noise_augmentation, latent_strength)
         conditioning = encode_image(
-            vae.module, image, width=width, height=height, num_frames=num_frames, fit=fit,
-            prefix_frames=prefix_frames, noise_augmentation=noise_augmentation,
-            latent_strength=latent_strength, seed=augmentation_seed, runtime=runtime,
-        )  # fmt: skip
+            vae.module,
+            image,
+            settings,
+            width=width,
+            height=height,
+            num_frames=num_frames,
+            seed=augmentation_seed,
+            runtime=host.ComfyRuntime(unique_id, vae),
+        )
         return (conditioning,)

@@ -73,7 +73,7 @@ class SkyReelsTransformerLoader:
         self, transformer: str, precision: str, unique_id: str | None = None
     ) -> tuple[host.LoadedModel]:
         runtime = host.ComfyRuntime(unique_id)
-        with host.plain_tensors():
+        with host.without_inference_mode():
             if transformer == BUILTIN_NAME:
                 logger.info(BUILTIN_NOTICE)
                 module = builtin_transformer(precision, runtime=runtime)
@@ -125,7 +125,7 @@ class SkyReelsVAELoader:
         self, vae: str, precision: str, unique_id: str | None = None
     ) -> tuple[host.LoadedModel]:
         runtime = host.ComfyRuntime(unique_id)
-        with host.plain_tensors():
+        with host.without_inference_mode():
             if vae == BUILTIN_NAME:
                 module = builtin_vae(precision, runtime=runtime)
             else:

@@ -7,7 +7,8 @@ from torch import Tensor
 
 from ...skyreels.config import MAX_STEPS, Guidance
 from ...skyreels.latents import ImageConditioning
-from ...skyreels.sampling.sample import check_inputs, euler, get_sigmas, run_bytes, sample
+from ...skyreels.sampling.sample import sample
+from ...skyreels.sampling.settings import SamplingSettings, euler, get_sigmas
 from ...skyreels.sampling.step_cache import CACHES
 from ...skyreels.transformer.attention import MODES
 from .. import host
@@ -301,43 +302,41 @@ class SkyReelsSampler:
         attention: str = "exact",
         unique_id: str | None = None,
     ) -> tuple[convert.Latent]:
-        prompt = convert.to_prompt_embeds(positive, "positive")
-        negative_prompt = None
-        if negative is not None and cfg > 1:
-            negative_prompt = convert.to_prompt_embeds(negative, "negative")
+        if latent is not None and latent.get("noise_mask") is not None:
+            logger.warning("The latent's noise mask is not used: the whole clip is sampled.")
         if image is None:
             image = convert.image_from_conditioning(positive, latent)
         if sigmas is None:
             sigmas = get_sigmas(steps, shift, denoise)
-        sigmas = sigmas.float().cpu()
-        init_latents = None if latent is None else convert.latent_samples(latent)
-        if latent is not None and latent.get("noise_mask") is not None:
-            logger.warning("The latent's noise mask is not used: the whole clip is sampled.")
-        guidance = Guidance(
-            true_cfg_scale=cfg,
-            guidance_scale=convert.embedded_guidance(positive, embedded_guidance),
-            cfg_start=cfg_start,
-            cfg_end=cfg_end,
-            guidance_rescale=guidance_rescale,
-            cfg_zero_star=cfg_zero_star,
-            zero_init_steps=zero_init_steps,
-        )
-        runtime = host.ComfyRuntime(unique_id, with_preview=True)
-        inputs = (model.module, image, prompt, negative_prompt)
-        check_inputs(*inputs, sigmas, guidance, init_latents)
-        host.bring_in(model, runtime, run_bytes(*inputs, CACHES[cache], attention=attention))
-        samples = sample(
-            *inputs,
+        negative_prompt = None
+        if negative is not None and cfg > 1:
+            negative_prompt = convert.to_prompt_embeds(negative, "negative")
+        settings = SamplingSettings(
             seed=seed,
-            sigmas=sigmas,
-            guidance=guidance,
-            solver=euler if sampler is None else host.core_solver(sampler, shift, seed),
-            init_latents=init_latents,
+            sigmas=sigmas.float().cpu(),
+            guidance=Guidance(
+                true_cfg_scale=cfg,
+                guidance_scale=convert.embedded_guidance(positive, embedded_guidance),
+                cfg_start=cfg_start,
+                cfg_end=cfg_end,
+                guidance_rescale=guidance_rescale,
+                cfg_zero_star=cfg_zero_star,
+                zero_init_steps=zero_init_steps,
+            ),
+            init_latents=None if latent is None else convert.latent_samples(latent),
             add_noise=add_noise,
             riflex_k=riflex_k,
-            resume=host.resume_folder() if resume else None,
             cache=CACHES[cache],
             attention=attention,
-            runtime=runtime,
+            solver=euler if sampler is None else host.core_solver(sampler, shift, seed),
+            resume=host.resume_folder() if resume else None,
+        )
+        samples = sample(
+            model.module,
+            image,
+            convert.to_prompt_embeds(positive, "positive"),
+            negative_prompt,
+            settings,
+            runtime=host.ComfyRuntime(unique_id, model, with_preview=True),
         )
         return ({**(latent or {}), "samples": samples},)

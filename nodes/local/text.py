@@ -55,7 +55,7 @@ class SkyReelsTextEncoderLoader:
 
     def load(self, text_encoder: str, unique_id: str | None = None) -> tuple[TextEncoder]:
         runtime = host.ComfyRuntime(unique_id)
-        with host.plain_tensors():
+        with host.without_inference_mode():
             if text_encoder == BUILTIN_NAME:
                 return (builtin_text_encoder(runtime=runtime),)
             path = host.resolve("text_encoders", text_encoder, encoder_folders())

@@ -1,13 +1,13 @@
-"""What a run is told by text and time, computed once for the whole schedule.
+"""What each step gets from text and time, computed once for the whole schedule.
 
 The modulation of all blocks, the embedders and the text refiner are 3.76 of the model's 12.82
-billion parameters, and no latent ever enters them. So they visit the device once, one after the
-other, before the first step; what they say (2.2 MB and the text tokens for a step of one prompt in
-bfloat16) waits on the host, and the weights stay out of the loop. Every value comes from the same
-call with the same shapes as in `SkyReelsTransformer.condition`, so it has the same bits.
+billion parameters, and no latent ever enters them. So they are loaded on the device once, one after
+the other, before the first step; their results (2.2 MB and the text tokens for a step of one prompt
+in bfloat16) are kept on the host, and the weights stay out of the loop. Every value comes from the
+same call with the same shapes as in `SkyReelsTransformer.condition`, so it has the same bits.
 
-A step of a prompt is about a hundred tensors. They wait in one piece of memory, from which one copy
-brings them to the device while the host goes on.
+A step of a prompt is about a hundred tensors. They are packed into one piece of memory, from which
+one copy brings them to the device while the host goes on.
 """
 
 import logging
@@ -27,15 +27,15 @@ from ..transformer.model import RunBlock, SkyReelsTransformer, StepConditioning
 
 logger = logging.getLogger("skyreels.sampling.precompute")
 
-#: pairs of prompt and step that are kept; with 256 tokens of text each, 256 are about 1 GB. What
-#: lies beyond is computed when it is asked for.
+#: pairs of prompt and step that are kept; with 256 tokens of text each, 256 are about 1 GB. Others
+#: are computed when they are looked up.
 MAX_KEPT = 256
 
-#: of(prompt, timestep, run_block): what one forward pass is told, on the device. prompt: its place
-#: among the prompts. timestep: 0..1000, exactly representable in float32; a number, as looking up a
-#: tensor's would make the host wait for the device. run_block: brings weights back for a timestep
-#: that was not in the schedule.
-Conditioning = Callable[[int, float, RunBlock], StepConditioning]
+#: lookup(prompt, timestep, run_block): text and modulation of one model evaluation, on the device.
+#: prompt: its index among the prompts. timestep: 0..1000, exactly representable in float32; a
+#: number, because reading a tensor's would make the host wait for the device. run_block: brings
+#: weights back for a timestep that was not in the schedule.
+StepLookup = Callable[[int, float, RunBlock], StepConditioning]
 
 
 def precompute(
@@ -46,74 +46,83 @@ def precompute(
     *,
     attention: Attention,
     runtime: Runtime,
-) -> Conditioning:
-    """Compute what every step of a run is told.
+) -> StepLookup:
+    """Compute text and modulation for every step of a run.
 
     Args:
-        transformer: on any device; its conditioners visit the device one at a time.
+        transformer: on any device; its conditioners are loaded on the device one at a time.
+        prompts: encoded, of any lengths.
         timesteps: of the schedule, 0..1000, exactly representable in float32.
         guidance: [1] float32, embedded guidance times 1000.
+        attention: for the text refiner.
         runtime: asked for an interrupt between modules; its device is where results are wanted.
+
+    Returns:
+        The function that looks them up.
     """
     device, host = runtime.device, torch.device("cpu")
     guidance = guidance.to(device)
     inputs = [(p.prompt_embeds.to(device), p.pooled_prompt_embeds.to(device)) for p in prompts]
-    keys = [(which, float(t)) for t in timesteps for which in range(len(prompts))]
+    keys = [(prompt, float(t)) for t in timesteps for prompt in range(len(prompts))]
     keys = list(dict.fromkeys(keys))[:MAX_KEPT]
 
     embedded = {}
     with ExitStack() as stack:
         for module in transformer.embedders:
             stack.enter_context(on_device(module, device))
-        for which, t in keys:
+        for prompt, t in keys:
             runtime.check_interrupt()
             timestep = torch.tensor([t], dtype=torch.float32, device=device)
-            embedded[which, t] = transformer.embed(
-                timestep, *inputs[which], guidance, attention=attention
+            embedded[prompt, t] = transformer.embed(
+                timestep, *inputs[prompt], guidance, attention=attention
             )
-    rows: dict[tuple[int, float], list[tuple[Tensor, ...]]] = {key: [] for key in keys}
-    for modulations in transformer.modulations:
+    modulation: dict[tuple[int, float], list[tuple[Tensor, ...]]] = {key: [] for key in keys}
+    for modules in transformer.modulations:
         with ExitStack() as stack:
             runtime.check_interrupt()
-            for module in modulations:
+            for module in modules:
                 stack.enter_context(on_device(module, device))
             for key, (vec, _) in embedded.items():
-                rows[key].append(tuple(module(vec).to(host) for module in modulations))
-    kept: dict[tuple[int, float], Tensor] = {}
-    shapes: dict[int, StepConditioning] = {}  # of what a prompt's steps are told
+                modulation[key].append(tuple(module(vec).to(host) for module in modules))
+    packed: dict[tuple[int, float], Tensor] = {}
+    shapes: dict[int, StepConditioning] = {}  # of each prompt's steps
     for key in keys:
-        told = StepConditioning(embedded.pop(key)[1].to(host), tuple(rows.pop(key)))
-        kept[key] = pack(told, device)
+        step = StepConditioning(embedded.pop(key)[1].to(host), tuple(modulation.pop(key)))
+        packed[key] = pack(step, device)
         shapes[key[0]] = StepConditioning(
-            told.text.to("meta"), tuple(tuple(r.to("meta") for r in block) for block in told.rows)
+            step.text.to("meta"), tuple(tuple(t.to("meta") for t in block) for block in step.rows)
         )
 
-    def of(prompt: int, timestep: float, run_block: RunBlock) -> StepConditioning:
-        packed = kept.get((prompt, timestep))
-        if packed is None:
+    def lookup(prompt: int, timestep: float, run_block: RunBlock) -> StepConditioning:
+        found = packed.get((prompt, timestep))
+        if found is None:
             return transformer.condition(
-                torch.tensor([timestep], dtype=torch.float32, device=device), *inputs[prompt],
-                guidance, attention=attention, run_block=run_block,
-            )  # fmt: skip
-        return unpack(packed.to(runtime.device, non_blocking=True), shapes[prompt])
+                torch.tensor([timestep], dtype=torch.float32, device=device),
+                *inputs[prompt],
+                guidance,
+                attention=attention,
+                run_block=run_block,
+            )
+        return unpack(found.to(runtime.device, non_blocking=True), shapes[prompt])
 
-    return of
+    return lookup
 
 
-def pack(told: StepConditioning, device: torch.device) -> Tensor:
-    """Put what a step is told into one piece of host memory.
+def pack(step: StepConditioning, device: torch.device) -> Tensor:
+    """Put text and modulation of a step into one piece of host memory.
 
     Args:
-        told: on the host, all of one dtype.
-        device: where it will be wanted; see `host_memory`.
+        step: on the host, all of one dtype.
+        device: where it will be copied; see `host_memory`.
+
     Returns:
-        one-dimensional, of that dtype; each tensor begins at a multiple of BYTE_ALIGNMENT.
+        One-dimensional, of that dtype; each tensor begins at a multiple of BYTE_ALIGNMENT.
     """
-    tensors = _tensors(told)
-    dtype = told.text.dtype
+    tensors = _tensors(step)
+    dtype = step.text.dtype
     assert all(tensor.dtype == dtype for tensor in tensors)
     packed = host_memory(sum(map(_padded_numel, tensors)), dtype, device)
-    for place, tensor in zip(_tensors(unpack(packed, told)), tensors, strict=True):
+    for place, tensor in zip(_tensors(unpack(packed, step)), tensors, strict=True):
         place.copy_(tensor)
     return packed
 
@@ -122,7 +131,11 @@ def unpack(packed: Tensor, shapes: StepConditioning) -> StepConditioning:
     """What was packed, as views.
 
     Args:
-        packed: from `pack`, on any device. shapes: of what was packed; only that is looked at.
+        packed: from `pack`, on any device.
+        shapes: what was packed, or tensors of its shapes.
+
+    Returns:
+        Views of `packed`.
     """
     start = 0
 
@@ -137,11 +150,11 @@ def unpack(packed: Tensor, shapes: StepConditioning) -> StepConditioning:
 
 
 def host_memory(numel: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """[numel] numbers on the host, not yet written, to be copied to `device` later.
+    """[numel] uninitialized numbers on the host, to be copied to `device` later.
 
-    For a CUDA device they are pinned, so that a copy runs beside what the host does. Where that
-    cannot be had (it is limited on Windows and in containers), the host waits for each copy, and
-    that is said once.
+    For a CUDA device they are pinned, so that a copy runs beside what the host does. Where pinning
+    fails (it is limited on Windows and in containers), the host waits for each copy, and one
+    warning says so.
     """
     if device.type == "cuda":
         try:
@@ -155,8 +168,8 @@ def host_memory(numel: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     return torch.empty(numel, dtype=dtype)
 
 
-def _tensors(told: StepConditioning) -> list[Tensor]:
-    return [told.text, *(row for block in told.rows for row in block)]
+def _tensors(step: StepConditioning) -> list[Tensor]:
+    return [step.text, *(tensor for block in step.rows for tensor in block)]
 
 
 def _padded_numel(tensor: Tensor) -> int:

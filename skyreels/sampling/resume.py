@@ -1,52 +1,128 @@
-"""Finished steps in a file, so that an interrupted run goes on where it was."""
+"""Finished steps in a file, so that an interrupted run continues where it was."""
 
 import hashlib
+import logging
 import os
+from collections.abc import Callable
+from dataclasses import fields, is_dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from ..errors import CheckpointError, OptionError
+from ..latents import ImageConditioning
+from ..text.embeds import PromptEmbeds
 from ..transformer.model import SkyReelsTransformer
+from .settings import SamplingSettings
+
+logger = logging.getLogger("skyreels.sampling.resume")
+
+#: settings that do not decide the result of a run that can be resumed: its solver is Euler
+NOT_IN_FINGERPRINT = {"solver", "resume"}
+
+#: save(step, latents): keep the latents after `step` finished steps
+SaveStep = Callable[[int, Tensor], None]
 
 
-def fingerprint_run(transformer: SkyReelsTransformer, *inputs: object) -> str:
-    """A hash of everything that decides the result; of each weight, its kind and first numbers."""
+def fingerprint_run(
+    transformer: SkyReelsTransformer,
+    image: ImageConditioning,
+    prompt: PromptEmbeds,
+    negative: PromptEmbeds | None,
+    settings: SamplingSettings,
+) -> str:
+    """A hash of everything that decides the result; of each weight, its kind and first numbers.
+
+    It covers every field of the settings that is not in NOT_IN_FINGERPRINT. Their order is part of
+    it: with another order, or a new field, files of earlier versions are refused.
+
+    Args:
+        transformer: whose weights decide.
+        image: start of the clip.
+        prompt: positive prompt.
+        negative: negative prompt, if any.
+        settings: of the run.
+
+    Returns:
+        64 hexadecimal digits.
+    """
     digest = hashlib.sha256(repr(transformer.config).encode())
 
     def add(value: object) -> None:
         if isinstance(value, Tensor):
             digest.update(f"{value.dtype}{list(value.shape)}".encode())
             digest.update(value.detach().float().cpu().contiguous().numpy().tobytes())
-        elif hasattr(value, "__dataclass_fields__"):
-            for name in value.__dataclass_fields__:
-                add(getattr(value, name))
+        elif is_dataclass(value):
+            for each in fields(value):
+                add(getattr(value, each.name))
         else:
-            digest.update(repr(value).encode())
+            digest.update(repr("a function" if callable(value) else value).encode())
 
     for name, weight in transformer.named_parameters():
         digest.update(f"{name} {list(weight.shape)}".encode())
         add(weight.detach().flatten()[:16])
-    for value in inputs:
-        add(value)
+    for part in (image, prompt, negative):
+        add(part)
+    for each in fields(settings):
+        if each.name not in NOT_IN_FINGERPRINT:
+            add(getattr(settings, each.name))
+        if each.name == "guidance":
+            add(0)  # an option that guidance had here, always off, in files of earlier versions
     return digest.hexdigest()
 
 
+def resume_run(
+    place: Path, fingerprint: str, latents: Tensor, num_steps: int
+) -> tuple[int, Tensor, SaveStep]:
+    """Continue the run that is saved in a place, or begin to save one there.
+
+    Args:
+        place: a file, or a folder in which the file is named after the fingerprint.
+        fingerprint: of the run.
+        latents: its start.
+        num_steps: of its schedule.
+
+    Returns:
+        Finished steps, the latents after them, and a function that saves a step.
+    """
+    if os.path.isdir(place):
+        place = place / f"{fingerprint[:32]}.safetensors"
+    first_step, latents = load_state(place, fingerprint, latents, num_steps)
+
+    def save(step: int, latents: Tensor) -> None:
+        if not bool(latents.isfinite().all()):
+            return
+        try:
+            save_state(place, fingerprint, step, latents)
+        except OSError as error:  # a full disk must not cost the run
+            logger.warning("Step %d is not saved in %s: %s.", step, place, error)
+
+    return first_step, latents, save
+
+
 def save_state(path: Path, fingerprint: str, step: int, latents: Tensor) -> None:
-    """Keep the latents after `step` steps; the file is replaced as a whole."""
+    """Save the latents after `step` steps; the file is replaced as a whole."""
     from safetensors.torch import save
 
-    part = path.with_name(path.name + ".part")
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")
     metadata = {"fingerprint": fingerprint, "step": str(step)}
-    part.write_bytes(save({"latents": latents.float().cpu().contiguous()}, metadata))
-    os.replace(part, path)
+    try:
+        part.write_bytes(save({"latents": latents.float().cpu().contiguous()}, metadata))
+        os.replace(part, path)
+    except OSError:
+        part.unlink(missing_ok=True)
+        raise
 
 
 def load_state(path: Path, fingerprint: str, latents: Tensor, num_steps: int) -> tuple[int, Tensor]:
     """Finished steps and the latents after them; 0 and what was given if nothing is saved.
 
-    Then the start is saved, so that a place that cannot be written is found now.
+    Then the start is saved, so that a path that cannot be written is found now.
+
+    Raises:
+        OptionError: the file belongs to another run, or the path cannot be used.
+        CheckpointError: the file is damaged.
     """
     from safetensors import SafetensorError, safe_open
 
@@ -76,7 +152,7 @@ def load_state(path: Path, fingerprint: str, latents: Tensor, num_steps: int) ->
             f"{path} was saved with other settings, picture, prompt or weights: restore them to "
             "continue, or delete the file to start over."
         )
-    whole = saved.dtype == torch.float32 and bool(saved.isfinite().all())
-    if not whole or not 0 <= step <= num_steps:
+    is_whole = saved.dtype == torch.float32 and bool(saved.isfinite().all())
+    if not is_whole or not 0 <= step <= num_steps:
         raise CheckpointError(f"{path} is damaged (step {step}): delete it to start over.")
     return step, saved

@@ -18,7 +18,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from .. import kernels
-from ..config import Layout, TransformerConfig
+from ..config import Chunking, TransformerConfig
 from ..errors import OptionError
 from ..kernels import Rows
 from .attention import Attention
@@ -240,7 +240,7 @@ class DoubleBlock(nn.Module):
 
     def forward(
         self, img: Tensor, txt: Tensor, rows: tuple[Tensor, ...], rope: Tensor,
-        attention: Attention, layout: Layout,
+        attention: Attention, chunking: Chunking,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         img_shift1, img_scale1, img_gate1, img_shift2, img_scale2, img_gate2 = rows[0].chunk(6, -1)
         txt_shift1, txt_scale1, txt_gate1, txt_shift2, txt_scale2, txt_gate2 = rows[1].chunk(6, -1)
@@ -251,7 +251,7 @@ class DoubleBlock(nn.Module):
         ]  # fmt: skip
         attended = _attend(
             [(self.img_attn_qkv, img_normed), (self.txt_attn_qkv, txt_normed)],
-            img, img.shape[1] + txt.shape[1], norms, rope, attention, layout,
+            img, img.shape[1] + txt.shape[1], norms, rope, attention, chunking,
         )  # fmt: skip
         del img_normed, txt_normed
         img_attended, txt_attended = attended.split([img.shape[1], txt.shape[1]], dim=1)
@@ -264,7 +264,7 @@ class DoubleBlock(nn.Module):
             img, img_out, img_gate1, img_shift2, img_scale2, input_format(self.img_mlp.fc1)
         )
         del img_out
-        img_out = _feed_forward(self.img_mlp, img_normed, img, layout.mlp_chunks)
+        img_out = _feed_forward(self.img_mlp, img_normed, img, chunking.mlp_chunks)
         del img_normed
         img = kernels.gated_residual(img, img_out, img_gate2)
         txt, txt_normed = kernels.residual_layer_norm_modulate(
@@ -294,20 +294,22 @@ class SingleBlock(nn.Module):
 
     def forward(
         self, x: Tensor, rows: tuple[Tensor, ...], rope: Tensor, attention: Attention,
-        layout: Layout,
+        chunking: Chunking,
     ) -> Tensor:  # fmt: skip
         shift, scale, gate = rows[0].chunk(3, dim=-1)
         hidden = x.shape[2]
         normed = _norm_for(self.linear1, x, shift, scale)
         norms = [self.q_norm, self.k_norm, self.q_norm, self.k_norm]
-        attended = _attend([(self.linear1, normed)], x, x.shape[1], norms, rope, attention, layout)
+        attended = _attend(
+            [(self.linear1, normed)], x, x.shape[1], norms, rope, attention, chunking
+        )
         rounded = _rounded_for(self.linear2, attended)
         del attended
         out = linear(self.linear2, rounded, columns=slice(0, hidden))
         del rounded
         # products of 8 bits are not added to what is there, so the other half waits beside
         other = None if input_format(self.linear2) is None else torch.empty_like(out)
-        for part in _parts(x.shape[1], layout.mlp_chunks, TOKEN_MULTIPLE):
+        for part in _parts(x.shape[1], chunking.mlp_chunks, TOKEN_MULTIPLE):
             rows_of_mlp, columns = slice(3 * hidden, None), slice(hidden, None)
             active = linear_gelu(
                 self.linear1, _tokens(normed, part), rows_of_mlp, input_format(self.linear2)
@@ -355,7 +357,7 @@ def _feed_forward(mlp: MLP, normed: Tensor | Rows, like: Tensor, chunks: int) ->
 
 def _attend(
     streams: list[tuple[nn.Module, Tensor | Rows]], like: Tensor, length: int,
-    norms: list[nn.RMSNorm], rope: Tensor, attention: Attention, layout: Layout,
+    norms: list[nn.RMSNorm], rope: Tensor, attention: Attention, chunking: Chunking,
 ) -> Tensor:  # fmt: skip
     """Joint attention of all tokens of the streams, some heads at a time.
 
@@ -373,7 +375,7 @@ def _attend(
     head_dim = len(norms[0].weight)
     q_norm, k_norm, text_q_norm, text_k_norm = (norm.weight for norm in norms)
     weights = (q_norm, k_norm, text_q_norm, text_k_norm)
-    groups = _parts(hidden // head_dim, layout.head_groups)
+    groups = _parts(hidden // head_dim, chunking.head_groups)
     if len(groups) == 1:
         qkv = _project(streams, like, length, slice(0, hidden)).unflatten(3, (-1, head_dim))
         query, key, value = kernels.qk_norm_rope(qkv, *weights, rope).permute(2, 0, 3, 1, 4)

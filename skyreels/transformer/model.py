@@ -16,7 +16,7 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from ..config import LAYOUTS, Layout, TransformerConfig
+from ..config import CHUNKINGS, Chunking, TransformerConfig
 from ..errors import ShapeError
 from .attention import Attention, sdpa
 from .layers import (
@@ -169,7 +169,7 @@ class SkyReelsTransformer(nn.Module):
         rope: Tensor | None = None,
         attention: Attention = sdpa,
         run_block: RunBlock = call,
-        layout: Layout = LAYOUTS["whole"],
+        chunking: Chunking = CHUNKINGS["whole"],
     ) -> Tensor:
         """One prediction.
 
@@ -183,7 +183,7 @@ class SkyReelsTransformer(nn.Module):
             rope: [N, D / 2] complex64 from `rope_table`; built here if None.
             attention: see attention.py.
             run_block: called as run_block(module, *args) for every conditioner and every block.
-            layout: how much of a block is computed at a time.
+            chunking: how much of a block is computed at a time.
         Returns:
             [B, 16, T, h, w] velocity in the compute dtype.
         Raises:
@@ -196,7 +196,7 @@ class SkyReelsTransformer(nn.Module):
         )  # fmt: skip
         return self.denoise(
             hidden_states, conditioning, rope=rope, attention=attention, run_block=run_block,
-            layout=layout,
+            chunking=chunking,
         )  # fmt: skip
 
     def denoise(
@@ -207,7 +207,7 @@ class SkyReelsTransformer(nn.Module):
         rope: Tensor | None = None,
         attention: Attention = sdpa,
         run_block: RunBlock = call,
-        layout: Layout = LAYOUTS["whole"],
+        chunking: Chunking = CHUNKINGS["whole"],
     ) -> Tensor:
         """One prediction from what `condition` returned; otherwise as `forward`."""
         self._check(hidden_states)
@@ -218,12 +218,12 @@ class SkyReelsTransformer(nn.Module):
         img, txt = self.img_in(hidden_states.to(self.compute_dtype)), conditioning.text
         rows = iter(conditioning.rows)
         for block in self.double_blocks:
-            img, txt = run_block(block, img, txt, next(rows), rope, attention, layout)
+            img, txt = run_block(block, img, txt, next(rows), rope, attention, chunking)
         num_image_tokens = img.shape[1]
         joined = torch.cat([img, txt], dim=1)
         del img, txt
         for block in self.single_blocks:
-            joined = run_block(block, joined, next(rows), rope, attention, layout)
+            joined = run_block(block, joined, next(rows), rope, attention, chunking)
 
         patches = self.final_layer(joined[:, :num_image_tokens], *next(rows))
         frames, rows_of_tokens, columns = grid

@@ -36,33 +36,33 @@ def _loop_tensors(transformer: SkyReelsTransformer, part: nn.Module | None = Non
 
 
 def sampling_bytes(
-    config: TransformerConfig, num_tokens: int, dtype: torch.dtype, layout: str = "chunks"
+    config: TransformerConfig, num_tokens: int, dtype: torch.dtype, chunking: str = "chunks"
 ) -> int:
     """Peak bytes of one forward pass beyond the weights.
 
     Args:
         num_tokens: image and text tokens of one branch; the branches run one after the other.
-        dtype: of the activations. layout: a name of config.LAYOUTS.
+        dtype: of the activations. chunking: a name of config.CHUNKINGS.
     """
     hidden = num_tokens * config.hidden_size * dtype.itemsize
-    return int(PEAK_HIDDEN_TENSORS[layout] * hidden)
+    return int(PEAK_HIDDEN_TENSORS[chunking] * hidden)
 
 
-def choose_layout(
+def choose_chunking(
     transformer: SkyReelsTransformer, activation_bytes: Mapping[str, int], runtime: Runtime
 ) -> str:
-    """The fastest layout that leaves room for all weights of the loop, else the smallest.
+    """The fastest chunking that leaves room for all weights of the loop, else the smallest.
 
     Args:
-        activation_bytes: of each layout; names of config.LAYOUTS, fastest first.
+        activation_bytes: of each chunking; names of config.CHUNKINGS, fastest first.
     """
     weights = bytes_away(_loop_tensors(transformer), runtime.device) + RESERVE_BYTES
     runtime.make_room(weights + activation_bytes["chunks"])
     free = runtime.free_bytes() - weights
-    for layout, num_bytes in activation_bytes.items():
-        margin = WHOLE_MARGIN_BYTES if layout == "whole" else 0
+    for chunking, num_bytes in activation_bytes.items():
+        margin = WHOLE_MARGIN_BYTES if chunking == "whole" else 0
         if num_bytes + margin <= free:
-            return layout
+            return chunking
     return "head groups"
 
 

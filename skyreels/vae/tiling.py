@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ..config import SPATIAL_COMPRESSION, TEMPORAL_COMPRESSION, TILINGS, Tiling, VAEConfig
 from ..errors import OptionError, OutOfRoomError, ShapeError
-from ..offload import missing_bytes, on_device
+from ..offload import on_device
 from ..runtime import Runtime
 from .budget import decode_bytes
 from .model import VideoVAE
@@ -56,7 +56,7 @@ def decode_frames(
     Returns:
         [F, H, W, 3] float32 in [0, 1], contiguous, on runtime.offload_device; F = 4 * (T - 1) + 1.
     Raises:
-        OptionError: unknown mode or illegal tiles.
+        OptionError: unknown mode.
         ShapeError: latents of another shape.
         OutOfRoomError: "auto" and not even the smallest tiles fit.
     """
@@ -72,10 +72,10 @@ def decode_frames(
         tiling = TILINGS["tiled" if is_auto else mode] if mode != "full" else None
     largest = largest_tile(vae_latents.shape, tiling)
     dtype = next(vae.parameters()).dtype
-    runtime.make_room(missing_bytes(vae, runtime.device) + decode_bytes(vae.config, largest, dtype))
+    num_bytes = decode_bytes(vae.config, largest, dtype)
     clip: Tensor | None = None
     done = 0
-    with on_device(vae, runtime.device):
+    with runtime.place(vae, num_bytes), on_device(vae, runtime.device):
         if is_auto:
             free = _free_beside_the_clip(vae_latents, runtime)
             tiling = choose_tiling(vae.config, vae_latents.shape, free, dtype)
@@ -121,13 +121,11 @@ def iter_decode(
         Iterator of [1, 3, f, H, W] float32, about -1 to 1, not clamped, on runtime.offload_device;
         the memory of a chunk is ordered [f, H, W, 3].
     Raises:
-        ShapeError: latents are not 5-D or hold more than one clip. OptionError: illegal tiles.
-        Both are raised here, before the first chunk is asked for.
+        ShapeError: latents are not 5-D or hold more than one clip; raised here, before the first
+            chunk is asked for.
     Source: diffusers 0.42.1 AutoencoderKLHunyuanVideo._temporal_tiled_decode.
     """
     _check_latents(vae_latents)
-    if tiling is not None:
-        check_tiling(tiling)
     return _windows(vae, vae_latents, tiling, runtime)
 
 
@@ -335,31 +333,6 @@ def explicit_tiling(
 
 def _three_quarters(length: int, multiple: int) -> int:
     return max(multiple, length * 3 // 4 // multiple * multiple) if length else 0
-
-
-def check_tiling(tiling: Tiling) -> None:
-    """Raise OptionError unless sizes are multiples of 8 (4 in time) and 0 < stride <= tile."""
-    for axis, multiple in (
-        ("height", SPATIAL_COMPRESSION),
-        ("width", SPATIAL_COMPRESSION),
-        ("num_frames", TEMPORAL_COMPRESSION),
-    ):
-        tile = getattr(tiling, f"tile_sample_min_{axis}")
-        stride = getattr(tiling, f"tile_sample_stride_{axis}")
-        if axis == "num_frames" and tile == 0:
-            continue
-        for name, value in (("min", tile), ("stride", stride)):
-            if value <= 0 or value % multiple:
-                near = max(round(value / multiple), 1) * multiple
-                raise OptionError(
-                    f"tile_sample_{name}_{axis} is {value}; it must be a positive multiple of "
-                    f"{multiple}: use {near}."
-                )
-        if stride > tile:
-            raise OptionError(
-                f"tile_sample_stride_{axis} {stride} is larger than tile_sample_min_{axis} {tile} "
-                f"and would leave gaps: use at most {tile}."
-            )
 
 
 def _check_latents(vae_latents: Tensor) -> None:

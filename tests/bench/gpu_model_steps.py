@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from bench_attention import Unavailable
 from comfyui_skyreels.skyreels import offload
-from comfyui_skyreels.skyreels.config import LAYOUTS, TransformerConfig
+from comfyui_skyreels.skyreels.config import CHUNKINGS, TransformerConfig
 from comfyui_skyreels.skyreels.kernels import reference
 from comfyui_skyreels.skyreels.offload import weight_bytes
 from comfyui_skyreels.skyreels.runtime import TorchRuntime
@@ -73,11 +73,11 @@ class Bench:
         """Of image and text."""
         return len(self.rope) + TEXT_TOKENS
 
-    def denoise(self, function: Attention | None = None, layout: str = "whole") -> Tensor:
+    def denoise(self, function: Attention | None = None, chunking: str = "whole") -> Tensor:
         """One prediction, its conditioning made before, as in a run."""
         return self.model.denoise(
             self.inputs["hidden_states"], self.conditioning, rope=self.rope,
-            attention=function or self.exact, layout=LAYOUTS[layout],
+            attention=function or self.exact, chunking=CHUNKINGS[chunking],
         )  # fmt: skip
 
 
@@ -189,14 +189,14 @@ def exact(context: Context) -> None:
     context.tidy()
     with context.attempt("split"):
         split(context, whole)
-    for layout in ("chunks", "head groups"):
-        with context.attempt(f"ours, {layout}"):
-            other = measured_peak(context, bench, layout)
+    for chunking in ("chunks", "head groups"):
+        with context.attempt(f"ours, {chunking}"):
+            other = measured_peak(context, bench, chunking)
             difference = relative_difference(other, mine)
-            context.emit(f"ours, {layout}: difference to whole", difference)
+            context.emit(f"ours, {chunking}: difference to whole", difference)
             del other
-            if layout == "chunks":
-                rounds.time("ours, chunks", partial(bench.denoise, layout=layout))
+            if chunking == "chunks":
+                rounds.time("ours, chunks", partial(bench.denoise, chunking=chunking))
                 rounds.time("ours, with its conditioning", lambda: bench.model(
                     **bench.inputs, rope=bench.rope, attention=bench.exact
                 ))  # fmt: skip
@@ -221,12 +221,12 @@ class peak_of:  # noqa: N801 - a context manager
             self.context.emit(f"{self.name}: peak of activations", self.num_bytes / 1e9, "GB")
 
 
-def measured_peak(context: Context, bench: Bench, layout: str) -> Tensor:
+def measured_peak(context: Context, bench: Bench, chunking: str) -> Tensor:
     """A prediction, and what it takes beside what is planned with."""
-    name = f"ours, {layout}"
-    planned = placement.sampling_bytes(bench.model.config, bench.tokens, torch.bfloat16, layout)
+    name = f"ours, {chunking}"
+    planned = placement.sampling_bytes(bench.model.config, bench.tokens, torch.bfloat16, chunking)
     with peak_of(context, name) as peak:
-        output = bench.denoise(layout=layout)
+        output = bench.denoise(chunking=chunking)
     context.emit(f"{name}: planned", planned / 1e9, "GB")
     if context.is_cuda:
         context.emit(f"{name}: peak over planned", peak.num_bytes / planned)

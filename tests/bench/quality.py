@@ -40,7 +40,8 @@ from comfyui_skyreels.skyreels.image import encode_image
 from comfyui_skyreels.skyreels.kernels.reference import quantized_attention
 from comfyui_skyreels.skyreels.offload import RESERVE_BYTES
 from comfyui_skyreels.skyreels.runtime import TorchRuntime
-from comfyui_skyreels.skyreels.sampling.sample import get_sigmas, sample
+from comfyui_skyreels.skyreels.sampling.sample import sample
+from comfyui_skyreels.skyreels.sampling.settings import SamplingSettings, get_sigmas
 from comfyui_skyreels.skyreels.sampling.step_cache import CACHES, OFF, CacheConfig
 from comfyui_skyreels.skyreels.text.encode import DEFAULT_NEGATIVE_PROMPT, encode_prompt
 from comfyui_skyreels.skyreels.text.load import load_text_encoder
@@ -114,7 +115,6 @@ SETTINGS = {
     "CFG 1": Setting(guidance=Guidance(true_cfg_scale=1.0)),
     "CFG 3": Setting(guidance=Guidance(true_cfg_scale=3.0)),
     "CFG until half": Setting(guidance=Guidance(cfg_end=0.5)),
-    "CFG reuse 2": Setting(guidance=Guidance(cfg_reuse=2)),
     "CFG-Zero*": Setting(guidance=Guidance(cfg_zero_star=True)),
     "CFG rescaled 0.7": Setting(guidance=Guidance(guidance_rescale=0.7)),
     "easy cache": Setting(cache=CACHES["easy"]),
@@ -182,9 +182,12 @@ class Studio:
             runtime=runtime,
         )  # fmt: skip
         latents = sample(
-            transformer, conditioning, *embeds, seed=seed, sigmas=get_sigmas(setting.steps),
-            guidance=setting.guidance, riflex_k=0, attention=setting.attention,
-            cache=setting.cache, runtime=sampling_runtime,
+            transformer, conditioning, *embeds,
+            SamplingSettings(
+                seed=seed, sigmas=get_sigmas(setting.steps), guidance=setting.guidance, riflex_k=0,
+                attention=setting.attention, cache=setting.cache,
+            ),
+            runtime=sampling_runtime,
         )  # fmt: skip
         clip = decode_frames(vae, latents, setting.decode, tiling=setting.tiling, runtime=runtime)
         return clip.cpu(), time.perf_counter() - started

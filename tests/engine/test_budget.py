@@ -6,7 +6,7 @@ the same counter: it is the counter's check, and the figure to beat.
 
 import pytest
 import torch
-from comfyui_skyreels.skyreels.config import LAYOUTS, TransformerConfig
+from comfyui_skyreels.skyreels.config import CHUNKINGS, TransformerConfig
 from comfyui_skyreels.skyreels.transformer.model import SkyReelsTransformer
 from comfyui_skyreels.skyreels.transformer.placement import sampling_bytes
 from comfyui_skyreels.skyreels.transformer.quant import (
@@ -62,21 +62,21 @@ def count(block, *args):
     return traffic.bytes / UNIT, traffic.kernels
 
 
-def count_ours(model, layout):
+def count_ours(model, chunking):
     rope = shape(IMAGE_TOKENS, 64, dtype=torch.complex64)
     img, txt = shape(1, IMAGE_TOKENS, WIDTH), shape(1, TEXT_TOKENS, WIDTH)
     joined = shape(1, IMAGE_TOKENS + TEXT_TOKENS, WIDTH)
     rows = [shape(1, 1, 6 * WIDTH) for _ in range(2)]
-    last = (rope, attention, LAYOUTS[layout])
+    last = (rope, attention, CHUNKINGS[chunking])
     double = count(model.double_blocks[0], img, txt, rows, *last)
     return double, count(model.single_blocks[0], joined, [shape(1, 1, 3 * WIDTH)], *last)
 
 
-@pytest.mark.parametrize(("layout", "launches"), [("whole", (16, 8)), ("chunks", (20, 12))])
-def test_a_block_moves_and_launches_little(full_size, layout, launches):
+@pytest.mark.parametrize(("chunking", "launches"), [("whole", (16, 8)), ("chunks", (20, 12))])
+def test_a_block_moves_and_launches_little(full_size, chunking, launches):
     """13.2 and 9.1 units; the bounds leave room for one unit and two launches more."""
     (double_units, double_kernels), (single_units, single_kernels) = count_ours(
-        full_size[0], layout
+        full_size[0], chunking
     )
     assert double_units <= 14.2
     assert single_units <= 10.2
@@ -84,12 +84,12 @@ def test_a_block_moves_and_launches_little(full_size, layout, launches):
     assert single_kernels <= launches[1] + 2
 
 
-@pytest.mark.parametrize(("layout", "launches"), [("whole", (18, 9)), ("chunks", (24, 15))])
-def test_gelu_as_a_pass_of_its_own_costs_eight_units(full_size, layout, launches, monkeypatch):
+@pytest.mark.parametrize(("chunking", "launches"), [("whole", (18, 9)), ("chunks", (24, 15))])
+def test_gelu_as_a_pass_of_its_own_costs_eight_units(full_size, chunking, launches, monkeypatch):
     """21.2 and 17.2 units, which a GPU takes whose products do not end in GELU."""
     monkeypatch.setenv("SKYREELS_BACKEND", "reference")
     (double_units, double_kernels), (single_units, single_kernels) = count_ours(
-        full_size[0], layout
+        full_size[0], chunking
     )
     assert 20.7 <= double_units <= 22.2
     assert 16.7 <= single_units <= 18.2
@@ -120,10 +120,10 @@ def eight_bit(request):
     return model
 
 
-@pytest.mark.parametrize("layout", ["whole", "chunks"])
-def test_a_block_in_8_bits_moves_no_more(eight_bit, layout):
+@pytest.mark.parametrize("chunking", ["whole", "chunks"])
+def test_a_block_in_8_bits_moves_no_more(eight_bit, chunking):
     """int8 sums that went through memory as int32 would make it 56 and 52 units."""
-    (double_units, double_kernels), (single_units, single_kernels) = count_ours(eight_bit, layout)
+    (double_units, double_kernels), (single_units, single_kernels) = count_ours(eight_bit, chunking)
     assert double_units <= 25
     assert single_units <= 20
     assert double_kernels <= 28
@@ -149,8 +149,10 @@ def test_the_counter_finds_in_diffusers_what_the_plan_states(full_size, monkeypa
     assert kernels == pytest.approx(52, abs=1)
 
 
-@pytest.mark.parametrize(("layout", "gib"), [("whole", 2.4), ("chunks", 1.9), ("head groups", 1.4)])
-def test_activations_of_one_branch_stay_within_the_budget(layout, gib):
+@pytest.mark.parametrize(
+    ("chunking", "gib"), [("whole", 2.4), ("chunks", 1.9), ("head groups", 1.4)]
+)
+def test_activations_of_one_branch_stay_within_the_budget(chunking, gib):
     config = TransformerConfig(num_layers=2, num_single_layers=2)
     torch.set_default_dtype(torch.bfloat16)
     try:
@@ -167,8 +169,8 @@ def test_activations_of_one_branch_stay_within_the_budget(layout, gib):
             "rope": torch.empty(IMAGE_TOKENS, 64, dtype=torch.complex64),
         }
     with PeakBytes() as counted, torch.inference_mode():
-        model(**inputs, attention=_attention_shape, layout=LAYOUTS[layout])
-    planned = sampling_bytes(config, IMAGE_TOKENS + TEXT_TOKENS, torch.bfloat16, layout)
+        model(**inputs, attention=_attention_shape, chunking=CHUNKINGS[chunking])
+    planned = sampling_bytes(config, IMAGE_TOKENS + TEXT_TOKENS, torch.bfloat16, chunking)
     assert counted.peak <= gib * 2**30
     assert 0.9 * planned <= counted.peak <= planned
 

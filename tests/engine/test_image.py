@@ -5,7 +5,7 @@ import pytest
 import torch
 from comfyui_skyreels.skyreels.config import VAEConfig
 from comfyui_skyreels.skyreels.errors import OptionError, ShapeError
-from comfyui_skyreels.skyreels.image import encode_image, fit_image
+from comfyui_skyreels.skyreels.image import ImageSettings, encode_image, fit_image
 from comfyui_skyreels.skyreels.latents import (
     ImageConditioning,
     check_size,
@@ -91,7 +91,13 @@ def test_frame_is_encoded_alone_and_scaled(vae):
 def test_longer_prefix_fills_the_first_latent_frames(vae):
     clip = torch.rand(9, 32, 32, 3)
     conditioning = encode_image(
-        vae, clip, width=32, height=32, num_frames=17, prefix_frames=5, runtime=RUNTIME
+        vae,
+        clip,
+        ImageSettings(prefix_frames=5),
+        width=32,
+        height=32,
+        num_frames=17,
+        runtime=RUNTIME,
     )
     assert conditioning.image_latents.shape[2] == 2
     assert conditioning.padded()[:, :, 2:].abs().max() == 0
@@ -113,8 +119,8 @@ def test_augmentation_noise_follows_the_clips_noise_and_spares_black_bars(vae):
     image = torch.full((1, 32, 32, 3), 0.5)
     image[:, :, :8] = 0.0
     encode_image(
-        Spy(), image, width=32, height=32, num_frames=9, noise_augmentation=0.25, seed=5,
-        runtime=RUNTIME,
+        Spy(), image, ImageSettings(noise_augmentation=0.25), width=32, height=32, num_frames=9,
+        seed=5, runtime=RUNTIME,
     )  # fmt: skip
     generator = torch.Generator().manual_seed(5)
     torch.randn(1, 16, 3, 4, 4, generator=generator)
@@ -127,7 +133,7 @@ def test_augmentation_noise_follows_the_clips_noise_and_spares_black_bars(vae):
 def test_latent_strength_scales_the_image_latents(vae):
     size = {"width": 32, "height": 32, "num_frames": 5, "runtime": RUNTIME}
     full = encode_image(vae, picture(32, 32), **size)
-    weak = encode_image(vae, picture(32, 32), latent_strength=0.5, **size)
+    weak = encode_image(vae, picture(32, 32), ImageSettings(latent_strength=0.5), **size)
     assert torch.equal(weak.image_latents, full.image_latents * 0.5)
 
 
@@ -168,7 +174,9 @@ def test_illegal_sizes_name_the_nearest_legal_one(size, words):
 )
 def test_unusable_pictures_and_settings_are_explained(vae, image, kwargs, error, words):
     with pytest.raises(error, match=words):
-        encode_image(vae, image, width=32, height=32, num_frames=5, runtime=RUNTIME, **kwargs)
+        encode_image(
+            vae, image, ImageSettings(**kwargs), width=32, height=32, num_frames=5, runtime=RUNTIME
+        )
 
 
 def test_interrupt_during_encoding_leaves_the_vae_usable(vae):

@@ -30,7 +30,7 @@ sys.path.append(str(pack / "tests"))  # behind ComfyUI's own `tests`
 import comfyui_skyreels
 from comfyui_skyreels.skyreels.config import TransformerConfig, VAEConfig
 from comfyui_skyreels.skyreels.latents import to_model_space
-from comfyui_skyreels.skyreels.sampling.sample import get_sigmas
+from comfyui_skyreels.skyreels.sampling.settings import get_sigmas
 from comfyui_skyreels.skyreels.vae.model import VideoVAE
 from comfyui_skyreels.skyreels.weights.keymaps import vae_sources
 

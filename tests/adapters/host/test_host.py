@@ -17,40 +17,54 @@ GIB = 1024**3
 
 
 @pytest.fixture
-def on_gpu(comfy):
+def model() -> host.LoadedModel:
+    return host.LoadedModel(tiny.transformer(), "our patcher", "tiny.safetensors")
+
+
+@pytest.fixture
+def on_gpu(comfy, model):
     """A runtime that says it computes on a GPU; its weights are on the CPU, none are moved."""
-    runtime = host.ComfyRuntime("1")
+    runtime = host.ComfyRuntime("1", model)
     runtime.device = torch.device("cuda:0")
     return runtime
 
 
-def loaded_model() -> host.LoadedModel:
-    return host.LoadedModel(tiny.transformer(), "our patcher", "tiny.safetensors")
-
-
-def test_a_model_that_fits_is_loaded_by_comfyuis_memory_manager(comfy, on_gpu):
-    model = loaded_model()
-    host.bring_in(model, on_gpu, GIB)
-    assert comfy.loaded == ["our patcher"]
+def test_a_model_that_fits_is_loaded_by_comfyuis_memory_manager(comfy, on_gpu, model):
+    with on_gpu.place(model.module, GIB):
+        assert comfy.loaded == ["our patcher"]
+    assert comfy.loads == [{"memory_required": GIB, "force_full_load": True}]
     assert comfy.asked[0][0] == weight_bytes(model.module) + GIB + RESERVE_BYTES
 
 
 def test_a_model_that_does_not_fit_leaves_with_all_others_so_that_it_can_be_streamed(
-    comfy, on_gpu, caplog
+    comfy, on_gpu, model, caplog
 ):
     comfy.loaded.append("somebody else's")
     comfy.free_bytes = GIB
-    with caplog.at_level("INFO"):
-        host.bring_in(loaded_model(), on_gpu, GIB)
-    assert comfy.loaded == []
+    with caplog.at_level("INFO"), on_gpu.place(model.module, GIB):
+        assert comfy.loaded == []
     assert "tiny.safetensors" in caplog.text
     assert "do not fit the card together" in caplog.text
 
 
-def test_making_room_never_unloads_the_model_of_the_run(comfy, on_gpu):
-    host.bring_in(loaded_model(), on_gpu, 0)
-    on_gpu.make_room(5 * GIB)
+def test_making_room_never_unloads_the_model_of_the_run(comfy, on_gpu, model):
+    with on_gpu.place(model.module, 0):
+        on_gpu.make_room(5 * GIB)
     assert comfy.asked[-1] == (5 * GIB, ["our patcher"])
+
+
+def test_after_the_run_its_model_may_be_unloaded_even_if_the_run_failed(comfy, on_gpu, model):
+    with pytest.raises(RuntimeError), on_gpu.place(model.module, 0):
+        raise RuntimeError
+    on_gpu.make_room(5 * GIB)
+    assert comfy.asked[-1] == (5 * GIB, [])
+
+
+def test_a_module_that_comfyui_does_not_manage_gets_room_and_nothing_is_loaded(comfy, on_gpu):
+    other = tiny.transformer()
+    with on_gpu.place(other, GIB):
+        assert comfy.loaded == []
+    assert comfy.asked == [(weight_bytes(other) + GIB + RESERVE_BYTES, [])]
 
 
 def test_models_are_registered_with_their_devices(comfy):
@@ -105,11 +119,10 @@ def test_saved_steps_nobody_came_back_for_are_removed(comfy):
 
 
 @pytest.mark.parametrize("spare", [0, 1, 99_999, 100_000, 100_001])
-def test_a_model_near_the_limit_runs_whole_or_streamed(comfy, on_gpu, monkeypatch, spare):
+def test_a_model_near_the_limit_runs_whole_or_streamed(comfy, on_gpu, model, monkeypatch, spare):
     """Free memory is what the device has, less the weights that are there, as on a real one."""
     for module in (placement, host.runtime):
         monkeypatch.setattr(module, "RESERVE_BYTES", 100_000)  # in proportion to a tiny model
-    model = loaded_model()
     whole, activations = weight_bytes(model.module), 10_000_000
     inside: set[int] = set()
     comfy.free_bytes = whole + activations + spare
@@ -132,11 +145,11 @@ def test_a_model_near_the_limit_runs_whole_or_streamed(comfy, on_gpu, monkeypatc
     for module in (offload, placement):
         monkeypatch.setattr(module, "bytes_away", missing)
     monkeypatch.setattr(placement, "visit", visit)
-    host.bring_in(model, on_gpu, activations)
-    if comfy.loaded:
-        visit([*model.module.parameters()], on_gpu.device)
-    with placed(model.module, on_gpu, activations) as run_block:
-        model.module(**tiny.inputs(model.module.config), run_block=run_block)
+    with on_gpu.place(model.module, activations):
+        if comfy.loaded:
+            visit([*model.module.parameters()], on_gpu.device)
+        with placed(model.module, on_gpu, activations) as run_block:
+            model.module(**tiny.inputs(model.module.config), run_block=run_block)
 
 
 def test_reserved_memory_is_not_counted_as_free(comfy):
@@ -144,7 +157,7 @@ def test_reserved_memory_is_not_counted_as_free(comfy):
     assert host.ComfyRuntime().free_bytes() == comfy.free_bytes - GIB
 
 
-def test_a_device_that_tells_nothing_is_tried(comfy):
+def test_a_device_that_does_not_report_its_memory_is_tried(comfy):
     runtime = host.ComfyRuntime()
     runtime.device = SimpleNamespace(type="privateuseone")
     assert runtime.free_bytes() > 1000 * GIB

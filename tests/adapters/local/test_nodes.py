@@ -13,11 +13,12 @@ from comfyui_skyreels.nodes.local import convert
 from comfyui_skyreels.skyreels.builtin import BUILTIN_NAME
 from comfyui_skyreels.skyreels.config import Guidance, Tiling
 from comfyui_skyreels.skyreels.errors import CheckpointError, OptionError, ShapeError, TextError
-from comfyui_skyreels.skyreels.image import encode_image
+from comfyui_skyreels.skyreels.image import ImageSettings, encode_image
 from comfyui_skyreels.skyreels.latents import to_vae_space
 from comfyui_skyreels.skyreels.pipeline import image_to_video
 from comfyui_skyreels.skyreels.runtime import TorchRuntime
-from comfyui_skyreels.skyreels.sampling.sample import get_sigmas, sample
+from comfyui_skyreels.skyreels.sampling.sample import sample
+from comfyui_skyreels.skyreels.sampling.settings import SamplingSettings, get_sigmas
 from comfyui_skyreels.skyreels.sampling.step_cache import CACHES
 from comfyui_skyreels.skyreels.transformer.placement import sampling_bytes
 from comfyui_skyreels.skyreels.vae.budget import decode_bytes
@@ -99,7 +100,8 @@ def library_clip(weights, picture) -> torch.Tensor:
     return image_to_video(
         load_transformer(weights / "tiny.safetensors", runtime=runtime),
         load_vae(weights / "vae.safetensors", runtime=runtime),
-        picture, prompt, negative, seed=5, num_inference_steps=2, runtime=runtime, **SIZE,
+        picture, prompt, negative, SamplingSettings(seed=5, sigmas=get_sigmas(2)),
+        runtime=runtime, **SIZE,
     )  # fmt: skip
 
 
@@ -423,15 +425,14 @@ def test_the_length_of_a_core_conditioned_clip_must_be_known():
 # --- every widget reaches the engine ------------------------------------------------------------
 
 
-def library_samples(inputs, *, guidance=None, denoise=1.0, **keywords) -> torch.Tensor:
-    """What `sample` makes of a sampler node's inputs, with some of its keywords set by hand."""
-    runtime = TorchRuntime()
+def library_samples(inputs, *, denoise=1.0, **settings) -> torch.Tensor:
+    """What `sample` makes of a sampler node's inputs, with some of its settings set by hand."""
     return sample(
         inputs["model"].module, inputs["image"],
         convert.to_prompt_embeds(inputs["positive"], "x"),
         convert.to_prompt_embeds(inputs["negative"], "x"),
-        guidance=guidance or Guidance(), runtime=runtime,
-        **{"seed": 5, "sigmas": get_sigmas(4, 7.0, denoise), **keywords},
+        SamplingSettings(**{"seed": 5, "sigmas": get_sigmas(4, 7.0, denoise), **settings}),
+        runtime=TorchRuntime(),
     )  # fmt: skip
 
 
@@ -537,9 +538,12 @@ def test_a_conditioning_widget_does_what_the_library_does(comfy, weights, widget
     vae = load_vae_node()
     base = {**SIZE, "fit": "crop"}
     made = node("SkyReelsImageConditioning", vae=vae, image=clip, **{**base, **widgets})
-    keywords = {**base, **widgets}
-    keywords["seed"] = keywords.pop("augmentation_seed", 0)
-    expected = encode_image(vae.module, clip, **keywords, runtime=TorchRuntime())
+    settings = {"fit": "crop", **widgets}
+    seed, num_frames = settings.pop("augmentation_seed", 0), settings.pop("num_frames", 9)
+    expected = encode_image(
+        vae.module, clip, ImageSettings(**settings), **{**SIZE, "num_frames": num_frames},
+        seed=seed, runtime=TorchRuntime(),
+    )  # fmt: skip
     assert torch.equal(made.image_latents, expected.image_latents)
     assert made.num_frames == expected.num_frames
     if widgets != {"num_frames": 13}:

@@ -7,11 +7,11 @@ import logging
 
 import pytest
 import torch
-from comfyui_skyreels.skyreels.config import LAYOUTS, Layout, TransformerConfig
+from comfyui_skyreels.skyreels.config import CHUNKINGS, Chunking, TransformerConfig
 from comfyui_skyreels.skyreels.runtime import TorchRuntime
 from comfyui_skyreels.skyreels.sampling import precompute as modulation
 from comfyui_skyreels.skyreels.sampling.precompute import host_memory, pack, precompute, unpack
-from comfyui_skyreels.skyreels.sampling.sample import get_sigmas
+from comfyui_skyreels.skyreels.sampling.settings import get_sigmas
 from comfyui_skyreels.skyreels.text.embeds import PromptEmbeds
 from comfyui_skyreels.skyreels.transformer.attention import sdpa
 from comfyui_skyreels.skyreels.transformer.model import StepConditioning, call
@@ -45,7 +45,7 @@ def leaves(conditioning):
 def test_precomputed_conditioning_has_the_bits_of_every_step(dtype):
     model = tiny.transformer().to(dtype)
     prompts = prompts_of(model, 7, 5)
-    of = precompute(
+    lookup = precompute(
         model, prompts, timesteps_of(), GUIDANCE, attention=sdpa, runtime=TorchRuntime()
     )
     for which, prompt in enumerate(prompts):
@@ -53,7 +53,7 @@ def test_precomputed_conditioning_has_the_bits_of_every_step(dtype):
             expected = model.condition(
                 torch.tensor([t]), prompt.prompt_embeds, prompt.pooled_prompt_embeds, GUIDANCE
             )
-            found = of(which, t, call)
+            found = lookup(which, t, call)
             assert all(map(torch.equal, leaves(found), leaves(expected)))
 
 
@@ -66,20 +66,20 @@ def test_the_loop_needs_no_conditioner():
         inputs["hidden_states"], torch.tensor([timestep]), prompt.prompt_embeds,
         prompt.pooled_prompt_embeds,
     )  # fmt: skip
-    of = precompute(
+    lookup = precompute(
         model, [prompt], timesteps_of(), GUIDANCE, attention=sdpa, runtime=TorchRuntime()
     )
     for module in model.conditioners:
         for parameter in module.parameters():
             parameter.data = torch.full_like(parameter, torch.nan)
-    found = model.denoise(inputs["hidden_states"], of(0, timestep, call))
+    found = model.denoise(inputs["hidden_states"], lookup(0, timestep, call))
     assert torch.equal(found, expected)
 
 
 def test_a_time_outside_the_schedule_brings_the_weights_back():
     model = tiny.transformer()
     (prompt,) = prompts_of(model, 7)
-    of = precompute(
+    lookup = precompute(
         model, [prompt], timesteps_of(), GUIDANCE, attention=sdpa, runtime=TorchRuntime()
     )
     seen = []
@@ -88,9 +88,9 @@ def test_a_time_outside_the_schedule_brings_the_weights_back():
         seen.append(module)
         return module(*args)
 
-    of(0, timesteps_of()[0], run_block)
+    lookup(0, timesteps_of()[0], run_block)
     assert seen == []
-    found = of(0, 123.25, run_block)
+    found = lookup(0, 123.25, run_block)
     assert list(map(id, seen)) == list(map(id, model.conditioners))
     expected = model.condition(
         torch.tensor([123.25]), prompt.prompt_embeds, prompt.pooled_prompt_embeds, GUIDANCE
@@ -102,14 +102,14 @@ def test_a_schedule_longer_than_what_is_kept_is_right_too(monkeypatch):
     monkeypatch.setattr(modulation, "MAX_KEPT", 3)
     model = tiny.transformer()
     (prompt,) = prompts_of(model, 7)
-    of = precompute(
+    lookup = precompute(
         model, [prompt], timesteps_of(), GUIDANCE, attention=sdpa, runtime=TorchRuntime()
     )
     timestep = timesteps_of()[3]
     expected = model.condition(
         torch.tensor([timestep]), prompt.prompt_embeds, prompt.pooled_prompt_embeds, GUIDANCE
     )
-    assert all(map(torch.equal, leaves(of(0, timestep, call)), leaves(expected)))
+    assert all(map(torch.equal, leaves(lookup(0, timestep, call)), leaves(expected)))
 
 
 def test_each_conditioner_visits_the_device_once_and_stop_is_asked_for(monkeypatch):
@@ -141,7 +141,7 @@ def test_no_weight_that_is_rounded_to_8_bits_is_a_conditioner():
 
 
 def odd_sizes(dtype):
-    """What a step might be told, of sizes that are no multiples of 16 bytes."""
+    """A step of sizes that are no multiples of 16 bytes."""
     generator = torch.Generator().manual_seed(4)
     text, *rows = (
         torch.randn(shape, generator=generator).to(dtype)
@@ -152,31 +152,31 @@ def odd_sizes(dtype):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
 def test_what_was_packed_has_its_bits_shapes_and_order_at_addresses_kernels_can_load_from(dtype):
-    told = odd_sizes(dtype)
-    found = unpack(pack(told, torch.device("cpu")), told)
+    step = odd_sizes(dtype)
+    found = unpack(pack(step, torch.device("cpu")), step)
     assert [len(block) for block in found.rows] == [2, 1, 1]
-    for view, expected in zip(leaves(found), leaves(told), strict=True):
+    for view, expected in zip(leaves(found), leaves(step), strict=True):
         assert torch.equal(view, expected) and view.dtype == dtype
         assert view.data_ptr() % 16 == 0 and view.is_contiguous()
     # without the padding they would not be
-    sizes = torch.tensor([part.nbytes for part in leaves(told)])
+    sizes = torch.tensor([part.nbytes for part in leaves(step)])
     assert (sizes.cumsum(0) % 16).any()
 
 
 def test_what_is_packed_may_hold_nan_and_infinity():
-    told = odd_sizes(torch.float32)
-    told.text[0, 0, :2] = torch.tensor([torch.nan, torch.inf])
-    found = unpack(pack(told, torch.device("cpu")), told)
-    assert torch.equal(found.text.view(torch.int32), told.text.view(torch.int32))
+    step = odd_sizes(torch.float32)
+    step.text[0, 0, :2] = torch.tensor([torch.nan, torch.inf])
+    found = unpack(pack(step, torch.device("cpu")), step)
+    assert torch.equal(found.text.view(torch.int32), step.text.view(torch.int32))
 
 
 def test_prompts_of_other_lengths_and_steps_share_no_memory():
     model = tiny.transformer()
-    of = precompute(
+    lookup = precompute(
         model, prompts_of(model, 7, 5), timesteps_of(), GUIDANCE, attention=sdpa,
         runtime=TorchRuntime(),
     )  # fmt: skip
-    steps = [of(which, t, call) for which in (0, 1) for t in timesteps_of()]
+    steps = [lookup(which, t, call) for which in (0, 1) for t in timesteps_of()]
     assert [step.text.shape[1] for step in steps] == [7] * 4 + [5] * 4
     for step in steps:
         whole = {part.untyped_storage().data_ptr() for part in leaves(step)}
@@ -209,11 +209,11 @@ def test_memory_that_cannot_be_pinned_is_pageable_and_that_is_said_once(monkeypa
 
     monkeypatch.setattr(modulation.dispatch, "_said", set())
     monkeypatch.setattr(torch, "empty", refused)
-    told = odd_sizes(torch.bfloat16)
+    step = odd_sizes(torch.bfloat16)
     with caplog.at_level(logging.WARNING):
         for _ in range(3):
-            found = unpack(pack(told, torch.device("cuda")), told)
-            assert all(map(torch.equal, leaves(found), leaves(told)))
+            found = unpack(pack(step, torch.device("cuda")), step)
+            assert all(map(torch.equal, leaves(found), leaves(step)))
     assert len(caplog.messages) == 1
     words = "pinned, so each step waits for its copy: RuntimeError: CUDA error: out of memory."
     assert caplog.messages[0].endswith(words)
@@ -235,11 +235,11 @@ def test_a_run_packs_for_the_device_it_runs_on(monkeypatch):
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_a_gpu_gets_a_step_in_one_copy_that_the_host_does_not_wait_for():
-    told, device = odd_sizes(torch.bfloat16), torch.device("cuda", 0)
-    packed = pack(told, device)
+    step, device = odd_sizes(torch.bfloat16), torch.device("cuda", 0)
+    packed = pack(step, device)
     assert packed.is_pinned()
-    found = unpack(packed.to(device, non_blocking=True), told)
-    for view, expected in zip(leaves(found), leaves(told), strict=True):
+    found = unpack(packed.to(device, non_blocking=True), step)
+    for view, expected in zip(leaves(found), leaves(step), strict=True):
         assert view.data_ptr() % 16 == 0 and torch.equal(view.cpu(), expected)
 
 
@@ -255,12 +255,12 @@ def exact():
     return model, {k: v if k in keep else v.double() for k, v in inputs.items()}
 
 
-@pytest.mark.parametrize("layout", [*LAYOUTS.values(), Layout(5, 2), Layout(200, 2)])
-def test_layouts_are_the_same_function(exact, layout):
+@pytest.mark.parametrize("chunking", [*CHUNKINGS.values(), Chunking(5, 2), Chunking(200, 2)])
+def test_chunkings_are_the_same_function(exact, chunking):
     model, inputs = exact
-    found = model(**inputs, layout=layout)
+    found = model(**inputs, chunking=chunking)
     with torch.inference_mode():
-        in_place = model(**inputs, layout=layout)
+        in_place = model(**inputs, chunking=chunking)
     assert found.dtype == torch.float64
     assert tiny.relative_error(found, model(**inputs)) <= 1e-12
     assert tiny.relative_error(in_place, found) <= 1e-12
@@ -272,7 +272,7 @@ def test_head_groups_need_not_divide_the_heads():
     keep = ("timestep", "guidance")
     inputs = {k: v if k in keep else v.double() for k, v in tiny.inputs(config, batch=2).items()}
     with torch.inference_mode():
-        found = model(**inputs, layout=Layout(4, 3))
+        found = model(**inputs, chunking=Chunking(4, 3))
         assert tiny.relative_error(found, model(**inputs)) <= 1e-12
 
 

@@ -15,12 +15,11 @@ from comfyui_skyreels.skyreels.runtime import TorchRuntime
 from comfyui_skyreels.skyreels.sampling.precompute import precompute
 from comfyui_skyreels.skyreels.sampling.sample import (
     combine,
-    euler,
-    get_sigmas,
     guided_velocity,
     initial_noise,
     sample,
 )
+from comfyui_skyreels.skyreels.sampling.settings import SamplingSettings, euler, get_sigmas
 from comfyui_skyreels.skyreels.text.embeds import PromptEmbeds
 from comfyui_skyreels.skyreels.transformer.layers import rope_table
 from comfyui_skyreels.skyreels.transformer.model import call
@@ -55,9 +54,9 @@ PROMPT, NEGATIVE = embeds(7, 1), embeds(4, 2)
 SIGMAS = get_sigmas(4)
 
 
-def run(model, conditioning, prompt=PROMPT, negative=NEGATIVE, **kwargs):
-    kwargs = {"seed": 0, "sigmas": SIGMAS, "runtime": RUNTIME, **kwargs}
-    return sample(model, conditioning, prompt, negative, **kwargs)
+def run(model, conditioning, prompt=PROMPT, negative=NEGATIVE, runtime=RUNTIME, **settings):
+    settings = SamplingSettings(**{"sigmas": SIGMAS, **settings})
+    return sample(model, conditioning, prompt, negative, settings, runtime=runtime)
 
 
 # --- schedule -----------------------------------------------------------------------------------
@@ -147,7 +146,7 @@ def test_guidance_runs_the_negative_branch_only_where_it_counts(
     assert len(made) == forwards
 
 
-def test_a_run_that_is_too_long_to_be_foreseen_leaves_room_for_conditioners(
+def test_a_run_too_long_to_be_precomputed_leaves_room_for_conditioners(
     model, conditioning, monkeypatch
 ):
     from comfyui_skyreels.skyreels.sampling import sample as sampling
@@ -317,8 +316,6 @@ def test_resuming_needs_euler(model, conditioning, tmp_path):
         ({"sigmas": torch.tensor([0.0, 1.0])}, OptionError, "falling"),
         ({"sigmas": torch.tensor([14.6, 0.0])}, OptionError, "flow"),
         ({"sigmas": torch.tensor([1.0])}, OptionError, "two numbers"),
-        ({"guidance": Guidance(cfg_start=0.6, cfg_end=0.4)}, OptionError, "0.6..0.4"),
-        ({"guidance": Guidance(guidance_rescale=2.0)}, OptionError, "rescale 2.0"),
         ({"init_latents": torch.zeros(1, 16, 3, 4, 4)}, ShapeError, r"\[1, 16, 3, 4, 4\]"),
         ({"prompt": PromptEmbeds(torch.zeros(1, 3, 9), torch.zeros(1, 12))}, TextError, "9"),
     ],
@@ -344,32 +341,32 @@ def test_latents_that_are_not_finite_are_reported(conditioning):
 # --- a loop that waits for nothing ----------------------------------------------------------------
 
 META = torch.device("meta")
-REFINED = Guidance(guidance_rescale=0.5, cfg_zero_star=True, cfg_reuse=2, cfg_end=0.9)
+REFINED = Guidance(guidance_rescale=0.5, cfg_zero_star=True, cfg_end=0.9)
 
 
-def told_on_meta(model, sigmas=SIGMAS):
-    """A model of shapes only, standing for one on a GPU, and what its run is told, kept on the CPU.
+def precomputed_on_meta(model, sigmas=SIGMAS):
+    """A model of shapes only, standing for one on a GPU, and the lookup of its run, on the CPU.
 
     Reading a value of a shape-only tensor on the host raises; copying one to it does not.
     """
     runtime = TorchRuntime()
-    conditioning = precompute(
+    lookup = precompute(
         model, [PROMPT, NEGATIVE], (sigmas[:-1] * 1000).tolist(), torch.tensor([1000.0]),
         attention=torch.nn.functional.scaled_dot_product_attention, runtime=runtime,
     )  # fmt: skip
     runtime.device = META
-    return tiny.transformer().to(model.compute_dtype).to(META), conditioning, runtime
+    return tiny.transformer().to(model.compute_dtype).to(META), lookup, runtime
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("guidance", [Guidance(), REFINED, Guidance(zero_init_steps=1)])
 def test_the_euler_loop_reads_nothing_from_the_device_and_copies_once_a_forward(guidance, dtype):
     with torch.inference_mode():
-        on_meta, told, _ = told_on_meta(tiny.transformer().to(dtype))
+        on_meta, lookup, _ = precomputed_on_meta(tiny.transformer().to(dtype))
         shape = (1, 16, 3, 4, 6)
         rope = rope_table(on_meta.token_grid(shape), on_meta.config, device=META)
         velocity = guided_velocity(
-            on_meta, torch.empty(shape, device=META), told, SIGMAS, guidance, rope=rope,
+            on_meta, torch.empty(shape, device=META), lookup, SIGMAS, guidance, rope=rope,
             run_block=call,
         )  # fmt: skip
         steps, copied = [], []
@@ -383,7 +380,7 @@ def test_the_euler_loop_reads_nothing_from_the_device_and_copies_once_a_forward(
     assert latents.is_meta and latents.shape == shape
     assert steps == [(step, shape, META) for step in range(4)]
     assert waits.reads == [] and waits.to_host == []
-    # what a forward is told goes in in one piece, and nothing else does
+    # what a forward needs is copied in one piece, and nothing else is
     assert len(forwards) >= 6 and all(copies == made for copies, made in copied)
     assert all(len(copy_shape) == 1 for _, copy_shape in waits.to_device)
 
@@ -392,8 +389,8 @@ def test_a_whole_run_reads_the_device_once_after_its_last_step(conditioning, mon
     from comfyui_skyreels.skyreels.sampling import sample as sampling
 
     model = tiny.transformer()
-    on_meta, told, runtime = told_on_meta(model)
-    monkeypatch.setattr(sampling, "precompute", lambda *_, **__: told)
+    on_meta, lookup, runtime = precomputed_on_meta(model)
+    monkeypatch.setattr(sampling, "precompute", lambda *_, **__: lookup)
     waits, seen = Waits(), []
     runtime._on_progress = lambda stage, done, *_: seen.append((done, len(waits.reads)))
     with waits, suppress(RuntimeError):
@@ -440,10 +437,10 @@ def test_the_counter_sees_what_it_is_there_to_see(inference):
 
 def test_a_solver_with_sigmas_of_the_device_pays_for_itself_and_euler_does_not():
     """The planted read: what the loop would do if its sigmas were moved to the device."""
-    on_meta, told, _ = told_on_meta(tiny.transformer())
+    on_meta, lookup, _ = precomputed_on_meta(tiny.transformer())
     shape = (1, 16, 3, 4, 6)
     velocity = guided_velocity(
-        on_meta, torch.empty(shape, device=META), told, SIGMAS, Guidance(),
+        on_meta, torch.empty(shape, device=META), lookup, SIGMAS, Guidance(),
         rope=rope_table(on_meta.token_grid(shape), on_meta.config, device=META), run_block=call,
     )  # fmt: skip
     for sigma, waited in ((SIGMAS[0], 0), (SIGMAS.to(META)[0], 1)):
@@ -458,12 +455,12 @@ def test_on_this_gpu_a_step_never_makes_the_host_wait(model):
     runtime, shape = TorchRuntime("cuda"), (1, 16, 3, 4, 6)
     with torch.inference_mode():
         on_gpu = tiny.transformer().to(runtime.device)
-        told = precompute(
+        lookup = precompute(
             on_gpu, [PROMPT, NEGATIVE], (SIGMAS[:-1] * 1000).tolist(), torch.tensor([1000.0]),
             attention=torch.nn.functional.scaled_dot_product_attention, runtime=runtime,
         )  # fmt: skip
         velocity = guided_velocity(
-            on_gpu, torch.zeros(shape, device=runtime.device), told, SIGMAS, REFINED,
+            on_gpu, torch.zeros(shape, device=runtime.device), lookup, SIGMAS, REFINED,
             rope=rope_table(on_gpu.token_grid(shape), on_gpu.config, device=runtime.device),
             run_block=call,
         )  # fmt: skip
@@ -526,8 +523,8 @@ def test_pipeline_equals_diffusers_modules_driven_by_the_reference_procedure(mod
         lambda vae, latents, *a, **k: decoded.append(latents) or decode(vae, latents, *a, **k),
     )  # fmt: skip
     frames = image_to_video(
-        model, vae, image, PROMPT, NEGATIVE, **size, num_inference_steps=6, seed=11,
-        runtime=RUNTIME,
+        model, vae, image, PROMPT, NEGATIVE, SamplingSettings(seed=11, sigmas=get_sigmas(6)),
+        **size, runtime=RUNTIME,
     )  # fmt: skip
     assert tiny.relative_error(decoded[0] * 0.476986, expected) <= 1e-4
     assert frames.shape == (9, 32, 48, 3)
@@ -538,9 +535,10 @@ def test_pipeline_equals_diffusers_modules_driven_by_the_reference_procedure(mod
 def test_pipeline_is_deterministic_to_the_last_bit(model):
     vae = tiny.randomize(VideoVAE(tiny.VAE))
     image = torch.rand(1, 32, 32, 3)
-    size = {"height": 32, "width": 32, "num_frames": 5, "num_inference_steps": 2}
+    size = {"height": 32, "width": 32, "num_frames": 5}
+    settings = SamplingSettings(sigmas=get_sigmas(2))
     first, second = (
-        image_to_video(model, vae, image, PROMPT, NEGATIVE, **size, runtime=RUNTIME)
+        image_to_video(model, vae, image, PROMPT, NEGATIVE, settings, **size, runtime=RUNTIME)
         for _ in range(2)
     )
     assert torch.equal(first, second)
@@ -603,9 +601,9 @@ def test_a_place_that_cannot_be_written_is_found_before_the_first_step(
 def test_a_disk_that_fills_up_costs_the_saved_step_and_not_the_run(
     model, conditioning, tmp_path, monkeypatch, caplog
 ):
-    from comfyui_skyreels.skyreels.sampling import sample as sampling
+    from comfyui_skyreels.skyreels.sampling import resume
 
-    save, calls = sampling.save_state, []
+    save, calls = resume.save_state, []
 
     def fail(*args):
         calls.append(args)
@@ -613,7 +611,7 @@ def test_a_disk_that_fills_up_costs_the_saved_step_and_not_the_run(
             raise OSError(28, "No space left on device")
         save(*args)
 
-    monkeypatch.setattr(sampling, "save_state", fail)
+    monkeypatch.setattr(resume, "save_state", fail)
     assert torch.equal(
         run(model, conditioning, resume=tmp_path / "state"), run(model, conditioning)
     )
@@ -623,21 +621,36 @@ def test_a_disk_that_fills_up_costs_the_saved_step_and_not_the_run(
 @pytest.mark.parametrize(
     ("kwargs", "words"),
     [
-        ({"guidance": Guidance(1e39)}, "CFG 1e\\+39 is not within 0..100"),
-        ({"guidance": Guidance(-1.0)}, "CFG -1.0"),
-        ({"guidance": Guidance(6.0, 1e39)}, "Embedded guidance 1e\\+39"),
-        ({"guidance": Guidance(zero_init_steps=-1)}, "-1 zero-init steps"),
+        ({"riflex_k": -1}, "riflex_k must be >= 0, got -1"),
+        ({"add_noise": False}, "clip to continue"),
         ({"sigmas": torch.tensor([1.0000001, 0.0])}, "from 1.00000012 to 0"),
         ({"seed": 2**64}, "Seed 18446744073709551616"),
     ],
 )
-def test_numbers_beyond_sense_are_refused(model, conditioning, kwargs, words):
+def test_numbers_out_of_range_are_refused(kwargs, words):
     with pytest.raises(OptionError, match=words):
-        run(model, conditioning, **kwargs)
+        SamplingSettings(**kwargs)
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "words"),
+    [
+        ({"true_cfg_scale": 1e39}, "CFG 1e\\+39 is not within 0..100"),
+        ({"true_cfg_scale": -1.0}, "CFG -1.0"),
+        ({"guidance_scale": 1e39}, "Embedded guidance 1e\\+39"),
+        ({"zero_init_steps": -1}, "zero_init_steps must be >= 0, got -1"),
+        ({"cfg_start": 0.6, "cfg_end": 0.4}, "0.6..0.4"),
+        ({"guidance_rescale": 2.0}, "rescale 2.0"),
+        ({"true_cfg_scale": float("nan")}, "CFG nan"),
+    ],
+)
+def test_guidance_out_of_range_is_refused(kwargs, words):
+    with pytest.raises(OptionError, match=words):
+        Guidance(**kwargs)
 
 
 @pytest.mark.parametrize("arguments", [(1001,), (10**11,), (30, 1e9), (30, 1e-308), (30, -7.0)])
-def test_schedules_beyond_sense_are_refused(arguments):
+def test_schedules_out_of_range_are_refused(arguments):
     with pytest.raises(OptionError, match="is not within|are not within"):
         get_sigmas(*arguments)
 

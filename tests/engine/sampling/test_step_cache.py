@@ -12,13 +12,11 @@ from comfyui_skyreels.skyreels.latents import ImageConditioning
 from comfyui_skyreels.skyreels.runtime import TorchRuntime
 from comfyui_skyreels.skyreels.sampling.sample import (
     combine,
-    euler,
-    get_sigmas,
-    guided_velocity,
     initial_noise,
     run_bytes,
     sample,
 )
+from comfyui_skyreels.skyreels.sampling.settings import SamplingSettings, euler, get_sigmas
 from comfyui_skyreels.skyreels.sampling.step_cache import (
     CACHES,
     OFF,
@@ -99,10 +97,9 @@ def skipped(caplog):
     return read
 
 
-def run(model, **kwargs):
-    kwargs = {"seed": 0, "sigmas": get_sigmas(STEPS), "runtime": RUNTIME, **kwargs}
-    negative = kwargs.pop("negative", NEGATIVE)
-    return sample(model, IMAGE, PROMPT, negative, **kwargs)
+def run(model, negative=NEGATIVE, runtime=RUNTIME, **settings):
+    settings = SamplingSettings(**{"sigmas": get_sigmas(STEPS), **settings})
+    return sample(model, IMAGE, PROMPT, negative, settings, runtime=runtime)
 
 
 # --- the plan of a run --------------------------------------------------------------------------
@@ -119,7 +116,7 @@ def test_the_first_and_last_steps_are_protected(num_steps, first, last):
 
 
 @pytest.mark.parametrize("threshold", [-0.1, 1.5, math.nan, math.inf])
-def test_a_threshold_beyond_sense_is_refused(threshold):
+def test_a_threshold_out_of_range_is_refused(threshold):
     with pytest.raises(OptionError, match=r"is not within 0\.\.1: use"):
         CacheConfig("easy", threshold)
 
@@ -310,8 +307,8 @@ def test_first_block_cache_gives_a_step_again_where_nothing_has_changed(
             )
     assert cache.skipped == [6]
     assert block_runs == [4, 2, 2, 2]
-    for computed, foretold in zip(outputs[:2], outputs[2:], strict=True):
-        assert tiny.relative_error(foretold, computed) <= 1e-5
+    for computed, skipped in zip(outputs[:2], outputs[2:], strict=True):
+        assert tiny.relative_error(skipped, computed) <= 1e-5
     assert tiny.relative_error(outputs[1], outputs[0]) > 1e-2  # the branches are told apart
 
 
@@ -419,8 +416,9 @@ def test_the_bytes_planned_for_a_cache_are_those_it_holds(model, name, guidance)
         for tensor in value.values() if isinstance(value, dict) else [value]:
             if isinstance(tensor, torch.Tensor) and tensor.ndim:
                 held[tensor.data_ptr()] = tensor.numel() * tensor.itemsize
-    planned = run_bytes(model, IMAGE, PROMPT, negative, MOST[name])
-    planned -= run_bytes(model, IMAGE, PROMPT, negative)
+    prompts = [PROMPT] if negative is None else [PROMPT, NEGATIVE]
+    planned = run_bytes(model, IMAGE, prompts, SamplingSettings(cache=MOST[name]))["chunks"]
+    planned -= run_bytes(model, IMAGE, prompts, SamplingSettings())["chunks"]
     assert 0.6 * planned <= sum(held.values()) <= planned
 
 
@@ -429,95 +427,3 @@ def test_at_full_size_the_caches_are_as_small_as_they_say():
     assert cache_bytes(OFF, *full) == 0
     assert cache_bytes(CACHES["easy"], *full) / 1e6 == pytest.approx(39.2, abs=0.1)
     assert cache_bytes(CACHES["first-block"], *full) / 1e6 == pytest.approx(675, abs=1)
-
-
-# --- guidance used again ------------------------------------------------------------------------
-
-
-class Whole:
-    """A transformer whose predictions are whole numbers and whose branches differ by a constant.
-
-    Each call of `denoise` is noted: its step and its branch.
-    """
-
-    blocks = ()
-
-    def __init__(self) -> None:
-        self.calls: list[int] = []
-
-    def denoise(self, states, branch, **_):
-        self.calls.append(branch)
-        return states[:, :16].round() + 2.0 * (1 - branch)
-
-
-def whole_velocities(guidance, num_steps=STEPS, cache=OFF):
-    """Velocities of a run through `Whole`, and the branches computed in each step."""
-    transformer, sigmas = Whole(), get_sigmas(num_steps)
-    velocity = guided_velocity(
-        transformer, torch.zeros(1, 16, 1, 2, 2), lambda branch, *_: branch, sigmas, guidance,
-        rope=torch.empty(0), run_block=call, cache=cache,
-    )  # fmt: skip
-    velocities, calls = [], []
-    for step, sigma in enumerate(sigmas[:-1]):
-        guided, unwanted = velocity(torch.full((1, 16, 1, 2, 2), 100.0 + step), sigma)
-        velocities.append((guided, unwanted))
-        calls.append(tuple(transformer.calls))
-        transformer.calls.clear()
-    return velocities, calls
-
-
-@pytest.mark.parametrize("reuse", [2, 3, 4, 100])
-def test_the_guidance_difference_is_computed_every_nth_step(reuse):
-    _, calls = whole_velocities(Guidance(cfg_reuse=reuse))
-    computed = {0, 1, 2, *range(2, STEPS, reuse)}
-    assert calls == [(0, 1) if step in computed else (0,) for step in range(STEPS)]
-
-
-def test_a_constant_guidance_difference_is_used_again_exactly():
-    plain, _ = whole_velocities(Guidance())
-    reused, _ = whole_velocities(Guidance(cfg_reuse=3))
-    for (guided, unwanted), (expected, expected_unwanted) in zip(reused, plain, strict=True):
-        assert torch.equal(guided, expected)
-        assert torch.equal(unwanted, expected_unwanted)
-    refined = {"cfg_zero_star": True, "guidance_rescale": 0.0}
-    plain, _ = whole_velocities(Guidance(**refined))
-    reused, _ = whole_velocities(Guidance(cfg_reuse=3, **refined))
-    assert all(torch.equal(a[0], b[0]) for a, b in zip(plain, reused, strict=True))
-
-
-@pytest.mark.parametrize("reuse", [0, 1])
-def test_reuse_of_zero_or_one_is_off(model, reuse):
-    _, calls = whole_velocities(Guidance(cfg_reuse=reuse))
-    assert calls == [(0, 1)] * STEPS
-    cached = run(model, guidance=Guidance(cfg_reuse=reuse), cache=SOME["easy"])
-    assert torch.equal(cached, run(model, cache=SOME["easy"]))
-
-
-def test_the_difference_is_computed_in_the_window_of_guidance_only():
-    _, calls = whole_velocities(Guidance(cfg_reuse=2, cfg_start=0.25, cfg_end=0.75))
-    assert calls == [(0, 1) if s in range(5, 15, 2) else (0,) for s in range(STEPS)]
-
-
-def test_reuse_of_guidance_changes_a_real_run_and_a_negative_number_is_refused(model, block_runs):
-    plain = run(model)
-    block_runs[:] = [0] * 4
-    reused = run(model, guidance=Guidance(cfg_reuse=2))
-    assert block_runs == [STEPS + 3 + 8] * 4
-    assert not torch.equal(reused, plain)
-    with pytest.raises(OptionError, match="CFG reuse -1 cannot be"):
-        run(model, guidance=Guidance(cfg_reuse=-1))
-
-
-def test_with_a_cache_the_difference_waits_for_a_computed_step():
-    cached = CacheConfig("easy", 0.025)  # skips as in the scripted run above
-    velocities, calls = whole_velocities(Guidance(cfg_reuse=2), cache=cached)
-    skips = [3, 4, 6, 7, 9, 10, 12, 13, 15, 16, 18]
-    assert [s for s, branches in enumerate(calls) if not branches] == skips
-    # each computed step comes three steps after the last: the difference is due
-    assert calls[5] == calls[8] == (0, 1)
-    assert all(torch.equal(guided - unwanted, torch.full_like(guided, 12.0))
-               for guided, unwanted in velocities)  # fmt: skip
-    # and where it never is, steps are skipped without the negative branch
-    _, calls = whole_velocities(Guidance(cfg_reuse=100), cache=cached)
-    assert [s for s, branches in enumerate(calls) if not branches] == skips
-    assert set(calls[3:]) == {(), (0,)}

@@ -24,6 +24,7 @@ from comfyui_skyreels.skyreels.kernels.reference import (
 )
 from comfyui_skyreels.skyreels.latents import ImageConditioning
 from comfyui_skyreels.skyreels.sampling.sample import run_bytes
+from comfyui_skyreels.skyreels.sampling.settings import SamplingSettings
 from comfyui_skyreels.skyreels.text.embeds import PromptEmbeds
 from comfyui_skyreels.skyreels.transformer import attention, attention_quality
 from comfyui_skyreels.skyreels.transformer.attention import choose_attention, sdpa
@@ -710,7 +711,8 @@ def test_fast_is_planned_with_more_memory():
     states = torch.zeros(1, 7, model.config.text_embed_dim)
     prompt = PromptEmbeds(states, torch.zeros(1, model.config.pooled_projection_dim))
     exact, fast = (
-        run_bytes(model, image, prompt, None, attention=mode) for mode in attention.MODES
+        run_bytes(model, image, [prompt], SamplingSettings(attention=mode))["chunks"]
+        for mode in attention.MODES
     )
     assert fast - exact == attention.FAST_BYTES * (3 * 4 * 4 + 7) * model.config.hidden_size
 

@@ -3,14 +3,14 @@
 import pytest
 import torch
 from comfyui_skyreels.skyreels import offload
-from comfyui_skyreels.skyreels.config import LAYOUTS, TransformerConfig
+from comfyui_skyreels.skyreels.config import CHUNKINGS, TransformerConfig
 from comfyui_skyreels.skyreels.errors import OutOfRoomError
 from comfyui_skyreels.skyreels.offload import weight_bytes
 from comfyui_skyreels.skyreels.runtime import TorchRuntime
 from comfyui_skyreels.skyreels.transformer import placement
 from comfyui_skyreels.skyreels.transformer.layers import rope_table
 from comfyui_skyreels.skyreels.transformer.model import SkyReelsTransformer
-from comfyui_skyreels.skyreels.transformer.placement import choose_layout, placed, sampling_bytes
+from comfyui_skyreels.skyreels.transformer.placement import choose_chunking, placed, sampling_bytes
 from support import tiny
 
 
@@ -171,20 +171,20 @@ def test_weights_return_after_an_interrupt_inside_a_block(visits):
 
 
 @pytest.mark.parametrize("room", ["whole", "chunks", "head groups", ""])
-def test_the_layout_is_the_fastest_that_leaves_room_for_the_weights(visits, room):
+def test_the_chunking_is_the_fastest_that_leaves_room_for_the_weights(visits, room):
     model, tokens = tiny.transformer(), 1_000_000
     weights = loop_bytes(model, model) + offload.RESERVE_BYTES
     free = weights + sampling_bytes(model.config, tokens, torch.float32, room or "head groups")
     free += {"whole": placement.WHOLE_MARGIN_BYTES, "": -1}.get(room, 0)
     runtime = SmallDevice(free)
-    needed = {name: sampling_bytes(model.config, tokens, torch.float32, name) for name in LAYOUTS}
-    assert choose_layout(model, needed, runtime) == (room or "head groups")
+    needed = {name: sampling_bytes(model.config, tokens, torch.float32, name) for name in CHUNKINGS}
+    assert choose_chunking(model, needed, runtime) == (room or "head groups")
     assert runtime.asked[0] >= weights
     if room:
-        others = list(LAYOUTS)
+        others = list(CHUNKINGS)
         runtime.free -= 1
         following = others[min(others.index(room) + 1, len(others) - 1)]
-        assert choose_layout(model, needed, runtime) == following
+        assert choose_chunking(model, needed, runtime) == following
 
 
 def test_visiting_tensors_are_put_back_as_the_same_objects():

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from comfyui_skyreels.skyreels import kernels
-from comfyui_skyreels.skyreels.config import LAYOUTS, TransformerConfig
+from comfyui_skyreels.skyreels.config import CHUNKINGS, TransformerConfig
 from comfyui_skyreels.skyreels.kernels import RowFormat, Rows, dispatch
 from comfyui_skyreels.skyreels.kernels.dispatch import DeviceInfo
 from comfyui_skyreels.skyreels.transformer import layers, quant
@@ -566,19 +566,19 @@ def test_products_of_a_block_are_handed_whole_16_bytes(precision):
         for text_tokens in (1, 62, 155, 256):
             text = torch.empty(1, text_tokens, 3072, dtype=torch.bfloat16, device="meta")
             joined = torch.empty(1, 51_000 + text_tokens, 3072, dtype=torch.bfloat16, device="meta")
-            for layout in LAYOUTS.values():
-                model.double_blocks[0](image, text, rows, rope, attend, layout)
-                model.single_blocks[0](joined, [rows[0][..., :9216]], rope, attend, layout)
+            for chunking in CHUNKINGS.values():
+                model.double_blocks[0](image, text, rows, rope, attend, chunking)
+                model.single_blocks[0](joined, [rows[0][..., :9216]], rope, attend, chunking)
     assert seen.found == {"_scaled_mm" if precision == "fp8" else "int8_linear_": {0}}
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_tokens_are_cut_where_a_scale_starts_whole_16_bytes_for_every_length_of_text(layout):
+@pytest.mark.parametrize("chunking", CHUNKINGS)
+def test_tokens_are_cut_where_a_scale_starts_whole_16_bytes_for_every_length_of_text(chunking):
     """A scale is four bytes; the cuts are the same for fp8 and int8."""
     for text_tokens in range(257):
         length = 51_000 + text_tokens
         for tokens in (51_000, length):  # of a double and of a single block
-            parts = layers._parts(tokens, LAYOUTS[layout].mlp_chunks, layers.TOKEN_MULTIPLE)
+            parts = layers._parts(tokens, CHUNKINGS[chunking].mlp_chunks, layers.TOKEN_MULTIPLE)
             addresses = [4 * part.start % quant.BYTE_ALIGNMENT for part in parts]
             assert set(addresses) == {0}, text_tokens
             covered = [index for part in parts for index in (part.start, part.stop)]

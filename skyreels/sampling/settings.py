@@ -1,0 +1,161 @@
+"""What a run is asked for: its schedule, start, guidance, solver and shortcuts."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from itertools import pairwise
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ..config import MAX_STEPS, Guidance
+from ..errors import OptionError, ShapeError
+from ..latents import seeded_generator
+from ..transformer.attention import Attention
+from .step_cache import OFF, CacheConfig
+
+#: velocity(latents [1, 16, T, h, w] float32, sigma [] float32) -> the guided velocity and the
+#: negative one, each of the shape of the latents; None where no negative prediction was made. A
+#: sigma that is not on the CPU makes the host wait for the device.
+Velocity = Callable[[Tensor, Tensor], tuple[Tensor, Tensor | None]]
+
+#: on_step(step, latents after it, denoised estimate); steps count from 0
+OnStep = Callable[[int, Tensor, Tensor], None]
+
+#: solver(velocity, latents, sigmas [N + 1], on_step) -> latents at the last sigma; `euler` has the
+#: sigmas on the CPU, any other where the latents are
+Solver = Callable[[Velocity, Tensor, Tensor, OnStep], Tensor]
+
+
+def get_sigmas(num_inference_steps: int = 30, shift: float = 7.0, denoise: float = 1.0) -> Tensor:
+    """The official schedule: linear 1..0, shifted towards noise.
+
+    Args:
+        num_inference_steps: 1..1000.
+        shift: 0.01..100; 7 is what SkyReels was released with.
+        denoise: below 1, the last part of a longer schedule, for video to video.
+
+    Returns:
+        [N + 1] float32 from 1 (or where denoise starts) to 0.
+
+    Raises:
+        OptionError: steps, shift or denoise outside their range.
+
+    Source: sigma' = shift * sigma / (1 + (shift - 1) * sigma), Stable Diffusion 3,
+        arXiv:2403.03206, equation 23.
+    """
+    if not 1 <= num_inference_steps <= MAX_STEPS:
+        raise OptionError(f"{num_inference_steps} steps are not within 1..{MAX_STEPS}: use 30.")
+    if not 0.0 < denoise <= 1.0:
+        raise OptionError(f"Denoise {denoise} is not within 0..1 (0 excluded): use 1 for all.")
+    if not 0.01 <= shift <= 100.0:
+        raise OptionError(f"Shift {shift} is not within 0.01..100: use 7.")
+    total = int(num_inference_steps / denoise)
+    linear = torch.linspace(1.0, 0.0, total + 1, dtype=torch.float64)
+    sigmas = shift * linear / (1.0 + (shift - 1.0) * linear)
+    return sigmas[-(num_inference_steps + 1) :].float()
+
+
+def euler(velocity: Velocity, latents: Tensor, sigmas: Tensor, on_step: OnStep) -> Tensor:
+    """First-order steps along the flow, the reference solver.
+
+    Args:
+        velocity: the function to integrate.
+        latents: [1, 16, T, h, w] float32 at sigmas[0].
+        sigmas: [N + 1] float32, falling; on the CPU, so that no step waits for the one before.
+        on_step: called after each step.
+
+    Returns:
+        latents at sigmas[-1].
+    """
+    for step, (sigma, sigma_next) in enumerate(pairwise(sigmas)):
+        v, _ = velocity(latents, sigma)
+        denoised = latents - sigma * v
+        latents = latents + (sigma_next - sigma) * v
+        on_step(step, latents, denoised)
+    return latents
+
+
+@dataclass(frozen=True, eq=False)
+class SamplingSettings:
+    """How latents are sampled.
+
+    A schedule may be run in parts: one that stops above 0 gives latents that the next run continues
+    with `init_latents` and `add_noise=False`. Between the two they are divided by 1 - sigma, as
+    ComfyUI does.
+
+    Attributes:
+        seed: of the initial noise, 0..2^64-1.
+        sigmas: [N + 1] falling within 1..0, from `get_sigmas` or one's own.
+        guidance: how the positive and negative predictions are combined.
+        init_latents: [1, 16, T, h, w] VAE space, the clip to start from when sigmas[0] < 1.
+        add_noise: False continues the unfinished clip in init_latents.
+        riflex_k: see `rope_table`; only clips beyond 197 frames change.
+        cache: which steps are skipped, see step_cache.py. Euler only; a resumed run starts with an
+            empty cache.
+        attention: "exact", "fast" (8 bits, where the device has a kernel for it), or a function;
+            see transformer/attention.py.
+        solver: `euler` or any function of its signature.
+        resume: file in which each finished step is saved, or a folder in which that file is named
+            after the inputs. A run with the same inputs continues from it. The finished latents
+            stay in it: delete it once they are safe. Euler only.
+
+    Raises:
+        OptionError: a value outside its range, or two that contradict each other.
+        ShapeError: init_latents hold NaN or infinity.
+    """
+
+    seed: int = 0
+    sigmas: Tensor = field(default_factory=get_sigmas)
+    guidance: Guidance = field(default_factory=Guidance)
+    init_latents: Tensor | None = None
+    add_noise: bool = True
+    riflex_k: int = 4
+    cache: CacheConfig = OFF
+    attention: Attention | str = "exact"
+    solver: Solver = euler
+    resume: Path | None = None
+
+    def __post_init__(self) -> None:
+        seeded_generator(self.seed)  # refuses a seed outside its range
+        _check_sigmas(self.sigmas)
+        if self.init_latents is None and not self.add_noise:
+            raise OptionError("add_noise=False needs a clip to continue: give a start latent.")
+        if self.init_latents is not None and not bool(self.init_latents.isfinite().all()):
+            raise ShapeError("The start latent holds NaN or infinity: check the node that made it.")
+        if self.riflex_k < 0:
+            raise OptionError(f"riflex_k must be >= 0, got {self.riflex_k}: use 4, or 0 for off.")
+        if self.resume is not None and self.solver is not euler:
+            raise OptionError(
+                "Resuming needs the Euler solver: the state of other solvers is not saved. "
+                "Disconnect the sampler or switch resuming off."
+            )
+        if self.cache.kind != "off" and self.solver is not euler:
+            raise OptionError(
+                "Caching needs the Euler solver: other solvers use a prediction for more than one "
+                "step, so a skipped one misleads them. Disconnect the sampler or set the cache to "
+                "off."
+            )
+
+    @property
+    def num_steps(self) -> int:
+        """Steps of the schedule."""
+        return len(self.sigmas) - 1
+
+    @property
+    def uses_cfg(self) -> bool:
+        """Whether the negative prompt is used at all."""
+        return self.guidance.true_cfg_scale > 1
+
+
+def _check_sigmas(sigmas: Tensor) -> None:
+    if sigmas.ndim != 1 or len(sigmas) < 2 or not bool((sigmas.diff() < 0).all()):
+        raise OptionError(
+            "Sigmas must be falling, at least two numbers; got "
+            f"{[round(s, 4) for s in sigmas.flatten().tolist()[:6]]}."
+        )
+    if sigmas[0] > 1 or sigmas[-1] < 0:
+        raise OptionError(
+            f"Sigmas run from {sigmas[0].item():.9g} to {sigmas[-1].item():.9g}; flow matching "
+            "needs them within 1..0: use a flow schedule (shift 7), not one of an older model."
+        )
