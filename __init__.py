@@ -2,7 +2,11 @@
 
 # pytest and packaging tools import this file without a parent package; ComfyUI never does
 if __package__:
-    from .nodes import NODE_CLASS_MAPPINGS, NODE_DISPLAY_NAME_MAPPINGS
+    from pathlib import Path as _Path
 
-    WEB_DIRECTORY = "./web"
+    from .nodes import NODE_CLASS_MAPPINGS, NODE_DISPLAY_NAME_MAPPINGS, register
+
+    WEB_DIRECTORY: str | None = "./web"
+    if not register(_Path(__file__).parent):  # another copy of the pack serves this ComfyUI
+        NODE_CLASS_MAPPINGS, NODE_DISPLAY_NAME_MAPPINGS, WEB_DIRECTORY = {}, {}, None
     __all__ = ["NODE_CLASS_MAPPINGS", "NODE_DISPLAY_NAME_MAPPINGS", "WEB_DIRECTORY"]

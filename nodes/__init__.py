@@ -3,6 +3,9 @@
 Ids equal class names and never change.
 """
 
+import logging
+from pathlib import Path
+
 from . import host
 from .local.decode import SkyReelsVAEDecode
 from .local.image import SkyReelsImageConditioning
@@ -12,6 +15,8 @@ from .local.text import SkyReelsTextEncode, SkyReelsTextEncoderLoader
 from .remote import autocollect, routes
 from .remote.batch import WiroCollect, WiroSubmit
 from .remote.nodes import WiroRemoteI2V, WiroRunModel, WiroTaskResult, WiroUploadFile
+
+logger = logging.getLogger("skyreels.nodes")
 
 NODE_CLASS_MAPPINGS = {
     "SkyReelsTransformerLoader": SkyReelsTransformerLoader,
@@ -47,7 +52,32 @@ NODE_DISPLAY_NAME_MAPPINGS = {
     "WiroCollect": "Wiro Collect",
 }
 
-if (_table := host.routes()) is not None:
-    routes.register(_table)
-    host.remember_users()
-    host.at_start(autocollect.bring_home)
+
+def register(folder: Path) -> bool:
+    """Add routes, hooks and the work at start to ComfyUI's server, if there is one, once.
+
+    A second copy of the pack would answer the page with tasks and keys of its own while the nodes
+    are those of the other copy, so the copy that is loaded first serves alone.
+
+    Args:
+        folder: of this copy of the pack.
+
+    Returns:
+        Whether this copy may hand its nodes to ComfyUI.
+    """
+    first = host.claim_server(folder)
+    if first is None:
+        if (table := host.routes()) is not None:
+            routes.register(table)
+            host.remember_users()
+            host.at_start(autocollect.bring_home)
+        return True
+    if first == folder:  # loaded again, or under a second name
+        return True
+    logger.warning(
+        "Two copies of SkyReels V1 (local + Wiro) are installed: %s is used, %s is ignored. "
+        "Delete one of them and restart ComfyUI.",
+        first,
+        folder,
+    )
+    return False

@@ -4,12 +4,15 @@ import asyncio
 import contextvars
 import threading
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, TypeVar
 
 T = TypeVar("T")
 
 #: field of a prompt's extra data, where the server has several users
 _USER_MARK = "skyreels_user"
+#: attribute of the server: the folder of the copy of this pack that serves it
+_OWNER_MARK = "skyreels_wiro_folder"
 
 
 def instance() -> Any:
@@ -194,6 +197,20 @@ def routes() -> Any:
     """The server's table of routes, or None in tests and import-only runs."""
     server = instance()
     return None if server is None else server.routes
+
+
+def claim_server(folder: Path) -> Path | None:
+    """Mark the server as served by the copy of the pack in `folder`, if no copy serves it yet.
+
+    Returns:
+        The folder of the copy that had claimed the server before; None: this call claimed it, or
+        there is no server.
+    """
+    server = instance()
+    first: Path | None = getattr(server, _OWNER_MARK, None)
+    if server is not None and first is None:
+        setattr(server, _OWNER_MARK, folder)
+    return first
 
 
 def blocked(message: str) -> Any:
