@@ -16,8 +16,9 @@ from urllib.parse import urljoin, urlsplit
 
 import requests
 
-from .task import Task, bool_of, decimal_of, text_of
+from .task import Task
 from .transport import CONNECT_S, LOOPBACK, READ_S, FilePart
+from .wire import bool_of, decimal_of, text_of
 
 #: seconds for one stored file, and how often its address may point elsewhere
 FETCH_S = 60.0

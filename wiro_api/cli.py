@@ -34,21 +34,11 @@ from .spending import (
     to_json,
 )
 from .state import JOURNAL_NAME, limits_beside, open_state
-from .task import (
-    ADDRESS,
-    Output,
-    Task,
-    Verdict,
-    dollars,
-    money,
-    one_line,
-    text_of,
-    verdict,
-    word_of,
-)
+from .task import Output, Task, Verdict, verdict
 from .transport import base_url, local_host
 from .video import check_video
 from .websocket import socket_url
+from .wire import MAX_URL, dollars, money, one_line, text_of, word_of
 
 EXIT_ERROR, EXIT_INTERRUPTED = 1, 130
 
@@ -259,7 +249,7 @@ def run_upload(client: Client, arguments: argparse.Namespace) -> dict[str, Any]:
     part = read_part(arguments.file)
     folder = text_of(client.create_folder(arguments.folder)["id"]) if arguments.folder else ""
     record = client.upload(part, folder)
-    say(one_line(text_of(record.get("url")))[:ADDRESS])
+    say(one_line(text_of(record.get("url")))[:MAX_URL])
     return {name: record.get(name) for name in ("id", "name", "url", "size", "contenttype")}
 
 

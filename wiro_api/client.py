@@ -35,18 +35,7 @@ from .errors import (
     tell_task,
 )
 from .signing import Credentials, WiroAuth, account_of, nonces_of
-from .task import (
-    QUEUED,
-    Task,
-    Verdict,
-    failure_text,
-    id_of,
-    log_tail,
-    may_lag,
-    parse_task,
-    token_of,
-    verdict,
-)
+from .task import QUEUED, Task, Verdict, failure_text, log_tail, may_lag, parse_task, verdict
 from .transport import (
     BASE_URL,
     READ_S,
@@ -61,6 +50,7 @@ from .transport import (
     post,
     wait_s,
 )
+from .wire import id_of, token_of
 
 if TYPE_CHECKING:
     from .websocket import ProgressSocket

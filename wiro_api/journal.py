@@ -35,7 +35,8 @@ from typing import Any
 from .candidates import clean_slug
 from .errors import ConfigError
 from .spending import Limits, Price, Spent, check_limits, reserved
-from .task import Task, Verdict, decimal_of, dollars, may_lag, verdict
+from .task import Task, Verdict, may_lag, verdict
+from .wire import decimal_of, dollars
 
 logger = logging.getLogger("wiro_api.journal")
 

@@ -16,8 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from .files import safe_name
-from .task import Task, dollars, redact, verdict
+from .task import Task, verdict
 from .transport import nothing
+from .wire import dollars, redact
 
 logger = logging.getLogger("wiro_api.receipts")
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import ConfigError, LimitError
-from .task import decimal_of, dollars, money, same_value, text_of
+from .wire import decimal_of, dollars, money, same_value, text_of
 
 #: frames per second of the videos of models that are asked for a number of frames
 FPS = 24

@@ -49,7 +49,7 @@ from .errors import (
     WiroError,
 )
 from .signing import WiroAuth
-from .task import bool_of, clean_text, int_of, one_line, read_json, redact, text_of
+from .wire import bool_of, clean_text, int_of, one_line, read_json, redact, text_of
 
 BASE_URL = "https://api.wiro.ai/v1"
 BASE_URL_VARIABLE = "WIRO_API_BASE_URL"

@@ -203,8 +203,8 @@ def describe_account() -> dict[str, Any]:
     from ...wiro_api.errors import ConfigError
     from ...wiro_api.signing import KEY_VARIABLE, load_credentials
     from ...wiro_api.spending import DEFAULT_LIMITS, Spent, load_limits, to_json
-    from ...wiro_api.task import dollars
     from ...wiro_api.transport import base_url
+    from ...wiro_api.wire import dollars
 
     problem, source = "", "none"
     has_text = bool(os.environ.get(KEY_VARIABLE, "").strip()) or credentials_file().is_file()
@@ -292,6 +292,8 @@ def tell(row: int, *, always: bool = False) -> None:
 
 def describe(entry: "Entry") -> dict[str, Any]:
     """A row and what is live of it, as the page shows it; no token, no prompt, no full path."""
+    from ...wiro_api.task import QUEUED, phase_of
+
     live = _live.get(entry.id, Live())
     with _lock:
         lines = list(live.log)
@@ -301,6 +303,7 @@ def describe(entry: "Entry") -> dict[str, Any]:
         "model": entry.model,
         "state": entry.state,
         "status": entry.status,
+        "phase": phase_of(entry.status or QUEUED),
         "verdict": entry.verdict,
         "fraction": live.fraction,
         "line": live.line,

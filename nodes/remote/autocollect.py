@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING
 
 from .. import host
 from . import account
-from .run import fraction_of
 
 if TYPE_CHECKING:
     from ...wiro_api.journal import Entry
@@ -40,6 +39,8 @@ class Follower:
         self._task: Task | None = None
 
     def on_task(self, task: "Task") -> None:
+        from ...wiro_api.task import fraction_of
+
         if task.status != self._status:
             self._status = task.status
             account.add_log(self.live, [f"{time.strftime('%H:%M:%S')} {task.status}"])
@@ -47,6 +48,8 @@ class Follower:
         self._show(fraction_of(task, None), task.phase)
 
     def on_progress(self, report: "Progress") -> None:
+        from ...wiro_api.task import fraction_of
+
         if self._task is not None:
             self._show(fraction_of(self._task, report), str(report))
 

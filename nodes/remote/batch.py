@@ -335,7 +335,7 @@ def _labels(runs: Sequence[WiroRun]) -> str:
 def describe_total(prices: "Sequence[Price | None]", limits: "Limits", spent: "Spent") -> str:
     """What runs will cost together and what may be spent: said before anything is sent."""
     from ...wiro_api.spending import Price, describe_price
-    from ...wiro_api.task import money
+    from ...wiro_api.wire import money
 
     count = f"{len(prices)} run{'' if len(prices) == 1 else 's'}"
     known = [price for price in prices if price is not None]
@@ -759,7 +759,7 @@ def _line_of_stop(batch: _Batch) -> str:
 
 def _sum_of(seats: Sequence[_Seat]) -> str:
     """Of the end: how many, and what they did cost together."""
-    from ...wiro_api.task import decimal_of, money
+    from ...wiro_api.wire import decimal_of, money
 
     costs = [
         decimal_of(json.loads(seat.result.receipt)["cost_usd"])

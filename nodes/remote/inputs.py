@@ -51,7 +51,7 @@ class Slot:
 def slots_of(items: Sequence[Mapping[str, Any]]) -> list[Slot]:
     """The parameters of a model that take files, in its order."""
     from ...wiro_api.schema import is_file, is_required, takes_many
-    from ...wiro_api.task import text_of
+    from ...wiro_api.wire import text_of
 
     return [
         Slot(

@@ -185,7 +185,7 @@ def price(body: dict[str, Any]) -> dict[str, Any]:
     from ...wiro_api.errors import ConfigError, WiroError
     from ...wiro_api.jobs import quote
     from ...wiro_api.signing import load_credentials
-    from ...wiro_api.task import dollars
+    from ...wiro_api.wire import dollars
 
     told: dict[str, Any] = {"has_key": True, "price": None, "is_exact": False, "problem": "",
                             "is_each": body.get("node") == MANY_RUNS}  # fmt: skip

@@ -42,10 +42,6 @@ STOP_S = 20.0
 RECORD_S = 600.0
 #: models of which it is remembered
 KEPT_RECORDS = 50
-#: rank of a task's state -> where the bar stands while nothing better is known
-_BAR = {-1: 0.0, 0: 0.0, 1: 0.02, 2: 0.03, 3: 0.04, 4: 0.05, 5: 0.06, 6: 0.06, 7: 0.92, 8: 0.93,
-        9: 0.95, 10: 0.97}  # fmt: skip
-_RUNNING_FROM, _RUNNING_TO = 0.06, 0.92
 
 #: how names of fields begin that send a result or a bill elsewhere, letters and digits only
 _ELSEWHERE = ("callback", "webhook", "projectid")
@@ -245,6 +241,8 @@ class Window:
         self.say(f"all places of the account are taken · next try in {left:.0f} s", 0.0)
 
     def _show(self) -> None:
+        from ...wiro_api.task import fraction_of
+
         task = self._task
         if task is not None and not task.is_terminal:
             where = fraction_of(task, self._report)
@@ -267,13 +265,6 @@ class Window:
             account.leave(self.row)
         if self._client is not None:
             self._client.close()
-
-
-def fraction_of(task: "Task", report: "Progress | None") -> float:
-    """Where the bar stands, 0..1: by the report of the running model, else by the task's state."""
-    if report is None or task.rank > 7:
-        return _BAR[task.rank]
-    return _RUNNING_FROM + (report.fraction or 0.0) * (_RUNNING_TO - _RUNNING_FROM)
 
 
 def check_fields(values: object) -> None:
@@ -441,9 +432,9 @@ def _follow(
     """
     from ...wiro_api.errors import DownloadError, WiroError
     from ...wiro_api.jobs import files_here, finish
-    from ...wiro_api.task import dollars
     from ...wiro_api.transport import local_host
     from ...wiro_api.websocket import socket_url
+    from ...wiro_api.wire import dollars
 
     warning = ""
     try:
@@ -528,7 +519,7 @@ def _to_result(
     """The files as what the sockets carry; only what something hangs on is decoded."""
     from ...wiro_api.media import kind_of, kind_of_name
     from ...wiro_api.receipts import shown
-    from ...wiro_api.task import money
+    from ...wiro_api.wire import money
 
     kinds: dict[str, list[Path]] = {}
     for path in paths:
@@ -615,7 +606,7 @@ def _stop(
     from ...wiro_api.errors import WiroError
     from ...wiro_api.jobs import recover, to_handle
     from ...wiro_api.journal import LostEntryError
-    from ...wiro_api.task import money
+    from ...wiro_api.wire import money
 
     deadline = time.monotonic() + STOP_S
 

@@ -158,8 +158,10 @@ def test_point_03_a_record_reads_the_same_with_its_numbers_as_strings():
         parse_task({**numbers, "outputs": [{**OUTPUT, "size": 1000, "ispublic": 0}]}),
         parse_task({**words, "outputs": [{**OUTPUT, "size": "1000", "ispublic": "0"}]}),
     ]
-    for name in ("taskid", "exit_code", "elapsed_s", "cps", "totalcost", "createtime", "starttime",
-                 "endtime", "postprocessendtime"):  # fmt: skip
+    for name in (
+        "taskid", "exit_code", "elapsed_s", "totalcost", "starttime", "endtime",
+        "postprocessendtime",
+    ):  # fmt: skip
         assert getattr(read[0], name) == getattr(read[1], name), name
     assert read[1].totalcost == Decimal("0.00351")
     assert [task.outputs[0].num_bytes for task in read] == [1000, 1000]
