@@ -250,7 +250,7 @@ def video_part(video: Any) -> "FilePart":
     part = (f"input{suffix}", content, kind)
     if is_as_it_was:
         return part
-    return PicturePart.of(part, _fingerprint(video), 0)
+    return PicturePart.from_pixels(part, _fingerprint(video), 0)
 
 
 def _video_kind(content: bytes) -> tuple[str, str]:

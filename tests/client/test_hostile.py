@@ -24,7 +24,7 @@ from comfyui_skyreels.wiro_api import cli, transport
 from comfyui_skyreels.wiro_api import client as client_module
 from comfyui_skyreels.wiro_api.client import Client, RunHandle, raise_for_failure
 from comfyui_skyreels.wiro_api.errors import TransportError, WiroError
-from comfyui_skyreels.wiro_api.jobs import start
+from comfyui_skyreels.wiro_api.jobs import Job, start
 from comfyui_skyreels.wiro_api.journal import Journal
 from comfyui_skyreels.wiro_api.schema import complete, items_of
 from comfyui_skyreels.wiro_api.signing import Credentials
@@ -414,7 +414,7 @@ def test_a_refusal_of_any_text_leaves_the_row_refused(tmp_path, name):
     client, wire, clock = make(spoil)
     wire.nonsense = NONSENSE[name]
     journal = Journal(tmp_path / "journal.sqlite", now=clock.now)
-    outcome(lambda: start(client, journal, MODEL, PARAMETERS))
+    outcome(lambda: start(client, journal, Job(MODEL, PARAMETERS)))
     (row,) = journal.newest()
     assert row.state == "refused"
     assert_harmless(row.error, 1000)
