@@ -42,7 +42,7 @@ EVENT_EVERY_S = 0.25
 
 
 @dataclass
-class Live:
+class TaskState:
     """What is known of a task that a node of this server follows, beside its row."""
 
     fraction: float | None = None
@@ -55,9 +55,9 @@ class Live:
     client: str | None = None
 
 
-#: row of the journal -> Live; how many nodes follow each
-_live: dict[int, Live] = {}
-_followers: dict[int, int] = {}
+#: row of the journal -> TaskState; how many nodes follow each
+_states: dict[int, TaskState] = {}
+_subscribers: dict[int, int] = {}
 _lock = threading.Lock()
 #: state folder of the host -> journal and limits; one entry but in tests
 _shared: dict[Path, tuple[Path, Path]] = {}
@@ -131,11 +131,9 @@ def collects_at_start() -> bool:
 
 def save_collects_at_start(is_on: bool) -> None:
     """Write that setting; the old file is replaced as a whole."""
-    file = settings_file()
-    file.parent.mkdir(parents=True, exist_ok=True)
-    part = file.with_name(file.name + ".part")
-    part.write_text(json.dumps({COLLECT: is_on}), encoding="utf-8")
-    os.replace(part, file)
+    from ...wiro_api.parts import write_whole
+
+    write_whole(settings_file(), json.dumps({COLLECT: is_on}))
 
 
 def has_state() -> bool:
@@ -187,12 +185,19 @@ def make_client(sleep: Callable[[float], None] = time.sleep) -> "Client":
     from ...wiro_api.errors import ConfigError
     from ...wiro_api.signing import load_credentials
     from ...wiro_api.transport import base_url
+    from ...wiro_api.websocket import socket_url
 
     try:
         credentials = load_credentials(file=credentials_file())
     except ConfigError as error:
         raise ConfigError(f"{error} In ComfyUI: Settings > SkyReels > Wiro.") from None
-    return Client(credentials, base_url=base_url(), sleep=sleep, interruptible=True)
+    return Client(
+        credentials,
+        base_url=base_url(),
+        socket_url=socket_url(),
+        sleep=sleep,
+        interruptible=True,
+    )
 
 
 def describe_account() -> dict[str, Any]:
@@ -203,8 +208,8 @@ def describe_account() -> dict[str, Any]:
     from ...wiro_api.errors import ConfigError
     from ...wiro_api.signing import KEY_VARIABLE, load_credentials
     from ...wiro_api.spending import DEFAULT_LIMITS, Spent, load_limits, to_json
-    from ...wiro_api.task import dollars
     from ...wiro_api.transport import base_url
+    from ...wiro_api.wire import dollars
 
     problem, source = "", "none"
     has_text = bool(os.environ.get(KEY_VARIABLE, "").strip()) or credentials_file().is_file()
@@ -239,47 +244,47 @@ def describe_account() -> dict[str, Any]:
 
 def is_followed(row: int) -> bool:
     """Whether a node of this server follows a task."""
-    return _followers.get(row, 0) > 0
+    return _subscribers.get(row, 0) > 0
 
 
-def follow(row: int, *, by_prompt: bool = True) -> Live:
+def subscribe(row: int, *, by_prompt: bool = True) -> TaskState:
     """Say that a node of the running prompt, or else nobody's, follows a task from now on."""
     user = host.prompt_user() if by_prompt else ""
     if user:
         journal().note_user(row, user)
     with _lock:
-        _followers[row] = _followers.get(row, 0) + 1
-        live = _live.setdefault(row, Live())
+        _subscribers[row] = _subscribers.get(row, 0) + 1
+        live = _states.setdefault(row, TaskState())
         live.error = ""
         if by_prompt:
             live.client = host.prompt_client()
         return live
 
 
-def add_log(live: Live, lines: list[str]) -> None:
+def add_log(live: TaskState, lines: list[str]) -> None:
     """Append lines of a task's log; the socket's thread and the node's both do."""
     with _lock:
         live.log.extend(line[:LINE_LETTERS] for line in lines[-LOG_LINES:])
 
 
-def leave(row: int) -> None:
+def unsubscribe(row: int) -> None:
     """Say that it does not any more; the log is kept while the server runs."""
     with _lock:
-        _followers[row] = _followers.get(row, 1) - 1
-        if _followers[row] <= 0:
-            del _followers[row]
-            _live[row].fraction = None
-        while len(_live) > KEPT_ROWS:  # the oldest that nobody follows
-            idle = next((old for old in _live if old not in _followers), None)
+        _subscribers[row] = _subscribers.get(row, 1) - 1
+        if _subscribers[row] <= 0:
+            del _subscribers[row]
+            _states[row].fraction = None
+        while len(_states) > KEPT_ROWS:  # the oldest that nobody follows
+            idle = next((old for old in _states if old not in _subscribers), None)
             if idle is None:
                 break
-            del _live[idle]
-    tell(row, always=True)
+            del _states[idle]
+    publish(row, always=True)
 
 
-def tell(row: int, *, always: bool = False) -> None:
+def publish(row: int, *, always: bool = False) -> None:
     """Send the page that queued it the state of a task, if it was not just sent."""
-    live = _live.get(row)
+    live = _states.get(row)
     now = time.monotonic()
     if live is not None:
         if not always and now - live.told_at < EVENT_EVERY_S:
@@ -292,7 +297,9 @@ def tell(row: int, *, always: bool = False) -> None:
 
 def describe(entry: "Entry") -> dict[str, Any]:
     """A row and what is live of it, as the page shows it; no token, no prompt, no full path."""
-    live = _live.get(entry.id, Live())
+    from ...wiro_api.task import QUEUED, phase_of
+
+    live = _states.get(entry.id, TaskState())
     with _lock:
         lines = list(live.log)
     return {
@@ -301,6 +308,7 @@ def describe(entry: "Entry") -> dict[str, Any]:
         "model": entry.model,
         "state": entry.state,
         "status": entry.status,
+        "phase": phase_of(entry.status or QUEUED),
         "verdict": entry.verdict,
         "fraction": live.fraction,
         "line": live.line,

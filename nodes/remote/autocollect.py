@@ -12,9 +12,9 @@ import time
 from collections import deque
 from typing import TYPE_CHECKING
 
+from ...wiro_api.listener import RunListener
 from .. import host
 from . import account
-from .run import fraction_of
 
 if TYPE_CHECKING:
     from ...wiro_api.journal import Entry
@@ -30,16 +30,18 @@ SEARCHED = 1000
 LATELY_S = 86_400.0
 
 
-class Follower:
+class Follower(RunListener):
     """What is shown of a task that no node follows; callbacks of jobs.finish."""
 
     def __init__(self, row: int) -> None:
         self.row = row
-        self.live = account.follow(row, by_prompt=False)
+        self.live = account.subscribe(row, by_prompt=False)
         self._status = ""
         self._task: Task | None = None
 
     def on_task(self, task: "Task") -> None:
+        from ...wiro_api.task import fraction_of
+
         if task.status != self._status:
             self._status = task.status
             account.add_log(self.live, [f"{time.strftime('%H:%M:%S')} {task.status}"])
@@ -47,6 +49,8 @@ class Follower:
         self._show(fraction_of(task, None), task.phase)
 
     def on_progress(self, report: "Progress") -> None:
+        from ...wiro_api.task import fraction_of
+
         if self._task is not None:
             self._show(fraction_of(self._task, report), str(report))
 
@@ -60,13 +64,13 @@ class Follower:
     def _show(self, fraction: float, line: str) -> None:
         self.live.fraction = max(self.live.fraction or 0.0, fraction)
         self.live.line = line
-        account.tell(self.row)
+        account.publish(self.row)
 
     def close(self, error: str = "") -> None:
         """Leave the row, with the reason why it is not home."""
         # every open page gets this one: it needs no place of this machine
         self.live.error = error.replace(str(host.output_folder()), "output")
-        account.leave(self.row)
+        account.unsubscribe(self.row)
 
 
 def bring_home() -> None:
@@ -134,8 +138,6 @@ def bring(entry: "Entry") -> None:
     """One task to its files; what keeps it from that stands in its row."""
     from ...wiro_api.errors import WiroError
     from ...wiro_api.jobs import finish, to_handle
-    from ...wiro_api.transport import local_host
-    from ...wiro_api.websocket import socket_url
 
     if account.is_followed(entry.id):  # a node was faster
         return
@@ -146,10 +148,7 @@ def bring(entry: "Entry") -> None:
         with account.make_client() as client:
             finish(
                 client, to_handle(entry), account.task_folder(entry.taskid),
-                journal=account.journal(), entry_id=entry.id, socket_url=socket_url(),
-                local_host=local_host(), on_task=follower.on_task,
-                on_progress=follower.on_progress, on_log=follower.on_log,
-                on_bytes=follower.on_bytes,
+                journal=account.journal(), entry_id=entry.id, listener=follower,
             )  # fmt: skip
     except (WiroError, OSError) as problem:
         error = f"Not brought home: {problem}"

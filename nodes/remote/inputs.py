@@ -51,7 +51,7 @@ class Slot:
 def slots_of(items: Sequence[Mapping[str, Any]]) -> list[Slot]:
     """The parameters of a model that take files, in its order."""
     from ...wiro_api.schema import is_file, is_required, takes_many
-    from ...wiro_api.task import text_of
+    from ...wiro_api.wire import text_of
 
     return [
         Slot(
@@ -250,7 +250,7 @@ def video_part(video: Any) -> "FilePart":
     part = (f"input{suffix}", content, kind)
     if is_as_it_was:
         return part
-    return PicturePart.of(part, _fingerprint(video), 0)
+    return PicturePart.from_pixels(part, _fingerprint(video), 0)
 
 
 def _video_kind(content: bytes) -> tuple[str, str]:

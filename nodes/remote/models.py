@@ -143,7 +143,7 @@ def price(body: Mapping[str, Any]) -> Answer:
 
 def _checked(value: object, name: str) -> str:
     from ...wiro_api.errors import ConfigError
-    from ...wiro_api.task import clean_text, one_line
+    from ...wiro_api.wire import clean_text, one_line
 
     if not isinstance(value, str) or len(value) > ASKED:
         raise ConfigError(f"{name} is no text of at most {ASKED} characters.")
@@ -185,7 +185,7 @@ def _titles(record: Mapping[str, Any]) -> dict[int, str]:
 def _describe_item(item: Mapping[str, Any], kinds: Mapping[str, Any], budget: list[int]) -> Answer:
     """A parameter: what the form needs to show it. budget: options that may still be shown."""
     from ...wiro_api.schema import is_required
-    from ...wiro_api.task import bool_of, decimal_of
+    from ...wiro_api.wire import bool_of, decimal_of
 
     name = str(item["id"])
     options = item.get("options")
@@ -238,13 +238,13 @@ def _examples(record: Mapping[str, Any], names: set[str]) -> list[Answer]:
 
 
 def _line(value: object) -> str:
-    from ...wiro_api.task import one_line, text_of
+    from ...wiro_api.wire import one_line, text_of
 
     return one_line(text_of(value)[: 10 * NAME])[:NAME]
 
 
 def _text(value: object) -> str:
-    from ...wiro_api.task import text_of
+    from ...wiro_api.wire import text_of
 
     return text_of(value)[:HELP].strip()
 

@@ -18,7 +18,7 @@ from ...skyreels.image import FITS, fit_image
 from ...skyreels.text.embeds import with_fps_prefix
 from .. import host
 from .inputs import PICTURES, SOCKETS, parse_places, parts_of, place, slots_of
-from .run import Result, Window, check_fields, collect, fingerprint, remember, run_model, wanted
+from .run import Result, RunView, check_fields, collect, fingerprint, remember, run_model, wanted
 
 if TYPE_CHECKING:
     from ...wiro_api.transport import FilePart
@@ -32,7 +32,7 @@ FROM_IMAGE = "the image"
 IMAGE_PARAMETER = "inputImage"
 
 
-def _common_widgets() -> dict[str, Any]:
+def common_widgets() -> dict[str, Any]:
     return {
         "take": (
             "INT",
@@ -165,7 +165,7 @@ class WiroRemoteI2V:
                         "names a frame rate itself.",
                     },
                 ),
-                **_common_widgets(),
+                **common_widgets(),
             },
             "hidden": {"unique_id": "UNIQUE_ID", "graph": "PROMPT"},
         }
@@ -208,7 +208,7 @@ class WiroRemoteI2V:
             wants=wanted(graph, unique_id, self.RETURN_NAMES),
         )  # fmt: skip
         remember(graph, unique_id, result)
-        return _or_blocked(result.images), _video(result), result.taskid, result.receipt
+        return or_blocked(result.images), video_output(result), result.taskid, result.receipt
 
 
 class WiroRunModel:
@@ -265,7 +265,7 @@ class WiroRunModel:
                         "no inputImage, its first one for pictures.",
                     },
                 ),
-                **_common_widgets(),
+                **common_widgets(),
                 **{
                     name: (
                         "IMAGE",
@@ -385,7 +385,7 @@ class WiroTaskResult:
                     },
                 ),
             },
-            "optional": {"timeout_minutes": _common_widgets()["timeout_minutes"]},
+            "optional": {"timeout_minutes": common_widgets()["timeout_minutes"]},
             "hidden": {"unique_id": "UNIQUE_ID", "graph": "PROMPT"},
         }
 
@@ -403,7 +403,7 @@ class WiroTaskResult:
         over = threading.Event()
         wants = wanted(graph, unique_id, self.RETURN_NAMES)
         result = await host.in_thread(
-            lambda: collect(Window(unique_id, over), task, timeout_minutes, wants), over
+            lambda: collect(RunView(unique_id, over), task, timeout_minutes, wants), over
         )
         return _outputs(remember(graph, unique_id, result))
 
@@ -455,7 +455,7 @@ class WiroUploadFile:
         over = threading.Event()
 
         def work() -> tuple[str, str]:
-            window = Window(unique_id, over)
+            window = RunView(unique_id, over)
             if file != FROM_IMAGE:
                 if file not in host.input_files():  # a link brings names that no list was asked for
                     raise ConfigError(f"There is no file {file[:80]!r} in the input folder.")
@@ -530,17 +530,17 @@ def values_of_widgets(**widgets: Any) -> dict[str, Any]:
 def _outputs(result: Result) -> tuple[Any, ...]:
     """In the order of the sockets of Wiro Run Model and Wiro Task Result."""
     return (
-        _or_blocked(result.images), _video(result), result.text, result.taskid, result.receipt,
-        _or_blocked(result.masks), _or_blocked(result.audio), result.files,
+        or_blocked(result.images), video_output(result), result.text, result.taskid, result.receipt,
+        or_blocked(result.masks), or_blocked(result.audio), result.files,
     )  # fmt: skip
 
 
-def _or_blocked(value: Any) -> Any:
+def or_blocked(value: Any) -> Any:
     """What the task did not make stops only the nodes that want it, with the reason."""
     return host.blocked(value) if isinstance(value, str) else value
 
 
-def _video(result: Result) -> Any:
+def video_output(result: Result) -> Any:
     if isinstance(result.video, str):
         return host.blocked(result.video)
     return host.video_of(result.video)
@@ -601,7 +601,7 @@ def png_part(image: Tensor, size: str = "", fit: str = "crop") -> "FilePart":
             f"{MAX_UPLOAD_BYTES}: make it smaller."
         )
     part = ("input.png", content, "image/png")
-    return PicturePart.of(part, pixels.tobytes(), *pixels.shape)
+    return PicturePart.from_pixels(part, pixels.tobytes(), *pixels.shape)
 
 
 def parse_parameters(text: str) -> dict[str, Any]:

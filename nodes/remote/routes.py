@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
+from ...wiro_api.listener import RunListener
 from .. import host
 from . import account, guard, models
 from .nodes import ORIENTATION, SIZES, parse_parameters, values_of_widgets
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 
     from ...wiro_api.client import Model
     from ...wiro_api.journal import Entry
+    from ...wiro_api.task import Output
     from ...wiro_api.transport import FilePart
 
 logger = logging.getLogger("skyreels.nodes.remote.routes")
@@ -183,9 +185,9 @@ def price(body: dict[str, Any]) -> dict[str, Any]:
         several runs; problem: why there is no price, or "".
     """
     from ...wiro_api.errors import ConfigError, WiroError
-    from ...wiro_api.jobs import quote
+    from ...wiro_api.jobs import Job, quote
     from ...wiro_api.signing import load_credentials
-    from ...wiro_api.task import dollars
+    from ...wiro_api.wire import dollars
 
     told: dict[str, Any] = {"has_key": True, "price": None, "is_exact": False, "problem": "",
                             "is_each": body.get("node") == MANY_RUNS}  # fmt: skip
@@ -199,7 +201,7 @@ def price(body: dict[str, Any]) -> dict[str, Any]:
         earlier = account.journal().costs(str(model)) if account.has_state() else []
         with account.make_client() as client:
             record = model_record(client, model)
-        amount = quote(record, model, values, files, earlier, is_draft=True).price
+        amount = quote(record, Job(model, values, files), earlier, is_draft=True).price
     except (WiroError, ValueError) as error:
         return {**told, "problem": str(error)}
     if amount is None:
@@ -256,9 +258,9 @@ def refresh(entry: "Entry") -> None:
     with account.make_client() as client:
         task = client.detail(to_handle(entry))
     if verdict(task) is Verdict.RUNNING:
-        account.journal().seen(entry.id, task.status)
+        account.journal().mark_seen(entry.id, task.status)
     elif entry.state != "ended":
-        account.journal().ended(entry.id, task)
+        account.journal().mark_ended(entry.id, task)
 
 
 def stop(entry: "Entry") -> None:
@@ -267,7 +269,17 @@ def stop(entry: "Entry") -> None:
 
     with account.make_client() as client:
         task = client.stop(to_handle(_with_task(entry)))
-    account.journal().ended(entry.id, task, entry.files)
+    account.journal().mark_ended(entry.id, task, entry.files)
+
+
+class _Verifier(RunListener):
+    """Decodes each video once."""
+
+    def verify(self, path: Path, output: "Output") -> None:
+        from ...wiro_api.video import check_video, is_video
+
+        if is_video(output):
+            check_video(path)
 
 
 def collect(entry: "Entry") -> None:
@@ -275,8 +287,6 @@ def collect(entry: "Entry") -> None:
     from ...wiro_api.errors import WiroError
     from ...wiro_api.jobs import finish, to_handle
     from ...wiro_api.task import Verdict, verdict
-    from ...wiro_api.transport import local_host
-    from ...wiro_api.video import check_video, is_video
 
     handle = to_handle(_with_task(entry))
     with account.make_client() as client:
@@ -285,8 +295,7 @@ def collect(entry: "Entry") -> None:
             raise WiroError(f"Task {task.taskid} has not ended ({task.phase}): wait, or stop it.")
         finish(
             client, handle, account.task_folder(task.taskid), journal=account.journal(),
-            entry_id=entry.id, local_host=local_host(),
-            verify=lambda path, output: check_video(path) if is_video(output) else None,
+            entry_id=entry.id, listener=_Verifier(),
         )  # fmt: skip
 
 
@@ -296,7 +305,7 @@ def delete_files(entry: "Entry") -> None:
 
     with account.make_client() as client:
         client.delete_files(to_handle(_with_task(entry)))
-    account.journal().remote_deleted(entry.id)
+    account.journal().mark_remote_deleted(entry.id)
 
 
 def forget(entry: "Entry") -> None:
@@ -309,7 +318,7 @@ def forget(entry: "Entry") -> None:
     age_s = abs(time.time() - (entry.sent_at or 0.0))  # the clock may have been set back
     if account.is_followed(entry.id) or age_s < UPLOAD_S + 60:
         raise WiroError("It was sent moments ago, and an answer may still come: wait 6 minutes.")
-    account.journal().refused(entry, "Marked as not started.")
+    account.journal().mark_refused(entry, "Marked as not started.")
 
 
 ACTIONS: dict[str, Callable[["Entry"], None]] = {
@@ -333,7 +342,7 @@ def act(row: int, action: str, user: str = "") -> dict[str, Any]:
     if entry is None or action not in ACTIONS:
         raise WiroError(f"There is no task {row} in the journal, or no action {action!r}.")
     ACTIONS[action](entry)
-    account.tell(row, always=True)
+    account.publish(row, always=True)
     return {"task": account.describe(account.journal().get(row) or entry)}
 
 

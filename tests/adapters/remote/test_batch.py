@@ -22,7 +22,7 @@ from comfyui_skyreels.nodes.remote import (
 from comfyui_skyreels.nodes.remote import (
     run as wiro_run,
 )
-from comfyui_skyreels.wiro_api import client
+from comfyui_skyreels.wiro_api import candidates, client
 from comfyui_skyreels.wiro_api.errors import (
     BalanceError,
     ConcurrencyError,
@@ -216,8 +216,8 @@ def test_after_a_restart_the_same_workflow_pays_for_nothing_again(comfy, wiro):
     wiro_run._results.clear()
     wiro_run._records.clear()
     account._shared.clear()
-    account._live.clear()
-    account._followers.clear()
+    account._states.clear()
+    account._subscribers.clear()
     runs, report = submit(pictures(5))
     assert report.startswith("2 runs, ")
     assert "3 started before, nothing is paid for them again" in report
@@ -241,7 +241,7 @@ def test_a_run_is_known_to_the_node_for_one_as_well(comfy, wiro):
 
 
 def test_a_lost_run_of_submit_is_found_by_collect_and_not_sent_again(comfy, wiro, monkeypatch):
-    monkeypatch.setattr(client, "RECONCILE_AT_S", (0.1, 0.2))
+    monkeypatch.setattr(candidates, "RECONCILE_AT_S", (0.1, 0.2))
     wiro.fail("Run", "lost")
     wiro.now = time.time
     runs, _ = submit(pictures(3))

@@ -22,7 +22,7 @@ from comfyui_skyreels.nodes.remote import (
 from comfyui_skyreels.wiro_api import jobs
 from comfyui_skyreels.wiro_api.client import Model
 from comfyui_skyreels.wiro_api.errors import ConfigError, WiroError
-from comfyui_skyreels.wiro_api.jobs import finish, quote
+from comfyui_skyreels.wiro_api.jobs import Job, finish, quote
 from support.wiro_server import KEY
 
 WIDGETS = {"prompt": "a fox", "size": "960x544", "fit": "crop", "num_frames": 97, "steps": 30,
@@ -138,10 +138,10 @@ def test_a_quote_of_a_draft_checks_all_but_what_is_missing(comfy, wiro):
         model = Model.parse("wiro/SkyReels-V1")
         record = jobs.read_record(client, model)
     with pytest.raises(ConfigError, match="wants"):
-        quote(record, model, {"prompt": "x"})
-    assert quote(record, model, {"prompt": "x"}, is_draft=True).parameters["prompt"] == "x"
+        quote(record, Job(model, {"prompt": "x"}))
+    assert quote(record, Job(model, {"prompt": "x"}), is_draft=True).parameters["prompt"] == "x"
     with pytest.raises(ConfigError, match="no parameter"):
-        quote(record, model, {"odd": 1}, is_draft=True)
+        quote(record, Job(model, {"odd": 1}), is_draft=True)
 
 
 # --- a task that ran while ComfyUI was away -----------------------------------------------------
@@ -259,11 +259,11 @@ def test_which_rows_are_brought_home(comfy, wiro):
     with journal._open() as connection:
         connection.execute("UPDATE jobs SET updated_at = ? WHERE id = ?",
                            (time.time() - 2 * 86_400, rows["old"]))  # fmt: skip
-    account.follow(rows["followed"], by_prompt=False)
+    account.subscribe(rows["followed"], by_prompt=False)
     try:
         found = {entry.id for entry in autocollect.entries_away()}
     finally:
-        account.leave(rows["followed"])
+        account.unsubscribe(rows["followed"])
     assert found == {rows[name] for name in ("running", "done", "part")}
 
 
@@ -292,8 +292,8 @@ def test_a_task_that_cannot_be_brought_home_says_why_in_its_row_and_costs_no_oth
     assert str(comfy.root) not in told[failed]
     assert told[good] == ""
     assert account.journal().get(good).state == "ended"
-    account.follow(lost, by_prompt=False)
-    account.leave(lost)
+    account.subscribe(lost, by_prompt=False)
+    account.unsubscribe(lost)
     assert {task["id"]: task["error"] for task in routes.list_tasks(10)["tasks"]}[lost] == ""
 
 
@@ -308,10 +308,12 @@ def test_who_comes_second_to_the_files_of_a_row_finds_them_there(comfy, wiro, nu
         with account.make_client() as client:
             gate.wait(timeout=30)
             _, paths = finish(
-                client, jobs.to_handle(entry), account.task_folder(entry.taskid),
-                journal=account.journal(), entry_id=row,
-                local_host=wiro.url.removeprefix("http://").removesuffix("/v1"),
-            )  # fmt: skip
+                client,
+                jobs.to_handle(entry),
+                account.task_folder(entry.taskid),
+                journal=account.journal(),
+                entry_id=row,
+            )
             results.append(paths)
 
     threads = [threading.Thread(target=bring) for _ in range(number)]
@@ -323,7 +325,7 @@ def test_who_comes_second_to_the_files_of_a_row_finds_them_there(comfy, wiro, nu
     assert all(paths == results[0] for paths in results)
     assert names(comfy, entry.taskid) == ["0.mp4", "0.receipt.json"]
     assert len(wiro.fetched) == 1
-    assert not jobs._coming
+    assert not jobs._downloading
 
 
 def test_who_waits_for_another_ones_download_can_be_stopped(comfy, wiro):

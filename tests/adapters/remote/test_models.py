@@ -17,7 +17,7 @@ from comfyui_skyreels.nodes.remote.guard import PAGE_HEADER
 from comfyui_skyreels.nodes.remote.inputs import SOCKETS, Slot, parse_places, place, slots_of
 from comfyui_skyreels.wiro_api.client import Model
 from comfyui_skyreels.wiro_api.errors import ConfigError, WiroError
-from comfyui_skyreels.wiro_api.jobs import job_key
+from comfyui_skyreels.wiro_api.jobs import Job, job_key
 from PIL import Image
 from support.host import VideoFromComponents, VideoFromFile
 from support.wiro_server import KEY, MODELS, SECRET
@@ -158,10 +158,12 @@ def test_a_film_of_frames_is_the_same_job_however_it_is_encoded(comfy, more):
 def test_the_job_of_a_node_of_before_is_the_same(comfy, wiro, image, extra):
     values = {"prompt": "x", "size": "960x544"}
     part = remote.png_part(image)
-    key = job_key(Model("wiro", "SkyReels-V1"), values, [("inputImage", part)], service=wiro.url)
+    key = job_key(
+        Job(Model("wiro", "SkyReels-V1"), values, [("inputImage", part)]), service=wiro.url
+    )
     entry = account.journal().begin(key, "wiro/SkyReels-V1")
-    account.journal().sending(entry)
-    account.journal().started(entry.id, wiro.add_task({"prompt": "x"}))
+    account.journal().mark_sending(entry)
+    account.journal().mark_started(entry.id, wiro.add_task({"prompt": "x"}))
     assert run_model("wiro/SkyReels-V1", values, image=image, **extra)[3] == "2221"
     assert not [path for path in wiro.paths() if path.startswith("Run/")]
 
