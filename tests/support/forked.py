@@ -47,9 +47,7 @@ class Forks:
         """Start `["-m", module, argument...]` or `["-c", code, argument...]`."""
         return Fork(self._parent, Path(self._folder.name), list(command), env)
 
-    def run(
-        self, command: Sequence[str], env: dict[str, str]
-    ) -> subprocess.CompletedProcess[str]:
+    def run(self, command: Sequence[str], env: dict[str, str]) -> subprocess.CompletedProcess[str]:
         """What `subprocess.run` with captured text returns."""
         fork = self.start(command, env)
         return subprocess.CompletedProcess(command, fork.wait(), *fork.output())
