@@ -9,7 +9,7 @@ from pathlib import Path
 
 import comfyui_skyreels
 import pytest
-from support.forked import Forks
+from support.forked import forks
 
 ROOT = Path(__file__).resolve().parents[2]
 NODES = comfyui_skyreels.NODE_CLASS_MAPPINGS
@@ -208,15 +208,8 @@ print(json.dumps({"nodes": sorted(module.NODE_CLASS_MAPPINGS), "modules": new, "
 """
 
 
-@pytest.fixture(scope="module")
-def programs():
-    """Processes that have imported torch."""
-    with Forks("torch") as programs:
-        yield programs
-
-
-def load_in_a_fresh_process(programs: Forks, blocked: str) -> dict:
-    run = programs.run(["-c", LOAD, str(ROOT), blocked], {**os.environ})
+def load_in_a_fresh_process(blocked: str) -> dict:
+    run = forks("torch").run(["-c", LOAD, str(ROOT), blocked], {**os.environ})
     assert run.returncode == 0, run.stderr
     return json.loads(run.stdout)
 
@@ -226,13 +219,13 @@ def load_in_a_fresh_process(programs: Forks, blocked: str) -> dict:
     ["diffusers", "transformers", "triton", "av", "PIL",
      "diffusers,transformers,triton,av,PIL,websocket,tokenizers,requests,comfy,server"],
 )  # fmt: skip
-def test_every_node_registers_without_optional_packages(programs, blocked):
-    assert load_in_a_fresh_process(programs, blocked)["nodes"] == sorted(FROZEN)
+def test_every_node_registers_without_optional_packages(blocked):
+    assert load_in_a_fresh_process(blocked)["nodes"] == sorted(FROZEN)
 
 
-def test_importing_the_package_imports_little_beside_torch(programs):
+def test_importing_the_package_imports_little_beside_torch():
     """Our own modules and a few of the standard library: 0.2 s on a quiet machine."""
-    found = load_in_a_fresh_process(programs, "nothing")
+    found = load_in_a_fresh_process("nothing")
     others = {name.split(".")[0] for name in found["modules"] if found["ours"] not in name}
     assert others - sys.stdlib_module_names <= {"einops", "numpy", "safetensors"}
     assert len(found["modules"]) < 120

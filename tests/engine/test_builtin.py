@@ -83,21 +83,22 @@ def test_the_shape_does_as_told_and_the_picture_is_kept(exact):
     assert all(clip.shape == (17, 64, 64, 3) for clip in clips)
 
 
-@pytest.mark.parametrize(("setting", "decibels"), [("tiled 32/24", 26), ("12 steps", 26)])
+@pytest.mark.parametrize(
+    ("setting", "decibels"), [("fp8", 35), ("tiled 32/24", 26), ("12 steps", 26)]
+)
 def test_a_faster_setting_makes_nearly_the_same_clip(studio, exact, setting, decibels):
     row, _, _ = quality.run_setting(studio, quality.SETTINGS[setting], CASES[:4], exact[1][:4])
     assert row["told"] == 100
     assert row["exact"] >= decibels
 
 
-@pytest.mark.parametrize(("precision", "decibels"), [("bf16", 38), ("fp8", 35), ("int8", 40)])
+@pytest.mark.parametrize(("precision", "decibels"), [("bf16", 38), ("int8", 40)])
 def test_a_lower_precision_makes_nearly_the_same_clip(studio, precision, decibels):
-    """At 12 steps: in these a forward pass takes up to ten times as long on a CPU."""
-    count = 4 if precision == "fp8" else 1
+    """At 12 steps, as a forward pass takes ten times as long on a CPU."""
     exact, setting = quality.SETTINGS["12 steps"], quality.SETTINGS[precision]
-    clips = [studio.make(exact, case.truth()[:1], case.prompt, seed=index)[0]
-             for index, case in enumerate(CASES[:count])]  # fmt: skip
-    row, _, _ = quality.run_setting(studio, replace(setting, steps=12), CASES[:count], clips)
+    case = CASES[0]
+    clip, _ = studio.make(exact, case.truth()[:1], case.prompt, seed=0)
+    row, _, _ = quality.run_setting(studio, replace(setting, steps=12), [case], [clip])
     assert row["told"] == 100
     assert row["exact"] >= decibels
 
