@@ -11,7 +11,6 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 STATE_NUMBERS = itertools.count()
 sys.path.insert(0, str(ROOT / "tests"))  # for comfyui_skyreels, support, bench and train
-
 if "PYTEST_XDIST_WORKER" in os.environ:
     # threads of several processes that wait for one another on the same cores are slower than one
     os.environ["OMP_NUM_THREADS"] = "1"  # of the programs that tests start

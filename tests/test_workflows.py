@@ -5,49 +5,39 @@ import re
 import uuid
 from pathlib import Path
 
-import comfyui_skyreels
 import pytest
 import torch
 from comfyui_skyreels.skyreels.builtin import BUILTIN_NAME
 from comfyui_skyreels.skyreels.vae.model import VideoVAE
 from PIL import Image
 from support import host, tiny
+from support.workflows import NODES, PAGE_ONLY, placed, read, widgets
 
 ROOT = Path(__file__).resolve().parents[1]
 FILES = sorted((ROOT / "workflows").glob("*.json"))
-NODES = comfyui_skyreels.NODE_CLASS_MAPPINGS
-PAGE_ONLY = {"MarkdownNote"}
-#: widgets that the page adds behind a widget with this option
-ADDED = {"control_after_generate": {"fixed"}, "image_upload": {"image"}}
+#: as users may have saved them from version 0.1.0
+SAVED = sorted(path for path in (ROOT / "tests" / "workflows" / "saved").glob("*.json")
+               if not path.name.endswith(".api.json"))  # fmt: skip
 MODEL_HOSTS = ("https://huggingface.co/", "https://civitai.com/")
 
 pytestmark = pytest.mark.usefixtures("comfy")
 each_file = pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
-
-
-def read(path: Path) -> dict:
-    return json.loads(path.read_text(encoding="utf-8"))
+each_saved_file = pytest.mark.parametrize("path", SAVED, ids=lambda path: path.stem)
 
 
 def api_form(path: Path) -> dict:
-    return read(ROOT / "tests" / "workflows" / f"{path.stem}.api.json")
+    folder = ROOT / "tests" / "workflows" if path in FILES else path.parent
+    return read(folder / f"{path.stem}.api.json")
 
 
-def widgets(node_type: str) -> list[tuple[str, str, dict]]:
-    """(name, type, options) of a node's widgets, in the order of its values."""
-    if node_type in NODES:
-        groups = NODES[node_type].INPUT_TYPES()
-    else:
-        groups = host.CORE_NODES[node_type]["input"]
-    found = []
-    for kind in ("required", "optional"):
-        for name, (what, *rest) in groups.get(kind, {}).items():
-            options = dict(rest[0]) if rest else {}
-            if isinstance(what, list):
-                what, options = "COMBO", {**options, "options": what}
-            if what in ("INT", "FLOAT", "STRING", "BOOLEAN", "COMBO"):
-                found.append((name, what, options))
-    return found
+#: a saved graph that is still the shipped one runs once
+GRAPHS = [
+    *FILES,
+    *(path for path in SAVED if api_form(path) != api_form(ROOT / "workflows" / path.name)),
+]
+each_graph = pytest.mark.parametrize(
+    "path", GRAPHS, ids=lambda path: f"{path.parent.name}-{path.stem}"
+)
 
 
 def test_the_workflows_are_here():
@@ -76,14 +66,16 @@ def test_ids_and_links_are_sound(path):
     assert sorted(used) == sorted(given) == sorted(links)
 
 
-@each_file
+@pytest.mark.parametrize(
+    "path", [*FILES, *SAVED], ids=lambda path: f"{path.parent.name}-{path.stem}"
+)
 def test_every_value_stands_in_its_place_and_range(path):
     for node in read(path)["nodes"]:
         if node["type"] in PAGE_ONLY:
             continue
-        values = iter(node["widgets_values"])
-        for name, kind, options in widgets(node["type"]):
-            value = next(values)
+        found = list(placed(node))
+        assert path in SAVED or len(found) == len(widgets(node["type"]))
+        for name, kind, options, value in found:
             where = f"{node['type']}.{name} = {value!r}"
             if kind in ("INT", "FLOAT"):
                 assert type(value) in ((int,) if kind == "INT" else (int, float)), where
@@ -94,10 +86,23 @@ def test_every_value_stands_in_its_place_and_range(path):
                 assert type(value) is str, where
                 is_file = value.endswith((".safetensors", ".png"))
                 assert kind != "COMBO" or is_file or value in options["options"], where
-            for option, expected in ADDED.items():
-                if options.get(option):
-                    assert next(values) in expected
-        assert list(values) == []
+
+
+@each_saved_file
+def test_each_value_of_a_saved_file_lands_on_the_input_it_was_saved_for(path):
+    prompt = api_form(path)
+    graph = read(path)
+    links = {link[0]: [str(link[1]), link[2]] for link in graph["links"]}
+    for node in graph["nodes"]:
+        if node["type"] in PAGE_ONLY:
+            continue
+        landed = {name: value for name, _, _, value in placed(node)}
+        for socket in node["inputs"]:
+            if socket["link"] is not None:
+                landed[socket["name"]] = links[socket["link"]]
+        saved = prompt[str(node["id"])]
+        assert saved["class_type"] == node["type"]
+        assert landed == saved["inputs"]
 
 
 @each_file
@@ -163,7 +168,7 @@ def test_the_thumbnail_is_what_the_template_browser_takes(path):
         assert 1 <= image.width / image.height <= 1.7
 
 
-@each_file
+@each_graph
 def test_the_graph_runs_to_a_video_on_tiny_weights(path, comfy, wiro):
     prompt = api_form(path)
     tiny_transformer, tiny_vae = tiny.transformer(), tiny.randomize(VideoVAE(tiny.VAE))

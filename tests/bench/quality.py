@@ -26,7 +26,7 @@ import json
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -43,6 +43,7 @@ from comfyui_skyreels.skyreels.runtime import TorchRuntime
 from comfyui_skyreels.skyreels.sampling.sample import sample
 from comfyui_skyreels.skyreels.sampling.settings import SamplingSettings, get_sigmas
 from comfyui_skyreels.skyreels.sampling.step_cache import CACHES, OFF, CacheConfig
+from comfyui_skyreels.skyreels.text.embeds import PromptEmbeds
 from comfyui_skyreels.skyreels.text.encode import DEFAULT_NEGATIVE_PROMPT, encode_prompt
 from comfyui_skyreels.skyreels.text.load import load_text_encoder
 from comfyui_skyreels.skyreels.transformer.attention import Attention, sdpa
@@ -167,21 +168,36 @@ class Studio:
     ) -> tuple[Tensor, float]:
         """A clip [F, H, W, 3] in 0..1 from a picture [1, H, W, 3], and its seconds."""
         encoder = self._part(load_text_encoder, "", "fp32")
-        transformer = self.transformer(setting)
         vae, runtime = self.vae(setting), self.runtime
-        sampling_runtime = runtime
-        if setting.free_bytes is not None:
-            sampling_runtime = _Cramped(runtime.device, setting.free_bytes)
+        self.transformer(setting)
         embeds = [
             encode_prompt(encoder, prompt, runtime=runtime),
             encode_prompt(encoder, negative, fps_prefix=False, runtime=runtime),
         ]
         started = time.perf_counter()
+        latents = self.sample(setting, image, embeds, seed, num_frames)
+        clip = decode_frames(vae, latents, setting.decode, tiling=setting.tiling, runtime=runtime)
+        return clip.cpu(), time.perf_counter() - started
+
+    def sample(
+        self,
+        setting: Setting,
+        image: Tensor,
+        embeds: list[PromptEmbeds],
+        seed: int,
+        num_frames: int,
+    ) -> Tensor:
+        """Model-space latents [1, 16, T, h, w]; how they are decoded plays no part."""
+        transformer = self.transformer(setting)
+        vae, runtime = self.vae(setting), self.runtime
+        sampling_runtime = runtime
+        if setting.free_bytes is not None:
+            sampling_runtime = _Cramped(runtime.device, setting.free_bytes)
         conditioning = encode_image(
             vae, image, width=image.shape[2], height=image.shape[1], num_frames=num_frames,
             runtime=runtime,
         )  # fmt: skip
-        latents = sample(
+        return sample(
             transformer, conditioning, *embeds,
             SamplingSettings(
                 seed=seed, sigmas=get_sigmas(setting.steps), guidance=setting.guidance, riflex_k=0,
@@ -189,8 +205,6 @@ class Studio:
             ),
             runtime=sampling_runtime,
         )  # fmt: skip
-        clip = decode_frames(vae, latents, setting.decode, tiling=setting.tiling, runtime=runtime)
-        return clip.cpu(), time.perf_counter() - started
 
 
 @contextmanager
@@ -275,10 +289,14 @@ def opposites(studio: Studio, cases: list[measure.Case]) -> dict[str, float]:
     return {"pairs that differ as told, %": round(100 * statistics.mean(right), 1)}
 
 
-def negatives(studio: Studio, cases: list[measure.Case]) -> dict[str, float]:
-    """Mean movement to the right in pixels, prompt empty, negative prompt "moves ..." """
+def negatives(
+    studio: Studio,
+    cases: list[measure.Case],
+    prompts: Sequence[str] = ("", "moves left", "moves right"),
+) -> dict[str, float]:
+    """Mean movement to the right in pixels, prompt empty, by negative prompt."""
     shifts = {}
-    for negative in ("", "moves left", "moves right"):
+    for negative in prompts:
         moved = []
         for index, case in enumerate(cases):
             clip, _ = studio.make(

@@ -1,7 +1,6 @@
 """A loopback server, a clock that only sleeping moves, and a client of both."""
 
 import pytest
-from support.forked import Forks
 from support.wiro_client import Clock, make_client
 from support.wiro_server import WiroServer
 
@@ -10,13 +9,6 @@ from support.wiro_server import WiroServer
 def server():
     with WiroServer() as server:
         yield server
-
-
-@pytest.fixture(scope="session")
-def programs():
-    """Programs of the remote command line, each a process of its own."""
-    with Forks("wiro_api.cli") as programs:
-        yield programs
 
 
 @pytest.fixture

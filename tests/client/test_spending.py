@@ -4,7 +4,6 @@ import json
 import os
 import re
 import subprocess
-import sys
 import threading
 from datetime import datetime
 from decimal import Decimal
@@ -26,6 +25,7 @@ from comfyui_skyreels.wiro_api.spending import (
     price_of,
     save_limits,
 )
+from support.forked import forks
 from support.wiro_client import MODEL, PARAMETERS, Clock, listening, make_client
 from support.wiro_server import KEY, SECRET
 
@@ -495,12 +495,9 @@ def test_limits_are_set_shown_and_lifted_by_the_command_line(tmp_path):
     journal.mark_sending(entry, str(MODEL), THIRTY_CENTS)
 
     def limits(*arguments: str) -> subprocess.CompletedProcess:
-        command = [sys.executable, "-m", "wiro_api", "limits", "--journal", str(journal.path)]
+        command = ["-m", "wiro_api", "limits", "--journal", str(journal.path), "--json"]
         environment = {**os.environ, "WIRO_API_KEY": KEY, "WIRO_API_SECRET": SECRET}
-        return subprocess.run(
-            [*command, "--json", *arguments], cwd=ROOT, env=environment, capture_output=True,
-            text=True, check=False,
-        )  # fmt: skip
+        return forks("wiro_api.cli").run([*command, *arguments], environment)
 
     done = limits("--per-run", "0.5", "--per-month", "$20")
     assert json.loads(done.stdout) == {

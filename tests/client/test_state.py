@@ -19,6 +19,7 @@ from comfyui_skyreels.wiro_api.signing import Credentials, account_of
 from comfyui_skyreels.wiro_api.spending import Limits, Price, load_limits, save_limits
 from comfyui_skyreels.wiro_api.task import parse_task
 from support.clip import make_clip
+from support.forked import forks
 from support.wiro_client import MODEL, PARAMETERS, make_client
 from support.wiro_server import KEY, SECRET, WiroServer
 
@@ -322,10 +323,8 @@ def test_the_job_of_another_key_is_gone_on_with_if_it_is_the_same_account_and_el
 
 def wiro(*arguments: str, **changes: str) -> subprocess.CompletedProcess:
     environment = {**os.environ, "WIRO_API_KEY": KEY, "WIRO_API_SECRET": SECRET, **changes}
-    return subprocess.run(
-        [sys.executable, "-m", "wiro_api", *arguments], cwd=ROOT, text=True, check=False,
-        env={name: value for name, value in environment.items() if value}, capture_output=True,
-    )  # fmt: skip
+    environment = {name: value for name, value in environment.items() if value}
+    return forks("wiro_api.cli").run(["-m", "wiro_api", *arguments], environment)
 
 
 def test_the_command_line_knows_what_a_host_has_paid_for_and_its_limits(user, host, clock):

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from support.clip import make_clip
+from support.forked import forks
 from support.wiro_server import KEY, SECRET, WiroServer
 from support.wiro_socket import SocketServer
 
@@ -23,9 +24,8 @@ SHORT = ("task_queue", "task_start", "task_postprocess_end")
 
 
 @pytest.fixture
-def server(tmp_path_factory, programs):
+def server(tmp_path_factory):
     with WiroServer(states=SHORT) as server:
-        server.programs = programs
         server.files["0.mp4"] = CLIP
         server.state = tmp_path_factory.mktemp("state")
         yield server
@@ -41,7 +41,7 @@ def environment_for(server, **changes) -> dict[str, str]:
 
 def wiro(server, *arguments, **changes) -> subprocess.CompletedProcess:
     command = ["-m", "wiro_api", *map(str, arguments)]
-    return server.programs.run(command, environment_for(server, **changes))
+    return forks("wiro_api.cli").run(command, environment_for(server, **changes))
 
 
 def test_a_run_ends_with_the_file_and_one_json_object(server, tmp_path):
@@ -236,7 +236,9 @@ def test_a_program_that_is_killed_at_any_moment_has_run_once_in_the_end(server, 
         arguments = [*RUN[:4], "--param", f"prompt=number {number}", "--out", str(tmp_path),
                      "--file", f"inputImage={picture}"]  # fmt: skip
         before = runs(server)
-        process = server.programs.start(["-m", "wiro_api", *arguments], environment_for(server))
+        process = forks("wiro_api.cli").start(
+            ["-m", "wiro_api", *arguments], environment_for(server)
+        )
         time.sleep(random_moments.uniform(0.0, 0.5))
         process.kill()
         process.wait()

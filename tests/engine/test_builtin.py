@@ -2,6 +2,9 @@
 it is. The full yardstick is a bench (tests/bench/quality.py); this is a handful of its cases."""
 
 import sys
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -21,10 +24,39 @@ MAKERS = (builtin.builtin_transformer, builtin.builtin_vae, builtin.builtin_text
 CASES = measure.held_out_cases(16, seed=2)
 
 
+class Studio(quality.Studio):
+    """Makes no clip twice, and samples no latents twice: a clip takes three seconds."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._made: dict = {}
+
+    def _once(self, key: tuple, image: torch.Tensor, make: Callable[[], Any]) -> Any:
+        key = (*key, image.numpy().tobytes())
+        if key not in self._made:
+            self._made[key] = make()
+        return self._made[key]
+
+    def make(self, setting, image, prompt, **options):
+        key = (setting, prompt, *sorted(options.items()))
+        made = super().make
+        return self._once(key, image, lambda: made(setting, image, prompt, **options))
+
+    def sample(self, setting, image, embeds, seed, num_frames):
+        setting = replace(setting, decode="full", tiling=None)
+        texts = tuple(each.prompt_embeds.numpy().tobytes() for each in embeds)
+        sample = super().sample
+        return self._once(
+            (setting, texts, seed, num_frames),
+            image,
+            lambda: sample(setting, image, embeds, seed, num_frames),
+        )
+
+
 @pytest.fixture(scope="module")
-def studio() -> quality.Studio:
+def studio() -> Studio:
     pytest.importorskip("transformers")
-    return quality.Studio()
+    return Studio()
 
 
 @pytest.fixture(scope="module")
@@ -52,14 +84,21 @@ def test_the_shape_does_as_told_and_the_picture_is_kept(exact):
 
 
 @pytest.mark.parametrize(
-    ("setting", "decibels"),
-    [("bf16", 38), ("fp8", 35), ("int8", 40), ("tiled 32/24", 26), ("12 steps", 26)],
+    ("setting", "decibels"), [("fp8", 35), ("tiled 32/24", 26), ("12 steps", 26)]
 )
 def test_a_faster_setting_makes_nearly_the_same_clip(studio, exact, setting, decibels):
-    count = 1 if setting in ("bf16", "int8") else 4  # a clip takes ten times as long on a CPU
-    row, _, _ = quality.run_setting(
-        studio, quality.SETTINGS[setting], CASES[:count], exact[1][:count]
-    )
+    row, _, _ = quality.run_setting(studio, quality.SETTINGS[setting], CASES[:4], exact[1][:4])
+    assert row["told"] == 100
+    assert row["exact"] >= decibels
+
+
+@pytest.mark.parametrize(("precision", "decibels"), [("bf16", 38), ("int8", 40)])
+def test_a_lower_precision_makes_nearly_the_same_clip(studio, precision, decibels):
+    """At 12 steps, as a forward pass takes ten times as long on a CPU."""
+    exact, setting = quality.SETTINGS["12 steps"], quality.SETTINGS[precision]
+    case = CASES[0]
+    clip, _ = studio.make(exact, case.truth()[:1], case.prompt, seed=0)
+    row, _, _ = quality.run_setting(studio, replace(setting, steps=12), [case], [clip])
     assert row["told"] == 100
     assert row["exact"] >= decibels
 
@@ -85,7 +124,7 @@ def test_the_prompt_decides_and_not_the_picture(studio):
 
 
 def test_an_empty_prompt_flees_the_negative_one(studio):
-    shifts = quality.negatives(studio, CASES[:2])
+    shifts = quality.negatives(studio, CASES[:2], ("moves left", "moves right"))
     left, right = (
         shifts[f"shift right, empty prompt, negative {what!r}, px"]
         for what in ("moves left", "moves right")

@@ -1,10 +1,12 @@
 """Programs as processes of their own, without the seconds in which each would import the same.
 
-`Forks` starts one interpreter that imports a module; each program is a fork of it. Everything else
-is as with `python -m` and `python -c`: its own memory, environment, output, signals and exit code.
-Where there are no forks (Windows) each program is a new interpreter.
+`forks(module)` is one interpreter that has imported a module; each program is a fork of it.
+Everything else is as with `python -m` and `python -c`: its own memory, environment, output, signals
+and exit code. Where there are no forks (Windows) each program is a new interpreter.
 """
 
+import atexit
+import functools
 import importlib
 import json
 import os
@@ -13,14 +15,27 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
+#: after which a program has hung
+LIMIT_S = 300.0
+
+
+@functools.cache
+def forks(imports: str) -> "Forks":
+    """The interpreter that has imported a module; it is started once and ends with the tests."""
+    programs = Forks(imports)
+    atexit.register(programs.close)
+    return programs
 
 
 class Forks:
     """An interpreter to fork; programs run in the repository's root, one at a time.
+
+    The root and `tests/` are where programs import from.
 
     Args:
         imports: module that is imported before the forks.
@@ -35,10 +50,7 @@ class Forks:
                 cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
             )  # fmt: skip
 
-    def __enter__(self) -> "Forks":
-        return self
-
-    def __exit__(self, *_: object) -> None:
+    def close(self) -> None:
         if self._parent is not None:
             self._parent.communicate()
         self._folder.cleanup()
@@ -47,9 +59,7 @@ class Forks:
         """Start `["-m", module, argument...]` or `["-c", code, argument...]`."""
         return Fork(self._parent, Path(self._folder.name), list(command), env)
 
-    def run(
-        self, command: Sequence[str], env: dict[str, str]
-    ) -> subprocess.CompletedProcess[str]:
+    def run(self, command: Sequence[str], env: dict[str, str]) -> subprocess.CompletedProcess[str]:
         """What `subprocess.run` with captured text returns."""
         fork = self.start(command, env)
         return subprocess.CompletedProcess(command, fork.wait(), *fork.output())
@@ -66,8 +76,9 @@ class Fork:
             out, err = (file.open("wb") for file in self._files)
             with out, err:
                 self._process = subprocess.Popen(
-                    [sys.executable, *command], cwd=ROOT, env=env, stdout=out, stderr=err
-                )
+                    [sys.executable, *command], cwd=ROOT, stdout=out, stderr=err,
+                    env={**env, "PYTHONPATH": str(ROOT / "tests")},
+                )  # fmt: skip
             self.pid = self._process.pid
             return
         order = {"command": command, "env": env, "files": [str(file) for file in self._files]}
@@ -84,7 +95,14 @@ class Fork:
 
     def wait(self) -> int:
         """The exit code, or the negative number of the signal that ended it."""
-        return self._process.wait() if self._parent is None else int(self._parent.stdout.readline())
+        hung = threading.Timer(LIMIT_S, self.kill)
+        hung.start()
+        try:
+            if self._parent is None:
+                return self._process.wait()
+            return int(self._parent.stdout.readline())
+        finally:
+            hung.cancel()
 
     def output(self) -> list[str]:
         """What was written to standard output and to standard error."""
@@ -93,6 +111,7 @@ class Fork:
 
 def serve(imports: str) -> None:
     """Read orders from standard input; a fork of this process becomes each of them."""
+    sys.path.append(str(ROOT / "tests"))
     importlib.import_module(imports)
     while line := sys.stdin.readline():
         order = json.loads(line)

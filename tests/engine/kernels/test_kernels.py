@@ -17,6 +17,7 @@ from comfyui_skyreels.skyreels import kernels
 from comfyui_skyreels.skyreels.kernels import RowFormat, Rows, reference, selection
 from comfyui_skyreels.skyreels.kernels import dispatch as fast_paths
 from comfyui_skyreels.skyreels.kernels.dispatch import DeviceInfo
+from support.forked import forks
 from support.kernel_cases import EAGER, FP8, INT8, SMALL, Case, error, inputs, results, truth
 from support.project import ROOT
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -280,11 +281,8 @@ def in_a_process_of_its_own(module: str, *arguments: str, **environment: str) ->
     if importlib.util.find_spec("triton") is None:
         pytest.skip("triton is not installed")
     clean = {name: value for name, value in os.environ.items() if not name.startswith("TRITON_")}
-    run = subprocess.run(
-        [sys.executable, "-m", f"support.{module}", *arguments],
-        cwd=ROOT / "tests", env={**clean, **environment}, capture_output=True, text=True,
-        check=False,
-    )  # fmt: skip
+    command = ["-m", f"support.{module}", *arguments]
+    run = forks("torch").run(command, {**clean, **environment})
     assert run.returncode == 0, run.stderr[-3000:]
     return json.loads(run.stdout.splitlines()[-1])
 
@@ -661,9 +659,7 @@ def test_a_self_test_that_breaks_the_gpu_names_the_way_out(simulated):
 def test_plain_torch_can_be_pinned_and_imports_no_triton():
     """The same numbers as the references, in a process that describes its CPU as a GPU."""
     code = """
-import json, sys
-sys.path.insert(0, "tests")
-import torch
+import json, sys, torch
 from comfyui_skyreels.skyreels import doctor
 from comfyui_skyreels.skyreels.transformer import attention, linear, quant
 from comfyui_skyreels.skyreels.kernels import dispatch, reference, selection
@@ -685,10 +681,7 @@ print(json.dumps({"same": same, "triton": "triton" in sys.modules, "report": rep
                   "products": products, "gelu": linear.gelu_epilogue(cpu, torch.bfloat16).reason,
                   "fast": attention.choose_attention("cpu", "fast").reason}))
 """
-    run = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False,
-        env={**os.environ, "SKYREELS_BACKEND": "reference"},
-    )  # fmt: skip
+    run = forks("torch").run(["-c", code], {**os.environ, "SKYREELS_BACKEND": "reference"})
     assert run.returncode == 0, run.stderr[-3000:]
     found = json.loads(run.stdout.splitlines()[-1])
     assert found["same"] and all(found["same"].values())

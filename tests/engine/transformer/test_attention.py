@@ -5,7 +5,6 @@ import importlib.util
 import json
 import logging
 import os
-import subprocess
 import sys
 import types
 from dataclasses import replace
@@ -29,7 +28,7 @@ from comfyui_skyreels.skyreels.text.embeds import PromptEmbeds
 from comfyui_skyreels.skyreels.transformer import attention, attention_quality
 from comfyui_skyreels.skyreels.transformer.attention import choose_attention, sdpa
 from support import tiny
-from support.project import ROOT
+from support.forked import forks
 from torch.nn.attention import SDPBackend, _cur_sdpa_kernel_backends
 from torch.overrides import TorchFunctionMode
 
@@ -913,11 +912,8 @@ def test_what_is_not_finite_is_not_hidden(broken, what):
 
 def run_support(*command: str, **variables: str) -> list[dict]:
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    run = subprocess.run(
-        [sys.executable, "-m", "support.triton_attention", *command],
-        cwd=ROOT / "tests", env={**environment, **variables}, capture_output=True, text=True,
-        check=False,
-    )  # fmt: skip
+    command = ["-m", "support.triton_attention", *command]
+    run = forks("torch").run(command, {**environment, **variables})
     assert run.returncode == 0, run.stderr[-3000:]
     return json.loads(run.stdout)
 

@@ -4,7 +4,6 @@ gets. Devices other than the CPU are described, not present."""
 import json
 import logging
 import os
-import subprocess
 import sys
 from types import SimpleNamespace
 
@@ -26,7 +25,7 @@ from comfyui_skyreels.skyreels.transformer.quant import (
     quantize,
     rotation_size,
 )
-from support.project import ROOT
+from support.forked import forks
 from support.traffic import Traffic
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -754,10 +753,8 @@ def test_want_of_memory_is_no_verdict_on_a_scaling_kernel(monkeypatch, fresh):
 def run_kernel(name: str, *arguments: str, **environment: str) -> dict | list:
     """tests/support/triton_<name>.py in a process of its own."""
     pytest.importorskip("triton")
-    run = subprocess.run(
-        [sys.executable, "-m", f"support.triton_{name}", *arguments], cwd=ROOT / "tests",
-        env={**os.environ, **environment}, capture_output=True, text=True, check=False,
-    )  # fmt: skip
+    command = ["-m", f"support.triton_{name}", *arguments]
+    run = forks("torch").run(command, {**os.environ, **environment})
     assert run.returncode == 0, run.stderr
     return json.loads(run.stdout.splitlines()[-1])
 

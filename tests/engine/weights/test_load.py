@@ -3,7 +3,6 @@
 import json
 import math
 import os
-import subprocess
 import sys
 from dataclasses import replace
 
@@ -19,6 +18,7 @@ from comfyui_skyreels.skyreels.weights.inspect import inspect
 from comfyui_skyreels.skyreels.weights.keymaps import PREFIXES, transformer_sources, vae_sources
 from comfyui_skyreels.skyreels.weights.load import load_transformer, load_vae
 from support import tiny
+from support.forked import forks
 
 RUNTIME = TorchRuntime()
 E4M3 = torch.float8_e4m3fn
@@ -456,12 +456,11 @@ def test_loading_reports_bytes_up_to_the_size_of_the_file(tmp_path, state):
 # --- memory -------------------------------------------------------------------------------------
 
 MEASURE = r"""
-import re, sys
+import re
 from pathlib import Path
-sys.path.insert(0, {root!r} + "/tests")
-from comfyui_skyreels.skyreels.weights.load import load_transformer
-from comfyui_skyreels.skyreels.runtime import TorchRuntime
-from comfyui_skyreels.skyreels.offload import weight_bytes
+from skyreels.weights.load import load_transformer
+from skyreels.runtime import TorchRuntime
+from skyreels.offload import weight_bytes
 def resident(item):  # ru_maxrss would start at what the parent process held
     status = Path("/proc/self/status").read_text()
     return 1024 * int(re.search(item + r":\s+(\d+)", status)[1])
@@ -477,7 +476,7 @@ print(weight_bytes(model), resident("VmHWM") - before)
     ("layout", "precision"),
     [("original", "auto"), ("diffusers", "auto"), ("original", "fp8"), ("original", "int8")],
 )
-def test_loading_two_gigabytes_needs_little_beyond_the_weights(tmp_path, root, layout, precision):
+def test_loading_two_gigabytes_needs_little_beyond_the_weights(tmp_path, layout, precision):
     config = TransformerConfig(num_layers=2, num_single_layers=2, num_refiner_layers=1)
     with torch.device("meta"):
         state = SkyReelsTransformer(config).state_dict()
@@ -485,10 +484,9 @@ def test_loading_two_gigabytes_needs_little_beyond_the_weights(tmp_path, root, l
         state = tiny.to_diffusers(state, config)
     path = tiny.sparse_file(tmp_path / "x.safetensors", state)
     assert path.stat().st_size >= 2 * 1024**3
-    code = MEASURE.format(root=str(root), path=str(path), precision=precision)
-    run = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True, env=os.environ
-    )
+    code = MEASURE.format(path=str(path), precision=precision)
+    run = forks("skyreels.cli").run(["-c", code], {**os.environ})
+    assert run.returncode == 0, run.stderr
     weights, grown = map(int, run.stdout.split())
     largest_fused = 21504 * 3072 * 2
     assert weights >= (2 if precision == "auto" else 1.2) * 1024**3
