@@ -23,7 +23,7 @@ MAX_SIZE = 4096
 MAX_FRAMES = 1025
 MAX_STEPS = 1000
 
-#: how a checkpoint is computed with; skyreels/loading.py says what each does
+#: how a checkpoint is computed with; weights/load.py says what each does
 TRANSFORMER_PRECISIONS = ("auto", "fp32", "bf16", "fp8", "int8")
 VAE_PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 
@@ -102,7 +102,7 @@ class Layout:
     head_groups: int = 1
 
 
-#: fastest first; skyreels/memory.py says what each takes
+#: fastest first; transformer/placement.py says what each takes
 LAYOUTS = {"whole": Layout(), "chunks": Layout(3), "head groups": Layout(8, 3)}
 
 

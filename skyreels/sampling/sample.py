@@ -237,7 +237,7 @@ def sample(
             there. The finished latents stay in it: remove it when they are safe. Euler only.
         attention: "exact", "fast" (8 bits, where the device has a kernel for it), or a function;
             see attention.py.
-        cache: which steps are skipped, see cache.py. Euler only; resumed, it starts anew.
+        cache: which steps are skipped, see step_cache.py. Euler only; resumed, it starts anew.
         runtime: progress "sample" in steps with the denoised estimate; asked for an interrupt
             before every block.
     Returns:
