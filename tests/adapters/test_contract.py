@@ -1,6 +1,7 @@
 """What a saved workflow and the page rely on: ids, order of inputs, sockets, tooltips, help."""
 
 import inspect
+import json
 import re
 import subprocess
 import sys
@@ -186,36 +187,34 @@ def test_the_web_folder_is_there_and_asks_no_other_host():
 
 
 LOAD = """
-import importlib.abc, importlib.util, json, sys, time
+import importlib.abc, importlib.util, json, sys
 blocked = set(sys.argv[2].split(","))
 class Block(importlib.abc.MetaPathFinder):
     def find_spec(self, name, path=None, target=None):
         if name.split(".")[0] in blocked:
             raise ImportError(f"{name} is blocked")
-start = time.perf_counter()
 import torch  # ComfyUI has it before any pack, with what it needs itself
-of_torch = time.perf_counter() - start
 sys.meta_path.insert(0, Block())
 sys.modules.update(dict.fromkeys(blocked & set(sys.modules)))
-start = time.perf_counter()
+before = set(sys.modules)
 name = "/some where/custom_nodes/sky-reels_x_1"
 spec = importlib.util.spec_from_file_location(
     name, sys.argv[1] + "/__init__.py", submodule_search_locations=[sys.argv[1]])
 module = sys.modules[name] = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(module)
-of_ours = time.perf_counter() - start
-print(json.dumps([sorted(module.NODE_CLASS_MAPPINGS), of_ours / of_torch]))
+others = {key.split(".")[0] for key in set(sys.modules) - before}
+others -= {name.split(".")[0], *sys.stdlib_module_names}
+print(json.dumps([sorted(module.NODE_CLASS_MAPPINGS), sorted(others)]))
 """
 
 
-def load_in_a_fresh_process(blocked: str) -> tuple[list[str], float]:
-    import json
-
+def load_in_a_fresh_process(blocked: str) -> tuple[list[str], list[str]]:
+    """The nodes, and the packages that loading ours loads beside torch's and Python's own."""
     command = [sys.executable, "-c", LOAD, str(ROOT), blocked]
     run = subprocess.run(command, capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr
-    names, share = json.loads(run.stdout)
-    return names, share
+    names, others = json.loads(run.stdout)
+    return names, others
 
 
 @pytest.mark.parametrize(
@@ -228,7 +227,6 @@ def test_every_node_registers_without_optional_packages(blocked):
     assert names == sorted(FROZEN)
 
 
-def test_importing_the_package_takes_a_small_part_of_what_torch_takes():
-    """0.2 s at most on a quiet machine; beside torch, as a busy one slows both."""
-    # the least of three: other programs share this machine
-    assert min(load_in_a_fresh_process("nothing")[1] for _ in range(3)) <= 0.25
+def test_importing_the_package_loads_no_package_but_einops():
+    """Every other one would delay the start of ComfyUI."""
+    assert set(load_in_a_fresh_process("nothing")[1]) <= {"einops"}
