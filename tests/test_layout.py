@@ -6,6 +6,7 @@ import subprocess
 import sys
 from graphlib import TopologicalSorter
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 from support.project import PYPROJECT, ROOT
@@ -133,12 +134,40 @@ def test_library_works_alone_and_leaves_the_host_and_heavy_packages_out():
     assert run.stdout.strip() == "[]"
 
 
-def test_public_names_are_exactly_those_listed():
-    import comfyui_skyreels.skyreels as engine
+def public_names(package) -> set[str]:
+    """What the root of a package defines or imports for its users; its modules are none of it."""
+    return {
+        name
+        for name, value in vars(package).items()
+        if not name.startswith("_") and not isinstance(value, ModuleType)
+    }
 
-    listed = engine.__all__
-    assert listed == sorted(listed)
-    assert all(hasattr(engine, name) for name in listed)
+
+def test_public_names_are_exactly_those_listed():
+    import comfyui_skyreels
+    from comfyui_skyreels import skyreels, wiro_api
+    from comfyui_skyreels.nodes import host
+
+    for package in (comfyui_skyreels, skyreels, wiro_api, host):
+        assert set(package.__all__) == public_names(package), package.__name__
+        assert len(set(package.__all__)) == len(package.__all__)
+
+
+def test_every_node_class_is_handed_to_comfyui_with_a_display_name():
+    from comfyui_skyreels import nodes
+
+    classes = {name for name in public_names(nodes) if isinstance(vars(nodes)[name], type)} - {
+        "Path"
+    }
+    defined = {
+        node.name
+        for path in sources("nodes")
+        for node in ast.parse(path.read_text(encoding="utf-8")).body
+        if isinstance(node, ast.ClassDef)
+        and any(isinstance(n, ast.Assign) and n.targets[0].id == "CATEGORY" for n in node.body)
+    }
+    assert set(nodes.NODE_CLASS_MAPPINGS) == set(nodes.NODE_DISPLAY_NAME_MAPPINGS)
+    assert set(nodes.NODE_CLASS_MAPPINGS) == classes == defined
 
 
 def test_requirements_equal_the_projects_dependencies_and_are_floors():
@@ -172,12 +201,61 @@ def test_documented_functions_have_docstrings():
     assert bare == []
 
 
-def test_repository_holds_no_private_path():
-    pattern = re.compile(r"/(root|home|Users)/\w|[A-Z]:\\+Users")
+@pytest.fixture(scope="module")
+def texts() -> dict[str, str]:
+    """Name -> text of the files of the repository that people read."""
     run = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, check=False)
     if run.returncode:
         pytest.skip("not a git checkout")
-    for name in run.stdout.decode().split("\0"):
-        path = ROOT / name
-        if path.suffix in {".py", ".json", ".md", ".toml", ".js"} and path != Path(__file__):
-            assert not pattern.search(path.read_text(encoding="utf-8")), path
+    kinds = {".py", ".json", ".md", ".toml", ".js", ".mjs", ".yml", ".yaml"}
+    names = [name for name in run.stdout.decode().split("\0") if Path(name).suffix in kinds]
+    return {name: (ROOT / name).read_text(encoding="utf-8") for name in names}
+
+
+def test_repository_holds_no_private_path(texts):
+    pattern = re.compile(r"/(root|home|Users)/\w|[A-Z]:\\+Users")
+    assert [name for name, text in texts.items() if pattern.search(text)] == []
+
+
+#: files of other projects that are named as sources, or looked for
+FOREIGN = {
+    "autoencoder_kl_causal_3d.py",
+    "autoencoder_kl_hunyuan_video.py",
+    "comfy/ldm/hunyuan_video/model.py",
+    "convert_hunyuan_video_to_diffusers.py",
+    "main.py",
+    "pipeline_hunyuan_skyreels_image2video.py",
+    "pricing.md",
+    "video_generate.py",
+    "websocket.md",
+}
+
+
+def test_every_file_that_a_text_names_exists(texts):
+    word = re.compile(r"(?<![\w/.:@<>{}*-])((?:[\w.-]+/)*[\w-]+\.(?:md|py))\b(?![(\w*])")
+    there = [f"/{name}" for name in {*texts, *FOREIGN}]
+    missing = {
+        f"{name}: {path}"
+        for name, text in texts.items()
+        if name.endswith((".py", ".md", ".toml", ".yml", ".yaml"))
+        for path in word.findall(text)
+        if not any(known.endswith(f"/{path}") for known in there)
+        and not any(path.endswith(f"/{known}") for known in FOREIGN)
+    }
+    assert missing == set()
+
+
+def test_texts_name_no_section_of_a_document_that_is_not_here(texts):
+    word = re.compile(r"\b(performance plan|speed plan|specs?, section|design\.md|specs/)")
+    own = Path(__file__).relative_to(ROOT).as_posix()
+    assert [name for name, text in texts.items() if name != own and word.search(text)] == []
+
+
+@pytest.mark.parametrize("path", [".github", ".pre-commit-config.yaml"])
+def test_configuration_files_parse(path):
+    yaml = pytest.importorskip("yaml")
+    root = ROOT / path
+    files = sorted(root.rglob("*.yml")) if root.is_dir() else [root]
+    assert files
+    for file in files:
+        assert isinstance(yaml.safe_load(file.read_text(encoding="utf-8")), dict), file

@@ -102,6 +102,18 @@ def test_the_console_commands_run_and_answer_wrong_usage_with_2(name):
     assert run("no-such-command").returncode == 2
 
 
+def test_the_oldest_versions_are_pinned_for_every_package_that_the_tests_need():
+    from scripts.check import NOT_IN_FLOORS, oldest_versions
+
+    project = PYPROJECT["project"]
+    extras = project["optional-dependencies"]
+    declared = [*project["dependencies"], *extras["standalone"], *extras["test"]]
+    pinned = dict(text.split(";")[0].split("==") for text in oldest_versions(declared))
+    names = {re.split(r"[^\w-]", text)[0] for text in declared}
+    assert pinned.keys() == names - NOT_IN_FLOORS - {project["name"]}
+    assert (pinned["torch"], pinned["einops"]) == ("2.5.1", "0.6")
+
+
 # --- two copies in one ComfyUI ------------------------------------------------------------------
 
 #: argv: tests folder, state folder, whether there is a server, then folder=name of each load

@@ -160,7 +160,7 @@ class Modulation(nn.Module):
     """Conditioning vector to a row of `chunks` shifts, scales and gates; [B, C] -> [B, 1, all].
 
     A third of the model's weights, and nothing but (timestep, pooled text, guidance) goes in: see
-    modulation.py.
+    precompute.py.
     """
 
     def __init__(self, hidden_size: int, chunks: int) -> None:

@@ -6,7 +6,7 @@ submodules that can be replaced, and `run_block` wraps every conditioner and blo
 where cancelling and streaming of weights happen.
 
 A prediction is made in two parts: `condition` knows text and time and nothing of the latents, and
-`denoise` does the rest. A run computes the first for all its steps at once (modulation.py).
+`denoise` does the rest. A run computes the first for all its steps at once (precompute.py).
 """
 
 from collections.abc import Callable

@@ -5,7 +5,7 @@ parameters). A transformer whose loop does not fit the device is streamed: its s
 many blocks as fit stay there for the whole run, the other blocks visit for the length of their own
 forward pass.
 
-Given up for now: prefetching the next block while one computes (performance plan, section 2.5).
+Given up for now: prefetching the next block while one computes.
 """
 
 from collections.abc import Iterator, Mapping
@@ -72,7 +72,7 @@ def placed(
 ) -> Iterator[RunBlock]:
     """Make a transformer runnable on `runtime.device` for the length of a run.
 
-    Conditioners stay away: they visit when they are called (see modulation.py).
+    Conditioners stay away: they visit when they are called (see precompute.py).
 
     Args:
         transformer: on any device; left alone if it is on `runtime.device` already.

@@ -14,7 +14,7 @@ def decode_bytes(config: VAEConfig, latent_shape: torch.Size, dtype: torch.dtype
 
     Walks the decoder and adds up what is alive at the first resnet and the upsampler of each level
     and in the attention: whole inputs and outputs, and the piece being worked on. Checked against
-    the storages that model.py really allocates on shape-only tensors (tests/engine/test_tiling.py);
+    the storages that model.py really allocates on shape-only tensors (test_tiling.py);
     MEMORY_MARGIN covers what those do not show. Measured that way at full size in bf16, 97 frames,
     without the margin: 1072 bytes per output pixel and frame for 544x960 at once (54.3 GB), 1293
     for a 256 px tile (8.2 GB), 1958 for such a tile in a 17-frame window (2.2 GB). Encoding a clip

@@ -12,7 +12,7 @@ name to the name or names in the file: several names are concatenated along dim 
 
 Sources: the original names from Tencent/HunyuanVideo; the renames from diffusers'
 scripts/convert_hunyuan_video_to_diffusers.py and ComfyUI's comfy/ldm/hunyuan_video/model.py,
-checked name by name and number by number (specs, section 3).
+checked name by name and number by number (tests/engine/weights/test_inspect.py).
 """
 
 import re

@@ -177,6 +177,16 @@ def test_every_node_has_a_help_page_that_names_its_inputs_and_outputs(name):
         assert re.search(rf"\b{word}\b", page), word
 
 
+def test_figures_of_the_cache_in_a_tooltip_are_those_of_the_help_page():
+    """The page is the one source of measured figures; the tooltip may repeat some."""
+    page = (ROOT / "web" / "docs" / "SkyReelsSampler.md").read_text(encoding="utf-8")
+    measured = set(re.findall(r"\| (easy|fast|first-block) \| (\d+) \| (\d+),", page))
+    tooltip = inputs_of(NODES["SkyReelsSampler"])["cache"][1]["tooltip"]
+    repeated = set(re.findall(r"(easy|fast|first-block) (\d+), (\d+) dB", tooltip))
+    assert len(measured) == 3
+    assert repeated <= measured
+
+
 def test_the_web_folder_is_there_and_asks_no_other_host():
     assert (ROOT / comfyui_skyreels.WEB_DIRECTORY).is_dir()
     scripts = [p for p in (ROOT / "web").rglob("*") if p.suffix in (".js", ".mjs", ".css")]
@@ -227,5 +237,5 @@ def test_importing_the_package_imports_little_beside_torch():
     """Our own modules and a few of the standard library: 0.2 s on a quiet machine."""
     found = load_in_a_fresh_process("nothing")
     others = {name.split(".")[0] for name in found["modules"] if found["ours"] not in name}
-    assert others - sys.stdlib_module_names <= {"einops", "numpy", "safetensors"}
+    assert others - sys.stdlib_module_names <= {"einops"}
     assert len(found["modules"]) < 120

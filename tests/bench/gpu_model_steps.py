@@ -270,7 +270,7 @@ def split(context: Context, function: Callable[[], object]) -> None:
 
 
 def to_8bit(model: torch.nn.Module, precision: str) -> None:
-    """Round the block linears as loading.py does, in place."""
+    """Round the block linears as weights/load.py does, in place."""
     config, storage_dtype = model.config, STORAGE_DTYPES[precision]
     rotation = 0
     if precision == "int8":

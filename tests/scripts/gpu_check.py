@@ -235,7 +235,7 @@ def _applies(bound: Bound, run: dict) -> bool:
 
 
 def bars(records: Sequence[dict]) -> dict[str, float | None]:
-    """Bars 11 to 15 of the speed plan; None for what was not measured at full size.
+    """The bounds of the speed at full size; None for what was not measured at full size.
 
     Attention in 8 bits counts only where it was found close enough to exact attention. Step caching
     is computed: the best step, times the share of the forward passes that the built-in model needs

@@ -8,7 +8,7 @@ FOLDER holds the finished vae/ and text encoders (export.py). `clips` encodes tr
 RUN/clips_*.safetensors, 1000 a file, each an own seed; `train` learns from all of them. Each goes
 on after a break. --goes-on starts from FOLDER's own transformer: for a VAE that has changed a bit.
 
-What a training example is, exactly as sampling.py asks for it: sigma = s u / (1 + (s - 1) u), s = 7
+What a training example is, exactly as sample.py asks for it: sigma = s u / (1 + (s - 1) u), s = 7
 in half of them and 2 in the others, which decide about details; latents
 (1 - sigma) data + sigma noise; the first frame's latents, encoded alone, in the first frame of the
 second 16 channels and zeros after; timestep 1000 sigma; embedded guidance 1000; the prompt's states

@@ -153,7 +153,7 @@ def test_group_norm_from_moments_is_torchs_own():
     assert error([kernels.group_norm_silu(x, *wide)], [expected]) <= 1e-13
 
 
-# --- 8-bit products: performance.md, section 2.3 --------------------------------------------------
+# --- 8-bit products ------------------------------------------------------------------------------
 
 
 def token_matrix(outliers: bool, rows: int = 192, width: int = 3072) -> torch.Tensor:

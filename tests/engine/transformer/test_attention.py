@@ -29,7 +29,7 @@ from comfyui_skyreels.skyreels.transformer import attention, attention_quality
 from comfyui_skyreels.skyreels.transformer.attention import choose_attention, sdpa
 from support import tiny
 from support.forked import forks
-from torch.nn.attention import SDPBackend, _cur_sdpa_kernel_backends
+from torch.nn.attention import SDPBackend
 from torch.overrides import TorchFunctionMode
 
 CPU = torch.device("cpu")
@@ -136,6 +136,22 @@ def relative_l2(got: torch.Tensor, expected: torch.Tensor) -> float:
     return ((got - expected).norm() / expected.norm()).item()
 
 
+def allowed_kernels() -> list[SDPBackend]:
+    """Torch's attention kernels that its flags allow now, by priority."""
+    try:
+        from torch.nn.attention import _cur_sdpa_kernel_backends
+    except ImportError:  # torch 2.6 and older has flags, but no priority
+        cuda = torch.backends.cuda
+        flags = {
+            CUDNN: cuda.cudnn_sdp_enabled,
+            FLASH: cuda.flash_sdp_enabled,
+            EFFICIENT: cuda.mem_efficient_sdp_enabled,
+            MATH: cuda.math_sdp_enabled,
+        }
+        return [kernel for kernel, is_enabled in flags.items() if is_enabled()]
+    return _cur_sdpa_kernel_backends(with_priority=True)
+
+
 class Watch(TorchFunctionMode):
     """Notes torch's kernels, in order, as they are allowed while attention runs."""
 
@@ -143,7 +159,7 @@ class Watch(TorchFunctionMode):
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         if function is F.scaled_dot_product_attention:
-            self.allowed = _cur_sdpa_kernel_backends(with_priority=True)
+            self.allowed = allowed_kernels()
         return function(*args, **(kwargs or {}))
 
 
@@ -169,13 +185,13 @@ class Watch(TorchFunctionMode):
 )
 def test_each_gpu_gets_its_kernels_in_order_and_torchs_flags_come_back(machine, name, order, words):
     machine(name)
-    before = _cur_sdpa_kernel_backends(with_priority=True)
+    before = allowed_kernels()
     choice = choose_attention(CPU)
     query, key, value = inputs()
     with Watch() as watch:
         got = choice.function(query, key, value)
     assert watch.allowed == [*order, MATH]
-    assert _cur_sdpa_kernel_backends(with_priority=True) == before
+    assert allowed_kernels() == before
     assert words in choice.reason
     names = {CUDNN: "cuDNN", FLASH: "flash", EFFICIENT: "memory-efficient"}
     assert choice.name == names[order[0]]

@@ -52,7 +52,7 @@ def gaussian(tokens, channels):
 
 
 def outliers(tokens, channels):
-    """12 channels 30 times as large, and tokens of unlike size (performance plan, section 2.3)."""
+    """12 channels 30 times as large, and tokens of unlike size."""
     x = torch.randn(tokens, channels)
     x[:, torch.randperm(channels)[:12]] *= 30
     return x * torch.randn(tokens, 1).exp()
