@@ -1,4 +1,4 @@
-"""python -m skyreels"""
+"""Entry point of `python -m skyreels`."""
 
 import sys
 

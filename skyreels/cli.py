@@ -36,6 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     Args:
         argv: arguments without the program's name; None means sys.argv.
+
     Returns:
         The exit code: 0 done, 1 an error that was explained, 2 wrong usage, 130 interrupted.
     """
@@ -52,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
     except KeyboardInterrupt:
         return _fail(arguments, _interrupted(arguments), EXIT_INTERRUPTED)
-    except Exception as error:  # nobody here reads a traceback, unless Python's -X dev asks for it
+    except Exception as error:  # users get a sentence, `python -X dev` gets the traceback
         if sys.flags.dev_mode:
             raise
         return _fail(arguments, _unexpected(error), EXIT_ERROR)
@@ -69,7 +70,7 @@ def _interrupted(arguments: argparse.Namespace) -> str:
 
 
 def _unexpected(error: Exception) -> str:
-    """A sentence for what no check of ours foresaw."""
+    """A sentence for an error that no check caught."""
     if type(error).__name__ in ("OutOfMemoryError", "MemoryError"):  # torch's, Python's
         return (
             "The device ran out of memory: use fewer frames, a smaller size, --decode "
@@ -77,8 +78,9 @@ def _unexpected(error: Exception) -> str:
         )
     reason = next(iter(str(error).splitlines()), "")
     return (
-        f"Unexpected {type(error).__name__} ({reason}): this is a defect of the program; report it "
-        "with what `python -X dev -m skyreels ...` and `python -m skyreels doctor` print."
+        f"Unexpected {type(error).__name__} ({reason}): this is a defect of the program. Please "
+        "report it with the output of `python -X dev -m skyreels ...` and `python -m skyreels "
+        "doctor`."
     )
 
 
@@ -130,7 +132,7 @@ def build_parser() -> argparse.ArgumentParser:
     generate.add_argument("--steps", type=int, default=30, help="default 30")
     generate.add_argument("--cfg", type=float, default=6.0, help="true CFG scale, default 6")
     generate.add_argument(
-        "--embedded-guidance", type=float, default=1.0, help="keep 1.0, as the model was trained"
+        "--embedded-guidance", type=float, default=1.0, help="keep 1.0, the value of the training"
     )
     generate.add_argument("--shift", type=float, default=7.0, help="schedule shift, default 7")
     generate.add_argument("--seed", type=int, default=0, help="default 0")
@@ -141,16 +143,19 @@ def build_parser() -> argparse.ArgumentParser:
     generate.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     generate.add_argument("--decode", choices=("auto", "full", *TILINGS), default="auto")
     generate.add_argument(
-        "--attention", choices=MODES, default="exact", help="fast rounds to 8 bits on a GPU"
+        "--attention", choices=MODES, default="exact", help="fast uses 8 bits on a GPU"
     )
     generate.add_argument(
-        "--cache", choices=tuple(CACHES), default="off", help="skip steps; off is exact"
+        "--cache", choices=tuple(CACHES), default="off", help="skip predictable steps; off is exact"
     )
     generate.add_argument(
-        "--resume", type=Path, metavar="FILE", help="keep finished steps here, continue from them"
+        "--resume",
+        type=Path,
+        metavar="FILE",
+        help="save finished steps here and continue from them",
     )
     generate.add_argument(
-        "--prompt-cache", type=Path, metavar="DIR", help="keep encoded prompts in this folder"
+        "--prompt-cache", type=Path, metavar="DIR", help="cache encoded prompts in this folder"
     )
     generate.add_argument("--json", action="store_true")
 
@@ -183,10 +188,10 @@ def run_generate(arguments: argparse.Namespace) -> dict[str, Any]:
             "the built-in model."
         )
     is_builtin = not any(paths)
-    usual = (64, 64, 17) if is_builtin else (960, 544, 97)
-    asked = (arguments.width, arguments.height, arguments.frames)
+    defaults = (64, 64, 17) if is_builtin else (960, 544, 97)
+    given = (arguments.width, arguments.height, arguments.frames)
     width, height, num_frames = (
-        default if value is None else value for value, default in zip(asked, usual, strict=True)
+        default if value is None else value for value, default in zip(given, defaults, strict=True)
     )
 
     from .builtin import BUILTIN_NOTICE, example_image
@@ -251,13 +256,13 @@ def _generate(
     if not is_builtin:  # minutes before they are loaded
         check_transformer(arguments.transformer)
         check_vae(arguments.vae)
-    # an option that was asked for says in a line what it did
-    asked = {
+    # an option that was chosen logs what it did
+    chosen = {
         "skyreels.sampling.step_cache": arguments.cache != "off",
         "skyreels.transformer.attention": arguments.attention != "exact",
     }
-    for name, is_asked in asked.items():
-        logging.getLogger(name).setLevel(logging.INFO if is_asked else logging.NOTSET)
+    for name, is_chosen in chosen.items():
+        logging.getLogger(name).setLevel(logging.INFO if is_chosen else logging.NOTSET)
     prompt, negative = _encode_prompts(arguments, runtime)
     precision = arguments.precision
     if is_builtin:
@@ -286,9 +291,12 @@ def _generate(
 def _encode_prompts(
     arguments: argparse.Namespace, runtime: "Runtime"
 ) -> "tuple[PromptEmbeds, PromptEmbeds | None]":
-    """Prompt and negative prompt; the text encoder (8 B parameters) is gone when this returns.
+    """Prompt and negative prompt; the text encoder (8 B parameters) is freed when this returns.
 
     With --prompt-cache, prompts encoded earlier are found without loading it at all.
+
+    Returns:
+        The negative one is None if CFG does not use it.
     """
     from .builtin import builtin_text_encoder
     from .text.encode import DEFAULT_NEGATIVE_PROMPT, cached_prompt, encode_prompt
@@ -320,7 +328,13 @@ def _encode_prompts(
 
 
 def pick_device(name: str) -> str:
-    """The device for "auto", or the one asked for if it is there.
+    """The device for "auto", or the named one if it exists.
+
+    Args:
+        name: auto, cpu, cuda or cuda:N.
+
+    Returns:
+        Its name for torch.
 
     Raises:
         OptionError: unknown device, or CUDA where there is none.
@@ -334,7 +348,7 @@ def pick_device(name: str) -> str:
     kind, _, index = name.partition(":")
     if kind == "cuda" and int(index or 0) >= torch.cuda.device_count():
         raise OptionError(
-            f"Device {name!r} is not here (CUDA devices: {torch.cuda.device_count()}): use cpu, or "
+            f"Device {name!r} not found (CUDA devices: {torch.cuda.device_count()}): use cpu, or "
             "see `python -m skyreels doctor`."
         )
     return name
@@ -342,7 +356,11 @@ def pick_device(name: str) -> str:
 
 @contextlib.contextmanager
 def progress_bar() -> Iterator[Any]:
-    """A bar on standard error: one line that is rewritten, or nothing if it is not a terminal."""
+    """A bar on standard error: one line that is rewritten, or nothing if it is not a terminal.
+
+    Yields:
+        The callback for progress reports.
+    """
     started: dict[str, float] = {}
     is_terminal = sys.stderr.isatty()
 
@@ -391,7 +409,7 @@ def run_inspect(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def run_doctor(arguments: argparse.Namespace) -> dict[str, Any]:
-    """`doctor`: what is here and what of it is used."""
+    """`doctor`: what is installed and what is used."""
     from .doctor import examine
 
     findings = examine()

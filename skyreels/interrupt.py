@@ -1,8 +1,8 @@
-"""Ctrl-C that nothing on the way can swallow.
+"""Ctrl-C that no library can swallow.
 
 Python drops an exception that is raised in a destructor or in a callback of C code, and a library
-may catch everything. A KeyboardInterrupt that lands there would be lost, and work of an hour would
-go on. So it is remembered, and raised again where the work looks whether it shall stop.
+may catch everything. A KeyboardInterrupt that lands there would be lost, and an hour of work would
+go on. So it is remembered, and raised again at the next interrupt check.
 """
 
 import contextlib
@@ -21,33 +21,35 @@ def remembered_interrupt() -> Iterator[Callable[[], None]]:
     Where Ctrl-C does not raise KeyboardInterrupt (another thread, a host with a handler of its own,
     a program in the background), nothing is changed.
 
-    Returns:
+    Yields:
         A check that raises KeyboardInterrupt if one was raised before.
     """
-    is_asked = False
+    was_interrupted = False
 
     def check() -> None:
-        if is_asked:
+        if was_interrupted:
             raise KeyboardInterrupt
 
     def handle(_: int, __: FrameType | None) -> None:
-        nonlocal is_asked
-        is_asked = True
+        nonlocal was_interrupted
+        was_interrupted = True
         raise KeyboardInterrupt
 
     def report(unraisable: Any) -> None:
-        if not (is_asked and unraisable.exc_type is KeyboardInterrupt):  # that one is not lost
-            before(unraisable)
+        if not (
+            was_interrupted and unraisable.exc_type is KeyboardInterrupt
+        ):  # remembered, so not lost
+            previous_hook(unraisable)
 
     is_main = threading.current_thread() is threading.main_thread()
     if not is_main or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
         yield check
         return
-    before = sys.unraisablehook
+    previous_hook = sys.unraisablehook
     signal.signal(signal.SIGINT, handle)
     sys.unraisablehook = report
     try:
         yield check
     finally:
-        sys.unraisablehook = before
+        sys.unraisablehook = previous_hook
         signal.signal(signal.SIGINT, signal.default_int_handler)

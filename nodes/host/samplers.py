@@ -15,13 +15,17 @@ logger = logging.getLogger("skyreels.nodes.host.samplers")
 def core_solver(sampler: Any, shift: float, seed: int) -> Solver:
     """A core SAMPLER as a solver of the engine.
 
-    Core's samplers are k-diffusion functions: they ask a model for the denoised latents, and some
-    look up the kind of schedule behind it. A small object of that shape stands in for core's model.
+    Core's samplers are k-diffusion functions: they call a model for the denoised latents, and some
+    look up its schedule. A small object with these attributes stands in for core's model.
 
     Args:
         sampler: what a SAMPLER socket carries.
         shift: of the schedule, for samplers that compute sigmas of their own.
         seed: of the noise that ancestral and SDE samplers add.
+
+    Returns:
+        A solver for `SamplingSettings`.
+
     Raises:
         OptionError: a sampler without a k-diffusion function.
     """
@@ -34,10 +38,8 @@ def core_solver(sampler: Any, shift: float, seed: int) -> Solver:
             "disconnect it for Euler."
         )
 
-    class Flow(comfy.model_sampling.ModelSamplingDiscreteFlow, comfy.model_sampling.CONST):
-        pass
-
-    model_sampling = Flow()
+    bases = (comfy.model_sampling.ModelSamplingDiscreteFlow, comfy.model_sampling.CONST)
+    model_sampling = type("Flow", bases, {})()
     model_sampling.set_parameters(shift=shift)
 
     def solver(velocity: Velocity, latents: Tensor, sigmas: Tensor, on_step: OnStep) -> Tensor:
@@ -49,7 +51,7 @@ def core_solver(sampler: Any, shift: float, seed: int) -> Solver:
         extra_args = {"model_options": {}, "seed": seed, "denoise_mask": None}
         try:
             # a copy: they are the user's SIGMAS, and samplers may write into them
-            return function(
+            samples: Tensor = function(
                 model,
                 latents,
                 sigmas.clone(),
@@ -60,9 +62,10 @@ def core_solver(sampler: Any, shift: float, seed: int) -> Solver:
             )
         except AttributeError as error:
             raise OptionError(
-                f"Sampler {getattr(function, '__name__', function)} wants more of core's model "
-                f"than SkyReels has ({error}): choose another in KSamplerSelect."
+                f"Sampler {getattr(function, '__name__', function)} needs parts of core's model "
+                f"that SkyReels lacks ({error}): choose another in KSamplerSelect."
             ) from error
+        return samples
 
     return solver
 
@@ -84,7 +87,7 @@ class _DenoiserOfFlow:
     ) -> Tensor:
         level = sigma.reshape(-1)[0]
         guided, negative = self._velocity(x, level)
-        denoised = x - level * guided
+        denoised: Tensor = x - level * guided
         functions = (model_options or {}).get("sampler_post_cfg_function", [])
         if functions and negative is None and not self._has_warned:
             logger.warning(

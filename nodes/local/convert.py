@@ -22,7 +22,10 @@ TEXT_FIX = (
 
 
 def to_conditioning(embeds: PromptEmbeds) -> Conditioning:
-    """CONDITIONING laid out as core's hunyuan_video CLIP makes it.
+    """CONDITIONING in the format of core's hunyuan_video CLIP.
+
+    Args:
+        embeds: one encoded prompt.
 
     Returns:
         [[tensor [1, n, 4096] float32 on the CPU, {"pooled_output": [1, 768]}]]
@@ -36,6 +39,10 @@ def to_prompt_embeds(conditioning: Conditioning, name: str) -> PromptEmbeds:
     Args:
         conditioning: of which the first entry is used; more are reported in the log.
         name: "positive" or "negative", for messages.
+
+    Returns:
+        One encoded prompt.
+
     Raises:
         TextError: empty, several prompts in one entry, or without pooled CLIP state.
     """
@@ -78,7 +85,13 @@ def embedded_guidance(conditioning: Conditioning, widget: float) -> float:
 
 
 def latent_samples(latent: Latent) -> Tensor:
-    """[1, 16, T, h, w] of a LATENT, VAE space.
+    """The tensor of a LATENT.
+
+    Args:
+        latent: from any node.
+
+    Returns:
+        [1, 16, T, h, w], VAE space.
 
     Raises:
         ShapeError: another model's latent, or a batch of clips.
@@ -88,8 +101,8 @@ def latent_samples(latent: Latent) -> Tensor:
         raise ShapeError("The latent holds no samples: connect a LATENT of HunyuanVideo.")
     if samples.ndim != 5 or samples.shape[1] != 16:
         raise ShapeError(
-            f"The latent is {list(samples.shape)}, and HunyuanVideo's is [1, 16, frames, height, "
-            "width]: use EmptyHunyuanLatentVideo, or VAE Encode with the HunyuanVideo VAE."
+            f"The latent is {list(samples.shape)}; HunyuanVideo's is [1, 16, frames, height, "
+            "width]. Use EmptyHunyuanLatentVideo, or VAE Encode with the HunyuanVideo VAE."
         )
     if samples.shape[0] != 1:
         raise ShapeError(
@@ -102,20 +115,25 @@ def image_from_conditioning(positive: Conditioning, latent: Latent | None) -> Im
     """The picture an InstructPixToPixConditioning node left in the positive conditioning.
 
     Args:
+        positive: the conditioning.
         latent: gives the length of the video; without one the picture's own length counts.
+
+    Returns:
+        Start and size of the clip.
+
     Raises:
         ShapeError: no picture, no length, or two sizes that disagree.
     """
     given = positive[0][1].get("concat_latent_image") if positive else None
     if given is None:
         raise ShapeError(
-            "There is no picture: connect SkyReels Image Conditioning to `image` (or use core's "
+            "No picture: connect SkyReels Image Conditioning to `image` (or use core's "
             "InstructPixToPixConditioning on both prompts)."
         )
     if given.ndim != 5 or given.shape[:2] != (1, 16):
         raise ShapeError(
-            f"The picture's latent in the conditioning is {list(given.shape)}, and HunyuanVideo's "
-            "is [1, 16, frames, height, width]: use the HunyuanVideo VAE and one picture in "
+            f"The picture's latent in the conditioning is {list(given.shape)}; HunyuanVideo's is "
+            "[1, 16, frames, height, width]: use the HunyuanVideo VAE and one picture in "
             "InstructPixToPixConditioning."
         )
     frames = given.shape[2]

@@ -13,7 +13,7 @@ from . import convert
 class SkyReelsVAEDecode:
     CATEGORY = "SkyReels/video"
     DESCRIPTION = (
-        "Decodes latents, ours or core's, to frames. auto takes the largest pieces that fit: the "
+        "Decodes latents, ours or core's, to frames. auto uses the largest pieces that fit: the "
         "whole clip, else spatial tiles over the whole length (no seam in time), else shorter "
         "windows."
     )
@@ -31,7 +31,7 @@ class SkyReelsVAEDecode:
                 "vae": ("SKYREELS_VAE", {"tooltip": "From SkyReels Load VAE."}),
                 "samples": (
                     "LATENT",
-                    {"tooltip": "[1, 16, T, h, w] HunyuanVideo latents, from any sampler."},
+                    {"tooltip": "HunyuanVideo latents [1, 16, T, h, w], from any sampler."},
                 ),
                 "mode": (
                     ["auto", "full", *TILINGS],
@@ -48,8 +48,8 @@ class SkyReelsVAEDecode:
                     "INT",
                     {
                         **tile,
-                        "tooltip": "Tile height and width in pixels, multiple of 8; 0 is the "
-                        "mode's own (256; auto chooses). Larger tiles have fewer seams and need "
+                        "tooltip": "Tile height and width in pixels, multiple of 8; 0 uses the "
+                        "mode's value (256; auto chooses). Larger tiles have fewer seams and need "
                         "more memory.",
                     },
                 ),
@@ -57,23 +57,23 @@ class SkyReelsVAEDecode:
                     "INT",
                     {
                         **tile,
-                        "tooltip": "Distance of tiles in pixels, at most tile_size; 0 is the "
-                        "mode's own (192). The rest of the tile is cross-faded.",
+                        "tooltip": "Distance between tiles in pixels, at most tile_size; 0 uses "
+                        "the mode's value (192). The overlap is cross-faded.",
                     },
                 ),
                 "tile_frames": (
                     "INT",
                     {
                         **window,
-                        "tooltip": "Frames per window, multiple of 4; 0 is the mode's own.",
+                        "tooltip": "Frames per window, multiple of 4; 0 uses the mode's value.",
                     },
                 ),
                 "tile_frames_stride": (
                     "INT",
                     {
                         **window,
-                        "tooltip": "Distance of windows in frames, at most tile_frames; 0 is the "
-                        "mode's own.",
+                        "tooltip": "Distance between windows in frames, at most tile_frames; 0 "
+                        "uses the mode's value.",
                     },
                 ),
             },

@@ -55,8 +55,8 @@ class SkyReelsImageConditioning:
                         "min": 1,
                         "max": MAX_FRAMES,
                         "step": 4,
-                        "tooltip": "4k+1 frames at 24 a second: 97 is four seconds and the trained "
-                        "length. Twice as long takes 3.3 times as long.",
+                        "tooltip": "4k+1 frames at 24 fps: 97 is four seconds and the trained "
+                        "length. Twice the length takes 3.3 times the time.",
                     },
                 ),
                 "fit": (
@@ -77,8 +77,8 @@ class SkyReelsImageConditioning:
                         "max": 1.0,
                         "step": 0.01,
                         "advanced": True,
-                        "tooltip": "Noise added to the picture: more motion, less likeness. 0 is "
-                        "off, 0.04 a common value.",
+                        "tooltip": "Noise added to the picture, for more motion and less "
+                        "likeness. 0 is off, 0.04 a common value.",
                     },
                 ),
                 "latent_strength": (
@@ -89,7 +89,7 @@ class SkyReelsImageConditioning:
                         "max": 2.0,
                         "step": 0.01,
                         "advanced": True,
-                        "tooltip": "Factor on the picture's latents: below 1 (0.8 to 0.95) gives "
+                        "tooltip": "Factor on the picture's latents. Below 1 (0.8 to 0.95) gives "
                         "more motion.",
                     },
                 ),
@@ -101,8 +101,8 @@ class SkyReelsImageConditioning:
                         "max": 2**64 - 1,
                         "control_after_generate": False,
                         "advanced": True,
-                        "tooltip": "Seed of the augmentation noise; the sampler's seed gives what "
-                        "the command line gives.",
+                        "tooltip": "Seed of the augmentation noise. Set it to the sampler's seed "
+                        "to get the result of the command line.",
                     },
                 ),
                 "prefix_frames": (

@@ -32,8 +32,8 @@ class SkyReelsTransformerLoader:
     CATEGORY = "SkyReels/loaders"
     DESCRIPTION = (
         "Loads the SkyReels-V1 image-to-video transformer (13 B parameters). Layout, variant and "
-        "8-bit format are read from the file's tensors, whatever its name; text-to-video and "
-        "Tencent's own I2V files are refused with both channel counts."
+        "8-bit format are read from the file's tensors, never from its name. Text-to-video files "
+        "and Tencent's own I2V files are refused; the error names both channel counts."
     )
     FUNCTION = "load"
     RETURN_TYPES = ("SKYREELS_MODEL",)
@@ -48,17 +48,18 @@ class SkyReelsTransformerLoader:
                     transformer_choices(),
                     {
                         "tooltip": "A file in models/diffusion_models (bf16 25.6 GB, fp8 13.2 GB), "
-                        "a sharded diffusers folder in models/diffusers, or the built-in one: not "
-                        "SkyReels but a tiny model that moves coloured shapes, 64x64."
+                        "a sharded diffusers folder in models/diffusers, or the built-in model: "
+                        "not SkyReels but a tiny model that moves coloured shapes, 64x64."
                     },
                 ),
                 "precision": (
                     list(TRANSFORMER_PRECISIONS),
                     {
                         "default": "auto",
-                        "tooltip": "auto keeps what the file holds. bf16 is exact (25.6 GB). fp8 "
-                        "and int8 round the block weights to 8 bits (17 GB) and multiply in 8 bits "
-                        "where the card can: not exact, see the help. fp32 is for checks (51 GB).",
+                        "tooltip": "auto keeps the file's precision. bf16 is exact (25.6 GB). fp8 "
+                        "and int8 quantize the block weights to 8 bits (17 GB) and multiply in 8 "
+                        "bits where the GPU can: not exact, see the help. fp32 is for checks "
+                        "(51 GB).",
                     },
                 ),
             },
@@ -86,8 +87,8 @@ class SkyReelsTransformerLoader:
 class SkyReelsVAELoader:
     CATEGORY = "SkyReels/loaders"
     DESCRIPTION = (
-        "Loads the HunyuanVideo VAE in either key layout. Unlike core's, its decoder keeps the "
-        "frame-causal attention the weights were trained with."
+        "Loads the HunyuanVideo VAE in either key layout. Unlike core's, its decoder uses the "
+        "frame-causal attention that the weights were trained with."
     )
     FUNCTION = "load"
     RETURN_TYPES = ("SKYREELS_VAE",)

@@ -23,8 +23,8 @@ STEPS = {
             "default": 30,
             "min": 1,
             "max": MAX_STEPS,
-            "tooltip": "30 is the authors' number; at least 5 times CFG. Below 20 with CFG 6 the "
-            "picture melts.",
+            "tooltip": "The authors use 30. Use at least 5 times CFG: below 20 steps with CFG 6 "
+            "the picture dissolves.",
         },
     ),
 }
@@ -36,8 +36,8 @@ SHIFT = {
             "min": 0.1,
             "max": 100.0,
             "step": 0.1,
-            "tooltip": "Of the schedule towards noise; 7 is the released value, 17 is advised "
-            "below 20 steps.",
+            "tooltip": "Shift of the schedule towards noise. 7 is the released value; use 17 below "
+            "20 steps.",
         },
     ),
 }
@@ -50,8 +50,8 @@ DENOISE = {
             "max": 1.0,
             "step": 0.01,
             "advanced": True,
-            "tooltip": "Below 1 only the end of the schedule is run on a start latent: 0.5 keeps "
-            "the layout, 0.8 little more than the colours.",
+            "tooltip": "Below 1, only the end of the schedule runs, on a start latent: 0.5 keeps "
+            "its composition, 0.8 little more than its colours.",
         },
     ),
 }
@@ -60,13 +60,13 @@ DENOISE = {
 class SkyReelsScheduler:
     CATEGORY = "SkyReels/sampling"
     DESCRIPTION = (
-        "The schedule that SkyReels Sampler makes by itself, as SIGMAS: to split it between two "
-        "samplers, or to change it on the way."
+        "The default schedule of SkyReels Sampler as SIGMAS, to split it between two samplers or "
+        "to modify it."
     )
     FUNCTION = "schedule"
     RETURN_TYPES = ("SIGMAS",)
     RETURN_NAMES = ("sigmas",)
-    OUTPUT_TOOLTIPS = ("steps + 1 numbers from 1 (or where denoise starts) to 0.",)
+    OUTPUT_TOOLTIPS = ("steps + 1 sigmas from 1 (or where denoise starts) to 0.",)
 
     @classmethod
     def INPUT_TYPES(cls) -> dict[str, Any]:
@@ -100,7 +100,7 @@ class SkyReelsSampler:
                     "CONDITIONING",
                     {
                         "tooltip": "From core's CLIPTextEncode with a hunyuan_video CLIP, or "
-                        "SkyReels Text Encode. Should begin with 'FPS-24, '."
+                        "SkyReels Text Encode. Prompts should begin with 'FPS-24, '."
                     },
                 ),
                 "seed": (
@@ -121,8 +121,8 @@ class SkyReelsSampler:
                         "min": 0.0,
                         "max": 30.0,
                         "step": 0.1,
-                        "tooltip": "True classifier-free guidance, 6 by default. At 1 or below "
-                        "the negative prompt is skipped and a step takes half the time.",
+                        "tooltip": "True classifier-free guidance, default 6. At 1 or below the "
+                        "negative prompt is skipped and a step takes half the time.",
                     },
                 ),
                 "embedded_guidance": (
@@ -133,7 +133,7 @@ class SkyReelsSampler:
                         "max": 30.0,
                         "step": 0.1,
                         "tooltip": "Keep 1.0: SkyReels is not guidance-distilled (6 is for "
-                        "HunyuanVideo's text-to-video). A FluxGuidance node wins over this.",
+                        "HunyuanVideo's text-to-video). A FluxGuidance node overrides it.",
                     },
                 ),
                 **SHIFT,
@@ -154,22 +154,22 @@ class SkyReelsSampler:
                     "LATENT",
                     {
                         "tooltip": "A clip of the same size to start from, for video to video "
-                        "with denoise below 1. An empty latent only states the length."
+                        "with denoise below 1. An empty latent only sets the length."
                     },
                 ),
                 "sampler": (
                     "SAMPLER",
                     {
                         "tooltip": "From KSamplerSelect or another core node without a model "
-                        "input; without one, Euler."
+                        "input. Euler if not connected."
                     },
                 ),
                 "sigmas": (
                     "SIGMAS",
                     {
-                        "tooltip": "From SkyReels Scheduler or one's own, falling within 1..0; "
-                        "they replace steps, shift and denoise. A part of a schedule (SplitSigmas) "
-                        "gives an unfinished latent, for a second sampler with add_noise off."
+                        "tooltip": "From SkyReels Scheduler or your own, falling within 1..0; they "
+                        "replace steps, shift and denoise. Part of a schedule (SplitSigmas) gives "
+                        "an unfinished latent for a second sampler with add_noise off."
                     },
                 ),
                 **DENOISE,
@@ -178,8 +178,8 @@ class SkyReelsSampler:
                     {
                         "default": 0.0,
                         **fraction,
-                        "tooltip": "Part of the steps before which the negative prompt is "
-                        "skipped; 0 is from the start.",
+                        "tooltip": "Fraction of the steps before which the negative prompt is "
+                        "skipped; 0 uses it from the start.",
                     },
                 ),
                 "cfg_end": (
@@ -187,8 +187,8 @@ class SkyReelsSampler:
                     {
                         "default": 1.0,
                         **fraction,
-                        "tooltip": "Part of the steps after which the negative prompt is skipped; "
-                        "0.5 saves a quarter of the time.",
+                        "tooltip": "Fraction of the steps after which the negative prompt is "
+                        "skipped; 0.5 saves a quarter of the time.",
                     },
                 ),
                 "guidance_rescale": (
@@ -196,7 +196,7 @@ class SkyReelsSampler:
                     {
                         "default": 0.0,
                         **fraction,
-                        "tooltip": "0 is off; 0.7 tames the contrast of a high CFG.",
+                        "tooltip": "0 is off; 0.7 reduces the excess contrast of a high CFG.",
                     },
                 ),
                 "cfg_zero_star": (
@@ -204,7 +204,8 @@ class SkyReelsSampler:
                     {
                         "default": False,
                         "advanced": True,
-                        "tooltip": "CFG-Zero*: scale the negative prediction to fit the positive.",
+                        "tooltip": "CFG-Zero*: scale the negative prediction to match the "
+                        "positive one.",
                     },
                 ),
                 "zero_init_steps": (
@@ -214,7 +215,7 @@ class SkyReelsSampler:
                         "min": 0,
                         "max": 20,
                         "advanced": True,
-                        "tooltip": "CFG-Zero*: this many first steps stand still; 0 is off.",
+                        "tooltip": "CFG-Zero*: zero the velocity for the first N steps; 0 is off.",
                     },
                 ),
                 "riflex_k": (
@@ -224,8 +225,8 @@ class SkyReelsSampler:
                         "min": 0,
                         "max": 8,
                         "advanced": True,
-                        "tooltip": "RIFLEx keeps clips beyond 197 frames from starting over: the "
-                        "temporal frequency to slow, 4 for SkyReels, 0 is off.",
+                        "tooltip": "RIFLEx keeps clips beyond 197 frames from repeating: index of "
+                        "the temporal frequency to slow down, 4 for SkyReels, 0 is off.",
                     },
                 ),
                 "resume": (
@@ -233,9 +234,9 @@ class SkyReelsSampler:
                     {
                         "default": False,
                         "advanced": True,
-                        "tooltip": "Keep each finished step on disk (13 MB); queueing the same "
-                        "inputs after a cancel or crash continues there. Euler only. Unused steps "
-                        "are removed after 7 days.",
+                        "tooltip": "Save each finished step to disk (13 MB). Queueing the same "
+                        "inputs after a cancel or crash continues there. Euler only. Saved steps "
+                        "are deleted after 7 days.",
                     },
                 ),
                 "add_noise": (
@@ -243,8 +244,8 @@ class SkyReelsSampler:
                     {
                         "default": True,
                         "advanced": True,
-                        "tooltip": "Off continues an unfinished latent of another sampler, whose "
-                        "sigmas ended where these begin.",
+                        "tooltip": "Switch off to continue the unfinished latent of another "
+                        "sampler, whose sigmas ended where these begin.",
                     },
                 ),
                 "cache": (
@@ -252,10 +253,10 @@ class SkyReelsSampler:
                     {
                         "default": "off",
                         "advanced": True,
-                        "tooltip": "Skips steps that can be foretold; off is exact. Passes of 60 "
-                        "that are left on the built-in model, and what the clip keeps of the exact "
-                        "one: easy 35, 70 dB; fast 27, 62 dB; first-block 33, 57 dB (holds 0.7 GB "
-                        "at 960x544x97). Euler only.",
+                        "tooltip": "Skips predictable denoising steps (off = exact). Model "
+                        "evaluations out of 60 and PSNR to the exact clip, built-in model: easy "
+                        "35, 70 dB; fast 27, 62 dB; first-block 33, 57 dB (needs 0.7 GB at "
+                        "960x544x97). Euler only.",
                     },
                 ),
                 "attention": (
@@ -263,12 +264,12 @@ class SkyReelsSampler:
                     {
                         "default": "exact",
                         "advanced": True,
-                        "tooltip": "fast rounds it to 8 bits by the fastest kernel here (ours, "
-                        "comfy-kitchen, SageAttention, FA3, cuDNN) that stays within 4 % of exact "
-                        "attention on every kind of input and beats it at the size of the run; "
-                        "else it stays exact, and the log says why. Takes up to 1 GB more at "
-                        "960x544x97. On the built-in model ours leaves the clip at 44 dB to the "
-                        "exact one.",
+                        "tooltip": "fast uses the fastest 8-bit kernel available (ours, "
+                        "comfy-kitchen, SageAttention, FA3, cuDNN) whose error stays within 4 % on "
+                        "every test input and that is faster than exact attention at the size of "
+                        "the run; otherwise attention stays exact and the log says why. Needs up "
+                        "to 1 GB more at 960x544x97. Our kernel gives 44 dB PSNR to the exact clip "
+                        "on the built-in model.",
                     },
                 ),
             },
@@ -308,7 +309,7 @@ class SkyReelsSampler:
             image = convert.image_from_conditioning(positive, latent)
         if sigmas is None:
             sigmas = get_sigmas(steps, shift, denoise)
-        negative_prompt = None
+        prompt, negative_prompt = convert.to_prompt_embeds(positive, "positive"), None
         if negative is not None and cfg > 1:
             negative_prompt = convert.to_prompt_embeds(negative, "negative")
         settings = SamplingSettings(
@@ -334,7 +335,7 @@ class SkyReelsSampler:
         samples = sample(
             model.module,
             image,
-            convert.to_prompt_embeds(positive, "positive"),
+            prompt,
             negative_prompt,
             settings,
             runtime=host.ComfyRuntime(unique_id, model, with_preview=True),

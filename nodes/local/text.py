@@ -41,8 +41,8 @@ class SkyReelsTextEncoderLoader:
                     encoder_choices(),
                     {
                         "tooltip": "A folder in models/text_encoders or models/diffusers with "
-                        "text_encoder, text_encoder_2, tokenizer and tokenizer_2 inside (about "
-                        "16 GB), or the built-in one for the built-in transformer."
+                        "text_encoder, text_encoder_2, tokenizer and tokenizer_2 (about 16 GB), "
+                        "or the built-in one for the built-in transformer."
                     },
                 ),
             },
@@ -88,15 +88,15 @@ class SkyReelsTextEncode:
                         "dynamicPrompts": True,
                         "default": "",
                         "tooltip": "What happens in the video, up to 256 tokens (about 190 words); "
-                        "the rest is cut with a warning. May be empty for the negative.",
+                        "longer text is cut, with a warning. A negative prompt may be empty.",
                     },
                 ),
                 "add_fps_prefix": (
                     "BOOLEAN",
                     {
                         "default": True,
-                        "tooltip": "Put 'FPS-24, ' in front, as in training, unless the prompt "
-                        "names a frame rate itself. Off for the negative prompt.",
+                        "tooltip": "Prepend 'FPS-24, ', as in training, unless the prompt names a "
+                        "frame rate. Switch off for the negative prompt.",
                     },
                 ),
             },

@@ -155,6 +155,14 @@ def host_memory(numel: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     For a CUDA device they are pinned, so that a copy runs beside what the host does. Where pinning
     fails (it is limited on Windows and in containers), the host waits for each copy, and one
     warning says so.
+
+    Args:
+        numel: how many.
+        dtype: of each.
+        device: where they will be copied.
+
+    Returns:
+        One-dimensional, on the host.
     """
     if device.type == "cuda":
         try:

@@ -119,6 +119,15 @@ def load_state(path: Path, fingerprint: str, latents: Tensor, num_steps: int) ->
 
     Then the start is saved, so that a path that cannot be written is found now.
 
+    Args:
+        path: of the file.
+        fingerprint: of the run.
+        latents: its start.
+        num_steps: of its schedule.
+
+    Returns:
+        Finished steps, and the latents after them.
+
     Raises:
         OptionError: the file belongs to another run, or the path cannot be used.
         CheckpointError: the file is damaged.

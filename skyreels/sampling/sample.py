@@ -42,7 +42,16 @@ logger = logging.getLogger("skyreels.sampling.sample")
 
 
 def initial_noise(seed: int, num_frames: int, height: int, width: int) -> Tensor:
-    """[1, 16, T, h, w] float32 from a CPU generator: one seed, one noise, on every device.
+    """One seed, one noise, on every device: from a CPU generator.
+
+    Args:
+        seed: 0..2^64-1.
+        num_frames: of the video, 4k + 1.
+        height: of the video, in pixels.
+        width: of the video, in pixels.
+
+    Returns:
+        [1, 16, T, h, w] float32.
 
     Raises:
         OptionError: a seed outside 0..2^64-1.
@@ -194,7 +203,14 @@ def sample(
 
     prompts = [prompt] if negative is None or not settings.uses_cfg else [prompt, negative]
     latents = _denoise(
-        transformer, image, prompts, settings, latents, first_step, on_step, runtime=runtime
+        transformer,
+        image,
+        prompts,
+        settings,
+        latents,
+        first_step=first_step,
+        on_step=on_step,
+        runtime=runtime,
     )
     if not bool(latents.isfinite().all()):
         raise ShapeError(
@@ -226,9 +242,9 @@ def _denoise(
     prompts: Sequence[PromptEmbeds],
     settings: SamplingSettings,
     latents: Tensor,
+    *,
     first_step: int,
     on_step: OnStep,
-    *,
     runtime: Runtime,
 ) -> Tensor:
     """Latents at the last sigma, on the device, from those after `first_step` steps."""

@@ -1,13 +1,11 @@
-"""Skip steps of a run whose predictions can be foretold from an earlier step.
+"""Reuse predictions of an earlier step, so that a run computes fewer of them.
 
-Between two steps of a long schedule the velocity changes little, so some need not be computed. A
-cached clip is not the exact clip: off unless asked for. What each choice saves and costs on the
-built-in model is in tests/bench/LOG.md.
+Between two steps of a long schedule the velocity changes little, so some steps can be skipped. The
+result differs from the exact clip, so caching is off by default.
 
-Both branches of guidance skip the same steps. Were one fresh and the other old, their difference,
-which guidance multiplies by six, would be the error of the old one. So the positive branch decides
-and the negative one follows. The first 15 and the last 5 per cent of the steps, where most is
-decided, are always computed.
+Both branches of guidance skip the same steps: if only one branch were refreshed, guidance would
+amplify the error of the stale one sixfold. The positive branch decides and the negative one
+follows. The first 15 and the last 5 per cent of the steps, which matter most, are always computed.
 """
 
 import logging
@@ -40,8 +38,9 @@ Forward = Callable[[RunBlock], Tensor]
 class CacheConfig:
     """Which steps are skipped.
 
-    kind: "off"; "easy", see `EasyCache`; "first-block", see `FirstBlockCache`.
-    threshold: relative change, 0..1, below which a step is skipped; 0 skips none.
+    Attributes:
+        kind: "off"; "easy", see `EasyCache`; "first-block", see `FirstBlockCache`.
+        threshold: relative change, 0..1, below which a step is skipped; 0 skips none.
     """
 
     kind: str = "off"
@@ -59,7 +58,7 @@ class CacheConfig:
 
 OFF = CacheConfig()
 #: what users choose from; 0.025 is what EasyCache's authors use for HunyuanVideo. Measured on 24
-#: clips of the built-in model (tests/bench/LOG.md): passes saved, median PSNR to the exact clips
+#: clips of the built-in model: model evaluations saved, median PSNR to the exact clips
 CACHES = {
     "off": OFF,
     "easy": CacheConfig("easy", 0.025),  # 1.7 times fewer, 69 dB
@@ -95,7 +94,15 @@ def cache_bytes(
     """Bytes that a cache holds through a run.
 
     Args:
-        latent_shape: [1, 16, T, h, w]. dtype: of the activations.
+        config: the cache.
+        transformer: sizes of the network.
+        latent_shape: [1, 16, T, h, w].
+        num_image_tokens: of the clip.
+        num_branches: 1, or 2 with guidance.
+        dtype: of the activations.
+
+    Returns:
+        0 if the cache is off.
     """
     if config.kind == "easy":
         return (1 + num_branches) * 4 * math.prod(latent_shape)
@@ -107,11 +114,11 @@ def cache_bytes(
 
 
 class StepCache:
-    """Computes every step: the cache that is off, and what the others are built on.
+    """Computes every step: the cache that is off, and the base of the others.
 
     One object belongs to one run, so that a cancelled or failed run leaves nothing behind. The
     sampler calls `begin` once a step, then `predict` for the positive branch (0) and, where
-    guidance wants it, for the negative one (1).
+    guidance needs it, for the negative one (1).
 
     Args:
         num_steps: of the whole schedule.
@@ -124,15 +131,16 @@ class StepCache:
         self.num_steps = num_steps
         self.run_block = run_block
         self.skipped: list[int] = []
-        #: whether the present step is foretold; settled when its positive branch is there
+        #: whether the current step is skipped; known once its positive branch is there
         self.skips = False
 
     def begin(self, step: int, latents: Tensor, num_branches: int) -> None:
         """Begin a step.
 
         Args:
-            step: its place in the schedule. latents: [1, 16, T, h, w] float32, its input.
-            num_branches: how many predictions will be asked for, 1 or 2.
+            step: its index in the schedule.
+            latents: [1, 16, T, h, w] float32, its input.
+            num_branches: predictions of this step, 1 or 2.
         """
 
     def predict(self, branch: int, forward: Forward) -> Tensor:
@@ -140,26 +148,29 @@ class StepCache:
         return forward(self.run_block)
 
     def report(self) -> None:
-        """Say which steps were skipped, counted from 1; asked for once, at the last step."""
+        """Log which steps were skipped, counted from 1; called once, at the last step."""
         if self.kind == "off":
             return
         steps = ", ".join(str(step + 1) for step in self.skipped) or "none"
         logger.info(
             "Cache %s skipped %d of %d steps: %s.",
-            self.kind, len(self.skipped), self.num_steps, steps,
-        )  # fmt: skip
+            self.kind,
+            len(self.skipped),
+            self.num_steps,
+            steps,
+        )
 
 
 class EasyCache(StepCache):
-    """Foretells the output from the input: output = input + (output - input of an earlier step).
+    """Predicts the output from the input: output = input + (output - input of an earlier step).
 
-    How much an output changes for a change of the input hardly varies from step to step. So its
-    rate at the last two computed steps, times how far the input has come since, tells how far the
-    output has; below the threshold, as a part of the output, the step is skipped.
+    The ratio of output change to input change hardly varies from step to step. So this ratio at the
+    last two computed steps, times the change of the input since then, estimates the change of the
+    output; if that is below the threshold, relative to the output, the step is skipped.
 
     Holds one latent-sized tensor and one more for each branch.
 
-    Source: arXiv:2507.02860 (EasyCache), which adds up the way the input goes step by step.
+    Source: arXiv:2507.02860 (EasyCache), which sums the changes of the input step by step.
     """
 
     kind = "easy"
@@ -173,6 +184,7 @@ class EasyCache(StepCache):
         self._rate: Tensor | None = None
 
     def begin(self, step: int, latents: Tensor, num_branches: int) -> None:
+        """Decide whether to skip a step."""
         self._latents = latents
         known = all(branch in self._outputs for branch in range(num_branches))
         self.skips = (
@@ -186,10 +198,11 @@ class EasyCache(StepCache):
         if self._rate is None or self._latents is None or self._computed is None:
             return float("inf")
         distance = (self._latents - self._computed).abs().mean()
-        # 0 / 0 gives NaN, which is below no threshold
+        # 0 / 0 gives NaN, which is not below any threshold
         return float(self._rate * distance / self._outputs[0].abs().mean())
 
     def predict(self, branch: int, forward: Forward) -> Tensor:
+        """The prediction of a branch, computed or estimated."""
         assert self._latents is not None
         if self.skips:
             assert self._computed is not None
@@ -206,15 +219,20 @@ class EasyCache(StepCache):
 
 
 class FirstBlockCache(StepCache):
-    """Runs the first block, and the others only if what it does has changed.
+    """Runs the first block, and the others only if its residual has changed.
 
-    The first block's change of the image tokens is compared with that of the last computed step. If
-    it differs by less than the threshold, what all the other blocks added then is added again.
+    The first block's residual on the image tokens is compared with that of the last computed step.
+    If it differs by less than the threshold, the residual of all the other blocks is added again.
 
     Holds for each branch one tensor of the size of the image tokens. Blocks may work in place.
 
     Args:
-        first, last: blocks of the transformer; the first a double, the last a single one.
+        num_steps: of the whole schedule.
+        run_block: runs one block of the transformer.
+        threshold: relative change of the first residual below which a step is skipped.
+        first: block of the transformer, a double one.
+        last: block of the transformer, a single one.
+
     Source: the first-block cache of ParaAttention (no paper), after arXiv:2411.02397 (AdaCache).
     """
 
@@ -234,13 +252,15 @@ class FirstBlockCache(StepCache):
         self.first, self.last = first, last
         self._step, self._branch, self._num_branches = 0, 0, 1
         self._num_tokens = 0
-        self._first_change: Tensor | None = None  # by the first block, of the compared tokens
-        self._rest: dict[int, Tensor] = {}  # by all others, of the image tokens
+        self._first_residual: Tensor | None = None  # of the first block, on the compared tokens
+        self._residuals: dict[int, Tensor] = {}  # of all other blocks, on the image tokens
 
     def begin(self, step: int, latents: Tensor, num_branches: int) -> None:
+        """Begin a step; its first block decides whether it is skipped."""
         self._step, self._num_branches, self.skips = step, num_branches, False
 
     def predict(self, branch: int, forward: Forward) -> Tensor:
+        """The prediction of a branch, from all blocks or from the first alone."""
         self._branch = branch
         return forward(self._run)
 
@@ -250,13 +270,13 @@ class FirstBlockCache(StepCache):
         if not self.skips or not isinstance(block, DoubleBlock | SingleBlock):
             result = self.run_block(block, *args)
             if block is self.last:
-                self._rest[self._branch] += result[:, : self._num_tokens]
+                self._residuals[self._branch] += result[:, : self._num_tokens]
             return result
         if isinstance(block, DoubleBlock):
             return args[:2]
         joined = args[0]
         if block is self.last:  # the model has joined the streams for these blocks alone
-            joined[:, : self._num_tokens] += self._rest[self._branch]
+            joined[:, : self._num_tokens] += self._residuals[self._branch]
         return joined
 
     def _run_first(self, block: nn.Module, img: Tensor, *args: Any) -> tuple[Tensor, ...]:
@@ -266,27 +286,28 @@ class FirstBlockCache(StepCache):
         if self._branch == 0:
             self._decide(img[:, ::stride] - before)
         if not self.skips:
-            # the last block's output is added to this: the difference, held without a third tensor
-            self._rest[self._branch] = -img
+            # the last block's output is added to this, which makes the residual without a third
+            # tensor
+            self._residuals[self._branch] = -img
             self._num_tokens = img.shape[1]
         return img, *others
 
-    def _decide(self, change: Tensor) -> None:
-        known = all(branch in self._rest for branch in range(self._num_branches))
+    def _decide(self, residual: Tensor) -> None:
+        known = all(branch in self._residuals for branch in range(self._num_branches))
         if known and not is_protected(self._step, self.num_steps):
-            assert self._first_change is not None
-            difference = (change - self._first_change).abs().mean(dtype=torch.float32)
-            relative = difference / self._first_change.abs().mean(dtype=torch.float32)
+            assert self._first_residual is not None
+            difference = (residual - self._first_residual).abs().mean(dtype=torch.float32)
+            relative = difference / self._first_residual.abs().mean(dtype=torch.float32)
             self.skips = bool(relative < self.threshold)
         if self.skips:
             self.skipped.append(self._step)
         else:
-            self._first_change = change
-            self._rest.clear()
+            self._first_residual = residual
+            self._residuals.clear()
 
 
 def _stride(num_tokens: int) -> int:
-    """Every how many-th token is compared; odd, so that these are not always the same columns."""
+    """Distance of compared tokens; odd, so that these are not always the same columns."""
     return max(1, num_tokens // COMPARED_TOKENS) | 1
 
 
@@ -296,8 +317,13 @@ def start_cache(
     """The cache of one run.
 
     Args:
-        num_steps: of the schedule. run_block: see model.py.
+        config: which cache.
+        num_steps: of the schedule.
+        run_block: see transformer/model.py.
         blocks: the transformer's, in order.
+
+    Returns:
+        A cache that has not seen a step.
     """
     if config.kind == "easy":
         return EasyCache(num_steps, run_block, config.threshold)

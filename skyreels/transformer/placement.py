@@ -2,10 +2,8 @@
 
 Only what `SkyReelsTransformer.denoise` needs counts as the weights of the loop (9.06 G of 12.82 G
 parameters). A transformer whose loop does not fit the device is streamed: its small layers and as
-many blocks as fit stay there for the whole run, the other blocks visit for the length of their own
-forward pass.
-
-Given up for now: prefetching the next block while one computes.
+many blocks as fit stay there for the whole run, the others are loaded for their own forward pass
+only (block swap). The next block is not prefetched while one computes.
 """
 
 from collections.abc import Iterator, Mapping
@@ -30,9 +28,9 @@ WHOLE_MARGIN_BYTES = 1024**3
 
 
 def _loop_tensors(transformer: SkyReelsTransformer, part: nn.Module | None = None) -> list[Tensor]:
-    """What of the transformer, or of a part of it, `denoise` needs: not the conditioners."""
-    apart = {id(t) for module in transformer.conditioners for t in tensors_of(module)}
-    return [t for t in tensors_of(part or transformer) if id(t) not in apart]
+    """Tensors of the transformer, or of a part of it, that `denoise` needs: no conditioners."""
+    excluded = {id(t) for module in transformer.conditioners for t in tensors_of(module)}
+    return [t for t in tensors_of(part or transformer) if id(t) not in excluded]
 
 
 def sampling_bytes(
@@ -41,8 +39,13 @@ def sampling_bytes(
     """Peak bytes of one forward pass beyond the weights.
 
     Args:
+        config: sizes of the network.
         num_tokens: image and text tokens of one branch; the branches run one after the other.
-        dtype: of the activations. chunking: a name of config.CHUNKINGS.
+        dtype: of the activations.
+        chunking: a name of config.CHUNKINGS.
+
+    Returns:
+        Bytes, a little more than was counted.
     """
     hidden = num_tokens * config.hidden_size * dtype.itemsize
     return int(PEAK_HIDDEN_TENSORS[chunking] * hidden)
@@ -54,7 +57,12 @@ def choose_chunking(
     """The fastest chunking that leaves room for all weights of the loop, else the smallest.
 
     Args:
+        transformer: on any device.
         activation_bytes: of each chunking; names of config.CHUNKINGS, fastest first.
+        runtime: whose free memory counts.
+
+    Returns:
+        A name of config.CHUNKINGS.
     """
     weights = bytes_away(_loop_tensors(transformer), runtime.device) + RESERVE_BYTES
     runtime.make_room(weights + activation_bytes["chunks"])
@@ -72,14 +80,17 @@ def placed(
 ) -> Iterator[RunBlock]:
     """Make a transformer runnable on `runtime.device` for the length of a run.
 
-    Conditioners stay away: they visit when they are called (see precompute.py).
+    Conditioners stay where they are and are loaded when they are called (sampling/precompute.py).
 
     Args:
         transformer: on any device; left alone if it is on `runtime.device` already.
+        runtime: where it runs.
         activation_bytes: to keep free beside the weights, from `sampling_bytes`.
+
     Yields:
         run_block for `SkyReelsTransformer.denoise`; asks for an interrupt before each block and
-        brings in the blocks that do not live on the device.
+        loads the blocks that do not stay on the device.
+
     Raises:
         OutOfRoomError: not even one block fits beside the activations.
     """
@@ -100,24 +111,24 @@ def placed(
         raise OutOfRoomError(
             f"One step needs {activation_bytes / 1e9:.1f} GB for activations and "
             f"{largest / 1e9:.1f} GB for a block on {device}, {(largest - free) / 1e9:.1f} GB more "
-            "than there is: use fewer frames or a smaller size, or close other programs."
+            "than is free: use fewer frames or a smaller size, or close other programs."
         )
     with ExitStack() as stack:
         stack.callback(visit(outside, device))
-        visitors = dict(conditioners)
+        streamed = dict(conditioners)
         for key, tensors in away.items():
             free -= sizes[key]
-            if free < largest:  # room for one visitor must remain
-                visitors[key] = tensors
+            if free < largest:  # room for one streamed block must remain
+                streamed[key] = tensors
                 continue
             runtime.check_interrupt()
             stack.callback(visit(tensors, device))
 
         def run_block(module: nn.Module, *args: Any) -> Any:
             runtime.check_interrupt()
-            if id(module) not in visitors:
+            if id(module) not in streamed:
                 return module(*args)
-            restore = visit(visitors[id(module)], device)
+            restore = visit(streamed[id(module)], device)
             try:
                 return module(*args)
             finally:

@@ -112,7 +112,7 @@ def test_a_cache_makes_another_clip_and_an_unknown_one_is_wrong_usage(capsys, tm
         (["--latent-strength", "inf"], "strength inf"),
         (["--shift", "-1"], "Shift -1.0"),
         (["--device", "tpu"], "'tpu' is not one of"),
-        (["--device", "cuda:99"], "not here"),
+        (["--device", "cuda:99"], "not found"),
         (["--transformer", "x.safetensors"], "belong together"),
         (["--noise-augmentation", "3"], "within 0..1"),
     ],

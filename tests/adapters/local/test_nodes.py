@@ -349,7 +349,7 @@ def test_sharded_folders_and_text_encoder_folders_are_offered(comfy):
             TextError,
             "2 prompts at once",
         ),
-        ({"image": None}, ShapeError, "There is no picture"),
+        ({"image": None}, ShapeError, "No picture"),
         ({"latent": {"samples": torch.zeros(1, 4, 8, 8)}}, ShapeError, "EmptyHunyuanLatentVideo"),
         ({"latent": {"samples": torch.zeros(2, 16, 3, 4, 6)}}, ShapeError, "batch_size to 1"),
         ({"latent": {"samples": torch.zeros(1, 16, 5, 4, 6)}}, ShapeError, "start latent"),
@@ -677,7 +677,7 @@ def test_a_sampler_that_looks_for_more_of_cores_model_is_named(comfy, picture):
         return model.inner_model.conds
 
     sampler = SimpleNamespace(sampler_function=sample_strange, extra_options={})
-    with pytest.raises(OptionError, match="Sampler sample_strange wants more"):
+    with pytest.raises(OptionError, match="Sampler sample_strange needs parts"):
         make_clip(picture, sampler=sampler)
 
 
@@ -715,7 +715,7 @@ def test_a_cfg_plus_plus_sampler_gets_the_negative_prediction(comfy, picture, ca
     assert "CFG++" in caplog.text
 
 
-def test_an_adaptive_samplers_steps_are_told_as_they_come(comfy, picture):
+def test_an_adaptive_samplers_steps_are_reported_as_they_come(comfy, picture):
     def sample_many(model, x, sigmas, callback=None, **_):
         for i in range(4):
             callback({"i": i, "x": x, "denoised": x})
