@@ -49,5 +49,5 @@ NODE_DISPLAY_NAME_MAPPINGS = {
 
 if (_table := host.routes()) is not None:
     routes.register(_table)
-    host.remember_users()
-    host.at_start(autocollect.bring_home)
+    host.record_prompt_users()
+    host.run_at_startup(autocollect.bring_home)

@@ -1,7 +1,6 @@
-"""All that the nodes ask of ComfyUI; the only folder that imports it.
+"""The adapter to ComfyUI: the only folder that imports it, always inside functions.
 
-Its imports stand inside the functions, so that the package loads, and its nodes can be listed and
-tested, where there is no ComfyUI.
+So the package imports, and its nodes can be listed and tested, without ComfyUI.
 """
 
 from .files import (
@@ -16,7 +15,7 @@ from .files import (
     resume_folder,
     state_folder,
     video_bytes,
-    video_of,
+    video_from_file,
     weight_files,
 )
 from .runtime import (
@@ -31,20 +30,19 @@ from .runtime import (
 from .samplers import core_solver
 from .server import (
     RemoteProgress,
-    at_start,
     blocked,
-    in_thread,
     is_interrupt,
     is_multi_user,
     linked_outputs,
     prompt_client,
     prompt_user,
-    remember_users,
+    record_prompt_users,
+    request_user,
     routes,
+    run_at_startup,
+    run_in_thread,
     running_graph,
-    say_on_node,
     send_event,
-    user_of,
 )
 
 __all__ = [
@@ -53,13 +51,11 @@ __all__ = [
     "ComfyRuntime",
     "LoadedModel",
     "RemoteProgress",
-    "at_start",
     "blocked",
     "bring_in",
     "check_choice",
     "core_solver",
     "free_host_bytes",
-    "in_thread",
     "input_file",
     "input_files",
     "is_interrupt",
@@ -70,18 +66,19 @@ __all__ = [
     "plain_tensors",
     "prompt_client",
     "prompt_user",
+    "record_prompt_users",
     "register",
-    "remember_users",
+    "request_user",
     "resolve",
     "resume_folder",
     "routes",
+    "run_at_startup",
+    "run_in_thread",
     "running_graph",
-    "say_on_node",
     "send_event",
     "state_folder",
     "status_line",
-    "user_of",
     "video_bytes",
-    "video_of",
+    "video_from_file",
     "weight_files",
 ]

@@ -171,7 +171,7 @@ class WiroSubmit:
                     each.window.close("Wiro Collect follows it" if is_started else line)
                 window.close(line)
 
-        return await host.in_thread(work, over)
+        return await host.run_in_thread(work, over)
 
 
 class WiroCollect:
@@ -227,7 +227,7 @@ class WiroCollect:
     ) -> tuple[Any, ...]:
         over = threading.Event()
         wants = wanted(graph, unique_id, self.RETURN_NAMES)
-        results, report, has_failed = await host.in_thread(
+        results, report, has_failed = await host.run_in_thread(
             lambda: _collect(Window(unique_id, over), runs, timeout_minutes, wants, over), over
         )
         for result in results:

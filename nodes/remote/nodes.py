@@ -402,7 +402,7 @@ class WiroTaskResult:
     ) -> tuple[Any, ...]:
         over = threading.Event()
         wants = wanted(graph, unique_id, self.RETURN_NAMES)
-        result = await host.in_thread(
+        result = await host.run_in_thread(
             lambda: collect(Window(unique_id, over), task, timeout_minutes, wants), over
         )
         return _outputs(remember(graph, unique_id, result))
@@ -472,7 +472,7 @@ class WiroUploadFile:
             window.say("uploaded", 1.0)
             return str(record.get("url") or ""), str(record.get("id") or "")
 
-        return await host.in_thread(work, over)
+        return await host.run_in_thread(work, over)
 
 
 def skyreels_values(
@@ -543,7 +543,7 @@ def _or_blocked(value: Any) -> Any:
 def _video(result: Result) -> Any:
     if isinstance(result.video, str):
         return host.blocked(result.video)
-    return host.video_of(result.video)
+    return host.video_from_file(result.video)
 
 
 def _files_for(

@@ -400,7 +400,7 @@ def register(table: Any) -> None:
         from aiohttp import web
 
         row, name = int(request.match_info["row"]), request.query.get("name", "")
-        path = await host.in_thread(lambda: file_of(row, name), threading.Event())
+        path = await host.run_in_thread(lambda: file_of(row, name), threading.Event())
         if path is None:
             return web.json_response({"error": "There is no such file."}, status=404)
         told = f"attachment; filename*=UTF-8''{quote(path.name)}"
@@ -431,7 +431,7 @@ def _number(text: str) -> int | None:
 def _user(request: "web.Request") -> str:
     """Who asks, on a server with several users."""
     try:
-        return host.user_of(request)
+        return host.request_user(request)
     except KeyError:
         raise guard.ForbiddenError(
             "This ComfyUI has several users (--multi-user), and the page names none: reload it and "
@@ -477,7 +477,7 @@ async def _answer(work: Callable[[], dict[str, Any]]) -> "web.Response":
 
     try:
         # not asyncio's own threads: the program would wait for them when it ends
-        return web.json_response(await host.in_thread(work, threading.Event()))
+        return web.json_response(await host.run_in_thread(work, threading.Event()))
     except guard.ForbiddenError as error:
         return web.json_response({"error": str(error)}, status=403)
     except ConfigError as error:

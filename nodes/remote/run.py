@@ -337,7 +337,7 @@ async def run_model(
             files_for,
         )  # fmt: skip
 
-    return await host.in_thread(work, over)
+    return await host.run_in_thread(work, over)
 
 
 def _run(

@@ -378,14 +378,14 @@ def test_the_work_at_start_is_called_in_a_daemon_once_the_loop_runs(monkeypatch)
         called.set()
 
     monkeypatch.setattr(host.server, "instance", lambda: type("Server", (), {"loop": loop})())
-    host.at_start(work)
+    host.run_at_startup(work)
     assert not called.is_set(), "nothing happens while the nodes are loaded"
     loop.run_until_complete(asyncio.sleep(0))
     assert called.wait(timeout=30)
     assert threads[0].daemon
     loop.close()
     monkeypatch.setattr(host.server, "instance", lambda: None)
-    host.at_start(work)
+    host.run_at_startup(work)
 
 
 def test_a_collected_row_is_not_given_to_the_user_whose_prompt_runs(comfy, wiro):

@@ -768,9 +768,9 @@ def test_work_in_a_thread_keeps_its_context_and_hands_its_error_on():
 
     async def prompt():
         node.set("7")
-        assert await host.in_thread(node.get, threading.Event()) == "7"
+        assert await host.run_in_thread(node.get, threading.Event()) == "7"
         with pytest.raises(ZeroDivisionError):
-            await host.in_thread(lambda: 1 / 0, threading.Event())
+            await host.run_in_thread(lambda: 1 / 0, threading.Event())
 
     asyncio.run(prompt())
 

@@ -428,10 +428,10 @@ def test_who_queued_a_prompt_is_kept_with_it(comfy, monkeypatch):
     server, handlers = sys.modules["server"].PromptServer.instance, []
     server.app = SimpleNamespace(middlewares=[])
     server.add_on_prompt_handler = handlers.append
-    host.remember_users()
+    host.record_prompt_users()
     assert (server.app.middlewares, handlers) == ([], []), "nothing is hooked for one user"
     comfy.is_multi_user = True
-    host.remember_users()
+    host.record_prompt_users()
     (middleware,), (mark,) = server.app.middlewares, handlers
 
     async def queue(headers, prompt):
