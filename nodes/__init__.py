@@ -50,4 +50,4 @@ NODE_DISPLAY_NAME_MAPPINGS = {
 if (_table := host.routes()) is not None:
     routes.register(_table)
     host.record_prompt_users()
-    host.run_at_startup(autocollect.bring_home)
+    host.run_at_startup(autocollect.collect_at_start)

@@ -4,8 +4,6 @@ So the package imports, and its nodes can be listed and tested, without ComfyUI.
 """
 
 from .files import (
-    FOLDER_MARK,
-    LINKS,
     check_choice,
     input_file,
     input_files,
@@ -46,8 +44,6 @@ from .server import (
 )
 
 __all__ = [
-    "FOLDER_MARK",
-    "LINKS",
     "ComfyRuntime",
     "LoadedModel",
     "RemoteProgress",

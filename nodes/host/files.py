@@ -13,16 +13,16 @@ from ...skyreels.errors import CheckpointError
 logger = logging.getLogger("skyreels.nodes.host.files")
 
 #: folder kind -> where to download models of that kind
-LINKS = {
+_DOWNLOAD_PAGES = {
     "diffusion_models": "https://huggingface.co/Kijai/SkyReels-V1-Hunyuan_comfy",
     "vae": "https://huggingface.co/Comfy-Org/HunyuanVideo_repackaged",
     "text_encoders": "https://huggingface.co/hunyuanvideo-community/HunyuanVideo",
     "diffusers": "https://huggingface.co/Skywork/SkyReels-V1-Hunyuan-I2V, or "
     "hunyuanvideo-community/HunyuanVideo for text encoders",
 }
-WEIGHT_SUFFIXES = (".safetensors", ".sft", ".pt", ".pth", ".ckpt", ".bin")
-FOLDER_MARK = " (folder)"
-RESUME_DAYS = 7
+_WEIGHT_SUFFIXES = (".safetensors", ".sft", ".pt", ".pth", ".ckpt", ".bin")
+_FOLDER_LABEL = " (folder)"
+_RESUME_DAYS = 7
 
 
 def weight_files(kind: str) -> list[str]:
@@ -30,7 +30,7 @@ def weight_files(kind: str) -> list[str]:
     import folder_paths
 
     names = folder_paths.get_filename_list(kind)
-    return [name for name in names if name.lower().endswith(WEIGHT_SUFFIXES)]
+    return [name for name in names if name.lower().endswith(_WEIGHT_SUFFIXES)]
 
 
 def model_folders(kinds: tuple[str, ...], *required: str) -> dict[str, Path]:
@@ -55,7 +55,7 @@ def model_folders(kinds: tuple[str, ...], *required: str) -> dict[str, Path]:
                     folders = sorted(Path(entry.path) for entry in entries if entry.is_dir())
                 for folder in folders:
                     if all(any(folder.glob(pattern)) for pattern in required):
-                        found.setdefault(folder.name + FOLDER_MARK, folder)
+                        found.setdefault(folder.name + _FOLDER_LABEL, folder)
             except OSError as error:  # one unreadable folder must not hide the node
                 logger.warning("Cannot list models in %s: %s.", root, error)
     return found
@@ -86,11 +86,11 @@ def check_choice(kind: str, name: object, choices: list[str]) -> bool | str:
 
 
 def _missing_message(kind: str, name: str) -> str:
-    if name.endswith(FOLDER_MARK):
-        kind, name = "diffusers", name.removesuffix(FOLDER_MARK)
+    if name.endswith(_FOLDER_LABEL):
+        kind, name = "diffusers", name.removesuffix(_FOLDER_LABEL)
     return (
-        f"{name} is not in models/{kind}: download it from {LINKS[kind]} and press R to refresh, "
-        "or choose another file."
+        f"{name} is not in models/{kind}: download it from {_DOWNLOAD_PAGES[kind]} and press R "
+        "to refresh, or choose another file."
     )
 
 
@@ -119,12 +119,10 @@ def resolve(kind: str, name: str, folders: dict[str, Path]) -> Path:
 
 
 def state_folder() -> Path:
-    """Our folder in the user directory; it may not exist yet.
-
-    Its name starts with two underscores: ComfyUI's routes do not serve such folders.
-    """
+    """Our folder in the user directory; it may not exist yet."""
     import folder_paths
 
+    # ComfyUI's routes do not serve names that start with two underscores
     return Path(folder_paths.get_user_directory()) / "__skyreels"
 
 
@@ -155,11 +153,11 @@ def input_file(name: str) -> Path:
 
 
 def resume_folder() -> Path:
-    """Folder of saved sampling steps; files older than RESUME_DAYS are deleted."""
+    """Folder of saved sampling steps; files older than _RESUME_DAYS are deleted."""
     folder = state_folder() / "resume"
     folder.mkdir(parents=True, exist_ok=True)
     for file in folder.glob("*.safetensors"):
-        if time.time() - file.stat().st_mtime > RESUME_DAYS * 86_400:
+        if time.time() - file.stat().st_mtime > _RESUME_DAYS * 86_400:
             file.unlink(missing_ok=True)
     return folder
 

@@ -21,7 +21,8 @@ from torch import Tensor
 
 from .. import host
 from . import account
-from .nodes import WiroRemoteI2V, _common_widgets, _or_blocked, _video, png_part, skyreels_values
+from .inputs import png_part
+from .nodes import or_blocked, video_output
 from .run import (
     SLICE_S,
     Result,
@@ -36,6 +37,7 @@ from .run import (
     remember_failure,
     wanted,
 )
+from .widgets import SKYREELS_OPTIONAL, SKYREELS_REQUIRED, TAKE, TIMEOUT_MINUTES, skyreels_run
 
 if TYPE_CHECKING:
     from ...wiro_api.client import Model
@@ -93,21 +95,31 @@ class WiroSubmit:
 
     @classmethod
     def INPUT_TYPES(cls) -> dict[str, Any]:
-        single = WiroRemoteI2V.INPUT_TYPES()
-        required, optional = single["required"], single["optional"]
-        tooltips = {
-            "image": "Pictures: a batch, a list, or batches of any sizes in a list. With one "
-            "prompt it is used for all; else there must be a prompt for each, or one picture.",
-            "prompt": "What happens in the video; a list of them goes with the pictures, in order, "
-            "or with one picture. None may be empty.",
-        }
-        for name, tooltip in tooltips.items():
-            kind, *options = required[name]
-            required[name] = (kind, {**options[0], "tooltip": tooltip})
         return {
-            "required": required,
+            "required": {
+                "image": (
+                    "IMAGE",
+                    {
+                        "tooltip": "Images: a batch, a list, or a list of batches of any sizes. "
+                        "One prompt is used for all; otherwise give one prompt per image, or one "
+                        "image for all prompts."
+                    },
+                ),
+                "prompt": (
+                    "STRING",
+                    {
+                        "multiline": True,
+                        "dynamicPrompts": True,
+                        "default": "",
+                        "tooltip": "What happens in the video. A list is paired with the images, "
+                        "in order, or with one image. None may be empty.",
+                    },
+                ),
+                **SKYREELS_REQUIRED,
+            },
             "optional": {
-                **{name: optional[name] for name in ("negative_prompt", "add_fps_prefix", "take")},
+                **SKYREELS_OPTIONAL,
+                "take": TAKE,
                 "max_runs": (
                     "INT",
                     {
@@ -195,19 +207,19 @@ class WiroCollect:
 
     @classmethod
     def INPUT_TYPES(cls) -> dict[str, Any]:
-        wait, options = _common_widgets()["timeout_minutes"]
-        told = "Longest wait for each run once it is started, in minutes (40 is the service's own)."
+        kind, options = TIMEOUT_MINUTES
         return {
             "required": {
                 "runs": ("SKYREELS_WIRO_RUNS", {"tooltip": "From Wiro Submit."}),
             },
             "optional": {
                 "timeout_minutes": (
-                    wait,
+                    kind,
                     {
                         **options,
-                        "tooltip": f"{told} Its task then goes on at Wiro, and queueing again goes "
-                        "on waiting.",
+                        "tooltip": "Maximum wait for each run once it is started, in minutes (40 "
+                        "is Wiro's own limit). After it the task keeps running at Wiro; queue "
+                        "again to keep waiting.",
                     },
                 ),
             },
@@ -235,8 +247,8 @@ class WiroCollect:
         if has_failed:
             remember_failure(graph, unique_id)
         return (
-            [_video(result) for result in results],
-            [_or_blocked(result.images) for result in results],
+            [video_output(result) for result in results],
+            [or_blocked(result.images) for result in results],
             [result.taskid for result in results],
             [result.receipt for result in results],
             report,
@@ -299,7 +311,7 @@ def expand(
         picture, text = _nth(pictures, number), _nth(prompts, number)
         own = {name: _nth(values, number) for name, values in columns.items()}
         fit, take = own.pop("fit"), own.pop("take")
-        parameters, size = skyreels_values(picture, text, **own)
+        parameters, size = skyreels_run(picture, prompt=text, **own)
         part = png_part(picture, size, fit)
         label = f"{word} {number + 1}"
         runs.append(WiroRun(SKYREELS, parameters, (("inputImage", part),), take, label))

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from .. import host
-from . import account
+from . import account, live_tasks
 from .decode import EMPTY_MASK, read_audio, read_clip, read_pictures, read_text
 
 if TYPE_CHECKING:
@@ -88,7 +88,9 @@ class Result:
     @property
     def files(self) -> str:
         """JSON list of the files, as paths below the output folder."""
-        return json.dumps([account.place_of(path) for path in self.paths], ensure_ascii=False)
+        return json.dumps(
+            [account.relative_to_output(path) for path in self.paths], ensure_ascii=False
+        )
 
     @property
     def line(self) -> str:
@@ -171,7 +173,7 @@ class Window:
         self._report: Progress | None = None
         self._task: Task | None = None
         self._client: Client | None = None
-        self.live = account.Live()
+        self.live = live_tasks.TaskState()
         self.row = 0
         #: of the task, as soon as one is known
         self.handle: RunHandle | None = None
@@ -207,9 +209,9 @@ class Window:
     def on_entry(self, entry: "Entry") -> None:
         if self.row != entry.id:
             if self.row:
-                account.leave(self.row)
-            self.row, self.live = entry.id, account.follow(entry.id)
-        account.tell(self.row, always=True)
+                live_tasks.unsubscribe(self.row)
+            self.row, self.live = entry.id, live_tasks.subscribe(entry.id)
+        live_tasks.publish(self.row, always=True)
 
     def on_start(self, entry: "Entry") -> None:
         """The run is started, or was before."""
@@ -226,7 +228,7 @@ class Window:
         if self._task is None or task.status != self._task.status:
             self._began = time.monotonic()
             self._line = task.phase
-            account.add_log(self.live, [f"{time.strftime('%H:%M:%S')} {task.status}"])
+            live_tasks.add_log(self.live, [f"{time.strftime('%H:%M:%S')} {task.status}"])
         self._task = task
         self.handle = RunHandle(task.taskid, task.token)
         self._show()
@@ -235,7 +237,7 @@ class Window:
         self._report = report
 
     def on_log(self, line: str) -> None:
-        account.add_log(self.live, line.splitlines())
+        live_tasks.add_log(self.live, line.splitlines())
 
     def on_bytes(self, done: int, total: int | None) -> None:
         of = f" of {total / 1e6:.1f}" if total else ""
@@ -256,7 +258,7 @@ class Window:
         of = "" if task is None else f" · task {task.taskid}"  # the panel shows it beside
         self._progress.show(self._fraction, self._line + of)
         if self.row:
-            account.tell(self.row)
+            live_tasks.publish(self.row)
 
     def close(self, line: str) -> None:
         """Show the last line, without looking at the cancel button."""
@@ -264,7 +266,7 @@ class Window:
         self.live.line = line.replace(str(host.output_folder()), "output")
         self._progress.say(line)
         if self.row:
-            account.leave(self.row)
+            live_tasks.unsubscribe(self.row)
         if self._client is not None:
             self._client.close()
 
@@ -534,7 +536,7 @@ def _to_result(
     for path in paths:
         kinds.setdefault(kind_of(path), []).append(path)
     videos, pictures = kinds.get("video", []), kinds.get("image", [])
-    places = [account.place_of(path) for path in paths]
+    places = [account.relative_to_output(path) for path in paths]
     whole = {
         **shown(receipt),
         "taskid": taskid,
@@ -581,7 +583,7 @@ def _decode(
         clip = read_clip(videos[0], window.check)
         return clip, torch.zeros(len(clip), EMPTY_MASK, EMPTY_MASK)
     except WiroError as error:
-        place = account.place_of((*videos, *pictures)[0])
+        place = account.relative_to_output((*videos, *pictures)[0])
         again = "; delete it to fetch it again" if isinstance(error, DownloadError) else ""
         reason = f"{str(error).rstrip('.')}. It is kept as it came: {place}{again}."
         logger.warning("%s", reason)
@@ -594,7 +596,7 @@ def _decode_sound(path: Path, window: Window) -> dict[str, Any] | str:
     try:
         return read_audio(path, window.check)
     except WiroError as error:
-        return f"{str(error).rstrip('.')}: {account.place_of(path)}."
+        return f"{str(error).rstrip('.')}: {account.relative_to_output(path)}."
 
 
 def _stop(
