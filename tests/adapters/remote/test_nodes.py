@@ -624,10 +624,10 @@ def test_files_and_pictures_are_uploaded_once(comfy, wiro):
     url, file_id = run_node(remote.WiroUploadFile, file="a.png", folder="mine")
     assert (url, file_id) == ("https://cdn.wiro.ai/u1.png", "u1")
     assert wiro.paths() == ["File/FolderCreate", "File/Upload"]
-    run_node(remote.WiroUploadFile, file=remote.FROM_IMAGE, folder="", image=picture())
+    run_node(remote.WiroUploadFile, file="the image", folder="", image=picture())
     assert Image.open(io.BytesIO(wiro.seen[-1].files[0][3])).size == (64, 48)
     with pytest.raises(ConfigError, match="No image is connected"):
-        run_node(remote.WiroUploadFile, file=remote.FROM_IMAGE, folder="")
+        run_node(remote.WiroUploadFile, file="the image", folder="")
     with pytest.raises(ConfigError, match="may hold letters"):
         run_node(remote.WiroUploadFile, file="a.png", folder="a/b")
     with pytest.raises(ConfigError, match="no file"):
@@ -733,7 +733,7 @@ def test_a_run_whose_outcome_is_unknown_asks_and_may_be_called_not_started(
     with pytest.raises(WiroError, match="may still be answered"):
         tasks.act(task["id"], "forget")
     later = time.time() + later_s
-    monkeypatch.setattr(routes, "time", SimpleNamespace(time=lambda: later))
+    monkeypatch.setattr(tasks, "time", SimpleNamespace(time=lambda: later))
     assert tasks.act(task["id"], "forget")["task"]["state"] == "refused"
     assert generate()[2] == "2221"
     with pytest.raises(WiroError, match="Only a run whose outcome is unknown"):

@@ -312,7 +312,7 @@ def test_what_does_not_fit_memory_is_refused_in_words_and_the_file_is_there(comf
     got = run("images", "mask", "video", "files")
     for name in ("images", "mask"):
         message = got[name].message
-        assert "480x320, which need 0.0 GB as IMAGE, and 0.0 GB of memory are free" in message
+        assert "480x320, which need 0.0 GB as IMAGE, but only 0.0 GB of memory are free" in message
         assert "connect video instead of images" in message
         assert "kept as it came: wiro/2221/0." in message
     assert len(kept(comfy)) == 1
@@ -357,7 +357,7 @@ from support import host
 comfy = host.Host(Path(sys.argv[2]))
 sys.modules.update(host.stand_ins(comfy))
 import torch, requests, numpy
-from comfyui_skyreels.nodes import remote
+from comfyui_skyreels.nodes.remote import nodes as remote
 import comfyui_skyreels.wiro_api.jobs, comfyui_skyreels.wiro_api.video
 def peak(reset=False):
     if reset:
