@@ -50,16 +50,16 @@ export function actionButton(label, work) {
 
 /** A button that asks for a second click before it works. */
 export function confirmButton(label, question, work) {
-  const button = make("button", "skw-button skw-asking", { type: "button" });
+  const button = make("button", "skw-button skw-confirm", { type: "button" });
   // both texts are in one grid cell: the button keeps its size
   button.append(make("span", "", {}, label), make("span", "", {}, question));
   let askedAt = 0;
   let timer = 0;
-  const ask = (isAsked) => {
+  const ask = (isConfirming) => {
     clearTimeout(timer);
-    askedAt = isAsked ? performance.now() : 0;
-    button.classList.toggle("skw-asked", isAsked);
-    if (isAsked) timer = setTimeout(ask, CONFIRM_MS, false);
+    askedAt = isConfirming ? performance.now() : 0;
+    button.classList.toggle("skw-confirming", isConfirming);
+    if (isConfirming) timer = setTimeout(ask, CONFIRM_MS, false);
   };
   button.addEventListener("click", () => {
     if (isBusy(button)) return;

@@ -401,7 +401,8 @@ class ModelDialog {
       const answer = await post("models/price", { slug: this.model.slug, parameters, files });
       if (number !== this.counters.price) return;
       setLine(this.price, answer.price ? `Price ${answer.price}` : "Price not published");
-      setLine(this.source, `${answer.source} Your ${answer.limits}.`);
+      const limits = answer.limits[0].toUpperCase() + answer.limits.slice(1);
+      setLine(this.source, `${answer.source} ${limits}.`);
       setLine(this.problem, answer.problem);
     } catch (error) {
       if (number !== this.counters.price) return;
