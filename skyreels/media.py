@@ -2,7 +2,7 @@
 
 The video is H.264 in yuv420p with its index in front, which every browser and player starts at
 once; colours are converted and tagged as BT.709. A file appears under its name only when whole: it
-is written as `<name>.part` beside it and renamed.
+is written as `<name>.<process>.part` beside it and renamed.
 """
 
 import importlib.util
@@ -225,7 +225,7 @@ def _appearing(path: Path, *, keep: bool = True) -> Iterator[Path]:
     Args:
         keep: False lets it vanish in any case, which tells whether the place can be written.
     """
-    part = path.with_name(path.name + ".part")
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")  # other processes write theirs
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         part.open("wb").close()

@@ -1,8 +1,9 @@
-"""Whether a task of the account's list can be the one that a lost Run has started.
+"""Find the task that a lost Run has started, in the account's list of tasks.
 
-The list holds everybody's tasks on the key, and any field of theirs may be missing or absurd: what
-cannot be read is no candidate. Equal parameters alone prove little where a model takes files, since
-two jobs may differ in nothing else; so the stored files are fetched and compared with those sent.
+A Run is lost if it left and no answer came. The list holds everybody's tasks on the key, and any
+field of theirs may be missing or absurd: what cannot be read is no candidate. Equal parameters
+alone prove little where a model takes files, since two jobs may differ in nothing else; so the
+stored files are fetched and compared with those sent.
 """
 
 import contextlib
@@ -10,15 +11,27 @@ import hashlib
 import json
 import re
 import time
-from collections.abc import Collection, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 from urllib.parse import urljoin, urlsplit
 
 import requests
 
-from .task import Task, bool_of, decimal_of, text_of
-from .transport import CONNECT_S, LOOPBACK, READ_S, FilePart
+from .errors import ApiError, RunOutcomeUnknownError, TransportError, WiroError
+from .task import Task, parse_task
+from .transport import CONNECT_S, LOOPBACK, READ_S, FilePart, in_time
+from .wire import bool_of, decimal_of, text_of
 
+if TYPE_CHECKING:
+    from .client import Client, Model
+
+#: seconds after which a lost Run is looked for
+RECONCILE_AT_S = (2.0, 5.0, 10.0, 20.0, 30.0)
+#: tasks of one page of the list, and the most pages that are read
+PAGE_TASKS, MAX_PAGES = 20, 5
+#: seconds, from the first look, after which no stored file is fetched any more
+PROOF_S = 120.0
 #: seconds for one stored file, and how often its address may point elsewhere
 FETCH_S = 60.0
 MAX_REDIRECTS = 3
@@ -27,6 +40,173 @@ PIECE_BYTES = 64 * 1024
 LONGEST_ID = 18
 #: stored beside the parameters, if at all
 _BESIDE = ("callbackUrl", "projectid")
+
+
+@dataclass(frozen=True)
+class SentRun:
+    """A Run as it was sent.
+
+    Attributes:
+        model: of the Run.
+        parameters: of the Run.
+        files: (parameter, part) of the files sent along.
+        baseline: id of the newest task before it, "" if unknown.
+    """
+
+    model: "Model"
+    parameters: Mapping[str, Any]
+    files: Sequence[tuple[str, FilePart]]
+    baseline: str
+
+
+def accept(*_: object) -> bool:
+    """Accept any task: a `claim` for callers that keep no journal."""
+    return True
+
+
+# --- search -------------------------------------------------------------------------------------
+
+
+def find_lost_run(
+    client: "Client",
+    sent: SentRun,
+    cause: WiroError,
+    known: Callable[[], Collection[str]],
+    claim: Callable[[str, bool], bool],
+) -> Task:
+    """Find the task of a Run whose answer was lost; never resends it.
+
+    With files, a task that keeps the same ones is taken at once. Without, the only candidate is
+    taken, and only at the last look: until then another may come.
+
+    Args:
+        client: of the account.
+        sent: the Run.
+        cause: why its outcome is unknown, for the message.
+        known: returns the ids of tasks that belong to other runs.
+        claim: takes a task (its id, whether its files prove it); False if another run may own it.
+
+    Returns:
+        The task.
+
+    Raises:
+        RunOutcomeUnknownError: no task, or several, may be it, or none is proved to be.
+    """
+    candidates: list[Task] = []
+    proofs: dict[str, bool] = {}
+    end = time.monotonic() + PROOF_S
+    waited = 0.0
+    for moment in RECONCILE_AT_S:
+        client.sleep(moment - waited)
+        waited = moment
+        others = known()
+        is_last = moment == RECONCILE_AT_S[-1]
+        if not is_last and not (sent.baseline and sent.files):
+            continue
+        try:
+            tasks, is_complete = _newer_tasks(client, sent)
+        except (TransportError, ApiError):
+            continue
+        candidates = [t for t in tasks if t.taskid not in others and may_be(t, sent)]
+        if not sent.baseline:
+            continue
+        matches, is_sure = candidates, is_last and is_complete
+        if sent.files:
+            _compare_files(client, sent, candidates, proofs, end)
+            matches = [task for task in candidates if proofs.get(task.taskid)]
+            is_sure = is_last or all(task.taskid in proofs for task in candidates)
+        if is_sure and len(matches) == 1 and claim(matches[0].taskid, bool(sent.files)):
+            return matches[0]
+    known()  # the answer may have come at last
+    raise RunOutcomeUnknownError(_question(sent.model, candidates, cause), candidates)
+
+
+def _newer_tasks(client: "Client", sent: SentRun) -> tuple[list[Task], bool]:
+    """The tasks after the baseline (without one, the newest), and whether these are all."""
+    project = sent.model.project
+    if not sent.baseline:
+        tasks = client.list_tasks(limit=PAGE_TASKS, model=project)
+        return [task for task in tasks if number_of(task.taskid) is not None], False
+    last = int(sent.baseline)
+    newer: dict[str, Task] = {}
+    for page in range(MAX_PAGES):
+        records = client.list_records(limit=PAGE_TASKS, start=page * PAGE_TASKS, model=project)
+        tasks = [parse_task(record) for record in records if isinstance(record, Mapping)]
+        numbered = [(n, task) for task in tasks if (n := number_of(task.taskid)) is not None]
+        newer.update((task.taskid, task) for number, task in numbered if number > last)
+        if len(records) < PAGE_TASKS or (numbered and numbered[-1][0] <= last):
+            return list(newer.values()), True
+    return list(newer.values()), False
+
+
+def _compare_files(
+    client: "Client",
+    sent: SentRun,
+    candidates: Sequence[Task],
+    proofs: dict[str, bool],
+    end: float,
+) -> None:
+    """Note for each candidate whether it keeps the files of the Run, as far as that can be told."""
+    for task in candidates:
+        if task.taskid not in proofs:
+            proof = _keeps_files(client, sent, task, end)
+            if proof is not None:
+                proofs[task.taskid] = proof
+
+
+def _keeps_files(client: "Client", sent: SentRun, task: Task, end: float) -> bool | None:
+    """Whether the service stored exactly these files with a task; None if it cannot be told.
+
+    Args:
+        client: of the account.
+        sent: the Run.
+        task: a candidate.
+        end: of the search, by the monotonic clock.
+    """
+    pairs: list[tuple[str, bytes]] = []
+    for name in dict.fromkeys(name for name, _ in sent.files):
+        contents = [content for other, (_, content, _) in sent.files if other == name]
+        urls = stored_files(task, sent.parameters, name)
+        if len(urls) != len(contents):
+            return False
+        pairs += zip(urls, contents, strict=True)
+
+    def compare() -> bool | None:
+        for url, content in pairs:
+            found = is_stored(client.session, url, content, client.base_url)
+            if not found:
+                return found
+        return True
+
+    try:
+        return in_time(compare, max(0.0, end - time.monotonic()), client.sleep_in_call)
+    except TransportError:
+        return None
+
+
+def _question(model: "Model", candidates: Sequence[Task], cause: WiroError) -> str:
+    """What a person must decide, and how."""
+    start = f"The run of {model} was sent and its outcome is unknown ({cause}). "
+    not_there = (
+        '--again on the command line, or "It did not start" in ComfyUI\'s Wiro panel and queue it '
+        "again"
+    )
+    if not candidates:
+        return (
+            f"{start}Tasks that may be it: none. Look at the list of tasks before running again: "
+            "if it was started after all, it would be paid twice. If a task of that minute is "
+            "there, collect it by its id (collect ID on the command line, Wiro Task Result in "
+            f"ComfyUI). If none is: {not_there}."
+        )
+    ids = ", ".join(task.taskid for task in candidates)
+    return (
+        f"{start}Tasks that may be it: {ids}; nothing proves which. Look at them before running "
+        "again, or it may be paid twice: one that is yours is collected by its id (collect ID on "
+        f"the command line, Wiro Task Result in ComfyUI). If none is yours: {not_there}."
+    )
+
+
+# --- comparison ---------------------------------------------------------------------------------
 
 
 def number_of(taskid: str) -> int | None:
@@ -49,21 +229,12 @@ def newest_id(tasks: Sequence[Task]) -> str:
     return str(max(numbers))
 
 
-def may_be(
-    task: Task,
-    slugs: Collection[str],
-    parameters: Mapping[str, Any],
-    files: Sequence[tuple[str, FilePart]],
-) -> bool:
-    """Whether model and parameters of a task are those of a Run, files left aside.
-
-    Args:
-        slugs: the model's spellings, as "owner/project".
-    """
+def may_be(task: Task, sent: SentRun) -> bool:
+    """Whether model and parameters of a task are those of a Run, files left aside."""
     slug = clean_slug(task.model)
-    if not slug or slug not in {clean_slug(spelling) for spelling in slugs}:
+    if not slug or slug not in {clean_slug(str(m)) for m in (sent.model, sent.model.clean)}:
         return False
-    stored = task.parameters
+    parameters, files, stored = sent.parameters, sent.files, task.parameters
     names = {name for name, _ in files}
     for name, value in parameters.items():
         if name in _BESIDE and name not in stored:

@@ -19,8 +19,9 @@ from typing import Any, NoReturn
 from .client import WATCH_S, Client, Model, RunHandle, check_wait
 from .errors import ConfigError, DependencyError, DownloadError, WiroError
 from .files import read_part
-from .jobs import files_here, finish, quote, read_record, start, to_handle
+from .jobs import Job, finish, is_complete, quote, read_record, start, to_handle
 from .journal import Entry, Journal
+from .listener import RunListener
 from .media import claimed_kind, kind_of
 from .schema import SKYREELS, check_skyreels, items_of
 from .signing import account_of, load_credentials
@@ -34,21 +35,11 @@ from .spending import (
     to_json,
 )
 from .state import JOURNAL_NAME, limits_beside, open_state
-from .task import (
-    ADDRESS,
-    Output,
-    Task,
-    Verdict,
-    dollars,
-    money,
-    one_line,
-    text_of,
-    verdict,
-    word_of,
-)
-from .transport import base_url, local_host
+from .task import Output, Progress, Task, Verdict, verdict
+from .transport import base_url
 from .video import check_video
 from .websocket import socket_url
+from .wire import MAX_URL, dollars, money, one_line, text_of, word_of
 
 EXIT_ERROR, EXIT_INTERRUPTED = 1, 130
 
@@ -103,7 +94,7 @@ def say(text: str) -> None:
 
 def make_client() -> Client:
     """A client of the environment's key and address."""
-    return Client(load_credentials(), base_url=base_url())
+    return Client(load_credentials(), base_url=base_url(), socket_url=socket_url())
 
 
 class _Parser(argparse.ArgumentParser):
@@ -182,19 +173,24 @@ def run_run(client: Client, arguments: argparse.Namespace) -> dict[str, Any]:
     _check_folder(arguments.out)
     if model.clean == SKYREELS.clean:
         given = check_skyreels(given, files)
-    journal = open_journal(arguments)
+    job, journal = Job(model, given, files), open_journal(arguments)
     record = read_record(
         client, model, lambda error: say(f"the price is not known before the run: {error}")
     )
-    quoted = quote(record, model, given, files, journal.costs(str(model)))
-    say(describe_price(quoted.price, load_limits(limits_beside(journal.path))))
+    quoted = quote(record, job, journal.costs(str(model)))
+    limits = partial(load_limits, limits_beside(journal.path))
+    say(describe_price(quoted.price, limits()))
     entry = start(
-        client, journal, model, quoted.parameters, files, given=given, again=arguments.again,
-        price=quoted.price, limits=partial(load_limits, limits_beside(journal.path)),
+        client,
+        journal,
+        job,
+        quoted,
+        limits=limits,
+        again=arguments.again,
         wait_when_busy=arguments.wait,
-        on_wait=lambda left: say(f"all places of the account are taken; next try in {left:.0f} s"),
-    )  # fmt: skip
-    if entry.state == "ended" and entry.files and files_here(journal, entry) == entry.files:
+        listener=_Printer(arguments),
+    )
+    if is_complete(journal, entry):
         say(f"made before, by task {entry.taskid}; --again pays for another run")
         for path in entry.files:
             say(str(path))
@@ -259,7 +255,7 @@ def run_upload(client: Client, arguments: argparse.Namespace) -> dict[str, Any]:
     part = read_part(arguments.file)
     folder = text_of(client.create_folder(arguments.folder)["id"]) if arguments.folder else ""
     record = client.upload(part, folder)
-    say(one_line(text_of(record.get("url")))[:ADDRESS])
+    say(one_line(text_of(record.get("url")))[:MAX_URL])
     return {name: record.get(name) for name in ("id", "name", "url", "size", "contenttype")}
 
 
@@ -329,26 +325,43 @@ def _finish(
     entry: Entry | None = None,
     asked: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    last = ""
-
-    def say_state(task: Task) -> None:
-        nonlocal last
-        arguments.taskid = task.taskid
-        if task.status != last:
-            last = task.status
-            say(f"task {task.taskid}: {task.phase} ({last})")
-
     task, paths = finish(
-        client, handle, arguments.out, journal=journal,
-        entry_id=None if entry is None else entry.id, timeout_s=arguments.timeout,
-        socket_url=socket_url(), local_host=local_host(), on_task=say_state,
-        on_progress=lambda progress: say(str(progress)), verify=verify, asked=asked,
-    )  # fmt: skip
+        client,
+        handle,
+        arguments.out,
+        journal=journal,
+        entry_id=None if entry is None else entry.id,
+        timeout_s=arguments.timeout,
+        listener=_Printer(arguments),
+        asked=asked,
+    )
     return _report(task, paths)
 
 
+class _Printer(RunListener):
+    """Prints what happens to a run, and notes its task for an interruption."""
+
+    def __init__(self, arguments: argparse.Namespace) -> None:
+        self._arguments, self._status = arguments, ""
+
+    def on_wait(self, left_s: float) -> None:
+        say(f"all slots of the account are taken; next try in {left_s:.0f} s")
+
+    def on_task(self, task: Task) -> None:
+        self._arguments.taskid = task.taskid
+        if task.status != self._status:
+            self._status = task.status
+            say(f"task {task.taskid}: {task.phase} ({task.status})")
+
+    def on_progress(self, report: Progress) -> None:
+        say(str(report))
+
+    def verify(self, path: Path, output: Output) -> None:
+        verify(path, output)
+
+
 def verify(path: Path, output: Output) -> None:
-    """Decode a video once, keeping nothing, if PyAV is here to do it.
+    """Decode a video once, keeping nothing, if PyAV is installed.
 
     Raises:
         DownloadError: it does not decode.
@@ -358,7 +371,7 @@ def verify(path: Path, output: Output) -> None:
     try:
         check_video(path)
     except DependencyError:
-        say("the video was not decoded to be sure: PyAV is missing (pip install av)")
+        say("the video was not verified by decoding: PyAV is missing (pip install av)")
 
 
 def _describe_entry(entry: Entry) -> dict[str, Any]:

@@ -16,51 +16,38 @@ import weakref
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
-from urllib.parse import quote
+from urllib.parse import quote, urlsplit
 
 import requests
 
-from .candidates import is_stored, may_be, newest_id, number_of, stored_files
+from .candidates import PAGE_TASKS, SentRun, accept, find_lost_run, newest_id
 from .errors import (
     ApiError,
     ConfigError,
     NotFoundError,
-    RunOutcomeUnknownError,
     TaskCancelledError,
     TaskFailedError,
     TaskStalledError,
     TaskTimeoutError,
     TransportError,
     WiroError,
-    tell_task,
+    add_task,
 )
 from .signing import Credentials, WiroAuth, account_of, nonces_of
-from .task import (
-    QUEUED,
-    Task,
-    Verdict,
-    failure_text,
-    id_of,
-    log_tail,
-    may_lag,
-    parse_task,
-    token_of,
-    verdict,
-)
+from .task import QUEUED, Task, Verdict, failure_text, log_tail, may_lag, parse_task, verdict
 from .transport import (
     BASE_URL,
-    READ_S,
     RUN_S,
     UPLOAD_S,
     FilePart,
     check_base_url,
-    in_time,
     is_passing,
     make_session,
-    nothing,
+    noop,
     post,
     wait_s,
 )
+from .wire import id_of, token_of
 
 if TYPE_CHECKING:
     from .websocket import ProgressSocket
@@ -87,21 +74,10 @@ SETTLING_S, MISSES = 30.0, 2
 TOLD_FAILURES = 3
 #: a stored "task_error" that stands still this long with a log is reported
 STALLED_S = 120.0
-#: seconds after which an unknown Run is looked for
-RECONCILE_AT_S = (2.0, 5.0, 10.0, 20.0, 30.0)
-#: tasks of one look at the list, and the most pages of it
-PAGE_TASKS, MAX_PAGES = 20, 5
-#: seconds, from the first look, after which no stored file is fetched any more
-PROOF_S = 120.0
 #: answers to a Run that say that nothing was made, whoever gives them
 NOTHING_MADE = frozenset({*range(300, 400), 401, 403, 404, 405, 413, 429})
 STOP_ROUNDS, STOP_WAIT_S = 3, 2.0
 NO_OUTPUT_READS, NO_OUTPUT_WAIT_S = 3, 2.0
-
-
-def always(*_: object) -> bool:
-    """Agree."""
-    return True
 
 
 def check_wait(seconds: float) -> float:
@@ -180,19 +156,21 @@ class Client:
         credentials: Credentials,
         *,
         base_url: str = BASE_URL,
+        socket_url: str = "",
         session: requests.Session | None = None,
         sleep: Callable[[float], None] = time.sleep,
         clock: Callable[[], float] = time.monotonic,
         now: Callable[[], float] = time.time,
         interruptible: bool = False,
     ) -> None:
-        self.base_url = check_base_url(base_url)
+        self.base_url, self.socket_url = check_base_url(base_url), socket_url
         self.account = account_of(credentials)
-        self._interruptible = interruptible
         self._auth = WiroAuth(credentials, nonces_of(now))
-        self._session = session or make_session()
-        weakref.finalize(self, self._session.close)  # for clients that nobody closes
-        self.sleep, self.clock, self._now = sleep, clock, now
+        self.session = session or make_session()
+        weakref.finalize(self, self.session.close)  # for clients that nobody closes
+        self.sleep, self.clock, self.now = sleep, clock, now
+        #: called while an answer is waited for, or None
+        self.sleep_in_call = sleep if interruptible else None
         self._rng = random.Random()
 
     @property
@@ -200,9 +178,15 @@ class Client:
         """What no file and no message may hold."""
         return self._auth.secrets
 
+    @property
+    def local_host(self) -> str:
+        """host:port of a test server on this machine, "" for the real service."""
+        address = urlsplit(self.base_url)
+        return address.netloc if address.scheme == "http" else ""
+
     def close(self) -> None:
         """Let go of the connections; a call after that makes new ones."""
-        self._session.close()
+        self.session.close()
 
     def __enter__(self) -> "Client":
         return self
@@ -221,11 +205,22 @@ class Client:
         body = self._read("Task/Detail", _identifier(handle, "tasktoken"), ("tasklist",))
         return _only_task(body, handle)
 
+    def detail_once(self, handle: RunHandle, whole_s: float) -> Task:
+        """As `detail`, in one attempt of at most `whole_s` seconds."""
+        identifier = _identifier(handle, "tasktoken")
+        answer = self._post("Task/Detail", identifier, ("tasklist",), whole_s=whole_s)
+        return _only_task(answer, handle)
+
     def list_tasks(self, *, limit: int = 20, start: int = 0, model: str = "") -> list[Task]:
         """The account's newest tasks; `model` is (a part of) a slug."""
+        records = self.list_records(limit=limit, start=start, model=model)
+        return [parse_task(record) for record in _mappings(records)]
+
+    def list_records(self, *, limit: int = 20, start: int = 0, model: str = "") -> list[Any]:
+        """As `list_tasks`, but as the service sends them: what is not an object keeps its place."""
         body = _list_body(limit, start, model)
-        tasks = self._read("Task/List", body, ("tasklist", "total")).get("tasklist")
-        return [parse_task(task) for task in _mappings(tasks)]
+        records = self._read("Task/List", body, ("tasklist", "total")).get("tasklist")
+        return records if isinstance(records, list) else []
 
     def newest_task(self) -> str:
         """The id of the account's newest task, asked for once: "0" if there is none.
@@ -300,24 +295,34 @@ class Client:
                 "order": "DESC", "hideworkflows": True, "summary": True}  # fmt: skip
         return _mappings(self._read("Tool/List", body, ("tool", "total")).get("tool"))
 
+    def poll_pause_s(self, elapsed_s: float) -> float:
+        """Seconds between two polls, that long into a wait."""
+        pause = next(every for until, every in POLL_SCHEDULE if elapsed_s < until)
+        return pause * self._rng.uniform(0.8, 1.2)
+
+    def retry_wait_s(self, attempt: int, error: Exception) -> float:
+        """Seconds before another attempt after a failure that may pass."""
+        return wait_s(attempt, error, self._rng)
+
     def _post(
         self,
         path: str,
         body: Mapping[str, Any],
         payload_keys: Sequence[str],
         files: Sequence[tuple[str, FilePart]] = (),
-        read_s: float = READ_S,
-        before_last_byte: Callable[[], None] | None = None,
-        on_answer: Callable[[Mapping[str, Any]], None] | None = None,
-        on_error: Callable[[TransportError | ApiError], None] | None = None,
-        whole_s: float | None = None,
+        **options: Any,
     ) -> dict[str, Any]:
+        """Send once; options as for `transport.post`."""
         return post(
-            self._session, f"{self.base_url}/{path}", self._auth, body=body, files=files,
-            read_s=read_s, payload_keys=payload_keys, before_last_byte=before_last_byte,
-            on_answer=on_answer, on_error=on_error, whole_s=whole_s,
-            sleep=self.sleep if self._interruptible else None,
-        )  # fmt: skip
+            self.session,
+            f"{self.base_url}/{path}",
+            self._auth,
+            body=body,
+            files=files,
+            payload_keys=payload_keys,
+            sleep=self.sleep_in_call,
+            **options,
+        )
 
     def _read(
         self, path: str, body: Mapping[str, Any], payload_keys: Sequence[str]
@@ -343,10 +348,10 @@ class Client:
         files: Sequence[tuple[str, FilePart]] = (),
         *,
         known: Callable[[], Collection[str]] = frozenset,
-        claim: Callable[[str, bool], bool] = always,
-        before_sending: Callable[[str], None] = nothing,
-        on_answer: Callable[[RunHandle], None] = nothing,
-        on_refusal: Callable[[], None] = nothing,
+        claim: Callable[[str, bool], bool] = accept,
+        before_sending: Callable[[str], None] = noop,
+        on_answer: Callable[[RunHandle], None] = noop,
+        on_refusal: Callable[[], None] = noop,
     ) -> RunHandle:
         """Start a task, once.
 
@@ -354,33 +359,39 @@ class Client:
         with ids, so no clock matters.
 
         Args:
+            model: what to run.
             parameters: every parameter of the model's schema; "" for texts that are not used.
             files: (parameter, part) of local files; the request is multipart then.
-            known: tells the ids of tasks that are of other runs.
-            claim: takes a task for this run (its id, whether its files prove it); False if that may
-                not be.
+            known: returns the ids of tasks that belong to other runs.
+            claim: takes a task for this run (its id, whether its files prove it); False if another
+                run may own it.
             before_sending: called in each attempt when all but the end of the request has left,
-                with the id that `newest_task` gave; what it raises keeps the end from leaving, and
-                so the task from being made.
-            on_answer: called with what the service named, also if the caller has left meanwhile.
-            on_refusal: called, as `on_answer`, with an answer that says that no task was made.
+                with the id that `newest_task` returned; if it raises, the end does not leave and no
+                task is made.
+            on_answer: called with the identifiers in the answer, also if the caller has left
+                meanwhile.
+            on_refusal: called, as `on_answer`, if the answer says that no task was made.
+
+        Returns:
+            The task's identifiers.
+
         Raises:
-            RunOutcomeUnknownError: it went out, and neither an answer nor the list of tasks tells
-                what became of it. Do not run again without asking.
-            ApiError, TransportError: it was refused or never left; no task was made.
+            RunOutcomeUnknownError: the request left, and neither an answer nor the list of tasks
+                says what became of it. Do not run again without asking.
+            ApiError: the service refused it; no task was made.
+            TransportError: it never left, or was refused on the way; no task was made.
         """
-        baseline = self.newest_task()
-        spellings = {model, model.clean}
-        spelling = model
+        sent = SentRun(model, parameters, files, self.newest_task())
+        spellings = list(dict.fromkeys((model, model.clean)))
         attempt = 1
         has_left = False
 
         def leave() -> None:
             nonlocal has_left
-            before_sending(baseline)
+            before_sending(sent.baseline)
             has_left = True
 
-        def note(answer: Mapping[str, Any]) -> None:
+        def note_answer(answer: Mapping[str, Any]) -> None:
             if (handle := self._handle_of(answer)).taskid:
                 on_answer(handle)
 
@@ -389,25 +400,25 @@ class Client:
                 on_refusal()
 
         while True:
-            path = f"Run/{quote(spelling.owner, safe='')}/{quote(spelling.project, safe='')}"
-            keys = ("taskid", "socketaccesstoken")
-            read_s = UPLOAD_S if files else RUN_S
             has_left = False
             try:
                 answer = self._post(
-                    path, parameters, keys, files, read_s, leave, note, note_refusal
+                    _run_path(spellings[0]),
+                    parameters,
+                    ("taskid", "socketaccesstoken"),
+                    files,
+                    read_s=UPLOAD_S if files else RUN_S,
+                    before_last_byte=leave,
+                    on_answer=note_answer,
+                    on_error=note_refusal,
                 )
             except (TransportError, ApiError) as error:
                 if has_left and not _is_refusal(error):
-                    return self._reconcile(
-                        model, parameters, files, baseline, error, known=known, claim=claim
-                    )
-                spellings.discard(spelling)
-                if isinstance(error, NotFoundError) and spellings:
-                    spelling = spellings.pop()  # no task was made; the slug has another spelling
+                    return self._find_lost(sent, error, known, claim)
+                if isinstance(error, NotFoundError) and len(spellings) > 1:
+                    del spellings[0]  # no task was made; the slug has another spelling
                     continue
-                may_pass = isinstance(error, TransportError) and is_passing(error)
-                if has_left or not may_pass or error.status == 429 or attempt >= RUN_ATTEMPTS:
+                if has_left or attempt >= RUN_ATTEMPTS or not _may_resend(error):
                     raise
                 self.sleep(wait_s(attempt, error, self._rng))
                 attempt += 1
@@ -415,149 +426,45 @@ class Client:
             handle = self._handle_of(answer)
             if handle.taskid or handle.token:
                 return handle
-            cause = WiroError("the answer named no task")
-            return self._reconcile(
-                model, parameters, files, baseline, cause, known=known, claim=claim
-            )
+            return self._find_lost(sent, WiroError("the answer named no task"), known, claim)
 
     def find_run(
         self,
-        model: Model,
-        parameters: Mapping[str, Any],
-        files: Sequence[tuple[str, FilePart]] = (),
+        sent: SentRun,
         *,
-        baseline: str,
         known: Callable[[], Collection[str]] = frozenset,
-        claim: Callable[[str, bool], bool] = always,
+        claim: Callable[[str, bool], bool] = accept,
     ) -> RunHandle:
-        """The task of a Run that a program sent and did not live to see answered.
+        """Find the task of a Run that a program sent and did not live to see answered.
 
         Args:
-            model, parameters, files: of that Run.
-            baseline: what `newest_task` gave before it; "" if that is not known, and then no task
-                is taken for it.
-            known: tells, before each look, the ids of tasks that are of other runs; may raise to
-                end the search.
+            sent: that Run. Without a baseline no task is taken for it.
+            known: returns, before each look, the ids of tasks that belong to other runs; may raise
+                to end the search.
             claim: as for `run`.
+
+        Returns:
+            The task's identifiers.
+
         Raises:
             RunOutcomeUnknownError: no task, or several, may be it, or none is proved to be.
         """
         cause = WiroError("the program that sent it ended before the answer")
-        return self._reconcile(model, parameters, files, baseline, cause, known=known, claim=claim)
+        return self._find_lost(sent, cause, known, claim)
 
-    def _handle_of(self, answer: Mapping[str, Any]) -> RunHandle:
-        taskid, token = id_of(answer.get("taskid")), token_of(answer.get("socketaccesstoken"))
-        return RunHandle(taskid, token, self._now())
-
-    def _reconcile(
+    def _find_lost(
         self,
-        model: Model,
-        parameters: Mapping[str, Any],
-        files: Sequence[tuple[str, FilePart]],
-        baseline: str,
+        sent: SentRun,
         cause: WiroError,
-        *,
         known: Callable[[], Collection[str]],
         claim: Callable[[str, bool], bool],
     ) -> RunHandle:
-        """Find the task of a Run whose answer was lost; never resends it.
+        task = find_lost_run(self, sent, cause, known, claim)
+        return RunHandle(task.taskid, task.token, self.now())
 
-        With files, a task that keeps the same ones is taken at once. Without, the only one that may
-        be it is taken, and only at the last look: until then another may come.
-        """
-        slugs = (str(model), str(model.clean))
-        candidates: list[Task] = []
-        proofs: dict[str, bool] = {}
-        end = time.monotonic() + PROOF_S
-        waited = 0.0
-        for moment in RECONCILE_AT_S:
-            self.sleep(moment - waited)
-            waited = moment
-            others = known()
-            is_last = moment == RECONCILE_AT_S[-1]
-            if not is_last and not (baseline and files):
-                continue
-            try:
-                tasks, is_whole = self._newer_tasks(model, baseline)
-            except (TransportError, ApiError):
-                continue
-            candidates = [
-                task
-                for task in tasks
-                if task.taskid not in others and may_be(task, slugs, parameters, files)
-            ]
-            if not baseline:
-                continue
-            fit, is_sure = candidates, is_last and is_whole
-            if files:
-                for task in candidates:
-                    if task.taskid not in proofs:
-                        proof = self._keeps_files(task, parameters, files, end)
-                        if proof is not None:
-                            proofs[task.taskid] = proof
-                fit = [task for task in candidates if proofs.get(task.taskid)]
-                is_sure = is_last or all(task.taskid in proofs for task in candidates)
-            if is_sure and len(fit) == 1 and claim(fit[0].taskid, bool(files)):
-                return RunHandle(fit[0].taskid, fit[0].token, self._now())
-        known()  # the answer may have come at last
-        raise RunOutcomeUnknownError(_ask(model, candidates, cause), candidates)
-
-    def _newer_tasks(self, model: Model, baseline: str) -> tuple[list[Task], bool]:
-        """The account's tasks after one (with "", the newest), and whether these are all."""
-        if not baseline:
-            tasks = self.list_tasks(limit=PAGE_TASKS, model=model.project)
-            return [task for task in tasks if number_of(task.taskid) is not None], False
-        last = int(baseline)
-        newer: dict[str, Task] = {}
-        for page in range(MAX_PAGES):
-            start = page * PAGE_TASKS
-            body = _list_body(PAGE_TASKS, start, model.project)
-            records = self._read("Task/List", body, ("tasklist", "total")).get("tasklist")
-            records = records if isinstance(records, list) else []
-            numbers = []
-            for record in records:
-                task = parse_task(record) if isinstance(record, Mapping) else None
-                number = None if task is None else number_of(task.taskid)
-                if task is not None and number is not None:
-                    numbers.append(number)
-                    if number > last:
-                        newer[task.taskid] = task
-            if len(records) < PAGE_TASKS or (numbers and numbers[-1] <= last):
-                return list(newer.values()), True
-        return list(newer.values()), False
-
-    def _keeps_files(
-        self,
-        task: Task,
-        parameters: Mapping[str, Any],
-        files: Sequence[tuple[str, FilePart]],
-        end: float,
-    ) -> bool | None:
-        """Whether the service stored exactly these files with a task; None if it cannot be told.
-
-        Args:
-            end: of the search, by the monotonic clock.
-        """
-        pairs: list[tuple[str, bytes]] = []
-        for name in dict.fromkeys(name for name, _ in files):
-            contents = [content for other, (_, content, _) in files if other == name]
-            addresses = stored_files(task, parameters, name)
-            if len(addresses) != len(contents):
-                return False
-            pairs += zip(addresses, contents, strict=True)
-
-        def compare() -> bool | None:
-            for address, content in pairs:
-                found = is_stored(self._session, address, content, self.base_url)
-                if not found:
-                    return found
-            return True
-
-        left = max(0.0, end - time.monotonic())
-        try:
-            return in_time(compare, left, self.sleep if self._interruptible else None)
-        except TransportError:
-            return None
+    def _handle_of(self, answer: Mapping[str, Any]) -> RunHandle:
+        taskid, token = id_of(answer.get("taskid")), token_of(answer.get("socketaccesstoken"))
+        return RunHandle(taskid, token, self.now())
 
     # --- watch and stop -------------------------------------------------------------------------
 
@@ -574,122 +481,18 @@ class Client:
         Leaving the loop stops nothing.
 
         Args:
+            handle: of the task.
             timeout_s: longest wait; the last poll may end `LAST_POLL_S` after it.
-            socket: of the same task; while it tells of the task polls are rare, and a frame that
-                announces another state brings the next one forward.
-        Raises:
-            TaskTimeoutError: the wait is over, with both identifiers to go on later.
-            TaskStalledError: it stands still on an error of its own.
-            NotFoundError: the service does not know it, again and again if it once did.
+            socket: of the same task; while it reports on the task polls are rare, and a frame that
+                announces another status brings the next one forward.
+
+        Returns:
+            An iterator of records, which raises:
+            TaskTimeoutError: the wait is over; carries both identifiers, to go on later.
+            TaskStalledError: the task stands still on an error of its own.
+            NotFoundError: the service does not know it, several times in a row if it once did.
         """
-        return self._watch(handle, check_wait(timeout_s), socket)
-
-    def _watch(
-        self, handle: RunHandle, timeout_s: float, socket: "ProgressSocket | None"
-    ) -> Iterator[Task]:
-        start = self.clock()
-        settled_at = start + self._settling_s(handle)
-        # whoever has both identifiers, or the time of the Run, has them from the service
-        is_known = handle.started_at is not None or bool(handle.taskid and handle.token)
-        changed_at, last = start, ("", "")
-        failures = misses = empty_reads = 0
-        trouble = ""
-        while True:
-            task: Task | None = None
-            pause = usual = 0.0
-            left = start + timeout_s - self.clock()
-            try:
-                answer = self._post(
-                    "Task/Detail", _identifier(handle, "tasktoken"), ("tasklist",),
-                    whole_s=max(0.0, left) + LAST_POLL_S,
-                )  # fmt: skip
-                task = _only_task(answer, handle)
-                failures, misses, trouble = 0, 0, ""
-            except WiroError as error:
-                passes = is_passing(error)
-                if isinstance(error, NotFoundError):
-                    misses += self.clock() >= settled_at
-                    passes = misses <= (MISSES if is_known else 0)
-                if not passes:
-                    if misses > 1:
-                        error.args = (f"{error} It answered so {misses} times in a row.",)
-                    tell_task(
-                        error, handle.taskid,
-                        "If it runs, it goes on at Wiro: mend this, then collect it by its id.",
-                    )  # fmt: skip
-                    raise
-                failures += 1
-                trouble = str(error)
-                pause = wait_s(failures, error, self._rng)
-                if failures == TOLD_FAILURES:
-                    logger.warning("The task is still waited for. %s", trouble)
-            now = self.clock()
-            left = start + timeout_s - now
-            if task is not None:
-                is_known = True
-                handle = RunHandle(
-                    task.taskid or handle.taskid, task.token or handle.token, handle.started_at
-                )
-                if (task.status, task.error_log) != last:
-                    last, changed_at = (task.status, task.error_log), now
-                judged = verdict(task)
-                if may_lag(task) and empty_reads < NO_OUTPUT_READS and left > 0:
-                    empty_reads += 1  # the record may lag behind its files
-                    self.sleep(NO_OUTPUT_WAIT_S)
-                    continue
-                yield task
-                if judged is not Verdict.RUNNING:
-                    return
-                stands = task.status == "task_error" and task.error_log
-                if stands and now - changed_at >= STALLED_S:
-                    raise TaskStalledError(
-                        f"Task {task.taskid} has stood still on an error for {STALLED_S:.0f} s: "
-                        f"{log_tail(task, 200)}. It was not stopped; watch it again, or "
-                        "stop it.",
-                        task,
-                    )
-                pause = usual = self._poll_pause(now - start)
-                if socket is not None and socket.is_healthy:
-                    pause = max(usual, WATCHDOG_S)
-            if left <= 0:
-                raise TaskTimeoutError(
-                    f"Task {handle.taskid or '(by token)'} has not ended after {timeout_s:.0f} s. "
-                    "It goes on at Wiro: collect it later by its id."
-                    + (f" The last look at it failed: {trouble}" if trouble else ""),
-                    taskid=handle.taskid,
-                    handle=handle,
-                )
-            # news cannot bring forward what a failure or politeness holds back
-            self._pause(min(pause, left), usual, socket if failures == 0 else None)
-
-    def _pause(self, seconds: float, usual: float, socket: "ProgressSocket | None") -> None:
-        """Sleep, but with a socket no longer than to the news of another state.
-
-        Args:
-            usual: without the socket; a socket that falls silent holds back no longer than this.
-        """
-        if socket is None:
-            self.sleep(seconds)
-            return
-        start = self.clock()
-        self.sleep(min(seconds, SHORTEST_POLL_S))
-        while (left := start + seconds - self.clock()) > 0 and not socket.take_news():
-            if not socket.is_healthy:
-                left = min(left, start + usual - self.clock())
-                if left <= 0:
-                    return
-            self.sleep(min(left, SLICE_S))
-
-    def _settling_s(self, handle: RunHandle) -> float:
-        """Seconds for which a task may still be on its way into the service's books."""
-        if handle.started_at is None:
-            return 0.0
-        since = self._now() - handle.started_at
-        return SETTLING_S - min(max(since, 0.0), SETTLING_S)
-
-    def _poll_pause(self, elapsed: float) -> float:
-        pause = next(every for until, every in POLL_SCHEDULE if elapsed < until)
-        return pause * self._rng.uniform(0.8, 1.2)
+        return _Watch(self, handle, check_wait(timeout_s), socket).records()
 
     def stop(self, handle: RunHandle) -> Task:
         """Cancel or kill a task, whichever its state demands, until the service says it has ended.
@@ -723,6 +526,128 @@ class Client:
             "Wiro dashboard.",
             taskid=handle.taskid,
         )
+
+
+class _Watch:
+    """One wait for a task, and what its polls have shown so far."""
+
+    def __init__(
+        self, client: Client, handle: RunHandle, timeout_s: float, socket: "ProgressSocket | None"
+    ) -> None:
+        self._client, self._handle, self._socket = client, handle, socket
+        self._timeout_s = timeout_s
+        self._start = client.clock()
+        self._settled_at = self._start + self._settling_s()
+        # whoever has both identifiers, or the time of the Run, has them from the service
+        self._is_known = handle.started_at is not None or bool(handle.taskid and handle.token)
+        self._changed_at, self._last = self._start, ("", "")
+        self._failures = self._misses = self._empty_reads = 0
+        self._trouble = ""
+
+    def records(self) -> Iterator[Task]:
+        """Poll until the task has ended or the time is over."""
+        clock = self._client.clock
+        while True:
+            task, pause_s = self._poll()
+            now = clock()
+            left = self._start + self._timeout_s - now
+            usual_s = 0.0
+            if task is not None:
+                if may_lag(task) and self._empty_reads < NO_OUTPUT_READS and left > 0:
+                    self._empty_reads += 1  # the record may lag behind its files
+                    self._client.sleep(NO_OUTPUT_WAIT_S)
+                    continue
+                yield task
+                if task.is_terminal:
+                    return
+                self._check_stalled(task, now)
+                pause_s = usual_s = self._client.poll_pause_s(now - self._start)
+                if self._socket is not None and self._socket.is_healthy:
+                    pause_s = max(usual_s, WATCHDOG_S)
+            if left <= 0:
+                raise self._timeout()
+            self._pause(min(pause_s, left), usual_s)
+
+    def _poll(self) -> tuple[Task | None, float]:
+        """The record, or None and the seconds to wait after a failure that may pass."""
+        left = self._start + self._timeout_s - self._client.clock()
+        try:
+            task = self._client.detail_once(self._handle, max(0.0, left) + LAST_POLL_S)
+        except WiroError as error:
+            return None, self._after_failure(error)
+        self._failures, self._misses, self._trouble = 0, 0, ""
+        self._is_known = True
+        self._handle = RunHandle(
+            task.taskid or self._handle.taskid,
+            task.token or self._handle.token,
+            self._handle.started_at,
+        )
+        if (task.status, task.error_log) != self._last:
+            self._last, self._changed_at = (task.status, task.error_log), self._client.clock()
+        return task, 0.0
+
+    def _after_failure(self, error: WiroError) -> float:
+        """Seconds until the next try; raises what will not pass, with the task's id."""
+        passes = is_passing(error)
+        if isinstance(error, NotFoundError):
+            self._misses += self._client.clock() >= self._settled_at
+            passes = self._misses <= (MISSES if self._is_known else 0)
+        if not passes:
+            if self._misses > 1:
+                error.args = (f"{error} It answered so {self._misses} times in a row.",)
+            advice = "If it runs, it goes on at Wiro: fix this, then collect it by its id."
+            add_task(error, self._handle.taskid, advice)
+            raise error
+        self._failures += 1
+        self._trouble = str(error)
+        if self._failures == TOLD_FAILURES:
+            logger.warning("The wait for the task goes on. %s", self._trouble)
+        return self._client.retry_wait_s(self._failures, error)
+
+    def _check_stalled(self, task: Task, now: float) -> None:
+        has_error = task.status == "task_error" and task.error_log
+        if has_error and now - self._changed_at >= STALLED_S:
+            raise TaskStalledError(
+                f"Task {task.taskid} has been in task_error for {STALLED_S:.0f} s: "
+                f"{log_tail(task, 200)}. It was not stopped; watch it again, or stop it.",
+                task,
+            )
+
+    def _timeout(self) -> TaskTimeoutError:
+        trouble = f" The last poll failed: {self._trouble}" if self._trouble else ""
+        return TaskTimeoutError(
+            f"Task {self._handle.taskid or '(by token)'} has not ended after "
+            f"{self._timeout_s:.0f} s. It goes on at Wiro: collect it later by its id.{trouble}",
+            taskid=self._handle.taskid,
+            handle=self._handle,
+        )
+
+    def _pause(self, seconds: float, usual_s: float) -> None:
+        """Sleep, but with a socket no longer than until it announces another status.
+
+        Args:
+            seconds: longest pause.
+            usual_s: pause without the socket; one that falls silent delays no longer than this.
+        """
+        client, socket = self._client, self._socket
+        if socket is None or self._failures:  # no news shortens the wait after a failure
+            client.sleep(seconds)
+            return
+        start = client.clock()
+        client.sleep(min(seconds, SHORTEST_POLL_S))
+        while (left := start + seconds - client.clock()) > 0 and not socket.take_news():
+            if not socket.is_healthy:
+                left = min(left, start + usual_s - client.clock())
+                if left <= 0:
+                    return
+            client.sleep(min(left, SLICE_S))
+
+    def _settling_s(self) -> float:
+        """Seconds for which Task/Detail may not know the task yet."""
+        if self._handle.started_at is None:
+            return 0.0
+        since = self._client.now() - self._handle.started_at
+        return SETTLING_S - min(max(since, 0.0), SETTLING_S)
 
 
 def raise_for_failure(task: Task) -> None:
@@ -790,6 +715,15 @@ def _list_body(limit: int, start: int = 0, model: str = "") -> dict[str, str]:
     return {**body, "modelName": model} if model else body
 
 
+def _run_path(model: Model) -> str:
+    return f"Run/{quote(model.owner, safe='')}/{quote(model.project, safe='')}"
+
+
+def _may_resend(error: TransportError | ApiError) -> bool:
+    """Whether a Run that never left may succeed at the next try."""
+    return isinstance(error, TransportError) and is_passing(error) and error.status != 429
+
+
 def _is_refusal(error: TransportError | ApiError) -> bool:
     """Whether an answer to a Run says for sure that no task was made.
 
@@ -802,25 +736,3 @@ def _is_refusal(error: TransportError | ApiError) -> bool:
     if status is None or status == 408 or status >= 500 or not isinstance(error, ApiError):
         return False
     return error.is_own and not is_passing(error)
-
-
-def _ask(model: Model, candidates: Sequence[Task], cause: WiroError) -> str:
-    """What a person must decide, and how."""
-    start = f"The run of {model} was sent and its outcome is unknown ({cause}). "
-    not_there = (
-        '--again on the command line, or "It did not start" in ComfyUI\'s Wiro panel and queue it '
-        "again"
-    )
-    if not candidates:
-        return (
-            f"{start}Tasks that may be it: none. Look at the list of tasks before running again: "
-            "if it was started after all, it would be paid twice. If a task of that minute is "
-            "there, collect it by its id (collect ID on the command line, Wiro Task Result in "
-            f"ComfyUI). If none is: {not_there}."
-        )
-    ids = ", ".join(task.taskid for task in candidates)
-    return (
-        f"{start}Tasks that may be it: {ids}; nothing proves which. Look at them before running "
-        "again, or it may be paid twice: one that is yours is collected by its id (collect ID on "
-        f"the command line, Wiro Task Result in ComfyUI). If none is yours: {not_there}."
-    )

@@ -40,8 +40,8 @@ class WiroError(Exception):
         self.taskid = taskid
 
 
-def tell_task(error: WiroError, taskid: str, advice: str = "") -> None:
-    """Make an error one about a task, and say so in its words."""
+def add_task(error: WiroError, taskid: str, advice: str = "") -> None:
+    """Make an error one about a task: set its `taskid`, and name the task in its text."""
     if taskid and not error.taskid:
         error.taskid = taskid
     if taskid and taskid not in str(error):

@@ -13,13 +13,11 @@ import os
 import queue
 import random
 import re
-import sys
 import threading
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 from urllib.parse import urljoin
 
 import requests
@@ -28,13 +26,14 @@ import urllib3.exceptions
 from .addresses import PublicAdapter, RefusedAddressError, must_be_public, service_domain
 from .errors import ConfigError, DownloadError, TransportError
 from .media import claimed_kind, is_page, kind_of, what_is_missing
+from .parts import drop_part, new_part
 from .task import Output
 from .transport import (
     BASE_URL,
     CONNECT_S,
     READ_S,
     FilePart,
-    nothing,
+    noop,
     retry_after,
     setting_at_fault,
     wait_s,
@@ -71,10 +70,6 @@ _SUFFIXES = {
     "application/json": ".json", "application/zip": ".zip",
 }  # fmt: skip
 _WINDOWS_NAMES = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?", re.IGNORECASE)
-_PART = re.compile(r"\.wiro-(\d+)-[0-9a-f]+\.part")
-#: temporary files of this process; those of its number from before are another process's
-_own_parts: set[str] = set()
-_BEGAN = time.time() - 10.0  # for disks that keep coarse times
 
 
 def download(
@@ -85,8 +80,8 @@ def download(
     base_url: str = BASE_URL,
     local_host: str = "",
     session: requests.Session | None = None,
-    check: Callable[[], None] = nothing,
-    on_bytes: Callable[[int, int | None], None] = nothing,
+    check: Callable[[], None] = noop,
+    on_bytes: Callable[[int, int | None], None] = noop,
     sleep: Callable[[float], None] = time.sleep,
     clock: Callable[[], float] = time.monotonic,
     max_bytes: int = MAX_BYTES,
@@ -126,9 +121,7 @@ def download(
                 instead_of=instead_of,
             )  # fmt: skip
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        remove_dead_parts(folder)
-        part = _new_part(folder)
+        part = new_part(folder)
     except OSError as error:
         raise _refusal(
             output, taskid, f"{folder} cannot be written ({error.strerror})",
@@ -158,8 +151,7 @@ def download(
             "room or choose another folder, then collect it again; it is paid for.",
         ) from None  # fmt: skip
     finally:
-        part.unlink(missing_ok=True)
-        _own_parts.discard(part.name)
+        drop_part(part)
 
 
 class _PassingError(Exception):
@@ -594,58 +586,6 @@ def free_name(folder: Path, name: str) -> Path:
         except FileExistsError:
             candidate = folder / f"{stem} ({number}){dot}{suffix}"
             number += 1
-
-
-def remove_dead_parts(folder: Path) -> None:
-    """Remove what downloads have left that were killed; what is in use stays."""
-    for part in folder.glob(".wiro-*.part"):
-        found = _PART.fullmatch(part.name)
-        try:
-            if found is None or _is_alive(int(found[1]), part):
-                continue
-            part.unlink()
-        except OSError as error:  # another process was faster, or it is not ours to remove
-            if part.exists():
-                logger.warning("%s is left over and cannot be removed: %s.", part, error.strerror)
-
-
-def _is_alive(pid: int, part: Path) -> bool:
-    """Whether the process of a temporary file may still write to it."""
-    if pid == os.getpid():
-        # containers give the same number to each new process
-        return part.name in _own_parts or part.stat().st_mtime >= _BEGAN
-    if sys.platform == "win32":
-        return _is_alive_on_windows(pid)
-    try:
-        os.kill(pid, 0)
-    except (ProcessLookupError, OverflowError):
-        return False
-    except OSError:  # it is somebody else's
-        return True
-    return True
-
-
-def _is_alive_on_windows(pid: int) -> bool:
-    """There, `os.kill(pid, 0)` is no question but a Ctrl-C."""
-    import ctypes
-
-    kernel: Any = ctypes.WinDLL("kernel32", use_last_error=True)  # type: ignore[attr-defined]
-    query_limited, invalid_parameter, still_active = 0x1000, 87, 259
-    process = kernel.OpenProcess(query_limited, False, pid & 0xFFFFFFFF)
-    if not process:
-        error: int = ctypes.get_last_error()  # type: ignore[attr-defined]
-        return error != invalid_parameter
-    code = ctypes.c_ulong()
-    known = kernel.GetExitCodeProcess(process, ctypes.byref(code))
-    kernel.CloseHandle(process)
-    return not known or code.value == still_active
-
-
-def _new_part(folder: Path) -> Path:
-    part = folder / f".wiro-{os.getpid()}-{random.getrandbits(48):012x}.part"
-    _own_parts.add(part.name)
-    part.open("xb").close()
-    return part
 
 
 def read_part(path: Path) -> FilePart:

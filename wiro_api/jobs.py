@@ -1,10 +1,11 @@
-"""A run from its inputs to its files: started once, followed, brought home, whatever happens.
+"""A run from its inputs to its files: started once, followed, downloaded, whatever happens.
 
-    entry = start(client, journal, model, parameters, files)
+    job = Job(model, values, files)
+    entry = start(client, journal, job, quote(read_record(client, model), job))
     task, paths = finish(client, to_handle(entry), folder, journal=journal, entry_id=entry.id)
 
-Both are for the command line and for hosts with a window alike; what they see on the way comes
-through callbacks.
+Both are for the command line and for hosts with a window alike; what these show on the way reaches
+them through a `RunListener`.
 """
 
 import contextlib
@@ -21,6 +22,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from .candidates import SentRun
 from .client import MIN_WAIT_S, WATCH_S, Client, Model, RunHandle, raise_for_failure
 from .errors import (
     ApiError,
@@ -36,22 +38,23 @@ from .errors import (
 )
 from .files import BEHIND_S, NOT_YET_S, TICK_S, download, is_name_of, is_whole, safe_name
 from .journal import Entry, Journal, LostEntryError
+from .listener import SILENT, RunListener
 from .receipts import write_receipt
 from .schema import SKYREELS, complete, items_of
 from .spending import Limits, Price, check_limits, price_of
-from .task import Output, Progress, Task, Verdict, verdict
-from .transport import FilePart, nothing
+from .task import Task, Verdict, verdict
+from .transport import FilePart, noop
 from .websocket import ProgressSocket
 
 logger = logging.getLogger("wiro_api.jobs")
 
-#: rows whose files somebody is bringing home in this process, as (journal, row)
-_coming: set[tuple[Path, int]] = set()
-_comes_and_goes = threading.Condition()
+#: rows whose files a thread of this process is downloading, as (journal, row)
+_downloading: set[tuple[Path, int]] = set()
+_download_ends = threading.Condition()
 
-#: seconds between two tries while the account's places are taken
+#: seconds between two tries while all slots of the account are taken
 FIRST_BUSY_S, LAST_BUSY_S = 5.0, 60.0
-#: behind a dot and a name, in the journal, for a file that has not come: no file is called so
+#: suffix of a dot and a name, in the journal, for a file that has not come: no file is called so
 MISSING = ".missing"
 #: a download may be late by this many seconds however short the wait for the task, and whatever
 #: the files before it have cost
@@ -59,22 +62,53 @@ LEAST_BEHIND_S = 10.0
 
 
 @dataclass(frozen=True)
-class Quote:
-    """What a run would be sent with, and what it would cost; None if that is not told before."""
+class Job:
+    """What makes a run: the same job is started, and paid for, once.
 
-    parameters: dict[str, Any]
-    price: Price | None
+    Attributes:
+        model: to run.
+        values: parameters as the caller was asked for them, before defaults are filled in:
+            defaults of the service may change, and the job is still the same.
+        files: (parameter, part) of the files that are sent along.
+        take: another number is another run of the same inputs.
+    """
+
+    model: Model
+    values: Mapping[str, Any]
+    files: Sequence[tuple[str, FilePart]] = ()
+    take: int = 1
+
+
+@dataclass(frozen=True)
+class Quote:
+    """What a run is sent with, and what it will cost.
+
+    Attributes:
+        parameters: every parameter of the model's schema.
+        price: None if it is not known before the run.
+    """
+
+    parameters: Mapping[str, Any]
+    price: Price | None = None
 
 
 def read_record(
-    client: Client, model: Model, on_unknown: Callable[[WiroError], None] = nothing
+    client: Client, model: Model, on_unknown: Callable[[WiroError], None] = noop
 ) -> Mapping[str, Any]:
-    """What the service says of a model.
+    """Read what the service says of a model.
 
-    Of SkyReels-V1 enough is known without: {} if the service does not say, after `on_unknown`.
+    Args:
+        client: of the account.
+        model: to look up.
+        on_unknown: called with the reason if the service does not answer for SkyReels-V1, of which
+            enough is known without.
+
+    Returns:
+        The record of Tool/Detail, {} after `on_unknown`.
 
     Raises:
-        ApiError, TransportError: of any other model, or if the key is refused.
+        ApiError: of any other model, or if the key is refused.
+        TransportError: of any other model.
     """
     try:
         return client.model_detail(model)
@@ -87,240 +121,252 @@ def read_record(
 
 def quote(
     record: Mapping[str, Any],
-    model: Model,
-    values: Mapping[str, Any],
-    files: Sequence[tuple[str, FilePart]] = (),
+    job: Job,
     earlier: Sequence[Decimal] = (),
     *,
     is_draft: bool = False,
 ) -> Quote:
-    """The whole parameters of a run and its price: the one way for all who show or pay it.
+    """Complete the parameters of a job and price it: the one way for all who show or pay it.
 
     Args:
         record: of `read_record`.
-        values, files: as for `schema.complete`. earlier: as for `spending.price_of`.
-        is_draft: of a run that is still being written: what is missing is no error.
+        job: to price.
+        earlier: US dollars that runs of the model have cost, as for `spending.price_of`.
+        is_draft: the job is still being written: a missing value is no error.
+
+    Returns:
+        Parameters and price.
+
     Raises:
         ConfigError: as for `schema.complete`.
     """
-    items = items_of(record, model)
-    parts = files
+    items = items_of(record, job.model)
+    parts = job.files
     if is_draft:  # where a file goes may be found out later; that it comes along counts
         items = [{**item, "required": False} for item in items]
         known = {str(item["id"]) for item in items}
-        parts = [(name, part) for name, part in files if name in known]
-    parameters = complete(items, values, parts)
-    return Quote(parameters, price_of(record, parameters, len(files), earlier))
+        parts = [(name, part) for name, part in job.files if name in known]
+    parameters = complete(items, job.values, parts)
+    return Quote(parameters, price_of(record, parameters, len(job.files), earlier))
 
 
 class PicturePart(tuple[str, bytes, str]):
-    """A file part of a picture that the host has packed, known by its pixels.
+    """A file part of a picture that the host has encoded, identified by its pixels.
 
-    The same picture is packed into other bytes by another version of a compressor.
+    Another version of a compressor encodes the same picture into other bytes.
     """
 
     pixels: bytes
 
     @classmethod
-    def of(cls, part: FilePart, pixels: bytes, *size: int) -> "PicturePart":
-        """A part with the bytes of its pixels and their layout, as height, width and channels."""
+    def from_pixels(cls, part: FilePart, pixels: bytes, *size: int) -> "PicturePart":
+        """Make a part that knows its pixels.
+
+        Args:
+            part: as encoded.
+            pixels: raw bytes.
+            *size: their layout, as height, width and channels.
+
+        Returns:
+            The part.
+        """
         made = cls(part)
         made.pixels = "x".join(map(str, size)).encode() + b"\0" + pixels
         return made
 
 
-def job_key(
-    model: Model,
-    parameters: Mapping[str, Any],
-    files: Sequence[tuple[str, FilePart]] = (),
-    *,
-    service: str = "",
-    take: int = 1,
-) -> str:
-    """The digest of a job: service, model, parameters and what is in the files.
+def job_key(job: Job, *, service: str = "") -> str:
+    """Digest of a job: service, model, values, take and the content of the files.
 
     Args:
-        files: their names do not count. A `PicturePart` counts by its pixels.
-        service: base address; a test server's tasks are not the real one's.
-        take: another number is another run of the same inputs.
+        job: names of files inside the parts do not count; a `PicturePart` counts by its pixels.
+        service: base URL; a test server's tasks are not the real one's.
+
+    Returns:
+        64 hex digits.
     """
     digest = hashlib.sha256()
-    values = sorted((name, json.dumps(value, sort_keys=True)) for name, value in parameters.items())
-    digest.update(json.dumps([service, take, str(model.clean), values]).encode())
-    for name, part in files:
+    values = sorted((name, json.dumps(value, sort_keys=True)) for name, value in job.values.items())
+    digest.update(json.dumps([service, job.take, str(job.model.clean), values]).encode())
+    for name, part in job.files:
         content = part.pixels if isinstance(part, PicturePart) else part[1]
         digest.update(f"\0{name}\0{len(content)}\0".encode())
         digest.update(content)
     return digest.hexdigest()
 
 
-def _job_keys(
-    client: Client,
-    model: Model,
-    asked: Mapping[str, Any],
-    files: Sequence[tuple[str, FilePart]],
-    take: int,
-) -> tuple[str, str, str]:
+def _job_keys(client: Client, job: Job) -> tuple[str, str, str]:
     """The digest of a job, the one of earlier versions, and that of its inputs in any take."""
-    packed = [(name, (part[0], part[1], part[2])) for name, part in files]
-    return (
-        job_key(model, asked, files, service=client.base_url, take=take),
-        job_key(model, asked, packed, service=client.base_url, take=take),
-        job_key(model, asked, files, service=client.base_url, take=0),
+    encoded = [(name, (part[0], part[1], part[2])) for name, part in job.files]
+    older = replace(job, files=encoded)
+    any_take = replace(job, take=0)
+    key, older_key, inputs = (
+        job_key(one, service=client.base_url) for one in (job, older, any_take)
     )
+    return key, older_key, inputs
+
+
+# --- start --------------------------------------------------------------------------------------
 
 
 def start(
     client: Client,
     journal: Journal,
-    model: Model,
-    parameters: Mapping[str, Any],
-    files: Sequence[tuple[str, FilePart]] = (),
+    job: Job,
+    quoted: Quote | None = None,
     *,
-    given: Mapping[str, Any] | None = None,
-    take: int = 1,
-    again: bool = False,
-    price: Price | None = None,
     limits: Callable[[], Limits] = Limits,
+    again: bool = False,
     wait_when_busy: bool = False,
-    on_entry: Callable[[Entry], None] = nothing,
-    on_wait: Callable[[float], None] = nothing,
-    on_busy: Callable[[WiroError, float], None] | None = None,
-    check: Callable[[], None] = nothing,
+    listener: RunListener = SILENT,
 ) -> Entry:
     """Start a job, or find it if it was started before, in whatever process.
 
     Args:
-        model, parameters, files: as for `Client.run`.
-        given: what the caller was asked for, before defaults were filled in. The job is known by
-            it: defaults of the service may change, and the job is still the same.
-        take: another number is another run of the same inputs.
+        client: of the account.
+        journal: where the job is written down before it is sent.
+        job: what to run.
+        quoted: parameters to send and price; without it the job's own values, at an unknown price.
+        limits: returns those of spending; called again as the Run leaves.
         again: pay for another run although the job is under way or done.
-        price: of the run, if known. limits: tells those of spending; asked again as the Run leaves.
-        wait_when_busy: wait for a place if too many tasks of the account run.
-        on_entry: called with the row before anything is sent.
-        on_wait: called each second of that wait with the seconds to the next try.
-        on_busy: waits in place of that countdown: gets the refusal and the seconds it would take;
-            may raise to leave the row in "intent", from where the job can be started later.
-        check: called before the Run leaves; may raise to keep it.
+        wait_when_busy: wait for a slot if too many tasks of the account run.
+        listener: its `check` may raise to keep the Run from leaving; its `on_busy` to leave the row
+            in "intent", from where the job can be started later.
+
     Returns:
         A row in "started" or "ended".
+
     Raises:
-        RunOutcomeUnknownError: it was sent once, and neither an answer nor the list of tasks tells
+        RunOutcomeUnknownError: it was sent once, and neither an answer nor the list of tasks says
             what became of it; with `again` it is sent anew.
-        LimitError: it may not be paid for. ConfigError: the journal cannot be used.
-        Others: as for `Client.run`.
+        LimitError: it may not be paid for.
+        ConfigError: the journal cannot be used.
+        ApiError: as for `Client.run`.
+        TransportError: as for `Client.run`.
     """
-    asked = parameters if given is None else given
-    key, older_key, inputs = _job_keys(client, model, asked, files, take)
-    busy_s = FIRST_BUSY_S
-    lost = 0
-    own_only = False
+    quoted = quoted or Quote(job.values)
+    key, older_key, inputs = _job_keys(client, job)
+    busy_s, num_lost, own_only = FIRST_BUSY_S, 0, False
     while True:
         entry = journal.begin(
-            key, str(model), again=again, older_jobs=(older_key,), account=client.account,
-            own_only=own_only, inputs=inputs,
-        )  # fmt: skip
+            key,
+            str(job.model),
+            again=again,
+            older_jobs=(older_key,),
+            account=client.account,
+            own_only=own_only,
+            inputs=inputs,
+        )
         if not _is_within_reach(client, entry):
             own_only = True
             continue
-        on_entry(entry)
+        listener.on_entry(entry)
         if entry.state in ("started", "ended"):
             return entry
-
-        def before_last_byte(baseline: str, entry: Entry = entry) -> None:
-            check()
-            journal.sending(entry, str(model), price, limits(), baseline)
-
-        def on_answer(handle: RunHandle, entry: Entry = entry) -> None:
-            journal.started(entry.id, handle.taskid)
-
-        def on_refusal(entry: Entry = entry) -> None:
-            journal.waiting(entry)  # the caller may have left, and then nobody else notes it
-
         try:
-            if entry.state == "sending":
-                handle = recover(client, journal, entry, model, parameters, files)
-                break
-            check_limits(limits(), price, journal.spent(but=entry.id), str(model))  # before uploads
-            handle = client.run(
-                model, parameters, files, known=partial(_other_tasks, journal, entry),
-                claim=partial(_claim, journal, entry), before_sending=before_last_byte,
-                on_answer=on_answer, on_refusal=on_refusal,
-            )  # fmt: skip
-            break
+            handle = _send_or_recover(client, journal, entry, job, quoted, limits, listener)
         except LostEntryError:
-            again = False  # the other one's row is now the newest
-            lost += 1
-            client.sleep(random.uniform(0.5, 1.0) * 2.0 ** min(lost, 5))
+            num_lost += 1
+            client.sleep(random.uniform(0.5, 1.0) * 2.0 ** min(num_lost, 5))
         except (ApiError, TransportError, LimitError) as error:
-            is_busy = isinstance(error, ConcurrencyError) or (
-                isinstance(error, TransportError) and error.status == 429
-            )
-            if is_busy and wait_when_busy:
-                if journal.waiting(entry):
+            if wait_when_busy and _is_busy(error):
+                if journal.mark_waiting(entry):
                     asked_s = getattr(error, "retry_after_s", None)
-                    if on_busy is None:
-                        _count_down(client, asked_s or busy_s, on_wait)
-                    else:
-                        on_busy(error, asked_s or busy_s)
+                    listener.on_busy(error, asked_s or busy_s, client.sleep)
                     busy_s = min(2 * busy_s, LAST_BUSY_S)
-                again = False  # the row is there
-                continue
-            if journal.refused(entry, str(error)):
+            elif journal.mark_refused(entry, str(error)):
                 raise
-            again = False  # another process has taken the job over: see what it made of it
+        else:
+            return _with_task(client, journal, entry, handle)
+        # look at the row again: it waits, or another process has taken the job over
+        again = False
+
+
+def _send_or_recover(
+    client: Client,
+    journal: Journal,
+    entry: Entry,
+    job: Job,
+    quoted: Quote,
+    limits: Callable[[], Limits],
+    listener: RunListener,
+) -> RunHandle:
+    if entry.state == "sending":
+        return recover(client, journal, entry, job, quoted.parameters)
+    model = str(job.model)
+
+    def before_sending(baseline: str) -> None:
+        listener.check()
+        journal.mark_sending(entry, model, quoted.price, limits(), baseline)
+
+    def on_refusal() -> None:
+        journal.mark_waiting(entry)  # the caller may have left, and then nobody else notes it
+
+    check_limits(limits(), quoted.price, journal.spent(but=entry.id), model)  # before uploads
+    return client.run(
+        job.model,
+        quoted.parameters,
+        job.files,
+        known=partial(_other_tasks, journal, entry),
+        claim=partial(_claim, journal, entry),
+        before_sending=before_sending,
+        on_answer=lambda handle: journal.mark_started(entry.id, handle.taskid),
+        on_refusal=on_refusal,
+    )
+
+
+def _with_task(client: Client, journal: Journal, entry: Entry, handle: RunHandle) -> Entry:
     taskid = handle.taskid
-    if not taskid:  # the answer told the token alone
+    if not taskid:  # the answer named the token alone
         taskid = client.detail(handle).taskid
-        journal.started(entry.id, taskid)
-    # a journal that cannot be written any more is told by itself; the task goes on
+        journal.mark_started(entry.id, taskid)
+    # a journal that cannot be written any more has logged it; the task goes on
     return replace(journal.get(entry.id) or entry, state="started", taskid=taskid)
 
 
-def find(
-    client: Client,
-    journal: Journal,
-    model: Model,
-    asked: Mapping[str, Any],
-    files: Sequence[tuple[str, FilePart]] = (),
-    *,
-    take: int = 1,
-) -> Entry | None:
-    """The row of a job that is sent, under way or done, without asking the service.
+def _is_busy(error: WiroError) -> bool:
+    """Whether the account or the service has no slot for another task now."""
+    if isinstance(error, TransportError):
+        return error.status == 429
+    return isinstance(error, ConcurrencyError)
 
-    Args:
-        asked: what `start` takes as `given`.
-    """
-    *keys, _ = _job_keys(client, model, asked, files, take)
+
+def find(client: Client, journal: Journal, job: Job) -> Entry | None:
+    """The row of a job that is sent, under way or done, without asking the service."""
+    *keys, _ = _job_keys(client, job)
     return journal.find(keys, client.account)
 
 
 def recover(
-    client: Client,
-    journal: Journal,
-    entry: Entry,
-    model: Model,
-    parameters: Mapping[str, Any],
-    files: Sequence[tuple[str, FilePart]],
+    client: Client, journal: Journal, entry: Entry, job: Job, parameters: Mapping[str, Any]
 ) -> RunHandle:
-    """The task of a row in "sending", whose Run was not answered; the row then has it.
+    """Find the task of a row in "sending", whose Run was not answered; the row then has it.
+
+    Args:
+        client: of the account.
+        journal: of the row.
+        entry: the row.
+        job: that was sent.
+        parameters: that were sent.
+
+    Returns:
+        The task's identifiers.
 
     Raises:
         RunOutcomeUnknownError: as for `start`.
         LostEntryError: the row has changed meanwhile: its owner has heard from the service.
     """
     return client.find_run(
-        model, parameters, files, baseline=entry.baseline,
-        known=partial(_other_tasks, journal, entry), claim=partial(_claim, journal, entry),
-    )  # fmt: skip
+        SentRun(job.model, parameters, job.files, entry.baseline),
+        known=partial(_other_tasks, journal, entry),
+        claim=partial(_claim, journal, entry),
+    )
 
 
 def _is_within_reach(client: Client, entry: Entry) -> bool:
     """Whether a row is of this key, or of an earlier one of the same account, or has its files."""
-    if entry.account in ("", client.account) or entry.state not in ("started", "ended"):
-        return True
-    if entry.files and all(path.is_file() for path in entry.files):
+    is_open = entry.state not in ("started", "ended")
+    if is_open or entry.account in ("", client.account) or entry.has_files:
         return True
     try:
         client.detail(to_handle(entry))
@@ -345,12 +391,7 @@ def _other_tasks(journal: Journal, entry: Entry) -> frozenset[str]:
     return journal.known_taskids(but=entry.id)
 
 
-def _count_down(client: Client, seconds: float, on_wait: Callable[[float], None]) -> None:
-    left = seconds
-    while left > 0:
-        on_wait(left)
-        client.sleep(min(1.0, left))
-        left -= 1.0
+# --- finish -------------------------------------------------------------------------------------
 
 
 def to_handle(entry: Entry) -> RunHandle:
@@ -366,188 +407,236 @@ def finish(
     journal: Journal | None = None,
     entry_id: int | None = None,
     timeout_s: float = WATCH_S,
-    socket_url: str = "",
-    local_host: str = "",
-    on_task: Callable[[Task], None] = nothing,
-    on_progress: Callable[[Progress], None] = nothing,
-    on_log: Callable[[str], None] = nothing,
-    on_bytes: Callable[[int, int | None], None] = nothing,
-    check: Callable[[], None] = nothing,
-    verify: Callable[[Path, Output], None] = nothing,
+    listener: RunListener = SILENT,
     asked: Mapping[str, Any] | None = None,
 ) -> tuple[Task, list[Path]]:
     """Follow a task to its end, download what it made, and write a receipt beside it.
 
-    Who comes while another thread brings home the same row waits, and finds the files there.
+    Who comes while another thread downloads the files of the same row waits, and finds them there.
 
     Args:
+        client: of the account; with a `socket_url` progress is live, else it comes by polling.
+        handle: of the task.
         folder: for the files.
-        journal, entry_id: the row to keep; None for a task that has none.
-        timeout_s: longest wait for its end.
-        socket_url: of the progress socket; "" to poll only.
-        local_host: "host:port" of a test server, as for `download`.
-        on_task: called with each new record. on_bytes: as for `download`.
-        on_progress, on_log: called in the socket's thread.
-        check: as for `download`.
-        verify: looks at each file when it has its name and stands in the journal. A DownloadError
-            it raises is told, and the file stays: it is paid for.
+        journal: where the row is kept; None for a task that has none.
+        entry_id: id of the row.
+        timeout_s: longest wait for the task's end.
+        listener: sees records, progress, log lines and bytes; its `check` may raise to stop.
         asked: model, parameters and take for the receipt; without it, what the record says.
+
     Returns:
         The final record and the paths, those of an earlier call among them.
+
     Raises:
-        TaskFailedError, TaskCancelledError: it ended without success.
-        TaskTimeoutError, TaskStalledError: it has not ended.
-        DownloadError: it has, and is paid, but files are missing; the others are in its `paths`.
+        TaskFailedError: it ended without success.
+        TaskCancelledError: it was cancelled or killed.
+        TaskTimeoutError: it has not ended.
+        TaskStalledError: it stands still on an error of its own.
+        DownloadError: it has ended, and is paid, but files are missing; the others are in its
+            `paths`.
     """
-    end = client.clock() + timeout_s
-    task = next(client.watch(handle, timeout_s=timeout_s))
-    handle = RunHandle(task.taskid or handle.taskid, task.token or handle.token, handle.started_at)
-    last = ""
-    if verdict(task) is not Verdict.RUNNING:
-        on_task(task)
-    with contextlib.ExitStack() as stack:
-        socket = None
-        if socket_url and task.token and verdict(task) is Verdict.RUNNING:
-            try:
-                feed = ProgressSocket(
-                    task.token, url=socket_url, on_progress=on_progress, on_log=on_log,
-                    taskid=task.taskid,
-                )  # fmt: skip
-                socket = stack.enter_context(feed)
-            except (DependencyError, ConfigError) as error:  # the task is paid for: go on
-                logger.warning("%s Until then progress comes by polling alone.", error)
-        left = max(MIN_WAIT_S, end - client.clock())
-        records = client.watch(handle, timeout_s=left, socket=socket)
-        rest = records if verdict(task) is Verdict.RUNNING else ()
-        for task in rest:
-            on_task(task)
-            if task.status != last and journal is not None and entry_id is not None:
-                journal.seen(entry_id, task.status)
-            last = task.status
-    with _alone(journal, entry_id, check):
+    row = _Row(journal, entry_id) if journal is not None and entry_id is not None else None
+    task = _follow(client, handle, row, timeout_s, listener)
+    with _one_at_a_time(row, listener.check):
         paths: Sequence[Path] = ()
         try:
-            paths = _bring_home(
-                client, task, folder, None if entry_id is None else journal, entry_id, timeout_s,
-                local_host, check, on_bytes, verify,
-            )  # fmt: skip
+            paths = _Delivery(client, task, folder, row, timeout_s, listener).fetch()
         except DownloadError as error:
             paths = error.paths
             raise
         finally:
             if paths:
-                write_receipt(task, paths, asked, secrets=client.secrets, check=check)
+                write_receipt(task, paths, asked, secrets=client.secrets, check=listener.check)
     return task, list(paths)
 
 
+@dataclass(frozen=True)
+class _Row:
+    """A row that is kept while its task is followed."""
+
+    journal: Journal
+    id: int
+
+
+def _follow(
+    client: Client, handle: RunHandle, row: _Row | None, timeout_s: float, listener: RunListener
+) -> Task:
+    """The final record of a task."""
+    end = client.clock() + timeout_s
+    task = next(client.watch(handle, timeout_s=timeout_s))
+    if verdict(task) is not Verdict.RUNNING:
+        listener.on_task(task)
+        return task
+    handle = RunHandle(task.taskid or handle.taskid, task.token or handle.token, handle.started_at)
+    status = ""
+    with contextlib.ExitStack() as stack:
+        socket = None
+        if client.socket_url and task.token:
+            try:
+                socket = stack.enter_context(
+                    ProgressSocket(
+                        task.token,
+                        url=client.socket_url,
+                        on_progress=listener.on_progress,
+                        on_log=listener.on_log,
+                        taskid=task.taskid,
+                    )
+                )
+            except (DependencyError, ConfigError) as error:  # the task is paid for: go on
+                logger.warning("%s Until then progress comes by polling alone.", error)
+        left = max(MIN_WAIT_S, end - client.clock())
+        for task in client.watch(handle, timeout_s=left, socket=socket):
+            listener.on_task(task)
+            if task.status != status and row is not None:
+                row.journal.mark_seen(row.id, task.status)
+            status = task.status
+    return task
+
+
 @contextlib.contextmanager
-def _alone(
-    journal: Journal | None, entry_id: int | None, check: Callable[[], None]
-) -> Iterator[None]:
-    """One at a time for a row: two that look for free names would both fetch what is paid once."""
-    if journal is None or entry_id is None:
+def _one_at_a_time(row: _Row | None, check: Callable[[], None]) -> Iterator[None]:
+    """Hold a row: two that look for free names would both fetch what is paid once."""
+    if row is None:
         yield
         return
-    key = journal.path, entry_id
-    with _comes_and_goes:
-        while key in _coming:
+    key = row.journal.path, row.id
+    with _download_ends:
+        while key in _downloading:
             check()
-            _comes_and_goes.wait(TICK_S)
-        _coming.add(key)
+            _download_ends.wait(TICK_S)
+        _downloading.add(key)
     try:
         yield
     finally:
-        with _comes_and_goes:
-            _coming.discard(key)
-            _comes_and_goes.notify_all()
+        with _download_ends:
+            _downloading.discard(key)
+            _download_ends.notify_all()
 
 
-def _bring_home(
-    client: Client,
-    task: Task,
-    folder: Path,
-    journal: Journal | None,
-    entry_id: int | None,
-    timeout_s: float,
-    local_host: str,
-    check: Callable[[], None],
-    on_bytes: Callable[[int, int | None], None],
-    verify: Callable[[Path, Output], None],
-) -> list[Path]:
-    """Download what is not here yet; each file is in the journal as soon as it has come."""
-    outputs = [output for output in task.outputs if output.url]
-    row = journal.get(entry_id) if journal is not None and entry_id is not None else None
-    old = () if row is None else row.files
-    taken = set() if row is None or journal is None else _taken(journal, row)
-    paths: list[Path | None] = [None] * len(outputs)
-    damaged: list[Path | None] = [None] * len(outputs)
-    if len(old) == len(outputs):  # in the same order: the missing ones hold a place
-        for number, (path, output) in enumerate(zip(old, outputs, strict=True)):
-            is_its = path.parent == folder.absolute() and path not in taken
-            if is_its and is_name_of(path.name, output):
-                paths[number] = folder / path.name if is_whole(path) else None
-                damaged[number] = folder / path.name if path.is_file() else None
+@dataclass
+class _Delivery:
+    """The files of an ended task on their way to a folder."""
 
-    def note() -> None:
-        if journal is None or entry_id is None:
+    client: Client
+    task: Task
+    folder: Path
+    row: _Row | None
+    timeout_s: float
+    listener: RunListener
+
+    def __post_init__(self) -> None:
+        self.outputs = [output for output in self.task.outputs if output.url]
+        #: of each output: its file, None if that is not here
+        self.paths: list[Path | None] = [None] * len(self.outputs)
+        #: of each output: a file that is here in part, which the whole one replaces
+        self.damaged: list[Path | None] = [None] * len(self.outputs)
+
+    def fetch(self) -> list[Path]:
+        """Download what is not here yet; each file is in the journal as soon as it has come."""
+        earlier = self._find_earlier()
+        self._note(earlier)
+        raise_for_failure(self.task)
+        errors = self._fetch_missing()
+        came = [path for path in self.paths if path is not None]
+        if errors:
+            raise self._error(errors, came)
+        return came
+
+    def _find_earlier(self) -> Sequence[Path]:
+        """Recognize the files of an earlier call; returns what the row lists."""
+        row = None if self.row is None else self.row.journal.get(self.row.id)
+        if self.row is None or row is None:
+            return ()
+        taken = _taken(self.row.journal, row)
+        if len(row.files) == len(self.outputs):  # in the same order: missing ones hold a place
+            for number, (path, output) in enumerate(zip(row.files, self.outputs, strict=True)):
+                is_ours = path.parent == self.folder.absolute() and path not in taken
+                if is_ours and is_name_of(path.name, output):
+                    here = self.folder / path.name
+                    self.paths[number] = here if is_whole(path) else None
+                    self.damaged[number] = here if path.is_file() else None
+        return row.files
+
+    def _note(self, earlier: Sequence[Path] = ()) -> None:
+        """Write the end of the task and the files that are here to the row."""
+        if self.row is None:
             return
         known: Sequence[Path] = ()
-        if any(paths):
-            places = zip(paths, outputs, strict=True)
-            known = [path or folder / f".{safe_name(output)}{MISSING}" for path, output in places]
-        journal.ended(entry_id, task, known if outputs else old)
+        if any(self.paths):
+            known = [
+                path or self.folder / f".{safe_name(output)}{MISSING}"
+                for path, output in zip(self.paths, self.outputs, strict=True)
+            ]
+        self.row.journal.mark_ended(self.row.id, self.task, known if self.outputs else earlier)
 
-    note()
-    raise_for_failure(task)
-    began = client.clock()
-    errors: dict[int, DownloadError] = {}
-    lost_s = 0.0
-    for number, output in enumerate(outputs):
-        if paths[number] is not None:
-            continue
-        start_s = client.clock()
-        waits = zip(NOT_YET_S, itertools.accumulate(NOT_YET_S), strict=True)
-        try:
-            path = download(
-                output, folder, taskid=task.taskid, base_url=client.base_url,
-                local_host=local_host, check=check, on_bytes=on_bytes, sleep=client.sleep,
-                clock=client.clock, behind_s=max(min(BEHIND_S, timeout_s) - lost_s, LEAST_BEHIND_S),
-                # all files together have a minute to appear
-                not_yet_s=[wait for wait, end in waits if end > start_s - began],
-                instead_of=damaged[number],
-            )  # fmt: skip
-        except DownloadError as error:
-            errors[number] = error
-            lost_s += client.clock() - start_s
-            continue
-        paths[number] = path
-        note()
-        try:
-            verify(path, output)
-        except DownloadError as error:
-            logger.warning(
-                "%s of task %s is kept as it came, but: %s.", path.name, task.taskid, error
-            )
-    came = [path for path in paths if path is not None]
-    if not errors:
-        return came
-    if len(outputs) == 1:
-        raise next(iter(errors.values()))
-    names = [safe_name(outputs[number]) for number in errors]
-    reasons = "; ".join(
-        f"{name} ({error.reason})" for name, error in zip(names, errors.values(), strict=True)
-    )
-    there = f"here are {', '.join(path.name for path in came)}" if came else "none is here"
-    raise DownloadError(
-        f"{len(errors)} of {len(outputs)} files of task {task.taskid} cannot be fetched: "
-        f"{reasons}; {there}. The task is done and paid for; collect it again by its id: only "
-        "what is missing is fetched.",
-        taskid=task.taskid,
-        reason=reasons,
-        task=task,
-        paths=came,
-        missing=names,
-    )
+    def _fetch_missing(self) -> dict[int, DownloadError]:
+        """Number of each output that cannot be fetched -> why."""
+        clock = self.client.clock
+        began = clock()
+        errors: dict[int, DownloadError] = {}
+        lost_s = 0.0
+        for number, output in enumerate(self.outputs):
+            if self.paths[number] is not None:
+                continue
+            start_s = clock()
+            waits = zip(NOT_YET_S, itertools.accumulate(NOT_YET_S), strict=True)
+            try:
+                path = download(
+                    output,
+                    self.folder,
+                    taskid=self.task.taskid,
+                    base_url=self.client.base_url,
+                    local_host=self.client.local_host,
+                    check=self.listener.check,
+                    on_bytes=self.listener.on_bytes,
+                    sleep=self.client.sleep,
+                    clock=clock,
+                    behind_s=max(min(BEHIND_S, self.timeout_s) - lost_s, LEAST_BEHIND_S),
+                    # all files together have a minute to appear
+                    not_yet_s=[wait for wait, end in waits if end > start_s - began],
+                    instead_of=self.damaged[number],
+                )
+            except DownloadError as error:
+                errors[number] = error
+                lost_s += clock() - start_s
+                continue
+            self.paths[number] = path
+            self._note()
+            try:
+                self.listener.verify(path, output)
+            except DownloadError as error:
+                logger.warning(
+                    "%s of task %s is kept as it came, but: %s.",
+                    path.name,
+                    self.task.taskid,
+                    error,
+                )
+        return errors
+
+    def _error(self, errors: Mapping[int, DownloadError], came: Sequence[Path]) -> DownloadError:
+        if len(self.outputs) == 1:
+            return next(iter(errors.values()))
+        names = [safe_name(self.outputs[number]) for number in errors]
+        reasons = "; ".join(
+            f"{name} ({error.reason})" for name, error in zip(names, errors.values(), strict=True)
+        )
+        there = f"here are {', '.join(path.name for path in came)}" if came else "none is here"
+        return DownloadError(
+            f"{len(errors)} of {len(self.outputs)} files of task {self.task.taskid} cannot be "
+            f"fetched: {reasons}; {there}. The task is done and paid for; collect it again by its "
+            "id: only what is missing is fetched.",
+            taskid=self.task.taskid,
+            reason=reasons,
+            task=self.task,
+            paths=came,
+            missing=names,
+        )
+
+
+def is_complete(journal: Journal, entry: Entry) -> bool:
+    """Whether a job was done before: its row has ended, and all its files are here."""
+    is_over = entry.state == "ended" and bool(entry.files)
+    return is_over and files_here(journal, entry) == entry.files
 
 
 def files_here(journal: Journal, entry: Entry) -> tuple[Path, ...]:

@@ -35,7 +35,8 @@ from typing import Any
 from .candidates import clean_slug
 from .errors import ConfigError
 from .spending import Limits, Price, Spent, check_limits, reserved
-from .task import Task, Verdict, decimal_of, dollars, may_lag, verdict
+from .task import Task, Verdict, may_lag, verdict
+from .wire import decimal_of, dollars
 
 logger = logging.getLogger("wiro_api.journal")
 
@@ -98,6 +99,11 @@ class Entry:
     account: str
     inputs: str
     baseline: str
+
+    @property
+    def has_files(self) -> bool:
+        """Whether it lists files, and all of them are there."""
+        return bool(self.files) and all(path.is_file() for path in self.files)
 
 
 class LostEntryError(Exception):
@@ -255,10 +261,9 @@ class Journal:
         if entry is None or entry.state == "intent" or _may_start_again(entry):
             return None
         is_own = not account or entry.account in ("", account)
-        has_files = bool(entry.files) and all(path.is_file() for path in entry.files)
-        return entry if is_own or has_files else None
+        return entry if is_own or entry.has_files else None
 
-    def sending(
+    def mark_sending(
         self,
         entry: Entry,
         model: str = "",
@@ -354,7 +359,7 @@ class Journal:
             logger.warning("The journal %s could not be written: %s.", self.path, error)
             return None
 
-    def started(self, entry_id: int, taskid: str) -> None:
+    def mark_started(self, entry_id: int, taskid: str) -> None:
         """Note the task that the service named in its answer to the Run."""
         try:
             with self._open() as connection:
@@ -406,7 +411,7 @@ class Journal:
             return False
         return not is_proved or not other.inputs or other.inputs == entry.inputs
 
-    def waiting(self, entry: Entry) -> bool:
+    def mark_waiting(self, entry: Entry) -> bool:
         """Note that the service had no place for it and made no task; it will be sent again.
 
         Returns:
@@ -414,15 +419,15 @@ class Journal:
         """
         return self._note(entry.id, owner=entry.owner, state="intent")
 
-    def refused(self, entry: Entry, reason: str) -> bool:
+    def mark_refused(self, entry: Entry, reason: str) -> bool:
         """Note that no task was made; False if another process has taken the job over."""
         return self._note(entry.id, owner=entry.owner, state="refused", error=reason)
 
-    def seen(self, entry_id: int, status: str) -> None:
+    def mark_seen(self, entry_id: int, status: str) -> None:
         """Note the state of a running task."""
         self._note(entry_id, status=status)
 
-    def ended(self, entry_id: int, task: Task, files: Sequence[Path] = ()) -> None:
+    def mark_ended(self, entry_id: int, task: Task, files: Sequence[Path] = ()) -> None:
         """Note the end of a task, its cost and its files."""
         self._note(
             entry_id, state="ended", taskid=task.taskid, status=task.status,
@@ -433,7 +438,7 @@ class Journal:
             files=json.dumps([str(path.absolute()) for path in files]),
         )  # fmt: skip
 
-    def remote_deleted(self, entry_id: int) -> None:
+    def mark_remote_deleted(self, entry_id: int) -> None:
         """Note that the service holds no files of it any more."""
         self._note(entry_id, remote_deleted=1)
 

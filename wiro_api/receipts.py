@@ -7,17 +7,17 @@ account or its files. The paid files themselves are never touched.
 import hashlib
 import json
 import logging
-import os
 import re
-import uuid
 from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
 from .files import safe_name
-from .task import Task, dollars, redact, verdict
-from .transport import nothing
+from .parts import write_whole
+from .task import Task, verdict
+from .transport import noop
+from .wire import dollars, redact
 
 logger = logging.getLogger("wiro_api.receipts")
 
@@ -48,7 +48,7 @@ def write_receipt(
     asked: Mapping[str, Any] | None = None,
     *,
     secrets: Sequence[str] = (),
-    check: Callable[[], None] = nothing,
+    check: Callable[[], None] = noop,
 ) -> Path | None:
     """Write the receipt of a task beside its first file, or write its earlier one anew.
 
@@ -68,12 +68,7 @@ def write_receipt(
         content = json.dumps(_describe(task, paths, asked, known, check), indent=2,
                              ensure_ascii=False, allow_nan=False)  # fmt: skip
         target = _place(task, paths)
-        part = target.with_name(f".{uuid.uuid4().hex}.receipt.part")
-        try:
-            part.write_text(content + "\n", encoding="utf-8")
-            os.replace(part, target)
-        finally:
-            part.unlink(missing_ok=True)
+        write_whole(target, content + "\n")
     except (OSError, ValueError) as error:
         logger.warning("The receipt of task %s cannot be written: %s.", task.taskid, error)
         return None

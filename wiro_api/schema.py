@@ -10,8 +10,8 @@ from typing import Any
 
 from .client import Model
 from .errors import ConfigError
-from .task import WORD, bool_of, decimal_of, one_line, text_of
 from .transport import FilePart
+from .wire import MAX_WORD, bool_of, decimal_of, one_line, text_of
 
 SKYREELS = Model("wiro", "SkyReels-V1")
 #: sizes of SkyReels-V1, (width, height)
@@ -54,7 +54,7 @@ def items_of(record: Mapping[str, Any], model: Model | None = None) -> list[Mapp
         for group in _as_list(groups)
         if isinstance(group, Mapping)
         for item in _as_list(group.get("items"))
-        if isinstance(item, Mapping) and 0 < len(text_of(item.get("id"))) <= WORD
+        if isinstance(item, Mapping) and 0 < len(text_of(item.get("id"))) <= MAX_WORD
     ][:MAX_ITEMS]
     if not items and model is not None and model.clean == SKYREELS.clean:
         return list(SKYREELS_ITEMS)

@@ -24,6 +24,7 @@ from pathlib import Path
 import requests
 
 from .errors import ConfigError
+from .parts import write_whole
 
 KEY_VARIABLE = "WIRO_API_KEY"
 SECRET_VARIABLE = "WIRO_API_SECRET"
@@ -88,14 +89,8 @@ def _trimmed(value: str) -> str:
 
 def save_credentials(file: Path, credentials: Credentials) -> None:
     """Write both to a file that only its owner can read; it replaces the old one as a whole."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    part = file.with_name(file.name + ".part")
     text = f"{KEY_VARIABLE}={credentials.api_key}\n{SECRET_VARIABLE}={credentials.api_secret}\n"
-    part.unlink(missing_ok=True)
-    descriptor = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-    with os.fdopen(descriptor, "w", encoding="utf-8") as stream:
-        stream.write(text)
-    os.replace(part, file)
+    write_whole(file, text, 0o600)
 
 
 def sign(api_key: str, api_secret: str, nonce: str) -> str:

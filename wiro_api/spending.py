@@ -7,7 +7,6 @@ price here. Source of the methods: pricing.md of wiroai/Wiro-Docs, 2026-04-17.
 """
 
 import json
-import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -16,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from .errors import ConfigError, LimitError
-from .task import decimal_of, dollars, money, same_value, text_of
+from .parts import write_whole
+from .wire import decimal_of, dollars, money, same_value, text_of
 
 #: frames per second of the videos of models that are asked for a number of frames
 FPS = 24
@@ -262,10 +262,7 @@ def load_limits(file: Path) -> Limits:
 
 def save_limits(file: Path, limits: Limits) -> None:
     """Write limits; the old file is replaced as a whole."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    part = file.with_name(file.name + ".part")
-    part.write_text(json.dumps(to_json(limits)), encoding="utf-8")
-    os.replace(part, file)
+    write_whole(file, json.dumps(to_json(limits)))
 
 
 def to_json(limits: Limits) -> dict[str, str | None]:

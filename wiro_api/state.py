@@ -18,6 +18,7 @@ from pathlib import Path
 
 from .errors import ConfigError
 from .journal import BUSY_S, Journal
+from .parts import drop_part, new_part
 from .spending import LIMIT_NAMES, Limits, load_limits, save_limits
 
 logger = logging.getLogger("wiro_api.state")
@@ -205,9 +206,12 @@ def _point(user: Path, own: Path) -> Path:
             lock.execute("BEGIN EXCLUSIVE")
             folder = _pointed(user)
             if folder is None:
-                part = pointer.with_name(f"{POINTER_NAME}.part")
-                part.write_bytes(os.fsencode(own))
-                os.replace(part, pointer)
+                part = new_part(user)
+                try:
+                    part.write_bytes(os.fsencode(own))
+                    os.replace(part, pointer)
+                finally:
+                    drop_part(part)
             return folder or own
     except sqlite3.Error as error:
         raise ConfigError(f"A journal in {own} or {user} cannot be made ({error}).") from None

@@ -49,7 +49,7 @@ from .errors import (
     WiroError,
 )
 from .signing import WiroAuth
-from .task import bool_of, clean_text, int_of, one_line, read_json, redact, text_of
+from .wire import bool_of, clean_text, int_of, one_line, read_json, redact, text_of
 
 BASE_URL = "https://api.wiro.ai/v1"
 BASE_URL_VARIABLE = "WIRO_API_BASE_URL"
@@ -84,7 +84,7 @@ Found = TypeVar("Found")
 FilePart = tuple[str, bytes, str]
 
 
-def nothing(*_: object) -> None:
+def noop(*_: object) -> None:
     """Do nothing."""
 
 
@@ -115,12 +115,6 @@ def check_base_url(url: str, *, schemes: tuple[str, str] = ("https", "http")) ->
 def base_url() -> str:
     """Of the service, or of the one that the environment names."""
     return os.environ.get(BASE_URL_VARIABLE) or BASE_URL
-
-
-def local_host() -> str:
-    """host:port of a test server on this machine, "" for the real service."""
-    address = urlsplit(base_url())
-    return address.netloc if address.scheme == "http" else ""
 
 
 def _without_user(url: str) -> str:

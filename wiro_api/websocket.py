@@ -24,7 +24,7 @@ import requests
 import requests.utils
 
 from .errors import ConfigError, DependencyError, WiroError
-from .task import RANKS, TERMINAL, Progress, id_of, parse_progress, read_json
+from .task import STATUSES, Progress, parse_progress
 from .transport import (
     BASE_URL_VARIABLE,
     check_base_url,
@@ -36,6 +36,7 @@ from .transport import (
     proxy_variable,
     shut,
 )
+from .wire import id_of, read_json
 
 logger = logging.getLogger("wiro_api.websocket")
 
@@ -360,9 +361,9 @@ class ProgressSocket:
                 self._on_progress(progress)
             elif isinstance(message, str) and message.strip():
                 self._on_log(message.strip()[-MAX_LOG:])
-        if kind in RANKS and kind not in _REPEATED:
+        if kind in STATUSES and kind not in _REPEATED:
             self._news.set()
-        return kind in TERMINAL
+        return kind in STATUSES and STATUSES[kind].is_terminal
 
 
 def _reason(error: Exception, url: str) -> str:

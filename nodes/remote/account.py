@@ -116,12 +116,19 @@ def make_client(sleep: Callable[[float], None] = time.sleep) -> "Client":
     from ...wiro_api.errors import ConfigError
     from ...wiro_api.signing import load_credentials
     from ...wiro_api.transport import base_url
+    from ...wiro_api.websocket import socket_url
 
     try:
         credentials = load_credentials(file=credentials_file())
     except ConfigError as error:
         raise ConfigError(f"{error} In ComfyUI: Settings > SkyReels > Wiro.") from None
-    return Client(credentials, base_url=base_url(), sleep=sleep, interruptible=True)
+    return Client(
+        credentials,
+        base_url=base_url(),
+        socket_url=socket_url(),
+        sleep=sleep,
+        interruptible=True,
+    )
 
 
 def check_socket_url() -> None:

@@ -12,9 +12,9 @@ import time
 from collections import deque
 from typing import TYPE_CHECKING
 
+from ...wiro_api.listener import RunListener
 from .. import host
 from . import account, live_tasks, settings
-from .run import fraction_of
 
 if TYPE_CHECKING:
     from ...wiro_api.journal import Entry
@@ -30,8 +30,8 @@ MAX_ROWS = 1000
 MAX_AGE_S = 86_400.0
 
 
-class Follower:
-    """Publishes a task that no node follows; callbacks of jobs.finish."""
+class Follower(RunListener):
+    """Publishes a task that no node follows."""
 
     def __init__(self, row: int) -> None:
         self.row = row
@@ -40,6 +40,8 @@ class Follower:
         self._task: Task | None = None
 
     def on_task(self, task: "Task") -> None:
+        from ...wiro_api.task import fraction_of
+
         if task.status != self._status:
             self._status = task.status
             live_tasks.add_log(self.state, [f"{time.strftime('%H:%M:%S')} {task.status}"])
@@ -47,11 +49,13 @@ class Follower:
         self._show(fraction_of(task, None), task.phase)
 
     def on_progress(self, report: "Progress") -> None:
+        from ...wiro_api.task import fraction_of
+
         if self._task is not None:
             self._show(fraction_of(self._task, report), str(report))
 
-    def on_log(self, line: str) -> None:
-        live_tasks.add_log(self.state, line.splitlines())
+    def on_log(self, text: str) -> None:
+        live_tasks.add_log(self.state, text.splitlines())
 
     def on_bytes(self, done: int, total: int | None) -> None:
         suffix = f" of {total / 1e6:.1f}" if total else ""
@@ -139,8 +143,6 @@ def collect(entry: "Entry") -> None:
     """Wait for a task and download its files; an error is shown in its row."""
     from ...wiro_api.errors import WiroError
     from ...wiro_api.jobs import finish, to_handle
-    from ...wiro_api.transport import local_host
-    from ...wiro_api.websocket import socket_url
 
     if live_tasks.is_followed(entry.id):  # a node was faster
         return
@@ -155,12 +157,7 @@ def collect(entry: "Entry") -> None:
                 account.task_folder(entry.taskid),
                 journal=account.journal(),
                 entry_id=entry.id,
-                socket_url=socket_url(),
-                local_host=local_host(),
-                on_task=follower.on_task,
-                on_progress=follower.on_progress,
-                on_log=follower.on_log,
-                on_bytes=follower.on_bytes,
+                listener=follower,
             )
     except (WiroError, OSError) as problem:
         error = f"Not collected: {problem}"

@@ -12,9 +12,8 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from decimal import Decimal
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
@@ -24,28 +23,31 @@ from . import account
 from .inputs import png_part
 from .nodes import or_blocked, video_output
 from .run import (
+    ALL_BUSY,
     SLICE_S,
     Result,
+    RunView,
     StoppedError,
-    Window,
-    _decode,
-    _run,
-    _stop,
     fingerprint,
+    is_stop,
+    load_limits,
     model_record,
     remember,
     remember_failure,
+    run_job,
+    stop_job,
     wanted,
+    with_images,
 )
 from .widgets import SKYREELS_OPTIONAL, SKYREELS_REQUIRED, TAKE, TIMEOUT_MINUTES, skyreels_run
 
 if TYPE_CHECKING:
-    from ...wiro_api.client import Model
+    from ...wiro_api.client import Client
     from ...wiro_api.errors import WiroError
+    from ...wiro_api.jobs import Job, Quote
     from ...wiro_api.journal import Entry
     from ...wiro_api.spending import Limits, Price, Spent
     from ...wiro_api.task import Task
-    from ...wiro_api.transport import FilePart
 
 logger = logging.getLogger("skyreels.nodes.remote.batch")
 
@@ -56,12 +58,14 @@ NOTHING_SENT = "cancelled before anything was sent"
 
 @dataclass(frozen=True)
 class WiroRun:
-    """All that makes a job. label: for people, as "picture 3"."""
+    """A job of a batch.
 
-    model: "Model"
-    values: Mapping[str, Any]
-    files: "tuple[tuple[str, FilePart], ...]"
-    take: int
+    Attributes:
+        job: all that makes it.
+        label: for people, as "picture 3".
+    """
+
+    job: "Job"
     label: str
 
     @property
@@ -69,11 +73,11 @@ class WiroRun:
         """Equal for two runs that are the same job."""
         from ...wiro_api.jobs import job_key
 
-        return job_key(self.model, self.values, self.files, take=self.take)
+        return str(job_key(self.job))
 
 
-class NoPlaceError(Exception):
-    """The account has no place for another task now."""
+class NoSlotError(Exception):
+    """The account has no slot for another task now."""
 
 
 class WiroSubmit:
@@ -157,33 +161,39 @@ class WiroSubmit:
         max_runs: Any = MAX_RUNS,
         unique_id: Any = None,
     ) -> tuple[tuple[WiroRun, ...], str]:
-        over = threading.Event()
+        stop_event = threading.Event()
         widgets = {
-            "size": size, "fit": fit, "num_frames": num_frames, "steps": steps, "cfg": cfg,
-            "negative_prompt": negative_prompt, "add_fps_prefix": add_fps_prefix, "take": take,
-        }  # fmt: skip
+            "size": size,
+            "fit": fit,
+            "num_frames": num_frames,
+            "steps": steps,
+            "cfg": cfg,
+            "negative_prompt": negative_prompt,
+            "add_fps_prefix": add_fps_prefix,
+            "take": take,
+        }
 
         def work() -> tuple[tuple[WiroRun, ...], str]:
-            window = Window(_listed(unique_id)[0], over)
-            sent: list[_Sent] = []
+            view = RunView(_listed(unique_id)[0], stop_event)
+            sent: list[_SentView] = []
             line = "not started"
             try:
-                window.say("preparing the pictures")
+                view.say("preparing the pictures")
                 limit = int(_listed(max_runs)[0])
-                runs = expand(image, prompt, widgets, max_runs=limit, check=window.check)
-                report = _submit(window, runs, over, sent)
+                runs = expand(image, prompt, widgets, max_runs=limit, check=view.check)
+                report = _submit(view, runs, stop_event, sent)
                 line = report.replace("\n", " · ")
                 return runs, report
             except BaseException as error:
-                line = _stop_all(sent) if _is_stop(error) else str(error)
+                line = _stop_all(sent) if is_stop(error) else str(error)
                 raise
             finally:
-                for each in sent:
-                    is_started = each.window.handle is not None
-                    each.window.close("Wiro Collect follows it" if is_started else line)
-                window.close(line)
+                for run_view in sent:
+                    is_started = run_view.handle is not None
+                    run_view.close("Wiro Collect follows it" if is_started else line)
+                view.close(line)
 
-        return await host.run_in_thread(work, over)
+        return await host.run_in_thread(work, stop_event)
 
 
 class WiroCollect:
@@ -237,11 +247,14 @@ class WiroCollect:
         unique_id: str | None = None,
         graph: dict[str, Any] | None = None,
     ) -> tuple[Any, ...]:
-        over = threading.Event()
+        stop_event = threading.Event()
         wants = wanted(graph, unique_id, self.RETURN_NAMES)
-        results, report, has_failed = await host.run_in_thread(
-            lambda: _collect(Window(unique_id, over), runs, timeout_minutes, wants, over), over
-        )
+
+        def work() -> tuple[list[Result], str, bool]:
+            view = RunView(unique_id, stop_event)
+            return _collect(view, runs, timeout_minutes, wants, stop_event)
+
+        results, report, has_failed = await host.run_in_thread(work, stop_event)
         for result in results:
             remember(graph, unique_id, result)
         if has_failed:
@@ -276,6 +289,7 @@ def expand(
         ConfigError: the numbers do not go together, or there are too many.
     """
     from ...wiro_api.errors import ConfigError
+    from ...wiro_api.jobs import Job
     from ...wiro_api.schema import SKYREELS
 
     pictures = [batch[i : i + 1] for batch in _listed(image) for i in range(len(batch))]
@@ -314,7 +328,7 @@ def expand(
         parameters, size = skyreels_run(picture, prompt=text, **own)
         part = png_part(picture, size, fit)
         label = f"{word} {number + 1}"
-        runs.append(WiroRun(SKYREELS, parameters, (("inputImage", part),), take, label))
+        runs.append(WiroRun(Job(SKYREELS, parameters, (("inputImage", part),), take), label))
     return tuple(runs)
 
 
@@ -347,7 +361,7 @@ def _labels(runs: Sequence[WiroRun]) -> str:
 def describe_total(prices: "Sequence[Price | None]", limits: "Limits", spent: "Spent") -> str:
     """What runs will cost together and what may be spent: said before anything is sent."""
     from ...wiro_api.spending import Price, describe_price
-    from ...wiro_api.task import money
+    from ...wiro_api.wire import money
 
     count = f"{len(prices)} run{'' if len(prices) == 1 else 's'}"
     known = [price for price in prices if price is not None]
@@ -391,17 +405,20 @@ class _Silent(host.RemoteProgress):
         pass
 
 
-@dataclass(frozen=True)
-class _Sent:
-    """A run that Wiro Submit sends or has sent."""
+class _SentView(RunView):
+    """A run that Wiro Submit sends or has sent: it shows itself in the panel alone."""
 
-    window: Window
-    run: WiroRun
-    parameters: Mapping[str, Any]
+    def __init__(self, parent: RunView, stop_event: threading.Event, run: WiroRun) -> None:
+        super().__init__(None, stop_event, _Silent())
+        self.run = run
+        self.parameters: Mapping[str, Any] = run.job.values
+        self._parent = parent
 
+    def check(self) -> None:
+        self._parent.check()
 
-def _is_stop(error: BaseException) -> bool:
-    return isinstance(error, StoppedError) or host.is_interrupt(error)
+    def on_busy(self, error: "WiroError", wait_s: float, sleep: Callable[[float], None]) -> None:
+        raise NoSlotError
 
 
 def _is_for_all(error: BaseException) -> bool:
@@ -411,97 +428,105 @@ def _is_for_all(error: BaseException) -> bool:
     return isinstance(error, AccountError | AuthError | BalanceError)
 
 
-def _no_place(error: "WiroError", seconds: float) -> None:
-    raise NoPlaceError
-
-
 def _submit(
-    window: Window, runs: Sequence[WiroRun], over: threading.Event, sent: list[_Sent]
+    view: RunView, runs: Sequence[WiroRun], stop_event: threading.Event, sent: list[_SentView]
 ) -> str:
-    """Start what the account has places for.
+    """Start what the account has slots for.
 
     Args:
+        view: of the node.
+        runs: of the batch.
+        stop_event: set when the prompt has ended.
         sent: to which each run is added before it is sent, and from which it is taken if it was
             not made.
-    Returns:
-        The report.
-    Raises:
-        WiroError: of the first run, if none could be started.
-    """
-    from ...wiro_api.errors import RunOutcomeUnknownError, WiroError
-    from ...wiro_api.jobs import find, quote, start
-    from ...wiro_api.spending import load_limits
 
-    client, journal = window.make_client(), account.journal()
+    Returns:
+        The report. If none could be started, the error of the first run is raised.
+    """
+    from ...wiro_api.jobs import find, quote
+
+    client, journal = view.make_client(), account.journal()
     account.check_socket_url()
-    window.check()
-    window.say("asking Wiro for the price")
-    jobs, model = _unique(runs), runs[0].model
+    view.check()
+    view.say("asking Wiro for the price")
+    jobs, model = _unique(runs), runs[0].job.model
     record = model_record(client, model)
     costs = journal.costs(str(model))
-    waiting: list[tuple[list[WiroRun], dict[str, Any], Price | None]] = []
-    for same in jobs.values():
-        run = same[0]
-        if find(client, journal, model, run.values, run.files, take=run.take) is None:
-            quoted = quote(record, model, run.values, run.files, costs)
-            waiting.append((same, quoted.parameters, quoted.price))
-    num_before = len(jobs) - len(waiting)
-    prices = [price for _, _, price in waiting]
-    lines = [describe_total(prices, load_limits(account.limits_file()), journal.spent())]
+    waiting = [
+        (same, quote(record, same[0].job, costs))
+        for same in jobs.values()
+        if find(client, journal, same[0].job) is None
+    ]
+    lines = [describe_total([q.price for _, q in waiting], load_limits(), journal.spent())]
     if len(jobs) < len(runs):
         lines.append(f"{len(runs) - len(jobs)} the same as another: one run for both")
-    if num_before:
+    if len(waiting) < len(jobs):
+        num_before = len(jobs) - len(waiting)
         lines.append(f"{num_before} started before, nothing is paid for them again")
     total = " · ".join(lines)
     logger.info("Wiro: %s.", total)
-    failures: list[tuple[Sequence[WiroRun], Exception]] = []
-    num_wait = 0
-    for number, (same, parameters, price) in enumerate(waiting):
-        run = same[0]
-        window.say(f"starting {number + 1} of {len(waiting)} · {total}", number / len(waiting))
-        each = _Sent(Window(None, over, _Silent()), run, parameters)
-        sent.append(each)
-        try:
-            entry = start(
-                client, journal, model, parameters, run.files, given=run.values, take=run.take,
-                price=price, limits=lambda: load_limits(account.limits_file()),
-                wait_when_busy=True, on_entry=each.window.on_entry, on_busy=_no_place,
-                check=window.check,
-            )  # fmt: skip
-            each.window.on_start(entry)
-        except NoPlaceError:
-            sent.pop().window.close("waits for a place")
-            num_wait = len(waiting) - number
-            break
-        except WiroError as error:
-            if not isinstance(error, RunOutcomeUnknownError):
-                sent.pop().window.close(str(error))
-            failures.append((same, error))
-            if _is_for_all(error):
-                failures += [(rest, error) for rest, _, _ in waiting[number + 1 :]]
-                break
+    failures, num_wait = _start_all(view, client, waiting, stop_event, sent, total)
     if failures and len(failures) == len(jobs):
         raise failures[0][1]
-    tasks = [
-        f"{each.run.label}: task {each.window.handle.taskid}"
-        for each in sent
-        if each.window.handle is not None
-    ]
+    tasks = [f"{v.run.label}: task {v.handle.taskid}" for v in sent if v.handle is not None]
     lines.append(f"{len(tasks)} started" + (f" ({', '.join(tasks)})" if tasks else ""))
     if num_wait:
-        lines.append(f"{num_wait} wait for a place of the account: Wiro Collect starts them")
-    lines += _tell(failures)
-    window.say("started", 1.0)
+        lines.append(f"{num_wait} wait for a slot of the account: Wiro Collect starts them")
+    lines += _report_failures(failures)
+    view.say("started", 1.0)
     return "\n".join(lines)
 
 
-def _stop_all(sent: Sequence[_Sent]) -> str:
+def _start_all(
+    view: RunView,
+    client: "Client",
+    waiting: "Sequence[tuple[Sequence[WiroRun], Quote]]",
+    stop_event: threading.Event,
+    sent: list[_SentView],
+    total: str,
+) -> tuple[list[tuple[Sequence[WiroRun], Exception]], int]:
+    """Start jobs until the account has no slot; returns the failures, and how many wait for one."""
+    from ...wiro_api.errors import RunOutcomeUnknownError, WiroError
+    from ...wiro_api.jobs import start
+
+    journal = account.journal()
+    failures: list[tuple[Sequence[WiroRun], Exception]] = []
+    for number, (same, quoted) in enumerate(waiting):
+        view.say(f"starting {number + 1} of {len(waiting)} · {total}", number / len(waiting))
+        run_view = _SentView(view, stop_event, same[0])
+        run_view.parameters = quoted.parameters
+        sent.append(run_view)
+        try:
+            entry = start(
+                client,
+                journal,
+                same[0].job,
+                quoted,
+                limits=load_limits,
+                wait_when_busy=True,
+                listener=run_view,
+            )
+            run_view.on_start(entry)
+        except NoSlotError:
+            sent.pop().close("waits for a slot")
+            return failures, len(waiting) - number
+        except WiroError as error:
+            if not isinstance(error, RunOutcomeUnknownError):
+                sent.pop().close(str(error))
+            failures.append((same, error))
+            if _is_for_all(error):
+                failures += [(rest, error) for rest, _ in waiting[number + 1 :]]
+                break
+    return failures, 0
+
+
+def _stop_all(sent: Sequence[_SentView]) -> str:
     """Stop what one call has started, all at once; returns the line for the node."""
     lines = [""] * len(sent)
 
     def stop(number: int) -> None:
-        each = sent[number]
-        lines[number] = _stop(each.window, each.run.model, each.parameters, list(each.run.files))
+        view = sent[number]
+        lines[number] = stop_job(view, view.run.job, view.parameters)
 
     threads = [_thread(stop, number) for number in range(len(sent))]
     for thread in threads:
@@ -517,7 +542,7 @@ def _thread(work: Callable[..., None], *arguments: Any) -> threading.Thread:
     return thread
 
 
-def _tell(failures: Sequence[tuple[Sequence[WiroRun], Exception]]) -> list[str]:
+def _report_failures(failures: Sequence[tuple[Sequence[WiroRun], Exception]]) -> list[str]:
     """One sentence for each failure, and for several that failed alike; each is logged."""
     alike: dict[str, list[WiroRun]] = {}
     for runs, error in failures:
@@ -533,48 +558,49 @@ def _tell(failures: Sequence[tuple[Sequence[WiroRun], Exception]]) -> list[str]:
 
 
 class _Batch:
-    """What the runs of one node know of each other: who holds a place, who is at the door."""
+    """What the runs of one node know of each other: how many hold a slot, which one is starting."""
 
-    def __init__(self, over: threading.Event) -> None:
-        self.over = over
+    def __init__(self, stop_event: threading.Event) -> None:
+        self.stop_event = stop_event
         #: set when something has changed
-        self.news = threading.Event()
+        self.changed = threading.Event()
         #: how many tasks of ours have ended
-        self.freed = 0
-        #: tasks of ours that go at once, as far as Wiro has said no to another
-        self.places: int | None = None
+        self.num_ended = 0
+        #: tasks of ours that run at once, as far as Wiro has refused another; None if it has not
+        self.max_slots: int | None = None
         self.refused_at = 0.0
-        self.at_door: _Seat | None = None
-        self.seats: list[_Seat] = []
+        #: the run that is being sent: one at a time
+        self.starting: _CollectView | None = None
+        self.views: list[_CollectView] = []
         self.lock = threading.Lock()
 
     @property
-    def held(self) -> int:
-        """Places of the account that are ours."""
-        return sum(seat.holds for seat in self.seats)
+    def num_slots(self) -> int:
+        """Slots of the account that are ours."""
+        return sum(view.has_slot for view in self.views)
 
-    def may_knock(self) -> bool:
-        """Whether the next run may be sent: alone, and if there may be a place for it."""
+    def may_start(self) -> bool:
+        """Whether the next run may be sent: alone, and if there may be a slot for it."""
         from ...wiro_api.jobs import LAST_BUSY_S
 
-        if self.at_door is not None:
+        if self.starting is not None:
             return False
-        is_full = self.places is not None and self.held >= self.places
+        is_full = self.max_slots is not None and self.num_slots >= self.max_slots
         # somebody else's task may have ended, too
         return not is_full or time.monotonic() - self.refused_at >= LAST_BUSY_S
 
 
-class _Seat(Window):
+class _CollectView(RunView):
     """One run: it shows itself in the panel alone."""
 
     def __init__(self, batch: _Batch, runs: Sequence[WiroRun]) -> None:
-        super().__init__(None, batch.over, _Silent())
+        super().__init__(None, batch.stop_event, _Silent())
         self.runs = runs
         self.result: Result | None = None
         self.error: Exception | None = None
         self.is_over = False
         #: whether its task counts among those of the account
-        self.holds = False
+        self.has_slot = False
         self.thread: threading.Thread | None = None
         self._batch = batch
         self._before = (0, 0)
@@ -582,27 +608,27 @@ class _Seat(Window):
     @property
     def fraction(self) -> float:
         """How far it is."""
-        return 1.0 if self.is_over else self.live.fraction or 0.0
+        return 1.0 if self.is_over else self.state.fraction or 0.0
 
     def on_entry(self, entry: "Entry") -> None:
-        self._before = (self._batch.freed, self._batch.held)
+        self._before = (self._batch.num_ended, self._batch.num_slots)
         super().on_entry(entry)
 
     def on_start(self, entry: "Entry") -> None:
         super().on_start(entry)
         batch = self._batch
-        self.holds = entry.state != "ended"
-        if batch.places is not None:
-            batch.places = max(batch.places, batch.held)
-        self._leave_door()
+        self.has_slot = entry.state != "ended"
+        if batch.max_slots is not None:
+            batch.max_slots = max(batch.max_slots, batch.num_slots)
+        self._end_start()
 
     def on_task(self, task: "Task") -> None:
         super().on_task(task)
         if task.is_terminal:
-            self._free()
+            self._release_slot()
 
-    def on_busy(self, error: "WiroError", seconds: float) -> None:
-        """Wait until one of ours has ended, and if that tells nothing, as long as usual.
+    def on_busy(self, error: "WiroError", wait_s: float, sleep: Callable[[float], None]) -> None:
+        """Wait until one of ours has ended; if none can, as long as usual.
 
         What was refused is an upload: it is not repeated to ask.
         """
@@ -610,58 +636,64 @@ class _Seat(Window):
         from ...wiro_api.jobs import LAST_BUSY_S
 
         batch = self._batch
-        freed, held = self._before
+        num_ended, num_slots = self._before
         is_full = isinstance(error, ConcurrencyError)
-        if is_full and batch.freed == freed and (batch.places is None or held >= batch.places):
-            batch.places = max(1, held)
-            seconds = LAST_BUSY_S if held else seconds
+        is_unchanged = batch.num_ended == num_ended
+        if is_full and is_unchanged and num_slots >= (batch.max_slots or 0):
+            batch.max_slots = max(1, num_slots)
+            wait_s = LAST_BUSY_S if num_slots else wait_s
         batch.refused_at = time.monotonic()
-        end = batch.refused_at + seconds
-        while (left := end - time.monotonic()) > 0 and not (is_full and batch.freed != freed):
-            self.say("all places of the account are taken", 0.0)
-            self.sleep(min(left, SLICE_S))
+        end = batch.refused_at + wait_s
+        while (left := end - time.monotonic()) > 0 and not (
+            is_full and batch.num_ended != num_ended
+        ):
+            self.say(ALL_BUSY, 0.0)
+            sleep(min(left, SLICE_S))
 
     def work(self, timeout_minutes: float) -> None:
         """Run it to its files; what comes of it is in `result` or `error`."""
-        from ...wiro_api.errors import WiroError, tell_task
+        from ...wiro_api.errors import WiroError, add_task
 
         run = self.runs[0]
         try:
             # frames are decoded later, one clip at a time
-            self.result = _run(
-                self, run.model, run.values, list(run.files), run.take, True, timeout_minutes,
-                frozenset(),
-            )  # fmt: skip
+            self.result = run_job(
+                self,
+                run.job,
+                wait_when_busy=True,
+                timeout_minutes=timeout_minutes,
+                wants=frozenset(),
+            )
         except Exception as error:
             self.error = error
             if isinstance(error, WiroError) and self.handle is not None:
-                tell_task(error, self.handle.taskid)
+                add_task(error, self.handle.taskid)
             elif not isinstance(error, WiroError | StoppedError):
                 logger.error("Wiro: %s.", _labels(self.runs), exc_info=error)
         finally:
             self.is_over = True
-            self._free()
-            self._leave_door()
+            self._release_slot()
+            self._end_start()
 
-    def _free(self) -> None:
-        if self.holds:
-            self.holds = False
+    def _release_slot(self) -> None:
+        if self.has_slot:
+            self.has_slot = False
             with self._batch.lock:
-                self._batch.freed += 1
-        self._batch.news.set()
+                self._batch.num_ended += 1
+        self._batch.changed.set()
 
-    def _leave_door(self) -> None:
-        if self._batch.at_door is self:
-            self._batch.at_door = None
-        self._batch.news.set()
+    def _end_start(self) -> None:
+        if self._batch.starting is self:
+            self._batch.starting = None
+        self._batch.changed.set()
 
 
 def _collect(
-    window: Window,
+    view: RunView,
     runs: Sequence[WiroRun],
     timeout_minutes: float,
     wants: frozenset[str],
-    over: threading.Event,
+    stop_event: threading.Event,
 ) -> tuple[list[Result], str, bool]:
     """Bring all runs home.
 
@@ -671,36 +703,40 @@ def _collect(
         WiroError: of the first run, if all failed.
     """
     line = "not started"
-    batch = _Batch(over)
+    batch = _Batch(stop_event)
     try:
-        _follow_all(window, batch, runs, timeout_minutes)
-        failures = [(seat.runs, seat.error) for seat in batch.seats if seat.error is not None]
-        sentences = _tell(failures)
-        if len(failures) == len(batch.seats) and failures:
+        _follow_all(view, batch, runs, timeout_minutes)
+        failures = [
+            (run_view.runs, run_view.error)
+            for run_view in batch.views
+            if run_view.error is not None
+        ]
+        sentences = _report_failures(failures)
+        if len(failures) == len(batch.views) and failures:
             raise failures[0][1]
         results: dict[str, Result] = {}
-        for seat in batch.seats:
-            if seat.result is not None:
+        for run_view in batch.views:
+            if run_view.result is not None:
                 if "images" in wants:
-                    window.say(f"decoding {seat.runs[0].label}")
-                    seat.result = _with_images(seat.result, window)
-                if seat.result.warning:
-                    sentences.append(f"{_labels(seat.runs)}: {seat.result.warning}")
-                results[seat.runs[0].key] = seat.result
-        head = _sum_of(batch.seats)
+                    view.say(f"decoding {run_view.runs[0].label}")
+                    run_view.result = with_images(run_view.result, view)
+                if run_view.result.warning:
+                    sentences.append(f"{_labels(run_view.runs)}: {run_view.result.warning}")
+                results[run_view.runs[0].key] = run_view.result
+        head = _sum_of(batch.views)
         line = " · ".join([head, *sentences])
-        window.say(head, 1.0)
+        view.say(head, 1.0)
         in_order = [results[run.key] for run in runs if run.key in results]
         return in_order, "\n".join([head, *sentences]), bool(failures)
     except BaseException as error:
-        line = _line_of_stop(batch) if _is_stop(error) else str(error)
+        line = _line_of_stop(batch) if is_stop(error) else str(error)
         raise
     finally:
-        window.close(line)
+        view.close(line)
 
 
 def _follow_all(
-    window: Window, batch: _Batch, runs: Sequence[WiroRun], timeout_minutes: float
+    view: RunView, batch: _Batch, runs: Sequence[WiroRun], timeout_minutes: float
 ) -> None:
     """Until all have ended; with Cancel, until all are stopped."""
     from ...wiro_api.errors import ConfigError
@@ -709,91 +745,77 @@ def _follow_all(
     if not runs:
         raise ConfigError("There are no runs: connect Wiro Submit.")
 
-    def go(seat: _Seat) -> None:
-        seat.thread = _thread(seat.work, timeout_minutes)
+    def go(run_view: _CollectView) -> None:
+        run_view.thread = _thread(run_view.work, timeout_minutes)
 
-    batch.seats = [_Seat(batch, same) for same in _unique(runs).values()]
+    batch.views = [_CollectView(batch, same) for same in _unique(runs).values()]
     best = 0.0
     try:
-        client, journal = window.make_client(), account.journal()
+        client, journal = view.make_client(), account.journal()
         waiting = []
-        for seat in batch.seats:
-            run = seat.runs[0]
-            entry = find(client, journal, run.model, run.values, run.files, take=run.take)
+        for run_view in batch.views:
+            run = run_view.runs[0]
+            entry = find(client, journal, run.job)
             if entry is None:
-                waiting.append(seat)
+                waiting.append(run_view)
                 continue
-            seat.on_entry(entry)  # Cancel stops it from here on, whatever its thread does
+            run_view.on_entry(entry)  # Cancel stops it from here on, whatever its thread does
             if entry.state == "started":
-                seat.on_start(entry)
-            go(seat)
-        while not all(seat.is_over for seat in batch.seats):
-            window.check()
-            failed = next((s.error for s in batch.seats if s.error and _is_for_all(s.error)), None)
+                run_view.on_start(entry)
+            go(run_view)
+        while not all(run_view.is_over for run_view in batch.views):
+            view.check()
+            failed = next((s.error for s in batch.views if s.error and _is_for_all(s.error)), None)
             if failed is not None:
-                for seat in waiting:
-                    seat.error, seat.is_over = failed, True
+                for run_view in waiting:
+                    run_view.error, run_view.is_over = failed, True
                 waiting = []
-            if waiting and batch.may_knock():
-                batch.at_door = waiting.pop(0)
-                go(batch.at_door)
-            best = max(best, sum(seat.fraction for seat in batch.seats) / len(batch.seats))
-            window.say(_line_of(batch.seats), best)
-            batch.news.wait(SLICE_S)
-            batch.news.clear()
-        window.check()
+            if waiting and batch.may_start():
+                batch.starting = waiting.pop(0)
+                go(batch.starting)
+            best = max(best, sum(run_view.fraction for run_view in batch.views) / len(batch.views))
+            view.say(_line_of(batch.views), best)
+            batch.changed.wait(SLICE_S)
+            batch.changed.clear()
+        view.check()
     except BaseException:
-        batch.over.set()
+        batch.stop_event.set()
         raise
     finally:
-        for seat in batch.seats:
-            if seat.thread is not None:
-                seat.thread.join()
+        for run_view in batch.views:
+            if run_view.thread is not None:
+                run_view.thread.join()
 
 
-def _line_of(seats: Sequence[_Seat]) -> str:
+def _line_of(views: Sequence[_CollectView]) -> str:
     """How they stand: "5 of 12 done · 3 running · 3 waiting · 1 failed"."""
-    done = sum(seat.result is not None for seat in seats)
-    failed = sum(seat.error is not None for seat in seats)
-    running = sum(not seat.is_over and seat.handle is not None for seat in seats)
-    waiting = len(seats) - done - failed - running
-    parts = [f"{done} of {len(seats)} done"]
+    done = sum(run_view.result is not None for run_view in views)
+    failed = sum(run_view.error is not None for run_view in views)
+    running = sum(not run_view.is_over and run_view.handle is not None for run_view in views)
+    waiting = len(views) - done - failed - running
+    parts = [f"{done} of {len(views)} done"]
     counts = ((running, "running"), (waiting, "waiting"), (failed, "failed"))
     return " · ".join(parts + [f"{count} {word}" for count, word in counts if count])
 
 
 def _line_of_stop(batch: _Batch) -> str:
     """What came of those that were sent and had not ended."""
-    lines = [seat.live.line for seat in batch.seats if seat.row and seat.error]
+    lines = [run_view.state.line for run_view in batch.views if run_view.row and run_view.error]
     told = [line for line in lines if line != NOTHING_SENT]
     return " · ".join(told) or NOTHING_SENT
 
 
-def _sum_of(seats: Sequence[_Seat]) -> str:
+def _sum_of(views: Sequence[_CollectView]) -> str:
     """Of the end: how many, and what they did cost together."""
-    from ...wiro_api.task import decimal_of, money
+    from ...wiro_api.wire import decimal_of, money
 
     costs = [
-        decimal_of(json.loads(seat.result.receipt)["cost_usd"])
-        for seat in seats
-        if seat.result is not None
+        decimal_of(json.loads(run_view.result.receipt)["cost_usd"])
+        for run_view in views
+        if run_view.result is not None
     ]
     known = [cost for cost in costs if cost is not None]
     told = f"{money(sum(known, Decimal(0)))} in all" if known else "cost not told"
     if known and len(known) < len(costs):
         told += f", {len(costs) - len(known)} not told"
-    return f"{_line_of(seats)} · {told}"
-
-
-def _with_images(result: Result, window: Window) -> Result:
-    """With the frames of its video, which is read now."""
-    from ...wiro_api.media import kind_of
-
-    kinds: dict[str, list[Path]] = {}
-    for path in result.paths:
-        kinds.setdefault(kind_of(path), []).append(path)
-    videos, pictures = kinds.get("video", []), kinds.get("image", [])
-    if not videos and not pictures:
-        return result
-    images, masks = _decode(videos, pictures, window)
-    return replace(result, images=images, masks=masks)
+    return f"{_line_of(views)} · {told}"

@@ -59,7 +59,7 @@ class Slot:
 def slots_of(items: Sequence[Mapping[str, Any]]) -> list[Slot]:
     """The parameters of a model that take files, in its order."""
     from ...wiro_api.schema import is_file, is_required, takes_many
-    from ...wiro_api.task import text_of
+    from ...wiro_api.wire import text_of
 
     return [
         Slot(
@@ -309,7 +309,7 @@ def png_part(image: Tensor, size: str = "", fit: str = "crop") -> "FilePart":
             f"{MAX_UPLOAD_BYTES}: downscale it."
         )
     part = ("input.png", content, "image/png")
-    return PicturePart.of(part, pixels.tobytes(), *pixels.shape)
+    return PicturePart.from_pixels(part, pixels.tobytes(), *pixels.shape)
 
 
 def wav_part(waveform: Tensor, sample_rate: int) -> "FilePart":
@@ -375,7 +375,7 @@ def video_part(video: Any) -> "FilePart":
         )
     suffix, mime_type = _container(content)
     part = (f"input{suffix}", content, mime_type)
-    return part if is_source else PicturePart.of(part, _digest(video), 0)
+    return part if is_source else PicturePart.from_pixels(part, _digest(video), 0)
 
 
 def _container(content: bytes) -> tuple[str, str]:

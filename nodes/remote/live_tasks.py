@@ -110,6 +110,8 @@ def publish(row: int, *, always: bool = False) -> None:
 
 def describe(entry: "Entry") -> dict[str, Any]:
     """A row and its live state for the page; without token, prompt and full paths."""
+    from ...wiro_api.task import QUEUED, phase_of
+
     state = _states.get(entry.id, TaskState())
     with _lock:
         lines = list(state.log)
@@ -119,6 +121,7 @@ def describe(entry: "Entry") -> dict[str, Any]:
         "model": entry.model,
         "state": entry.state,
         "status": entry.status,
+        "phase": phase_of(entry.status or QUEUED),
         "verdict": entry.verdict,
         "fraction": state.fraction,
         "line": state.line,

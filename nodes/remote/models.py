@@ -101,7 +101,7 @@ def checked_text(value: object, name: str) -> str:
         ConfigError: not a text, or too long.
     """
     from ...wiro_api.errors import ConfigError
-    from ...wiro_api.task import clean_text, one_line
+    from ...wiro_api.wire import clean_text, one_line
 
     if not isinstance(value, str) or len(value) > REQUEST_LENGTH:
         raise ConfigError(f"{name} must be a text of at most {REQUEST_LENGTH} characters.")
@@ -144,7 +144,7 @@ def _titles(record: Mapping[str, Any]) -> dict[int, str]:
 def _describe_item(item: Mapping[str, Any], slots: Mapping[str, Slot], budget: list[int]) -> Answer:
     """A parameter for the form; `budget` counts down the options that may still be shown."""
     from ...wiro_api.schema import is_required
-    from ...wiro_api.task import bool_of, decimal_of
+    from ...wiro_api.wire import bool_of, decimal_of
 
     name = str(item["id"])
     options = item.get("options")
@@ -197,14 +197,14 @@ def _examples(record: Mapping[str, Any], names: set[str]) -> list[Answer]:
 
 
 def _line(value: object) -> str:
-    from ...wiro_api.task import one_line, text_of
+    from ...wiro_api.wire import one_line, text_of
 
     line: str = one_line(text_of(value)[: 10 * NAME_LENGTH])
     return line[:NAME_LENGTH]
 
 
 def _text(value: object) -> str:
-    from ...wiro_api.task import text_of
+    from ...wiro_api.wire import text_of
 
     text: str = text_of(value)
     return text[:HELP_LENGTH].strip()

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .. import host
 from .inputs import IMAGE_PARAMETER, IMAGES, SOCKETS, model_files, parse_assignments, png_part
-from .run import Result, Window, check_fields, collect, fingerprint, remember, run_model, wanted
+from .run import Result, RunView, check_fields, collect, fingerprint, remember, run_model, wanted
 from .widgets import (
     SKYREELS_OPTIONAL,
     SKYREELS_REQUIRED,
@@ -323,7 +323,7 @@ class WiroTaskResult:
         stop_event = threading.Event()
         wants = wanted(graph, unique_id, self.RETURN_NAMES)
         result = await host.run_in_thread(
-            lambda: collect(Window(unique_id, stop_event), task, timeout_minutes, wants),
+            lambda: collect(RunView(unique_id, stop_event), task, timeout_minutes, wants),
             stop_event,
         )
         return _model_outputs(remember(graph, unique_id, result))
@@ -376,7 +376,7 @@ class WiroUploadFile:
         stop_event = threading.Event()
 
         def work() -> tuple[str, str]:
-            window = Window(unique_id, stop_event)
+            view = RunView(unique_id, stop_event)
             if file != _FROM_IMAGE:
                 if file not in host.input_files():  # a link's value is not checked against the list
                     raise ConfigError(f"The input folder has no file {file[:80]!r}.")
@@ -385,13 +385,13 @@ class WiroUploadFile:
                 part = png_part(image)
             else:
                 raise ConfigError("No image is connected: connect one, or choose a file.")
-            with window.make_client() as client:
-                window.check()
-                window.say(f"uploading {len(part[1]) / 1e6:.1f} MB")
+            with view.make_client() as client:
+                view.check()
+                view.say(f"uploading {len(part[1]) / 1e6:.1f} MB")
                 name = folder.strip()
                 folder_id = str(client.create_folder(name)["id"]) if name else ""
                 record = client.upload(part, folder_id)
-            window.say("uploaded", 1.0)
+            view.say("uploaded", 1.0)
             return str(record.get("url") or ""), str(record.get("id") or "")
 
         return await host.run_in_thread(work, stop_event)

@@ -46,9 +46,9 @@ def node_price(body: dict[str, Any]) -> dict[str, Any]:
         starts several runs; problem: why there is no price, or "".
     """
     from ...wiro_api.errors import ConfigError, WiroError
-    from ...wiro_api.jobs import quote
+    from ...wiro_api.jobs import Job, quote
     from ...wiro_api.signing import load_credentials
-    from ...wiro_api.task import dollars
+    from ...wiro_api.wire import dollars
 
     answer: dict[str, Any] = {
         "has_key": True,
@@ -65,7 +65,7 @@ def node_price(body: dict[str, Any]) -> dict[str, Any]:
         model, values, files, is_known = _draft(body)
         check_fields([values, dict(files)])
         record, earlier = _price_sources(model)
-        price = quote(record, model, values, files, earlier, is_draft=True).price
+        price = quote(record, Job(model, values, files), earlier, is_draft=True).price
     except (WiroError, ValueError) as error:
         return {**answer, "problem": str(error)}
     if price is None:

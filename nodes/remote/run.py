@@ -11,7 +11,7 @@ import threading
 import time
 import unicodedata
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from decimal import Decimal
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from ...wiro_api.listener import RunListener
 from .. import host
 from . import account, live_tasks
 from .decode import EMPTY_MASK, read_audio, read_clip, read_pictures, read_text
@@ -26,7 +27,9 @@ from .decode import EMPTY_MASK, read_audio, read_clip, read_pictures, read_text
 if TYPE_CHECKING:
     from ...wiro_api.client import Client, Model, RunHandle
     from ...wiro_api.errors import WiroError
+    from ...wiro_api.jobs import Job
     from ...wiro_api.journal import Entry
+    from ...wiro_api.spending import Limits
     from ...wiro_api.task import Progress, Task
     from ...wiro_api.transport import FilePart
 
@@ -34,7 +37,9 @@ logger = logging.getLogger("skyreels.nodes.remote.run")
 #: the parameters of a model -> (parameter, part) of files
 FilesFor = Callable[[Sequence[Mapping[str, Any]]], "list[tuple[str, FilePart]]"]
 
-#: between two looks at the cancel button
+#: on a node that waits
+ALL_BUSY = "all task slots of the account are in use"
+#: seconds between two looks at the cancel button
 SLICE_S = 0.25
 #: longest that a cancelled prompt waits for the service to confirm
 STOP_S = 20.0
@@ -42,10 +47,6 @@ STOP_S = 20.0
 RECORD_S = 600.0
 #: models of which it is remembered
 KEPT_RECORDS = 50
-#: rank of a task's state -> where the bar stands while nothing better is known
-_BAR = {-1: 0.0, 0: 0.0, 1: 0.02, 2: 0.03, 3: 0.04, 4: 0.05, 5: 0.06, 6: 0.06, 7: 0.92, 8: 0.93,
-        9: 0.95, 10: 0.97}  # fmt: skip
-_RUNNING_FROM, _RUNNING_TO = 0.06, 0.92
 
 #: how names of fields begin that send a result or a bill elsewhere, letters and digits only
 _ELSEWHERE = ("callback", "webhook", "projectid")
@@ -153,7 +154,7 @@ def _key_of(graph: dict[str, Any] | None, unique_id: str | None) -> str:
 # --- one run ------------------------------------------------------------------------------------
 
 
-class Window:
+class RunView(RunListener):
     """What one run shows on its node and in the panel, and how it is stopped.
 
     Callbacks of the progress socket only leave a note; the worker's thread shows it, because only
@@ -163,29 +164,29 @@ class Window:
     def __init__(
         self,
         unique_id: str | None,
-        over: threading.Event,
+        stop_event: threading.Event,
         progress: host.RemoteProgress | None = None,
     ) -> None:
         self._progress = progress or host.RemoteProgress(unique_id)
-        self._over = over
+        self._stop_event = stop_event
         self._fraction, self._line = 0.0, "asking Wiro"
         self._began = time.monotonic()
         self._report: Progress | None = None
         self._task: Task | None = None
         self._client: Client | None = None
-        self.live = live_tasks.TaskState()
+        self.state = live_tasks.TaskState()
         self.row = 0
         #: of the task, as soon as one is known
         self.handle: RunHandle | None = None
 
     def make_client(self) -> "Client":
-        """A client whose waits this run can end; let go of with `close`."""
+        """A client whose waits this run can end; released by `close`."""
         self._client = account.make_client(self.sleep)
         return self._client
 
     def check(self) -> None:
         """Raise if the run shall stop: the host's exception, or StoppedError."""
-        if self._over.is_set():
+        if self._stop_event.is_set():
             raise StoppedError
         self._progress.check_interrupt()
 
@@ -198,7 +199,7 @@ class Window:
             left = end - time.monotonic()
             if left <= 0:
                 return
-            self._over.wait(min(left, SLICE_S))
+            self._stop_event.wait(min(left, SLICE_S))
 
     def say(self, line: str, fraction: float | None = None) -> None:
         """Show a line now."""
@@ -210,7 +211,7 @@ class Window:
         if self.row != entry.id:
             if self.row:
                 live_tasks.unsubscribe(self.row)
-            self.row, self.live = entry.id, live_tasks.subscribe(entry.id)
+            self.row, self.state = entry.id, live_tasks.subscribe(entry.id)
         live_tasks.publish(self.row, always=True)
 
     def on_start(self, entry: "Entry") -> None:
@@ -219,16 +220,13 @@ class Window:
 
         self.handle = to_handle(entry)
 
-    #: waits for a place of the account in place of the usual countdown, which is `on_wait`'s
-    on_busy: "Callable[[WiroError, float], None] | None" = None
-
     def on_task(self, task: "Task") -> None:
         from ...wiro_api.client import RunHandle
 
         if self._task is None or task.status != self._task.status:
             self._began = time.monotonic()
             self._line = task.phase
-            live_tasks.add_log(self.live, [f"{time.strftime('%H:%M:%S')} {task.status}"])
+            live_tasks.add_log(self.state, [f"{time.strftime('%H:%M:%S')} {task.status}"])
         self._task = task
         self.handle = RunHandle(task.taskid, task.token)
         self._show()
@@ -236,46 +234,40 @@ class Window:
     def on_progress(self, report: "Progress") -> None:
         self._report = report
 
-    def on_log(self, line: str) -> None:
-        live_tasks.add_log(self.live, line.splitlines())
+    def on_log(self, text: str) -> None:
+        live_tasks.add_log(self.state, text.splitlines())
 
     def on_bytes(self, done: int, total: int | None) -> None:
-        of = f" of {total / 1e6:.1f}" if total else ""
-        self.say(f"downloading {done / 1e6:.1f}{of} MB", 0.97)
+        in_all = f" of {total / 1e6:.1f}" if total else ""
+        self.say(f"downloading {done / 1e6:.1f}{in_all} MB", 0.97)
 
-    def on_wait(self, left: float) -> None:
-        self.say(f"all places of the account are taken · next try in {left:.0f} s", 0.0)
+    def on_wait(self, left_s: float) -> None:
+        self.say(f"{ALL_BUSY} · next try in {left_s:.0f} s", 0.0)
 
     def _show(self) -> None:
+        from ...wiro_api.task import STATUSES, fraction_of
+
         task = self._task
         if task is not None and not task.is_terminal:
-            where = fraction_of(task, self._report)
-            line = f"{task.phase} for {time.monotonic() - self._began:.0f} s"
-            if self._report is not None and task.rank <= 7:
-                line = str(self._report)
-            self._fraction, self._line = max(self._fraction, where), line
-        self.live.fraction, self.live.line = self._fraction, self._line
-        of = "" if task is None else f" · task {task.taskid}"  # the panel shows it beside
-        self._progress.show(self._fraction, self._line + of)
+            self._fraction = max(self._fraction, fraction_of(task, self._report))
+            self._line = f"{task.phase} for {time.monotonic() - self._began:.0f} s"
+            if self._report is not None and task.rank <= STATUSES["task_output_full"].rank:
+                self._line = str(self._report)
+        self.state.fraction, self.state.line = self._fraction, self._line
+        name = "" if task is None else f" · task {task.taskid}"  # the panel shows it beside
+        self._progress.show(self._fraction, self._line + name)
         if self.row:
             live_tasks.publish(self.row)
 
     def close(self, line: str) -> None:
         """Show the last line, without looking at the cancel button."""
-        # every open page gets this one: it needs no place of this machine
-        self.live.line = line.replace(str(host.output_folder()), "output")
+        # every open page gets this one: it needs no path of this machine
+        self.state.line = line.replace(str(host.output_folder()), "output")
         self._progress.say(line)
         if self.row:
             live_tasks.unsubscribe(self.row)
         if self._client is not None:
             self._client.close()
-
-
-def fraction_of(task: "Task", report: "Progress | None") -> float:
-    """Where the bar stands, 0..1: by the report of the running model, else by the task's state."""
-    if report is None or task.rank > 7:
-        return _BAR[task.rank]
-    return _RUNNING_FROM + (report.fraction or 0.0) * (_RUNNING_TO - _RUNNING_FROM)
 
 
 def check_fields(values: object) -> None:
@@ -322,85 +314,123 @@ async def run_model(
     """Run a model on Wiro once, or go on with the run that these inputs started before.
 
     Args:
-        values: of its parameters. make_files: makes its (parameter, part) of files.
+        model: to run.
+        values: of its parameters.
+        make_files: makes its (parameter, part) of files.
         take: another number is another run of the same inputs.
-        wants: names of the outputs that something hangs on, as `wanted` finds them.
-        files_for: makes further files, of which it depends on the model's parameters where they go.
-    Raises:
-        WiroError: with a sentence that helps. The host's cancel exception, after the remote task
-            was stopped.
+        wait_when_busy: wait for a slot of the account.
+        timeout_minutes: longest wait for the task's end.
+        unique_id: of the node.
+        wants: names of the outputs that something is connected to, as `wanted` finds them.
+        files_for: makes further files, of which the model's parameters decide where they go.
+
+    Returns:
+        The result. Raises WiroError with a sentence that helps, or the host's cancel exception
+        after the remote task was stopped.
     """
-    over = threading.Event()
+    stop_event = threading.Event()
 
     def work() -> Result:
-        window = Window(unique_id, over)
-        return _run(
-            window, model, values, make_files(), take, wait_when_busy, timeout_minutes, wants,
-            files_for,
-        )  # fmt: skip
+        from ...wiro_api.jobs import Job
 
-    return await host.run_in_thread(work, over)
+        return run_job(
+            RunView(unique_id, stop_event),
+            Job(model, values, make_files(), take),
+            wait_when_busy=wait_when_busy,
+            timeout_minutes=timeout_minutes,
+            wants=wants,
+            files_for=files_for,
+        )
+
+    return await host.run_in_thread(work, stop_event)
 
 
-def _run(
-    window: Window,
-    model: "Model",
-    values: Mapping[str, Any],
-    files: "list[tuple[str, FilePart]]",
-    take: int,
+def run_job(
+    view: RunView,
+    job: "Job",
+    *,
     wait_when_busy: bool,
     timeout_minutes: float,
     wants: frozenset[str],
     files_for: "FilesFor | None" = None,
 ) -> Result:
+    """Start a job, or go on with it, up to its result; `view` is closed. Blocks.
+
+    Args:
+        view: shows it.
+        job: to run.
+        wait_when_busy: as for `run_model`.
+        timeout_minutes: as for `run_model`.
+        wants: as for `run_model`.
+        files_for: as for `run_model`.
+
+    Returns:
+        As `run_model`.
+    """
     from ...wiro_api.client import check_wait
     from ...wiro_api.errors import WiroError
-    from ...wiro_api.jobs import files_here, quote, start, to_handle
+    from ...wiro_api.jobs import is_complete, quote, start, to_handle
     from ...wiro_api.schema import items_of
-    from ...wiro_api.spending import describe_price, load_limits
+    from ...wiro_api.spending import describe_price
 
-    line, parameters = "not started", dict(values)
+    line, parameters = "not started", job.values
     try:
-        check_fields([values, dict(files)])
+        check_fields([job.values, dict(job.files)])
         check_wait(60.0 * timeout_minutes)
-        client, journal = window.make_client(), account.journal()
+        client, journal = view.make_client(), account.journal()
         account.check_socket_url()
-        window.check()
-        window.say("asking Wiro for the price")
-        record = model_record(client, model)
+        view.check()
+        view.say("asking Wiro for the price")
+        record = model_record(client, job.model)
         if files_for is not None:
-            files = [*files, *files_for(items_of(record, model))]
-            check_fields(dict(files))
-            window.check()
-        quoted = quote(record, model, values, files, journal.costs(str(model)))
-        parameters, price = quoted.parameters, quoted.price
-        told = describe_price(price, load_limits(account.limits_file()))
-        logger.info("Wiro model %r: %s.", str(model), told)
-        window.say(f"sending · {told}")
+            job = replace(job, files=[*job.files, *files_for(items_of(record, job.model))])
+            check_fields(dict(job.files))
+            view.check()
+        quoted = quote(record, job, journal.costs(str(job.model)))
+        parameters = quoted.parameters
+        terms = describe_price(quoted.price, load_limits())
+        logger.info("Wiro model %r: %s.", str(job.model), terms)
+        view.say(f"sending · {terms}")
         entry = start(
-            client, journal, model, parameters, files, given=values, take=take, price=price,
-            limits=lambda: load_limits(account.limits_file()), wait_when_busy=wait_when_busy,
-            on_entry=window.on_entry, on_wait=window.on_wait, on_busy=window.on_busy,
-            check=window.check,
-        )  # fmt: skip
-        window.on_start(entry)
+            client,
+            journal,
+            job,
+            quoted,
+            limits=load_limits,
+            wait_when_busy=wait_when_busy,
+            listener=view,
+        )
+        view.on_start(entry)
         line = f"task {entry.taskid} goes on at Wiro"
-        receipt = {"model": str(model), "parameters": parameters, "take": take}
-        if entry.state == "ended" and entry.files and files_here(journal, entry) == entry.files:
-            result = _from_disk(window, client, entry, entry.files, receipt, wants)
+        receipt = {"model": str(job.model), "parameters": parameters, "take": job.take}
+        delivery = _Delivery(view, client, receipt, wants)
+        if is_complete(journal, entry):
+            result = delivery.read(entry, entry.files)
             line = f"made before by task {entry.taskid}: nothing was paid for it now"
-            return result
-        result = _follow(window, client, to_handle(entry), timeout_minutes, receipt, entry, wants)
-        line = f"done · {result.line}"
+        else:
+            result = delivery.follow(to_handle(entry), entry, timeout_minutes)
+            line = f"done · {result.line}"
         return result
     except BaseException as error:
-        if isinstance(error, StoppedError) or host.is_interrupt(error):
-            line = _stop(window, model, parameters, files)
+        if is_stop(error):
+            line = stop_job(view, job, parameters)
         elif isinstance(error, WiroError):
             line = str(error)
         raise
     finally:
-        window.close(line)
+        view.close(line)
+
+
+def load_limits() -> "Limits":
+    """The spending limits of the account."""
+    from ...wiro_api import spending
+
+    return spending.load_limits(account.limits_file())
+
+
+def is_stop(error: BaseException) -> bool:
+    """Whether it ends a run because the prompt has ended, here or elsewhere."""
+    return isinstance(error, StoppedError) or host.is_interrupt(error)
 
 
 def model_record(client: "Client", model: "Model") -> Mapping[str, Any]:
@@ -428,53 +458,124 @@ def model_record(client: "Client", model: "Model") -> Mapping[str, Any]:
     return record
 
 
-def _follow(
-    window: Window,
-    client: "Client",
-    handle: "RunHandle",
-    timeout_minutes: float,
-    receipt: dict[str, Any],
-    entry: "Entry | None",
-    wants: frozenset[str],
-) -> Result:
-    """Wait for a task, and bring home what is not here.
+@dataclass(frozen=True)
+class _Delivery:
+    """The result of one run on its way to the node's sockets."""
 
-    If something does not come, or Wiro has it no more, and what matters is here, that is a warning.
-    """
-    from ...wiro_api.errors import DownloadError, WiroError
-    from ...wiro_api.jobs import files_here, finish
-    from ...wiro_api.task import dollars
-    from ...wiro_api.transport import local_host
-    from ...wiro_api.websocket import socket_url
+    view: RunView
+    client: "Client"
+    #: what the node's receipt says of the inputs
+    receipt: Mapping[str, Any]
+    wants: frozenset[str]
 
-    warning = ""
-    try:
-        task, paths = finish(
-            client, handle, account.task_folder(handle.taskid), journal=account.journal(),
-            entry_id=None if entry is None else entry.id, timeout_s=60.0 * timeout_minutes,
-            socket_url=socket_url(), local_host=local_host(), on_task=window.on_task,
-            on_progress=window.on_progress, on_log=window.on_log, on_bytes=window.on_bytes,
-            check=window.check, asked=receipt,
-        )  # fmt: skip
-    except WiroError as error:
-        warning = str(error)
-        if isinstance(error, DownloadError) and error.task is not None:
-            if not _is_enough(error.paths, error.missing):
-                raise
-            task, paths = error.task, list(error.paths)
-            logger.warning("%s", error)
-        else:
-            here = () if entry is None else files_here(account.journal(), entry)
-            if entry is None or not _is_enough(here, [path.name for path in entry.files]):
-                raise
-            logger.warning("Task %s: %s", entry.taskid, error)
-            return _from_disk(window, client, entry, here, receipt, wants, warning)
-    result = _to_result(
-        window, receipt, task.taskid, dollars(task.totalcost), task.elapsed_s, paths,
-        _text_of(task), wants, warning,
-    )  # fmt: skip
-    window.say("done", 1.0)
-    return result
+    def follow(self, handle: "RunHandle", entry: "Entry | None", timeout_minutes: float) -> Result:
+        """Wait for a task, and download what is not here.
+
+        If something does not come, or Wiro has it no more, and what matters is here, that is a
+        warning.
+        """
+        from ...wiro_api.errors import DownloadError, WiroError
+        from ...wiro_api.jobs import files_here, finish
+        from ...wiro_api.wire import dollars
+
+        warning = ""
+        try:
+            task, paths = finish(
+                self.client,
+                handle,
+                account.task_folder(handle.taskid),
+                journal=account.journal(),
+                entry_id=None if entry is None else entry.id,
+                timeout_s=60.0 * timeout_minutes,
+                listener=self.view,
+                asked=self.receipt,
+            )
+        except WiroError as error:
+            warning = str(error)
+            if isinstance(error, DownloadError) and error.task is not None:
+                if not _is_enough(error.paths, error.missing):
+                    raise
+                task, paths = error.task, list(error.paths)
+                logger.warning("%s", error)
+            else:
+                here = () if entry is None else files_here(account.journal(), entry)
+                if entry is None or not _is_enough(here, [path.name for path in entry.files]):
+                    raise
+                logger.warning("Task %s: %s", entry.taskid, error)
+                return self.read(entry, here, warning)
+        bill = _Bill(task.taskid, dollars(task.totalcost), task.elapsed_s)
+        result = self._to_result(bill, paths, _text_of(task), warning)
+        self.view.say("done", 1.0)
+        return result
+
+    def read(self, entry: "Entry", paths: Sequence[Path], warning: str = "") -> Result:
+        """The result of files that were downloaded before."""
+        from ...wiro_api.errors import WiroError
+        from ...wiro_api.jobs import to_handle
+
+        text = ""
+        if "text" in self.wants:  # the journal holds none
+            try:
+                text = _text_of(self.client.detail(to_handle(entry)))
+            except WiroError as error:
+                logger.warning(
+                    "The text of task %s is read from its files alone: %s", entry.taskid, error
+                )
+        bill = _Bill(entry.taskid, entry.cost, entry.elapsed_s)
+        return self._to_result(bill, paths, text, warning)
+
+    def _to_result(self, bill: "_Bill", paths: Sequence[Path], text: str, warning: str) -> Result:
+        """The files as what the sockets carry; only connected outputs are decoded."""
+        from ...wiro_api.media import kind_of_name
+        from ...wiro_api.receipts import shown
+        from ...wiro_api.wire import money
+
+        kinds = _by_kind(paths)
+        videos, pictures = kinds.get("video", []), kinds.get("image", [])
+        receipt = {
+            **shown(self.receipt),
+            "taskid": bill.taskid,
+            "cost_usd": bill.cost or None,
+            "elapsed_s": None if bill.elapsed_s in (None, "") else float(str(bill.elapsed_s)),
+            "files": [account.relative_to_output(path) for path in paths],
+        }
+        more = f" {warning}" if warning else ""
+        images: Tensor | str = f"Task {bill.taskid} made no picture and no video.{more}"
+        masks: Tensor | str = images
+        audio: dict[str, Any] | str = f"Task {bill.taskid} made no sound.{more}"
+        idle = "Nothing was connected to this output when the files were read: queue again."
+        if videos or pictures:
+            images = masks = idle
+            if self.wants & {"images", "mask"}:
+                self.view.say("decoding", 0.98)
+                images, masks = _decode(videos, pictures, self.view)
+        sounds = kinds.get("audio", []) + videos
+        if sounds:
+            audio = _decode_sound(sounds[0], self.view) if "audio" in self.wants else idle
+        if not text and "text" in self.wants:
+            notes = [path for path in kinds.get("text", []) if kind_of_name(path.name) == "text"]
+            text = "\n".join(filter(None, map(read_text, notes)))
+        return Result(
+            taskid=bill.taskid,
+            images=images,
+            masks=masks,
+            audio=audio,
+            video=videos[0] if videos else f"Task {bill.taskid} made no video.{more}",
+            text=text,
+            paths=tuple(paths),
+            receipt=json.dumps(receipt, indent=2, ensure_ascii=False),
+            cost=money(Decimal(bill.cost)) if bill.cost else "cost unknown",
+            warning=warning,
+        )
+
+
+@dataclass(frozen=True)
+class _Bill:
+    """A task, its cost in US dollars and its billed seconds; "" or None if unknown."""
+
+    taskid: str
+    cost: str | None
+    elapsed_s: object
 
 
 def _text_of(task: "Task") -> str:
@@ -491,96 +592,35 @@ def _is_enough(paths: Sequence[Path], missing: Sequence[str]) -> bool:
     return bool(here) and max(here) >= max(lost, default=0)
 
 
-def _from_disk(
-    window: Window,
-    client: "Client",
-    entry: "Entry",
-    paths: Sequence[Path],
-    receipt: dict[str, Any],
-    wants: frozenset[str],
-    warning: str = "",
-) -> Result:
-    from ...wiro_api.errors import WiroError
-    from ...wiro_api.jobs import to_handle
-
-    text = ""
-    if "text" in wants:  # the journal holds none
-        try:
-            text = _text_of(client.detail(to_handle(entry)))
-        except WiroError as error:
-            logger.warning(
-                "The text of task %s is read from its files alone: %s", entry.taskid, error
-            )
-    return _to_result(
-        window, receipt, entry.taskid, entry.cost, entry.elapsed_s, paths, text, wants, warning
-    )
-
-
-def _to_result(
-    window: Window,
-    receipt: dict[str, Any],
-    taskid: str,
-    cost: str | None,
-    elapsed_s: object,
-    paths: Sequence[Path],
-    text: str,
-    wants: frozenset[str],
-    warning: str,
-) -> Result:
-    """The files as what the sockets carry; only what something hangs on is decoded."""
-    from ...wiro_api.media import kind_of, kind_of_name
-    from ...wiro_api.receipts import shown
-    from ...wiro_api.task import money
+def _by_kind(paths: Sequence[Path]) -> dict[str, list[Path]]:
+    from ...wiro_api.media import kind_of
 
     kinds: dict[str, list[Path]] = {}
     for path in paths:
         kinds.setdefault(kind_of(path), []).append(path)
+    return kinds
+
+
+def with_images(result: Result, view: RunView) -> Result:
+    """A result with the frames of its video, or its pictures, which are decoded now."""
+    kinds = _by_kind(result.paths)
     videos, pictures = kinds.get("video", []), kinds.get("image", [])
-    places = [account.relative_to_output(path) for path in paths]
-    whole = {
-        **shown(receipt),
-        "taskid": taskid,
-        "cost_usd": cost or None,
-        "elapsed_s": None if elapsed_s in (None, "") else float(str(elapsed_s)),
-        "files": places,
-    }
-    more = f" {warning}" if warning else ""
-    images: Tensor | str = f"Task {taskid} made no picture and no video.{more}"
-    masks: Tensor | str = images
-    audio: dict[str, Any] | str = f"Task {taskid} made no sound.{more}"
-    idle = "Nothing was connected here when the files were read: queue again."
-    if videos or pictures:
-        images = masks = idle
-        if wants & {"images", "mask"}:
-            window.say("decoding", 0.98)
-            images, masks = _decode(videos, pictures, window)
-    sounds = kinds.get("audio", []) + videos
-    if sounds:
-        audio = idle
-        if "audio" in wants:
-            audio = _decode_sound(sounds[0], window)
-    if not text and "text" in wants:
-        notes = kinds.get("text", [])
-        parts = [read_text(path) for path in notes if kind_of_name(path.name) == "text"]
-        text = "\n".join(part for part in parts if part)
-    video = videos[0] if videos else f"Task {taskid} made no video.{more}"
-    return Result(
-        taskid, images, masks, audio, video, text, tuple(paths),
-        json.dumps(whole, indent=2, ensure_ascii=False),
-        money(Decimal(cost)) if cost else "cost not told", warning,
-    )  # fmt: skip
+    if not videos and not pictures:
+        return result
+    images, masks = _decode(videos, pictures, view)
+    return replace(result, images=images, masks=masks)
 
 
 def _decode(
-    videos: Sequence[Path], pictures: Sequence[Path], window: Window
+    videos: Sequence[Path], pictures: Sequence[Path], view: RunView
 ) -> tuple[Tensor | str, Tensor | str]:
     """IMAGE and MASK of the first video, else of all pictures; or why there are none."""
     from ...wiro_api.errors import DownloadError, WiroError
 
     try:
         if not videos:
-            return read_pictures(pictures, window.check)
-        clip = read_clip(videos[0], window.check)
+            return read_pictures(pictures, view.check)
+        clip = read_clip(videos[0], view.check)
         return clip, torch.zeros(len(clip), EMPTY_MASK, EMPTY_MASK)
     except WiroError as error:
         place = account.relative_to_output((*videos, *pictures)[0])
@@ -590,34 +630,34 @@ def _decode(
         return reason, reason
 
 
-def _decode_sound(path: Path, window: Window) -> dict[str, Any] | str:
+def _decode_sound(path: Path, view: RunView) -> dict[str, Any] | str:
     from ...wiro_api.errors import WiroError
 
     try:
-        return read_audio(path, window.check)
+        return read_audio(path, view.check)
     except WiroError as error:
         return f"{str(error).rstrip('.')}: {account.relative_to_output(path)}."
 
 
-def _stop(
-    window: Window,
-    model: "Model",
-    parameters: Mapping[str, Any],
-    files: "list[tuple[str, FilePart]]",
-) -> str:
+def stop_job(view: RunView, job: "Job", parameters: Mapping[str, Any]) -> str:
     """Stop what a run has started, and say what came of it; raises nothing.
 
     A Run whose answer is still on its way is waited for: only that, or a proof, tells its task from
     those of others, and no other's is stopped.
 
+    Args:
+        view: of the run.
+        job: of the run.
+        parameters: that were sent.
+
     Returns:
         The line for the node.
     """
-    from ...wiro_api.client import RECONCILE_AT_S
+    from ...wiro_api.candidates import RECONCILE_AT_S
     from ...wiro_api.errors import WiroError
     from ...wiro_api.jobs import recover, to_handle
     from ...wiro_api.journal import LostEntryError
-    from ...wiro_api.task import money
+    from ...wiro_api.wire import money
 
     deadline = time.monotonic() + STOP_S
 
@@ -626,7 +666,7 @@ def _stop(
             raise WiroError("Wiro did not confirm in time")
         time.sleep(seconds)
 
-    journal, row, handle = account.journal(), window.row, window.handle
+    journal, row, handle = account.journal(), view.row, view.handle
     entry = journal.get(row) if row else None
     is_sent = entry is not None and entry.state == "sending"
     if handle is None and (row == 0 or (entry is not None and not is_sent)):
@@ -641,7 +681,7 @@ def _stop(
                     raise WiroError(f"the journal {journal.path} cannot be read")
                 deadline += RECONCILE_AT_S[-1]
                 try:
-                    handle = recover(client, journal, entry, model, parameters, files)
+                    handle = recover(client, journal, entry, job, parameters)
                 except LostEntryError:  # the answer has come
                     entry = journal.get(row) or entry
                     if not entry.taskid:
@@ -655,15 +695,15 @@ def _stop(
         logger.error("Cancelled, but %s may go on at Wiro and cost money: %s", what, error)
         return f"cancelled here, but {what} may go on at Wiro: stop it in the Wiro panel"
     if row:
-        journal.ended(row, task, () if entry is None else entry.files)
+        journal.mark_ended(row, task, () if entry is None else entry.files)
     charged = f"charged {money(task.totalcost)}" if task.totalcost else "nothing was charged"
     logger.info("Wiro task %s: %s, %s.", task.taskid, task.status, charged)
     word = "stopped" if task.status == "task_cancel" else "had ended"
     return f"task {task.taskid} {word} · {charged}"
 
 
-def collect(window: Window, text: str, timeout_minutes: float, wants: frozenset[str]) -> Result:
-    """Follow a task that a person named, to its files."""
+def collect(view: RunView, text: str, timeout_minutes: float, wants: frozenset[str]) -> Result:
+    """Follow a task that a person named, to its files; `view` is closed. Blocks."""
     from ...wiro_api.client import RunHandle
     from ...wiro_api.errors import WiroError
 
@@ -671,21 +711,19 @@ def collect(window: Window, text: str, timeout_minutes: float, wants: frozenset[
     try:
         account.check_socket_url()
         handle = RunHandle.parse(text)
-        client = window.make_client()
+        client = view.make_client()
         task = client.detail(handle)
         entry = account.journal().adopt(task.taskid, task.model)
         if entry is not None:
-            window.on_entry(entry)
+            view.on_entry(entry)
         line = f"stopped waiting; task {task.taskid} goes on at Wiro"
         receipt = {"model": task.model, "parameters": dict(task.parameters)}
-        result = _follow(
-            window, client, RunHandle(task.taskid, task.token), timeout_minutes, receipt, entry,
-            wants,
-        )  # fmt: skip
+        delivery = _Delivery(view, client, receipt, wants)
+        result = delivery.follow(RunHandle(task.taskid, task.token), entry, timeout_minutes)
         line = f"done · {result.line}"
         return result
     except WiroError as error:
         line = str(error)
         raise
     finally:
-        window.close(line)
+        view.close(line)

@@ -31,8 +31,8 @@ def describe_account() -> dict[str, Any]:
     from ...wiro_api.errors import ConfigError
     from ...wiro_api.signing import KEY_VARIABLE, load_credentials
     from ...wiro_api.spending import DEFAULT_LIMITS, Spent, load_limits, to_json
-    from ...wiro_api.task import dollars
     from ...wiro_api.transport import base_url
+    from ...wiro_api.wire import dollars
 
     problem, source = "", "none"
     is_in_environment = bool(os.environ.get(KEY_VARIABLE, "").strip())
@@ -134,15 +134,12 @@ def save_limits(body: dict[str, Any]) -> dict[str, Any]:
 def save_settings(body: dict[str, Any]) -> dict[str, Any]:
     """Store whether tasks are collected when ComfyUI starts."""
     from ...wiro_api.errors import ConfigError
+    from ...wiro_api.parts import write_whole
 
     _require(body, COLLECT)
     if not isinstance(body[COLLECT], bool):
         raise ConfigError(f"{COLLECT} must be true or false.")
-    file = account.settings_file()
-    file.parent.mkdir(parents=True, exist_ok=True)
-    part = file.with_name(f"{file.name}.{os.getpid()}.part")
-    part.write_text(json.dumps({COLLECT: body[COLLECT]}), encoding="utf-8")
-    os.replace(part, file)
+    write_whole(account.settings_file(), json.dumps({COLLECT: body[COLLECT]}))
     return describe_account()
 
 

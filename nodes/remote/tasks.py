@@ -5,11 +5,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ...wiro_api.listener import RunListener
 from . import account, live_tasks
 
 if TYPE_CHECKING:
     from ...wiro_api.client import RunHandle
     from ...wiro_api.journal import Entry
+    from ...wiro_api.task import Output
 
 #: newest rows among which one user's are looked for
 MAX_ROWS = 5000
@@ -108,16 +110,26 @@ def refresh(entry: "Entry") -> None:
     with account.make_client() as client:
         task = client.detail(_handle(entry))
     if verdict(task) is Verdict.RUNNING:
-        account.journal().seen(entry.id, task.status)
+        account.journal().mark_seen(entry.id, task.status)
     elif entry.state != "ended":
-        account.journal().ended(entry.id, task)
+        account.journal().mark_ended(entry.id, task)
 
 
 def stop(entry: "Entry") -> None:
     """Cancel or kill the task."""
     with account.make_client() as client:
         task = client.stop(_handle(entry))
-    account.journal().ended(entry.id, task, entry.files)
+    account.journal().mark_ended(entry.id, task, entry.files)
+
+
+class _VideoCheck(RunListener):
+    """Decodes each downloaded video once."""
+
+    def verify(self, path: Path, output: "Output") -> None:
+        from ...wiro_api.video import check_video, is_video
+
+        if is_video(output):
+            check_video(path)
 
 
 def collect(entry: "Entry") -> None:
@@ -125,8 +137,6 @@ def collect(entry: "Entry") -> None:
     from ...wiro_api.errors import WiroError
     from ...wiro_api.jobs import finish
     from ...wiro_api.task import Verdict, verdict
-    from ...wiro_api.transport import local_host
-    from ...wiro_api.video import check_video, is_video
 
     handle = _handle(entry)
     with account.make_client() as client:
@@ -139,8 +149,7 @@ def collect(entry: "Entry") -> None:
             account.task_folder(task.taskid),
             journal=account.journal(),
             entry_id=entry.id,
-            local_host=local_host(),
-            verify=lambda path, output: check_video(path) if is_video(output) else None,
+            listener=_VideoCheck(),
         )
 
 
@@ -148,7 +157,7 @@ def delete_files(entry: "Entry") -> None:
     """Delete Wiro's copies of an ended task's files; downloaded files stay."""
     with account.make_client() as client:
         client.delete_files(_handle(entry))
-    account.journal().remote_deleted(entry.id)
+    account.journal().mark_remote_deleted(entry.id)
 
 
 def forget(entry: "Entry") -> None:
@@ -161,7 +170,7 @@ def forget(entry: "Entry") -> None:
     age_s = abs(time.time() - (entry.sent_at or 0.0))  # the clock may have been set back
     if live_tasks.is_followed(entry.id) or age_s < UPLOAD_S + 60:
         raise WiroError("It was sent only just now and may still be answered: wait 6 minutes.")
-    account.journal().refused(entry, "Marked as not started.")
+    account.journal().mark_refused(entry, "Marked as not started.")
 
 
 ACTIONS: dict[str, Callable[["Entry"], None]] = {

@@ -37,10 +37,13 @@ def save_state(path: Path, fingerprint: str, step: int, latents: Tensor) -> None
     """Keep the latents after `step` steps; the file is replaced as a whole."""
     from safetensors.torch import save
 
-    part = path.with_name(path.name + ".part")
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")  # other processes write theirs
     metadata = {"fingerprint": fingerprint, "step": str(step)}
-    part.write_bytes(save({"latents": latents.float().cpu().contiguous()}, metadata))
-    os.replace(part, path)
+    try:
+        part.write_bytes(save({"latents": latents.float().cpu().contiguous()}, metadata))
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
 
 
 def load_state(path: Path, fingerprint: str, latents: Tensor, num_steps: int) -> tuple[int, Tensor]:

@@ -32,10 +32,12 @@ from support.clip import make_clip
 from support.wiro_server import KEY, SECRET, STATES, WiroServer
 
 from wiro_api.client import Client
-from wiro_api.jobs import finish, start, to_handle
+from wiro_api.jobs import Job, finish, start, to_handle
 from wiro_api.journal import Journal
+from wiro_api.listener import RunListener
 from wiro_api.schema import SKYREELS
 from wiro_api.signing import Credentials
+from wiro_api.task import Output
 from wiro_api.video import check_video, read_frames
 
 BARS = {"rss_mb": 200.0, "cpu_share": 0.10, "overhead_s": 1.0}
@@ -101,6 +103,13 @@ def memory_mb(name: str) -> float:
     raise RuntimeError(f"no {name} in /proc/self/status")
 
 
+class Verifier(RunListener):
+    """Decodes each video once."""
+
+    def verify(self, path: Path, output: Output) -> None:
+        check_video(path)
+
+
 def job(
     url: str, socket_url: str, folder: Path, number: int, client: Client, picture: bytes
 ) -> int:
@@ -108,12 +117,16 @@ def job(
     journal = Journal(folder / "journal.sqlite")
     parameters = {**PARAMETERS, "prompt": f"number {number}"}
     files = [("inputImage", ("input.png", picture, "image/png"))]
-    entry = start(client, journal, SKYREELS, parameters, files)
+    client.socket_url = socket_url
+    entry = start(client, journal, Job(SKYREELS, parameters, files))
     task, paths = finish(
-        client, to_handle(entry), folder / entry.taskid, journal=journal, entry_id=entry.id,
-        socket_url=socket_url, local_host=url.removeprefix("http://").removesuffix("/v1"),
-        verify=lambda path, _: check_video(path),
-    )  # fmt: skip
+        client,
+        to_handle(entry),
+        folder / entry.taskid,
+        journal=journal,
+        entry_id=entry.id,
+        listener=Verifier(),
+    )
     row = journal.get(entry.id)
     assert row is not None
     assert (row.state, row.verdict, row.files) == ("ended", "succeeded", tuple(paths))

@@ -29,12 +29,12 @@ from comfyui_skyreels.wiro_api.errors import (
     WiroError,
 )
 from comfyui_skyreels.wiro_api.files import download, read_part
-from comfyui_skyreels.wiro_api.jobs import finish, start, to_handle
+from comfyui_skyreels.wiro_api.jobs import Job, finish, start, to_handle
 from comfyui_skyreels.wiro_api.journal import Journal
 from comfyui_skyreels.wiro_api.signing import Credentials, sign
 from comfyui_skyreels.wiro_api.task import Progress, Verdict, parse_task, verdict
 from support.clip import make_clip
-from support.wiro_client import MODEL, PARAMETERS, Clock, make_client
+from support.wiro_client import MODEL, PARAMETERS, Clock, listening, make_client
 from support.wiro_server import STATES, WiroServer
 from support.wiro_socket import SocketServer
 
@@ -158,8 +158,10 @@ def test_point_03_a_record_reads_the_same_with_its_numbers_as_strings():
         parse_task({**numbers, "outputs": [{**OUTPUT, "size": 1000, "ispublic": 0}]}),
         parse_task({**words, "outputs": [{**OUTPUT, "size": "1000", "ispublic": "0"}]}),
     ]
-    for name in ("taskid", "exit_code", "elapsed_s", "cps", "totalcost", "createtime", "starttime",
-                 "endtime", "postprocessendtime"):  # fmt: skip
+    for name in (
+        "taskid", "exit_code", "elapsed_s", "totalcost", "starttime", "endtime",
+        "postprocessendtime",
+    ):  # fmt: skip
         assert getattr(read[0], name) == getattr(read[1], name), name
     assert read[1].totalcost == Decimal("0.00351")
     assert [task.outputs[0].num_bytes for task in read] == [1000, 1000]
@@ -260,11 +262,14 @@ def follow(server, script, hold=lambda task, socket: None):
         hold(task, socket, progress)
 
     with SocketServer(script) as socket:
+        client.socket_url = socket.url
         task, _ = finish(
-            client, client.run(MODEL, PARAMETERS), server.folder, socket_url=socket.url,
-            local_host=host_of(server), timeout_s=3600, on_task=on_task,
-            on_progress=progress.append,
-        )  # fmt: skip
+            client,
+            client.run(MODEL, PARAMETERS),
+            server.folder,
+            timeout_s=3600,
+            listener=listening(on_task=on_task, on_progress=progress.append),
+        )
     assert verdict(task) is Verdict.SUCCEEDED
     return clock, states, progress
 
@@ -323,7 +328,7 @@ class Impatient(requests.Session):
 def test_point_07_polls_go_on_through_every_fault_until_the_deadline_and_can_be_resumed(clock):
     with WiroServer() as server:
         client = make_client(server, clock)
-        client._session = Impatient()
+        client.session = Impatient()
         handle = client.run(MODEL, PARAMETERS)
         server.fail("Task/Detail", BAD_GATEWAY, ("silent", 60), "html", "truncated", "list",
                     "reset", "lost", {"status": 429}, (0, "strange"))  # fmt: skip
@@ -423,9 +428,9 @@ def test_point_09_a_full_account_is_waited_for_only_if_that_was_asked(
     journal = Journal(tmp_path / "journal.sqlite", now=clock.now)
     server.fail("Run", *[(96, "concurrency limit")] * 4)
     with pytest.raises(ConcurrencyError):
-        start(client, journal, MODEL, PARAMETERS)
+        start(client, journal, Job(MODEL, PARAMETERS))
     assert (runs(server), clock.time_s) == (1, 0)
-    assert start(client, journal, MODEL, PARAMETERS, wait_when_busy=True).taskid == "2221"
+    assert start(client, journal, Job(MODEL, PARAMETERS), wait_when_busy=True).taskid == "2221"
     assert (runs(server), clock.time_s, len(server.tasks)) == (5, 5 + 10 + 20, 1)
 
 
@@ -537,18 +542,29 @@ def test_point_11_no_secret_is_in_any_text(scenario, tmp_path, monkeypatch, capl
         server.files["0.mp4"] = make_clip()
         credentials = Credentials(PLANTED_KEY, PLANTED_SECRET)
         client = Client(
-            credentials, base_url=server.url, sleep=clock.sleep, clock=clock, now=clock.now
+            credentials,
+            base_url=server.url,
+            socket_url=server.socket_url,
+            sleep=clock.sleep,
+            clock=clock,
+            now=clock.now,
         )
         path = tmp_path / "library" / "journal.sqlite"
         spoil(server, path, **SCENARIOS[scenario])
         journal = Journal(path, now=clock.now)
         try:
-            entry = start(client, journal, MODEL, PARAMETERS)
+            entry = start(client, journal, Job(MODEL, PARAMETERS))
             task, _ = finish(
-                client, to_handle(entry), tmp_path / "out", journal=journal, entry_id=entry.id,
-                local_host=host_of(server), socket_url=server.socket_url, verify=cli.verify,
-                timeout_s=600, on_task=lambda task: texts.append(repr(task)),
-            )  # fmt: skip
+                client,
+                to_handle(entry),
+                tmp_path / "out",
+                journal=journal,
+                entry_id=entry.id,
+                timeout_s=600,
+                listener=listening(
+                    verify=cli.verify, on_task=lambda task: texts.append(repr(task))
+                ),
+            )
             texts.append(repr([entry, task, *task.outputs]))
             assert scenario in GO_WELL
         except WiroError as error:

@@ -12,7 +12,7 @@ import wave
 import zipfile
 
 import pytest
-from comfyui_skyreels.wiro_api import files
+from comfyui_skyreels.wiro_api import files, parts
 from comfyui_skyreels.wiro_api.errors import DownloadError
 from comfyui_skyreels.wiro_api.files import LEAST_BYTES_PER_S, NOT_YET_S, download
 from comfyui_skyreels.wiro_api.media import kind_of, what_is_missing
@@ -28,7 +28,7 @@ def host_of(server) -> str:
 
 
 def fetch(server, folder, name="0.mp4", kind="video/mp4", num_bytes=None, **keywords):
-    output = Output(name, kind, server.file_url(name), num_bytes, "", {})
+    output = Output(name, kind, server.file_url(name), num_bytes, "")
     keywords = {"sleep": lambda _: None, "local_host": host_of(server), "taskid": "77", **keywords}
     return download(output, folder, **keywords)
 
@@ -306,7 +306,7 @@ def test_a_stop_is_seen_while_a_server_is_silent(server, tmp_path, monkeypatch, 
             return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", address)]
 
         monkeypatch.setattr(socket, "getaddrinfo", look_up)
-    output = Output("0.mp4", "video/mp4", url, None, "", {})
+    output = Output("0.mp4", "video/mp4", url, None, "")
     start = time.monotonic()
     try:
         with pytest.raises(KeyboardInterrupt):
@@ -449,7 +449,7 @@ def test_what_dead_programs_have_left_is_removed_and_what_live_ones_write_stays(
 
 
 def test_downloads_of_one_process_leave_each_other_alone(server, tmp_path, monkeypatch):
-    monkeypatch.setattr(files, "_BEGAN", time.time() + 3600)  # as on a disk whose clock is behind
+    monkeypatch.setattr(parts, "_BEGAN", time.time() + 3600)  # as on a disk whose clock is behind
     server.fail("GET 0.mp4", ("slow", 1.0))
     paths = []
     threads = [
@@ -461,7 +461,7 @@ def test_downloads_of_one_process_leave_each_other_alone(server, tmp_path, monke
         thread.join()
     assert [path.read_bytes() for path in paths] == [MP4] * 4
     assert len(names(tmp_path)) == 4
-    assert files._own_parts == set()
+    assert parts._own_parts == set()
 
 
 def test_the_test_servers_packed_answer_is_what_it_says(server):

@@ -30,13 +30,13 @@ from comfyui_skyreels.wiro_api.errors import (
     WiroError,
 )
 from comfyui_skyreels.wiro_api.files import download, safe_name
-from comfyui_skyreels.wiro_api.jobs import finish, start, to_handle
+from comfyui_skyreels.wiro_api.jobs import Job, finish, start, to_handle
 from comfyui_skyreels.wiro_api.journal import Journal
 from comfyui_skyreels.wiro_api.signing import Credentials
 from comfyui_skyreels.wiro_api.task import Output
 from support import wiro_server
 from support.clip import make_clip
-from support.wiro_client import MODEL, PARAMETERS, Clock, make_client
+from support.wiro_client import MODEL, PARAMETERS, Clock, listening, make_client
 from support.wiro_server import KEY, SECRET, STATES, WiroServer
 
 CLIP = make_clip()
@@ -47,7 +47,7 @@ NO_KEY = {"status": 401, "body": {"result": False, "errors": [{"code": 0, "messa
 
 
 @dataclass
-class Job:
+class Trial:
     """One job, asked for as often as a test likes."""
 
     server: WiroServer
@@ -64,14 +64,19 @@ class Job:
         self.folder.mkdir()
 
     def __call__(self, *, again: bool = False) -> list[Path]:
-        entry = start(self.client, self.journal, MODEL, PARAMETERS, [PICTURE], again=again)
+        self.client.socket_url = self.server.socket_url
+        entry = start(self.client, self.journal, Job(MODEL, PARAMETERS, [PICTURE]), again=again)
         if entry.files:
             return list(entry.files)
         _, paths = finish(
-            self.client, to_handle(entry), self.folder, journal=self.journal, entry_id=entry.id,
-            local_host=host_of(self.server), socket_url=self.server.socket_url, timeout_s=600,
-            on_task=self.on_task, verify=verify,
-        )  # fmt: skip
+            self.client,
+            to_handle(entry),
+            self.folder,
+            journal=self.journal,
+            entry_id=entry.id,
+            timeout_s=600,
+            listener=listening(on_task=self.on_task, verify=verify),
+        )
         return paths
 
     @property
@@ -90,7 +95,7 @@ class Job:
 
 @pytest.fixture
 def job(server, tmp_path):
-    return Job(server, tmp_path)
+    return Trial(server, tmp_path)
 
 
 def host_of(server) -> str:
@@ -153,7 +158,7 @@ def test_the_file_comes_with_one_run_in_spite_of(server, tmp_path, monkeypatch, 
         Credentials(KEY, SECRET), base_url=server.url, sleep=clock.sleep, clock=clock,
         now=clock.now, session=Impatient(),
     )  # fmt: skip
-    job = Job(server, tmp_path, clock, client)
+    job = Trial(server, tmp_path, clock, client)
     server.fail(path, *faults)
     assert_done(job, job())
     assert server._faults[path] == [], "the fault was not met"
@@ -251,7 +256,7 @@ def test_a_socket_costs_no_result_whatever_it_does(tmp_path, monkeypatch, caplog
 
     with WiroServer(with_socket=True) as server:
         server.fail("socket", *([fault] if fault else []) * FOREVER)
-        job = Job(server, tmp_path, on_task=hold)
+        job = Trial(server, tmp_path, on_task=hold)
         assert_done(job, job())
     assert caplog.text.count("polling goes on") == is_told
     assert "token-of-task" not in caplog.text
@@ -283,7 +288,7 @@ def test_a_run_that_is_cut_off_before_anything_is_made_is_not_sent_again_unasked
 def test_a_service_that_is_away_is_tried_again_and_refuses_for_good_later(tmp_path):
     with WiroServer() as server:
         port = int(server.url.split(":")[2].split("/")[0])
-    job = Job(server, tmp_path)
+    job = Trial(server, tmp_path)
     with pytest.raises(TransportError, match="check the network"):
         job()
     assert (job.row.state, job.row.taskid) == ("refused", "")
@@ -466,7 +471,7 @@ def test_downloads_that_end_together_keep_a_file_each(server, tmp_path, monkeypa
     paths: list[Path] = []
 
     def fetch() -> None:
-        output = Output("0.mp4", "video/mp4", server.file_url("0.mp4"), None, "", {})
+        output = Output("0.mp4", "video/mp4", server.file_url("0.mp4"), None, "")
         paths.append(download(output, tmp_path, local_host=host_of(server)))
 
     threads = [threading.Thread(target=fetch) for _ in range(2)]
@@ -482,7 +487,7 @@ def test_no_name_of_random_letters_leaves_its_folder_or_outgrows_a_disk():
     dice = random.Random(0)
     for _ in range(2000):
         evil = "".join(dice.choices(letters, k=dice.randrange(400)))
-        name = safe_name(Output(evil, "video/mp4", "", None, "", {}))
+        name = safe_name(Output(evil, "video/mp4", "", None, ""))
         assert name == Path(name).name not in ("", ".", "..")
         assert not set(name) & set('/\\:|?*"<>\0\n\u202e')
         assert len(name.encode()) <= 255

@@ -12,7 +12,7 @@ from support.wiro_server import MP4
 
 
 def result(server, name: str = "0.mp4", num_bytes: int | None = 1000) -> Output:
-    return Output(name, "video/mp4", server.file_url("0.mp4"), num_bytes, "", {})
+    return Output(name, "video/mp4", server.file_url("0.mp4"), num_bytes, "")
 
 
 def fetch(server, folder, output=None, **keywords):
@@ -123,7 +123,7 @@ def test_names_that_are_taken_get_a_number(server, tmp_path):
     ],
 )  # fmt: skip
 def test_names_stay_in_their_folder(name, expected):
-    got = safe_name(Output(name, "video/mp4", "", None, "", {}))
+    got = safe_name(Output(name, "video/mp4", "", None, ""))
     assert expected is None or got == expected
     assert len(got) <= 130
     assert not set(got) & set('/\\:|?*"<>\0')

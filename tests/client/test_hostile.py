@@ -24,23 +24,21 @@ from comfyui_skyreels.wiro_api import cli, transport
 from comfyui_skyreels.wiro_api import client as client_module
 from comfyui_skyreels.wiro_api.client import Client, RunHandle, raise_for_failure
 from comfyui_skyreels.wiro_api.errors import TransportError, WiroError
-from comfyui_skyreels.wiro_api.jobs import start
+from comfyui_skyreels.wiro_api.jobs import Job, start
 from comfyui_skyreels.wiro_api.journal import Journal
 from comfyui_skyreels.wiro_api.schema import complete, items_of
 from comfyui_skyreels.wiro_api.signing import Credentials
 from comfyui_skyreels.wiro_api.spending import price_of
 from comfyui_skyreels.wiro_api.task import (
     Verdict,
-    clean_text,
     failure_text,
     log_tail,
     parse_progress,
     parse_task,
-    read_json,
-    same_value,
     verdict,
 )
 from comfyui_skyreels.wiro_api.websocket import ProgressSocket
+from comfyui_skyreels.wiro_api.wire import clean_text, read_json, same_value
 from support.raw_server import RawServer, answer
 from support.wiro_client import MODEL, PARAMETERS, Clock
 from support.wiro_server import KEY, SECRET, STATES, WiroServer
@@ -209,7 +207,7 @@ def assert_task(task) -> None:
         assert_harmless(text)
         assert "\n" not in text
     assert len(task.output_log) + len(task.error_log) <= 2**19
-    for amount in (task.totalcost, task.cps, task.elapsed_s):
+    for amount in (task.totalcost, task.elapsed_s):
         assert amount is None or 0 <= amount < 10**32
     for output in task.outputs:
         assert_harmless(output.name + output.contenttype + output.url, 9000)
@@ -416,7 +414,7 @@ def test_a_refusal_of_any_text_leaves_the_row_refused(tmp_path, name):
     client, wire, clock = make(spoil)
     wire.nonsense = NONSENSE[name]
     journal = Journal(tmp_path / "journal.sqlite", now=clock.now)
-    outcome(lambda: start(client, journal, MODEL, PARAMETERS))
+    outcome(lambda: start(client, journal, Job(MODEL, PARAMETERS)))
     (row,) = journal.newest()
     assert row.state == "refused"
     assert_harmless(row.error, 1000)

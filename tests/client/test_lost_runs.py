@@ -10,15 +10,15 @@ import time
 from pathlib import Path
 
 import pytest
-from comfyui_skyreels.wiro_api import client as wiro
+from comfyui_skyreels.wiro_api import candidates as wiro
 from comfyui_skyreels.wiro_api.candidates import newest_id, number_of
 from comfyui_skyreels.wiro_api.client import Client, Model
 from comfyui_skyreels.wiro_api.errors import RunOutcomeUnknownError
-from comfyui_skyreels.wiro_api.jobs import job_key, start
+from comfyui_skyreels.wiro_api.jobs import Job, job_key, start
 from comfyui_skyreels.wiro_api.journal import ABANDONED_S, Journal
 from comfyui_skyreels.wiro_api.signing import Credentials
 from comfyui_skyreels.wiro_api.task import parse_task
-from support.wiro_client import MODEL, PARAMETERS, make_client
+from support.wiro_client import MODEL, PARAMETERS, listening, make_client
 from support.wiro_replies import URL
 from support.wiro_server import NOW, WiroServer
 from support.wiro_sim import Service, World
@@ -168,16 +168,16 @@ def pend(journal, files=(), model=MODEL, take=1, service="x", **changes):
     """A row of another program whose Run has not been answered."""
     parameters = {**PARAMETERS, **changes}
     key, inputs = (
-        job_key(model, parameters, files, service=service, take=number) for number in (take, 0)
+        job_key(Job(model, parameters, files, take=number), service=service) for number in (take, 0)
     )
     entry = journal.begin(key, str(model), inputs=inputs)
-    journal.sending(entry, baseline="1")
+    journal.mark_sending(entry, baseline="1")
     return entry
 
 
 def test_without_files_the_only_task_is_taken_at_the_last_look(server, client, journal, clock):
     server.fail("Run", "lost")
-    assert start(client, journal, MODEL, PARAMETERS).taskid == "2221"
+    assert start(client, journal, Job(MODEL, PARAMETERS)).taskid == "2221"
     assert clock.time_s == wiro.RECONCILE_AT_S[-1]
 
 
@@ -188,9 +188,9 @@ def test_without_files_no_task_is_taken_while_another_run_of_the_model_is_unansw
     other = pend(journal, model=Model.parse(slug), prompt="another")
     server.fail("Run", "lost")
     with pytest.raises(RunOutcomeUnknownError, match="2221"):
-        start(client, journal, MODEL, PARAMETERS)
-    journal.started(other.id, "2000")  # it has heard
-    assert start(client, journal, MODEL, PARAMETERS).taskid == "2221"
+        start(client, journal, Job(MODEL, PARAMETERS))
+    journal.mark_started(other.id, "2000")  # it has heard
+    assert start(client, journal, Job(MODEL, PARAMETERS)).taskid == "2221"
     assert runs(server) == 1
 
 
@@ -201,23 +201,25 @@ def test_an_unanswered_run_of_another_model_or_of_another_day_is_not_in_the_way(
     clock.time_s += ABANDONED_S + 1
     pend(journal, model=Model("acme", "other"))
     server.fail("Run", "lost")
-    assert start(client, journal, MODEL, PARAMETERS).taskid == "2221"
+    assert start(client, journal, Job(MODEL, PARAMETERS)).taskid == "2221"
 
 
 def test_with_proof_only_another_take_of_the_same_inputs_is_in_the_way(server, client, journal):
     pend(journal, [THEIRS], service=server.url)
     server.fail("Run", "lost")
-    assert start(client, journal, MODEL, PARAMETERS, [OURS]).taskid == "2221"
+    assert start(client, journal, Job(MODEL, PARAMETERS, [OURS])).taskid == "2221"
     other = pend(journal, [OURS], take=2, service=server.url)
     server.fail("Run", "reset")
     with pytest.raises(RunOutcomeUnknownError, match="2222"):
         start(
-            client, journal, MODEL, PARAMETERS, [OURS], take=3,
-            check=lambda: add_theirs(server, OURS),  # carried out late, for take 2
-        )  # fmt: skip
-    journal.started(other.id, "2222")
+            client,
+            journal,
+            Job(MODEL, PARAMETERS, [OURS], take=3),
+            listener=listening(check=lambda: add_theirs(server, OURS)),
+        )
+    journal.mark_started(other.id, "2222")
     with pytest.raises(RunOutcomeUnknownError, match="be it: none"):
-        start(client, journal, MODEL, PARAMETERS, [OURS], take=3)
+        start(client, journal, Job(MODEL, PARAMETERS, [OURS], take=3))
 
 
 def test_a_task_that_a_person_has_collected_by_its_id_may_still_be_found(server, client, journal):
@@ -228,7 +230,7 @@ def test_a_task_that_a_person_has_collected_by_its_id_may_still_be_found(server,
             journal.adopt("2221", str(MODEL))
 
     client.sleep = collect
-    assert start(client, journal, MODEL, PARAMETERS, [OURS]).taskid == "2221"
+    assert start(client, journal, Job(MODEL, PARAMETERS, [OURS])).taskid == "2221"
 
 
 def test_one_of_many_takes_a_task(journal):
@@ -263,7 +265,7 @@ def test_an_answer_that_comes_late_is_not_lost_to_a_caller_that_has_left(server,
         interruptible=True,
     )  # fmt: skip
     with pytest.raises(LeftError):
-        start(client, journal, MODEL, PARAMETERS)
+        start(client, journal, Job(MODEL, PARAMETERS))
     assert journal.newest()[0].state == "sending"
     end = time.monotonic() + 20
     while journal.newest()[0].state == "sending" and time.monotonic() < end:
@@ -274,10 +276,10 @@ def test_an_answer_that_comes_late_is_not_lost_to_a_caller_that_has_left(server,
 def test_a_late_answer_does_not_bring_back_a_task_that_was_found_and_has_ended(journal):
     entry = pend(journal, [OURS])
     assert journal.claim(entry, "2221", is_proved=True)
-    journal.ended(entry.id, parse_task({"id": "2221", "status": "task_cancel"}))
-    journal.started(entry.id, "2221")
+    journal.mark_ended(entry.id, parse_task({"id": "2221", "status": "task_cancel"}))
+    journal.mark_started(entry.id, "2221")
     assert journal.get(entry.id).state == "ended"
-    journal.started(entry.id, "2222")  # what the service answered is right
+    journal.mark_started(entry.id, "2222")  # what the service answered is right
     assert (journal.get(entry.id).state, journal.get(entry.id).taskid) == ("started", "2222")
 
 
@@ -291,12 +293,12 @@ def test_no_clock_matters(clock, journal, offset_s, files):
         client = make_client(server, clock)
         old = add_theirs(server, *files)
         server.fail("Run", "lost", "lost")
-        assert start(client, journal, MODEL, PARAMETERS, files).taskid == str(int(old) + 1)
+        assert start(client, journal, Job(MODEL, PARAMETERS, files)).taskid == str(int(old) + 1)
         with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
             patch.setattr(client, "sleep", interrupt)  # the program ends
-            start(client, journal, MODEL, PARAMETERS, files, take=2)
+            start(client, journal, Job(MODEL, PARAMETERS, files, take=2))
         assert journal.newest()[0].state == "sending"
-        again = start(make_client(server, clock), journal, MODEL, PARAMETERS, files, take=2)
+        again = start(make_client(server, clock), journal, Job(MODEL, PARAMETERS, files, take=2))
         assert again.taskid == str(int(old) + 2)
         assert runs(server) == 2
 
@@ -317,11 +319,11 @@ def test_a_list_that_does_not_tell_keeps_no_run_from_going_and_lets_none_be_take
     server, client, journal, fault
 ):
     server.fail("Task/List", fault)
-    assert start(client, journal, MODEL, PARAMETERS, [OURS]).taskid == "2221"
+    assert start(client, journal, Job(MODEL, PARAMETERS, [OURS])).taskid == "2221"
     server.fail("Task/List", fault)
     server.fail("Run", "lost")
     with pytest.raises(RunOutcomeUnknownError, match="2222"):
-        start(client, journal, MODEL, PARAMETERS, [OURS], take=2)
+        start(client, journal, Job(MODEL, PARAMETERS, [OURS], take=2))
     assert server.paths().count("Task/List") == 3, "one before each Run, one to name candidates"
 
 
@@ -338,7 +340,7 @@ def test_a_row_of_an_older_version_is_asked_about(server, client, tmp_path, cloc
             "created_at REAL NOT NULL, sent_at REAL, updated_at REAL NOT NULL)"
         )
         for number, (state, taskid) in enumerate([("sending", ""), ("started", "2221")]):
-            key = job_key(MODEL, {**PARAMETERS, "steps": number}, [OURS], service=server.url)
+            key = job_key(Job(MODEL, {**PARAMETERS, "steps": number}, [OURS]), service=server.url)
             old.execute(
                 "INSERT INTO jobs (job, owner, model, state, taskid, created_at, sent_at, "
                 "updated_at) VALUES (?, 'x', 'wiro/SkyReels-V1', ?, ?, ?, ?, ?)",
@@ -349,10 +351,10 @@ def test_a_row_of_an_older_version_is_asked_about(server, client, tmp_path, cloc
     add_theirs(server, OURS, steps=1)
     add_theirs(server, OURS, steps=0)  # even if it is the only one, and would be proved
     with pytest.raises(RunOutcomeUnknownError, match="2222"):
-        start(client, journal, MODEL, {**PARAMETERS, "steps": 0}, [OURS])
-    entry = start(client, journal, MODEL, {**PARAMETERS, "steps": 1}, [OURS])
+        start(client, journal, Job(MODEL, {**PARAMETERS, "steps": 0}, [OURS]))
+    entry = start(client, journal, Job(MODEL, {**PARAMETERS, "steps": 1}, [OURS]))
     assert (entry.taskid, runs(server)) == ("2221", 0)
-    assert start(client, journal, MODEL, {**PARAMETERS, "steps": 2}, [OURS]).state == "started"
+    assert start(client, journal, Job(MODEL, {**PARAMETERS, "steps": 2}, [OURS])).state == "started"
 
 
 def test_the_question_tells_what_to_do(server, client):
@@ -477,9 +479,9 @@ def test_the_newest_id_of_a_page(ids, newest):
 PROGRAM = """
 import json, sys, time
 from pathlib import Path
-from wiro_api import client, errors, jobs, journal, signing
+from wiro_api import candidates, client, errors, jobs, journal, signing
 url, file, picture, take = sys.argv[1:]
-client.RECONCILE_AT_S = tuple(moment / 20 for moment in client.RECONCILE_AT_S)
+candidates.RECONCILE_AT_S = tuple(moment / 20 for moment in candidates.RECONCILE_AT_S)
 ours = client.Client(signing.Credentials("test-key", "test-secret"), base_url=url)
 part = ("inputImage", ("a.png", picture.encode(), "image/png"))
 try:

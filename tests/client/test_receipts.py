@@ -8,7 +8,7 @@ import pytest
 from comfyui_skyreels.wiro_api import receipts
 from comfyui_skyreels.wiro_api.client import RunHandle
 from comfyui_skyreels.wiro_api.errors import DownloadError
-from comfyui_skyreels.wiro_api.jobs import finish, start, to_handle
+from comfyui_skyreels.wiro_api.jobs import Job, finish, start, to_handle
 from comfyui_skyreels.wiro_api.journal import Journal
 from comfyui_skyreels.wiro_api.receipts import shown, write_receipt
 from comfyui_skyreels.wiro_api.task import parse_task
@@ -39,11 +39,9 @@ def run(server, client, folder, **changes):
     """A whole run, as the command line and the node make it."""
     server.states = ("task_postprocess_end",)
     journal = Journal(folder.parent / "journal.sqlite")
-    entry = start(client, journal, MODEL, {**PARAMETERS, **changes})
-    host = server.url.removeprefix("http://").removesuffix("/v1")
+    entry = start(client, journal, Job(MODEL, {**PARAMETERS, **changes}))
     asked = {"model": str(MODEL), "parameters": PARAMETERS, "take": 3}
-    return finish(client, to_handle(entry), folder, journal=journal, entry_id=entry.id,
-                  local_host=host, asked=asked)  # fmt: skip
+    return finish(client, to_handle(entry), folder, journal=journal, entry_id=entry.id, asked=asked)
 
 
 def test_a_run_leaves_a_receipt_that_tells_what_was_asked_paid_and_made(server, client, tmp_path):
@@ -194,8 +192,7 @@ def test_what_came_of_several_files_has_a_receipt_and_the_rest_joins_it(server, 
 
 def test_a_task_that_was_started_elsewhere_has_one_too(server, client, tmp_path):
     run(server, client, tmp_path / "first")
-    host = server.url.removeprefix("http://").removesuffix("/v1")
-    finish(client, RunHandle("2221", ""), tmp_path / "second", local_host=host)
+    finish(client, RunHandle("2221", ""), tmp_path / "second")
     text = (tmp_path / "second" / "0.receipt.json").read_text(encoding="utf-8")
     assert json.loads(text)["taskid"] == "2221"
     assert KEY not in text

@@ -12,7 +12,7 @@ from comfyui_skyreels.wiro_api.errors import (
     TransportError,
     WiroError,
 )
-from comfyui_skyreels.wiro_api.jobs import start
+from comfyui_skyreels.wiro_api.jobs import Job, start
 from comfyui_skyreels.wiro_api.journal import Journal
 from comfyui_skyreels.wiro_api.signing import Credentials
 from support.wiro_client import MODEL, PARAMETERS, Clock
@@ -104,7 +104,7 @@ def test_the_same_command_again_sends_it_again_only_after_a_plain_no(tmp_path, s
     journal = Journal(tmp_path / "journal.sqlite")
     for _ in range(2):
         with pytest.raises(WiroError):
-            start(client_of(replies), journal, MODEL, PARAMETERS)
+            start(client_of(replies), journal, Job(MODEL, PARAMETERS))
     expected = ("refused", 2) if is_plain_no(status, name) else ("sending", 1)
     assert (journal.newest()[0].state, replies.count("Run")) == expected
 
@@ -115,6 +115,6 @@ def test_an_answer_before_the_end_has_left_is_no_unknown_outcome(status, tmp_pat
     for name in ("html", "empty", "own, unclear", "own, busy"):
         replies = Replies({"Run": [(status, BODIES[name][0])]}, reads_body=False)
         with pytest.raises((ApiError, TransportError)):
-            start(client_of(replies), journal, MODEL, {**PARAMETERS, "prompt": name})
+            start(client_of(replies), journal, Job(MODEL, {**PARAMETERS, "prompt": name}))
         assert journal.newest()[0].state == "refused"
         assert replies.count("Run") <= 3

@@ -11,6 +11,7 @@ from comfyui_skyreels.wiro_api.errors import DownloadError, TaskFailedError
 from comfyui_skyreels.wiro_api.jobs import MISSING, files_here, finish
 from comfyui_skyreels.wiro_api.journal import Journal
 from support.clip import make_clip
+from support.wiro_client import listening
 from support.wiro_server import STATES
 
 CLIP = make_clip()
@@ -37,11 +38,14 @@ class Task:
         self.row = self.journal.adopt(self.taskid, "wiro/SkyReels-V1").id
 
     def bring_home(self, **keywords: Any) -> list[str]:
-        host = self.server.url.removeprefix("http://").removesuffix("/v1")
         _, paths = finish(
-            self.client, RunHandle(self.taskid, ""), self.folder, journal=self.journal,
-            entry_id=self.row, local_host=host, **keywords,
-        )  # fmt: skip
+            self.client,
+            RunHandle(self.taskid, ""),
+            self.folder,
+            journal=self.journal,
+            entry_id=self.row,
+            **keywords,
+        )
         assert [path.parent for path in paths] == [self.folder] * len(paths)
         return [path.name for path in paths]
 
@@ -108,7 +112,7 @@ def test_a_stop_keeps_what_has_come(task, after):
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        task.bring_home(on_bytes=stop)
+        task.bring_home(listener=listening(on_bytes=stop))
     assert task.names() == sorted(list(CONTENTS)[:after])
     entry = task.journal.get(task.row)
     assert [path.name for path in files_here(task.journal, entry)] == list(CONTENTS)[:after]
@@ -193,7 +197,7 @@ def test_a_file_that_does_not_decode_is_kept_and_told(task, caplog, name):
         cli.verify(path, output)
         raise DownloadError("it is of no use")
 
-    assert task.bring_home(verify=verify) == [name]
+    assert task.bring_home(listener=listening(verify=verify)) == [name]
     assert (task.folder / name).read_bytes() == content
     assert looked == [(name, [name])], "it has its name, and stands in the journal, before"
     assert f"{name} of task {task.taskid} is kept as it came, but: " in caplog.text

@@ -16,7 +16,7 @@ from comfyui_skyreels.wiro_api.errors import (
     TransportError,
     WiroError,
 )
-from comfyui_skyreels.wiro_api.jobs import start
+from comfyui_skyreels.wiro_api.jobs import Job, start
 from comfyui_skyreels.wiro_api.journal import Journal
 from comfyui_skyreels.wiro_api.signing import Credentials
 from support.wiro_client import MODEL, PARAMETERS
@@ -60,7 +60,9 @@ class Program:
         files = [("inputImage", ("a.png", self.picture, "image/png"))] if self.picture else []
         try:
             entry = start(
-                client, journal, MODEL, {**PARAMETERS, "steps": self.steps}, files, take=self.take
+                client,
+                journal,
+                Job(MODEL, {**PARAMETERS, "steps": self.steps}, files, take=self.take),
             )
             self.ends.append(entry.taskid)
         except (KilledError, WiroError) as error:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 from comfyui_skyreels.wiro_api.errors import ConfigError, LimitError, TaskFailedError
-from comfyui_skyreels.wiro_api.jobs import finish, start, to_handle
+from comfyui_skyreels.wiro_api.jobs import Job, Quote, finish, start, to_handle
 from comfyui_skyreels.wiro_api.journal import Journal
 from comfyui_skyreels.wiro_api.spending import (
     DEFAULT_LIMITS,
@@ -26,7 +26,7 @@ from comfyui_skyreels.wiro_api.spending import (
     price_of,
     save_limits,
 )
-from support.wiro_client import MODEL, PARAMETERS, Clock, make_client
+from support.wiro_client import MODEL, PARAMETERS, Clock, listening, make_client
 from support.wiro_server import KEY, SECRET
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -285,15 +285,18 @@ def begin(client, journal, number: int = 0, cost: Price | None = THIRTY_CENTS, *
     """Start a job of its own number under limits."""
     parameters = {**PARAMETERS, "prompt": f"number {number}"}
     amounts = {name: Decimal(limit) for name, limit in limits.items()}
-    return start(client, journal, MODEL, parameters, price=cost, limits=lambda: Limits(**amounts))
+    return start(
+        client,
+        journal,
+        Job(MODEL, parameters),
+        Quote(parameters, cost),
+        limits=lambda: Limits(**amounts),
+    )
 
 
 def complete(client, server, journal, entry, folder, **final):
     server.final = final
-    host = server.url.removeprefix("http://").removesuffix("/v1")
-    return finish(
-        client, to_handle(entry), folder, journal=journal, entry_id=entry.id, local_host=host
-    )
+    return finish(client, to_handle(entry), folder, journal=journal, entry_id=entry.id)
 
 
 @pytest.mark.parametrize(
@@ -338,8 +341,13 @@ def test_the_default_holds_a_day_however_many_nodes_a_workflow_has(
     refused = 0
     for take in range(number + 5):
         try:
-            start(client, journal, MODEL, PARAMETERS, take=take, price=price,
-                  limits=lambda: DEFAULT_LIMITS)  # fmt: skip
+            start(
+                client,
+                journal,
+                Job(MODEL, PARAMETERS, take=take),
+                Quote(PARAMETERS, price),
+                limits=lambda: DEFAULT_LIMITS,
+            )
         except LimitError as error:
             refused += 1
             assert re.search(
@@ -352,7 +360,7 @@ def test_a_run_whose_price_was_not_told_counts_by_its_cost_once_that_is_known(
     server, client, journal, tmp_path
 ):
     server.states = ("task_postprocess_end",)
-    entry = start(client, journal, MODEL, PARAMETERS, limits=lambda: DEFAULT_LIMITS)
+    entry = start(client, journal, Job(MODEL, PARAMETERS), limits=lambda: DEFAULT_LIMITS)
     assert journal.spent().day == 2
     complete(client, server, journal, entry, tmp_path / "out")
     assert journal.spent().day == Decimal("0.00351")
@@ -370,7 +378,7 @@ def test_what_is_reserved_for_tasks_under_way_counts(server, client, journal, li
 
 def test_what_was_sent_and_not_answered_counts(server, client, journal):
     entry = journal.begin("another job", str(MODEL))
-    journal.sending(entry, str(MODEL), THIRTY_CENTS)
+    journal.mark_sending(entry, str(MODEL), THIRTY_CENTS)
     with pytest.raises(LimitError):
         begin(client, journal, per_day="0.50")
     assert server.seen == []
@@ -411,7 +419,7 @@ def test_a_success_whose_cost_is_not_told_counts_as_projected(server, client, jo
 def test_many_small_amounts_add_up_exactly(journal):
     for number in range(10):
         entry = journal.begin(str(number), str(MODEL))
-        journal.sending(entry, str(MODEL), Price(Decimal("0.1"), is_exact=True))
+        journal.mark_sending(entry, str(MODEL), Price(Decimal("0.1"), is_exact=True))
     assert journal.spent().day == Decimal(1)
     tenth = Price(Decimal("0.1"), is_exact=True)
     check_limits(Limits(per_day=Decimal("1.1")), tenth, journal.spent(), "m")
@@ -459,10 +467,13 @@ def test_threads_that_race_for_the_last_of_a_day_send_one_run(server, journal, n
         parameters = {**PARAMETERS, "prompt": f"number {number}"}
         try:
             entry = start(
-                make_client(server, clock), Journal(journal.path, now=clock.now), MODEL,
-                parameters, price=THIRTY_CENTS, limits=lambda: Limits(per_day=Decimal("0.50")),
-                check=both_asked.wait,
-            )  # fmt: skip
+                make_client(server, clock),
+                Journal(journal.path, now=clock.now),
+                Job(MODEL, parameters),
+                Quote(parameters, THIRTY_CENTS),
+                limits=lambda: Limits(per_day=Decimal("0.50")),
+                listener=listening(check=both_asked.wait),
+            )
             started.append(entry)
         except LimitError as error:
             refused.append(str(error))
@@ -481,7 +492,7 @@ def test_threads_that_race_for_the_last_of_a_day_send_one_run(server, journal, n
 def test_limits_are_set_shown_and_lifted_by_the_command_line(tmp_path):
     journal = Journal(tmp_path / "journal.sqlite")
     entry = journal.begin("job", str(MODEL))
-    journal.sending(entry, str(MODEL), THIRTY_CENTS)
+    journal.mark_sending(entry, str(MODEL), THIRTY_CENTS)
 
     def limits(*arguments: str) -> subprocess.CompletedProcess:
         command = [sys.executable, "-m", "wiro_api", "limits", "--journal", str(journal.path)]

@@ -13,7 +13,7 @@ import pytest
 from comfyui_skyreels.wiro_api import state
 from comfyui_skyreels.wiro_api.client import Client
 from comfyui_skyreels.wiro_api.errors import ConfigError
-from comfyui_skyreels.wiro_api.jobs import start
+from comfyui_skyreels.wiro_api.jobs import Job, start
 from comfyui_skyreels.wiro_api.journal import Journal
 from comfyui_skyreels.wiro_api.signing import Credentials, account_of
 from comfyui_skyreels.wiro_api.spending import Limits, Price, load_limits, save_limits
@@ -47,11 +47,11 @@ def fill(file: Path, *jobs: str, state: str = "ended") -> Journal:
     for number, job in enumerate(jobs):
         entry = journal.begin(job, str(MODEL))
         if state != "intent":
-            journal.sending(entry, str(MODEL), TEN_CENTS)
+            journal.mark_sending(entry, str(MODEL), TEN_CENTS)
         if state in ("started", "ended"):
-            journal.started(entry.id, f"{number}{job}")
+            journal.mark_started(entry.id, f"{number}{job}")
         if state == "ended":
-            journal.ended(entry.id, parse_task({"id": f"{number}{job}", **SUCCESS}))
+            journal.mark_ended(entry.id, parse_task({"id": f"{number}{job}", **SUCCESS}))
     return journal
 
 
@@ -182,7 +182,7 @@ def test_a_crash_between_copying_and_renaming_copies_nothing_twice(user, host, m
     assert (user / state.JOURNAL_NAME).exists()
     assert state.state_folder() == host, "the command line is on the new one already"
     rows = Journal(host / state.JOURNAL_NAME)
-    rows.ended(rows.newest()[0].id, parse_task({"id": "0a", **SUCCESS}), [host / "a.mp4"])
+    rows.mark_ended(rows.newest()[0].id, parse_task({"id": "0a", **SUCCESS}), [host / "a.mp4"])
     state.share(host)
     assert jobs_in(host) == ["a", "b"], "what was never sent is not a run"
     assert any(entry.files for entry in rows.newest()), "and nothing is written over"
@@ -267,11 +267,11 @@ def test_what_one_program_has_paid_for_the_other_does_not_pay_again(user, host, 
     with WiroServer() as server:
         client = make_client(server, clock)
         for number, file in enumerate((user / state.JOURNAL_NAME, host / state.HOST_JOURNAL_NAME)):
-            start(client, Journal(file), MODEL, {**PARAMETERS, "steps": number})
+            start(client, Journal(file), Job(MODEL, {**PARAMETERS, "steps": number}))
         folder = state.share(host)
         for number in range(2):
             journal = Journal(state.open_state() / state.JOURNAL_NAME)
-            entry = start(client, journal, MODEL, {**PARAMETERS, "steps": number})
+            entry = start(client, journal, Job(MODEL, {**PARAMETERS, "steps": number}))
             assert entry.taskid == str(2221 + number)
         assert len(server.tasks) == 2
         assert journal.path.parent == folder
@@ -280,12 +280,12 @@ def test_what_one_program_has_paid_for_the_other_does_not_pay_again(user, host, 
 def test_a_paid_row_wins_over_a_refused_one_that_was_merged_later(user, host, clock):
     with WiroServer() as server:
         client = make_client(server, clock)
-        start(client, Journal(host / state.HOST_JOURNAL_NAME), MODEL, PARAMETERS)
+        start(client, Journal(host / state.HOST_JOURNAL_NAME), Job(MODEL, PARAMETERS))
         server.fail("Run", (97, "low"))
         with pytest.raises(Exception, match="low"):
-            start(client, Journal(user / state.JOURNAL_NAME), MODEL, PARAMETERS)
+            start(client, Journal(user / state.JOURNAL_NAME), Job(MODEL, PARAMETERS))
         journal = Journal(state.share(host) / state.JOURNAL_NAME)
-        assert start(client, journal, MODEL, PARAMETERS).taskid == "2221"
+        assert start(client, journal, Job(MODEL, PARAMETERS)).taskid == "2221"
         assert len(server.tasks) == 1
 
 
@@ -296,7 +296,7 @@ def test_sums_are_those_of_a_key_and_of_rows_that_tell_none(tmp_path):
     assert "key" not in one
     for number, account in enumerate((one, one, other, "")):
         entry = Journal(file).begin(f"job {number}", str(MODEL), account=account)
-        Journal(file).sending(entry, str(MODEL), TEN_CENTS)
+        Journal(file).mark_sending(entry, str(MODEL), TEN_CENTS)
     sums = [Journal(file, account=account).spent().day for account in (one, other, "")]
     assert sums == [Decimal("0.30"), Decimal("0.20"), Decimal("0.40")]
     assert Journal(file, account=other).spent(but=1).day == Decimal("0.20"), "on the key of row 1"
@@ -307,13 +307,13 @@ def test_the_job_of_another_key_is_gone_on_with_if_it_is_the_same_account_and_el
 ):
     journal = Journal(tmp_path / "journal.sqlite", now=clock.now)
     with WiroServer() as server:
-        start(make_client(server, clock), journal, MODEL, PARAMETERS)
+        start(make_client(server, clock), journal, Job(MODEL, PARAMETERS))
         server.key = "a new key of the account"
         fresh = make_client(server, clock, key=server.key)
-        assert start(fresh, journal, MODEL, PARAMETERS).taskid == "2221"
+        assert start(fresh, journal, Job(MODEL, PARAMETERS)).taskid == "2221"
         server.fail("Task/Detail", (1, "There is no task yet."))  # of somebody else's account
-        assert start(fresh, journal, MODEL, PARAMETERS).taskid == "2222"
-        assert start(fresh, journal, MODEL, PARAMETERS).taskid == "2222"
+        assert start(fresh, journal, Job(MODEL, PARAMETERS)).taskid == "2222"
+        assert start(fresh, journal, Job(MODEL, PARAMETERS)).taskid == "2222"
         assert len(server.tasks) == 2
 
 

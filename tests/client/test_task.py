@@ -1,18 +1,20 @@
 """Reading the service's records, and the verdict on them."""
 
+import re
 from decimal import Decimal
 
 import pytest
 from comfyui_skyreels.wiro_api.task import (
-    RANKS,
+    STATUSES,
     Progress,
     Verdict,
-    bool_of,
     failure_text,
     parse_progress,
     parse_task,
     verdict,
 )
+from comfyui_skyreels.wiro_api.wire import bool_of
+from support.project import ROOT
 
 FILE = {"name": "0.mp4", "contenttype": "video/mp4", "url": "https://cdn1.wiro.ai/x/0.mp4"}
 TEXT = {"contenttype": "raw", "content": "hello"}
@@ -46,18 +48,35 @@ def test_the_verdict_follows_state_exit_code_and_files(given, expected):
     assert verdict(parse_task(given)) is expected
 
 
+def test_the_table_of_states_marks_the_two_that_end_a_task():
+    assert {name for name, status in STATUSES.items() if status.is_terminal} == {
+        "task_postprocess_end",
+        "task_cancel",
+    }
+    ranked = sorted(STATUSES.values(), key=lambda status: status.rank)
+    assert [s.fraction for s in ranked] == sorted(s.fraction for s in ranked)
+
+
+def test_the_page_has_words_for_every_phase():
+    page = (ROOT / "web/wiro/words.mjs").read_text(encoding="utf-8")
+    table = re.search(r"const PHASES = \{(.*?)\n\};", page, re.DOTALL)
+    assert table is not None
+    phases = {status.phase for status in STATUSES.values()}
+    assert set(re.findall(r"^  (\w+):", table[1], re.MULTILINE)) == phases
+
+
 def test_only_the_two_last_states_end_a_task():
-    ended = {s for s in RANKS if parse_task(record(s, "0", [FILE])).is_terminal}
+    ended = {s for s in STATUSES if parse_task(record(s, "0", [FILE])).is_terminal}
     assert ended == {"task_postprocess_end", "task_cancel"}
 
 
 def test_a_record_of_strings_and_one_of_numbers_read_the_same():
     words = parse_task({"id": "534574", "pexit": "0", "elapsedseconds": "6.0000", "size": "1",
-                        "totalcost": "0.003510000000", "createtime": "1734513807",
+                        "totalcost": "0.003510000000", "endtime": "1734513807",
                         "starttime": "0"})  # fmt: skip
     numbers = parse_task({"taskid": 534574, "pexit": 0, "elapsedseconds": 6, "starttime": 0,
-                          "totalcost": 0.00351, "createtime": 1734513807})  # fmt: skip
-    for name in ("taskid", "exit_code", "elapsed_s", "totalcost", "createtime", "starttime"):
+                          "totalcost": 0.00351, "endtime": 1734513807})  # fmt: skip
+    for name in ("taskid", "exit_code", "elapsed_s", "totalcost", "endtime", "starttime"):
         assert getattr(words, name) == getattr(numbers, name), name
     assert words.totalcost == Decimal("0.00351")
     assert words.starttime is None
@@ -74,7 +93,6 @@ def test_a_record_of_strings_and_one_of_numbers_read_the_same():
 )  # fmt: skip
 def test_odd_records_are_read_without_failing(odd):
     task = parse_task(odd)
-    assert task.raw is odd
     assert task.totalcost is None or task.totalcost.is_finite()
     assert verdict(task) is Verdict.RUNNING
 

@@ -406,7 +406,7 @@ def test_slips_are_refused_before_any_work(capsys, tmp_path, options, words):
 @pytest.mark.parametrize("place", ["file/o.npy", "nul\0.npy", "x" * 300 + ".npy", "taken.npy"])
 def test_an_output_that_cannot_be_written_is_found_first(capsys, tmp_path, place, monkeypatch):
     (tmp_path / "file").touch()
-    (tmp_path / "taken.npy.part").mkdir()
+    (tmp_path / f"taken.npy.{os.getpid()}.part").mkdir()
     monkeypatch.setattr(cli, "_generate", lambda *_: pytest.fail("work was begun"))
     code, out, _ = run(capsys, "generate", *FAST, "--out", tmp_path / place, "--json")
     assert code == 1

@@ -1,6 +1,7 @@
 """Picture files become tensors, clips become files a browser plays."""
 
 import logging
+import os
 import struct
 import sys
 import zlib
@@ -196,7 +197,7 @@ def test_a_stop_in_mid_write_leaves_the_old_file_and_no_part(tmp_path, monkeypat
         calls.append(1)
         # x264 looks some 50 frames ahead, so it is late that the file begins
         if len(calls) == 80:
-            assert (tmp_path / "a.mp4.part").exists()
+            assert (tmp_path / f"a.mp4.{os.getpid()}.part").exists()
             raise Stopped
 
     with pytest.raises(Stopped):

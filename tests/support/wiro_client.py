@@ -1,6 +1,9 @@
 """A client whose time only moves when it sleeps, and a run to make with it."""
 
+from typing import Any
+
 from comfyui_skyreels.wiro_api.client import Client, Model
+from comfyui_skyreels.wiro_api.listener import RunListener
 from comfyui_skyreels.wiro_api.signing import Credentials
 
 from support.wiro_server import KEY, NOW, SECRET
@@ -35,3 +38,10 @@ def make_client(server, clock, key: str = KEY, secret: str = SECRET) -> Client:
         Credentials(key, secret), base_url=server.url, sleep=clock.sleep, clock=clock,
         now=clock.now,
     )  # fmt: skip
+
+
+def listening(**methods: Any) -> RunListener:
+    """A listener with some methods replaced."""
+    listener = RunListener()
+    vars(listener).update(methods)
+    return listener

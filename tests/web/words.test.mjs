@@ -9,6 +9,7 @@ import {
 
 const TASK = {
   id: 1, taskid: "2221", model: "wiro/SkyReels-V1", state: "started", status: "task_queue",
+  phase: "queued",
   verdict: "", cost: "", projected: "", elapsed_s: "", created_at: 1000, is_live: false, error: "",
   files: [], remote_deleted: false,
 };
@@ -22,11 +23,11 @@ const ACCOUNT = {
 function* everyTask() {
   for (const state of ["intent", "sending", "started", "ended", "refused", "", "new word"]) {
     for (const verdict of ["", "running", "succeeded", "failed", "cancelled", "no_output", "odd"]) {
-      for (const status of ["", "task_queue", "task_start", "task_end", "task_cancel", "odd"]) {
+      for (const phase of ["", "queued", "running", "finishing", "ended", "odd"]) {
         for (let bits = 0; bits < 16; bits += 1) {
           const [is_live, remote_deleted] = [Boolean(bits & 1), Boolean(bits & 2)];
           const [taskid, files] = [bits & 4 ? "2221" : "", bits & 8 ? [FILE] : []];
-          yield { ...TASK, state, verdict, status, is_live, remote_deleted, taskid, files };
+          yield { ...TASK, state, verdict, phase, is_live, remote_deleted, taskid, files };
         }
       }
     }
@@ -40,15 +41,14 @@ test("a task's state has one word and a tone", () => {
     [{ state: "intent", taskid: "", is_live: true }, "starting", "wait", true],
     [{ state: "sending", taskid: "" }, "outcome unknown", "warn", false],
     [{ state: "sending", taskid: "", is_live: true }, "starting", "wait", true],
-    [{ status: "" }, "queued", "wait", true],
-    [{ status: "task_queue" }, "queued", "wait", true],
-    [{ status: "task_accept" }, "preparing", "run", true],
-    [{ status: "task_assign" }, "preparing", "run", true],
-    [{ status: "task_start" }, "running", "run", true],
-    [{ status: "task_output" }, "running", "run", true],
-    [{ status: "a word of tomorrow" }, "running", "run", true],
-    [{ status: "task_end" }, "finishing", "run", true],
-    [{ status: "task_postprocess_start" }, "finishing", "run", true],
+    [{ phase: "queued" }, "queued", "wait", true],
+    [{ phase: "preparing" }, "preparing", "run", true],
+    [{ phase: "running" }, "running", "run", true],
+    [{ phase: "a word of tomorrow" }, "running", "run", true],
+    [{ phase: "constructor" }, "running", "run", true],
+    [{ phase: undefined }, "running", "run", true],
+    [{ phase: "finishing" }, "finishing", "run", true],
+    [{ phase: "ended" }, "finishing", "run", true],
     [{ state: "ended", verdict: "succeeded" }, "succeeded", "good", false],
     [{ state: "ended", verdict: "failed" }, "failed", "bad", false],
     [{ state: "ended", verdict: "cancelled" }, "cancelled", "off", false],

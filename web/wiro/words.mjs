@@ -1,8 +1,14 @@
 // What a task's record means for people, and what can be done with it. No page in here.
 
-const QUEUED = ["", "task_queue"];
-const PREPARING = ["task_accept", "task_preprocess_start", "task_preprocess_end", "task_assign"];
-const FINISHING = ["task_end", "task_postprocess_start", "task_postprocess_end"];
+// The phases of STATUSES in wiro_api/task.py, which the server sends: word, tone, and what is shown
+// until the task reports something itself.
+const PHASES = {
+  queued: ["queued", "wait", "waiting for its turn at the service"],
+  preparing: ["preparing", "run", "loading files and model"],
+  running: ["running", "run"],
+  finishing: ["finishing", "run", "writing the files"],
+  ended: ["finishing", "run", "writing the files"], // the server is fetching the result
+};
 
 const VERDICTS = {
   succeeded: { word: "succeeded", tone: "good" },
@@ -30,16 +36,8 @@ export function describe(task) {
   if (task.state === "intent" || task.state === "sending") return active("starting", "wait");
   if (ended) return state(ended.word, ended.tone);
   if (task.state === "ended") return state("ended", "off");
-  return followed(task.status);
-}
-
-function followed(status) {
-  if (QUEUED.includes(status)) {
-    return active("queued", "wait", "waiting for its turn at the service");
-  }
-  if (PREPARING.includes(status)) return active("preparing", "run", "loading files and model");
-  if (FINISHING.includes(status)) return active("finishing", "run", "writing the files");
-  return active("running", "run");
+  // a status that this version does not know is one of a running task
+  return active(...PHASES[Object.hasOwn(PHASES, task.phase) ? task.phase : "running"]);
 }
 
 function state(word, tone) {

@@ -184,7 +184,6 @@ def test_who_comes_second_to_the_files_of_a_row_finds_them_there(comfy, wiro, nu
                 account.task_folder(entry.taskid),
                 journal=account.journal(),
                 entry_id=row,
-                local_host=wiro.url.removeprefix("http://").removesuffix("/v1"),
             )
             results.append(paths)
 
@@ -197,7 +196,7 @@ def test_who_comes_second_to_the_files_of_a_row_finds_them_there(comfy, wiro, nu
     assert all(paths == results[0] for paths in results)
     assert names(comfy, entry.taskid) == ["0.mp4", "0.receipt.json"]
     assert len(wiro.fetched) == 1
-    assert not jobs._coming
+    assert not jobs._downloading
 
 
 def test_who_waits_for_another_ones_download_can_be_stopped(comfy, wiro):
@@ -205,7 +204,7 @@ def test_who_waits_for_another_ones_download_can_be_stopped(comfy, wiro):
     journal, inside, leave = account.journal(), threading.Event(), threading.Event()
 
     def hold():
-        with jobs._alone(journal, row, lambda: None):
+        with jobs._one_at_a_time(jobs._Row(journal, row), lambda: None):
             inside.set()
             leave.wait(timeout=60)
 
@@ -216,13 +215,13 @@ def test_who_waits_for_another_ones_download_can_be_stopped(comfy, wiro):
     def stop():
         raise KeyboardInterrupt
 
-    with pytest.raises(KeyboardInterrupt), jobs._alone(journal, row, stop):
+    with pytest.raises(KeyboardInterrupt), jobs._one_at_a_time(jobs._Row(journal, row), stop):
         raise AssertionError("it came in")
-    with jobs._alone(journal, row + 1, stop):  # another row is another one's
+    with jobs._one_at_a_time(jobs._Row(journal, row + 1), stop):  # another row is another one's
         pass
     leave.set()
     holder.join(timeout=60)
-    with jobs._alone(journal, row, stop):
+    with jobs._one_at_a_time(jobs._Row(journal, row), stop):
         pass
 
 

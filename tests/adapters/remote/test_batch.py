@@ -14,7 +14,7 @@ from comfyui_skyreels.nodes.remote import account, live_tasks
 from comfyui_skyreels.nodes.remote import batch as wiro_batch
 from comfyui_skyreels.nodes.remote import nodes as remote
 from comfyui_skyreels.nodes.remote import run as wiro_run
-from comfyui_skyreels.wiro_api import client
+from comfyui_skyreels.wiro_api import candidates, client
 from comfyui_skyreels.wiro_api.errors import (
     BalanceError,
     ConcurrencyError,
@@ -242,7 +242,7 @@ def test_a_run_is_known_to_the_node_for_one_as_well(comfy, wiro):
 
 
 def test_a_lost_run_of_submit_is_found_by_collect_and_not_sent_again(comfy, wiro, monkeypatch):
-    monkeypatch.setattr(client, "RECONCILE_AT_S", (0.1, 0.2))
+    monkeypatch.setattr(candidates, "RECONCILE_AT_S", (0.1, 0.2))
     wiro.fail("Run", "lost")
     wiro.now = time.time
     runs, _ = submit(pictures(3))

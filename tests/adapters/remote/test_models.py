@@ -23,7 +23,7 @@ from comfyui_skyreels.nodes.remote.inputs import (
 )
 from comfyui_skyreels.wiro_api.client import Model
 from comfyui_skyreels.wiro_api.errors import ConfigError, WiroError
-from comfyui_skyreels.wiro_api.jobs import job_key
+from comfyui_skyreels.wiro_api.jobs import Job, job_key
 from PIL import Image
 from support.host import VideoFromComponents, VideoFromFile
 from support.wiro_server import KEY, MODELS, SECRET
@@ -191,10 +191,12 @@ def test_a_film_of_frames_is_the_same_job_however_it_is_encoded(comfy, more):
 def test_the_job_of_a_node_of_before_is_the_same(comfy, wiro, image, extra):
     values = {"prompt": "x", "size": "960x544"}
     part = inputs.png_part(image)
-    key = job_key(Model("wiro", "SkyReels-V1"), values, [("inputImage", part)], service=wiro.url)
+    key = job_key(
+        Job(Model("wiro", "SkyReels-V1"), values, [("inputImage", part)]), service=wiro.url
+    )
     entry = account.journal().begin(key, "wiro/SkyReels-V1")
-    account.journal().sending(entry)
-    account.journal().started(entry.id, wiro.add_task({"prompt": "x"}))
+    account.journal().mark_sending(entry)
+    account.journal().mark_started(entry.id, wiro.add_task({"prompt": "x"}))
     assert run_model("wiro/SkyReels-V1", values, image=image, **extra)[3] == "2221"
     assert not [path for path in wiro.paths() if path.startswith("Run/")]
 
@@ -224,7 +226,11 @@ def test_the_job_of_a_node_of_before_is_the_same(comfy, wiro, image, extra):
         (FRAMES, {"file_parameters": "lastFrame"}, "write input=parameter"),
         (FRAMES, {"file_parameters": "mask=lastFrame"}, "inputs are image, image_2"),
         (FRAMES, {"file_parameters": "image=a,image=b"}, "twice"),
-        (LIPS, {"audio": {"waveform": torch.zeros(1, 2, 0), "sample_rate": 8000}}, "audio is empty"),
+        (
+            LIPS,
+            {"audio": {"waveform": torch.zeros(1, 2, 0), "sample_rate": 8000}},
+            "audio is empty",
+        ),
         (LIPS, {"audio": {"waveform": torch.zeros(0, 2, 5), "sample_rate": 8000}}, "batch of 0"),
         (LIPS, {"video": VideoFromFile(io.BytesIO())}, "video has 0 bytes"),
     ],
@@ -586,7 +592,9 @@ def test_whatever_a_model_says_of_itself_the_answer_is_bounded_and_plain(
         assert answer["image"] in ("", "https://cdn.wiro.ai/x.png")
         assert answer["page"] == "https://wiro.ai/models/o/p"
         assert all(isinstance(answer[name], str) for name in ("title", "about", "price", "slug"))
-        json.dumps(prices.form_price({"slug": "o/p", "parameters": {}, "files": 1}), allow_nan=False)
+        json.dumps(
+            prices.form_price({"slug": "o/p", "parameters": {}, "files": 1}), allow_nan=False
+        )
 
 
 def test_all_nonsense_at_once_is_bounded_too(comfy, wiro, monkeypatch):

@@ -333,16 +333,16 @@ def test_cancel_waits_for_an_answer_that_is_on_its_way_and_stops_what_it_names(c
 
 
 def test_cancel_of_a_lost_run_stops_no_task_of_another_picture(comfy, wiro, monkeypatch):
-    from comfyui_skyreels.wiro_api import client
+    from comfyui_skyreels.wiro_api import candidates
 
-    monkeypatch.setattr(client, "RECONCILE_AT_S", (0.1, 0.3, 60.0))
+    monkeypatch.setattr(candidates, "RECONCILE_AT_S", (0.1, 0.3, 60.0))
     wiro.states, wiro.steps_by_itself = ("task_start", "task_postprocess_end"), False
     wiro.fail("Run", "reset")
 
     def end() -> None:
         theirs = ("inputImage", "b.png", "image/png", b"another picture")
         wiro.add_task(dict(runs(wiro)[0].body), uploads=[theirs])
-        monkeypatch.setattr(client, "RECONCILE_AT_S", (0.1, 0.3))
+        monkeypatch.setattr(candidates, "RECONCILE_AT_S", (0.1, 0.3))
         cancel(comfy)
 
     watching = when(lambda: runs(wiro), end)
@@ -355,9 +355,9 @@ def test_cancel_of_a_lost_run_stops_no_task_of_another_picture(comfy, wiro, monk
 
 
 def test_of_a_batch_no_node_gets_the_video_of_another_picture(comfy, wiro, monkeypatch):
-    from comfyui_skyreels.wiro_api import client
+    from comfyui_skyreels.wiro_api import candidates
 
-    monkeypatch.setattr(client, "RECONCILE_AT_S", (0.1, 0.3, 0.6))
+    monkeypatch.setattr(candidates, "RECONCILE_AT_S", (0.1, 0.3, 0.6))
     wiro.fail("Run", "reset", ("silent", 1.5), "lost")
     pictures = [picture().roll(number, dims=2) for number in range(3)]
 
@@ -397,17 +397,17 @@ def test_a_picture_that_is_packed_into_other_bytes_is_the_same_job(comfy, wiro, 
 
 def test_pictures_of_the_same_numbers_in_another_shape_are_other_jobs(comfy, wiro):
     from comfyui_skyreels.wiro_api.client import Model
-    from comfyui_skyreels.wiro_api.jobs import job_key
+    from comfyui_skyreels.wiro_api.jobs import Job, job_key
 
     image = torch.linspace(0, 1, 4 * 6 * 3)
     shapes = [(1, 4, 6, 3), (1, 6, 4, 3), (1, 2, 12, 3), (1, 24, 1, 3)]
     parts = [inputs.png_part(image.reshape(shape)) for shape in shapes]
-    keys = {job_key(Model("a", "b"), {}, [("inputImage", part)]) for part in parts}
+    keys = {job_key(Job(Model("a", "b"), {}, [("inputImage", part)])) for part in parts}
     assert len(keys) == len(shapes)
 
 
 def test_a_job_that_was_known_by_its_bytes_is_still_known(comfy, wiro):
-    from comfyui_skyreels.wiro_api.jobs import job_key
+    from comfyui_skyreels.wiro_api.jobs import Job, job_key
     from comfyui_skyreels.wiro_api.schema import SKYREELS
 
     values = {
@@ -419,10 +419,10 @@ def test_a_job_that_was_known_by_its_bytes_is_still_known(comfy, wiro):
         "steps": 30,
     }
     part = inputs.png_part(picture(), "960x544")
-    key = job_key(SKYREELS, values, [("inputImage", tuple(part))], service=wiro.url)
+    key = job_key(Job(SKYREELS, values, [("inputImage", tuple(part))]), service=wiro.url)
     entry = account.journal().begin(key, str(SKYREELS))
-    account.journal().sending(entry)
-    account.journal().started(entry.id, wiro.add_task({"prompt": "x"}))
+    account.journal().mark_sending(entry)
+    account.journal().mark_started(entry.id, wiro.add_task({"prompt": "x"}))
     assert generate()[2] == "2221"
     assert runs(wiro) == []
 
@@ -720,7 +720,7 @@ def test_a_run_whose_outcome_is_unknown_asks_and_may_be_called_not_started(
 ):
     wiro.fail("Run", "reset")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(wiro_run.Window, "sleep", lambda self, seconds: None)
+        patch.setattr(wiro_run.RunView, "sleep", lambda self, seconds: None)
         with pytest.raises(WiroError, match="outcome is unknown"):
             generate()
         with pytest.raises(WiroError, match="outcome is unknown"):
@@ -847,7 +847,7 @@ def test_defaults_of_the_service_may_change_and_the_job_is_still_the_same(comfy,
 
 
 def test_a_model_that_is_not_described_is_not_run_unchecked(comfy, wiro, monkeypatch):
-    monkeypatch.setattr(wiro_run.Window, "sleep", lambda self, seconds: None)
+    monkeypatch.setattr(wiro_run.RunView, "sleep", lambda self, seconds: None)
     wiro.fail("Tool/Detail", *[{"status": 502}] * 10)
     wiro.slugs = ("acme/other",)
     with pytest.raises(WiroError, match="502"):

@@ -10,7 +10,7 @@ from comfyui_skyreels.nodes.remote import nodes as remote
 from comfyui_skyreels.wiro_api import jobs
 from comfyui_skyreels.wiro_api.client import Model
 from comfyui_skyreels.wiro_api.errors import ConfigError
-from comfyui_skyreels.wiro_api.jobs import quote
+from comfyui_skyreels.wiro_api.jobs import Job, quote
 from support.wiro_server import KEY
 
 WIDGETS = {
@@ -138,7 +138,7 @@ def test_a_quote_of_a_draft_checks_all_but_what_is_missing(comfy, wiro):
         model = Model.parse("wiro/SkyReels-V1")
         record = jobs.read_record(client, model)
     with pytest.raises(ConfigError, match="wants"):
-        quote(record, model, {"prompt": "x"})
-    assert quote(record, model, {"prompt": "x"}, is_draft=True).parameters["prompt"] == "x"
+        quote(record, Job(model, {"prompt": "x"}))
+    assert quote(record, Job(model, {"prompt": "x"}), is_draft=True).parameters["prompt"] == "x"
     with pytest.raises(ConfigError, match="no parameter"):
-        quote(record, model, {"odd": 1}, is_draft=True)
+        quote(record, Job(model, {"odd": 1}), is_draft=True)
