@@ -134,7 +134,7 @@ def quick_start() -> Graph:
             "vae": Node("SkyReelsVAELoader", {"vae": BUILTIN_NAME}),
             "text encoder": Node("SkyReelsTextEncoderLoader", {"text_encoder": BUILTIN_NAME}),
         },
-        "picture": {
+        "image": {
             "background": Node(
                 "EmptyImage", {"width": 64, "height": 64, "color": 0x203060}, title="Background"
             ),
@@ -301,7 +301,7 @@ def save(prefix: str, video: tuple[str, int], title: str = "") -> Node:
 def remote() -> Graph:
     """Image and prompt, one node, the video."""
     return {
-        "picture": {
+        "image": {
             "note": note(WIRO_NOTE, 260),
             "image": Node("LoadImage", {"image": "example.png"}, height=320),
         },
@@ -313,13 +313,13 @@ def remote() -> Graph:
 
 def wiro_batch() -> Graph:
     """Two images as one batch, a run on Wiro for each, the videos in order."""
-    pictures = {"image1": ("image", 0), "image2": ("second", 0)}
+    images = {"image1": ("image", 0), "image2": ("second", 0)}
     return {
-        "pictures": {
+        "images": {
             "note": note(BATCH_NOTE, 300),
             "image": Node("LoadImage", {"image": "example.png"}, title="Image 1", height=320),
             "second": Node("LoadImage", {"image": "example.png"}, title="Image 2", height=320),
-            "batch": Node("ImageBatch", {}, pictures),
+            "batch": Node("ImageBatch", {}, images),
         },
         "prompt": {"prompt": prompt_text()},
         "run on Wiro": {

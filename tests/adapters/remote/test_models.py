@@ -1,4 +1,4 @@
-"""Any model from the page: the list, the form's data, the price; and the files a node sends."""
+"""Any model: the files its node sends; the page's list, form and price."""
 
 import asyncio
 import io

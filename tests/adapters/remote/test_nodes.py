@@ -1,4 +1,4 @@
-"""The remote nodes against a loopback Wiro: what is sent, shown, stopped and brought home."""
+"""The remote nodes against a loopback Wiro: what is sent, shown, stopped and output."""
 
 import asyncio
 import io
@@ -829,7 +829,7 @@ def test_an_old_journal_that_cannot_be_read_starts_nothing_and_keeps_no_result_a
     assert run_node(remote.WiroTaskResult, task="2221")[3] == "2221"
 
 
-# --- what an audit found ------------------------------------------------------------------------
+# --- hostile and unlucky surroundings ------------------------------------------------------------
 
 
 def test_defaults_of_the_service_may_change_and_the_job_is_still_the_same(comfy, wiro, monkeypatch):

@@ -1,4 +1,4 @@
-"""What a remote task made, as the sockets of the nodes: any kind of file, in bounded memory."""
+"""A task's files as node outputs: any kind of file, in bounded memory."""
 
 import asyncio
 import io

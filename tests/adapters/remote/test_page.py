@@ -1,4 +1,4 @@
-"""Who may change what from the page, whose tasks are whose, and what a workflow may not say."""
+"""The page's routes: who may change what, whose tasks are listed, what a workflow may not set."""
 
 import asyncio
 import json
