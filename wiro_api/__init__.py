@@ -1,15 +1,20 @@
-"""Client of wiro.ai: start a model, follow it, stop it, bring its result home.
+"""Client of wiro.ai: start a model, follow it, stop it, download its result.
 
-    from wiro_api import Client, Model, download, load_credentials, raise_for_failure
+    from pathlib import Path
+    from wiro_api import (
+        Client, Job, Journal, Model, finish, load_credentials, quote, read_part, read_record, start,
+        to_handle,
+    )
 
-    client = Client(load_credentials())
-    handle = client.run(Model.parse("wiro/SkyReels-V1"), parameters, files)
-    *_, task = client.watch(handle)
-    raise_for_failure(task)
-    paths = [download(output, folder, taskid=task.taskid) for output in task.outputs]
+    client, journal = Client(load_credentials()), Journal(Path("journal.sqlite"))
+    values = {"prompt": "FPS-24, a cat turns its head", "size": "960x544"}
+    files = [("inputImage", read_part(Path("cat.png")))]
+    job = Job(Model.parse("wiro/SkyReels-V1"), values, files)
+    entry = start(client, journal, job, quote(read_record(client, job.model), job))
+    task, paths = finish(client, to_handle(entry), Path("out"), journal=journal, entry_id=entry.id)
 
-A Run costs money: it is never sent twice unless the first surely never left. Usable without torch
-and without ComfyUI.
+A Run costs money: it is never sent twice unless the first surely never left, and the journal finds
+a job again after a crash instead of paying for it again. Usable without torch and without ComfyUI.
 """
 
 from .client import Client, Model, RunHandle, raise_for_failure
@@ -20,7 +25,9 @@ from .errors import (
     BalanceError,
     ConcurrencyError,
     ConfigError,
+    DependencyError,
     DownloadError,
+    LimitError,
     NotFoundError,
     RequestError,
     RunOutcomeUnknownError,
@@ -31,8 +38,12 @@ from .errors import (
     TransportError,
     WiroError,
 )
-from .files import download
+from .files import download, read_part
+from .jobs import Job, Quote, finish, quote, read_record, start, to_handle
+from .journal import Entry, Journal
+from .listener import RunListener
 from .signing import Credentials, load_credentials, save_credentials, sign
+from .spending import Limits, Price
 from .task import Output, Progress, Task, Verdict, parse_progress, parse_task, verdict
 
 __all__ = [
@@ -44,13 +55,22 @@ __all__ = [
     "ConcurrencyError",
     "ConfigError",
     "Credentials",
+    "DependencyError",
     "DownloadError",
+    "Entry",
+    "Job",
+    "Journal",
+    "LimitError",
+    "Limits",
     "Model",
     "NotFoundError",
     "Output",
+    "Price",
     "Progress",
+    "Quote",
     "RequestError",
     "RunHandle",
+    "RunListener",
     "RunOutcomeUnknownError",
     "Task",
     "TaskCancelledError",
@@ -61,11 +81,17 @@ __all__ = [
     "Verdict",
     "WiroError",
     "download",
+    "finish",
     "load_credentials",
     "parse_progress",
     "parse_task",
+    "quote",
     "raise_for_failure",
+    "read_part",
+    "read_record",
     "save_credentials",
     "sign",
+    "start",
+    "to_handle",
     "verdict",
 ]

@@ -36,7 +36,6 @@ from .errors import (
 from .signing import Credentials, WiroAuth, account_of, nonces_of
 from .task import QUEUED, Task, Verdict, failure_text, log_tail, may_lag, parse_task, verdict
 from .transport import (
-    BASE_URL,
     RUN_S,
     UPLOAD_S,
     FilePart,
@@ -47,6 +46,7 @@ from .transport import (
     post,
     wait_s,
 )
+from .transport import base_url as environment_url
 from .wire import id_of, token_of
 
 if TYPE_CHECKING:
@@ -143,7 +143,9 @@ class Client:
 
     Args:
         credentials: from `load_credentials`.
-        base_url: https, or http for this machine only.
+        base_url: https, or http for this machine only; "" for what WIRO_API_BASE_URL names, else
+            the real service.
+        socket_url: of the progress socket; "" to follow tasks by polling alone.
         session: for tests and proxies.
         sleep, clock: seconds; replaced where a wait must be interruptible or a test must not wait.
             `sleep` may raise to end the wait.
@@ -155,7 +157,7 @@ class Client:
         self,
         credentials: Credentials,
         *,
-        base_url: str = BASE_URL,
+        base_url: str = "",
         socket_url: str = "",
         session: requests.Session | None = None,
         sleep: Callable[[float], None] = time.sleep,
@@ -163,7 +165,7 @@ class Client:
         now: Callable[[], float] = time.time,
         interruptible: bool = False,
     ) -> None:
-        self.base_url, self.socket_url = check_base_url(base_url), socket_url
+        self.base_url, self.socket_url = check_base_url(base_url or environment_url()), socket_url
         self.account = account_of(credentials)
         self._auth = WiroAuth(credentials, nonces_of(now))
         self.session = session or make_session()

@@ -181,7 +181,24 @@ def test_public_names_are_exactly_those_listed():
     import comfyui_skyreels.wiro_api as client
 
     assert client.__all__ == sorted(client.__all__)
-    assert all(hasattr(client, name) for name in client.__all__)
+    modules = {path.stem for path in (ROOT / "wiro_api").glob("*.py")}
+    public = {name for name in vars(client) if not name.startswith("_")} - modules
+    assert public == set(client.__all__)
+
+
+def test_the_example_of_the_package_works_as_it_stands(server, tmp_path):
+    (tmp_path / "cat.png").write_bytes(PICTURE.read_bytes())
+    doc = (ROOT / "wiro_api/__init__.py").read_text(encoding="utf-8").split('"""')[1]
+    example = [line[4:] for line in doc.splitlines() if line.startswith("    ")]
+    done = subprocess.run(
+        [sys.executable, "-c", "\n".join([*example, "print(task.taskid, *paths)"])],
+        cwd=tmp_path,
+        env=environment_for(server, PYTHONPATH=str(ROOT)),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.stdout.split() == ["2221", str(Path("out", "0.mp4"))], done.stderr
 
 
 # --- nothing is paid for twice ------------------------------------------------------------------
