@@ -69,8 +69,8 @@ def register(folder: Path) -> bool:
     if first is None:
         if (table := host.routes()) is not None:
             routes.register(table)
-            host.remember_users()
-            host.at_start(autocollect.bring_home)
+            host.record_prompt_users()
+            host.run_at_startup(autocollect.collect_at_start)
         return True
     if first == folder:  # loaded again, or under a second name
         return True

@@ -1,14 +1,14 @@
-// The sidebar tab "Wiro" and its section in the settings: the remote tasks of this server.
+// The sidebar tab "Wiro" with this server's remote tasks, the settings section, badges, buttons.
 import { app } from "../../scripts/app.js";
 import { api } from "../../scripts/api.js";
 
 import { createAccountForm } from "./wiro/account.mjs";
-import { preparePrice, renewPrices, showPrices } from "./wiro/badge.mjs";
+import { addPriceBadge, refreshPrices, watchPrices } from "./wiro/badge.mjs";
 import { guard } from "./wiro/dom.mjs";
 import { addModelButton } from "./wiro/models.mjs";
 import { createPanel } from "./wiro/panel.mjs";
 
-let panel = null; // made when the tab is opened for the first time
+let panel = null; // created when the tab is first opened
 let settingsForm = null;
 
 function addStyle() {
@@ -26,16 +26,16 @@ function showPanel(container) {
   panel.mount(container);
 }
 
-function listen() {
+function addListeners() {
   api.addEventListener("skyreels.wiro", guard(({ detail }) => {
-    panel?.hear(detail);
-    if (detail.state === "ended") renewPrices();
+    panel?.onTask(detail);
+    if (detail.state === "ended") refreshPrices();
   }));
-  api.addEventListener("reconnecting", guard(() => panel?.lose()));
-  api.addEventListener("reconnected", guard(() => panel?.regain()));
+  api.addEventListener("reconnecting", guard(() => panel?.onDisconnect()));
+  api.addEventListener("reconnected", guard(() => panel?.onReconnect()));
 }
 
-// a setting of a type of its own: its value stays "", the page never stores anything of it
+// a setting of a custom type: its value stays "", so the page stores nothing
 function showSettings() {
   settingsForm ??= createAccountForm();
   settingsForm.refresh();
@@ -55,12 +55,12 @@ app.registerExtension({
   ],
   nodeCreated: guard((node) => {
     if (node.comfyClass === "WiroRunModel") addModelButton(node);
-    preparePrice(node);
+    addPriceBadge(node);
   }),
   setup: guard(() => {
     addStyle();
-    listen();
-    showPrices();
+    addListeners();
+    watchPrices();
     app.extensionManager.registerSidebarTab({
       id: "skyreels-wiro",
       icon: "pi pi-cloud",

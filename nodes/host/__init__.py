@@ -1,12 +1,9 @@
-"""All that the nodes ask of ComfyUI; the only folder that imports it.
+"""The adapter to ComfyUI: the only folder that imports it, always inside functions.
 
-Its imports stand inside the functions, so that the package loads, and its nodes can be listed and
-tested, where there is no ComfyUI.
+So the package imports, and its nodes can be listed and tested, without ComfyUI.
 """
 
 from .files import (
-    FOLDER_MARK,
-    LINKS,
     check_choice,
     input_file,
     input_files,
@@ -16,7 +13,7 @@ from .files import (
     resume_folder,
     state_folder,
     video_bytes,
-    video_of,
+    video_from_file,
     weight_files,
 )
 from .runtime import (
@@ -30,36 +27,31 @@ from .runtime import (
 from .samplers import core_solver
 from .server import (
     RemoteProgress,
-    at_start,
     blocked,
     claim_server,
-    in_thread,
     is_interrupt,
     is_multi_user,
     linked_outputs,
     prompt_client,
     prompt_user,
-    remember_users,
+    record_prompt_users,
+    request_user,
     routes,
+    run_at_startup,
+    run_in_thread,
     running_graph,
-    say_on_node,
     send_event,
-    user_of,
 )
 
 __all__ = [
-    "FOLDER_MARK",
-    "LINKS",
     "ComfyRuntime",
     "LoadedModel",
     "RemoteProgress",
-    "at_start",
     "blocked",
     "check_choice",
     "claim_server",
     "core_solver",
     "free_host_bytes",
-    "in_thread",
     "input_file",
     "input_files",
     "is_interrupt",
@@ -69,19 +61,20 @@ __all__ = [
     "output_folder",
     "prompt_client",
     "prompt_user",
+    "record_prompt_users",
     "register",
-    "remember_users",
+    "request_user",
     "resolve",
     "resume_folder",
     "routes",
+    "run_at_startup",
+    "run_in_thread",
     "running_graph",
-    "say_on_node",
     "send_event",
     "state_folder",
     "status_line",
-    "user_of",
     "video_bytes",
-    "video_of",
+    "video_from_file",
     "weight_files",
     "without_inference_mode",
 ]

@@ -1,4 +1,4 @@
-"""ComfyUI's folders and files: models, inputs, outputs, videos, and our own in the user folder."""
+"""ComfyUI's folders and files: models, inputs, outputs, videos, our state in the user folder."""
 
 import io
 import logging
@@ -12,29 +12,37 @@ from ...skyreels.errors import CheckpointError
 
 logger = logging.getLogger("skyreels.nodes.host.files")
 
-#: where to get what a loader does not find, by folder kind
-LINKS = {
+#: folder kind -> where to download models of that kind
+_DOWNLOAD_PAGES = {
     "diffusion_models": "https://huggingface.co/Kijai/SkyReels-V1-Hunyuan_comfy",
     "vae": "https://huggingface.co/Comfy-Org/HunyuanVideo_repackaged",
     "text_encoders": "https://huggingface.co/hunyuanvideo-community/HunyuanVideo",
     "diffusers": "https://huggingface.co/Skywork/SkyReels-V1-Hunyuan-I2V, or "
     "hunyuanvideo-community/HunyuanVideo for text encoders",
 }
-WEIGHT_SUFFIXES = (".safetensors", ".sft", ".pt", ".pth", ".ckpt", ".bin")
-FOLDER_MARK = " (folder)"
-RESUME_DAYS = 7
+_WEIGHT_SUFFIXES = (".safetensors", ".sft", ".pt", ".pth", ".ckpt", ".bin")
+_FOLDER_LABEL = " (folder)"
+_RESUME_DAYS = 7
 
 
 def weight_files(kind: str) -> list[str]:
-    """File names of a folder kind, as ComfyUI lists them."""
+    """Weight files of a folder kind, as ComfyUI lists them."""
     import folder_paths
 
     names = folder_paths.get_filename_list(kind)
-    return [name for name in names if name.lower().endswith(WEIGHT_SUFFIXES)]
+    return [name for name in names if name.lower().endswith(_WEIGHT_SUFFIXES)]
 
 
 def model_folders(kinds: tuple[str, ...], *required: str) -> dict[str, Path]:
-    """Label -> folder, for the first-level folders of some kinds that hold all of `required`."""
+    """Top-level model folders that hold certain files.
+
+    Args:
+        kinds: ComfyUI's folder kinds, such as "diffusers".
+        *required: glob patterns; a folder must match all of them.
+
+    Returns:
+        Label -> folder.
+    """
     import folder_paths
 
     found: dict[str, Path] = {}
@@ -47,46 +55,58 @@ def model_folders(kinds: tuple[str, ...], *required: str) -> dict[str, Path]:
                     folders = sorted(Path(entry.path) for entry in entries if entry.is_dir())
                 for folder in folders:
                     if all(any(folder.glob(pattern)) for pattern in required):
-                        found.setdefault(folder.name + FOLDER_MARK, folder)
-            except OSError as error:  # one unreadable folder must not take the node away
-                logger.warning("Models in %s are not listed: %s.", root, error)
+                        found.setdefault(folder.name + _FOLDER_LABEL, folder)
+            except OSError as error:  # one unreadable folder must not hide the node
+                logger.warning("Cannot list models in %s: %s.", root, error)
     return found
 
 
 def check_choice(kind: str, name: object, choices: list[str]) -> bool | str:
-    """VALIDATE_INPUTS of a loader: True, or the sentence that helps with a file that is not here.
+    """VALIDATE_INPUTS of a loader.
 
     Args:
-        name: of the file or folder a workflow asks for; None if it is linked.
+        kind: ComfyUI's folder kind.
+        name: file or folder that the workflow asks for; None if it is linked.
         choices: what the loader lists.
+
+    Returns:
+        True, or a message that says how to get the missing file.
     """
     if name is None or name in choices:
         return True
     name = str(name)
     if name.lower().endswith(".gguf"):
-        return f"{name} is a GGUF file, which is not supported: take the fp8 .safetensors file."
-    # a workflow from another machine may only differ in its sub-folder or its kind of slash
+        return f"{name} is a GGUF file, which is not supported: use the fp8 .safetensors file."
+    # a workflow from another machine may differ only in its sub-folder or path separator
     basename = PureWindowsPath(name).name
     twins = [choice for choice in choices if PureWindowsPath(choice).name == basename]
     if twins:
-        return f"{name} is not here, but {twins[0]} is: choose that one."
-    return _not_here(kind, name)
+        return f"{name} was not found, but {twins[0]} was: choose that one."
+    return _missing_message(kind, name)
 
 
-def _not_here(kind: str, name: str) -> str:
-    if name.endswith(FOLDER_MARK):
-        kind, name = "diffusers", name.removesuffix(FOLDER_MARK)
+def _missing_message(kind: str, name: str) -> str:
+    if name.endswith(_FOLDER_LABEL):
+        kind, name = "diffusers", name.removesuffix(_FOLDER_LABEL)
     return (
-        f"{name} is not in models/{kind}: put it there (from {LINKS[kind]}) and press R to "
-        "refresh, or choose another one."
+        f"{name} is not in models/{kind}: download it from {_DOWNLOAD_PAGES[kind]} and press R "
+        "to refresh, or choose another file."
     )
 
 
 def resolve(kind: str, name: str, folders: dict[str, Path]) -> Path:
-    """The path of a chosen file or folder.
+    """Path of the file or folder chosen in a loader.
+
+    Args:
+        kind: ComfyUI's folder kind.
+        name: as the loader lists it.
+        folders: label -> folder, of `model_folders`.
+
+    Returns:
+        Its path.
 
     Raises:
-        CheckpointError: it is not there (any more); names the folder and where to get it.
+        CheckpointError: it does not exist; the message says where to download it.
     """
     import folder_paths
 
@@ -94,22 +114,20 @@ def resolve(kind: str, name: str, folders: dict[str, Path]) -> Path:
         return folders[name]
     path = folder_paths.get_full_path(kind, name)
     if path is None:
-        raise CheckpointError(_not_here(kind, name))
+        raise CheckpointError(_missing_message(kind, name))
     return Path(path)
 
 
 def state_folder() -> Path:
-    """Our folder in the user directory, which may not be there yet.
-
-    It begins with two underscores: ComfyUI's routes do not serve such folders.
-    """
+    """Our folder in the user directory; it may not exist yet."""
     import folder_paths
 
+    # ComfyUI's routes do not serve names that start with two underscores
     return Path(folder_paths.get_user_directory()) / "__skyreels"
 
 
 def output_folder() -> Path:
-    """Where the page looks for results."""
+    """The folder whose files the page can show."""
     import folder_paths
 
     return Path(folder_paths.get_output_directory())
@@ -122,57 +140,61 @@ def input_files() -> list[str]:
     try:
         with os.scandir(folder_paths.get_input_directory()) as entries:
             return sorted(entry.name for entry in entries if entry.is_file())
-    except OSError as error:  # an unreadable folder must not take the node away
-        logger.warning("Files of the input folder are not listed: %s.", error)
+    except OSError as error:  # an unreadable folder must not hide the node
+        logger.warning("Cannot list the input folder: %s.", error)
         return []
 
 
 def input_file(name: str) -> Path:
-    """The path of a file in the input folder; it may be missing."""
+    """Path of a file in the input folder; the file may be missing."""
     import folder_paths
 
     return Path(folder_paths.get_annotated_filepath(name))
 
 
 def resume_folder() -> Path:
-    """Folder of saved steps in the user directory; steps nobody came back for are removed."""
+    """Folder of saved sampling steps; files older than _RESUME_DAYS are deleted."""
     folder = state_folder() / "resume"
     folder.mkdir(parents=True, exist_ok=True)
     for file in folder.glob("*.safetensors*"):
-        if time.time() - file.stat().st_mtime > RESUME_DAYS * 86_400:
+        if time.time() - file.stat().st_mtime > _RESUME_DAYS * 86_400:
             file.unlink(missing_ok=True)
     return folder
 
 
-def video_of(path: Path) -> Any:
-    """A file as core's VIDEO; saved in its own format it is copied, not encoded again."""
+def video_from_file(path: Path) -> Any:
+    """A file as ComfyUI's VIDEO; SaveVideo copies it without re-encoding if the format is kept."""
     from comfy_api.latest import InputImpl
 
     return InputImpl.VideoFromFile(str(path))
 
 
-def video_bytes(video: Any, most: int) -> tuple[bytes, bool]:
-    """A VIDEO as the bytes of a file, and whether these are a file's own, not encoded now.
+def video_bytes(video: Any, max_bytes: int) -> tuple[bytes, bool]:
+    """A VIDEO as the bytes of a video file.
 
     Args:
-        most: of a larger one that many bytes are read, and one more.
+        video: ComfyUI's VIDEO.
+        max_bytes: read at most one byte more than this, which tells that the file is too large.
+
+    Returns:
+        The bytes, and whether they are those of the source file rather than encoded now.
     """
     from comfy_api.latest import InputImpl
 
     if isinstance(video, InputImpl.VideoFromFile) and not _is_trimmed(video):
         source = video.get_stream_source()
         if isinstance(source, io.BytesIO):
-            return source.getbuffer()[: most + 1].tobytes(), True
+            return source.getbuffer()[: max_bytes + 1].tobytes(), True
         with open(source, "rb") as file:
-            return file.read(most + 1), True
+            return file.read(max_bytes + 1), True
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "input.mp4"
         video.save_to(str(path))
         with path.open("rb") as file:
-            return file.read(most + 1), False
+            return file.read(max_bytes + 1), False
 
 
 def _is_trimmed(video: Any) -> bool:
-    """Whether only a part of its file is meant; older versions of ComfyUI know no such thing."""
+    """Whether only a part of the file is used; older versions of ComfyUI cannot trim."""
     window = getattr(video, "get_active_trim_window", None)
     return window is not None and tuple(window()) != (0.0, 0.0)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ...skyreels.offload import RESERVE_BYTES, missing_bytes, weight_bytes
-from .server import say_on_node
+from .server import show_on_node
 
 logger = logging.getLogger("skyreels.nodes.host.runtime")
 
@@ -127,7 +127,7 @@ class ComfyRuntime:
         self._mm.throw_exception_if_processing_interrupted()
 
     def _say(self, text: str) -> None:
-        say_on_node(text, self._unique_id)
+        show_on_node(text, self._unique_id)
 
 
 def status_line(stage: str, done: int, total: int, seconds_each: float) -> str:

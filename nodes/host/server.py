@@ -1,4 +1,4 @@
-"""ComfyUI's server: the page's events, users, routes, prompts, and Cancel beside its loop."""
+"""ComfyUI's server: page events, users, routes, the running prompt, and work beside its loop."""
 
 import asyncio
 import contextvars
@@ -9,13 +9,13 @@ from typing import Any, TypeVar
 
 T = TypeVar("T")
 
-#: field of a prompt's extra data, where the server has several users
-_USER_MARK = "skyreels_user"
 #: attribute of the server: the folder of the copy of this pack that serves it
 _OWNER_MARK = "skyreels_wiro_folder"
+#: field of a prompt's extra data that names its user, on a server with several users
+_USER_FIELD = "skyreels_user"
 
 
-def instance() -> Any:
+def _prompt_server() -> Any:
     """The running server, or None in tests and import-only runs."""
     try:
         from server import PromptServer
@@ -24,9 +24,12 @@ def instance() -> Any:
     return getattr(PromptServer, "instance", None)
 
 
-def say_on_node(text: str, unique_id: str | None) -> None:
-    """Write a line on a node of the page that queued the prompt, if there is a page."""
-    server = instance()
+# --- what the page sees -------------------------------------------------------------------------
+
+
+def show_on_node(text: str, unique_id: str | None) -> None:
+    """Write a line on a node, in the page that queued the prompt; does nothing without a page."""
+    server = _prompt_server()
     if server is None or unique_id is None:
         return
     client = prompt_client()
@@ -34,8 +37,15 @@ def say_on_node(text: str, unique_id: str | None) -> None:
         server.send_progress_text(text, unique_id, client)
 
 
+def send_event(name: str, data: dict[str, Any], client: str | None = None) -> None:
+    """Send an event to one page, or to every open page of a single-user server; no secrets."""
+    server = _prompt_server()
+    if server is not None and (client or not is_multi_user()):
+        server.send_sync(name, data, client)
+
+
 class RemoteProgress:
-    """Bar, line and cancel button of a node that waits for another machine."""
+    """Progress bar, status line and Cancel button of a node that waits for another machine."""
 
     def __init__(self, unique_id: str | None) -> None:
         import comfy.model_management as mm
@@ -47,30 +57,45 @@ class RemoteProgress:
         self._shown: tuple[float, str] = (-1.0, "")
 
     def show(self, fraction: float, line: str) -> None:
-        """Move the bar, 0..1, and write the line, if they are new."""
+        """Move the bar to `fraction` (0..1) and write the line, where they have changed."""
         if (fraction, line) == self._shown:
             return
         if fraction != self._shown[0]:
-            self._bar.update_absolute(round(1000 * fraction), 1000)  # asks for the interrupt too
+            self._bar.update_absolute(round(1000 * fraction), 1000)  # also checks for Cancel
         self.say(line)
         self._shown = (fraction, line)
 
     def say(self, line: str) -> None:
-        """Write the line alone."""
-        say_on_node(line, self._unique_id)
+        """Write the line and leave the bar."""
+        show_on_node(line, self._unique_id)
 
     def check_interrupt(self) -> None:
-        """Raise ComfyUI's own exception if the user pressed Cancel."""
+        """Raise ComfyUI's interrupt exception if the user pressed Cancel."""
         self._mm.throw_exception_if_processing_interrupted()
 
 
-async def in_thread(work: Callable[[], T], over: threading.Event) -> T:
-    """Run blocking work beside the host's loop, in a thread of its own, under the caller's context.
+def is_interrupt(error: BaseException) -> bool:
+    """Whether ComfyUI raised it because the user pressed Cancel."""
+    import comfy.model_management as mm
+
+    return isinstance(error, mm.InterruptProcessingException)
+
+
+# --- work beside the loop -----------------------------------------------------------------------
+
+
+async def run_in_thread(work: Callable[[], T], stop_event: threading.Event) -> T:
+    """Run blocking work in a daemon thread of its own, with the caller's context.
+
+    Not in asyncio's thread pool: Python waits for that pool before it exits.
 
     Args:
-        over: set if the wait is ended from outside (another node failed, or the prompt was
-            cancelled); the work must then put its things in order and return soon. The caller is
-            left only after that.
+        work: blocking function without arguments.
+        stop_event: set when the wait ends from outside (another node failed, or the prompt was
+            cancelled). `work` must then clean up and return soon: the caller waits for it.
+
+    Returns:
+        The result of `work`; its exception is raised here.
     """
     loop = asyncio.get_running_loop()
     future: asyncio.Future[T] = loop.create_future()
@@ -84,42 +109,41 @@ async def in_thread(work: Callable[[], T], over: threading.Event) -> T:
         else:
             future.set_exception(error)
 
-    def body() -> None:
+    def run() -> None:
         result, error = None, None
         try:
             result = context.run(work)
-        except BaseException as caught:  # noqa: BLE001 - it is raised again in the caller
+        except BaseException as caught:  # noqa: BLE001 - raised again in the caller
             error = caught
         loop.call_soon_threadsafe(settle, result, error)
 
-    threading.Thread(target=body, name="wiro", daemon=True).start()
+    threading.Thread(target=run, name="wiro", daemon=True).start()
     try:
         return await asyncio.shield(future)
     except BaseException:
-        over.set()
+        stop_event.set()
         await asyncio.wait({future})
         if not future.cancelled():
-            future.exception()  # seen: what ended the wait from outside goes on
+            future.exception()  # mark as retrieved: the outer exception is the one to raise
         raise
 
 
-def is_interrupt(error: BaseException) -> bool:
-    """Whether it is what the host raises when the user pressed Cancel."""
-    import comfy.model_management as mm
-
-    return isinstance(error, mm.InterruptProcessingException)
-
-
-def send_event(name: str, data: dict[str, Any], client: str | None = None) -> None:
-    """Tell one page, or every open page of a server that has one user; no secrets."""
-    server = instance()
-    if server is not None and (client or not is_multi_user()):
-        server.send_sync(name, data, client)
+def run_at_startup(work: Callable[[], None]) -> None:
+    """Run `work` in a daemon thread as soon as the server's loop runs; never without a server."""
+    server = _prompt_server()
+    if server is None:
+        return
+    thread = threading.Thread(target=work, name="wiro startup", daemon=True)
+    server.loop.call_soon(thread.start)
 
 
-def prompt_client() -> str | None:
-    """The page that queued the prompt that is being executed; None if no page did."""
-    return getattr(instance(), "client_id", None)
+# --- users and routes ---------------------------------------------------------------------------
+
+
+def routes() -> Any:
+    """The server's table of routes, or None in tests and import-only runs."""
+    server = _prompt_server()
+    return None if server is None else server.routes
 
 
 def is_multi_user() -> bool:
@@ -131,72 +155,67 @@ def is_multi_user() -> bool:
     return bool(args.multi_user)
 
 
-def user_of(request: Any) -> str:
-    """The user whose page asks; "" if the server has one user only.
+def request_user(request: Any) -> str:
+    """The user whose page sent a request.
+
+    Args:
+        request: of aiohttp.
+
+    Returns:
+        The user's id; "" on a single-user server.
 
     Raises:
-        KeyError: there are several, and the request names none of them.
+        KeyError: the server has several users and the request names none of them.
     """
-    server = instance()
+    server = _prompt_server()
     if server is None or not is_multi_user():
         return ""
     return str(server.user_manager.get_request_user_id(request))
 
 
+def prompt_client() -> str | None:
+    """The page that queued the running prompt; None if no page did."""
+    return getattr(_prompt_server(), "client_id", None)
+
+
 def prompt_user() -> str:
-    """The user who queued the prompt that is being executed; "" if that is not known."""
-    server = instance()
+    """The user who queued the running prompt; "" if unknown."""
+    server = _prompt_server()
     if server is None or not is_multi_user():
         return ""
     running, _ = server.prompt_queue.get_current_queue_volatile()
-    return str(running[0][3].get(_USER_MARK, "")) if running else ""
+    return str(running[0][3].get(_USER_FIELD, "")) if running else ""
 
 
-def remember_users() -> None:
-    """Keep with each prompt who queued it: the server itself forgets it before it is executed."""
-    server = instance()
+def record_prompt_users() -> None:
+    """Store with each prompt who queued it: the server forgets that before the prompt runs."""
+    server = _prompt_server()
     if server is None or not is_multi_user():
         return
     from aiohttp import web
 
-    asking: contextvars.ContextVar[str] = contextvars.ContextVar("skyreels_user", default="")
+    current_user: contextvars.ContextVar[str] = contextvars.ContextVar("skyreels_user", default="")
 
-    @web.middleware
-    async def note(request: Any, handler: Any) -> Any:
+    async def note_user(request: Any, handler: Any) -> Any:
         try:
-            user = user_of(request)
+            user = request_user(request)
         except KeyError:
             user = ""
-        token = asking.set(user)
+        token = current_user.set(user)
         try:
             return await handler(request)
         finally:
-            asking.reset(token)
+            current_user.reset(token)
 
-    def mark(prompt: dict[str, Any]) -> dict[str, Any]:
-        prompt.setdefault("extra_data", {})[_USER_MARK] = asking.get()
+    def store_user(prompt: dict[str, Any]) -> dict[str, Any]:
+        prompt.setdefault("extra_data", {})[_USER_FIELD] = current_user.get()
         return prompt
 
-    server.app.middlewares.append(note)
-    server.add_on_prompt_handler(mark)
+    server.app.middlewares.append(web.middleware(note_user))
+    server.add_on_prompt_handler(store_user)
 
 
-def at_start(work: Callable[[], None]) -> None:
-    """Call `work` in a thread once the server's loop runs; the end of the program waits not for it.
-
-    Where there is no server nothing is called.
-    """
-    server = instance()
-    if server is None:
-        return
-    thread = threading.Thread(target=work, name="wiro at start", daemon=True)
-    server.loop.call_soon(thread.start)
-
-
-def routes() -> Any:
-    """The server's table of routes, or None in tests and import-only runs."""
-    server = instance()
-    return None if server is None else server.routes
+# --- the running prompt -------------------------------------------------------------------------
 
 
 def claim_server(folder: Path) -> Path | None:
@@ -206,7 +225,7 @@ def claim_server(folder: Path) -> Path | None:
         The folder of the copy that had claimed the server before; None: this call claimed it, or
         there is no server.
     """
-    server = instance()
+    server = _prompt_server()
     first: Path | None = getattr(server, _OWNER_MARK, None)
     if server is not None and first is None:
         setattr(server, _OWNER_MARK, folder)
@@ -214,18 +233,21 @@ def claim_server(folder: Path) -> Path | None:
 
 
 def blocked(message: str) -> Any:
-    """An output that stops, with a message, only what depends on it."""
+    """An output that stops the nodes connected to it, with a message, and no others."""
     from comfy_execution.graph_utils import ExecutionBlocker
 
     return ExecutionBlocker(message)
 
 
 def linked_outputs(graph: dict[str, Any] | None, unique_id: str | None) -> set[int] | None:
-    """Which outputs of a node something hangs on, by a prompt in API format.
+    """Which outputs of a node are connected.
+
+    Args:
+        graph: the prompt, in API format.
+        unique_id: of the node.
 
     Returns:
-        Their numbers, or None if it cannot be known: a node that another one has made is not in
-        the prompt.
+        Output numbers, or None if unknown: a node created by another node is not in the prompt.
     """
     if not graph or unique_id is None or unique_id not in graph:
         return None
@@ -239,15 +261,18 @@ def linked_outputs(graph: dict[str, Any] | None, unique_id: str | None) -> set[i
 
 
 def running_graph() -> dict[str, Any] | None:
-    """The prompt that the caller's node is asked for, in API format; None if it cannot be known.
+    """The prompt of the node that is being evaluated, in API format.
 
-    IS_CHANGED is called without it, and the answer may depend on what hangs on the node.
+    IS_CHANGED is called without the prompt, and its answer may depend on what is connected.
+
+    Returns:
+        Node id -> node, or None if unknown.
     """
     try:
         from comfy_execution.utils import get_executing_context
     except ImportError:
         return None
-    context, queue = get_executing_context(), getattr(instance(), "prompt_queue", None)
+    context, queue = get_executing_context(), getattr(_prompt_server(), "prompt_queue", None)
     if context is None or queue is None:
         return None
     for item in queue.get_current_queue_volatile()[0]:  # (number, prompt id, prompt, ...)

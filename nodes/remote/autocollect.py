@@ -1,9 +1,9 @@
-"""Tasks that ran at Wiro while ComfyUI was away are brought home when it starts, if asked for.
+"""When ComfyUI starts, download the results of tasks that were left running at Wiro.
 
-Off unless the setting is on; then nothing is asked of the network unless there are a key and such a
-task. All of it happens in daemon threads: the end of ComfyUI waits for none of them, and what was
-not fetched is fetched at the next start. A node that is queued for the same task meanwhile follows
-it too, and whoever comes second to its files finds them there (jobs.finish).
+Off unless the setting is on, and without network traffic unless there are a key and such a task.
+Everything runs in daemon threads: ComfyUI exits without waiting for them, and the next start
+continues. A node queued for the same task meanwhile follows it too; whoever comes second finds the
+files on disk (jobs.finish).
 """
 
 import logging
@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from ...wiro_api.listener import RunListener
 from .. import host
-from . import account
+from . import account, live_tasks, settings
 
 if TYPE_CHECKING:
     from ...wiro_api.journal import Entry
@@ -23,19 +23,19 @@ if TYPE_CHECKING:
 logger = logging.getLogger("skyreels.nodes.remote.autocollect")
 
 #: tasks that are followed at a time
-AT_A_TIME = 4
-#: newest rows that are looked through
-SEARCHED = 1000
-#: a task that has ended longer ago without its files was left so by somebody
-LATELY_S = 86_400.0
+MAX_WORKERS = 4
+#: newest journal rows that are searched
+MAX_ROWS = 1000
+#: a task that ended longer ago without its files was left so on purpose
+MAX_AGE_S = 86_400.0
 
 
 class Follower(RunListener):
-    """What is shown of a task that no node follows; callbacks of jobs.finish."""
+    """Publishes a task that no node follows."""
 
     def __init__(self, row: int) -> None:
         self.row = row
-        self.live = account.subscribe(row, by_prompt=False)
+        self.state = live_tasks.subscribe(row, by_prompt=False)
         self._status = ""
         self._task: Task | None = None
 
@@ -44,7 +44,7 @@ class Follower(RunListener):
 
         if task.status != self._status:
             self._status = task.status
-            account.add_log(self.live, [f"{time.strftime('%H:%M:%S')} {task.status}"])
+            live_tasks.add_log(self.state, [f"{time.strftime('%H:%M:%S')} {task.status}"])
         self._task = task
         self._show(fraction_of(task, None), task.phase)
 
@@ -54,35 +54,35 @@ class Follower(RunListener):
         if self._task is not None:
             self._show(fraction_of(self._task, report), str(report))
 
-    def on_log(self, line: str) -> None:
-        account.add_log(self.live, line.splitlines())
+    def on_log(self, text: str) -> None:
+        live_tasks.add_log(self.state, text.splitlines())
 
     def on_bytes(self, done: int, total: int | None) -> None:
-        of = f" of {total / 1e6:.1f}" if total else ""
-        self._show(0.97, f"downloading {done / 1e6:.1f}{of} MB")
+        suffix = f" of {total / 1e6:.1f}" if total else ""
+        self._show(0.97, f"downloading {done / 1e6:.1f}{suffix} MB")
 
     def _show(self, fraction: float, line: str) -> None:
-        self.live.fraction = max(self.live.fraction or 0.0, fraction)
-        self.live.line = line
-        account.publish(self.row)
+        self.state.fraction = max(self.state.fraction or 0.0, fraction)
+        self.state.line = line
+        live_tasks.publish(self.row)
 
     def close(self, error: str = "") -> None:
-        """Leave the row, with the reason why it is not home."""
-        # every open page gets this one: it needs no place of this machine
-        self.live.error = error.replace(str(host.output_folder()), "output")
-        account.unsubscribe(self.row)
+        """Stop following; `error` says why the files were not downloaded."""
+        # every open page gets this: hide this machine's paths
+        self.state.error = error.replace(str(host.output_folder()), "output")
+        live_tasks.unsubscribe(self.row)
 
 
-def bring_home() -> None:
-    """Follow what runs at Wiro, as the setting says, and fetch what it makes; raises nothing."""
+def collect_at_start() -> None:
+    """Follow what was left running at Wiro and download its results; raises nothing."""
     try:
-        entries = deque(entries_away())
-    except Exception:  # of a thread that nobody waits for
-        logger.exception("Tasks at Wiro could not be looked for")
+        entries = deque(unfinished_entries())
+    except Exception:  # nobody waits for this thread
+        logger.exception("Cannot look for tasks at Wiro")
         return
     if not entries:
         return
-    logger.info("Wiro: %d tasks ran while ComfyUI was away and are brought home.", len(entries))
+    logger.info("Wiro: collecting %d tasks that ran while ComfyUI was closed.", len(entries))
 
     def work() -> None:
         while True:
@@ -90,42 +90,47 @@ def bring_home() -> None:
                 entry = entries.popleft()
             except IndexError:
                 return
-            bring(entry)
+            collect(entry)
 
-    workers = [threading.Thread(target=work, name="wiro collect", daemon=True)
-               for _ in range(min(AT_A_TIME, len(entries)))]  # fmt: skip
+    workers = [
+        threading.Thread(target=work, name="wiro collect", daemon=True)
+        for _ in range(min(MAX_WORKERS, len(entries)))
+    ]
     for worker in workers:
         worker.start()
     for worker in workers:
         worker.join()
 
 
-def entries_away() -> "list[Entry]":
-    """The tasks that are brought home, oldest first; none if the setting is off or no key is there.
+def unfinished_entries() -> "list[Entry]":
+    """The tasks to collect, oldest first; none if the setting is off or there is no key.
 
-    Those under way when ComfyUI was last seen, and those of the last day that have succeeded and of
-    which files are missing: it ended while they were fetched.
+    Returns:
+        Those that were running when ComfyUI exited, and those of the last day that succeeded but
+        lack files: ComfyUI exited during the download.
     """
     from ...wiro_api.errors import ConfigError
     from ...wiro_api.signing import account_of, load_credentials
 
-    if not account.collects_at_start():
+    if not settings.collects_at_start():
         return []
     try:
         key = account_of(load_credentials(file=account.credentials_file()))
     except ConfigError as error:
-        logger.warning("Nothing is collected at start: %s", error)
+        logger.warning("Cannot collect tasks at start: %s", error)
         return []
-    since = time.time() - LATELY_S
-    rows = account.journal().newest(SEARCHED)
-    return [row for row in reversed(rows) if row.account in ("", key) and _is_away(row, since)]
+    since = time.time() - MAX_AGE_S
+    rows = account.journal().newest(MAX_ROWS)
+    return [
+        row for row in reversed(rows) if row.account in ("", key) and _is_unfinished(row, since)
+    ]
 
 
-def _is_away(entry: "Entry", since: float) -> bool:
+def _is_unfinished(entry: "Entry", since: float) -> bool:
     from ...wiro_api.jobs import MISSING
     from ...wiro_api.task import Verdict
 
-    if not entry.taskid or account.is_followed(entry.id):
+    if not entry.taskid or live_tasks.is_followed(entry.id):
         return False
     if entry.state == "started":
         return True
@@ -134,12 +139,12 @@ def _is_away(entry: "Entry", since: float) -> bool:
     return is_done and is_part and not entry.remote_deleted and entry.updated_at > since
 
 
-def bring(entry: "Entry") -> None:
-    """One task to its files; what keeps it from that stands in its row."""
+def collect(entry: "Entry") -> None:
+    """Wait for a task and download its files; an error is shown in its row."""
     from ...wiro_api.errors import WiroError
     from ...wiro_api.jobs import finish, to_handle
 
-    if account.is_followed(entry.id):  # a node was faster
+    if live_tasks.is_followed(entry.id):  # a node was faster
         return
     error = ""
     follower = Follower(entry.id)
@@ -147,14 +152,18 @@ def bring(entry: "Entry") -> None:
         account.check_socket_url()
         with account.make_client() as client:
             finish(
-                client, to_handle(entry), account.task_folder(entry.taskid),
-                journal=account.journal(), entry_id=entry.id, listener=follower,
-            )  # fmt: skip
+                client,
+                to_handle(entry),
+                account.task_folder(entry.taskid),
+                journal=account.journal(),
+                entry_id=entry.id,
+                listener=follower,
+            )
     except (WiroError, OSError) as problem:
-        error = f"Not brought home: {problem}"
-        logger.warning("Task %s is not brought home: %s", entry.taskid, problem)
-    except Exception as problem:  # of a thread that nobody waits for
-        error = f"Not brought home ({type(problem).__name__}): see ComfyUI's log."
-        logger.exception("Task %s is not brought home", entry.taskid)
+        error = f"Not collected: {problem}"
+        logger.warning("Task %s was not collected: %s", entry.taskid, problem)
+    except Exception as problem:  # nobody waits for this thread
+        error = f"Not collected ({type(problem).__name__}): see ComfyUI's log."
+        logger.exception("Task %s was not collected", entry.taskid)
     finally:
         follower.close(error)

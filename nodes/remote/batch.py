@@ -20,14 +20,8 @@ from torch import Tensor
 
 from .. import host
 from . import account
-from .nodes import (
-    WiroRemoteI2V,
-    common_widgets,
-    or_blocked,
-    png_part,
-    skyreels_values,
-    video_output,
-)
+from .inputs import png_part
+from .nodes import or_blocked, video_output
 from .run import (
     ALL_BUSY,
     SLICE_S,
@@ -45,6 +39,7 @@ from .run import (
     wanted,
     with_images,
 )
+from .widgets import SKYREELS_OPTIONAL, SKYREELS_REQUIRED, TAKE, TIMEOUT_MINUTES, skyreels_run
 
 if TYPE_CHECKING:
     from ...wiro_api.client import Client
@@ -104,21 +99,31 @@ class WiroSubmit:
 
     @classmethod
     def INPUT_TYPES(cls) -> dict[str, Any]:
-        single = WiroRemoteI2V.INPUT_TYPES()
-        required, optional = single["required"], single["optional"]
-        tooltips = {
-            "image": "Pictures: a batch, a list, or batches of any sizes in a list. With one "
-            "prompt it is used for all; else there must be a prompt for each, or one picture.",
-            "prompt": "What happens in the video; a list of them goes with the pictures, in order, "
-            "or with one picture. None may be empty.",
-        }
-        for name, tooltip in tooltips.items():
-            kind, *options = required[name]
-            required[name] = (kind, {**options[0], "tooltip": tooltip})
         return {
-            "required": required,
+            "required": {
+                "image": (
+                    "IMAGE",
+                    {
+                        "tooltip": "Images: a batch, a list, or a list of batches of any sizes. "
+                        "One prompt is used for all; otherwise give one prompt per image, or one "
+                        "image for all prompts."
+                    },
+                ),
+                "prompt": (
+                    "STRING",
+                    {
+                        "multiline": True,
+                        "dynamicPrompts": True,
+                        "default": "",
+                        "tooltip": "What happens in the video. A list is paired with the images, "
+                        "in order, or with one image. None may be empty.",
+                    },
+                ),
+                **SKYREELS_REQUIRED,
+            },
             "optional": {
-                **{name: optional[name] for name in ("negative_prompt", "add_fps_prefix", "take")},
+                **SKYREELS_OPTIONAL,
+                "take": TAKE,
                 "max_runs": (
                     "INT",
                     {
@@ -188,7 +193,7 @@ class WiroSubmit:
                     run_view.close("Wiro Collect follows it" if is_started else line)
                 view.close(line)
 
-        return await host.in_thread(work, stop_event)
+        return await host.run_in_thread(work, stop_event)
 
 
 class WiroCollect:
@@ -212,19 +217,19 @@ class WiroCollect:
 
     @classmethod
     def INPUT_TYPES(cls) -> dict[str, Any]:
-        wait, options = common_widgets()["timeout_minutes"]
-        told = "Longest wait for each run once it is started, in minutes (40 is the service's own)."
+        kind, options = TIMEOUT_MINUTES
         return {
             "required": {
                 "runs": ("SKYREELS_WIRO_RUNS", {"tooltip": "From Wiro Submit."}),
             },
             "optional": {
                 "timeout_minutes": (
-                    wait,
+                    kind,
                     {
                         **options,
-                        "tooltip": f"{told} Its task then goes on at Wiro, and queueing again goes "
-                        "on waiting.",
+                        "tooltip": "Maximum wait for each run once it is started, in minutes (40 "
+                        "is Wiro's own limit). After it the task keeps running at Wiro; queue "
+                        "again to keep waiting.",
                     },
                 ),
             },
@@ -249,7 +254,7 @@ class WiroCollect:
             view = RunView(unique_id, stop_event)
             return _collect(view, runs, timeout_minutes, wants, stop_event)
 
-        results, report, has_failed = await host.in_thread(work, stop_event)
+        results, report, has_failed = await host.run_in_thread(work, stop_event)
         for result in results:
             remember(graph, unique_id, result)
         if has_failed:
@@ -320,7 +325,7 @@ def expand(
         picture, text = _nth(pictures, number), _nth(prompts, number)
         own = {name: _nth(values, number) for name, values in columns.items()}
         fit, take = own.pop("fit"), own.pop("take")
-        parameters, size = skyreels_values(picture, text, **own)
+        parameters, size = skyreels_run(picture, prompt=text, **own)
         part = png_part(picture, size, fit)
         label = f"{word} {number + 1}"
         runs.append(WiroRun(Job(SKYREELS, parameters, (("inputImage", part),), take), label))

@@ -1,11 +1,10 @@
 """Who may change what through the page's routes.
 
-ComfyUI has no login, and its own check of where a request comes from is off with
---enable-cors-header and for every name but this machine's. So each request that changes something
-is judged here by its headers alone, before its body is read: a browser tells the truth in them even
-where the page that sends it lies. Whoever writes a request by hand can write any header: what costs
-money or gives it away wants a proof besides, the last characters of the key in use, and can be
-frozen altogether.
+ComfyUI has no login, and its own origin check is off with --enable-cors-header and for every host
+name but this machine's. So each request that changes something is checked here by its headers,
+before its body is read: a browser sets them truthfully even for a malicious page. A hand-written
+request can carry any header, so changing the key or raising a limit also takes proof of the key in
+use, its last characters, and can be locked altogether.
 """
 
 import hmac
@@ -18,15 +17,15 @@ import time
 from collections.abc import Iterable
 from urllib.parse import urlsplit
 
-#: names, separated by commas, under which the page is opened: of a reverse proxy, for example
+#: host names, separated by commas, under which the page is opened, such as a reverse proxy's
 HOSTS_VARIABLE = "SKYREELS_WIRO_HOSTS"
-#: header of the page's own questions
+#: header of the page's own GET requests
 PAGE_HEADER = "X-SkyReels-Page"
-#: anything but "", 0, no, off and false freezes key and limits
+#: anything but "", 0, no, off and false locks key and limits
 LOCK_VARIABLE = "SKYREELS_WIRO_LOCKED"
-#: characters of the key that prove it is known
-PROOF_LETTERS = 4
-#: wrong proofs, within so many seconds of the first, after which none is looked at
+#: last characters of the key that prove it is known
+PROOF_LENGTH = 4
+#: after so many wrong proofs within so many seconds all proofs are rejected
 MAX_WRONG, WRONG_S = 5, 600.0
 
 _wrong_at: list[float] = []
@@ -34,23 +33,25 @@ _lock = threading.Lock()
 
 
 class ForbiddenError(Exception):
-    """It may not be changed by this request; the sentence says what would be needed."""
+    """The request may not do that; the message says what is needed."""
 
 
 # --- where a request comes from -----------------------------------------------------------------
 
 
 def check_sender(headers: Iterable[tuple[str, str]]) -> None:
-    """Nothing if a request comes from ComfyUI's own page.
+    """Check that a request comes from ComfyUI's own page.
 
-    That is: the browser calls it same-origin, if it says; its Origin is the address that was asked
-    (Host), whatever the scheme, which a proxy may change; and that address is this machine, a
-    number, or a name that the user has listed. A name that is not listed may be anybody's who lets
-    it point here (DNS rebinding). What proxies add (X-Forwarded-...) is not looked at: a page can
-    send it too.
+    That is: Sec-Fetch-Site, if present, is same-origin; Origin equals Host, whatever the scheme,
+    which a proxy may change; and Host is this machine, an IP address, or a name that the user has
+    listed. Any other name may be an attacker's that resolves to this machine (DNS rebinding).
+    X-Forwarded-... headers are ignored: a page can send them too.
+
+    Args:
+        headers: (name, value) pairs of the request.
 
     Raises:
-        ForbiddenError: otherwise.
+        ForbiddenError: it does not.
     """
     values: dict[str, list[str]] = {}
     for name, value in headers:
@@ -59,8 +60,8 @@ def check_sender(headers: Iterable[tuple[str, str]]) -> None:
     sites = values.get("sec-fetch-site", [])
     if len(origins) != 1 or len(hosts) != 1:
         raise ForbiddenError(
-            "The request does not tell where it comes from (Origin and Host, once each), as every "
-            "browser does: nothing was changed. Use ComfyUI's own page."
+            "The request must have one Origin and one Host header, as every browser sends: nothing "
+            "was changed. Use ComfyUI's own page."
         )
     entries = os.environ.get(HOSTS_VARIABLE, "").split(",")
     listed = [split for entry in entries if (split := _split(entry))[0]]
@@ -75,34 +76,37 @@ def check_sender(headers: Iterable[tuple[str, str]]) -> None:
         raise ForbiddenError(
             f"The request comes from another page ({origins[0][:80]!r}, to {hosts[0][:80]!r}): "
             "nothing was changed. Use ComfyUI's own page. If this is it, behind a proxy, start "
-            f"ComfyUI with {HOSTS_VARIABLE} set to the name and port in the browser's address."
+            f"ComfyUI with {HOSTS_VARIABLE} set to the host and port in the browser's address bar."
         )
     if not (_is_this_machine(host[0]) or any(host[0] == name for name, _ in listed)):
         raise ForbiddenError(
-            f"ComfyUI was opened as {host[0][:80]!r}, a name that anybody could let point here: "
-            f"nothing was changed. If it is yours, start ComfyUI with {HOSTS_VARIABLE}="
-            f"{host[0][:80]}, or open the page by the machine's number."
+            f"ComfyUI was opened as {host[0][:80]!r}, a host name that is not trusted: nothing was "
+            f"changed. If it is yours, start ComfyUI with {HOSTS_VARIABLE}={host[0][:80]}, or open "
+            "the page by IP address."
         )
 
 
 def check_reader(headers: Iterable[tuple[str, str]]) -> None:
-    """Nothing if a question that is put to the service comes from ComfyUI's own page.
+    """Check that a GET that makes the server ask Wiro comes from ComfyUI's own page.
 
-    A browser sends no Origin with a page's own GET, nor with a picture that a foreign page wants to
-    load from here. So the page's own ones carry `PAGE_HEADER`, which no other page can add without
-    asking (ComfyUI never allows it, and then there is an Origin); the rest is as for what changes
-    something.
+    A browser sends no Origin with a page's own GET, nor with an image that a foreign page loads
+    from here. So the page's own GETs carry `PAGE_HEADER`, which another page cannot add without a
+    CORS preflight (ComfyUI never allows it, and then there is an Origin). The rest is as in
+    `check_sender`.
+
+    Args:
+        headers: (name, value) pairs of the request.
 
     Raises:
-        ForbiddenError: otherwise.
+        ForbiddenError: it does not.
     """
     given = list(headers)
     names = [name.lower() for name, _ in given]
     hosts = [value for name, value in given if name.lower() == "host"]
     if PAGE_HEADER.lower() not in names or len(hosts) != 1:
         raise ForbiddenError(
-            f"The request is not of ComfyUI's own page (no {PAGE_HEADER}, or no Host), so Wiro was "
-            "not asked. Reload the page."
+            f"The request is not from ComfyUI's own page (no {PAGE_HEADER} or no Host header), so "
+            "Wiro was not asked. Reload the page."
         )
     if "origin" not in names:
         given.append(("Origin", f"http://{hosts[0]}"))
@@ -110,7 +114,7 @@ def check_reader(headers: Iterable[tuple[str, str]]) -> None:
 
 
 def _split(address: str) -> tuple[str, int | None]:
-    """Name and port of "name", "name:port" or an address with a scheme; ("", None) if neither."""
+    """Host and port of "host", "host:port" or a URL; ("", None) for anything else."""
     try:
         parts = urlsplit(address.strip() if "//" in address else f"//{address.strip()}")
         if parts.username is not None or parts.password is not None:
@@ -121,7 +125,7 @@ def _split(address: str) -> tuple[str, int | None]:
 
 
 def _is_this_machine(name: str) -> bool:
-    """A number, or a name that no other machine on the internet can have."""
+    """Whether it is an IP address, or a name that no other machine on the internet can have."""
     try:
         ipaddress.ip_address(name)
         return True
@@ -134,37 +138,41 @@ def _is_this_machine(name: str) -> bool:
 
 
 def is_locked() -> bool:
-    """Whether the key and the limits are frozen."""
+    """Whether the key and the limits are locked."""
     value = os.environ.get(LOCK_VARIABLE, "").strip().lower()
     return value not in ("", "0", "no", "off", "false")
 
 
 def check_unlocked() -> None:
-    """Nothing if the key and the limits may be changed by the page.
+    """Check that the page may change the key and the limits.
 
     Raises:
-        ForbiddenError: they are frozen.
+        ForbiddenError: they are locked.
     """
     if is_locked():
         raise ForbiddenError(
-            f"The key and the limits of this server are frozen ({LOCK_VARIABLE} is set in the "
-            "environment of ComfyUI): nothing was changed. Change them there."
+            f"The key and the limits of this server are locked ({LOCK_VARIABLE} is set in the "
+            "environment of ComfyUI): nothing was changed. Unset it to change them."
         )
 
 
 def check_proof(proof: str, api_key: str) -> None:
-    """Nothing if somebody who asks knows the key in use, by its last characters.
+    """Check that the sender knows the key in use, by its last characters.
+
+    Args:
+        proof: what was typed.
+        api_key: the key in use.
 
     Raises:
-        ForbiddenError: missing, wrong, or there were too many wrong ones.
+        ForbiddenError: missing or wrong, or there were too many wrong ones.
     """
     fix = (
-        f"Type the last {PROOF_LETTERS} characters of the key in use; who does not have it any "
-        "more sets WIRO_API_KEY in the environment of ComfyUI."
+        f"Type the last {PROOF_LENGTH} characters of the key in use. If you no longer have it, set "
+        "WIRO_API_KEY in the environment of ComfyUI."
     )
     if not proof:
         raise ForbiddenError(
-            f"To replace or remove the key, or to allow more spending, it must be known. {fix}"
+            f"Replacing or removing the key, and raising a limit, takes proof of the key. {fix}"
         )
     with _lock:
         now = time.monotonic()
@@ -172,11 +180,13 @@ def check_proof(proof: str, api_key: str) -> None:
         if len(_wrong_at) >= MAX_WRONG:
             left = WRONG_S - (now - _wrong_at[0])
             raise ForbiddenError(
-                f"There were {MAX_WRONG} wrong tries: none is looked at for {math.ceil(left / 60)} "
-                "minutes. Nothing was changed. Wait, or restart ComfyUI."
+                f"{MAX_WRONG} wrong attempts: locked for {math.ceil(left / 60)} minutes. Nothing "
+                "was changed. Wait, or restart ComfyUI."
             )
-        given, end = proof.encode(errors="replace"), api_key[-PROOF_LETTERS:].encode()
-        if not hmac.compare_digest(given, end):
+        given, expected = proof.encode(errors="replace"), api_key[-PROOF_LENGTH:].encode()
+        if not hmac.compare_digest(given, expected):
             _wrong_at.append(now)
-            raise ForbiddenError(f"That is not the end of the key: nothing was changed. {fix}")
+            raise ForbiddenError(
+                f"These are not the last characters of the key: nothing was changed. {fix}"
+            )
         _wrong_at.clear()

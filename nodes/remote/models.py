@@ -1,63 +1,57 @@
-"""What the page asks about models: which there are, what they take, what a run would cost.
+"""Wiro's model catalogue for the page: search, and one model's parameters and examples.
 
-Everything here is free and changes nothing. But it asks the service with the user's key, so only
-ComfyUI's own page may ask (guard.py), and for ten minutes the same question gets the same answer.
-What a model says of itself is a stranger's text: only known fields are handed on, each of bounded
-length, and no address but https ones of wiro.ai.
+Free, and changes nothing. But Wiro is asked with the user's key, so only ComfyUI's own page may ask
+(guard.py), and answers are cached for ten minutes. A model's record is untrusted text: only known
+fields are passed on, each of bounded length, and only https addresses of wiro.ai.
 """
 
 import math
 import threading
 import time
-from collections.abc import Awaitable, Callable, Mapping
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping
+from typing import Any
 from urllib.parse import quote, urlsplit
 
-from . import account, guard
-from .inputs import slots_of
+from . import account
+from .inputs import Slot, slots_of
 from .run import RECORD_S, model_record
 
-if TYPE_CHECKING:
-    from aiohttp import web
-
 Answer = dict[str, Any]
-Handler = Callable[["web.Request"], Awaitable["web.Response"]]
 
-PREFIX = "/skyreels/wiro/models"
-#: models of one search, searches that are remembered
-FOUND, KEPT_SEARCHES = 50, 50
-#: letters of a name, a help text, a value; options of one model, examples, characters of a request
-NAME, HELP, VALUE, OPTIONS, EXAMPLES, ASKED = 120, 1000, 4000, 2000, 12, 200
-#: fields of a model under which it keeps examples
-_EXAMPLES = ("samples", "inspire")
+#: models of one search, and cached searches
+MAX_MODELS, MAX_SEARCHES = 50, 50
+#: characters of a name, of a help text, of a value, of a request
+NAME_LENGTH, HELP_LENGTH, VALUE_LENGTH, REQUEST_LENGTH = 120, 1000, 4000, 200
+#: options and examples of one model
+MAX_OPTIONS, MAX_EXAMPLES = 2000, 12
+#: fields of a record that hold examples
+_EXAMPLE_FIELDS = ("samples", "inspire")
 
 _searches: dict[tuple[str, str, str], tuple[float, list[Answer]]] = {}
+"""(service, account, text) -> time of the answer, models."""
 _lock = threading.Lock()
 
 
-# --- what they do; blocking, called in a thread -------------------------------------------------
-
-
 def search(text: str) -> Answer:
-    """Models that fit a few words; those that the service finds best, without any.
+    """Search the catalogue; without text, what Wiro lists first.
 
     Returns:
         {"models": [{slug, title, about, image, price}]}
     """
-    text = _checked(text, "search")
+    text = checked_text(text, "search")
     with account.make_client() as client:
         key = (client.base_url, client.account, text.lower())
         with _lock:
             read_at, found = _searches.get(key, (-RECORD_S, []))
         if time.monotonic() - read_at < RECORD_S:
             return {"models": found}
-        records = client.list_models(text, limit=FOUND)
-    shown = [_describe_short(record) for record in records[:FOUND]]
+        records = client.list_models(text, limit=MAX_MODELS)
+    shown = [_describe_short(record) for record in records[:MAX_MODELS]]
     found = [model for model in shown if model["slug"]]
     with _lock:
         _searches.pop(key, None)
         _searches[key] = (time.monotonic(), found)
-        if len(_searches) > KEPT_SEARCHES:
+        if len(_searches) > MAX_SEARCHES:
             del _searches[next(iter(_searches))]
     return {"models": found}
 
@@ -66,22 +60,22 @@ def describe(slug: str) -> Answer:
     """A model with its parameters and examples.
 
     Returns:
-        {slug, title, about, image, price, page, readme, groups: [{title, items}], examples}, as
-        `_describe_item` makes items; an example is {name: value}.
+        {slug, title, about, image, price, page, groups: [{title, items}], examples}; items are
+        those of `_describe_item`, an example is {name: value}.
     """
     from ...wiro_api.client import Model
     from ...wiro_api.schema import items_of
 
-    model = Model.parse(_checked(slug, "slug"))
+    model = Model.parse(checked_text(slug, "slug"))
     with account.make_client() as client:
         record = model_record(client, model)
     items = items_of(record, model)
-    kinds = {slot.name: slot for slot in slots_of(items)}
-    budget = [OPTIONS]
+    slots = {slot.name: slot for slot in slots_of(items)}
+    budget = [MAX_OPTIONS]
     titles = _titles(record)
     groups: dict[str, list[Answer]] = {}
     for item in items:
-        described = _describe_item(item, kinds, budget)
+        described = _describe_item(item, slots, budget)
         groups.setdefault(titles.get(id(item), ""), []).append(described)
     owner, project = (quote(part, safe="") for part in (model.clean.owner, model.clean.project))
     return {
@@ -93,64 +87,29 @@ def describe(slug: str) -> Answer:
     }
 
 
-def price(body: Mapping[str, Any]) -> Answer:
-    """The price of a run with some values, and what would keep it from being sent.
+def checked_text(value: object, name: str) -> str:
+    """A request's text in one line.
 
     Args:
-        body: {slug, parameters: of the node, files: how many are connected}
+        value: of the request.
+        name: of its field, for the message.
+
     Returns:
-        {"price": "" if nothing tells it, "source", "limits", "problem": "" or a sentence}
+        The text, without control characters.
+
+    Raises:
+        ConfigError: not a text, or too long.
     """
-    from ...wiro_api.client import Model
-    from ...wiro_api.errors import ConfigError
-    from ...wiro_api.schema import complete, is_file, items_of
-    from ...wiro_api.spending import DEFAULT_LIMITS, load_limits, price_of
-
-    values, files = body.get("parameters"), body.get("files")
-    if not isinstance(values, dict) or not isinstance(files, int) or not 0 <= files <= 1000:
-        raise ConfigError(
-            "The request holds no parameters, or no number of files: reload the page."
-        )
-    model = Model.parse(_checked(body.get("slug"), "slug"))
-    with account.make_client() as client:
-        record = model_record(client, model)
-    items = items_of(record, model)
-    problem = ""
-    try:
-        # which file goes where is known when the graph runs
-        parts = [(str(i["id"]), ("", b"", "")) for i in items if is_file(i) and files]
-        parameters = complete(items, values, parts)
-    except ConfigError as error:  # not filled in yet: what is there, and the defaults
-        problem = str(error).replace(" Nothing was sent.", "")
-        defaults = {str(item["id"]): item.get("default") for item in items}
-        given = {name: value for name, value in values.items() if value not in (None, "")}
-        parameters = {n: v for n, v in {**defaults, **given}.items() if v is not None}
-    listed = price_of(record, parameters, files)
-    earlier = account.journal().costs(str(model)) if account.has_state() else ()
-    told = listed or price_of(record, parameters, files, earlier)
-    source = "Wiro does not tell it before the run."
-    if listed is not None:
-        is_average = not record.get("dynamicprice")
-        source = "Wiro's average for this model." if is_average else "Wiro's price list."
-    elif told is not None:
-        source = "The most that a run of it did cost you; Wiro tells nothing before the run."
-    limits = load_limits(account.limits_file()) if account.has_state() else DEFAULT_LIMITS
-    return {
-        "price": "" if told is None else str(told), "source": source, "limits": str(limits),
-        "problem": problem,
-    }  # fmt: skip
-
-
-def _checked(value: object, name: str) -> str:
     from ...wiro_api.errors import ConfigError
     from ...wiro_api.wire import clean_text, one_line
 
-    if not isinstance(value, str) or len(value) > ASKED:
-        raise ConfigError(f"{name} is no text of at most {ASKED} characters.")
-    return one_line(clean_text(value))
+    if not isinstance(value, str) or len(value) > REQUEST_LENGTH:
+        raise ConfigError(f"{name} must be a text of at most {REQUEST_LENGTH} characters.")
+    line: str = one_line(clean_text(value))
+    return line
 
 
-# --- a record for the page ----------------------------------------------------------------------
+# --- from a record to the page -------------------------------------------------------------------
 
 
 def _describe_short(record: Mapping[str, Any]) -> Answer:
@@ -160,18 +119,18 @@ def _describe_short(record: Mapping[str, Any]) -> Answer:
     owner = _line(record.get("cleanslugowner") or record.get("slugowner"))
     project = _line(record.get("cleanslugproject") or record.get("slugproject"))
     slug = f"{owner}/{project}"
-    told = price_of(record, {})
+    price = price_of(record, {})
     return {
         "slug": slug if clean_slug(slug) else "",
         "title": _line(record.get("title")) or project,
         "about": _text(record.get("description")),
         "image": _picture(record.get("image")),
-        "price": "" if told is None else str(told),
+        "price": "" if price is None else str(price),
     }
 
 
 def _titles(record: Mapping[str, Any]) -> dict[int, str]:
-    """id() of each item of a record -> the title of its group."""
+    """id() of each item of a record -> title of its group."""
     groups = record.get("parameters")
     found: dict[int, str] = {}
     for group in groups if isinstance(groups, list) else []:
@@ -182,8 +141,8 @@ def _titles(record: Mapping[str, Any]) -> dict[int, str]:
     return found
 
 
-def _describe_item(item: Mapping[str, Any], kinds: Mapping[str, Any], budget: list[int]) -> Answer:
-    """A parameter: what the form needs to show it. budget: options that may still be shown."""
+def _describe_item(item: Mapping[str, Any], slots: Mapping[str, Slot], budget: list[int]) -> Answer:
+    """A parameter for the form; `budget` counts down the options that may still be shown."""
     from ...wiro_api.schema import is_required
     from ...wiro_api.wire import bool_of, decimal_of
 
@@ -192,19 +151,19 @@ def _describe_item(item: Mapping[str, Any], kinds: Mapping[str, Any], budget: li
     shown = []
     for option in options if isinstance(options, list) else []:
         value = _value(option.get("value")) if isinstance(option, Mapping) else None
-        if value is None or len(str(value)) > HELP or not budget[0]:
+        if value is None or len(str(value)) > HELP_LENGTH or not budget[0]:
             continue
         budget[0] -= 1
         shown.append({"value": str(value), "label": _line(option.get("label")) or str(value)})
     low, high, step = (_number(decimal_of(item.get(key))) for key in ("min", "max", "step"))
     has_range = low is not None and high is not None and low < high
-    slot = kinds.get(name)
+    slot = slots.get(name)
     return {
         "id": name,
         "type": _line(item.get("type")),
         "label": _line(item.get("label")) or name,
         "help": " ".join(filter(None, (_text(item.get(k)) for k in ("note", "description"))))[
-            :HELP
+            :HELP_LENGTH
         ],
         "placeholder": _line(item.get("placeholder")),
         "is_required": is_required(item),
@@ -219,13 +178,13 @@ def _describe_item(item: Mapping[str, Any], kinds: Mapping[str, Any], budget: li
 
 
 def _examples(record: Mapping[str, Any], names: set[str]) -> list[Answer]:
-    """Examples with the parameters that the model has, and nothing else."""
+    """A record's examples, with the model's own parameters only."""
     from ...wiro_api.schema import parameters_of_example
 
     found: list[Answer] = []
-    for field in _EXAMPLES:
+    for field in _EXAMPLE_FIELDS:
         listed = record.get(field)
-        for example in listed[:EXAMPLES] if isinstance(listed, list) else []:
+        for example in listed[:MAX_EXAMPLES] if isinstance(listed, list) else []:
             values = {
                 str(name): plain
                 for name, value in parameters_of_example(example).items()
@@ -234,32 +193,34 @@ def _examples(record: Mapping[str, Any], names: set[str]) -> list[Answer]:
             }
             if values and values not in found:
                 found.append(values)
-    return found[:EXAMPLES]
+    return found[:MAX_EXAMPLES]
 
 
 def _line(value: object) -> str:
     from ...wiro_api.wire import one_line, text_of
 
-    return one_line(text_of(value)[: 10 * NAME])[:NAME]
+    line: str = one_line(text_of(value)[: 10 * NAME_LENGTH])
+    return line[:NAME_LENGTH]
 
 
 def _text(value: object) -> str:
     from ...wiro_api.wire import text_of
 
-    return text_of(value)[:HELP].strip()
+    text: str = text_of(value)
+    return text[:HELP_LENGTH].strip()
 
 
 def _value(value: object) -> str | int | float | bool | list[str] | None:
-    """A default or a value of an example; None for what the form cannot show as it is."""
+    """A default or an example's value; None if the form cannot show it unchanged."""
     if isinstance(value, list) and 0 < len(value) <= 20:
-        texts = [text for text in value if isinstance(text, str) and len(text) <= VALUE]
+        texts = [text for text in value if isinstance(text, str) and len(text) <= VALUE_LENGTH]
         return texts if len(texts) == len(value) else None
     if isinstance(value, bool):
         return value
     if isinstance(value, int | float):
-        # a page's numbers hold no more
+        # JavaScript's largest safe integer
         return value if math.isfinite(value) and abs(value) < 2**53 else None
-    return value if isinstance(value, str) and len(value) <= VALUE else None
+    return value if isinstance(value, str) and len(value) <= VALUE_LENGTH else None
 
 
 def _number(value: Any) -> int | float | None:
@@ -269,8 +230,8 @@ def _number(value: Any) -> int | float | None:
 
 
 def _picture(value: object) -> str:
-    """An address that the page may show: https, of the service itself, without anything odd."""
-    if not isinstance(value, str) or len(value) > HELP or not value.isascii():
+    """A picture's address, if it is a plain https address of wiro.ai; else ""."""
+    if not isinstance(value, str) or len(value) > HELP_LENGTH or not value.isascii():
         return ""
     try:
         parts = urlsplit(value)
@@ -280,37 +241,3 @@ def _picture(value: object) -> str:
     is_own = host == "wiro.ai" or host.endswith(".wiro.ai")
     is_plain = parts.username is None and parts.password is None and port in (None, 443)
     return value if parts.scheme == "https" and is_own and is_plain and value.isprintable() else ""
-
-
-# --- over HTTP ----------------------------------------------------------------------------------
-
-
-def register(
-    table: Any,
-    answer: "Callable[[Callable[[], Answer]], Awaitable[web.Response]]",
-    post: "Callable[[Callable[[Answer], Answer]], Handler]",
-) -> None:
-    """Add the routes to the server's table.
-
-    Values go in a body, not in an address, which proxies write down: they hold the user's prompt.
-
-    Args:
-        answer, post: of routes.py: the result or the sentence of work, and a judged sender's body.
-    """
-
-    async def ask(request: "web.Request", name: str, work: Callable[[str], Answer]) -> Any:
-        def judged() -> Answer:
-            guard.check_reader(request.headers.items())
-            return work(request.query.get(name, ""))
-
-        return await answer(judged)
-
-    @table.get(PREFIX)
-    async def get_models(request: "web.Request") -> "web.Response":
-        return await ask(request, "search", search)
-
-    @table.get(f"{PREFIX}/one")
-    async def get_model(request: "web.Request") -> "web.Response":
-        return await ask(request, "slug", describe)
-
-    table.post(f"{PREFIX}/price")(post(price))

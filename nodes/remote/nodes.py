@@ -1,85 +1,43 @@
-"""Nodes that run models on wiro.ai.
+"""Nodes that run one task on wiro.ai, or fetch or prepare one.
 
 The key is in the environment or in the user's folder, never in a widget.
 """
 
-import io
-import json
-import logging
 import threading
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import torch
 from torch import Tensor
 
-from ...skyreels.errors import ShapeError
-from ...skyreels.image import FITS, fit_image
-from ...skyreels.text.embeds import with_fps_prefix
 from .. import host
-from .inputs import PICTURES, SOCKETS, parse_places, parts_of, place, slots_of
+from .inputs import IMAGE_PARAMETER, IMAGES, SOCKETS, model_files, parse_assignments, png_part
 from .run import Result, RunView, check_fields, collect, fingerprint, remember, run_model, wanted
+from .widgets import (
+    SKYREELS_OPTIONAL,
+    SKYREELS_REQUIRED,
+    TAKE,
+    TIMEOUT_MINUTES,
+    WAIT_WHEN_BUSY,
+    parse_parameters,
+    skyreels_run,
+)
 
-if TYPE_CHECKING:
-    from ...wiro_api.transport import FilePart
-
-logger = logging.getLogger("skyreels.nodes.remote.nodes")
-
-ORIENTATION = "by orientation"
-SIZES = ("960x544", "544x960")
-FROM_IMAGE = "the image"
-#: default of Wiro Run Model's image_parameter
-IMAGE_PARAMETER = "inputImage"
-
-
-def common_widgets() -> dict[str, Any]:
-    return {
-        "take": (
-            "INT",
-            {
-                "default": 1,
-                "min": 1,
-                "max": 1_000_000,
-                "tooltip": "The service draws its own noise. The same inputs with the same number "
-                "give the video that was paid for before; another number, as 2, pays for another.",
-            },
-        ),
-        "wait_when_busy": (
-            "BOOLEAN",
-            {
-                "default": False,
-                "tooltip": "If as many tasks run as your balance allows (code 96), wait for a "
-                "place and try again; otherwise it is an error.",
-            },
-        ),
-        "timeout_minutes": (
-            "FLOAT",
-            {
-                "default": 40.0,
-                "min": 0.1,
-                "max": 1440.0,
-                "step": 0.1,
-                "advanced": True,
-                "tooltip": "Longest wait for the end, in minutes (40 is the service's own). The "
-                "task then goes on at Wiro, and queueing again goes on waiting.",
-            },
-        ),
-    }
+#: choice of Wiro Upload File that stands for its image
+_FROM_IMAGE = "the image"
 
 
 class WiroRemoteI2V:
     CATEGORY = "SkyReels/remote"
     DESCRIPTION = (
-        "Makes the video on wiro.ai with SkyReels-V1 instead of on this machine. Costs money: the "
-        "price is shown before and the cost after, and Cancel stops the remote task. Needs a key "
-        "(WIRO_API_KEY, or Settings > SkyReels > Wiro)."
+        "Generates a video on wiro.ai with SkyReels-V1 instead of on this machine. Costs money: "
+        "the price is shown before the run and the cost after it; Cancel stops the remote task. "
+        "Needs an API key (WIRO_API_KEY, or Settings > SkyReels > Wiro)."
     )
     FUNCTION = "generate"
     RETURN_TYPES = ("IMAGE", "VIDEO", "STRING", "STRING")
     RETURN_NAMES = ("images", "video", "task_id", "receipt")
     OUTPUT_TOOLTIPS = (
-        "The frames, for CreateVideo at 24 fps or anything else. Decoded only if connected.",
-        "The video as the service made it; SaveVideo copies it.",
+        "Frames at 24 fps. Decoded only if connected.",
+        "The video file from Wiro; SaveVideo copies it.",
         "The task's id at Wiro, for Wiro Task Result.",
         "JSON: model, parameters, task id, cost in US dollars, seconds, files.",
     )
@@ -90,7 +48,7 @@ class WiroRemoteI2V:
             "required": {
                 "image": (
                     "IMAGE",
-                    {"tooltip": "The first frame; of a batch the first picture is used."},
+                    {"tooltip": "First frame of the video; of a batch, the first image is used."},
                 ),
                 "prompt": (
                     "STRING",
@@ -101,71 +59,13 @@ class WiroRemoteI2V:
                         "tooltip": "What happens in the video. Must not be empty.",
                     },
                 ),
-                "size": (
-                    [ORIENTATION, *SIZES],
-                    {
-                        "default": ORIENTATION,
-                        "tooltip": "Width x height. By orientation: 544x960 for a picture that is "
-                        "higher than wide, else 960x544.",
-                    },
-                ),
-                "fit": (
-                    list(FITS),
-                    {
-                        "default": "crop",
-                        "tooltip": "crop cuts the centre to the video's proportions (as the "
-                        "authors do), pad adds black bars (letterbox), stretch distorts.",
-                    },
-                ),
-                "num_frames": (
-                    "INT",
-                    {
-                        "default": 97,
-                        "min": 5,
-                        "max": 289,
-                        "step": 4,
-                        "tooltip": "4k+1 frames at 24 a second: 97 is four seconds. Other numbers "
-                        "are rounded up to the next 4k+1.",
-                    },
-                ),
-                "steps": (
-                    "INT",
-                    {
-                        "default": 30,
-                        "min": 1,
-                        "max": 100,
-                        "tooltip": "Sampling steps; the authors use 30.",
-                    },
-                ),
-                "cfg": (
-                    "FLOAT",
-                    {
-                        "default": 6.0,
-                        "min": 1.0,
-                        "max": 30.0,
-                        "step": 0.1,
-                        "tooltip": "How closely the prompt is followed; the authors use 6.",
-                    },
-                ),
+                **SKYREELS_REQUIRED,
             },
             "optional": {
-                "negative_prompt": (
-                    "STRING",
-                    {
-                        "multiline": True,
-                        "default": "",
-                        "tooltip": "What the video should not show; may be empty.",
-                    },
-                ),
-                "add_fps_prefix": (
-                    "BOOLEAN",
-                    {
-                        "default": True,
-                        "tooltip": "Put 'FPS-24, ' in front, as in training, unless the prompt "
-                        "names a frame rate itself.",
-                    },
-                ),
-                **common_widgets(),
+                **SKYREELS_OPTIONAL,
+                "take": TAKE,
+                "wait_when_busy": WAIT_WHEN_BUSY,
+                "timeout_minutes": TIMEOUT_MINUTES,
             },
             "hidden": {"unique_id": "UNIQUE_ID", "graph": "PROMPT"},
         }
@@ -177,7 +77,7 @@ class WiroRemoteI2V:
     @classmethod
     def VALIDATE_INPUTS(cls, prompt: str | None = None) -> bool | str:
         if prompt is not None and not prompt.strip():
-            return "The prompt is empty: say what happens in the video. Nothing was sent."
+            return "The prompt is empty: describe what happens in the video. Nothing was sent."
         return True
 
     async def generate(
@@ -199,40 +99,59 @@ class WiroRemoteI2V:
     ) -> tuple[Any, ...]:
         from ...wiro_api.schema import SKYREELS
 
-        values, size = skyreels_values(
-            image, prompt, size, num_frames, steps, cfg, negative_prompt, add_fps_prefix
+        parameters, size = skyreels_run(
+            image,
+            prompt=prompt,
+            size=size,
+            num_frames=num_frames,
+            steps=steps,
+            cfg=cfg,
+            negative_prompt=negative_prompt,
+            add_fps_prefix=add_fps_prefix,
         )
         result = await run_model(
-            SKYREELS, values, lambda: [("inputImage", png_part(image, size, fit))], take=take,
-            wait_when_busy=wait_when_busy, timeout_minutes=timeout_minutes, unique_id=unique_id,
+            SKYREELS,
+            parameters,
+            lambda: [("inputImage", png_part(image, size, fit))],
+            take=take,
+            wait_when_busy=wait_when_busy,
+            timeout_minutes=timeout_minutes,
+            unique_id=unique_id,
             wants=wanted(graph, unique_id, self.RETURN_NAMES),
-        )  # fmt: skip
+        )
         remember(graph, unique_id, result)
         return or_blocked(result.images), video_output(result), result.taskid, result.receipt
+
+
+#: outputs of the nodes for any model
+_MODEL_RETURN_TYPES = ("IMAGE", "VIDEO", "STRING", "STRING", "STRING", "MASK", "AUDIO", "STRING")
+_MODEL_RETURN_NAMES = ("images", "video", "text", "task_id", "receipt", "mask", "audio", "files")
+_MODEL_OUTPUT_TOOLTIPS = (
+    "Frames of the first video, else all images. Decoded only if connected.",
+    "The first video file from Wiro, if the model makes any.",
+    "Text that the model wrote, else the content of its small text files.",
+    "The task's id at Wiro, for Wiro Task Result.",
+    "JSON: model, parameters, task id, cost in US dollars, seconds, files.",
+    "1 where the images are transparent, as Load Image; empty if none is.",
+    "The first audio file, else the audio of the first video.",
+    "JSON list of all files, as paths below the output folder.",
+)
 
 
 class WiroRunModel:
     CATEGORY = "SkyReels/remote"
     DESCRIPTION = (
-        "Runs any model on wiro.ai by its owner/project, as the address of its page says. Costs "
-        "money: the price is shown before if the service tells it, and Cancel stops the task."
+        "Runs any model on wiro.ai, named by the owner/project of its page. Costs money: the price "
+        "is shown before the run if Wiro publishes it; Cancel stops the remote task."
     )
     FUNCTION = "run"
-    RETURN_TYPES = ("IMAGE", "VIDEO", "STRING", "STRING", "STRING", "MASK", "AUDIO", "STRING")
-    RETURN_NAMES = ("images", "video", "text", "task_id", "receipt", "mask", "audio", "files")
-    OUTPUT_TOOLTIPS = (
-        "Frames of the first video, else all pictures. Decoded only if connected.",
-        "The first video as the service made it, if the model makes any.",
-        "What a model that writes has written, or what is in its small text files.",
-        "The task's id at Wiro, for Wiro Task Result.",
-        "JSON: model, parameters, task id, cost in US dollars, seconds, files.",
-        "1 where the pictures are transparent, as of Load Image; empty where none is.",
-        "The first sound file, else the sound of the first video.",
-        "JSON list of all files as they came, as paths below the output folder.",
-    )
+    RETURN_TYPES = _MODEL_RETURN_TYPES
+    RETURN_NAMES = _MODEL_RETURN_NAMES
+    OUTPUT_TOOLTIPS = _MODEL_OUTPUT_TOOLTIPS
 
     @classmethod
     def INPUT_TYPES(cls) -> dict[str, Any]:
+        another = "Another image, or a batch for a parameter that takes several; see "
         return {
             "required": {
                 "model": (
@@ -247,53 +166,49 @@ class WiroRunModel:
                     {
                         "multiline": True,
                         "default": '{\n  "prompt": ""\n}',
-                        "tooltip": "JSON object of parameter names and values, as the model's page "
-                        "lists them; the model's defaults fill the rest. No key belongs here.",
+                        "tooltip": "JSON object of parameter names and values, as listed on the "
+                        "model's page; the rest gets the model's defaults. Do not put a key here.",
                     },
                 ),
             },
             "optional": {
                 "image": (
                     "IMAGE",
-                    {"tooltip": "A picture for image_parameter; of a batch the first is used."},
+                    {"tooltip": "Image for image_parameter; of a batch, the first is used."},
                 ),
                 "image_parameter": (
                     "STRING",
                     {
                         "default": IMAGE_PARAMETER,
-                        "tooltip": "The model's parameter that takes the picture; if the model has "
-                        "no inputImage, its first one for pictures.",
+                        "tooltip": "The model's parameter that takes image. If the model has no "
+                        "inputImage, its first image parameter is used.",
                     },
                 ),
-                **common_widgets(),
+                "take": TAKE,
+                "wait_when_busy": WAIT_WHEN_BUSY,
+                "timeout_minutes": TIMEOUT_MINUTES,
                 **{
-                    name: (
-                        "IMAGE",
-                        {
-                            "tooltip": "A further picture, or a batch for a parameter that takes "
-                            "several; see file_parameters."
-                        },
-                    )
-                    for name in PICTURES[1:]
+                    name: ("IMAGE", {"tooltip": f"{another}file_parameters."})
+                    for name in IMAGES[1:]
                 },
                 "video": (
                     "VIDEO",
                     {
-                        "tooltip": "A film for the model, sent as the file it is (also what is "
-                        "written in it, as its workflow); at most 100 MB."
+                        "tooltip": "Video for the model. A file is sent unchanged, including its "
+                        "metadata (such as the workflow); at most 100 MB."
                     },
                 ),
                 "audio": (
                     "AUDIO",
-                    {"tooltip": "A sound for the model, sent as WAV of 16 bits; at most 100 MB."},
+                    {"tooltip": "Audio for the model, sent as 16-bit WAV; at most 100 MB."},
                 ),
                 "file_parameters": (
                     "STRING",
                     {
                         "default": "",
-                        "tooltip": "Which input feeds which parameter: image_2=lastImage, "
-                        "video=inputVideo. What is not named goes where the model's list says, in "
-                        "order.",
+                        "tooltip": "Which input feeds which parameter, such as "
+                        "image_2=lastImage, video=inputVideo. The others follow the model's list "
+                        "of parameters, in order.",
                     },
                 ),
             },
@@ -314,8 +229,8 @@ class WiroRunModel:
         from ...wiro_api.errors import ConfigError
 
         try:
-            places = parse_places(file_parameters or "")
-            names = [image_parameter or "", *places.values()]
+            assigned = parse_assignments(file_parameters or "")
+            names = [image_parameter or "", *assigned.values()]
             check_fields([parse_parameters(parameters or ""), dict.fromkeys(names)])
         except (ValueError, ConfigError) as error:
             return str(error)
@@ -341,35 +256,40 @@ class WiroRunModel:
     ) -> tuple[Any, ...]:
         from ...wiro_api.client import Model
 
-        values, places = parse_parameters(parameters), parse_places(file_parameters)
-        check_fields(dict.fromkeys([image_parameter, *places.values()]))
-        all_inputs = (image, image_2, image_3, image_4, video, audio)
+        values, assigned = parse_parameters(parameters), parse_assignments(file_parameters)
+        check_fields(dict.fromkeys([image_parameter, *assigned.values()]))
+        inputs = (image, image_2, image_3, image_4, video, audio)
         connected = {
             socket: value
-            for socket, value in zip(SOCKETS, all_inputs, strict=True)
+            for socket, value in zip(SOCKETS, inputs, strict=True)
             if value is not None
         }
         result = await run_model(
-            Model.parse(model), values, list, take=take, wait_when_busy=wait_when_busy,
-            timeout_minutes=timeout_minutes, unique_id=unique_id,
+            Model.parse(model),
+            values,
+            list,
+            take=take,
+            wait_when_busy=wait_when_busy,
+            timeout_minutes=timeout_minutes,
+            unique_id=unique_id,
             wants=wanted(graph, unique_id, self.RETURN_NAMES),
-            files_for=lambda items: _files_for(
-                items, values, connected, places, image_parameter.strip()
+            files_for=lambda items: model_files(
+                items, values, connected, assigned, image_parameter.strip()
             ),
-        )  # fmt: skip
-        return _outputs(remember(graph, unique_id, result))
+        )
+        return _model_outputs(remember(graph, unique_id, result))
 
 
 class WiroTaskResult:
     CATEGORY = "SkyReels/remote"
     DESCRIPTION = (
-        "Brings home the result of a task that was started earlier, here or elsewhere; waits if it "
-        "still runs. Costs nothing. Cancel stops the wait, not the task."
+        "Downloads the result of a task that was started earlier, here or elsewhere; waits for it "
+        "if it is still running. Costs nothing. Cancel stops the wait, not the task."
     )
     FUNCTION = "collect"
-    RETURN_TYPES = ("IMAGE", "VIDEO", "STRING", "STRING", "STRING", "MASK", "AUDIO", "STRING")
-    RETURN_NAMES = ("images", "video", "text", "task_id", "receipt", "mask", "audio", "files")
-    OUTPUT_TOOLTIPS = WiroRunModel.OUTPUT_TOOLTIPS
+    RETURN_TYPES = _MODEL_RETURN_TYPES
+    RETURN_NAMES = _MODEL_RETURN_NAMES
+    OUTPUT_TOOLTIPS = _MODEL_OUTPUT_TOOLTIPS
 
     @classmethod
     def INPUT_TYPES(cls) -> dict[str, Any]:
@@ -379,13 +299,13 @@ class WiroTaskResult:
                     "STRING",
                     {
                         "default": "",
-                        "tooltip": "The task's id (digits), from the Wiro panel, a receipt or an "
-                        "error. token:... works too, but is saved with the workflow, and lets "
-                        "anyone who has it look at the task: prefer the id.",
+                        "tooltip": "Task id (digits) from the Wiro panel, a receipt or an error "
+                        "message. Prefer it to token:..., which also works but is saved in the "
+                        "workflow and lets anyone who has it read the task.",
                     },
                 ),
             },
-            "optional": {"timeout_minutes": common_widgets()["timeout_minutes"]},
+            "optional": {"timeout_minutes": TIMEOUT_MINUTES},
             "hidden": {"unique_id": "UNIQUE_ID", "graph": "PROMPT"},
         }
 
@@ -400,44 +320,45 @@ class WiroTaskResult:
         unique_id: str | None = None,
         graph: dict[str, Any] | None = None,
     ) -> tuple[Any, ...]:
-        over = threading.Event()
+        stop_event = threading.Event()
         wants = wanted(graph, unique_id, self.RETURN_NAMES)
-        result = await host.in_thread(
-            lambda: collect(RunView(unique_id, over), task, timeout_minutes, wants), over
+        result = await host.run_in_thread(
+            lambda: collect(RunView(unique_id, stop_event), task, timeout_minutes, wants),
+            stop_event,
         )
-        return _outputs(remember(graph, unique_id, result))
+        return _model_outputs(remember(graph, unique_id, result))
 
 
 class WiroUploadFile:
     CATEGORY = "SkyReels/remote"
     DESCRIPTION = (
-        "Uploads a picture, or a file of the input folder, to your files at Wiro once, and gives "
-        "its address for parameters of models. Costs nothing."
+        "Uploads an image, or a file of the input folder, to your files at Wiro once and outputs "
+        "its URL for model parameters. Costs nothing."
     )
     FUNCTION = "upload"
     RETURN_TYPES = ("STRING", "STRING")
     RETURN_NAMES = ("url", "file_id")
-    OUTPUT_TOOLTIPS = ("The file's address, for a model's ...Url parameter.", "Its id at Wiro.")
+    OUTPUT_TOOLTIPS = ("The file's URL, for a model's ...Url parameter.", "The file's id at Wiro.")
 
     @classmethod
     def INPUT_TYPES(cls) -> dict[str, Any]:
         return {
             "required": {
                 "file": (
-                    [FROM_IMAGE, *host.input_files()],
-                    {"tooltip": "A file of ComfyUI's input folder, at most 100 MB, or the image."},
+                    [_FROM_IMAGE, *host.input_files()],
+                    {"tooltip": "A file in ComfyUI's input folder (at most 100 MB), or the image."},
                 ),
                 "folder": (
                     "STRING",
                     {
                         "default": "",
-                        "tooltip": "Name of a folder to make for it (letters, digits, _ and -); "
+                        "tooltip": "Folder to create for it at Wiro (letters, digits, _ and -); "
                         "empty for none.",
                     },
                 ),
             },
             "optional": {
-                "image": ("IMAGE", {"tooltip": "The picture, if file is 'the image'."}),
+                "image": ("IMAGE", {"tooltip": "The image to upload if file is 'the image'."}),
             },
             "hidden": {"unique_id": "UNIQUE_ID"},
         }
@@ -452,169 +373,54 @@ class WiroUploadFile:
         from ...wiro_api.errors import ConfigError
         from ...wiro_api.files import read_part
 
-        over = threading.Event()
+        stop_event = threading.Event()
 
         def work() -> tuple[str, str]:
-            window = RunView(unique_id, over)
-            if file != FROM_IMAGE:
-                if file not in host.input_files():  # a link brings names that no list was asked for
-                    raise ConfigError(f"There is no file {file[:80]!r} in the input folder.")
+            view = RunView(unique_id, stop_event)
+            if file != _FROM_IMAGE:
+                if file not in host.input_files():  # a link's value is not checked against the list
+                    raise ConfigError(f"The input folder has no file {file[:80]!r}.")
                 part = read_part(host.input_file(file))
             elif image is not None:
                 part = png_part(image)
             else:
                 raise ConfigError("No image is connected: connect one, or choose a file.")
-            with window.make_client() as client:
-                window.check()
-                window.say(f"uploading {len(part[1]) / 1e6:.1f} MB")
-                made = str(client.create_folder(folder.strip())["id"]) if folder.strip() else ""
-                record = client.upload(part, made)
-            window.say("uploaded", 1.0)
+            with view.make_client() as client:
+                view.check()
+                view.say(f"uploading {len(part[1]) / 1e6:.1f} MB")
+                name = folder.strip()
+                folder_id = str(client.create_folder(name)["id"]) if name else ""
+                record = client.upload(part, folder_id)
+            view.say("uploaded", 1.0)
             return str(record.get("url") or ""), str(record.get("id") or "")
 
-        return await host.in_thread(work, over)
+        return await host.run_in_thread(work, stop_event)
 
 
-def skyreels_values(
-    image: Tensor,
-    prompt: str,
-    size: str,
-    num_frames: int,
-    steps: int,
-    cfg: float,
-    negative_prompt: str,
-    add_fps_prefix: bool,
-) -> tuple[dict[str, Any], str]:
-    """Parameters of SkyReels-V1 for a node's widgets, and the size that its picture is sent in.
-
-    Raises:
-        ConfigError: the prompt is empty, or there are too few frames.
-    """
-    from ...wiro_api.errors import ConfigError
-
-    if not prompt.strip():
-        raise ConfigError("The prompt is empty: say what happens in the video.")
-    if size == ORIENTATION:
-        is_upright = image.ndim == 4 and image.shape[1] > image.shape[2]
-        size = SIZES[int(is_upright)]
-    values = values_of_widgets(
-        prompt=prompt, size=size, num_frames=num_frames, steps=steps, cfg=cfg,
-        negative_prompt=negative_prompt, add_fps_prefix=add_fps_prefix,
-    )  # fmt: skip
-    if values["numFrames"] != num_frames:
-        frames = values["numFrames"]
-        logger.info("num_frames %d is not 4k + 1: %d frames are made.", num_frames, frames)
-    return values, size
+# --- outputs ------------------------------------------------------------------------------------
 
 
-def values_of_widgets(**widgets: Any) -> dict[str, Any]:
-    """Widgets of Wiro Remote I2V as parameters of SkyReels-V1; one that is left out has none.
-
-    Raises:
-        ConfigError: too few frames.
-    """
-    from ...wiro_api.schema import frame_count
-
-    names = {"negative_prompt": "negativePrompt", "cfg": "scale", "steps": "steps", "size": "size"}
-    values = {names[name]: value for name, value in widgets.items() if name in names}
-    if "num_frames" in widgets:
-        values["numFrames"] = frame_count(widgets["num_frames"])
-    if "prompt" in widgets:
-        prompt = widgets["prompt"]
-        values["prompt"] = (
-            with_fps_prefix(prompt) if widgets.get("add_fps_prefix", True) else prompt
-        )
-    return values
-
-
-def _outputs(result: Result) -> tuple[Any, ...]:
-    """In the order of the sockets of Wiro Run Model and Wiro Task Result."""
+def _model_outputs(result: Result) -> tuple[Any, ...]:
+    """A result in the order of _MODEL_RETURN_NAMES."""
     return (
-        or_blocked(result.images), video_output(result), result.text, result.taskid, result.receipt,
-        or_blocked(result.masks), or_blocked(result.audio), result.files,
-    )  # fmt: skip
+        or_blocked(result.images),
+        video_output(result),
+        result.text,
+        result.taskid,
+        result.receipt,
+        or_blocked(result.masks),
+        or_blocked(result.audio),
+        result.files,
+    )
 
 
 def or_blocked(value: Any) -> Any:
-    """What the task did not make stops only the nodes that want it, with the reason."""
+    """A value, or for a text, the reason why there is none: that stops only what it feeds."""
     return host.blocked(value) if isinstance(value, str) else value
 
 
 def video_output(result: Result) -> Any:
+    """The VIDEO of a result."""
     if isinstance(result.video, str):
         return host.blocked(result.video)
-    return host.video_of(result.video)
-
-
-def _files_for(
-    items: Sequence[Mapping[str, Any]],
-    values: Mapping[str, Any],
-    connected: dict[str, Any],
-    places: dict[str, str],
-    image_parameter: str,
-) -> "list[tuple[str, FilePart]]":
-    """The files of Wiro Run Model, in the order of its sockets.
-
-    `image` goes to `image_parameter`, as before there were other sockets, and the first picture of
-    it alone; unless `file_parameters` names it, or that is the default and the model has none.
-    """
-    slots = slots_of(items)
-    many = {slot.name for slot in slots if slot.takes_many}
-    rest, files = dict(connected), []
-    is_named = "image" in places
-    is_unknown = (
-        image_parameter in ("", IMAGE_PARAMETER)
-        and bool(slots)
-        and all(slot.name != image_parameter for slot in slots)
-    )
-    taken = ""
-    if "image" in rest and not is_named and not is_unknown:
-        taken = image_parameter
-        files.append((taken, png_part(rest.pop("image"))))
-    for socket, name in place(list(rest), places, slots, values, taken).items():
-        files += parts_of(name, socket, rest[socket], name in many, png_part)
-    return files
-
-
-def png_part(image: Tensor, size: str = "", fit: str = "crop") -> "FilePart":
-    """The first picture of an IMAGE as a PNG part, at a size such as "960x544" if one is given.
-
-    Raises:
-        ShapeError: not a picture, or one too large to be sent.
-    """
-    from PIL import Image
-
-    from ...wiro_api.files import MAX_UPLOAD_BYTES
-    from ...wiro_api.jobs import PicturePart
-
-    height, width = image.shape[1:3] if image.ndim == 4 else (0, 0)
-    if size:
-        width, height = (int(side) for side in size.split("x"))
-    fitted = fit_image(image[:1], width, height, fit)[0, :, 0].permute(1, 2, 0)
-    pixels = fitted.add(1.0).mul(127.5).round().to(torch.uint8).numpy()
-    file = io.BytesIO()
-    Image.fromarray(pixels).save(file, "PNG")
-    content = file.getvalue()
-    if len(content) > MAX_UPLOAD_BYTES:
-        raise ShapeError(
-            f"The picture of {width}x{height} has {len(content)} bytes as PNG, and Wiro takes "
-            f"{MAX_UPLOAD_BYTES}: make it smaller."
-        )
-    part = ("input.png", content, "image/png")
-    return PicturePart.from_pixels(part, pixels.tobytes(), *pixels.shape)
-
-
-def parse_parameters(text: str) -> dict[str, Any]:
-    """The parameters of a JSON text.
-
-    Raises:
-        ValueError: not a JSON object; says where.
-    """
-    fix = 'write {"name": value}, with double quotes'
-    try:
-        values = json.loads(text.strip() or "{}")
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"The parameters are not JSON ({error}): {fix}.") from None
-    if not isinstance(values, dict):
-        raise ValueError(f"The parameters are no JSON object: {fix}.")
-    return values
+    return host.video_from_file(result.video)

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from ...wiro_api.listener import RunListener
 from .. import host
-from . import account
+from . import account, live_tasks
 from .decode import EMPTY_MASK, read_audio, read_clip, read_pictures, read_text
 
 if TYPE_CHECKING:
@@ -89,7 +89,9 @@ class Result:
     @property
     def files(self) -> str:
         """JSON list of the files, as paths below the output folder."""
-        return json.dumps([account.place_of(path) for path in self.paths], ensure_ascii=False)
+        return json.dumps(
+            [account.relative_to_output(path) for path in self.paths], ensure_ascii=False
+        )
 
     @property
     def line(self) -> str:
@@ -172,7 +174,7 @@ class RunView(RunListener):
         self._report: Progress | None = None
         self._task: Task | None = None
         self._client: Client | None = None
-        self.state = account.TaskState()
+        self.state = live_tasks.TaskState()
         self.row = 0
         #: of the task, as soon as one is known
         self.handle: RunHandle | None = None
@@ -208,9 +210,9 @@ class RunView(RunListener):
     def on_entry(self, entry: "Entry") -> None:
         if self.row != entry.id:
             if self.row:
-                account.unsubscribe(self.row)
-            self.row, self.state = entry.id, account.subscribe(entry.id)
-        account.publish(self.row, always=True)
+                live_tasks.unsubscribe(self.row)
+            self.row, self.state = entry.id, live_tasks.subscribe(entry.id)
+        live_tasks.publish(self.row, always=True)
 
     def on_start(self, entry: "Entry") -> None:
         """The run is started, or was before."""
@@ -224,7 +226,7 @@ class RunView(RunListener):
         if self._task is None or task.status != self._task.status:
             self._began = time.monotonic()
             self._line = task.phase
-            account.add_log(self.state, [f"{time.strftime('%H:%M:%S')} {task.status}"])
+            live_tasks.add_log(self.state, [f"{time.strftime('%H:%M:%S')} {task.status}"])
         self._task = task
         self.handle = RunHandle(task.taskid, task.token)
         self._show()
@@ -233,7 +235,7 @@ class RunView(RunListener):
         self._report = report
 
     def on_log(self, text: str) -> None:
-        account.add_log(self.state, text.splitlines())
+        live_tasks.add_log(self.state, text.splitlines())
 
     def on_bytes(self, done: int, total: int | None) -> None:
         in_all = f" of {total / 1e6:.1f}" if total else ""
@@ -255,7 +257,7 @@ class RunView(RunListener):
         name = "" if task is None else f" · task {task.taskid}"  # the panel shows it beside
         self._progress.show(self._fraction, self._line + name)
         if self.row:
-            account.publish(self.row)
+            live_tasks.publish(self.row)
 
     def close(self, line: str) -> None:
         """Show the last line, without looking at the cancel button."""
@@ -263,7 +265,7 @@ class RunView(RunListener):
         self.state.line = line.replace(str(host.output_folder()), "output")
         self._progress.say(line)
         if self.row:
-            account.unsubscribe(self.row)
+            live_tasks.unsubscribe(self.row)
         if self._client is not None:
             self._client.close()
 
@@ -340,7 +342,7 @@ async def run_model(
             files_for=files_for,
         )
 
-    return await host.in_thread(work, stop_event)
+    return await host.run_in_thread(work, stop_event)
 
 
 def run_job(
@@ -535,7 +537,7 @@ class _Delivery:
             "taskid": bill.taskid,
             "cost_usd": bill.cost or None,
             "elapsed_s": None if bill.elapsed_s in (None, "") else float(str(bill.elapsed_s)),
-            "files": [account.place_of(path) for path in paths],
+            "files": [account.relative_to_output(path) for path in paths],
         }
         more = f" {warning}" if warning else ""
         images: Tensor | str = f"Task {bill.taskid} made no picture and no video.{more}"
@@ -621,7 +623,7 @@ def _decode(
         clip = read_clip(videos[0], view.check)
         return clip, torch.zeros(len(clip), EMPTY_MASK, EMPTY_MASK)
     except WiroError as error:
-        place = account.place_of((*videos, *pictures)[0])
+        place = account.relative_to_output((*videos, *pictures)[0])
         again = "; delete it to fetch it again" if isinstance(error, DownloadError) else ""
         reason = f"{str(error).rstrip('.')}. It is kept as it came: {place}{again}."
         logger.warning("%s", reason)
@@ -634,7 +636,7 @@ def _decode_sound(path: Path, view: RunView) -> dict[str, Any] | str:
     try:
         return read_audio(path, view.check)
     except WiroError as error:
-        return f"{str(error).rstrip('.')}: {account.place_of(path)}."
+        return f"{str(error).rstrip('.')}: {account.relative_to_output(path)}."
 
 
 def stop_job(view: RunView, job: "Job", parameters: Mapping[str, Any]) -> str:

@@ -1,10 +1,10 @@
-"""Write workflows/*.json and their API form in tests/workflows/ from the graphs described below.
+"""Write workflows/*.json and their API form in tests/workflows/ from the graphs below.
 
     python tests/scripts/build_workflows.py [--check]
 
-Widget values, their order and the sockets come from the node definitions themselves (ours from the
-classes, core's from tests/support/core_nodes.json, recorded from ComfyUI 0.3.64), so a file cannot
-disagree with them. --check writes nothing and fails if a file differs from what would be written.
+Widget values, their order and the sockets come from the node definitions (ours from the classes,
+ComfyUI's from tests/support/core_nodes.json, recorded from 0.3.64), so files cannot disagree with
+them. --check writes nothing and fails if a file differs from what would be written.
 """
 
 import argparse
@@ -36,13 +36,13 @@ GROUP_COLORS = {
     "run on Wiro": "#A88", "decode and save": "#3f789e", "save": "#3f789e",
 }  # fmt: skip
 COLUMN_GAP, ROW_GAP, TITLE_HEIGHT = 60, 20, 30
-#: a running node grows by a line of text, the sampler by a preview too
+#: a running node grows by a status line, the sampler also by a preview
 STATUS_HEIGHT, SAMPLER_HEIGHT = 30, 790
 
 
 @dataclass(frozen=True)
 class Node:
-    """One node: widget values that differ from the default, links as input -> (node, output)."""
+    """One node: widget values other than the defaults, and input -> (node, output) links."""
 
     type: str
     values: dict[str, Any] = field(default_factory=dict)
@@ -116,24 +116,24 @@ def conditioning(width: int, height: int, num_frames: int) -> Node:
 
 
 def quick_start() -> Graph:
-    """The built-in model and a picture drawn by core nodes: no file is needed."""
+    """The built-in model and an image drawn by ComfyUI's own nodes: no file is needed."""
     text = {"text_encoder": ("text encoder", 0)}
     return {
         "load": {
             "note": note(
                 "## Quick start\n\nPress **Run**: a 64x64 clip in seconds, on any machine, without "
                 "a download.\n\nThe built-in model is **not SkyReels-V1**. It is a tiny network of "
-                "the same architecture that knows circles, squares and triangles of eight colours "
-                "and what they can do: move left, right, up, down, stay still, grow, shrink, fade "
-                "out. Change the prompt, or put a Load Image in place of the picture.\n\nFor real "
-                "videos open the template *local_bf16* or *local_low_memory*.",
+                "the same architecture, trained on circles, squares and triangles of eight colours "
+                "that move left, right, up or down, stay still, grow, shrink or fade out. Change "
+                "the prompt, or replace the image with a Load Image node.\n\nFor real videos open "
+                "the template *local_bf16* or *local_low_memory*.",
                 250,
             ),
             "transformer": Node("SkyReelsTransformerLoader", {"transformer": BUILTIN_NAME}),
             "vae": Node("SkyReelsVAELoader", {"vae": BUILTIN_NAME}),
             "text encoder": Node("SkyReelsTextEncoderLoader", {"text_encoder": BUILTIN_NAME}),
         },
-        "picture": {
+        "image": {
             "background": Node(
                 "EmptyImage", {"width": 64, "height": 64, "color": 0x203060}, title="Background"
             ),
@@ -144,7 +144,7 @@ def quick_start() -> Graph:
                 "ImageCompositeMasked",
                 {"x": 30, "y": 22},
                 {"destination": ("background", 0), "source": ("square", 0)},
-                title="Picture (put a Load Image here)",
+                title="Image (replace with Load Image)",
             ),
         },
         "encode": {
@@ -162,8 +162,8 @@ def quick_start() -> Graph:
             "skyreels_quick_start",
             {},
             note(
-                "**Cancel** stops between two blocks of the network. The same seed gives the same "
-                "video on every device.",
+                "**Cancel** takes effect between two transformer blocks. The same seed gives the "
+                "same video on every device.",
                 90,
             ),
         ),
@@ -171,7 +171,7 @@ def quick_start() -> Graph:
 
 
 def local(transformer: str, prefix: str, introduction: Node, sample_note: Node) -> Graph:
-    """Real weights, core's text encoders, a picture from disk."""
+    """Real weights, ComfyUI's text encoders, an image from disk."""
     vae = "hunyuan_video_vae_bf16.safetensors"
     clips = ("clip_l.safetensors", "llava_llama3_fp8_scaled.safetensors")
     return {
@@ -208,8 +208,8 @@ def local(transformer: str, prefix: str, introduction: Node, sample_note: Node) 
 
 SETTINGS_NOTE = (
     "30 steps, CFG 6, embedded guidance 1 and shift 7 are the authors' settings. Keep embedded "
-    "guidance at 1. Use at least five times as many steps as CFG.\n\nTrained sizes: 960x544, "
-    "544x960, 720x720, at 97 frames."
+    "guidance at 1, and steps at least five times CFG.\n\nTrained sizes: 960x544, 544x960, "
+    "720x720, with 97 frames."
 )
 
 
@@ -218,11 +218,11 @@ def local_bf16() -> Graph:
         "skyreels_hunyuan_i2v_bf16.safetensors",
         "skyreels",
         note(
-            "## SkyReels-V1, exact\n\nThe weights as published, 25.6 GB in bf16. On a card below "
-            "24 GB the blocks that do not fit are streamed from main memory (64 GB of it).\n\n"
+            "## SkyReels-V1, exact\n\nThe published weights, 25.6 GB in bf16. On a GPU below 24 GB "
+            "the blocks that do not fit are streamed from system memory (64 GB needed).\n\n"
             f"[Transformer]({HUGGING_FACE}Kijai/SkyReels-V1-Hunyuan_comfy) · "
             f"[VAE and text encoders]({HUGGING_FACE}Comfy-Org/HunyuanVideo_repackaged)\n\n"
-            "Choose a picture of a person below: it becomes the first frame.",
+            "Choose an image of a person below: it becomes the first frame.",
             190,
         ),
         note(SETTINGS_NOTE, 140),
@@ -234,12 +234,12 @@ def local_low_memory() -> Graph:
         "skyreels_hunyuan_i2v_fp8_e4m3fn.safetensors",
         "skyreels_low_memory",
         note(
-            "## SkyReels-V1 on a 12 GB card\n\nThe 8-bit file, 13.2 GB: blocks are streamed from "
-            "main memory (32 GB of it), and the decoder takes the largest tiles that fit.\n\n"
+            "## SkyReels-V1 on a 12 GB GPU\n\nThe 8-bit file, 13.2 GB: blocks are streamed from "
+            "system memory (32 GB needed), and the decoder uses the largest tiles that fit.\n\n"
             f"[Transformer]({HUGGING_FACE}Kijai/SkyReels-V1-Hunyuan_comfy) · "
             f"[VAE and text encoders]({HUGGING_FACE}Comfy-Org/HunyuanVideo_repackaged)\n\n"
-            "**Out of memory?** Fewer frames (49) or a smaller size (640x368) first: activations "
-            "count for more than weights.",
+            "**Out of memory?** First use fewer frames (49) or a smaller size (640x368): "
+            "activations take more memory than weights.",
             210,
         ),
         note(SETTINGS_NOTE, 140),
@@ -247,29 +247,28 @@ def local_low_memory() -> Graph:
 
 
 WIRO_NOTE = (
-    "## SkyReels-V1 on Wiro\n\nNo graphics card is needed: the video is made on "
-    "[wiro.ai](https://wiro.ai/models/wiro/SkyReels-V1), **which costs money**. The price stands "
-    "on the node before the run, the cost after it.\n\n1. Put your Wiro key into *Settings > "
-    "SkyReels > Wiro*; limits of spending are set there too.\n2. Choose a picture of a person.\n"
-    "3. **Run**. *Cancel* stops the task at Wiro too."
+    "## SkyReels-V1 on Wiro\n\nNo GPU is needed: the video is generated on "
+    "[wiro.ai](https://wiro.ai/models/wiro/SkyReels-V1), **which costs money**. The node shows the "
+    "price before the run and the cost after it.\n\n1. Enter your Wiro API key in *Settings > "
+    "SkyReels > Wiro*; set spending limits there too.\n2. Choose an image of a person.\n"
+    "3. **Run**. *Cancel* also stops the task at Wiro."
 )
 TAKE_NOTE = (
-    "Running the same inputs again costs nothing, even after a crash or a restart: the video is "
-    "there, or is waited for. For another one of the same inputs set **take** to 2, 3, ...\n\nThe "
-    "tab **Wiro** in the sidebar shows all tasks."
+    "Running the same inputs again costs nothing, even after a crash or restart: the node reuses "
+    "the video or waits for it. For another variation set **take** to 2, 3, ...\n\nThe **Wiro** "
+    "tab in the sidebar shows all tasks."
 )
 BATCH_NOTE = (
-    "## Many pictures on Wiro\n\nEach picture becomes a run of its own on "
-    "[wiro.ai](https://wiro.ai/models/wiro/SkyReels-V1), **and each costs money**: how many there "
-    "are and what they cost together stands on *Wiro Submit* before anything is sent.\n\n1. Put "
-    "your Wiro key and limits into *Settings > SkyReels > Wiro*.\n2. Choose two pictures, or "
-    "connect any batch or list of them in place of these. The same picture twice is one run.\n"
-    "3. **Run**."
+    "## Many images on Wiro\n\nEach image becomes a run of its own on "
+    "[wiro.ai](https://wiro.ai/models/wiro/SkyReels-V1), **and each costs money**: *Wiro Submit* "
+    "shows their number and total price before anything is sent.\n\n1. Enter your Wiro API key and "
+    "limits in *Settings > SkyReels > Wiro*.\n2. Choose two images, or connect any batch or list "
+    "of images instead. The same image twice is one run.\n3. **Run**."
 )
 COLLECT_NOTE = (
-    "As many run at once as your account has places for; the others wait. The videos come in the "
-    "order of the pictures. One that fails is named in the **report** and tried again by the next "
-    "**Run**; the others are not paid for again.\n\n*Cancel* stops all that run."
+    "As many run at once as your account has task slots; the others wait. The videos are in the "
+    "order of the images. Failed runs are listed in the **report** and retried by the next "
+    "**Run**; the others are not billed again.\n\n*Cancel* stops all running tasks."
 )
 PROMPT = (
     "FPS-24, A woman in a green coat turns her head towards the camera and smiles, wind moves her "
@@ -299,9 +298,9 @@ def save(prefix: str, video: tuple[str, int], title: str = "") -> Node:
 
 
 def remote() -> Graph:
-    """Picture and prompt, one node, the video."""
+    """Image and prompt, one node, the video."""
     return {
-        "picture": {
+        "image": {
             "note": note(WIRO_NOTE, 260),
             "image": Node("LoadImage", {"image": "example.png"}, height=320),
         },
@@ -312,14 +311,14 @@ def remote() -> Graph:
 
 
 def wiro_batch() -> Graph:
-    """Two pictures as one batch, a run on Wiro for each, the videos in order."""
-    pictures = {"image1": ("image", 0), "image2": ("second", 0)}
+    """Two images as one batch, a run on Wiro for each, the videos in order."""
+    images = {"image1": ("image", 0), "image2": ("second", 0)}
     return {
-        "pictures": {
+        "images": {
             "note": note(BATCH_NOTE, 300),
-            "image": Node("LoadImage", {"image": "example.png"}, title="Picture 1", height=320),
-            "second": Node("LoadImage", {"image": "example.png"}, title="Picture 2", height=320),
-            "batch": Node("ImageBatch", {}, pictures),
+            "image": Node("LoadImage", {"image": "example.png"}, title="Image 1", height=320),
+            "second": Node("LoadImage", {"image": "example.png"}, title="Image 2", height=320),
+            "batch": Node("ImageBatch", {}, images),
         },
         "prompt": {"prompt": prompt_text()},
         "run on Wiro": {
@@ -337,15 +336,15 @@ def wiro_batch() -> Graph:
 
 
 def local_and_remote() -> Graph:
-    """The same picture and prompt on this card and on Wiro, and both beside each other."""
+    """The same image and prompt locally and on Wiro, and both videos side by side."""
     graph = local(
         "skyreels_hunyuan_i2v_fp8_e4m3fn.safetensors",
         "skyreels_here",
         note(
-            "## Here and on Wiro\n\nThe same picture and prompt, once on this machine with the "
-            "8-bit file (12 GB card, 32 GB of memory) and once on Wiro, **which costs money**. "
-            "Both run at the same time. Mute a branch (Ctrl+M) to run the other alone.\n\nThe two "
-            "draw different noise: the videos differ as two seeds do.",
+            "## Local and on Wiro\n\nThe same image and prompt, once on this machine with the "
+            "8-bit file (12 GB GPU, 32 GB of system memory) and once on Wiro, **which costs "
+            "money**. Both run at the same time. Mute a branch (Ctrl+M) to run only the other."
+            "\n\nThe two use different noise: the videos differ as with two seeds.",
             220,
         ),
         note(SETTINGS_NOTE, 140),
@@ -362,7 +361,7 @@ def local_and_remote() -> Graph:
         "run on Wiro": {"remote": wiro_node(), "take note": note(TAKE_NOTE, 150)},
         "compare": {
             "save remote": save("skyreels_wiro", ("remote", 1), "Save Video (Wiro)"),
-            "stitch": Node("ImageStitch", {"spacing_width": 8}, both, title="Here | on Wiro"),
+            "stitch": Node("ImageStitch", {"spacing_width": 8}, both, title="Local | Wiro"),
             "both": Node("CreateVideo", {"fps": 24.0}, {"images": ("stitch", 0)}),
             "save both": save("skyreels_compared", ("both", 0), "Save Video (both)"),
         },

@@ -2,7 +2,7 @@
 import assert from "node:assert/strict";
 import { test } from "node:test";
 
-import { badgeOf, fit, isDue, PRICED, questionOf } from "../../web/wiro/price.mjs";
+import { badgeOf, fitText, isDue, PRICED, requestOf } from "../../web/wiro/price.mjs";
 
 const ANSWER = { has_key: true, price: "0.30", is_exact: true, problem: "" };
 const ACCOUNT = {
@@ -16,22 +16,22 @@ const NODE = {
 
 test("only nodes that pay are asked about", () => {
   for (const type of ["WiroTaskResult", "KSampler", "WiroUploadFile", "WiroCollect", undefined]) {
-    assert.equal(questionOf({ ...NODE, type }), null);
+    assert.equal(requestOf({ ...NODE, type }), null);
   }
-  for (const type of PRICED) assert.equal(questionOf({ ...NODE, type }).node, type);
-  assert.equal(questionOf({ comfyClass: "WiroRunModel", type: "subgraph" }).node, "WiroRunModel");
+  for (const type of PRICED) assert.equal(requestOf({ ...NODE, type }).node, type);
+  assert.equal(requestOf({ comfyClass: "WiroRunModel", type: "subgraph" }).node, "WiroRunModel");
 });
 
 test("linked fields, and what is no plain value, are not sent", () => {
-  const asked = questionOf(NODE);
+  const asked = requestOf(NODE);
   assert.deepEqual(asked.linked, ["image", "prompt"]);
   assert.deepEqual(asked.values, { steps: 30 });
-  assert.deepEqual(questionOf({ type: "WiroRunModel" }), {
+  assert.deepEqual(requestOf({ type: "WiroRunModel" }), {
     node: "WiroRunModel", values: {}, linked: [],
   });
   const odd = [undefined, null, NaN, Infinity, [], {}, () => {}, ""].map((value, i) => (
     { name: `f${i}`, value }));
-  assert.deepEqual(questionOf({ type: PRICED[0], widgets: odd }).values, { f7: "" });
+  assert.deepEqual(requestOf({ type: PRICED[0], widgets: odd }).values, { f7: "" });
 });
 
 test("the line on a node", () => {
@@ -41,12 +41,12 @@ test("the line on a node", () => {
       "about $0.30 · limit $2.00 a run · spent today $1.20 of $20.00", true],
     [ANSWER, null, "$0.30", true],
     [{ ...ANSWER, is_each: true, is_exact: false }, null, "about $0.30 each", true],
-    [{ ...ANSWER, price: null }, null, "price not told", false],
+    [{ ...ANSWER, price: null }, null, "price not published", false],
     [{ ...ANSWER, price: null, problem: "No\nsuch  model." }, null,
-      "price not told: No such model.", false],
-    [{ ...ANSWER, has_key: false, price: null }, ACCOUNT, "no key", false],
+      "no price: No such model.", false],
+    [{ ...ANSWER, has_key: false, price: null }, ACCOUNT, "no API key", false],
     [null, ACCOUNT, "price …", false],
-    [new Error("The server is away."), ACCOUNT, "price not told: The server is away.", false],
+    [new Error("The server is away."), ACCOUNT, "no price: The server is away.", false],
     [ANSWER, { limits: { per_run: null, per_day: null }, spent: { day: "0" } },
       "$0.30 · spent today $0.00", true],
   ];
@@ -60,20 +60,20 @@ test("the line on a node", () => {
 test("a line is never wider than its node, and the price goes last", () => {
   const parts = ["about $0.30", "limit $2.00 a run", "spent today $1.20 of $20.00"];
   const widthOf = (text) => text.length;
-  assert.equal(fit(parts, widthOf, 100), parts.join(" · "));
-  assert.equal(fit(parts, widthOf, 40), "about $0.30 · limit $2.00 a run");
-  assert.equal(fit(parts, widthOf, 12), "about $0.30");
+  assert.equal(fitText(parts, widthOf, 100), parts.join(" · "));
+  assert.equal(fitText(parts, widthOf, 40), "about $0.30 · limit $2.00 a run");
+  assert.equal(fitText(parts, widthOf, 12), "about $0.30");
   for (let width = 9; width < 90; width += 1) {
-    const text = fit(parts, widthOf, width);
+    const text = fitText(parts, widthOf, width);
     assert.ok(text.length <= width, `${text} in ${width}`);
     assert.ok(text.startsWith("about $"));
-    assert.ok(fit(["price not told: no such model"], widthOf, width).length <= width);
+    assert.ok(fitText(["no price: no such model"], widthOf, width).length <= width);
   }
-  assert.ok(fit(parts, widthOf, 0).length < 12, "it comes to an end");
+  assert.ok(fitText(parts, widthOf, 0).length < 12, "it comes to an end");
 });
 
 test("a field is asked about once, and not while somebody types", () => {
-  const state = { seen: "", asked: "" };
+  const state = { seen: "", requested: "" };
   const looks = ["a", "ab", "abc", "abc", "abc", "abcd", "abc", "abc", "x", "x"];
   const asked = looks.filter((question) => isDue(state, question));
   assert.deepEqual(asked, ["abc", "x"]);

@@ -3,7 +3,7 @@ import assert from "node:assert/strict";
 import { test } from "node:test";
 
 import {
-  applyExample, dropMember, examplesOf, factsOf, fieldsOf, forget, groupsOf, isWiroPage, membersOf,
+  applyExample, dropMember, examplesOf, factsOf, fieldsOf, resetField, groupsOf, isWiroPage, membersOf,
   placeOf, setMember, setPlace, shorten, shownIn, socketsFor, typeInto, unknownKeys,
 } from "../../web/wiro/schema.mjs";
 
@@ -68,7 +68,7 @@ test("nonsense in any place of a model gives a form that is bounded and works", 
         const { json } = typeInto("{}", field, typed);
         assert.notEqual(membersOf(json).members, null, json);
         shownIn(json, field);
-        assert.equal(forget(json, field), "{}");
+        assert.equal(resetField(json, field), "{}");
       }
       socketsFor(field);
     }
@@ -174,7 +174,7 @@ test("what is typed comes back from the JSON", () => {
       assert.equal(shownIn(json, field).text, text, `${field.id} ${JSON.stringify(text)}`);
       assert.equal(problem !== "", field === prompt && !text.trim());
       assert.match(json, /"keep": 1\.0/);
-      assert.equal(forget(json, field), '{"keep": 1.0}');
+      assert.equal(resetField(json, field), '{"keep": 1.0}');
     }
   }
 });
@@ -184,7 +184,7 @@ test("numbers are what people write, and nothing else is one", () => {
     assert.equal(typeInto("{}", seed, text).json, `{\n  "seed": ${literal}\n}`, text);
   }
   for (const text of ["x", "1x", "0x10", "1e999", "NaN", "Infinity", "--1", "1 2", "1,2,3", "\uff11", "1_0", "-"]) {
-    assert.deepEqual(typeInto('{"seed": 4}', seed, text), { json: '{"seed": 4}', problem: "This is no number." }, text);
+    assert.deepEqual(typeInto('{"seed": 4}', seed, text), { json: '{"seed": 4}', problem: "This is not a number." }, text);
   }
   assert.equal(typeInto("{}", scale, "11").problem, "The model takes 0 to 10.");
   assert.equal(typeInto('{"seed": 4}', seed, " ").json, "{}", "nothing: the model's default");

@@ -1,5 +1,5 @@
-// The account: a store that both forms (panel and settings) follow, and the form itself.
-import { actionButton, askingButton, complain, make, setLine, setText } from "./dom.mjs";
+// The account: a store that both forms (panel and settings) subscribe to, and the form itself.
+import { actionButton, confirmButton, complain, make, setLine, setText } from "./dom.mjs";
 import { get, post } from "./server.mjs";
 import { accountNotes, keyLine, usable } from "./words.mjs";
 
@@ -9,41 +9,42 @@ const LIMITS = [
   ["per_month", "Per month"],
 ];
 const ABOUT_DEFAULT =
-  "Nobody has set limits yet: until then these hold, and models whose price is not told do " +
-  "not run. Save any (or none) to choose yourself.";
-const NO_LIMIT = "A limit is a number of US dollars such as 0.50, or empty for no limit.";
+  "These are defaults until you save your own limits; until then, models without a published " +
+  "price do not run. Leave a field empty for no limit.";
+const BAD_LIMIT = "Type a limit in US dollars, such as 0.50, or leave it empty for no limit.";
 const ABOUT_KEY =
-  "The key is kept in a file of the ComfyUI server, never in a workflow and never in this " +
-  "browser. WIRO_API_KEY and WIRO_API_SECRET in the server's environment go before it.";
+  "The key is stored in a file on the ComfyUI server, never in a workflow or in this browser. " +
+  "WIRO_API_KEY and WIRO_API_SECRET in the server's environment take precedence.";
 const ABOUT_PROOF =
-  "Wanted to replace or remove the key, and to raise or remove a limit; to lower one it is not.";
-const START = "When ComfyUI starts, bring home what runs at Wiro";
-const ABOUT_START =
-  "Tasks that were under way when it ended are followed and their files fetched, four at a time. " +
-  "Nothing is paid for.";
+  "Required to replace or remove the key, and to raise or remove a limit. Lowering a limit does " +
+  "not require it.";
+const COLLECT = "Collect unfinished tasks when ComfyUI starts";
+const ABOUT_COLLECT =
+  "Tasks that were still running when ComfyUI closed are followed and their files downloaded, " +
+  "four at a time. This costs nothing.";
 const PLAIN_HTTP =
-  "This page is not encrypted: others on the network could read a key typed here. Set it in " +
-  "the server's environment instead.";
+  "This page is not encrypted: others on the network could read a key typed here. Set the key " +
+  "in the server's environment instead.";
 
 const listeners = new Set();
 let account = null;
 
-/** Call `listener` now, if the account is known, and whenever it changes. */
-export function followAccount(listener) {
+/** Call `listener` now if the account is known, and whenever it changes. */
+export function subscribeAccount(listener) {
   listeners.add(listener);
   if (account) listener(account);
 }
 
 export async function loadAccount() {
-  tell(await get("account"));
+  publish(await get("account"));
 }
 
-/** False only when the server said so. */
+/** False only if the server said so. */
 export function mayHaveKey() {
   return account?.has_key !== false;
 }
 
-function tell(answer) {
+function publish(answer) {
   account = answer;
   for (const listener of listeners) {
     try {
@@ -54,21 +55,21 @@ function tell(answer) {
   }
 }
 
-/** {element, refresh, clear, focus, focusLimits}: the account's form. */
+/** The account's form: {element, refresh, clear, focus, focusLimits}. */
 export function createAccountForm() {
   const proof = createProofPart();
   const key = createKeyPart(proof);
   const limits = createLimitsPart(proof);
-  const start = createStartPart();
+  const collect = createCollectPart();
   const notes = make("p", "skw-warning");
-  followAccount((now) => setLine(notes, accountNotes(now).join(" ")));
+  subscribeAccount((now) => setLine(notes, accountNotes(now).join(" ")));
   const clear = () => {
     key.clear();
     proof.clear();
   };
   return {
     element: make("div", "skw skw-form", {}, notes, key.element, limits.element, proof.element,
-      start.element),
+      collect.element),
     focus: key.focus,
     focusLimits: limits.focus,
     clear,
@@ -79,7 +80,7 @@ export function createAccountForm() {
   };
 }
 
-/** The end of the key in use, which both other parts send along. */
+/** The last characters of the key in use, sent along by the two other parts. */
 function createProofPart() {
   const input = secretInput();
   const element = make(
@@ -87,11 +88,11 @@ function createProofPart() {
     make("label", "skw-field", {}, "Last 4 characters of the key in use", input),
     make("p", "skw-faint", {}, ABOUT_PROOF),
   );
-  followAccount((now) => (element.hidden = !usable(now).proof));
+  subscribeAccount((now) => (element.hidden = !usable(now).proof));
   return {
     element,
     clear: () => (input.value = ""),
-    /** Post with the proof; if the server wants another one, go to its field. */
+    /** Post with the proof; if the server rejects it, focus its field. */
     async post(path, body) {
       try {
         const answer = await post(path, { ...body, proof: input.value.trim().slice(-4) });
@@ -112,7 +113,7 @@ function createKeyPart(proof) {
   const result = resultLine();
   const clear = () => [key, secret].forEach((input) => (input.value = ""));
   const store = async (text, api_key, api_secret) => {
-    tell(await proof.post("account", { api_key, api_secret }));
+    publish(await proof.post("account", { api_key, api_secret }));
     clear();
     result.say(text);
   };
@@ -120,18 +121,18 @@ function createKeyPart(proof) {
     if (!key.value.trim()) return result.say("Type the API key first.", true);
     await store("Saved.", key.value.trim(), secret.value.trim());
   });
-  const remove = result.wrap(() => store("The stored key is removed.", "", ""));
+  const remove = result.wrap(() => store("The stored key was removed.", "", ""));
   const test = result.wrap(async () => {
-    result.say("Asking the service…");
+    result.say("Asking Wiro…");
     result.say((await post("account/test")).message);
   });
   const buttons = {
     save: actionButton("Save key", save),
     test: actionButton("Test connection", test),
-    remove: askingButton("Remove key", "Really remove?", remove),
+    remove: confirmButton("Remove key", "Really remove?", remove),
   };
   for (const input of [key, secret]) onEnter(input, buttons.save);
-  followAccount((now) => {
+  subscribeAccount((now) => {
     const can = usable(now);
     setText(status, keyLine(now));
     setLine(problem, now.problem ?? "");
@@ -144,7 +145,7 @@ function createKeyPart(proof) {
     status,
     problem,
     make("label", "skw-field", {}, "API key", key),
-    make("label", "skw-field", {}, "API secret, if the project has one", secret),
+    make("label", "skw-field", {}, "API secret (if the project has one)", secret),
     make("div", "skw-buttons", {}, ...Object.values(buttons)),
     result.element,
     make("p", "skw-faint", {}, ABOUT_KEY),
@@ -155,7 +156,7 @@ function createKeyPart(proof) {
 
 function createLimitsPart(proof) {
   const inputs = Object.fromEntries(LIMITS.map(([name]) => [name, limitInput()]));
-  const edited = new Set(); // what somebody is typing is not overwritten by an answer
+  const edited = new Set(); // an answer does not overwrite what is being typed
   const result = resultLine();
   const save = result.wrap(async () => {
     const limits = {};
@@ -163,13 +164,13 @@ function createLimitsPart(proof) {
       const amount = input.value.trim().replace(",", ".");
       if (!/^(\d{1,9}(\.\d{1,9})?)?$/.test(amount)) {
         input.focus();
-        return result.say(NO_LIMIT, true);
+        return result.say(BAD_LIMIT, true);
       }
       limits[name] = amount || null;
     }
     const answer = await proof.post("limits", limits);
     edited.clear();
-    tell(answer);
+    publish(answer);
     result.say("Saved.");
   });
   const button = actionButton("Save limits", save);
@@ -178,7 +179,7 @@ function createLimitsPart(proof) {
     onEnter(input, button);
   }
   const origin = make("p", "skw-faint", {});
-  followAccount((now) => {
+  subscribeAccount((now) => {
     setLine(origin, now.has_default_limits ? ABOUT_DEFAULT : "");
     for (const [name, input] of Object.entries(inputs)) {
       input.disabled = !usable(now).limits;
@@ -189,7 +190,7 @@ function createLimitsPart(proof) {
   const fields = LIMITS.map(([name, text]) => make("label", "skw-field", {}, text, inputs[name]));
   const element = make(
     "section", "skw-part", { "aria-label": "Limits" },
-    make("p", "skw-strong", {}, "Limits in US dollars"),
+    make("p", "skw-strong", {}, "Spending limits in US dollars"),
     make("div", "skw-thirds", {}, ...fields),
     origin,
     make("div", "skw-buttons", {}, button),
@@ -198,36 +199,36 @@ function createLimitsPart(proof) {
   return { element, focus: () => inputs.per_run.focus() };
 }
 
-/** What ComfyUI does with remote tasks when it starts. */
-function createStartPart() {
+/** Whether remote tasks are collected when ComfyUI starts. */
+function createCollectPart() {
   const box = make("input", "", { type: "checkbox" });
   const result = resultLine();
   const save = result.wrap(async () => {
     box.disabled = true;
     try {
-      tell(await post("settings", { collect_at_start: box.checked }));
+      publish(await post("settings", { collect_at_start: box.checked }));
       result.say("Saved.");
     } catch (error) {
-      box.checked = !box.checked; // as it was
+      box.checked = !box.checked; // undo the click
       throw error;
     } finally {
       box.disabled = false;
     }
   });
   box.addEventListener("change", save);
-  followAccount((now) => {
+  subscribeAccount((now) => {
     if (!box.disabled) box.checked = now.collect_at_start === true;
   });
   const element = make(
     "section", "skw-part", { "aria-label": "When ComfyUI starts" },
-    make("label", "skw-check", {}, box, START),
-    make("p", "skw-faint", {}, ABOUT_START),
+    make("label", "skw-check", {}, box, COLLECT),
+    make("p", "skw-faint", {}, ABOUT_COLLECT),
     result.element,
   );
   return { element };
 }
 
-// no <form> around it: browsers offer to store what is typed into one
+// not in a <form>: browsers offer to save what is typed into one
 function secretInput() {
   return make("input", "skw-input", { type: "password", autocomplete: "off", spellcheck: "false" });
 }
@@ -243,7 +244,7 @@ function onEnter(input, button) {
   });
 }
 
-/** One line for the outcome of a button; `wrap` makes a server's error its text. */
+/** A line with the result of a button; `wrap` shows an error's message there. */
 function resultLine() {
   const element = make("p", "skw-result", { role: "status" });
   const say = (text, isBad = false) => {

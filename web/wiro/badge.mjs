@@ -1,54 +1,54 @@
-// The price on the nodes of the graph: drawn above the node, stored nowhere.
+// The price badge above the nodes of the graph; stored nowhere.
 import { app } from "../../../scripts/app.js";
-import { followAccount, loadAccount } from "./account.mjs";
+import { loadAccount, subscribeAccount } from "./account.mjs";
 import { complain } from "./dom.mjs";
-import { badgeOf, fit, isDue, questionOf } from "./price.mjs";
+import { badgeOf, fitText, isDue, requestOf } from "./price.mjs";
 import { post } from "./server.mjs";
 
-const LOOK_MS = 700; // a field that has not changed between two looks is asked about
-const KEEP_MS = 300000; // an answer is asked for again after that
-const KEPT = 200;
-const NEWS = "skyreelsPrices"; // a field of the page's reactive store, never saved
+const CHECK_MS = 700; // a price is requested once a node is unchanged between two checks
+const MAX_AGE_MS = 300000; // of an answer
+const MAX_ANSWERS = 200;
+const VERSION = "skyreelsPrices"; // a field of the page's reactive store, never saved
 const GAP = 2; // between two rows of badges
 const KNOWN = { fgColor: "#fff", bgColor: "#2b6b48" };
 const UNKNOWN = { fgColor: "#bbb", bgColor: "#4a4a4a" };
 
-const badges = new WeakMap(); // node -> {seen, asked, answer, badge}
-const answers = new Map(); // question -> {answer, at}; fifty equal nodes ask once
+const states = new WeakMap(); // node -> {seen, requested, answer}
+const answers = new Map(); // request as JSON -> {answer, at}; equal nodes share one request
 let account = null;
-let news = 0; // counts what changes badges
-let isAsking = false;
+let version = 0; // of what the badges show
+let isChecking = false;
 
-/** Look at the graph from now on. */
-export function showPrices() {
-  followAccount((now) => {
+/** Keep the badges of the graph up to date from now on. */
+export function watchPrices() {
+  subscribeAccount((now) => {
     account = now;
     redraw();
   });
-  loadAccount().catch(() => {}); // the panel tells what is wrong with the account
-  setInterval(() => look().catch(complain), LOOK_MS);
+  loadAccount().catch(() => {}); // the panel shows the account's errors
+  setInterval(() => checkAll().catch(complain), CHECK_MS);
 }
 
-/** A node was made: its badge is there from the beginning, for front ends that look only then. */
-export function preparePrice(node) {
-  if (questionOf(node) && !badges.has(node)) attach(node);
+/** Add the badge to a new node: some front ends read badges only then. */
+export function addPriceBadge(node) {
+  if (requestOf(node) && !states.has(node)) attach(node);
 }
 
-/** A run has ended: what is spent, and what a model did cost, is news. */
-export function renewPrices() {
+/** Forget all prices: a run has ended, so spending and a model's cost may have changed. */
+export function refreshPrices() {
   answers.clear();
 }
 
-async function look() {
-  if (isAsking || document.visibilityState !== "visible") return;
-  isAsking = true;
+async function checkAll() {
+  if (isChecking || document.visibilityState !== "visible") return;
+  isChecking = true;
   try {
     for (const node of nodesOf(app.graph)) {
-      const question = questionOf(node);
-      if (question) await lookAt(node, JSON.stringify(question));
+      const request = requestOf(node);
+      if (request) await check(node, JSON.stringify(request));
     }
   } finally {
-    isAsking = false;
+    isChecking = false;
   }
 }
 
@@ -59,54 +59,55 @@ function* nodesOf(graph) {
   }
 }
 
-async function lookAt(node, question) {
-  const state = badges.get(node) ?? attach(node);
-  const known = answers.get(question);
-  if (!known || Date.now() - known.at > KEEP_MS) {
-    if (state.asked === question) state.asked = ""; // it was known, and is not any more
-    if (!isDue(state, question)) return;
-    answers.set(question, { answer: await ask(question), at: Date.now() });
-    if (answers.size > KEPT) answers.delete(answers.keys().next().value);
+async function check(node, request) {
+  const state = states.get(node) ?? attach(node);
+  const known = answers.get(request);
+  if (!known || Date.now() - known.at > MAX_AGE_MS) {
+    if (state.requested === request) state.requested = ""; // the answer has expired
+    if (!isDue(state, request)) return;
+    answers.set(request, { answer: await fetchPrice(request), at: Date.now() });
+    if (answers.size > MAX_ANSWERS) answers.delete(answers.keys().next().value);
   } else {
-    state.seen = state.asked = question;
+    state.seen = state.requested = request;
   }
-  const { answer } = answers.get(question) ?? { answer: null };
+  const { answer } = answers.get(request) ?? { answer: null };
   if (state.answer === answer) return;
   state.answer = answer;
   redraw();
 }
 
-async function ask(question) {
+async function fetchPrice(request) {
   try {
-    return await post("price", JSON.parse(question));
+    return await post("price", JSON.parse(request));
   } catch (error) {
     return error;
   }
 }
 
 function attach(node) {
-  const state = { seen: "", asked: "", answer: null };
-  badges.set(node, state);
-  node.badges?.push(() => makeBadge(node, state)); // without badges the run itself tells the price
+  const state = { seen: "", requested: "", answer: null };
+  states.set(node, state);
+  node.badges?.push(() => makeBadge(node, state)); // without badges the run itself shows the price
   return state;
 }
 
-/** In a row of its own above the other badges, as wide as the node at most. */
+/** A badge in a row of its own above the others, at most as wide as the node. */
 function makeBadge(node, state) {
-  void app.extensionManager?.[NEWS];
+  void app.extensionManager?.[VERSION];
   const { parts, isKnown } = badgeOf(state.answer, account);
-  const made = (text) => new window.LGraphBadge({ text, ...(isKnown ? KNOWN : UNKNOWN) });
-  const badge = made(parts.join(" · ")); // front ends without a canvas read its text
+  const create = (text) => new window.LGraphBadge({ text, ...(isKnown ? KNOWN : UNKNOWN) });
+  const badge = create(parts.join(" · ")); // front ends without a canvas use its text
   badge.getWidth = () => 0;
   badge.draw = (context, x, y) => {
-    const shown = made(fit(parts, (text) => made(text).getWidth(context), node.width ?? node.size[0]));
+    const widthOf = (text) => create(text).getWidth(context);
+    const shown = create(fitText(parts, widthOf, node.width ?? node.size[0]));
     shown.draw(context, 0, y - shown.height - GAP);
   };
   return badge;
 }
 
-// the canvas is told; nodes that are elements ("Nodes 2.0") follow what their badges have read
+// the canvas redraws on request; "Nodes 2.0" elements react to the store
 function redraw() {
-  if (app.extensionManager) app.extensionManager[NEWS] = ++news;
+  if (app.extensionManager) app.extensionManager[VERSION] = ++version;
   app.canvas?.setDirty(true, true);
 }

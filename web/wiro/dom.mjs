@@ -1,11 +1,11 @@
-// Small helpers for elements. Text of the server only ever goes in as text, never as HTML.
+// Helpers for elements. Text from the server is inserted as text, never as HTML.
 
-const REALLY_FOR_MS = 6000; // then a two-step button forgets its first click
-const DOUBLE_CLICK_MS = 400; // the second half of a double click confirms nothing
+const CONFIRM_MS = 6000; // a second click after that does not confirm
+const DOUBLE_CLICK_MS = 400; // nor does the second half of a double click
 
-let hasFailed = false;
+let hasComplained = false;
 
-/** `work`, but an error in it is logged once for all and leaves the page usable. */
+/** `work` with its errors caught, so that the page stays usable; only the first is logged. */
 export function guard(work, fallback = () => undefined) {
   return (...values) => {
     try {
@@ -18,8 +18,8 @@ export function guard(work, fallback = () => undefined) {
 }
 
 export function complain(error) {
-  if (!hasFailed) console.warn("[SkyReels] the Wiro panel has a problem:", error);
-  hasFailed = true;
+  if (!hasComplained) console.warn("[SkyReels] error in the Wiro panel:", error);
+  hasComplained = true;
 }
 
 export function make(tag, className = "", attributes = {}, ...children) {
@@ -30,36 +30,36 @@ export function make(tag, className = "", attributes = {}, ...children) {
   return element;
 }
 
-// writing the same text again would move the cursor of a selection and of a screen reader
+// rewriting the same text would reset a selection and a screen reader's position
 export function setText(element, text) {
   if (element.textContent !== text) element.textContent = text;
 }
 
-/** A line that vanishes when there is nothing to say. */
+/** Set a line's text; hide it if empty. */
 export function setLine(element, text) {
   setText(element, text);
   element.hidden = !text;
 }
 
-/** A button that waits for its work; it stays focusable meanwhile. */
+/** A button that is disabled, but focusable, while its work runs. */
 export function actionButton(label, work) {
   const button = make("button", "skw-button", { type: "button" }, label);
   button.addEventListener("click", () => runOnce(button, work));
   return button;
 }
 
-/** A button that asks once more, in its own place, before it works. */
-export function askingButton(label, question, work) {
-  const button = make("button", "skw-button skw-asking", { type: "button" });
-  // both texts lie in one grid cell: the button never changes its size
+/** A button that asks for a second click before it works. */
+export function confirmButton(label, question, work) {
+  const button = make("button", "skw-button skw-confirm", { type: "button" });
+  // both texts are in one grid cell: the button keeps its size
   button.append(make("span", "", {}, label), make("span", "", {}, question));
   let askedAt = 0;
   let timer = 0;
-  const ask = (isAsked) => {
+  const ask = (isConfirming) => {
     clearTimeout(timer);
-    askedAt = isAsked ? performance.now() : 0;
-    button.classList.toggle("skw-asked", isAsked);
-    if (isAsked) timer = setTimeout(ask, REALLY_FOR_MS, false);
+    askedAt = isConfirming ? performance.now() : 0;
+    button.classList.toggle("skw-confirming", isConfirming);
+    if (isConfirming) timer = setTimeout(ask, CONFIRM_MS, false);
   };
   button.addEventListener("click", () => {
     if (isBusy(button)) return;

@@ -1,18 +1,18 @@
-// The way from a task to the graph.
+// Add a task's result node to the graph.
 import { app } from "../../../scripts/app.js";
 
 const NODE = "WiroTaskResult";
-const STEP = 24; // nodes added one after another do not hide each other
+const STEP = 24; // offset of nodes that are added one after another
 
 let added = 0;
 
-/** Add the node that collects a task's files, selected, in the middle of what is seen. */
+/** Add a Wiro Task Result node for a task in the middle of the visible canvas and select it. */
 export function addResultNode(taskid, panel) {
   const node = window.LiteGraph.createNode(NODE);
-  if (!node) throw new Error(`The node ${NODE} is not there: was the package loaded?`);
+  if (!node) throw new Error(`The node ${NODE} is not registered: check that the package was loaded.`);
   const widget = node.widgets?.find((candidate) => candidate.name === "task");
   if (!widget) throw new Error(`The node ${NODE} has no field "task".`);
-  const graph = app.canvas.graph ?? app.graph; // the subgraph that is open, if one is
+  const graph = app.canvas.graph ?? app.graph; // the open subgraph, if any
   node.pos = place(node, panel);
   graph.beforeChange?.();
   graph.add(node);
@@ -25,13 +25,13 @@ export function addResultNode(taskid, panel) {
 
 function place(node, panel) {
   const { scale, offset } = app.canvas.ds;
-  const seen = app.canvas.canvas.getBoundingClientRect();
-  let { left, right } = seen;
+  const visible = app.canvas.canvas.getBoundingClientRect();
+  let { left, right } = visible;
   const cover = panel.getBoundingClientRect(); // the sidebar lies over the canvas
-  if (cover.left < seen.left + seen.width / 2) left = Math.max(left, cover.right);
+  if (cover.left < visible.left + visible.width / 2) left = Math.max(left, cover.right);
   else right = Math.min(right, cover.left);
   const shift = (added++ % 8) * STEP;
-  const x = ((left + right) / 2 - seen.left) / scale - offset[0] - node.size[0] / 2;
-  const y = seen.height / 2 / scale - offset[1] - node.size[1] / 2;
+  const x = ((left + right) / 2 - visible.left) / scale - offset[0] - node.size[0] / 2;
+  const y = visible.height / 2 / scale - offset[1] - node.size[1] / 2;
   return [x + shift, y + shift];
 }

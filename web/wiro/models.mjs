@@ -1,27 +1,27 @@
 // The button of Wiro Run Model and its dialog: find a model, fill in its form, see its price.
 //
-// The widgets of the node are the truth: the form only writes them, so a workflow works without it.
+// All state is in the node's widgets, which the form writes, so a workflow works without the dialog.
 import { app } from "../../../scripts/app.js";
 import { actionButton, guard, make, setLine, setText } from "./dom.mjs";
 import {
-  SOCKETS, applyExample, dropMember, examplesOf, factsOf, fieldsOf, forget, groupsOf, isWiroPage,
-  line, membersOf, placeOf, setPlace, shorten, shownIn, socketsFor, typeInto, unknownKeys,
+  SOCKETS, applyExample, dropMember, examplesOf, factsOf, fieldsOf, groupsOf, isWiroPage,
+  line, membersOf, placeOf, resetField, setPlace, shorten, shownIn, socketsFor, typeInto, unknownKeys,
 } from "./schema.mjs";
 import { get, post } from "./server.mjs";
 
 const SEARCH_MS = 350;
 const PRICE_MS = 600;
-const LISTED_OPTIONS = 2000;
+const MAX_OPTIONS = 2000;
 
-const LINKED = "comes from another node: change it there.";
+const LINKED = "set by another node: change it there.";
 const ABOUT_FILES =
-  "Connect a picture, film or sound to the node and choose here where it goes, or type the address " +
-  "of a file (several: one per line).";
-const ABOUT_ADDRESSES = "These lead to files of somebody else.";
+  "Connect an image, video or audio to the node and choose here which parameter takes it, or type " +
+  "the URL of a file (several: one per line).";
+const ABOUT_URLS = "The files belong to somebody else.";
 
 let dialog = null;
 
-/** The button at the node's end. It is no part of a saved workflow, nor of a prompt. */
+/** Add the button, which is in neither the saved workflow nor the prompt. */
 export function addModelButton(node) {
   const open = guard(() => {
     dialog ??= new ModelDialog();
@@ -47,7 +47,7 @@ class ModelDialog {
       type: "search", placeholder: "Search models", "aria-label": "Search models",
       autocomplete: "off", spellcheck: "false", maxlength: "200",
     });
-    this.search.addEventListener("input", () => this.#later("search", SEARCH_MS, () => this.#find()));
+    this.search.addEventListener("input", () => this.#debounce("search", SEARCH_MS, () => this.#find()));
     this.found = make("p", "skw-faint", { role: "status" });
     this.list = make("ul", "skm-list", { "aria-label": "Models" });
     this.form = make("div", "skm-form");
@@ -61,15 +61,15 @@ class ModelDialog {
       make("div", "skm-left", {}, this.search, this.found, this.list),
       make("div", "skm-right", {}, this.form, make("div", "skm-foot", {}, money, this.close)),
     );
-    // what is typed here is not meant for the graph
+    // keys and clicks in the dialog must not reach the graph
     for (const name of ["keydown", "keyup", "keypress", "copy", "cut", "paste", "wheel"]) {
       this.element.addEventListener(name, (event) => event.stopPropagation());
     }
     this.element.addEventListener("pointerdown", (event) => {
       event.stopPropagation();
-      if (event.target === this.element) this.element.close(); // beside it
+      if (event.target === this.element) this.element.close(); // outside of the dialog
     });
-    this.element.addEventListener("close", guard(() => this.#leave()));
+    this.element.addEventListener("close", guard(() => this.#onClose()));
     document.body.append(this.element);
   }
 
@@ -82,13 +82,13 @@ class ModelDialog {
     this.#load();
   }
 
-  #leave() {
+  #onClose() {
     for (const timer of Object.values(this.timers)) clearTimeout(timer);
-    for (const name of Object.keys(this.counters)) this.counters[name] += 1; // late answers are void
+    for (const name of Object.keys(this.counters)) this.counters[name] += 1; // late answers are ignored
     const graph = this.node?.graph;
     if (graph && this.#state() !== this.before) {
       graph.beforeChange?.();
-      graph.afterChange?.(); // one step of undo for the whole visit
+      graph.afterChange?.(); // one undo step for all changes
     }
     this.node = null;
     this.form.replaceChildren();
@@ -123,7 +123,7 @@ class ModelDialog {
 
   // --- the list ---------------------------------------------------------------------------------
 
-  #later(name, ms, work) {
+  #debounce(name, ms, work) {
     clearTimeout(this.timers[name]);
     this.timers[name] = setTimeout(guard(work), ms);
   }
@@ -136,8 +136,8 @@ class ModelDialog {
       const { models } = await get(path);
       if (number !== this.counters.search) return;
       this.list.replaceChildren(...models.map((model) => this.#entry(model)));
-      this.#mark();
-      setText(this.found, models.length ? `Found: ${models.length}` : "No model fits.");
+      this.#markChosen();
+      setText(this.found, models.length ? `Found: ${models.length}` : "No model matches.");
     } catch (error) {
       if (number !== this.counters.search) return;
       this.list.replaceChildren();
@@ -160,13 +160,13 @@ class ModelDialog {
   }
 
   #choose(slug) {
-    if (this.#isLinked("model")) return this.#say(`The model ${LINKED}`);
+    if (this.#isLinked("model")) return this.#say(`The model is ${LINKED}`);
     this.#write("model", slug);
-    this.#mark();
+    this.#markChosen();
     this.#load();
   }
 
-  #mark() {
+  #markChosen() {
     const now = this.#read("model").toLowerCase();
     for (const button of this.list.querySelectorAll(".skm-entry")) {
       button.setAttribute("aria-pressed", String(button.skwSlug === now));
@@ -184,9 +184,9 @@ class ModelDialog {
     const slug = this.#read("model").trim();
     this.controls = [];
     this.counters.price += 1;
-    for (const told of [this.price, this.source, this.problem]) setLine(told, "");
+    for (const element of [this.price, this.source, this.problem]) setLine(element, "");
     if (!slug) return this.#say("Choose a model on the left.");
-    if (this.#isLinked("model")) return this.#say(`The model ${LINKED}`);
+    if (this.#isLinked("model")) return this.#say(`The model is ${LINKED}`);
     this.#say(`Asking Wiro about ${slug}…`);
     try {
       const model = await get(`models/one?${new URLSearchParams({ slug })}`);
@@ -207,12 +207,12 @@ class ModelDialog {
     const head = make("div", "skm-head", {}, title, make("span", "skw-faint", {}, model.slug));
     if (isWiroPage(model.page)) {
       const link = { href: model.page, target: "_blank", rel: "noopener noreferrer" };
-      head.append(make("a", "skw-faint", { ...link, referrerpolicy: "no-referrer" }, "Page at Wiro"));
+      head.append(make("a", "skw-faint", { ...link, referrerpolicy: "no-referrer" }, "Page on Wiro"));
     }
     this.unknown = make("div", "skm-unknown");
     const parts = [head];
     if (model.about) parts.push(make("p", "skw-faint skm-about", {}, shorten(model.about, 600)));
-    if (isFixed) parts.push(make("p", "skw-warning", {}, `The node's parameters ${LINKED}`));
+    if (isFixed) parts.push(make("p", "skw-warning", {}, `The node's parameters are ${LINKED}`));
     else parts.push(...this.#examples());
     for (const group of groups) parts.push(...this.#group(group));
     if (!groups.length) parts.push(make("p", "skw-faint", {}, "The model lists no parameters."));
@@ -228,12 +228,12 @@ class ModelDialog {
     const examples = examplesOf(this.model, this.groups);
     if (!examples.length) return [];
     const rows = examples.map((example) => {
-      const use = actionButton("Use", () => this.#take(example, false));
+      const use = actionButton("Use", () => this.#apply(example, false));
       const row = make("li", "skm-example", {}, make("span", "", {}, example.line), use);
       use.hidden = !example.entries.length;
       if (example.addresses.length) {
-        const all = actionButton("Use with its files", () => this.#take(example, true));
-        all.title = ABOUT_ADDRESSES;
+        const all = actionButton("Use with its files", () => this.#apply(example, true));
+        all.title = ABOUT_URLS;
         row.append(all);
       }
       return row;
@@ -242,8 +242,8 @@ class ModelDialog {
     return [make("details", "skm-examples", {}, title, make("ul", "", {}, ...rows))];
   }
 
-  #take(example, withAddresses) {
-    this.#write("parameters", applyExample(this.#read("parameters"), example, withAddresses));
+  #apply(example, withUrls) {
+    this.#write("parameters", applyExample(this.#read("parameters"), example, withUrls));
     this.#refresh();
   }
 
@@ -263,8 +263,8 @@ class ModelDialog {
   #field(field) {
     const control = makeControl(field);
     const problem = make("p", "skw-warning", {});
-    const reset = actionButton("default", () => {
-      this.#write("parameters", forget(this.#read("parameters"), field));
+    const reset = actionButton("Reset", () => {
+      this.#write("parameters", resetField(this.#read("parameters"), field));
       this.#refresh();
     });
     control.id = `skm-field-${this.controls.length}`;
@@ -296,18 +296,18 @@ class ModelDialog {
         if (control === typing) return;
         control.value = now.text;
         if (control.tagName === "SELECT" && control.value !== now.text) {
-          addOption(control, now.text); // a value that the model does not list
+          addOption(control, now.text); // a value that is not among the model's options
           control.value = now.text;
         }
         control.readOnly = now.isOdd;
-        setLine(problem, now.isOdd ? "This is no plain value: change it in the JSON below." : "");
+        setLine(problem, now.isOdd ? "This value is not a plain one: edit it in the JSON below." : "");
         sockets?.update();
       },
     });
     return element;
   }
 
-  /** Buttons that send what is connected to the node to this parameter. */
+  /** Buttons that assign the node's inputs to this parameter. */
   #sockets(field) {
     const buttons = socketsFor(field).map((socket) => {
       const button = actionButton(socket, () => {
@@ -320,7 +320,7 @@ class ModelDialog {
     });
     const element = make(
       "div", "skm-sockets", {},
-      make("span", "skw-faint", { title: ABOUT_FILES }, "from the node's"),
+      make("span", "skw-faint", { title: ABOUT_FILES }, "From input"),
       ...buttons.map(({ button }) => button),
     );
     const isFixed = this.#isLinked("file_parameters");
@@ -331,7 +331,7 @@ class ModelDialog {
         button.disabled = isFixed;
         const isConnected = this.#isLinked(socket);
         button.classList.toggle("skm-off", !isConnected);
-        button.title = isConnected ? `${socket} of the node` : `Nothing is connected to ${socket}.`;
+        button.title = isConnected ? `Send the node's ${socket} to this parameter` : `${socket} is not connected.`;
       }
     };
     return { element, update };
@@ -363,12 +363,12 @@ class ModelDialog {
     return make("details", "skm-jsonbox", {}, make("summary", "", {}, "JSON"), box, note);
   }
 
-  /** Everything that follows from the JSON; `typing` is left alone. */
+  /** Update everything that depends on the JSON, except the control `typing`. */
   #refresh(typing = null) {
     const json = this.#read("parameters");
     for (const { update } of this.controls) update(json, typing);
     this.#showUnknown(json);
-    this.#later("price", PRICE_MS, () => this.#askPrice());
+    this.#debounce("price", PRICE_MS, () => this.#askPrice());
   }
 
   #showUnknown(json) {
@@ -380,8 +380,8 @@ class ModelDialog {
       : [];
     if (!keys.length && !lost.length) return this.unknown.replaceChildren();
     const names = [...keys, ...lost.map((socket) => `${placeOf(places, socket)} (for ${socket})`)];
-    const text = `Not of this model: ${shorten(names.join(", "), 300)}. It does not run with them.`;
-    const remove = actionButton("Remove them", () => {
+    const text = `Not parameters of this model: ${shorten(names.join(", "), 300)}. Remove them to run it.`;
+    const remove = actionButton("Remove", () => {
       this.#write("parameters", keys.reduce(dropMember, this.#read("parameters")));
       const left = lost.reduce((rest, socket) => setPlace(rest, socket, ""), places);
       this.#write("file_parameters", left);
@@ -398,14 +398,15 @@ class ModelDialog {
     const files = SOCKETS.filter((socket) => this.#isLinked(socket)).length;
     try {
       const parameters = json.trim() ? JSON.parse(json) : {};
-      const told = await post("models/price", { slug: this.model.slug, parameters, files });
+      const answer = await post("models/price", { slug: this.model.slug, parameters, files });
       if (number !== this.counters.price) return;
-      setLine(this.price, told.price ? `Price ${told.price}` : "Price not told");
-      setLine(this.source, `${told.source} Yours: ${told.limits}.`);
-      setLine(this.problem, told.problem);
+      setLine(this.price, answer.price ? `Price ${answer.price}` : "Price not published");
+      const limits = answer.limits[0].toUpperCase() + answer.limits.slice(1);
+      setLine(this.source, `${answer.source} ${limits}.`);
+      setLine(this.problem, answer.problem);
     } catch (error) {
       if (number !== this.counters.price) return;
-      setLine(this.price, "Price not known");
+      setLine(this.price, "Price unknown");
       setLine(this.source, error.message);
       setLine(this.problem, "");
     }
@@ -418,7 +419,7 @@ function makeControl(field) {
   }
   if (field.kind === "file") {
     const rows = { rows: field.takesMany ? "2" : "1", spellcheck: "false" };
-    return make("textarea", "skw-input", { ...rows, placeholder: "address of a file" });
+    return make("textarea", "skw-input", { ...rows, placeholder: "URL of a file" });
   }
   if (field.kind === "choice" || field.kind === "flag") return makeSelect(field);
   const mode = field.kind === "number" ? { inputmode: "decimal" } : {};
@@ -431,8 +432,8 @@ function makeSelect(field) {
   const options =
     field.kind === "flag" ? ["true", "false"].map((value) => ({ value, label: value })) : field.options;
   const initial = options.find(({ value }) => value === field.initial)?.label ?? field.initial;
-  addOption(select, "", initial ? `default (${shorten(initial, 60)})` : "not chosen");
-  for (const { value, label } of options.slice(0, LISTED_OPTIONS)) addOption(select, value, label);
+  addOption(select, "", initial ? `default (${shorten(initial, 60)})` : "not set");
+  for (const { value, label } of options.slice(0, MAX_OPTIONS)) addOption(select, value, label);
   return select;
 }
 
@@ -440,7 +441,7 @@ function addOption(select, value, label = value) {
   select.append(make("option", "", { value }, shorten(label, 100)));
 }
 
-/** Loaded only when the list is open, and without telling where from. */
+/** Loaded lazily, and without a referrer. */
 function makePicture(address) {
   const frame = make("span", "skm-picture", { "aria-hidden": "true" });
   if (typeof address !== "string" || !address) return frame;

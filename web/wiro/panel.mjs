@@ -1,25 +1,25 @@
 // The list of remote tasks in the sidebar.
-import { createAccountForm, followAccount, loadAccount, mayHaveKey } from "./account.mjs";
+import { createAccountForm, loadAccount, mayHaveKey, subscribeAccount } from "./account.mjs";
 import { actionButton, complain, make, setLine, setText } from "./dom.mjs";
 import { TaskRow } from "./row.mjs";
 import { get, ServerError } from "./server.mjs";
 import { csvName, FILTERS, isFiltering, NO_FILTER, select, toCsv } from "./table.mjs";
 import { accountNotes, keyLine, limitLine, needsAsking, spentLine } from "./words.mjs";
 
-const SHOWN = 50; // at first, and how many more the button adds
-const PAGE = 500; // older tasks that one question brings
-const FOUND_AT_MOST = 10000; // tasks that are looked through for a search
+const SHOWN = 50; // rows at first, and added by "Show more"
+const PAGE_SIZE = 500; // older tasks of one request
+const MAX_SEARCHED = 10000; // tasks that a search loads
 const TICK_MS = 1000;
-const ASK_MS = 10000;
-const ASKED_AT_ONCE = 20;
-const SPENT_AFTER_MS = 1500; // a task's end is booked before its cost is asked for
-const LONGEST_PAUSE = 30; // rounds, while the server does not answer
+const POLL_MS = 10000;
+const MAX_REFRESHED = 20; // tasks of one poll
+const SPENT_DELAY_MS = 1500; // the server books a task's cost shortly after its end
+const MAX_PAUSE = 30; // polls, while the server does not answer
 
-const OFFLINE = "The server is not reachable. The list goes on when it is back.";
+const OFFLINE = "Cannot reach the ComfyUI server. The list updates when it is back.";
 const EMPTY = [
   "No remote tasks yet.",
-  "Add the node Wiro Remote I2V: double-click the canvas and type “wiro”. Once it is queued, " +
-    "its progress, cost and files appear here.",
+  "Add the node Wiro Remote I2V: double-click the canvas and type “wiro”. Once queued, its " +
+    "progress, cost and files appear here.",
 ];
 
 export function createPanel() {
@@ -28,26 +28,26 @@ export function createPanel() {
 
 class Panel {
   constructor() {
-    this.tasks = new Map(); // all that are known
-    this.heardAt = new Map(); // task -> the counter at its last event
-    this.rows = new Map(); // those that are on the page
+    this.tasks = new Map(); // row number -> task, all that are loaded
+    this.eventAt = new Map(); // row number -> counter at the task's last event
+    this.rows = new Map(); // row number -> TaskRow, those on the page
     this.filter = NO_FILTER;
     this.shown = SHOWN;
     this.hasOlder = false;
     this.loadingOlder = null;
-    this.wanted = 0; // tasks that shall be known
-    this.counter = 0; // orders events and questions
+    this.wanted = 0; // how many tasks to load
+    this.counter = 0; // orders events and requests
     this.timers = [];
     this.spentTimer = 0;
     this.loading = null;
-    this.isAsking = false;
+    this.isPolling = false;
     this.isOffline = false;
     this.pauses = 0;
     this.lastPause = 0;
     this.account = null;
-    this.trouble = "";
+    this.problem = "";
     this.#build();
-    followAccount((account) => {
+    subscribeAccount((account) => {
       this.account = account;
       this.#updateTop();
     });
@@ -56,7 +56,7 @@ class Panel {
   #build() {
     this.form = createAccountForm();
     this.key = make("span", "skw-key", {}, "…");
-    this.setKey = actionButton("set it here", () => this.#openForm("focus"));
+    this.setKey = actionButton("Set key", () => this.#openForm("focus"));
     this.setKey.hidden = true;
     const refresh = actionButton("", () => this.reload());
     refresh.append(make("i", "pi pi-refresh", { "aria-hidden": "true" }));
@@ -64,7 +64,7 @@ class Panel {
     refresh.title = "Refresh";
     this.money = make("p", "skw-money skw-faint", { role: "status" }, "\u00a0");
     this.limit = make("span", "skw-faint", {}, "\u00a0");
-    this.setLimit = actionButton("change", () => this.#openForm("focusLimits"));
+    this.setLimit = actionButton("Change", () => this.#openForm("focusLimits"));
     this.setLimit.setAttribute("aria-label", "Change the spending limits");
     this.setLimit.hidden = true;
     this.notes = make("p", "skw-faint", {});
@@ -118,20 +118,20 @@ class Panel {
     this.filter = Object.fromEntries(values);
     this.shown = SHOWN;
     this.#render();
-    if (isFiltering(this.filter)) this.#loadOlder(FOUND_AT_MOST).catch(complain);
+    if (isFiltering(this.filter)) this.#loadOlder(MAX_SEARCHED).catch(complain);
   }
 
   async #showMore() {
     this.shown += SHOWN;
     if (select(this.tasks.values(), this.filter).length < this.shown) {
-      await this.#loadOlder(this.tasks.size + PAGE);
+      await this.#loadOlder(this.tasks.size + PAGE_SIZE);
     }
     this.#render();
   }
 
-  /** Older tasks, until so many are known or there are no more; one caller at a time. */
+  /** Load older tasks until so many are loaded or there are no more; shared by all callers. */
   #loadOlder(wanted) {
-    this.wanted = Math.max(this.wanted, wanted); // one that is under way goes on as far
+    this.wanted = Math.max(this.wanted, wanted); // a running load continues that far
     this.loadingOlder ??= this.#fetchOlder().finally(() => (this.loadingOlder = null));
     return this.loadingOlder;
   }
@@ -141,9 +141,9 @@ class Panel {
       const oldest = Math.min(...this.tasks.keys());
       let answer;
       try {
-        answer = await get(`tasks?limit=${PAGE}&before=${oldest}`);
+        answer = await get(`tasks?limit=${PAGE_SIZE}&before=${oldest}`);
       } catch (error) {
-        this.trouble = error.message;
+        this.problem = error.message;
         this.#updateTop();
         return;
       }
@@ -157,7 +157,7 @@ class Panel {
     const tasks = select(this.tasks.values(), this.filter);
     const url = URL.createObjectURL(new Blob([toCsv(tasks)], { type: "text/csv;charset=utf-8" }));
     const link = make("a", "", { href: url, download: csvName(Date.now() / 1000) });
-    this.element.append(link); // some browsers follow only what is on the page
+    this.element.append(link); // some browsers click only links in the document
     link.click();
     link.remove();
     setTimeout(() => URL.revokeObjectURL(url), 60000);
@@ -170,7 +170,7 @@ class Panel {
     this.#stopTimers();
     this.timers = [
       setInterval(() => this.#tick(), TICK_MS),
-      setInterval(() => this.#ask().catch(complain), ASK_MS),
+      setInterval(() => this.#poll().catch(complain), POLL_MS),
     ];
     this.reload();
   }
@@ -187,29 +187,29 @@ class Panel {
     this.timers = [];
   }
 
-  get #isSeen() {
+  get #isVisible() {
     return this.element.isConnected && document.visibilityState === "visible";
   }
 
-  /** An event of the server: always newer than what is known. */
-  hear(task) {
-    this.#take(task);
-    this.heardAt.set(task.id, ++this.counter);
+  /** An event of the server: newer than anything loaded. */
+  onTask(task) {
+    this.#store(task);
+    this.eventAt.set(task.id, ++this.counter);
     this.#render();
   }
 
-  /** The socket is gone: the page says so until it is back. */
-  lose() {
+  /** The socket is gone: say so until it is back. */
+  onDisconnect() {
     this.#setOffline(true);
-    this.pauses = LONGEST_PAUSE;
+    this.pauses = MAX_PAUSE;
   }
 
   /** The socket is back: events may have been missed. */
-  regain() {
-    if (this.element.isConnected) this.reload(); // else it is loaded when it is opened
+  onReconnect() {
+    if (this.element.isConnected) this.reload(); // else opening the panel loads it
   }
 
-  /** The list and the account anew; one at a time. */
+  /** Load the list and the account again; shared by all callers. */
   reload() {
     this.loading ??= this.#load()
       .catch(complain)
@@ -222,33 +222,33 @@ class Panel {
     try {
       const answer = await get(`tasks?limit=${SHOWN}`);
       this.#setOffline(false);
-      this.trouble = answer.error;
-      this.#takeList(answer.tasks, answer.has_more, began);
+      this.problem = answer.error;
+      this.#storeList(answer.tasks, answer.has_more, began);
       await loadAccount();
     } catch (error) {
       if (!(error instanceof ServerError)) complain(error);
       if (error.isOffline) this.#setOffline(true);
-      this.trouble = error.message;
+      this.problem = error.message;
     }
     this.#updateTop();
   }
 
-  #takeList(tasks, hasMore, began) {
+  #storeList(tasks, hasMore, began) {
     const listed = new Set(tasks.map((task) => task.id));
-    const oldest = hasMore ? Math.min(...listed) : 0; // of older ones the answer says nothing
+    const oldest = hasMore ? Math.min(...listed) : 0; // the answer does not cover older ones
     for (const id of [...this.tasks.keys()]) {
-      if (id >= oldest && !listed.has(id) && !(this.heardAt.get(id) > began)) this.tasks.delete(id);
+      if (id >= oldest && !listed.has(id) && !(this.eventAt.get(id) > began)) this.tasks.delete(id);
     }
     const isFirst = ![...this.tasks.keys()].some((id) => id < oldest);
     if (isFirst) this.hasOlder = hasMore;
     for (const task of tasks) {
-      // an event that came after the question is newer than the answer
-      if (!(this.heardAt.get(task.id) > began)) this.#take(task);
+      // an event after the request is newer than its answer
+      if (!(this.eventAt.get(task.id) > began)) this.#store(task);
     }
     this.#render();
   }
 
-  #take(task) {
+  #store(task) {
     this.tasks.set(task.id, task);
     const row = this.rows.get(task.id);
     if (row) this.#update(row, task);
@@ -260,25 +260,25 @@ class Panel {
     if (wasActive && !row.state.isActive) this.#announceEnd(row);
   }
 
-  /** What the filter leaves, as far as it is to be shown. */
+  /** Show the tasks that match the filter, as many as are to be shown. */
   #render() {
     const found = select(this.tasks.values(), this.filter);
     const shown = new Map(found.slice(0, this.shown).map((task) => [task.id, task]));
-    for (const row of [...this.rows.values()]) if (!shown.has(row.id)) this.#drop(row);
+    for (const row of [...this.rows.values()]) if (!shown.has(row.id)) this.#remove(row);
     for (const task of shown.values()) if (!this.rows.has(task.id)) this.#add(task);
     const isSearch = isFiltering(this.filter);
     const left = found.length - shown.size;
     this.more.hidden = !left && !this.hasOlder;
     this.search.hidden = !this.tasks.size;
     const older = this.hasOlder ? "+" : "";
-    const of = isSearch ? ` of ${this.tasks.size}${older}` : older;
-    setText(this.count, `${found.length}${of} ${this.tasks.size === 1 ? "task" : "tasks"}`);
+    const total = isSearch ? ` of ${this.tasks.size}${older}` : older;
+    setText(this.count, `${found.length}${total} ${this.tasks.size === 1 ? "task" : "tasks"}`);
     setText(this.exporter, `Export ${found.length} as CSV`);
     this.exporter.disabled = !found.length;
     this.empty.hidden = this.tasks.size > 0;
   }
 
-  // rows that are there never move: a video that is moved starts again
+  // existing rows never move: moving a video restarts it
   #add(task) {
     const row = new TaskRow(task);
     row.onUpdate = (now) => this.tasks.set(now.id, now);
@@ -288,7 +288,7 @@ class Panel {
     this.rows.set(task.id, row);
   }
 
-  #drop(row) {
+  #remove(row) {
     row.element.remove();
     this.rows.delete(row.id);
   }
@@ -296,42 +296,42 @@ class Panel {
   #announceEnd(row) {
     setText(this.spoken, `Task ${row.task.taskid}: ${row.state.word}`);
     clearTimeout(this.spentTimer);
-    const ask = () => loadAccount().catch(() => {}); // the amount is news, not worth an error
-    if (this.element.isConnected) this.spentTimer = setTimeout(ask, SPENT_AFTER_MS);
+    const update = () => loadAccount().catch(() => {}); // the next poll shows the amount too
+    if (this.element.isConnected) this.spentTimer = setTimeout(update, SPENT_DELAY_MS);
   }
 
   #tick() {
-    if (!this.#isSeen) return;
+    if (!this.#isVisible) return;
     for (const row of this.rows.values()) if (row.state.isActive) row.tick();
   }
 
-  /** Look for tasks that other pages have queued, and ask about those nobody follows. */
-  async #ask() {
-    if (this.isAsking || !this.#isSeen) return;
-    if (this.isOffline) return this.#knock();
-    this.isAsking = true;
+  /** Load tasks that other pages have queued, and refresh those that no node follows. */
+  async #poll() {
+    if (this.isPolling || !this.#isVisible) return;
+    if (this.isOffline) return this.#retry();
+    this.isPolling = true;
     try {
-      await this.reload(); // a page is sent the events of what it queued itself, and no others
+      await this.reload(); // a page gets the events of its own tasks only
       if (!mayHaveKey() || this.isOffline) return;
-      for (const row of this.#rowsToAsk()) {
+      for (const row of this.#rowsToRefresh()) {
         const wasActive = row.state.isActive;
-        if (!(await row.refresh())) break; // one error a round is enough
+        if (!(await row.refresh())) break; // one error per poll is enough
         if (wasActive && !row.state.isActive) this.#announceEnd(row);
       }
     } finally {
-      this.isAsking = false;
+      this.isPolling = false;
     }
   }
 
-  #rowsToAsk() {
+  #rowsToRefresh() {
     const rows = [...this.rows.values()].filter((row) => needsAsking(row.task));
-    return rows.filter((row) => row.pauses-- <= 0).slice(0, ASKED_AT_ONCE);
+    return rows.filter((row) => row.pauses-- <= 0).slice(0, MAX_REFRESHED);
   }
 
-  // the browser logs every request nobody answers: knock less and less often
-  #knock() {
+  // the browser logs every unanswered request: retry less and less often
+  #retry() {
     if (this.pauses-- > 0) return;
-    this.lastPause = Math.min(this.lastPause * 2 + 1, LONGEST_PAUSE);
+    this.lastPause = Math.min(this.lastPause * 2 + 1, MAX_PAUSE);
     this.pauses = this.lastPause;
     return this.reload();
   }
@@ -342,10 +342,10 @@ class Panel {
     this.#updateTop();
   }
 
-  // trouble takes the place of the amounts, so that nothing below it moves
+  // a problem replaces the amounts, so that nothing below moves
   #updateTop() {
     const { account } = this;
-    const trouble = this.isOffline ? OFFLINE : this.trouble;
+    const problem = this.isOffline ? OFFLINE : this.problem;
     if (account) {
       const { text, verb } = limitLine(account);
       setText(this.key, keyLine(account));
@@ -354,8 +354,8 @@ class Panel {
       setLine(this.notes, accountNotes(account).join(" "));
     }
     this.setKey.hidden = !account || account.has_key;
-    setText(this.money, trouble || (account ? spentLine(account) : "\u00a0"));
-    this.money.classList.toggle("skw-bad", Boolean(trouble));
+    setText(this.money, problem || (account ? spentLine(account) : "\u00a0"));
+    this.money.classList.toggle("skw-bad", Boolean(problem));
   }
 
   #openForm(where) {

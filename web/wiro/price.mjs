@@ -1,17 +1,17 @@
-// What a node will cost, said on it before it is queued. No page in here.
+// The price of a node before it is queued. Does not touch the page.
 import { dollars } from "./words.mjs";
 
-/** Nodes that pay for a run when they are queued. */
+/** Nodes that start a paid run. */
 export const PRICED = ["WiroRemoteI2V", "WiroRunModel", "WiroSubmit"];
 
-const LONGEST = 120; // letters of a reason
+const MAX_REASON = 120; // characters
 
 /**
- * What the server is asked for a node, or null if the node pays for nothing.
+ * The body of a price request for a node, or null if the node costs nothing.
  *
- * Only what a price can be made of: names and plain values of its fields, names of its links.
+ * Only what a price depends on: names and plain values of its widgets, names of its links.
  */
-export function questionOf(node) {
+export function requestOf(node) {
   const type = node.comfyClass ?? node.type;
   if (!PRICED.includes(type)) return null;
   const linked = (node.inputs ?? []).filter((input) => input.link != null).map(({ name }) => name);
@@ -27,17 +27,17 @@ function isPlain(value) {
 }
 
 /**
- * {parts, isKnown}: what stands on the node, the most important first.
+ * {parts, isKnown}: the badge's texts, the most important first.
  *
- * answer: of the server, an Error, or null while it is waited for. account: of the page, or null.
+ * answer: of the server, an Error, or null while waiting. account: of the page, or null.
  */
 export function badgeOf(answer, account) {
   if (answer === null) return unknown("price …");
-  if (answer instanceof Error) return unknown(`price not told: ${lineOf(answer.message)}`);
-  if (!answer.has_key) return unknown("no key");
-  if (answer.problem) return unknown(`price not told: ${lineOf(answer.problem)}`);
+  if (answer instanceof Error) return unknown(`no price: ${lineOf(answer.message)}`);
+  if (!answer.has_key) return unknown("no API key");
+  if (answer.problem) return unknown(`no price: ${lineOf(answer.problem)}`);
   const money = account ? moneyOf(account) : [];
-  if (answer.price === null) return unknown("price not told", ...money);
+  if (answer.price === null) return unknown("price not published", ...money);
   const price = `${answer.is_exact ? "" : "about "}${dollars(answer.price)}${answer.is_each ? " each" : ""}`;
   return { parts: [price, ...money], isKnown: true };
 }
@@ -47,7 +47,7 @@ function unknown(...parts) {
 }
 
 function lineOf(text) {
-  return text.replace(/\s+/g, " ").trim().slice(0, LONGEST);
+  return text.replace(/\s+/g, " ").trim().slice(0, MAX_REASON);
 }
 
 function moneyOf({ limits, spent }) {
@@ -57,8 +57,8 @@ function moneyOf({ limits, spent }) {
   return [...parts, `spent today ${dollars(spent.day)}${of}`];
 }
 
-/** As much of the parts as fits: whole ones from the end are left out, then letters. */
-export function fit(parts, widthOf, width) {
+/** The parts that fit a width: the last ones are dropped first, then characters. */
+export function fitText(parts, widthOf, width) {
   for (let count = parts.length; count > 0; count -= 1) {
     const text = parts.slice(0, count).join(" · ");
     if (widthOf(text) <= width) return text;
@@ -69,14 +69,14 @@ export function fit(parts, widthOf, width) {
 }
 
 /**
- * Whether to ask now, from what was seen at the last look: not while somebody types.
+ * Whether to send a request now: once it is unchanged since the last check, so not while typing.
  *
- * state: {seen, asked}: the questions as texts; it is brought up to date.
+ * state: {seen, requested}: the last requests as JSON; updated here.
  */
-export function isDue(state, question) {
-  const isSettled = state.seen === question;
-  state.seen = question;
-  if (!isSettled || state.asked === question) return false;
-  state.asked = question;
+export function isDue(state, request) {
+  const isSettled = state.seen === request;
+  state.seen = request;
+  if (!isSettled || state.requested === request) return false;
+  state.requested = request;
   return true;
 }

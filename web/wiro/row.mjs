@@ -1,17 +1,17 @@
-// One task of the list. Its elements are made once and changed in place, so that an open log,
-// a playing video and the keyboard's focus survive every event.
-import { actionButton, askingButton, make, setLine, setText } from "./dom.mjs";
+// One task of the list. Its elements are created once and updated in place, so that an open log, a
+// playing video and the keyboard focus survive every event.
+import { actionButton, confirmButton, make, setLine, setText } from "./dom.mjs";
 import { addResultNode } from "./graph.mjs";
 import { fileLink, post } from "./server.mjs";
 import { costOf, describe, durationOf, possible, timeOf } from "./words.mjs";
 
-const SHOWN_FILES = 6; // of a task with more, the rest are links only
+const MAX_FIGURES = 6; // further files of a task are links only
 
 export class TaskRow {
   constructor(task) {
     this.id = task.id;
-    this.onUpdate = () => {}; // called with each new state of the task
-    this.pauses = 0; // rounds of asking to leave out after errors
+    this.onUpdate = () => {}; // called with each new version of the task
+    this.pauses = 0; // polls to skip after errors
     this.failures = 0;
     this.files = new Map();
     this.element = make("li", "skw-row");
@@ -60,17 +60,17 @@ export class TaskRow {
     this.buttons = {
       collect: actionButton("Collect into graph", () => this.#addNode()),
       download: actionButton("Download", () => this.#act("collect", "Downloaded.")),
-      stop: askingButton("Stop", "Really stop?", () => this.#act("stop", "")),
-      erase: askingButton("Delete remote files", "Really delete?", () =>
-        this.#act("delete_files", "The service's copies are deleted."),
+      stop: confirmButton("Stop", "Really stop?", () => this.#act("stop", "")),
+      erase: confirmButton("Delete remote files", "Really delete?", () =>
+        this.#act("delete_files", "Wiro's copies were deleted."),
       ),
-      forget: askingButton("It did not start", "Really not started?", () =>
+      forget: confirmButton("Mark as not started", "Really not started?", () =>
         this.#act("forget", ""),
       ),
     };
-    this.buttons.collect.title = "Add a node that brings this task's files into the graph";
-    this.buttons.download.title = "Fetch the files into the output folder";
-    this.buttons.erase.title = "Delete this task's files at the service; local files stay";
+    this.buttons.collect.title = "Add a Wiro Task Result node for this task to the graph";
+    this.buttons.download.title = "Download the files into the output folder";
+    this.buttons.erase.title = "Delete this task's files at Wiro; downloaded files stay";
     this.actions = make("div", "skw-buttons", {}, this.links, ...Object.values(this.buttons));
   }
 
@@ -94,7 +94,7 @@ export class TaskRow {
     this.#updateButtons();
   }
 
-  /** What changes by time alone. */
+  /** Update what changes with time. */
   tick() {
     const { task } = this;
     const parts = [durationOf(task, Date.now() / 1000), task.taskid && `task ${task.taskid}`];
@@ -146,7 +146,7 @@ export class TaskRow {
     const link = make("a", "skw-button", { href: file.url, rel: "noopener", ...how });
     link.setAttribute("aria-label", file.isDownload ? `Save ${name}` : `Open ${name} in a new tab`);
     this.links.append(link);
-    const isShown = this.media.childElementCount < SHOWN_FILES;
+    const isShown = this.media.childElementCount < MAX_FIGURES;
     const figure = isShown ? makeFigure(file) : null;
     if (figure) this.media.append(figure);
     return { name, verb, link, figure };
@@ -171,7 +171,7 @@ export class TaskRow {
     for (const [name, button] of Object.entries(this.buttons)) button.hidden = !can[name];
     this.links.hidden = !this.files.size;
     const isLoss = this.task.verdict === "succeeded" && !this.files.size;
-    setText(this.buttons.erase.lastChild, isLoss ? "Not downloaded: delete?" : "Really delete?");
+    setText(this.buttons.erase.lastChild, isLoss ? "Not downloaded! Delete?" : "Really delete?");
     this.actions.hidden = !this.files.size && !Object.values(can).some(Boolean);
   }
 
@@ -193,13 +193,13 @@ export class TaskRow {
   #addNode() {
     try {
       addResultNode(this.task.taskid, this.element);
-      this.say("Added to the graph: run it to collect the files.");
+      this.say("Added to the graph: queue it to collect the files.");
     } catch (error) {
       this.say(error.message, true);
     }
   }
 
-  /** Ask the service through the server; after errors less and less often. */
+  /** Ask Wiro for the task's status; after errors less and less often. */
   async refresh() {
     try {
       this.update((await post(`tasks/${this.id}/refresh`)).task);
@@ -220,7 +220,7 @@ function makeFigure(file) {
   if (!element) return null;
   const figure = make("figure", `skw-figure skw-${file.kind}`, {}, element);
   element.addEventListener("error", () => {
-    figure.replaceChildren(make("span", "skw-faint", {}, `${file.filename} cannot be shown`));
+    figure.replaceChildren(make("span", "skw-faint", {}, `Cannot show ${file.filename}`));
   });
   return figure;
 }

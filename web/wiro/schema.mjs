@@ -1,33 +1,33 @@
-// A model's parameters as the fields of a form, and what is typed there as JSON. No page in here.
+// A model's parameters as form fields, and their values as JSON. Does not touch the page.
 //
-// What a model says of itself is a stranger's: nothing in it may make this throw, and every text has
-// an end. The JSON is edited member by member in its own text, so that what the form does not know
-// (other names, numbers longer than a page can count, blanks) stays as it was written.
+// A model's record is untrusted: nothing in it may make this throw, and all lengths are bounded. The
+// JSON is edited member by member as text, so that what the form does not know (other names, numbers
+// beyond a double's precision, whitespace) stays as it was written.
 
-const LINE = 200;
-const LONG = 2000;
-const FIELDS = 500;
-const OPTIONS = 2000;
-const EXAMPLES = 12;
-const LONGEST_JSON = 200000;
+const LINE_LENGTH = 200;
+const TEXT_LENGTH = 2000;
+const MAX_FIELDS = 500;
+const MAX_OPTIONS = 2000;
+const MAX_EXAMPLES = 12;
+const MAX_JSON = 200000;
 const NUMBER_TYPES = ["range", "number", "float", "integer", "int"];
 const FLAG_TYPES = ["checkbox", "boolean", "bool", "toggle", "switch"];
-// names that send the bill or the result elsewhere: the server refuses them
-const ELSEWHERE = /^(callback|webhook|projectid)/;
+// names that redirect the bill or the result: the server refuses them
+const REDIRECTING = /^(callback|webhook|projectid)/;
 const NUMBER = /^-?(0|[1-9]\d*)(\.\d+)?([eE][+-]?\d+)?$/;
 
 export const SOCKETS = ["image", "image_2", "image_3", "image_4", "video", "audio"];
 
 // --- fields -------------------------------------------------------------------------------------
 
-/** [{title, fields}] of what the server tells of a model. */
+/** [{title, fields}] of the server's description of a model. */
 export function groupsOf(model) {
   const seen = new Set();
   const groups = [];
-  for (const group of listOf(model?.groups).slice(0, FIELDS)) {
+  for (const group of listOf(model?.groups).slice(0, MAX_FIELDS)) {
     const fields = [];
     for (const item of listOf(group?.items)) {
-      const field = seen.size < FIELDS ? fieldOf(item) : null;
+      const field = seen.size < MAX_FIELDS ? fieldOf(item) : null;
       if (!field || seen.has(field.id)) continue;
       seen.add(field.id);
       fields.push(field);
@@ -39,11 +39,11 @@ export function groupsOf(model) {
 
 function fieldOf(item) {
   const id = typeof item?.id === "string" ? item.id : "";
-  if (!id || id.length > LINE || isElsewhere(id)) return null;
+  if (!id || id.length > LINE_LENGTH || isRedirecting(id)) return null;
   const type = line(item.type).toLowerCase();
   const options = listOf(item.options)
-    .filter((option) => typeof option?.value === "string" && option.value.length <= LONG)
-    .slice(0, OPTIONS)
+    .filter((option) => typeof option?.value === "string" && option.value.length <= TEXT_LENGTH)
+    .slice(0, MAX_OPTIONS)
     .map(({ value, label }) => ({ value, label: line(label) || value }));
   const [low, high] = [number(item.min), number(item.max)];
   const hasRange = low !== null && high !== null && low < high;
@@ -52,7 +52,7 @@ function fieldOf(item) {
     id,
     kind: kindOfField(type, options, files),
     label: line(item.label) || id,
-    help: text(item.help, LONG),
+    help: text(item.help, TEXT_LENGTH),
     placeholder: line(item.placeholder),
     isRequired: item.is_required === true,
     isAdvanced: item.is_advanced === true,
@@ -63,7 +63,7 @@ function fieldOf(item) {
     step: number(item.step) > 0 ? number(item.step) : null,
     fileKind: files && ["image", "video", "audio"].includes(files.kind) ? files.kind : "",
     takesMany: files?.takes_many === true,
-    // where an address stands: beside the file, or, with files and addresses mixed, in its place
+    // the parameter for a URL: next to the file's, or the same if it takes files and URLs
     addressId: type === "combinefileinput" ? id : `${id}Url`,
   };
 }
@@ -76,7 +76,7 @@ function kindOfField(type, options, files) {
   return type === "textarea" ? "long" : "text";
 }
 
-/** One line: what a value may be. */
+/** One line: what values are allowed. */
 export function factsOf(field) {
   const facts = [];
   if (field.low !== null) facts.push(`${field.low} to ${field.high}`);
@@ -88,22 +88,22 @@ export function factsOf(field) {
 
 // --- the JSON -----------------------------------------------------------------------------------
 
-/** {members, problem}: of a JSON object's text, each {key, from, start, end}; null if it is none. */
+/** {members, problem} of a JSON object's text; members are {key, from, start, end}, or null. */
 export function membersOf(json) {
   const source = typeof json === "string" ? json : "";
-  if (source.length > LONGEST_JSON) return { members: null, problem: "It is too long to edit here." };
+  if (source.length > MAX_JSON) return { members: null, problem: "The JSON is too long to edit here." };
   if (!source.trim()) return { members: [], problem: "" };
   let value;
   try {
     value = JSON.parse(source);
   } catch (error) {
-    return { members: null, problem: `This is no JSON (${line(error.message)}).` };
+    return { members: null, problem: `This is not valid JSON (${line(error.message)}).` };
   }
-  if (!isObject(value)) return { members: null, problem: 'Write {"name": value}.' };
+  if (!isObject(value)) return { members: null, problem: 'Write a JSON object: {"name": value}.' };
   return { members: scan(source), problem: "" };
 }
 
-// only for a text that JSON.parse takes as an object
+// only for a text that JSON.parse parses as an object
 function scan(source) {
   const members = [];
   let at = source.indexOf("{") + 1;
@@ -148,11 +148,11 @@ function endOfValue(source, at) {
 }
 
 function memberOf(json, key) {
-  // of a name that stands there twice the last counts
+  // of a repeated name the last one counts
   return membersOf(json).members?.findLast((member) => member.key === key);
 }
 
-/** The text with one member set to a value that is JSON itself; the same if it is no JSON. */
+/** The text with one member set to a JSON value; unchanged if it is not valid JSON. */
 export function setMember(json, key, literal) {
   const { members } = membersOf(json);
   if (!members) return json;
@@ -165,7 +165,7 @@ export function setMember(json, key, literal) {
   return `${json.slice(0, last.end)},${blank}${name}: ${literal}${json.slice(last.end)}`;
 }
 
-/** The text without a member. */
+/** The text with a member removed. */
 export function dropMember(json, key) {
   let source = json;
   for (let found = memberOf(source, key); found; found = memberOf(source, key)) {
@@ -179,7 +179,7 @@ export function dropMember(json, key) {
   return source;
 }
 
-/** Names in the JSON that none of the fields stands for. */
+/** Names in the JSON that belong to no field. */
 export function unknownKeys(json, groups) {
   const known = new Set();
   for (const field of fieldsOf(groups)) {
@@ -196,7 +196,7 @@ export function fieldsOf(groups) {
 
 // --- a field and its member ---------------------------------------------------------------------
 
-/** {text, isGiven, isOdd}: what a field shows. isOdd: only the JSON can show it. */
+/** {text, isGiven, isOdd}: what a field shows. isOdd: it can be edited in the JSON only. */
 export function shownIn(json, field) {
   const key = keyOf(json, field);
   const member = memberOf(json, key);
@@ -206,7 +206,7 @@ export function shownIn(json, field) {
   const shown = (found) => ({ text: found, isGiven: true, isOdd: false });
   if (value === null) return shown("");
   if (typeof value === "string") return shown(value);
-  if (typeof value === "number") return shown(raw); // as it was written: all its digits
+  if (typeof value === "number") return shown(raw); // as written, with all digits
   if (typeof value === "boolean") return shown(String(value));
   const isList = Array.isArray(value) && value.every((one) => typeof one === "string");
   if (field.kind === "file" && isList) return shown(value.join("\n"));
@@ -219,14 +219,14 @@ function keyOf(json, field) {
 }
 
 /**
- * {json, problem}: the JSON after something was typed into a field, and what is wrong with it.
+ * {json, problem}: the JSON after typing into a field, and what is wrong with the value.
  *
- * What is no value at all (letters for a number) is not written.
+ * What is not a value at all (letters for a number) is not written.
  */
 export function typeInto(json, field, typed) {
   const key = keyOf(json, field);
-  const given = text(typed, LONGEST_JSON);
-  if (field.kind === "file") return { json: setAddresses(json, field, key, given), problem: "" };
+  const given = text(typed, MAX_JSON);
+  if (field.kind === "file") return { json: setUrls(json, field, key, given), problem: "" };
   if (field.kind === "number" || field.kind === "flag") return typeLiteral(json, field, given.trim());
   if (field.kind === "choice" && given === "") return { json: dropMember(json, key), problem: "" };
   const problem = field.isRequired && !given.trim() ? "It must not be empty." : "";
@@ -242,7 +242,7 @@ function typeLiteral(json, field, given) {
   const literal = given.replace(",", ".").replace(/^\+/, "").replace(/^(-?)\./, "$10.")
     .replace(/\.$/, "").replace(/^(-?)0+(?=\d)/, "$1");
   if (!NUMBER.test(literal) || !Number.isFinite(Number(literal))) {
-    return { json, problem: "This is no number." };
+    return { json, problem: "This is not a number." };
   }
   return { json: setMember(json, field.id, literal), problem: rangeProblem(field, literal) };
 }
@@ -252,33 +252,33 @@ function rangeProblem(field, literal) {
   return `The model takes ${field.low} to ${field.high}.`;
 }
 
-function setAddresses(json, field, key, given) {
+function setUrls(json, field, key, given) {
   const addresses = given.split(/[\s,]+/).filter(Boolean);
   if (!addresses.length) return dropMember(dropMember(json, field.addressId), key);
   const isList = field.addressId === field.id;
   return setMember(json, key, JSON.stringify(isList ? addresses : addresses.join(",")));
 }
 
-/** The JSON without what was given for a field: the model's default holds again. */
-export function forget(json, field) {
+/** The JSON with a field's value removed: the model's default applies again. */
+export function resetField(json, field) {
   return dropMember(field.kind === "file" ? dropMember(json, field.addressId) : json, field.id);
 }
 
 // --- examples -----------------------------------------------------------------------------------
 
 /**
- * [{entries, addresses, line}]: [name, JSON] pairs of each example that are values, and those that
- * lead to somebody's files, which are never taken over unasked.
+ * [{entries, addresses, line}] of a model's examples: [name, JSON] pairs with values, and pairs with
+ * URLs of somebody's files, which are applied only on request.
  */
 export function examplesOf(model, groups) {
   const fields = fieldsOf(groups);
   const examples = [];
-  for (const example of listOf(model?.examples).slice(0, EXAMPLES)) {
+  for (const example of listOf(model?.examples).slice(0, MAX_EXAMPLES)) {
     const [entries, addresses] = [[], []];
     for (const [key, value] of isObject(example) ? Object.entries(example) : []) {
       const field = fields.find((one) => one.id === key || (one.kind === "file" && one.addressId === key));
-      if (!field || isElsewhere(key) || !isPlain(value)) continue;
-      const isFile = field.kind === "file" || leadsAway(value);
+      if (!field || isRedirecting(key) || !isPlain(value)) continue;
+      const isFile = field.kind === "file" || hasUrl(value);
       (isFile ? addresses : entries).push([key, JSON.stringify(value)]);
     }
     if (entries.length || addresses.length) examples.push({ entries, addresses, line: lineOf(entries, addresses) });
@@ -289,45 +289,45 @@ export function examplesOf(model, groups) {
 function lineOf(entries, addresses) {
   const texts = entries.map(([, literal]) => JSON.parse(literal)).filter((one) => typeof one === "string");
   const longest = texts.reduce((best, one) => (one.length > best.length ? one : best), "");
-  return shorten(longest) || [...entries, ...addresses].map(([key]) => key).join(", ").slice(0, LINE);
+  return shorten(longest) || [...entries, ...addresses].map(([key]) => key).join(", ").slice(0, LINE_LENGTH);
 }
 
-export function applyExample(json, example, withAddresses) {
+export function applyExample(json, example, withUrls) {
   let source = membersOf(json).members ? json : "{}";
-  const pairs = withAddresses ? [...example.entries, ...example.addresses] : example.entries;
+  const pairs = withUrls ? [...example.entries, ...example.addresses] : example.entries;
   for (const [key, literal] of pairs) source = setMember(source, key, literal);
   return source;
 }
 
-function leadsAway(value) {
+function hasUrl(value) {
   const texts = Array.isArray(value) ? value : [value];
   return texts.some((one) => typeof one === "string" && /:\/\/|^\s*(\/\/|data:|www\.)/i.test(one));
 }
 
 // --- which socket feeds which parameter ----------------------------------------------------------
 
-/** [[socket, parameter]] of "image_2=lastImage, video=inputVideo"; what is no pair is ["", text]. */
+/** [[socket, parameter]] of "image_2=lastImage, video=inputVideo"; anything else is ["", text]. */
 function placesOf(line) {
-  return text(line, LONGEST_JSON).split(/[,;\n]/).map((part) => part.trim()).filter(Boolean).map((part) => {
+  return text(line, MAX_JSON).split(/[,;\n]/).map((part) => part.trim()).filter(Boolean).map((part) => {
     const at = part.indexOf("=");
     const socket = part.slice(0, Math.max(at, 0)).trim();
     return SOCKETS.includes(socket) ? [socket, part.slice(at + 1).trim()] : ["", part];
   });
 }
 
-/** The socket's parameter, or "". */
+/** The parameter assigned to a socket, or "". */
 export function placeOf(places, socket) {
   return placesOf(places).find(([one]) => one === socket)?.[1] ?? "";
 }
 
-/** The line with a socket at another parameter; "" takes it out. */
+/** The text with a socket assigned to another parameter; "" removes it. */
 export function setPlace(places, socket, name) {
   const rest = placesOf(places).filter(([one]) => one !== socket);
   const all = name ? [...rest, [socket, name]] : rest;
   return all.map(([one, other]) => (one ? `${one}=${other}` : other)).join(", ");
 }
 
-/** Which sockets can feed a field. */
+/** The sockets that can feed a field. */
 export function socketsFor(field) {
   if (field.kind !== "file") return [];
   if (!field.fileKind) return SOCKETS;
@@ -336,7 +336,7 @@ export function socketsFor(field) {
 
 // --- small --------------------------------------------------------------------------------------
 
-/** Whether an address is a page of the service, encrypted. */
+/** Whether a URL is an encrypted page of wiro.ai. */
 export function isWiroPage(address) {
   try {
     const { host, protocol, username } = new URL(address);
@@ -347,12 +347,12 @@ export function isWiroPage(address) {
 }
 
 export function shorten(value, length = 120) {
-  const whole = text(value, 10 * LONG).replace(/\s+/g, " ").trim();
+  const whole = text(value, 10 * TEXT_LENGTH).replace(/\s+/g, " ").trim();
   return whole.length > length ? `${whole.slice(0, length)}…` : whole;
 }
 
-function isElsewhere(name) {
-  return ELSEWHERE.test(name.normalize("NFKC").toLowerCase().replace(/[^a-z0-9]/g, ""));
+function isRedirecting(name) {
+  return REDIRECTING.test(name.normalize("NFKC").toLowerCase().replace(/[^a-z0-9]/g, ""));
 }
 
 function isObject(value) {
@@ -368,7 +368,7 @@ function text(value, length) {
 }
 
 export function line(value) {
-  return text(value, 2 * LINE).replace(/\s+/g, " ").trim().slice(0, LINE);
+  return text(value, 2 * LINE_LENGTH).replace(/\s+/g, " ").trim().slice(0, LINE_LENGTH);
 }
 
 function number(value) {
@@ -377,11 +377,11 @@ function number(value) {
 
 function plain(value) {
   if (typeof value === "boolean") return String(value);
-  return text(value, LONG);
+  return text(value, TEXT_LENGTH);
 }
 
 function isPlain(value) {
-  const isText = (one) => typeof one === "string" && one.length <= 2 * LONG;
+  const isText = (one) => typeof one === "string" && one.length <= 2 * TEXT_LENGTH;
   if (Array.isArray(value)) return value.length > 0 && value.length <= 20 && value.every(isText);
   return isText(value) || typeof value === "boolean" || number(value) !== null;
 }

@@ -1,10 +1,10 @@
-// Questions to the package's own routes. The page knows its own base: every address goes through it.
+// Requests to the package's own routes, through the page's api, which knows the base path.
 import { api } from "../../../scripts/api.js";
 import { linkOf } from "./links.mjs";
 
-const UNREACHABLE = "The ComfyUI server is not reachable.";
+const UNREACHABLE = "Cannot reach the ComfyUI server.";
 
-/** What went wrong, as one sentence; isOffline: nobody answered at all. status: of HTTP. */
+/** One sentence. isOffline: there was no answer at all. status: of HTTP. */
 export class ServerError extends Error {
   constructor(message, { isOffline = false, status = 0 } = {}) {
     super(message);
@@ -14,7 +14,7 @@ export class ServerError extends Error {
 }
 
 export function get(path) {
-  // no other page can add this header: it tells the server that its own page asks
+  // no other page can send this header: it proves that the request is from this page
   return answer(path, { cache: "no-store", headers: { "X-SkyReels-Page": "1" } });
 }
 
@@ -33,14 +33,14 @@ async function answer(path, options) {
   } catch {
     throw new ServerError(UNREACHABLE, { isOffline: true });
   }
-  const body = await response.json().catch(() => null); // a proxy's error page is no JSON
+  const body = await response.json().catch(() => null); // a proxy's error page is not JSON
   if (response.ok && body !== null) return body;
   const { status } = response;
   if (typeof body?.error === "string" && body.error) throw new ServerError(body.error, { status });
   throw new ServerError(`The ComfyUI server answered with HTTP ${status}.`, { status });
 }
 
-/** {url, kind, isDownload}: of a task's file. */
+/** {url, kind, isDownload} of a task's file. */
 export function fileLink(row, file) {
   const link = linkOf(row, file);
   return { ...link, url: api.apiURL(link.path) };

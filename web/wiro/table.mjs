@@ -1,11 +1,11 @@
-// The rows of the panel as a table: which are shown, and the same as a file. No page in here.
+// The rows of the panel as a table: filters and CSV export. Does not touch the page.
 import { describe } from "./words.mjs";
 
-/** What rows can be filtered by, with what is said for it. */
+/** [value, label] of the state filter. */
 export const FILTERS = [
   ["", "all"],
   ["running", "running"],
-  ["waiting", "waiting for you"],
+  ["waiting", "needs action"],
   ["done", "done"],
   ["failed", "failed"],
   ["stopped", "stopped"],
@@ -13,24 +13,24 @@ export const FILTERS = [
 
 export const NO_FILTER = { text: "", group: "", from: "", to: "" };
 
-/** One of FILTERS for every task the server can tell of. */
+/** The state filter that a task falls under. */
 export function groupOf(task) {
   const { isActive, word } = describe(task);
   if (isActive) return "running";
   if (["outcome unknown", "ended without a file", "ended"].includes(word)) return "waiting";
   if (word === "succeeded") {
     const isHere = task.files.length > 0 || task.remote_deleted;
-    return isHere ? "done" : "waiting"; // paid for, and not fetched yet
+    return isHere ? "done" : "waiting"; // paid for, not downloaded yet
   }
   return word === "cancelled" ? "stopped" : "failed";
 }
 
-/** Whether a filter leaves anything out. */
+/** Whether a filter is set. */
 export function isFiltering(filter) {
   return Boolean(words(filter.text).length || filter.group || filter.from || filter.to);
 }
 
-/** Whether a task is shown. from, to: days as "2026-01-31", both among those shown; "" for any. */
+/** Whether a task matches. from, to: days as "2026-01-31", inclusive; "" for any. */
 export function matches(task, { text, group, from, to }) {
   if (group && groupOf(task) !== group) return false;
   const day = dayOf(task.created_at);
@@ -43,12 +43,12 @@ function words(text) {
   return text.toLowerCase().split(/\s+/).filter(Boolean);
 }
 
-/** The tasks that a filter leaves, newest first. */
+/** The tasks that match a filter, newest first. */
 export function select(tasks, filter) {
   return [...tasks].filter((task) => matches(task, filter)).sort((a, b) => b.id - a.id);
 }
 
-/** The day of the local calendar as "2026-01-31", "" for what is no time. */
+/** The local day as "2026-01-31"; "" for an invalid time. */
 export function dayOf(seconds) {
   const date = new Date(seconds * 1000);
   if (Number.isNaN(date.getTime())) return "";
@@ -77,9 +77,9 @@ function timeOf(seconds) {
 }
 
 /**
- * Tasks as CSV (RFC 4180) for any program for tables: UTF-8 with a mark, times in UTC.
+ * Tasks as CSV (RFC 4180) for spreadsheets: UTF-8 with BOM, times in UTC.
  *
- * No cell is a formula there. Logs are left out; prompts and keys the page does not have.
+ * No cell is a formula. Logs are left out; the page has no prompts and no keys.
  */
 export function toCsv(tasks) {
   const lines = [COLUMNS.map(([name]) => name)];
@@ -87,10 +87,10 @@ export function toCsv(tasks) {
   return "\ufeff" + lines.map((cells) => cells.map(cellOf).join(",") + "\r\n").join("");
 }
 
-/** One cell: quoted where needed, and never what a program would compute. */
+/** One cell: quoted where needed, and never a formula. */
 export function cellOf(value) {
   let text = value === null || value === undefined ? "" : String(value);
-  text = text.replace(/\0/g, "").replace(/[\ud800-\udfff]/gu, "\ufffd"); // lone halves of letters
+  text = text.replace(/\0/g, "").replace(/[\ud800-\udfff]/gu, "\ufffd"); // unpaired surrogates
   if (/^[\s\ufeff]*[=+\-@\uff1d\uff0b\uff0d\uff20]|^[\t\r\n]/.test(text)) text = `'${text}`;
   return /[",\r\n]|^\s|\s$/.test(text) ? `"${text.replace(/"/g, '""')}"` : text;
 }

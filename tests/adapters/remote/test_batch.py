@@ -10,18 +10,10 @@ from decimal import Decimal
 import av
 import pytest
 import torch
-from comfyui_skyreels.nodes.remote import (
-    account,
-)
-from comfyui_skyreels.nodes.remote import (
-    batch as wiro_batch,
-)
-from comfyui_skyreels.nodes.remote import (
-    nodes as remote,
-)
-from comfyui_skyreels.nodes.remote import (
-    run as wiro_run,
-)
+from comfyui_skyreels.nodes.remote import account, live_tasks
+from comfyui_skyreels.nodes.remote import batch as wiro_batch
+from comfyui_skyreels.nodes.remote import nodes as remote
+from comfyui_skyreels.nodes.remote import run as wiro_run
 from comfyui_skyreels.wiro_api import candidates, client
 from comfyui_skyreels.wiro_api.errors import (
     BalanceError,
@@ -66,8 +58,17 @@ def listed(value) -> list:
 
 def submit(image, prompt=PROMPT, **changes):
     """(runs, report), called as ComfyUI calls a node that wants lists."""
-    inputs = {"image": image, "prompt": prompt, "size": "by orientation", "fit": "crop",
-              "num_frames": 5, "steps": 30, "cfg": 6.0, **changes, "unique_id": "6"}  # fmt: skip
+    inputs = {
+        "image": image,
+        "prompt": prompt,
+        "size": "by orientation",
+        "fit": "crop",
+        "num_frames": 5,
+        "steps": 30,
+        "cfg": 6.0,
+        **changes,
+        "unique_id": "6",
+    }
     with torch.inference_mode():
         lists = {name: listed(value) for name, value in inputs.items()}
         return asyncio.run(wiro_batch.WiroSubmit().submit(**lists))
@@ -139,7 +140,7 @@ def test_twelve_pictures_three_places_one_fails(comfy, wiro, caplog):
     assert len(wiro.tasks) == 3
     assert report.startswith("12 runs, ")
     assert "3 started (picture 1: task 2221, picture 2: task 2222, picture 3: task 2223)" in report
-    assert "9 wait for a place" in report
+    assert "9 wait for a slot" in report
     most = [0]
     look = threading.Event()
 
@@ -175,7 +176,7 @@ def test_twelve_pictures_three_places_one_fails(comfy, wiro, caplog):
     assert after[1:] == sorted(after[1:]), "the bar of Collect never moves back"
     lines = [text for text in comfy.texts if re.match(r"\d+ of 12 done", text)]
     assert any(re.fullmatch(r"\d+ of 12 done · 3 running · \d+ waiting", line) for line in lines)
-    events = [data for name, data in comfy.events if name == account.EVENT]
+    events = [data for name, data in comfy.events if name == live_tasks.EVENT]
     assert {data["taskid"] for data in events} >= set(wiro.tasks), "each row in the panel"
     assert account.journal().newest()[0].id == 12, "one row for each run"
     # what failed is tried again by the next queue, and nothing else is paid for
@@ -216,8 +217,8 @@ def test_after_a_restart_the_same_workflow_pays_for_nothing_again(comfy, wiro):
     wiro_run._results.clear()
     wiro_run._records.clear()
     account._shared.clear()
-    account._states.clear()
-    account._subscribers.clear()
+    live_tasks._states.clear()
+    live_tasks._subscribers.clear()
     runs, report = submit(pictures(5))
     assert report.startswith("2 runs, ")
     assert "3 started before, nothing is paid for them again" in report
@@ -257,14 +258,17 @@ def test_a_lost_run_of_submit_is_found_by_collect_and_not_sent_again(comfy, wiro
     [
         (pictures(3), "x", [(0, "x"), (1, "x"), (2, "x")]),
         ([picture(4), picture(2)], "x", [(4, "x"), (2, "x")]),
-        ([pictures(2), picture(5, 40, 30), picture(7, 64, 64)], "x",
-         [(0, "x"), (1, "x"), (5, "x"), (7, "x")]),
+        (
+            [pictures(2), picture(5, 40, 30), picture(7, 64, 64)],
+            "x",
+            [(0, "x"), (1, "x"), (5, "x"), (7, "x")],
+        ),
         (picture(3), ["a", "b", "c"], [(3, "a"), (3, "b"), (3, "c")]),
         (pictures(2), ["a", "b"], [(0, "a"), (1, "b")]),
         ([picture(1), picture(0)], ["a", "b"], [(1, "a"), (0, "b")]),
         (picture(0), "x", [(0, "x")]),
     ],
-)  # fmt: skip
+)
 def test_pictures_and_prompts_become_runs_in_order(comfy, wiro, image, prompt, expected):
     import io
 
@@ -301,7 +305,7 @@ def test_numbers_that_do_not_go_together_are_named_and_nothing_is_sent(
 
 def test_other_widgets_are_one_value_or_one_for_each_run(comfy, wiro):
     runs, _ = submit(pictures(3), steps=[10, 20, 30], take=[1, 2, 3], cfg=[4.0])
-    assert [run.take for run in runs] == [1, 2, 3]
+    assert [run.job.take for run in runs] == [1, 2, 3]
     assert [seen.body["steps"] for seen in paid(wiro)] == ["10", "20", "30"]
     with pytest.raises(ConfigError, match="steps has 2 values for 3 runs"):
         submit(pictures(3), steps=[10, 20])
@@ -411,7 +415,7 @@ def test_what_meets_every_run_is_tried_once(comfy, wiro):
 def test_no_place_leaves_a_run_that_was_never_sent_and_is_started_later(comfy, wiro, fault):
     wiro.fail("Run", fault)
     runs, report = submit(pictures(2))
-    assert "0 started\n2 wait for a place" in report
+    assert "0 started\n2 wait for a slot" in report
     assert [(entry.id, entry.state) for entry in account.journal().newest()] == [(1, "intent")]
     assert collect(runs)["task_id"] == ["2221", "2222"]
     assert [entry.id for entry in account.journal().newest()] == [2, 1]
@@ -473,12 +477,16 @@ def test_frames_are_decoded_only_if_connected_and_one_clip_at_a_time(comfy, wiro
         (["0.30"] * 12, Limits(Decimal(2)), Spent(), "12 runs, $3.60, limit $2.00 a run"),
         (["0.30"], Limits(), Spent(), "1 run, $0.30, no limit"),
         ([None, "0.30"], Limits(), Spent(), "2 runs, price not told before the run, no limit"),
-        (["1"] * 4, Limits(per_month=Decimal(5)), Spent(Decimal(0), Decimal(3)),
-         "4 runs, $4.00, limit $5.00 a month; that passes the limit of the month ($3.00 of it is "
-         "spent): only 2 of 4 will be started"),
+        (
+            ["1"] * 4,
+            Limits(per_month=Decimal(5)),
+            Spent(Decimal(0), Decimal(3)),
+            "4 runs, $4.00, limit $5.00 a month; that passes the limit of the month ($3.00 of it "
+            "is spent): only 2 of 4 will be started",
+        ),
         ([], Limits(), Spent(), "0 runs, $0.00, no limit"),
     ],
-)  # fmt: skip
+)
 def test_the_total_is_told(prices, limits, spent, expected):
     known = [None if p is None else Price(Decimal(p), is_exact=True) for p in prices]
     assert wiro_batch.describe_total(known, limits, spent) == expected

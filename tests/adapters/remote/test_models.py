@@ -1,4 +1,4 @@
-"""Any model from the page: the list, the form's data, the price; and the files a node sends."""
+"""Any model: the files its node sends; the page's list, form and price."""
 
 import asyncio
 import io
@@ -10,11 +10,17 @@ from types import ModuleType, SimpleNamespace
 import pytest
 import torch
 from comfyui_skyreels.nodes import host
-from comfyui_skyreels.nodes.remote import account, models, routes
+from comfyui_skyreels.nodes.remote import account, inputs, models, prices, routes
 from comfyui_skyreels.nodes.remote import nodes as remote
 from comfyui_skyreels.nodes.remote import run as wiro_run
 from comfyui_skyreels.nodes.remote.guard import PAGE_HEADER
-from comfyui_skyreels.nodes.remote.inputs import SOCKETS, Slot, parse_places, place, slots_of
+from comfyui_skyreels.nodes.remote.inputs import (
+    SOCKETS,
+    Slot,
+    assign_sockets,
+    parse_assignments,
+    slots_of,
+)
 from comfyui_skyreels.wiro_api.client import Model
 from comfyui_skyreels.wiro_api.errors import ConfigError, WiroError
 from comfyui_skyreels.wiro_api.jobs import Job, job_key
@@ -47,18 +53,22 @@ def pictures(count=1, level=0.5) -> torch.Tensor:
 
 def sound(seconds=0.1, channels=2, count=1) -> dict:
     length = int(8000 * seconds)
-    return {"waveform": torch.linspace(-2, 2, length).expand(count, channels, length),
-            "sample_rate": 8000}  # fmt: skip
+    return {
+        "waveform": torch.linspace(-2, 2, length).expand(count, channels, length),
+        "sample_rate": 8000,
+    }
 
 
 def run_model(slug, values=None, **inputs):
     with torch.inference_mode():
         return asyncio.run(
             remote.WiroRunModel().run(
-                slug, json.dumps({"prompt": "x"} if values is None else values), **inputs,
+                slug,
+                json.dumps({"prompt": "x"} if values is None else values),
+                **inputs,
                 unique_id="7",
             )
-        )  # fmt: skip
+        )
 
 
 def sent(server):
@@ -71,8 +81,13 @@ def sent(server):
 
 
 def test_pictures_go_to_the_models_parameters_in_order(comfy, more):
-    run_model(FRAMES, image=pictures(), image_2=pictures(level=0.1), image_3=pictures(3, 0.2),
-              image_4=pictures(2, 0.6))  # fmt: skip
+    run_model(
+        FRAMES,
+        image=pictures(),
+        image_2=pictures(level=0.1),
+        image_3=pictures(3, 0.2),
+        image_4=pictures(2, 0.6),
+    )
     body, files, contents = sent(more)
     names = ["firstFrame", "lastFrame", *["references"] * 5]
     assert files == [(name, "input.png", "image/png") for name in names]
@@ -88,9 +103,11 @@ def test_a_film_and_a_sound_go_where_the_names_say_so(comfy, more, tmp_path):
     run_model(LIPS, video=VideoFromFile(str(film)), audio=sound(), image_2=pictures(2))
     body, files, (*faces, video, audio) = sent(more)
     assert files == [
-        ("faces", "input.png", "image/png"), ("faces", "input.png", "image/png"),
-        ("inputVideo", "input.mp4", "video/mp4"), ("inputAudio", "input.wav", "audio/wav"),
-    ]  # fmt: skip
+        ("faces", "input.png", "image/png"),
+        ("faces", "input.png", "image/png"),
+        ("inputVideo", "input.mp4", "video/mp4"),
+        ("inputAudio", "input.wav", "audio/wav"),
+    ]
     assert len(set(faces)) == 2
     assert video == MP4, "as it is"
     with wave.open(io.BytesIO(audio)) as heard:
@@ -103,8 +120,13 @@ def test_a_film_and_a_sound_go_where_the_names_say_so(comfy, more, tmp_path):
 
 def test_what_is_written_in_file_parameters_goes_there(comfy, more):
     places = "image=references, image_2 = lastFrame\nimage_3=firstFrame"
-    run_model(FRAMES, image=pictures(2, 0.1), image_2=pictures(level=0.3),
-              image_3=pictures(level=0.4), file_parameters=places)  # fmt: skip
+    run_model(
+        FRAMES,
+        image=pictures(2, 0.1),
+        image_2=pictures(level=0.3),
+        image_3=pictures(level=0.4),
+        file_parameters=places,
+    )
     _, files, contents = sent(more)
     assert [name for name, *_ in files] == ["references", "references", "lastFrame", "firstFrame"]
     assert len(set(contents)) == 4
@@ -112,8 +134,12 @@ def test_what_is_written_in_file_parameters_goes_there(comfy, more):
 
 def test_addresses_stand_beside_files_and_keep_their_parameter(comfy, more):
     url = "https://cdn.wiro.ai/a.png"
-    run_model(FRAMES, {"prompt": "x", "firstFrameUrl": url, "referencesUrl": f"{url},{url}"},
-              image_2=pictures(), image_3=pictures(level=0.2))  # fmt: skip
+    run_model(
+        FRAMES,
+        {"prompt": "x", "firstFrameUrl": url, "referencesUrl": f"{url},{url}"},
+        image_2=pictures(),
+        image_3=pictures(level=0.2),
+    )
     body, files, _ = sent(more)
     assert [name for name, *_ in files] == ["lastFrame", "references"]
     assert (body["firstFrameUrl"], body["referencesUrl"]) == (url, f"{url},{url}")
@@ -125,14 +151,16 @@ def test_files_of_a_combined_parameter_mix_with_addresses(comfy, more):
     run_model(LIPS, values, video=film, audio=sound(), image_2=pictures())
     body, files, _ = sent(more)
     assert body["faces"] == "https://cdn.wiro.ai/f.png"
-    assert files[:2] == [("faces", "input.png", "image/png"),
-                         ("inputVideo", "input.webm", "video/webm")]  # fmt: skip
+    assert files[:2] == [
+        ("faces", "input.png", "image/png"),
+        ("inputVideo", "input.webm", "video/webm"),
+    ]
 
 
 def test_of_a_batch_for_one_place_the_first_is_sent_and_it_is_said(comfy, more, caplog):
     run_model(FRAMES, image=pictures(), image_2=pictures(3, 0.2))
     assert [name for name, *_ in sent(more)[1]] == ["firstFrame", "lastFrame"]
-    assert "image_2 holds 3, and lastFrame takes one" in caplog.text
+    assert "image_2 holds 3, but lastFrame takes one" in caplog.text
 
 
 def test_a_part_of_a_film_is_encoded_and_frames_too(comfy, more):
@@ -146,9 +174,14 @@ def test_a_film_of_frames_is_the_same_job_however_it_is_encoded(comfy, more):
     film = {"images": torch.rand(3, 4, 4, 3), "audio": sound()}
     tasks = [
         run_model(LIPS, video=VideoFromComponents(**changes), audio=sound())[3]
-        for changes in (film, film, {**film, "frame_rate": 12.0}, {**film, "audio": None},
-                        {**film, "images": film["images"].flip(0)})
-    ]  # fmt: skip
+        for changes in (
+            film,
+            film,
+            {**film, "frame_rate": 12.0},
+            {**film, "audio": None},
+            {**film, "images": film["images"].flip(0)},
+        )
+    ]
     assert tasks == ["2221", "2221", "2222", "2223", "2224"]
     assert VideoFromComponents.encoded >= 5
 
@@ -157,7 +190,7 @@ def test_a_film_of_frames_is_the_same_job_however_it_is_encoded(comfy, more):
 @pytest.mark.parametrize("extra", [{}, {"file_parameters": ""}, {"image_parameter": "inputImage"}])
 def test_the_job_of_a_node_of_before_is_the_same(comfy, wiro, image, extra):
     values = {"prompt": "x", "size": "960x544"}
-    part = remote.png_part(image)
+    part = inputs.png_part(image)
     key = job_key(
         Job(Model("wiro", "SkyReels-V1"), values, [("inputImage", part)]), service=wiro.url
     )
@@ -171,21 +204,37 @@ def test_the_job_of_a_node_of_before_is_the_same(comfy, wiro, image, extra):
 @pytest.mark.parametrize(
     ("slug", "inputs", "words"),
     [
-        (FRAMES, {"audio": sound()}, "audio belongs.*firstFrame .one., lastFrame .one., references "
-                                     ".several.*image_2=lastImage"),
-        (FRAMES, {"video": VideoFromFile(io.BytesIO(MP4))}, "file of video belongs"),
+        (
+            FRAMES,
+            {"audio": sound()},
+            "takes audio.*firstFrame .one., lastFrame .one., references "
+            ".several.*image_2=lastImage",
+        ),
+        (FRAMES, {"video": VideoFromFile(io.BytesIO(MP4))}, "parameter takes video"),
         (FRAMES, {"image": pictures(), "file_parameters": "image=prompt"}, "'prompt', which takes"),
-        (FRAMES, {"file_parameters": "image_2=lastFrame"}, "nothing is connected"),
-        (FRAMES, {"image": pictures(), "image_2": pictures(), "image_3": pictures(),
-                  "file_parameters": "image_2=lastFrame,image_3=lastFrame"}, "gets several"),
+        (FRAMES, {"file_parameters": "image_2=lastFrame"}, "is not connected"),
+        (
+            FRAMES,
+            {
+                "image": pictures(),
+                "image_2": pictures(),
+                "image_3": pictures(),
+                "file_parameters": "image_2=lastFrame,image_3=lastFrame",
+            },
+            "is assigned several",
+        ),
         (FRAMES, {"file_parameters": "lastFrame"}, "write input=parameter"),
         (FRAMES, {"file_parameters": "mask=lastFrame"}, "inputs are image, image_2"),
         (FRAMES, {"file_parameters": "image=a,image=b"}, "twice"),
-        (LIPS, {"audio": {"waveform": torch.zeros(1, 2, 0), "sample_rate": 8000}}, "no sound"),
-        (LIPS, {"audio": {"waveform": torch.zeros(0, 2, 5), "sample_rate": 8000}}, "holds 0"),
+        (
+            LIPS,
+            {"audio": {"waveform": torch.zeros(1, 2, 0), "sample_rate": 8000}},
+            "audio is empty",
+        ),
+        (LIPS, {"audio": {"waveform": torch.zeros(0, 2, 5), "sample_rate": 8000}}, "batch of 0"),
         (LIPS, {"video": VideoFromFile(io.BytesIO())}, "video has 0 bytes"),
     ],
-)  # fmt: skip
+)
 def test_what_does_not_fit_is_one_sentence_and_costs_nothing(comfy, more, slug, inputs, words):
     with pytest.raises(WiroError, match=words):
         run_model(slug, **inputs)
@@ -197,12 +246,12 @@ def test_files_over_100_mb_are_refused_in_words(comfy, more, monkeypatch):
     from comfyui_skyreels.wiro_api import files
 
     monkeypatch.setattr(files, "MAX_UPLOAD_BYTES", 50)
-    for inputs, words in [
+    for connected, words in [
         ({"video": VideoFromFile(io.BytesIO(MP4))}, "video has more than 50 bytes"),
-        ({"audio": sound()}, "MB as WAV, and Wiro takes"),
+        ({"audio": sound()}, "MB as WAV; Wiro accepts"),
     ]:
         with pytest.raises(ConfigError, match=words):
-            run_model(LIPS, **inputs)
+            run_model(LIPS, **connected)
     assert more.tasks == {}
 
 
@@ -228,9 +277,15 @@ def test_cancel_before_the_files_are_sent_sends_nothing(comfy, more, monkeypatch
 
 def test_places_are_never_guessed():
     """Whatever the model and whatever is connected: each file has a place that can take it."""
-    slots = [Slot(f"p{i}", kind, many, required) for i, (kind, many, required) in enumerate(
-        (kind, many, required) for kind in ("image", "video", "") for many in (0, 1)
-        for required in (0, 1))]  # fmt: skip
+    slots = [
+        Slot(f"p{i}", kind, many, required)
+        for i, (kind, many, required) in enumerate(
+            (kind, many, required)
+            for kind in ("image", "video", "")
+            for many in (0, 1)
+            for required in (0, 1)
+        )
+    ]
     count = 0
     for first in slots:
         for second in slots:
@@ -238,7 +293,7 @@ def test_places_are_never_guessed():
                 sockets = [name for i, name in enumerate(SOCKETS) if bits >> i & 1]
                 model = list(dict.fromkeys([first, second]))
                 try:
-                    found = place(sockets, {}, model, {})
+                    found = assign_sockets(sockets, {}, model, {})
                 except ConfigError as error:
                     assert "file_parameters" in str(error)
                     continue
@@ -254,11 +309,18 @@ def test_places_are_never_guessed():
 
 
 def test_names_tell_what_a_parameter_takes():
-    items = [("inputImage", ""), ("inputVideo", ""), ("voice", ""), ("file", "Reference photo"),
-             ("file", ""), ("audioForVideo", ""), ("pdf", "Document")]  # fmt: skip
+    items = [
+        ("inputImage", ""),
+        ("inputVideo", ""),
+        ("voice", ""),
+        ("file", "Reference photo"),
+        ("file", ""),
+        ("audioForVideo", ""),
+        ("pdf", "Document"),
+    ]
     slots = slots_of([{"id": i, "label": label, "type": "fileinput"} for i, label in items])
     assert [slot.kind for slot in slots] == ["image", "video", "audio", "image", "", "", "other"]
-    assert parse_places(" image_2 = a ;video=b\n") == {"image_2": "a", "video": "b"}
+    assert parse_assignments(" image_2 = a ;video=b\n") == {"image_2": "a", "video": "b"}
 
 
 # --- what the page is told ----------------------------------------------------------------------
@@ -282,9 +344,12 @@ def ask(monkeypatch):
 
     def ask(path, headers=PAGE, body=None, **query):
         request = SimpleNamespace(
-            headers=headers, query=query, path=path, content_type="application/json",
+            headers=headers,
+            query=query,
+            path=path,
+            content_type="application/json",
             content=SimpleNamespace(iter_chunked=lambda _: chunks(body)),
-        )  # fmt: skip
+        )
         return asyncio.run(found[f"{routes.PREFIX}/{path}"](request))
 
     return ask
@@ -295,10 +360,12 @@ def test_models_are_listed_and_the_answer_is_kept_for_ten_minutes(comfy, more, a
     assert status == 200
     (model,) = answer["models"]
     assert model == {
-        "slug": FRAMES, "title": "First and Last Frame", "price": "",
+        "slug": FRAMES,
+        "title": "First and Last Frame",
+        "price": "",
         "about": "A video between two pictures.",
         "image": "https://cdn.wiro.ai/first-last-frame.webp",
-    }  # fmt: skip
+    }
     asked = len(more.seen)
     assert ask("models", search=" FRAME ")[1] == answer
     assert len(more.seen) == asked
@@ -319,8 +386,11 @@ def test_a_model_is_described_for_the_form(comfy, more, ask):
     assert (prompt["type"], prompt["files"]) == ("textarea", None)
     assert [option["value"] for option in resolution["options"]] == ["480p", "720p"]
     assert (strength["default"], strength["min"], strength["max"], strength["step"]) == (
-        0.5, 0, 1, 0.05,
-    )  # fmt: skip
+        0.5,
+        0,
+        1,
+        0.05,
+    )
     assert seed["is_advanced"] is True
     assert model["examples"][1] == {"prompt": "a town from dusk to night", "seed": 7}
     asked = len(more.seen)
@@ -346,8 +416,9 @@ def test_the_price_is_that_of_the_values_now(comfy, more, ask, values, files, to
     assert (status, answer["price"]) == (200, told)
     assert problem in answer["problem"]
     assert bool(problem) is bool(answer["problem"])
-    assert answer["source"] == ("Wiro's price list." if told else "Wiro does not tell it before "
-                                "the run.")  # fmt: skip
+    assert answer["source"] == (
+        "Wiro's price list." if told else "Wiro does not publish it before the run."
+    )
     assert "limit $2.00 a run" in answer["limits"]
     assert more.tasks == {}
     assert not (comfy.root / "user").exists(), "asking makes no file"
@@ -361,7 +432,7 @@ def test_the_price_of_earlier_runs_is_told_as_that(comfy, more, ask):
     run_model(LIPS, video=VideoFromFile(io.BytesIO(MP4)), audio=sound())
     body = {"slug": LIPS, "parameters": {"prompt": "x"}, "files": 2}
     answer = ask("models/price", {"Host": HOST, "Origin": f"http://{HOST}"}, body)[1]
-    assert (answer["price"], "did cost you" in answer["source"]) == ("about $0.00351", True)
+    assert (answer["price"], "of yours cost" in answer["source"]) == ("about $0.00351", True)
 
 
 ELSEWHERE = [
@@ -391,10 +462,15 @@ def test_no_other_page_makes_the_server_ask_wiro(comfy, more, ask, path, headers
 
 @pytest.mark.parametrize(
     "headers",
-    [PAGE, {**PAGE, "Sec-Fetch-Site": "same-origin"}, {**PAGE, "Origin": f"http://{HOST}"},
-     {**PAGE, "Host": "localhost:8188"}, {**PAGE, "Host": "[::1]:8188"},
-     {PAGE_HEADER.lower(): "1", "host": "192.168.1.7"}],
-)  # fmt: skip
+    [
+        PAGE,
+        {**PAGE, "Sec-Fetch-Site": "same-origin"},
+        {**PAGE, "Origin": f"http://{HOST}"},
+        {**PAGE, "Host": "localhost:8188"},
+        {**PAGE, "Host": "[::1]:8188"},
+        {PAGE_HEADER.lower(): "1", "host": "192.168.1.7"},
+    ],
+)
 def test_the_page_itself_may_ask(comfy, more, ask, headers):
     assert ask("models", headers)[0] == 200
 
@@ -423,23 +499,80 @@ def test_without_a_key_the_page_is_told_where_to_put_it(comfy, more, ask, monkey
 
 
 NONSENSE = [
-    None, True, False, 0, -1, 0.5, 1e300, 10**30, float("inf"), float("nan"), "", " ",
-    "x" * 300_000, "<img src=x onerror=alert(1)>", "javascript:alert(1)", "\ud800", "\x1b[31m",
-    "\u202e", "__proto__",
-    "callbackUrl", "../..", "a/b/c", "1e999", "NaN", "[", "{}", "null", [], {}, [[]], [None], [{}],
-    [[[[[[]]]]]], {"a": {}}, {"id": []}, {"value": {}}, {"parameters": 7}, ["x" * 9000] * 30,
-    [{"id": "a"}] * 600, [{"value": 1}, {"value": None}, 7], [1, "a", {}], {"items": "x"},
-]  # fmt: skip
+    None,
+    True,
+    False,
+    0,
+    -1,
+    0.5,
+    1e300,
+    10**30,
+    float("inf"),
+    float("nan"),
+    "",
+    " ",
+    "x" * 300_000,
+    "<img src=x onerror=alert(1)>",
+    "javascript:alert(1)",
+    "\ud800",
+    "\x1b[31m",
+    "\u202e",
+    "__proto__",
+    "callbackUrl",
+    "../..",
+    "a/b/c",
+    "1e999",
+    "NaN",
+    "[",
+    "{}",
+    "null",
+    [],
+    {},
+    [[]],
+    [None],
+    [{}],
+    [[[[[[]]]]]],
+    {"a": {}},
+    {"id": []},
+    {"value": {}},
+    {"parameters": 7},
+    ["x" * 9000] * 30,
+    [{"id": "a"}] * 600,
+    [{"value": 1}, {"value": None}, 7],
+    [1, "a", {}],
+    {"items": "x"},
+]
 assert len(NONSENSE) >= 40
-ITEM = {"id": "a", "type": "select", "label": "A", "note": "n", "description": "d", "default": "x",
-        "placeholder": "p", "required": True, "advanced": True, "min": 0, "max": 1, "step": 1,
-        "options": [{"label": "X", "value": "x"}]}  # fmt: skip
+ITEM = {
+    "id": "a",
+    "type": "select",
+    "label": "A",
+    "note": "n",
+    "description": "d",
+    "default": "x",
+    "placeholder": "p",
+    "required": True,
+    "advanced": True,
+    "min": 0,
+    "max": 1,
+    "step": 1,
+    "options": [{"label": "X", "value": "x"}],
+}
 RECORD = {
-    "title": "T", "description": "D", "image": "https://cdn.wiro.ai/x.png", "dynamicprice": "[]",
-    "cps": "1", "approximatelycost": "1", "slugowner": "o", "slugproject": "p",
-    "cleanslugowner": "o", "cleanslugproject": "p", "samples": [{"a": "x"}], "inspire": [],
+    "title": "T",
+    "description": "D",
+    "image": "https://cdn.wiro.ai/x.png",
+    "dynamicprice": "[]",
+    "cps": "1",
+    "approximatelycost": "1",
+    "slugowner": "o",
+    "slugproject": "p",
+    "cleanslugowner": "o",
+    "cleanslugproject": "p",
+    "samples": [{"a": "x"}],
+    "inspire": [],
     "parameters": [{"title": "G", "items": [ITEM]}],
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("field", [*RECORD, *(f"item.{name}" for name in ITEM)])
@@ -451,33 +584,50 @@ def test_whatever_a_model_says_of_itself_the_answer_is_bounded_and_plain(
         if field.startswith("item."):
             item = {**ITEM, field.removeprefix("item."): nonsense}
             record = {**RECORD, "parameters": [{"title": "G", "items": [item]}]}
-        monkeypatch.setattr(models, "model_record", lambda *_, record=record: record)
+        for module in (models, prices):
+            monkeypatch.setattr(module, "model_record", lambda *_, record=record: record)
         answer = models.describe("o/p")
         text = json.dumps(answer, allow_nan=False)
         assert len(text) < 400_000
         assert answer["image"] in ("", "https://cdn.wiro.ai/x.png")
         assert answer["page"] == "https://wiro.ai/models/o/p"
         assert all(isinstance(answer[name], str) for name in ("title", "about", "price", "slug"))
-        json.dumps(models.price({"slug": "o/p", "parameters": {}, "files": 1}), allow_nan=False)
+        json.dumps(
+            prices.form_price({"slug": "o/p", "parameters": {}, "files": 1}), allow_nan=False
+        )
 
 
 def test_all_nonsense_at_once_is_bounded_too(comfy, wiro, monkeypatch):
     long = "x" * 5000
     options = [{"label": long, "value": "v" * 900}] * 3000
     items = [{**ITEM, "id": f"p{i}", "options": options, "note": long} for i in range(2000)]
-    record = {**RECORD, "parameters": [{"title": long, "items": items}],
-              "samples": [{f"p{i}": "y" * 4000 for i in range(2000)}] * 90}  # fmt: skip
+    record = {
+        **RECORD,
+        "parameters": [{"title": long, "items": items}],
+        "samples": [{f"p{i}": "y" * 4000 for i in range(2000)}] * 90,
+    }
     monkeypatch.setattr(models, "model_record", lambda *_: record)
     assert len(json.dumps(models.describe("o/p"))) < 8_000_000
 
 
 @pytest.mark.parametrize(
     "address",
-    ["http://cdn.wiro.ai/x.png", "https://wiro.ai.evil.example/x.png", "https://evil.example/x",
-     "https://a@cdn.wiro.ai/x", "https://cdn.wiro.ai:8443/x", "//cdn.wiro.ai/x", "data:image/png,x",
-     "javascript:alert(1)", "https://cdn.wiro.ai\\@evil.example/x", "https://xwiro.ai/x",
-     "https://cdn.wiro.ai/\n", "https://[/x", "https://cdn.w\u0456ro.ai/x"],
-)  # fmt: skip
+    [
+        "http://cdn.wiro.ai/x.png",
+        "https://wiro.ai.evil.example/x.png",
+        "https://evil.example/x",
+        "https://a@cdn.wiro.ai/x",
+        "https://cdn.wiro.ai:8443/x",
+        "//cdn.wiro.ai/x",
+        "data:image/png,x",
+        "javascript:alert(1)",
+        "https://cdn.wiro.ai\\@evil.example/x",
+        "https://xwiro.ai/x",
+        "https://cdn.wiro.ai/\n",
+        "https://[/x",
+        "https://cdn.w\u0456ro.ai/x",
+    ],
+)
 def test_pictures_come_from_the_service_alone(address):
     assert models._picture(address) == ""
 
@@ -489,7 +639,7 @@ def test_nothing_secret_is_told_and_little_is_remembered(comfy, more, ask, monke
     told = json.dumps([ask("models"), ask("models/one", slug=FRAMES)])
     for word in (KEY, SECRET, *secret.values(), "evil"):
         assert word not in told
-    monkeypatch.setattr(models, "KEPT_SEARCHES", 3)
+    monkeypatch.setattr(models, "MAX_SEARCHES", 3)
     for number in range(6):
         ask("models", search=f"n{number}")
     assert len(models._searches) == 3

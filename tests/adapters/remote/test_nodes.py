@@ -1,4 +1,4 @@
-"""The remote nodes against a loopback Wiro: what is sent, shown, stopped and brought home."""
+"""The remote nodes against a loopback Wiro: what is sent, shown, stopped and output."""
 
 import asyncio
 import io
@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from comfyui_skyreels.nodes import host
-from comfyui_skyreels.nodes.remote import account, routes
+from comfyui_skyreels.nodes.remote import account, inputs, live_tasks, routes, settings, tasks
 from comfyui_skyreels.nodes.remote import nodes as remote
 from comfyui_skyreels.nodes.remote import run as wiro_run
 from comfyui_skyreels.skyreels.errors import ShapeError
@@ -47,8 +47,16 @@ def picture(height=48, width=64) -> torch.Tensor:
 
 
 def generate(**changes):
-    inputs = {"image": picture(), "prompt": PROMPT, "size": "by orientation", "fit": "crop",
-              "num_frames": 97, "steps": 30, "cfg": 6.0, **changes}  # fmt: skip
+    inputs = {
+        "image": picture(),
+        "prompt": PROMPT,
+        "size": "by orientation",
+        "fit": "crop",
+        "num_frames": 97,
+        "steps": 30,
+        "cfg": 6.0,
+        **changes,
+    }
     return run_node(remote.WiroRemoteI2V, **inputs)
 
 
@@ -88,9 +96,14 @@ def test_a_picture_and_a_prompt_become_frames_a_video_and_a_receipt(comfy, wiro)
     assert (told["cost_usd"], told["elapsed_s"]) == ("0.00351", 6.0)
     (run,) = runs(wiro)
     assert run.body == {
-        "inputImageUrl": "", "prompt": f"FPS-24, {PROMPT}", "negativePrompt": "blur",
-        "scale": "6.0", "numFrames": "97", "size": "960x544", "steps": "30",
-    }  # fmt: skip
+        "inputImageUrl": "",
+        "prompt": f"FPS-24, {PROMPT}",
+        "negativePrompt": "blur",
+        "scale": "6.0",
+        "numFrames": "97",
+        "size": "960x544",
+        "steps": "30",
+    }
     ((name, filename, kind, content),) = run.files
     assert (name, filename, kind) == ("inputImage", "input.png", "image/png")
     assert Image.open(io.BytesIO(content)).size == (960, 544)
@@ -166,7 +179,7 @@ def test_progress_comes_from_the_socket_and_never_moves_back(comfy, wiro, monkey
     assert any(text.startswith("queued for") for text in comfy.texts)
     steps = [text for text in comfy.texts if text.startswith("step ")]
     assert any("it/s" in text and "left" in text and "task 2221" in text for text in steps)
-    logs = [data["log"] for name, data in comfy.events if name == account.EVENT]
+    logs = [data["log"] for name, data in comfy.events if name == live_tasks.EVENT]
     assert "Loading pipeline components" in logs[-1]
     assert [data["is_live"] for _, data in comfy.events][-1] is False
 
@@ -181,12 +194,14 @@ def test_several_nodes_run_at_the_same_time(comfy, wiro):
         return original(path, check)
 
     async def three():
-        return await asyncio.gather(*[
-            remote.WiroRemoteI2V().generate(
-                picture(), f"number {n}", "960x544", "crop", 97, 30, 6.0, unique_id=str(n)
-            )
-            for n in range(3)
-        ])  # fmt: skip
+        return await asyncio.gather(
+            *[
+                remote.WiroRemoteI2V().generate(
+                    picture(), f"number {n}", "960x544", "crop", 97, 30, 6.0, unique_id=str(n)
+                )
+                for n in range(3)
+            ]
+        )
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(wiro_run, "read_clip", meet)
@@ -363,7 +378,7 @@ def test_of_a_batch_no_node_gets_the_video_of_another_picture(comfy, wiro, monke
     for image, end in zip(pictures, ends, strict=True):
         if isinstance(end, tuple):
             (stored,) = (c for p, c in wiro.inputs.items() if p.startswith(f"upload-{end[2]}/"))
-            assert stored == remote.png_part(image, "960x544")[1]
+            assert stored == inputs.png_part(image, "960x544")[1]
 
 
 # --- the job of a picture -----------------------------------------------------------------------
@@ -374,7 +389,7 @@ def test_a_picture_that_is_packed_into_other_bytes_is_the_same_job(comfy, wiro, 
     save = Image.Image.save
     monkeypatch.setattr(Image.Image, "save", lambda *a, **k: save(*a, **k, compress_level=1))
     first = runs(wiro)[0].files[0][3]
-    assert remote.png_part(picture(), "960x544")[1] != first
+    assert inputs.png_part(picture(), "960x544")[1] != first
     assert generate()[2] == "2221"
     assert len(runs(wiro)) == 1
     assert generate(image=picture().flip(1))[2] == "2222"
@@ -386,7 +401,7 @@ def test_pictures_of_the_same_numbers_in_another_shape_are_other_jobs(comfy, wir
 
     image = torch.linspace(0, 1, 4 * 6 * 3)
     shapes = [(1, 4, 6, 3), (1, 6, 4, 3), (1, 2, 12, 3), (1, 24, 1, 3)]
-    parts = [remote.png_part(image.reshape(shape)) for shape in shapes]
+    parts = [inputs.png_part(image.reshape(shape)) for shape in shapes]
     keys = {job_key(Job(Model("a", "b"), {}, [("inputImage", part)])) for part in parts}
     assert len(keys) == len(shapes)
 
@@ -395,9 +410,15 @@ def test_a_job_that_was_known_by_its_bytes_is_still_known(comfy, wiro):
     from comfyui_skyreels.wiro_api.jobs import Job, job_key
     from comfyui_skyreels.wiro_api.schema import SKYREELS
 
-    values = {"prompt": f"FPS-24, {PROMPT}", "negativePrompt": "", "scale": 6.0, "numFrames": 97,
-              "size": "960x544", "steps": 30}  # fmt: skip
-    part = remote.png_part(picture(), "960x544")
+    values = {
+        "prompt": f"FPS-24, {PROMPT}",
+        "negativePrompt": "",
+        "scale": 6.0,
+        "numFrames": 97,
+        "size": "960x544",
+        "steps": 30,
+    }
+    part = inputs.png_part(picture(), "960x544")
     key = job_key(Job(SKYREELS, values, [("inputImage", tuple(part))]), service=wiro.url)
     entry = account.journal().begin(key, str(SKYREELS))
     account.journal().mark_sending(entry)
@@ -423,7 +444,7 @@ def test_a_job_that_was_known_by_its_bytes_is_still_known(comfy, wiro):
         ({}, {"image": torch.full((1, 8, 8, 3), float("nan"))}, ShapeError, "NaN"),
         ({}, {"steps": 5000}, ConfigError, "steps is 5000, and the model takes"),
     ],
-)  # fmt: skip
+)
 def test_mistakes_are_one_sentence_and_cost_nothing(
     comfy, wiro, monkeypatch, environment, inputs, error, words
 ):
@@ -469,12 +490,12 @@ def test_a_busy_account_is_waited_for_only_if_asked_with_a_countdown(comfy, wiro
 def test_a_limit_keeps_the_run_from_being_sent(comfy, wiro):
     wiro.price = [{"inputs": {}, "price": 0.3, "priceMethod": "cpr"}]
     limits = {"per_run": None, "per_day": "0.50", "per_month": ""}
-    routes.save_limits({**limits, "proof": KEY[-4:]})
+    settings.save_limits({**limits, "proof": KEY[-4:]})
     generate()
     with pytest.raises(LimitError, match=r"would cost \$0.30; your limit is \$0.50 a day"):
         generate(take=2)
     assert len(wiro.tasks) == 1
-    assert account.describe_account()["spent"] == {"day": "0.3", "month": "0.3"}
+    assert settings.describe_account()["spent"] == {"day": "0.3", "month": "0.3"}
 
 
 def test_a_failed_task_says_why_with_its_id(comfy, wiro):
@@ -554,7 +575,7 @@ def test_pictures_and_texts_come_out_of_models_that_make_them(comfy, wiro):
             for n in ("a.png", "b.png")
         ]
         + [{"contenttype": "raw", "content": "a text"}]
-    }  # fmt: skip
+    }
     frames, video, text, *_ = run_model()
     assert (frames.shape, text) == ((2, 4, 6, 3), "a text")
     assert frames[1, 0, 0].tolist() == [1.0, 0.0, 0.0]
@@ -576,7 +597,7 @@ def test_an_earlier_task_is_collected(comfy, wiro, by):
     assert runs(wiro) == []
     (entry,) = account.journal().newest()
     assert (entry.taskid, entry.state) == ("2221", "ended")
-    assert account.describe_account()["spent"]["day"] == "0", "it was not paid for here"
+    assert settings.describe_account()["spent"]["day"] == "0", "it was not paid for here"
 
 
 def test_cancel_stops_the_wait_for_an_earlier_task_and_not_the_task(comfy, wiro):
@@ -603,10 +624,10 @@ def test_files_and_pictures_are_uploaded_once(comfy, wiro):
     url, file_id = run_node(remote.WiroUploadFile, file="a.png", folder="mine")
     assert (url, file_id) == ("https://cdn.wiro.ai/u1.png", "u1")
     assert wiro.paths() == ["File/FolderCreate", "File/Upload"]
-    run_node(remote.WiroUploadFile, file=remote.FROM_IMAGE, folder="", image=picture())
+    run_node(remote.WiroUploadFile, file="the image", folder="", image=picture())
     assert Image.open(io.BytesIO(wiro.seen[-1].files[0][3])).size == (64, 48)
     with pytest.raises(ConfigError, match="No image is connected"):
-        run_node(remote.WiroUploadFile, file=remote.FROM_IMAGE, folder="")
+        run_node(remote.WiroUploadFile, file="the image", folder="")
     with pytest.raises(ConfigError, match="may hold letters"):
         run_node(remote.WiroUploadFile, file="a.png", folder="a/b")
     with pytest.raises(ConfigError, match="no file"):
@@ -619,10 +640,10 @@ def test_files_and_pictures_are_uploaded_once(comfy, wiro):
 def test_the_key_is_written_for_its_owner_only_and_never_told(comfy, wiro, monkeypatch):
     monkeypatch.delenv("WIRO_API_KEY")
     monkeypatch.delenv("WIRO_API_SECRET")
-    assert account.describe_account()["has_key"] is False
+    assert settings.describe_account()["has_key"] is False
     answers = [
-        routes.save_account({"api_key": "planted-key-123456", "api_secret": "planted-secret"}),
-        account.describe_account(),
+        settings.save_account({"api_key": "planted-key-123456", "api_secret": "planted-secret"}),
+        settings.describe_account(),
     ]
     for answer in answers:
         assert answer["source"] == "file"
@@ -631,27 +652,27 @@ def test_the_key_is_written_for_its_owner_only_and_never_told(comfy, wiro, monke
     assert stat.S_IMODE(account.credentials_file().stat().st_mode) == 0o600
     assert account.credentials_file().parent.name == "__skyreels"
     with pytest.raises(AuthError, match="check key, secret"):
-        routes.test_account({})
-    routes.save_account({"api_key": KEY, "api_secret": SECRET, "proof": "3456"})
-    assert "accepts the key" in routes.test_account({})["message"]
+        settings.test_account({})
+    settings.save_account({"api_key": KEY, "api_secret": SECRET, "proof": "3456"})
+    assert "accepts the key" in settings.test_account({})["message"]
     assert generate()[2] == "2221", "the nodes use it"
-    assert routes.save_account({"api_key": "", "proof": KEY[-4:]})["has_key"] is False
+    assert settings.save_account({"api_key": "", "proof": KEY[-4:]})["has_key"] is False
     assert not account.credentials_file().exists()
     with pytest.raises(ConfigError, match="API key holds a blank"):
-        routes.save_account({"api_key": "a b", "api_secret": ""})
-    with pytest.raises(ConfigError, match="no text"):
-        routes.save_account({"api_key": ["x"]})
+        settings.save_account({"api_key": "a b", "api_secret": ""})
+    with pytest.raises(ConfigError, match="must be a text"):
+        settings.save_account({"api_key": ["x"]})
 
 
 def test_a_key_in_the_environment_wins_and_is_not_overwritten(comfy, wiro):
-    assert account.describe_account()["source"] == "environment"
+    assert settings.describe_account()["source"] == "environment"
     with pytest.raises(ConfigError, match="WIRO_API_KEY is set in the environment"):
-        routes.save_account({"api_key": "other", "api_secret": ""})
+        settings.save_account({"api_key": "other", "api_secret": ""})
 
 
 def test_tasks_are_listed_without_secrets_and_with_their_files(comfy, wiro):
     generate()
-    answer = routes.list_tasks(50)
+    answer = tasks.list_tasks(50)
     assert answer["error"] == ""
     (task,) = answer["tasks"]
     assert (task["taskid"], task["verdict"], task["cost"]) == ("2221", "succeeded", "0.00351")
@@ -673,10 +694,10 @@ def entry_in(state: str, wiro, **task) -> int:
 
 def test_a_task_of_an_earlier_start_is_refreshed_and_stopped(comfy, wiro):
     row = entry_in("task_start", wiro)
-    assert routes.act(row, "refresh")["task"]["status"] == "task_start"
+    assert tasks.act(row, "refresh")["task"]["status"] == "task_start"
     with pytest.raises(WiroError, match="2221 has not ended"):
-        routes.act(row, "collect")
-    task = routes.act(row, "stop")["task"]
+        tasks.act(row, "collect")
+    task = tasks.act(row, "stop")["task"]
     assert (task["state"], task["verdict"]) == ("ended", "cancelled")
     assert wiro.tasks["2221"]["status"] == "task_cancel"
     assert comfy.events[-1][1]["verdict"] == "cancelled"
@@ -684,10 +705,10 @@ def test_a_task_of_an_earlier_start_is_refreshed_and_stopped(comfy, wiro):
 
 def test_an_ended_task_is_downloaded_and_its_remote_files_deleted(comfy, wiro):
     row = account.journal().adopt(wiro.add_task({"prompt": "x"}), "wiro/SkyReels-V1").id
-    assert routes.act(row, "refresh")["task"]["verdict"] == "succeeded"
-    task = routes.act(row, "collect")["task"]
+    assert tasks.act(row, "refresh")["task"]["verdict"] == "succeeded"
+    task = tasks.act(row, "collect")["task"]
     assert task["files"][0]["filename"] == "0.mp4"
-    deleted = routes.act(row, "delete_files")["task"]
+    deleted = tasks.act(row, "delete_files")["task"]
     assert deleted["remote_deleted"] is True
     assert deleted["files"] == task["files"], "what was downloaded stays"
     assert wiro.tasks["2221"]["outputs"] == []
@@ -705,24 +726,24 @@ def test_a_run_whose_outcome_is_unknown_asks_and_may_be_called_not_started(
         with pytest.raises(WiroError, match="outcome is unknown"):
             generate()
     assert len(runs(wiro)) == 1
-    (task,) = routes.list_tasks(5)["tasks"]
+    (task,) = tasks.list_tasks(5)["tasks"]
     assert task["state"] == "sending"
-    with pytest.raises(WiroError, match="No task of this run is known"):
-        routes.act(task["id"], "stop")
-    with pytest.raises(WiroError, match="an answer may still come"):
-        routes.act(task["id"], "forget")
+    with pytest.raises(WiroError, match="no known task"):
+        tasks.act(task["id"], "stop")
+    with pytest.raises(WiroError, match="may still be answered"):
+        tasks.act(task["id"], "forget")
     later = time.time() + later_s
-    monkeypatch.setattr(routes, "time", SimpleNamespace(time=lambda: later))
-    assert routes.act(task["id"], "forget")["task"]["state"] == "refused"
+    monkeypatch.setattr(tasks, "time", SimpleNamespace(time=lambda: later))
+    assert tasks.act(task["id"], "forget")["task"]["state"] == "refused"
     assert generate()[2] == "2221"
     with pytest.raises(WiroError, match="Only a run whose outcome is unknown"):
-        routes.act(account.journal().newest()[0].id, "forget")
+        tasks.act(account.journal().newest()[0].id, "forget")
 
 
 def test_what_is_not_there_is_told(comfy, wiro):
     for row, action in ((99, "stop"), (99, "explode")):
-        with pytest.raises(WiroError, match="no task 99"):
-            routes.act(row, action)
+        with pytest.raises(WiroError, match="has no task 99"):
+            tasks.act(row, action)
 
 
 def test_a_broken_journal_starts_nothing_and_is_told(comfy, wiro):
@@ -731,8 +752,8 @@ def test_a_broken_journal_starts_nothing_and_is_told(comfy, wiro):
     with pytest.raises(ConfigError, match="journal.*Move the file away"):
         generate()
     assert wiro.tasks == {}
-    assert "journal" in routes.list_tasks(5)["error"]
-    assert "journal" in account.describe_account()["problem"]
+    assert "journal" in tasks.list_tasks(5)["error"]
+    assert "journal" in settings.describe_account()["problem"]
     wiro.add_task({"prompt": "x"})
     assert run_node(remote.WiroTaskResult, task="2221")[3] == "2221", "what was paid for comes home"
 
@@ -755,10 +776,12 @@ def test_routes_are_registered_under_one_prefix():
     assert len(table.paths) == 12
     assert all(path.startswith("/skyreels/wiro/") for _, path in table.paths)
     assert {p for m, p in table.paths if m == "GET"} == {
-        "/skyreels/wiro/account", "/skyreels/wiro/tasks",
-        "/skyreels/wiro/models", "/skyreels/wiro/models/one",
+        "/skyreels/wiro/account",
+        "/skyreels/wiro/tasks",
+        "/skyreels/wiro/models",
+        "/skyreels/wiro/models/one",
         "/skyreels/wiro/tasks/{row:[0-9]{1,18}}/file",
-    }  # fmt: skip
+    }
 
 
 def test_work_in_a_thread_keeps_its_context_and_hands_its_error_on():
@@ -768,9 +791,9 @@ def test_work_in_a_thread_keeps_its_context_and_hands_its_error_on():
 
     async def prompt():
         node.set("7")
-        assert await host.in_thread(node.get, threading.Event()) == "7"
+        assert await host.run_in_thread(node.get, threading.Event()) == "7"
         with pytest.raises(ZeroDivisionError):
-            await host.in_thread(lambda: 1 / 0, threading.Event())
+            await host.run_in_thread(lambda: 1 / 0, threading.Event())
 
     asyncio.run(prompt())
 
@@ -785,7 +808,7 @@ def test_the_journal_is_shared_with_the_command_line(comfy, wiro, caplog):
     Journal(state.user_folder() / "journal.sqlite").adopt("8", "wiro/SkyReels-V1")
     assert {entry.taskid for entry in account.journal().newest()} == {"7", "8"}
     assert account.journal().path == state.open_state() / "journal.sqlite"
-    routes.save_limits({"per_run": "1", "per_day": "20", "per_month": ""})
+    settings.save_limits({"per_run": "1", "per_day": "20", "per_month": ""})
     assert load_limits(state.open_state() / "limits.json").per_run == 1
     assert account.credentials_file() == own / "wiro.env"
     assert caplog.text == ""
@@ -806,7 +829,7 @@ def test_an_old_journal_that_cannot_be_read_starts_nothing_and_keeps_no_result_a
     assert run_node(remote.WiroTaskResult, task="2221")[3] == "2221"
 
 
-# --- what an audit found ------------------------------------------------------------------------
+# --- hostile and unlucky surroundings ------------------------------------------------------------
 
 
 def test_defaults_of_the_service_may_change_and_the_job_is_still_the_same(comfy, wiro, monkeypatch):
@@ -938,16 +961,16 @@ def test_two_nodes_with_the_same_inputs_pay_once(comfy, wiro):
 
 
 def test_the_log_of_a_task_and_the_rows_that_are_kept_are_bounded(comfy, wiro):
-    live = account.subscribe(1)
-    account.add_log(live, ["x" * 10_000] * 1000)
-    assert len(live.log) == account.LOG_LINES
-    assert len(live.log[0]) == account.LINE_LETTERS
-    account.unsubscribe(1)
+    live = live_tasks.subscribe(1)
+    live_tasks.add_log(live, ["x" * 10_000] * 1000)
+    assert len(live.log) == live_tasks.LOG_LINES
+    assert len(live.log[0]) == live_tasks.LINE_LENGTH
+    live_tasks.unsubscribe(1)
     for row in range(2, 400):
-        account.subscribe(row)
-        account.unsubscribe(row)
-    assert len(account._states) <= account.KEPT_ROWS
-    assert account._subscribers == {}
+        live_tasks.subscribe(row)
+        live_tasks.unsubscribe(row)
+    assert len(live_tasks._states) <= live_tasks.MAX_TASKS
+    assert live_tasks._subscribers == {}
 
 
 def test_an_error_on_the_page_names_no_folder_of_this_machine(comfy, wiro, monkeypatch):

@@ -1,4 +1,4 @@
-"""What a remote task made, as the sockets of the nodes: any kind of file, in bounded memory."""
+"""A task's files as node outputs: any kind of file, in bounded memory."""
 
 import asyncio
 import io
@@ -12,18 +12,10 @@ import numpy as np
 import pytest
 import torch
 from comfyui_skyreels.nodes import host
-from comfyui_skyreels.nodes.remote import (
-    account,
-)
-from comfyui_skyreels.nodes.remote import (
-    decode as wiro_decode,
-)
-from comfyui_skyreels.nodes.remote import (
-    nodes as remote,
-)
-from comfyui_skyreels.nodes.remote import (
-    run as wiro_run,
-)
+from comfyui_skyreels.nodes.remote import account
+from comfyui_skyreels.nodes.remote import decode as wiro_decode
+from comfyui_skyreels.nodes.remote import nodes as remote
+from comfyui_skyreels.nodes.remote import run as wiro_run
 from comfyui_skyreels.wiro_api import client as client_module
 from comfyui_skyreels.wiro_api.errors import DownloadError, WiroError
 from comfyui_skyreels.wiro_api.video import frame_size
@@ -35,8 +27,7 @@ from support.wiro_server import WiroServer
 ROOT = Path(__file__).resolve().parents[3]
 CLIP = make_clip(5, 48, 32)
 NAMES = remote.WiroRunModel.RETURN_NAMES
-INPUTS = {"model": "wiro/SkyReels-V1",
-          "parameters": json.dumps({"prompt": "x", "size": "960x544"})}  # fmt: skip
+INPUTS = {"model": "wiro/SkyReels-V1", "parameters": json.dumps({"prompt": "x", "size": "960x544"})}
 
 
 def graph_of(*linked: str, cls=remote.WiroRunModel, **inputs) -> dict:
@@ -64,15 +55,25 @@ def make(wiro, **contents: bytes) -> None:
     """Let tasks make these files; "a_png" is a.png."""
     files = {name.replace("_", "."): content for name, content in contents.items()}
     wiro.files = files
-    kinds = {"png": "image/png", "webp": "image/webp", "gif": "image/gif", "svg": "image/svg+xml",
-             "mp4": "video/mp4", "wav": "audio/wav", "zip": "application/zip"}  # fmt: skip
+    kinds = {
+        "png": "image/png",
+        "webp": "image/webp",
+        "gif": "image/gif",
+        "svg": "image/svg+xml",
+        "mp4": "video/mp4",
+        "wav": "audio/wav",
+        "zip": "application/zip",
+    }
     wiro.final = {
         "outputs": [
-            {"name": name, "url": wiro.file_url(name),
-             "contenttype": kinds.get(name.rpartition(".")[2], "")}
+            {
+                "name": name,
+                "url": wiro.file_url(name),
+                "contenttype": kinds.get(name.rpartition(".")[2], ""),
+            }
             for name in files
         ]
-    }  # fmt: skip
+    }
 
 
 def encoded(form: str, *frames: Image.Image, **options) -> bytes:
@@ -107,8 +108,12 @@ def kept(comfy, taskid: str = "2221") -> dict[str, bytes]:
 
 
 def test_pictures_with_alpha_give_images_and_masks_as_core_does(comfy, wiro):
-    make(wiro, a_png=encoded("PNG", rgba(255, 0)), b_webp=encoded("WEBP", rgba(0, 255)),
-         c_png=encoded("PNG", Image.new("RGB", (6, 4))))  # fmt: skip
+    make(
+        wiro,
+        a_png=encoded("PNG", rgba(255, 0)),
+        b_webp=encoded("WEBP", rgba(0, 255)),
+        c_png=encoded("PNG", Image.new("RGB", (6, 4))),
+    )
     got = run("images", "mask")
     assert got["images"].shape == (3, 4, 6, 3)
     assert got["mask"].shape == (3, 4, 6)
@@ -136,10 +141,13 @@ def test_animated_pictures_give_all_frames(comfy, wiro, form):
 
 
 def test_a_picture_of_another_kind_of_pixels_is_read(comfy, wiro):
-    make(wiro, a_png=encoded("PNG", Image.new("P", (6, 4)), transparency=0),
-         b_png=encoded("PNG", Image.new("I;16", (6, 4), 30000)),
-         c_png=encoded("PNG", Image.new("L", (6, 4), 128)),
-         d_png=encoded("PNG", Image.new("RGB", (9, 9))))  # fmt: skip
+    make(
+        wiro,
+        a_png=encoded("PNG", Image.new("P", (6, 4)), transparency=0),
+        b_png=encoded("PNG", Image.new("I;16", (6, 4), 30000)),
+        c_png=encoded("PNG", Image.new("L", (6, 4), 128)),
+        d_png=encoded("PNG", Image.new("RGB", (9, 9))),
+    )
     got = run("images", "mask")
     assert got["images"].shape == (3, 4, 6, 3), "of another size: left out"
     assert got["mask"][0].mean() == 1.0
@@ -179,8 +187,15 @@ def clip_with_sound() -> bytes:
 
 
 def test_text_comes_from_models_that_write_and_else_from_small_text_files(comfy, wiro):
-    make(wiro, a_txt="ä text".encode(), b_json=b'{"a": 1}', c_srt=b"\xef\xbb\xbf1\n",
-         d_svg=b"<svg/>", e_txt=b"x" * 2_000_000, f_md=b"\xff")  # fmt: skip
+    make(
+        wiro,
+        a_txt="ä text".encode(),
+        b_json=b'{"a": 1}',
+        c_srt=b"\xef\xbb\xbf1\n",
+        d_svg=b"<svg/>",
+        e_txt=b"x" * 2_000_000,
+        f_md=b"\xff",
+    )
     assert run("text")["text"] == 'ä text\n{"a": 1}\n1\n'
     wiro.final["outputs"].append({"contenttype": "raw", "content": "written"})
     for _ in range(2):  # from the service, and again beside the files that are here
@@ -190,8 +205,13 @@ def test_text_comes_from_models_that_write_and_else_from_small_text_files(comfy,
 
 @pytest.mark.parametrize("linked", [(), ("images", "video", "mask", "audio", "text", "files")])
 def test_every_file_is_kept_and_listed_whatever_it_is(comfy, wiro, linked):
-    contents = {"a.svg": b"<svg/>", "b.zip": b"PK\3\4" + bytes(9), "c.glb": b"glTF" + bytes(9),
-                "d.bin": bytes(9), "e.html": b"<html><script>"}  # fmt: skip
+    contents = {
+        "a.svg": b"<svg/>",
+        "b.zip": b"PK\3\4" + bytes(9),
+        "c.glb": b"glTF" + bytes(9),
+        "d.bin": bytes(9),
+        "e.html": b"<html><script>",
+    }
     make(wiro, **{name.replace(".", "_"): content for name, content in contents.items()})
     got = run(*linked)
     assert kept(comfy) == contents
@@ -205,8 +225,12 @@ def test_every_file_is_kept_and_listed_whatever_it_is(comfy, wiro, linked):
 @pytest.mark.parametrize("name", ["a_png", "a_webp", "a_mp4", "a_wav"])
 def test_what_does_not_decode_is_kept_and_stops_only_what_hangs_on_it(comfy, wiro, name):
     """Neither is it fetched twice, nor paid for twice."""
-    good = {"a_png": encoded("PNG", rgba(9, 9, (64, 64))), "a_wav": sound(), "a_mp4": CLIP,
-            "a_webp": encoded("WEBP", rgba(9, 9, (64, 64)))}[name]  # fmt: skip
+    good = {
+        "a_png": encoded("PNG", rgba(9, 9, (64, 64))),
+        "a_wav": sound(),
+        "a_mp4": CLIP,
+        "a_webp": encoded("WEBP", rgba(9, 9, (64, 64))),
+    }[name]
     spoiled = bytearray(good)
     # what frames it stays
     places = {"a_mp4": good.index(b"avcC") + 4 if name == "a_mp4" else 0, "a_wav": 20}
@@ -278,15 +302,17 @@ def lying(count: int) -> bytes:
 @pytest.mark.parametrize("kind", ["video", "picture", "animation"])
 def test_what_does_not_fit_memory_is_refused_in_words_and_the_file_is_there(comfy, wiro, kind):
     frames = [Image.new("RGB", (480, 320), (n, n, n)) for n in range(5)]
-    contents = {"video": {"0_mp4": make_clip(5, 480, 320)},
-                "picture": {"0_png": encoded("PNG", frames[0])},
-                "animation": {"0_webp": encoded("WEBP", *frames)}}[kind]  # fmt: skip
+    contents = {
+        "video": {"0_mp4": make_clip(5, 480, 320)},
+        "picture": {"0_png": encoded("PNG", frames[0])},
+        "animation": {"0_webp": encoded("WEBP", *frames)},
+    }[kind]
     make(wiro, **contents)
     comfy.free_bytes = 480 * 320 * 3 * 5 // 2
     got = run("images", "mask", "video", "files")
     for name in ("images", "mask"):
         message = got[name].message
-        assert "480x320, which need 0.0 GB as IMAGE, and 0.0 GB of memory are free" in message
+        assert "480x320, which need 0.0 GB as IMAGE, but only 0.0 GB of memory are free" in message
         assert "connect video instead of images" in message
         assert "kept as it came: wiro/2221/0." in message
     assert len(kept(comfy)) == 1
@@ -299,7 +325,7 @@ def test_what_does_not_fit_memory_is_refused_in_words_and_the_file_is_there(comf
 
 def test_frames_are_counted_against_memory_as_they_come(comfy, wiro):
     wiro.files["0.mp4"] = make_clip(40, 64, 48)
-    comfy.free_bytes = int(64 * 48 * 3 * 5 * 20 / wiro_decode.SHARE)
+    comfy.free_bytes = int(64 * 48 * 3 * 5 * 20 / wiro_decode.MEMORY_FRACTION)
     message = run("images")["images"].message
     assert "0.mp4 has 40 frames of 64x48" in message
     comfy.free_bytes *= 3
@@ -330,7 +356,7 @@ from support import host
 comfy = host.Host(Path(sys.argv[2]))
 sys.modules.update(host.stand_ins(comfy))
 import torch, requests, numpy
-from comfyui_skyreels.nodes import remote
+from comfyui_skyreels.nodes.remote import nodes as remote
 import comfyui_skyreels.wiro_api.jobs, comfyui_skyreels.wiro_api.video
 def peak(reset=False):
     if reset:
@@ -354,8 +380,11 @@ def test_240_frames_of_1080p_take_little_memory_if_only_the_video_is_wanted(comf
     wiro.files["0.mp4"] = still_clip(240, 1920, 1080)
     done = subprocess.run(
         [sys.executable, "-c", PEAK, str(ROOT), str(tmp_path / "comfy"), json.dumps(INPUTS)],
-        cwd=ROOT, capture_output=True, text=True, check=False,
-    )  # fmt: skip
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert done.returncode == 0, done.stderr
     peak_mb, file = json.loads(done.stdout.splitlines()[-1])
     assert Path(file).read_bytes() == wiro.files["0.mp4"]
@@ -448,9 +477,12 @@ I2V = {"prompt": "x", "size": "960x544", "fit": "crop", "num_frames": 97, "steps
 
 @pytest.mark.parametrize(
     ("cls", "inputs"),
-    [(remote.WiroRunModel, INPUTS), (remote.WiroRemoteI2V, I2V),
-     (remote.WiroTaskResult, {"task": "2221"})],
-)  # fmt: skip
+    [
+        (remote.WiroRunModel, INPUTS),
+        (remote.WiroRemoteI2V, I2V),
+        (remote.WiroTaskResult, {"task": "2221"}),
+    ],
+)
 def test_a_node_runs_again_if_its_files_are_gone_and_only_then(comfy, wiro, cls, inputs):
     wiro_run._results.clear()
     wiro.files["0.mp4"] = CLIP
@@ -521,8 +553,10 @@ def test_the_list_of_nodes_that_are_looked_after_is_bounded(comfy, wiro):
     for number in range(wiro_run.KEPT_NODES + 50):
         wiro_run.remember(None, str(number), result)
     assert len(wiro_run._results) == wiro_run.KEPT_NODES
-    assert host.linked_outputs({"1": {"inputs": {"a": ["2", 0], "b": [1, 2, 3], "c": "x"}}},
-                               "1") == set()  # fmt: skip
+    assert (
+        host.linked_outputs({"1": {"inputs": {"a": ["2", 0], "b": [1, 2, 3], "c": "x"}}}, "1")
+        == set()
+    )
     assert account.task_folder("1").name == "1"
 
 

@@ -1,4 +1,4 @@
-"""Who may change what from the page, whose tasks are whose, and what a workflow may not say."""
+"""The page's routes: who may change what, whose tasks are listed, what a workflow may not set."""
 
 import asyncio
 import json
@@ -8,16 +8,26 @@ from types import ModuleType, SimpleNamespace
 import pytest
 import torch
 from comfyui_skyreels.nodes import host
-from comfyui_skyreels.nodes.remote import account, guard, routes
+from comfyui_skyreels.nodes.remote import account, guard, routes, settings, tasks
 from comfyui_skyreels.nodes.remote import nodes as remote
 from comfyui_skyreels.nodes.remote import run as wiro_run
 from comfyui_skyreels.wiro_api.errors import ConfigError, LimitError, WiroError
 from comfyui_skyreels.wiro_api.spending import Limits
 from support.wiro_server import KEY, SECRET
 
-WRITING = ("account", "account/test", "limits", "tasks/1/stop", "tasks/1/delete_files",
-           "tasks/1/refresh", "tasks/1/collect", "tasks/1/forget", "models/price", "settings",
-           "price")  # fmt: skip
+WRITING = (
+    "account",
+    "account/test",
+    "limits",
+    "tasks/1/stop",
+    "tasks/1/delete_files",
+    "tasks/1/refresh",
+    "tasks/1/collect",
+    "tasks/1/forget",
+    "models/price",
+    "settings",
+    "price",
+)
 #: how a browser at this address asks
 OWN = {"Host": "127.0.0.1:8188", "Origin": "http://127.0.0.1:8188"}
 NO_LIMITS = {"per_run": None, "per_day": None, "per_month": None}
@@ -205,7 +215,7 @@ def test_looking_changes_nothing_and_makes_no_file(comfy, wiro, ask):
     for path in ("account", "tasks"):
         status, answer = ask(path, {}, method="GET")
         assert status == 200, answer
-    assert routes.file_of(1, "0.mp4") is None
+    assert tasks.downloaded_file(1, "0.mp4") is None
     assert sorted(comfy.root.rglob("*")) == before
     assert wiro.seen == []
 
@@ -216,7 +226,7 @@ def test_looking_at_tasks_that_are_there_changes_none_of_them(comfy, wiro, ask):
     asked = len(wiro.seen)
     for path in ("account", "tasks"):
         assert ask(path, {}, method="GET")[0] == 200
-    assert routes.file_of(1, "0.mp4")
+    assert tasks.downloaded_file(1, "0.mp4")
     assert {path: path.read_bytes() for path in comfy.root.rglob("*") if path.is_file()} == files
     assert len(wiro.seen) == asked
 
@@ -236,7 +246,7 @@ def stored(comfy, wiro, monkeypatch):
     """A key that was typed into the page."""
     monkeypatch.delenv("WIRO_API_KEY")
     monkeypatch.delenv("WIRO_API_SECRET")
-    routes.save_account({"api_key": KEY, "api_secret": SECRET})  # the first needs no proof
+    settings.save_account({"api_key": KEY, "api_secret": SECRET})  # the first needs no proof
     return account.credentials_file()
 
 
@@ -247,15 +257,15 @@ def stored(comfy, wiro, monkeypatch):
 def test_a_key_is_replaced_or_removed_only_by_who_knows_it(stored, proof, new):
     before = stored.read_bytes()
     with pytest.raises(guard.ForbiddenError, match="last 4 characters of the key"):
-        routes.save_account({"api_key": new, "api_secret": "", "proof": proof})
+        settings.save_account({"api_key": new, "api_secret": "", "proof": proof})
     assert stored.read_bytes() == before
-    routes.save_account({"api_key": new, "api_secret": "", "proof": f" {KEY[-4:]} "})
+    settings.save_account({"api_key": new, "api_secret": "", "proof": f" {KEY[-4:]} "})
     assert stored.exists() is bool(new)
 
 
 def test_a_key_that_is_none_is_told_before_the_proof_is_tried(stored):
     with pytest.raises(ConfigError, match="holds a blank"):
-        routes.save_account({"api_key": "a b", "api_secret": "", "proof": "nope"})
+        settings.save_account({"api_key": "a b", "api_secret": "", "proof": "nope"})
     assert guard._wrong_at == []
 
 
@@ -269,12 +279,15 @@ def test_more_may_be_spent_only_after_a_proof_and_less_without(stored, monkeypat
         monkeypatch.setenv("WIRO_API_KEY", "key-of-environment")
         end = "ment"
     less = {"per_run": "1.50", "per_day": "3", "per_month": None}
-    assert routes.save_limits(less)["limits"] == {"per_run": "1.5", "per_day": "3",
-                                                 "per_month": None}  # fmt: skip
+    assert settings.save_limits(less)["limits"] == {
+        "per_run": "1.5",
+        "per_day": "3",
+        "per_month": None,
+    }
     with pytest.raises(guard.ForbiddenError):
-        routes.save_limits(more)
-    assert routes.save_limits({**less, "per_day": "2"})["limits"]["per_day"] == "2"
-    answer = routes.save_limits({**more, "proof": end})
+        settings.save_limits(more)
+    assert settings.save_limits({**less, "per_day": "2"})["limits"]["per_day"] == "2"
+    answer = settings.save_limits({**more, "proof": end})
     assert answer["limits"]["per_day"] is None
     assert answer["has_default_limits"] is False
 
@@ -282,13 +295,13 @@ def test_more_may_be_spent_only_after_a_proof_and_less_without(stored, monkeypat
 def test_limits_that_cannot_be_read_are_set_again_only_after_a_proof(stored):
     account.limits_file().write_text("{broken")
     with pytest.raises(guard.ForbiddenError):
-        routes.save_limits({**NO_LIMITS, "per_run": "0"})
-    routes.save_limits({**NO_LIMITS, "per_run": "0", "proof": KEY[-4:]})
+        settings.save_limits({**NO_LIMITS, "per_run": "0"})
+    settings.save_limits({**NO_LIMITS, "per_run": "0", "proof": KEY[-4:]})
 
 
 def test_without_a_key_there_is_nothing_to_prove(comfy, wiro, monkeypatch):
     monkeypatch.delenv("WIRO_API_KEY")
-    assert routes.save_limits(NO_LIMITS)["limits"] == NO_LIMITS
+    assert settings.save_limits(NO_LIMITS)["limits"] == NO_LIMITS
 
 
 def test_wrong_tries_are_counted_and_then_none_is_looked_at(stored, monkeypatch):
@@ -296,14 +309,14 @@ def test_wrong_tries_are_counted_and_then_none_is_looked_at(stored, monkeypatch)
     monkeypatch.setattr(guard.time, "monotonic", lambda: now[0])
     remove = {"api_key": "", "proof": "nope"}
     for _ in range(guard.MAX_WRONG):
-        with pytest.raises(guard.ForbiddenError, match="not the end of the key"):
-            routes.save_account(remove)
+        with pytest.raises(guard.ForbiddenError, match="not the last characters of the key"):
+            settings.save_account(remove)
         now[0] += 1
     for proof in ("nope", KEY[-4:]):
-        with pytest.raises(guard.ForbiddenError, match="none is looked at for 10 minutes"):
-            routes.save_account({**remove, "proof": proof})
+        with pytest.raises(guard.ForbiddenError, match="locked for 10 minutes"):
+            settings.save_account({**remove, "proof": proof})
     now[0] += guard.WRONG_S
-    routes.save_account({**remove, "proof": KEY[-4:]})
+    settings.save_account({**remove, "proof": KEY[-4:]})
     assert not stored.exists()
 
 
@@ -311,9 +324,9 @@ def test_a_good_try_lets_the_wrong_ones_be_forgotten(stored):
     for _ in range(3):
         for _ in range(guard.MAX_WRONG - 1):
             with pytest.raises(guard.ForbiddenError):
-                routes.save_limits({**NO_LIMITS, "proof": "nope"})
-        routes.save_limits({**NO_LIMITS, "proof": KEY[-4:]})
-        routes.save_limits({**NO_LIMITS, "per_run": "1"})
+                settings.save_limits({**NO_LIMITS, "proof": "nope"})
+        settings.save_limits({**NO_LIMITS, "proof": KEY[-4:]})
+        settings.save_limits({**NO_LIMITS, "per_run": "1"})
 
 
 @pytest.mark.parametrize("value", ["1", "true", "yes", "anything"])
@@ -321,14 +334,14 @@ def test_a_switch_of_the_environment_freezes_key_and_limits(stored, monkeypatch,
     monkeypatch.setenv(guard.LOCK_VARIABLE, value)
     proof = {"proof": KEY[-4:]}
     for change in (
-        lambda: routes.save_account({"api_key": "another-key", "api_secret": "", **proof}),
-        lambda: routes.save_account({"api_key": "", **proof}),
-        lambda: routes.save_limits({**NO_LIMITS, **proof}),
-        lambda: routes.save_limits({**NO_LIMITS, "per_run": "0.01"}),
+        lambda: settings.save_account({"api_key": "another-key", "api_secret": "", **proof}),
+        lambda: settings.save_account({"api_key": "", **proof}),
+        lambda: settings.save_limits({**NO_LIMITS, **proof}),
+        lambda: settings.save_limits({**NO_LIMITS, "per_run": "0.01"}),
     ):
-        with pytest.raises(guard.ForbiddenError, match="frozen.*SKYREELS_WIRO_LOCKED"):
+        with pytest.raises(guard.ForbiddenError, match="locked.*SKYREELS_WIRO_LOCKED"):
             change()
-    assert account.describe_account()["is_locked"] is True
+    assert settings.describe_account()["is_locked"] is True
     assert KEY in stored.read_text()
     assert not account.limits_file().exists()
 
@@ -347,8 +360,16 @@ def picture() -> torch.Tensor:
 
 
 def generate(prompt="a woman smiles", **changes):
-    inputs = {"image": picture(), "prompt": prompt, "size": "by orientation", "fit": "crop",
-              "num_frames": 97, "steps": 30, "cfg": 6.0, **changes}  # fmt: skip
+    inputs = {
+        "image": picture(),
+        "prompt": prompt,
+        "size": "by orientation",
+        "fit": "crop",
+        "num_frames": 97,
+        "steps": 30,
+        "cfg": 6.0,
+        **changes,
+    }
     with torch.inference_mode():
         return asyncio.run(remote.WiroRemoteI2V().generate(**inputs, unique_id="7"))
 
@@ -379,28 +400,28 @@ def two_users(comfy, wiro):
         generate(prompt=f"of {comfy.user}")
     comfy.user, comfy.client = "", "page of somebody"
     generate(prompt="queued without a name")
-    return {user: routes.list_tasks(50, user)["tasks"][0]["id"] for user in ("anna", "bert")}
+    return {user: tasks.list_tasks(50, user)["tasks"][0]["id"] for user in ("anna", "bert")}
 
 
 def test_tasks_are_listed_for_who_queued_them(two_users):
     assert two_users == {"anna": 1, "bert": 2}
-    assert len(routes.list_tasks(50, "anna")["tasks"]) == 1
-    assert routes.list_tasks(50, "carl")["tasks"] == []
-    assert len(routes.list_tasks(50)["tasks"]) == 3, "a server with one user shows all"
+    assert len(tasks.list_tasks(50, "anna")["tasks"]) == 1
+    assert tasks.list_tasks(50, "carl")["tasks"] == []
+    assert len(tasks.list_tasks(50)["tasks"]) == 3, "a server with one user shows all"
 
 
-@pytest.mark.parametrize("action", sorted(routes.ACTIONS))
+@pytest.mark.parametrize("action", sorted(tasks.ACTIONS))
 def test_a_task_of_another_user_is_as_if_it_were_not_there(comfy, wiro, two_users, action):
     seen, events = len(wiro.seen), len(comfy.events)
     for row in (two_users["bert"], 3, 99):
-        with pytest.raises(WiroError, match=f"no task {row} in the journal"):
-            routes.act(row, action, "anna")
+        with pytest.raises(WiroError, match=f"has no task {row}"):
+            tasks.act(row, action, "anna")
     assert (len(wiro.seen), len(comfy.events)) == (seen, events)
 
 
 def test_an_action_tells_nobody_but_who_queued_the_task(comfy, wiro, two_users):
     comfy.sent_to.clear()
-    routes.act(two_users["bert"], "delete_files", "bert")
+    tasks.act(two_users["bert"], "delete_files", "bert")
     assert comfy.sent_to == ["page of bert"]
 
 
@@ -415,9 +436,9 @@ def test_a_page_of_several_users_must_say_whose_it_is(comfy, wiro, two_users, as
 
 
 def test_the_page_is_told_that_the_account_is_everybodys(comfy, wiro):
-    assert account.describe_account()["is_shared"] is False
+    assert settings.describe_account()["is_shared"] is False
     comfy.is_multi_user = True
-    assert account.describe_account()["is_shared"] is True
+    assert settings.describe_account()["is_shared"] is True
 
 
 def test_who_queued_a_prompt_is_kept_with_it(comfy, monkeypatch):
@@ -428,10 +449,10 @@ def test_who_queued_a_prompt_is_kept_with_it(comfy, monkeypatch):
     server, handlers = sys.modules["server"].PromptServer.instance, []
     server.app = SimpleNamespace(middlewares=[])
     server.add_on_prompt_handler = handlers.append
-    host.remember_users()
+    host.record_prompt_users()
     assert (server.app.middlewares, handlers) == ([], []), "nothing is hooked for one user"
     comfy.is_multi_user = True
-    host.remember_users()
+    host.record_prompt_users()
     (middleware,), (mark,) = server.app.middlewares, handlers
 
     async def queue(headers, prompt):
@@ -443,9 +464,11 @@ def test_who_queued_a_prompt_is_kept_with_it(comfy, monkeypatch):
     async def all_of_them():
         claimed = {"extra_data": {"skyreels_user": "anna"}}
         return await asyncio.gather(
-            queue({"comfy-user": "anna"}, {}), queue({"comfy-user": "bert"}, claimed),
-            queue({}, {"extra_data": {"skyreels_user": "anna"}}), queue({"comfy-user": "x"}, {}),
-        )  # fmt: skip
+            queue({"comfy-user": "anna"}, {}),
+            queue({"comfy-user": "bert"}, claimed),
+            queue({}, {"extra_data": {"skyreels_user": "anna"}}),
+            queue({"comfy-user": "x"}, {}),
+        )
 
     marked = asyncio.run(all_of_them())
     users = [prompt["extra_data"]["skyreels_user"] for prompt in marked]
@@ -457,20 +480,38 @@ def test_who_queued_a_prompt_is_kept_with_it(comfy, monkeypatch):
 
 def test_only_a_tasks_own_files_are_handed_out(comfy, wiro):
     generate()
-    assert routes.file_of(1, "0.mp4") == comfy.root / "output" / "wiro" / "2221" / "0.mp4"
+    assert tasks.downloaded_file(1, "0.mp4") == comfy.root / "output" / "wiro" / "2221" / "0.mp4"
     account.credentials_file().parent.mkdir(parents=True, exist_ok=True)
     account.credentials_file().write_text("secret")
     for name in ("", "1.mp4", "../2221/0.mp4", "../../../user/__skyreels/wiro.env", "/etc/passwd"):
-        assert routes.file_of(1, name) is None
-    assert routes.file_of(2, "0.mp4") is None
+        assert tasks.downloaded_file(1, name) is None
+    assert tasks.downloaded_file(2, "0.mp4") is None
 
 
 # --- what a workflow may not say ----------------------------------------------------------------
 
-ELSEWHERE = ["callbackUrl", "callbackurl", "CALLBACKURL", "callback_url", "callback-url",
-             "callbackUrl ", " callbackUrl", "callbackUrl[]", "call\u200bbackUrl", "callback",
-             "\uff43allbackUrl", "webhook", "webHookUrl", "webhook_url", "Web-Hook", "projectid",
-             "projectId", "project_id", "PROJECT-ID", "projectid\n"]  # fmt: skip
+ELSEWHERE = [
+    "callbackUrl",
+    "callbackurl",
+    "CALLBACKURL",
+    "callback_url",
+    "callback-url",
+    "callbackUrl ",
+    " callbackUrl",
+    "callbackUrl[]",
+    "call\u200bbackUrl",
+    "callback",
+    "\uff43allbackUrl",
+    "webhook",
+    "webHookUrl",
+    "webhook_url",
+    "Web-Hook",
+    "projectid",
+    "projectId",
+    "project_id",
+    "PROJECT-ID",
+    "projectid\n",
+]
 
 
 def run_any(values, **changes):
@@ -501,9 +542,13 @@ def test_nor_in_the_name_of_a_file(comfy, wiro):
 
 
 @pytest.mark.parametrize(
-    "values", [{"prompt": "callbackUrl and projectid"}, {"prompt": '{"callbackUrl": "x"}'},
-               {"project": "x", "back": "y", "call": "z", "hook": 1}]
-)  # fmt: skip
+    "values",
+    [
+        {"prompt": "callbackUrl and projectid"},
+        {"prompt": '{"callbackUrl": "x"}'},
+        {"project": "x", "back": "y", "call": "z", "hook": 1},
+    ],
+)
 def test_texts_that_only_speak_of_it_are_texts(values):
     wiro_run.check_fields(values)
     assert remote.WiroRunModel.VALIDATE_INPUTS(json.dumps(values)) is True
@@ -514,15 +559,20 @@ def test_texts_that_only_speak_of_it_are_texts(values):
 )
 def test_parameters_that_are_too_deep_are_a_sentence(text):
     verdict = remote.WiroRunModel.VALIDATE_INPUTS(text)
-    assert verdict is True or "not JSON" in verdict
+    assert verdict is True or "not valid JSON" in verdict
 
 
 def test_on_the_command_line_where_a_person_types_it_a_callback_is_sent(comfy, wiro, tmp_path):
     from comfyui_skyreels.wiro_api.cli import main
 
     wiro.states = ("task_postprocess_end",)
-    given = {"prompt": "x", "inputImageUrl": "https://x.example/a.png", "size": "960x544",
-             "callbackUrl": "https://mine.example", "projectid": "7"}  # fmt: skip
+    given = {
+        "prompt": "x",
+        "inputImageUrl": "https://x.example/a.png",
+        "size": "960x544",
+        "callbackUrl": "https://mine.example",
+        "projectid": "7",
+    }
     parameters = [f"--param={name}={value}" for name, value in given.items()]
     places = ["--out", str(tmp_path), "--journal", str(tmp_path / "journal.sqlite")]
     assert main(["run", "wiro/SkyReels-V1", *parameters, *places]) == 0
@@ -536,7 +586,7 @@ def test_a_model_of_a_workflow_whose_price_is_not_told_waits_for_the_users_limit
     with pytest.raises(LimitError, match="acme/other.*you have set no limits yet"):
         run_any(values, model="acme/other")
     assert wiro.tasks == {}
-    routes.save_limits({**NO_LIMITS, "proof": KEY[-4:]})
+    settings.save_limits({**NO_LIMITS, "proof": KEY[-4:]})
     assert run_any(values, model="acme/other")[3] == "2221"
 
 
@@ -558,7 +608,7 @@ def test_skyreels_without_a_price_runs_under_the_default_and_says_so(comfy, wiro
 
 def test_the_users_own_none_is_honoured(comfy, wiro):
     wiro.price = [{"inputs": {}, "price": 50, "priceMethod": "cpr"}]
-    routes.save_limits({**NO_LIMITS, "proof": KEY[-4:]})
+    settings.save_limits({**NO_LIMITS, "proof": KEY[-4:]})
     generate()
     assert "sending · price $50.00, no limit" in comfy.texts
     assert Limits().is_default is False
@@ -598,3 +648,29 @@ def test_the_checking_script_parses_the_pages_scripts_and_says_so_if_it_cannot(
     monkeypatch.setattr(check.shutil, "which", lambda name: None)
     assert check.check_page() == 0
     assert "not checked: Node.js is not installed" in capfd.readouterr().out
+
+
+# --- older rows ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("user", ["", "anna"])
+def test_rows_beyond_the_first_page_are_reached(comfy, wiro, user):
+    journal = account.journal()
+    ids = [journal.adopt(str(number), "wiro/SkyReels-V1").id for number in range(1, 8)]
+    for number in ids:
+        journal.note_user(number, "anna")
+    found, before = [], None
+    while True:
+        answer = tasks.list_tasks(3, user, before)
+        found += [task["id"] for task in answer["tasks"]]
+        before = found[-1]
+        if not answer["has_more"]:
+            break
+    assert found == ids[::-1]
+    assert tasks.list_tasks(7, user)["has_more"] is False
+    assert tasks.list_tasks(3, user, ids[0]) == {"tasks": [], "has_more": False, "error": ""}
+
+
+@pytest.mark.parametrize("text", ["", "x", "-1", "1e3", "٣", "9" * 30, "1.5", " 1"])
+def test_a_number_of_the_query_that_is_none_is_none(text):
+    assert routes._number(text) is None
