@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ..config import TransformerConfig
 from ..errors import OutOfRoomError
-from ..offload import RESERVE_BYTES, bytes_away, tensors_of, visit
+from ..offload import RESERVE_BYTES, module_tensors, onload, onload_bytes
 from ..runtime import Runtime
 from .model import RunBlock, SkyReelsTransformer
 
@@ -31,8 +31,8 @@ WHOLE_MARGIN_BYTES = 1024**3
 
 def _loop_tensors(transformer: SkyReelsTransformer, part: nn.Module | None = None) -> list[Tensor]:
     """What of the transformer, or of a part of it, `denoise` needs: not the conditioners."""
-    apart = {id(t) for module in transformer.conditioners for t in tensors_of(module)}
-    return [t for t in tensors_of(part or transformer) if id(t) not in apart]
+    apart = {id(t) for module in transformer.conditioners for t in module_tensors(module)}
+    return [t for t in module_tensors(part or transformer) if id(t) not in apart]
 
 
 def sampling_bytes(
@@ -56,7 +56,7 @@ def choose_layout(
     Args:
         activation_bytes: of each layout; names of config.LAYOUTS, fastest first.
     """
-    weights = bytes_away(_loop_tensors(transformer), runtime.device) + RESERVE_BYTES
+    weights = onload_bytes(_loop_tensors(transformer), runtime.device) + RESERVE_BYTES
     runtime.make_room(weights + activation_bytes["chunks"])
     free = runtime.free_bytes() - weights
     for layout, num_bytes in activation_bytes.items():
@@ -85,13 +85,13 @@ def placed(
     """
     device = runtime.device
     parts = {id(block): _loop_tensors(transformer, block) for block in transformer.blocks}
-    conditioners = {id(module): tensors_of(module) for module in transformer.conditioners}
+    conditioners = {id(module): module_tensors(module) for module in transformer.conditioners}
     in_blocks = {id(tensor) for tensors in parts.values() for tensor in tensors}
     outside = [t for t in _loop_tensors(transformer) if id(t) not in in_blocks]
-    missing = bytes_away(_loop_tensors(transformer), device)
+    missing = onload_bytes(_loop_tensors(transformer), device)
     runtime.make_room(missing + activation_bytes + RESERVE_BYTES)
-    away = {key: tensors for key, tensors in parts.items() if bytes_away(tensors, device)}
-    free = runtime.free_bytes() - activation_bytes - bytes_away(outside, device)
+    away = {key: tensors for key, tensors in parts.items() if onload_bytes(tensors, device)}
+    free = runtime.free_bytes() - activation_bytes - onload_bytes(outside, device)
     if device.type != "cpu":
         free -= RESERVE_BYTES
     sizes = {key: sum(t.nbytes for t in tensors) for key, tensors in away.items()}
@@ -103,7 +103,7 @@ def placed(
             "than there is: use fewer frames or a smaller size, or close other programs."
         )
     with ExitStack() as stack:
-        stack.callback(visit(outside, device))
+        stack.callback(onload(outside, device))
         visitors = dict(conditioners)
         for key, tensors in away.items():
             free -= sizes[key]
@@ -111,13 +111,13 @@ def placed(
                 visitors[key] = tensors
                 continue
             runtime.check_interrupt()
-            stack.callback(visit(tensors, device))
+            stack.callback(onload(tensors, device))
 
         def run_block(module: nn.Module, *args: Any) -> Any:
             runtime.check_interrupt()
             if id(module) not in visitors:
                 return module(*args)
-            restore = visit(visitors[id(module)], device)
+            restore = onload(visitors[id(module)], device)
             try:
                 return module(*args)
             finally:
