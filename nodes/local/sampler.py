@@ -302,9 +302,11 @@ class SkyReelsSampler:
         unique_id: str | None = None,
     ) -> tuple[convert.Latent]:
         prompt = convert.to_prompt_embeds(positive, "positive")
+        convert.check_prompt(prompt, model.module.config)
         negative_prompt = None
         if negative is not None and cfg > 1:
             negative_prompt = convert.to_prompt_embeds(negative, "negative")
+            convert.check_prompt(negative_prompt, model.module.config)
         if image is None:
             image = convert.image_from_conditioning(positive, latent)
         if sigmas is None:
