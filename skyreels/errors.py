@@ -18,7 +18,15 @@ class SkyReelsError(Exception):
 
 
 class CheckpointError(SkyReelsError):
-    """A weight file is unreadable, damaged, or not what this slot needs."""
+    """A weight file is unreadable, damaged, or not what this slot needs.
+
+    Attributes:
+        family: of a sound file in the wrong slot, what it is (see `CheckpointInfo`); else "".
+    """
+
+    def __init__(self, message: str, family: str = "") -> None:
+        super().__init__(message)
+        self.family = family
 
 
 class ShapeError(SkyReelsError):

@@ -1,4 +1,4 @@
-"""From a picture to the first-frame latents the transformer is conditioned on."""
+"""Encode an image as the first-frame latents that condition the transformer."""
 
 from dataclasses import dataclass
 
@@ -21,36 +21,44 @@ from .runtime import Runtime
 from .vae.budget import decode_bytes
 from .vae.model import VideoVAE
 
+#: how an image of other proportions is resized to the video, see `fit_image`
 FITS = ("crop", "pad", "stretch")
 
 
 def fit_image(image: Tensor, width: int, height: int, fit: str = "crop") -> Tensor:
-    """Bring pictures to the size of the video, as the official code does.
+    """Resize images to the size of the video, as the official code does.
+
+    An image of the right size is not changed; others are resized by Lanczos in 8 bits per channel.
 
     Args:
-        image: [F, H, W, C] float in 0..1; channels beyond three (alpha) are dropped.
-        width, height: wanted size in pixels.
-        fit: "crop" cuts the centre to the wanted proportions, "pad" adds black bars, "stretch"
-            distorts; then Lanczos in 8 bits per channel. A picture of the right size is untouched.
+        image: [F, H, W, C] float in [0, 1]; channels beyond three (alpha) are dropped.
+        width: of the video in pixels.
+        height: of the video in pixels.
+        fit: "crop" cuts the centre to the video's proportions, "pad" adds black bars, "stretch"
+            distorts.
+
     Returns:
-        [1, 3, F, height, width] float32 in -1..1.
+        [1, 3, F, height, width] float32 in [-1, 1].
+
     Raises:
-        ShapeError: not a picture. OptionError: unknown fit.
+        ShapeError: not an image, or one with NaN or infinity.
+        OptionError: unknown fit.
+
     Source: SkyworkAI/SkyReels-V1 @cb0ceaa, video_generate.py (centre crop), then the Lanczos
         resize of diffusers' VideoProcessor.
     """
     _check_fit(fit)
     if image.ndim != 4 or image.shape[-1] not in (3, 4) or 0 in image.shape:
         raise ShapeError(
-            f"A picture is [frames, height, width, 3 or 4 colours]; got {list(image.shape)}."
+            f"Image must be [frames, height, width, 3 or 4 channels]; got {list(image.shape)}."
         )
     if not image.is_floating_point():
         raise ShapeError(
-            f"A picture holds floats within 0..1; got {image.dtype}: divide it by its white."
+            f"Image must be float in [0, 1]; got {image.dtype}. Convert with image.float() / 255."
         )
     pixels = image[..., :3].detach().to("cpu", torch.float32).clamp(0.0, 1.0)
     if not bool(pixels.isfinite().all()):
-        raise ShapeError("The picture holds NaN or infinity: check the node that made it.")
+        raise ShapeError("Image contains NaN or infinity: check where it comes from.")
     if pixels.shape[1:3] != (height, width):
         frames = [_resize(frame, width, height, fit) for frame in pixels]
         pixels = torch.stack(frames)
@@ -67,28 +75,28 @@ def _resize(frame: Tensor, width: int, height: int, fit: str) -> Tensor:
         from PIL import Image
     except ImportError:
         raise DependencyError(
-            "Resizing a picture needs Pillow: pip install pillow, or give a picture of "
+            "Resizing an image needs Pillow: pip install pillow, or use an image of "
             f"{width}x{height}."
         ) from None
-    picture = Image.fromarray((frame * 255.0).round().to(torch.uint8).numpy())
+    resized = Image.fromarray((frame * 255.0).round().to(torch.uint8).numpy())
     size = (width, height)
     if fit == "crop":
-        w, h = picture.size
+        w, h = resized.size
         if h * width > w * height:
             crop_w, crop_h = w, max(1, w * height // width)
         else:
             crop_w, crop_h = max(1, h * width // height), h
         left, top = (w - crop_w) / 2, (h - crop_h) / 2
-        picture = picture.crop((left, top, left + crop_w, top + crop_h))
+        resized = resized.crop((left, top, left + crop_w, top + crop_h))
     elif fit == "pad":
-        scale = min(width / picture.width, height / picture.height)
-        size = (max(1, round(picture.width * scale)), max(1, round(picture.height * scale)))
-    picture = picture.resize(size, Image.Resampling.LANCZOS)
+        scale = min(width / resized.width, height / resized.height)
+        size = (max(1, round(resized.width * scale)), max(1, round(resized.height * scale)))
+    resized = resized.resize(size, Image.Resampling.LANCZOS)
     if size != (width, height):
         canvas = Image.new("RGB", (width, height))
-        canvas.paste(picture, ((width - size[0]) // 2, (height - size[1]) // 2))
-        picture = canvas
-    return torch.from_numpy(np.asarray(picture, dtype=np.float32) / 255.0)
+        canvas.paste(resized, ((width - size[0]) // 2, (height - size[1]) // 2))
+        resized = canvas
+    return torch.from_numpy(np.asarray(resized, dtype=np.float32) / 255.0)
 
 
 @dataclass(frozen=True)
@@ -134,7 +142,7 @@ def encode_image(
     seed: int = 0,
     runtime: Runtime,
 ) -> ImageConditioning:
-    """First-frame latents: the posterior mode of the picture encoded alone, in model space.
+    """Encode an image alone, to the mode of its posterior in model space.
 
     Args:
         vae: on any device; back there afterwards.
@@ -157,8 +165,8 @@ def encode_image(
     prefix_frames = settings.prefix_frames
     if image.ndim == 4 and len(image) and prefix_frames > min(num_frames, image.shape[0]):
         raise ShapeError(
-            f"{prefix_frames} prefix frames do not fit: the picture has {image.shape[0]} and the "
-            f"video {num_frames}; use 1 for a single picture."
+            f"{prefix_frames} prefix frames are too many: the image has {image.shape[0]} and the "
+            f"video {num_frames}. Use 1 for a single image."
         )
     generator = seeded_generator(seed)
     video = fit_image(image[:prefix_frames], width, height, settings.fit)

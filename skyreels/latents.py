@@ -1,4 +1,4 @@
-"""Shapes and spaces of latents, sizes of clips, and the start of one."""
+"""Shapes and spaces of latents, legal sizes of clips, and the latents of a first image."""
 
 from dataclasses import dataclass
 
@@ -18,11 +18,13 @@ from .errors import OptionError, ShapeError
 
 @dataclass(frozen=True)
 class ImageConditioning:
-    """The start of a clip and its size.
+    """The first latent frames of a clip, and the clip's size.
 
-    image_latents: [1, 16, k, h, w] float32 on the CPU, model space; k latent frames are given, the
-        rest of the clip is zero there.
-    width, height: of the video in pixels. num_frames: of the video, 4k + 1.
+    Attributes:
+        image_latents: [1, 16, k, h, w] float32 on the CPU, model space, 1 <= k <= T.
+        width: of the video in pixels.
+        height: of the video in pixels.
+        num_frames: of the video, 4n + 1.
     """
 
     image_latents: Tensor
@@ -36,7 +38,7 @@ class ImageConditioning:
         return latent_shape(self.num_frames, self.height, self.width)
 
     def padded(self) -> Tensor:
-        """[1, 16, T, h, w]: the given latents, then zeros in time (zeros in model space)."""
+        """The model's conditioning [1, 16, T, h, w]: the given latents, then zeros in time."""
         latents = torch.zeros(self.latent_shape)
         latents[:, :, : self.image_latents.shape[2]] = self.image_latents
         return latents
@@ -49,28 +51,31 @@ def latent_shape(num_frames: int, height: int, width: int) -> tuple[int, int, in
 
 
 def to_model_space(vae_latents: Tensor) -> Tensor:
-    """VAE-space latents, as in a LATENT, to the scale the transformer works in."""
+    """Scale VAE-space latents, as in a LATENT, for the transformer."""
     return vae_latents * SCALING_FACTOR
 
 
 def to_vae_space(latents: Tensor) -> Tensor:
-    """The transformer's latents to the scale the VAE decodes."""
+    """Scale the transformer's latents for the VAE."""
     return latents / SCALING_FACTOR
 
 
 def seeded_generator(seed: int) -> torch.Generator:
-    """The CPU generator of a run: the clip's noise is drawn from it first.
+    """Make the random generator of a run; the clip's noise must be the first draw.
+
+    Returns:
+        A CPU generator, so that a seed gives the same noise on every device.
 
     Raises:
-        OptionError: a seed outside 0..2^64-1.
+        OptionError: the seed is not within 0..2^64-1.
     """
     if not 0 <= seed < 2**64:
-        raise OptionError(f"Seed {seed} is not within 0..2^64-1: use any such number.")
+        raise OptionError(f"Seed {seed} is not within 0..2^64-1: use a number in it.")
     return torch.Generator("cpu").manual_seed(seed)
 
 
 def nearest_frames(num_frames: int) -> int:
-    """The legal frame count (4k + 1) closest to a number."""
+    """The legal frame count (4n + 1) closest to a number."""
     num_frames = max(1, min(num_frames, MAX_FRAMES))
     return round((num_frames - 1) / TEMPORAL_COMPRESSION) * TEMPORAL_COMPRESSION + 1
 
@@ -81,14 +86,14 @@ def nearest_size(pixels: int) -> int:
 
 
 def check_size(width: int, height: int, num_frames: int) -> None:
-    """Refuse sizes the model cannot make.
+    """Refuse sizes that the model cannot generate.
 
     Raises:
         ShapeError: names the value, the rule and the nearest legal value.
     """
     for name, value in (("Width", width), ("Height", height), ("Number of frames", num_frames)):
         if not isinstance(value, int):
-            raise ShapeError(f"{name} {value!r} is not a whole number.")
+            raise ShapeError(f"{name} must be a whole number; got {value!r}.")
     for name, value in (("Width", width), ("Height", height)):
         if value < SIZE_MULTIPLE or value % SIZE_MULTIPLE:
             raise ShapeError(

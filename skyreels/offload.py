@@ -1,7 +1,7 @@
-"""Where weights are while they are used: copied to a device for as long as they are needed.
+"""Weights that are on a device only while they are used (offload and onload).
 
-The tensors on the offload device are kept throughout, so leaving costs nothing and a cancelled or
-failed run finds every weight where it was.
+The tensors on the offload device are kept while their copies are in use, so offloading again costs
+nothing, and a cancelled or failed run finds every weight where it was.
 """
 
 from collections.abc import Callable, Iterator
@@ -10,53 +10,57 @@ from contextlib import ExitStack, contextmanager
 import torch
 from torch import Tensor, nn
 
-#: kernels, workspaces and fragmentation
+#: left free for kernels, workspaces and fragmentation
 RESERVE_BYTES = 512 * 1024**2
 
 
-def weight_bytes(module: nn.Module) -> int:
-    """Bytes of all parameters and buffers."""
-    return sum(tensor.nbytes for tensor in tensors_of(module))
-
-
-def missing_bytes(module: nn.Module, device: torch.device) -> int:
-    """Bytes of the parameters and buffers that are not on `device`."""
-    return bytes_away(tensors_of(module), device)
-
-
-def tensors_of(module: nn.Module) -> list[Tensor]:
+def module_tensors(module: nn.Module) -> list[Tensor]:
     """All parameters and buffers."""
     return [*module.parameters(), *module.buffers()]
 
 
-def bytes_away(tensors: list[Tensor], device: torch.device) -> int:
-    """Bytes of those tensors that are not on `device`."""
-    return sum(t.nbytes for t in tensors if t.device != device)
+def weight_bytes(module: nn.Module) -> int:
+    """Bytes of all parameters and buffers."""
+    return sum(tensor.nbytes for tensor in module_tensors(module))
+
+
+def missing_bytes(module: nn.Module, device: torch.device) -> int:
+    """Bytes of the parameters and buffers that are not on `device`."""
+    return onload_bytes(module_tensors(module), device)
+
+
+def onload_bytes(tensors: list[Tensor], device: torch.device) -> int:
+    """Bytes that `onload` would copy to `device`."""
+    return sum(tensor.nbytes for tensor in tensors if tensor.device != device)
 
 
 @contextmanager
 def on_device(module: nn.Module, device: torch.device) -> Iterator[None]:
-    """Have a module's weights on `device` inside the block; afterwards they are where they were."""
+    """Keep a module's weights on `device` inside the block and restore them afterwards."""
     with ExitStack() as stack:
-        stack.callback(visit(tensors_of(module), device))
+        stack.callback(onload(module_tensors(module), device))
         yield
 
 
-def visit(tensors: list[Tensor], device: torch.device) -> Callable[[], None]:
-    """Copy tensors to `device`; the function returned puts the originals back."""
-    homes: list[tuple[Tensor, Tensor]] = []
+def onload(tensors: list[Tensor], device: torch.device) -> Callable[[], None]:
+    """Copy tensors to `device`, in place.
 
-    def restore() -> None:
-        for tensor, home in homes:
-            tensor.data = home
+    Returns:
+        A function that offloads them again: it puts the original storage back.
+    """
+    originals: list[tuple[Tensor, Tensor]] = []
+
+    def offload() -> None:
+        for tensor, original in originals:
+            tensor.data = original
 
     try:
         for tensor in tensors:
             if tensor.device != device:
-                home = tensor.data
-                tensor.data = home.to(device, non_blocking=True)
-                homes.append((tensor, home))
+                original = tensor.data
+                tensor.data = original.to(device, non_blocking=True)
+                originals.append((tensor, original))
     except BaseException:
-        restore()
+        offload()
         raise
-    return restore
+    return offload

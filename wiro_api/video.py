@@ -74,7 +74,11 @@ def read_frames(path: Path) -> "Iterator[tuple[NDArray[np.uint8], int]]":
         for frame in container.decode(stream):
             size = (frame.width, frame.height) if count == 0 else size
             count += 1
-            yield frame.to_ndarray(format="rgb24", width=size[0], height=size[1]), announced
+            # without a destination PyAV below 17 reads every colour matrix as BT.601
+            pixels = frame.to_ndarray(
+                format="rgb24", width=size[0], height=size[1], dst_colorspace="DEFAULT"
+            )
+            yield pixels, announced
     if count == 0:
         raise DownloadError("The video ends before its first frame")
 

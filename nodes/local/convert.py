@@ -5,10 +5,10 @@ from typing import Any
 
 from torch import Tensor
 
-from ...skyreels.config import SPATIAL_COMPRESSION, TEMPORAL_COMPRESSION
+from ...skyreels.config import SPATIAL_COMPRESSION, TEMPORAL_COMPRESSION, TransformerConfig
 from ...skyreels.errors import ShapeError, TextError
 from ...skyreels.latents import ImageConditioning, to_model_space
-from ...skyreels.text.embeds import PromptEmbeds, trim
+from ...skyreels.text.embeds import PromptEmbeds, check_prompt_embeds, trim
 
 logger = logging.getLogger("skyreels.nodes.local.convert")
 
@@ -72,6 +72,18 @@ def to_prompt_embeds(conditioning: Conditioning, name: str) -> PromptEmbeds:
     if mask is not None:
         states = states[:, mask.reshape(-1)[: states.shape[1]].bool().to(states.device)]
     return trim(PromptEmbeds(states.float().cpu(), pooled.float().cpu()))
+
+
+def check_prompt(embeds: PromptEmbeds, config: TransformerConfig) -> None:
+    """As the engine's `check_prompt_embeds`, with the nodes that make the right embeddings.
+
+    Raises:
+        TextError: the embeddings do not come from this model's two text encoders.
+    """
+    try:
+        check_prompt_embeds(embeds, config)
+    except TextError as error:
+        raise TextError(f"{error} In ComfyUI {TEXT_FIX}.") from None
 
 
 def embedded_guidance(conditioning: Conditioning, widget: float) -> float:

@@ -1,11 +1,14 @@
 """Loaders: from files in ComfyUI's model folders, or the tiny built-in model."""
 
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from ...skyreels.builtin import BUILTIN_NAME, BUILTIN_NOTICE, builtin_transformer, builtin_vae
 from ...skyreels.config import TRANSFORMER_PRECISIONS, VAE_PRECISIONS
+from ...skyreels.errors import CheckpointError
 from ...skyreels.weights.load import load_transformer, load_vae
 from .. import host
 
@@ -26,6 +29,25 @@ def vae_choices() -> list[str]:
 
 
 logger = logging.getLogger("skyreels.nodes.local.loaders")
+
+#: family of a checkpoint -> the node that loads it
+LOADERS = {
+    "transformer": "SkyReels Load Transformer",
+    "vae": "SkyReels Load VAE",
+    "llama": "DualCLIPLoader, type hunyuan_video",
+    "clip": "DualCLIPLoader, type hunyuan_video",
+}
+
+
+@contextmanager
+def naming_the_loader() -> Iterator[None]:
+    """Add the right node to the refusal of a file that belongs to another one."""
+    try:
+        yield
+    except CheckpointError as error:
+        if error.family not in LOADERS:
+            raise
+        raise CheckpointError(f"{error} Use the node {LOADERS[error.family]}.") from None
 
 
 class SkyReelsTransformerLoader:
@@ -74,7 +96,7 @@ class SkyReelsTransformerLoader:
         self, transformer: str, precision: str, unique_id: str | None = None
     ) -> tuple[host.LoadedModel]:
         runtime = host.ComfyRuntime(unique_id)
-        with host.without_inference_mode():
+        with host.without_inference_mode(), naming_the_loader():
             if transformer == BUILTIN_NAME:
                 logger.info(BUILTIN_NOTICE)
                 module = builtin_transformer(precision, runtime=runtime)
@@ -126,7 +148,7 @@ class SkyReelsVAELoader:
         self, vae: str, precision: str, unique_id: str | None = None
     ) -> tuple[host.LoadedModel]:
         runtime = host.ComfyRuntime(unique_id)
-        with host.without_inference_mode():
+        with host.without_inference_mode(), naming_the_loader():
             if vae == BUILTIN_NAME:
                 module = builtin_vae(precision, runtime=runtime)
             else:

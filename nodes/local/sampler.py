@@ -312,6 +312,8 @@ class SkyReelsSampler:
         prompt, negative_prompt = convert.to_prompt_embeds(positive, "positive"), None
         if negative is not None and cfg > 1:
             negative_prompt = convert.to_prompt_embeds(negative, "negative")
+        for embeds in filter(None, (prompt, negative_prompt)):
+            convert.check_prompt(embeds, model.module.config)
         settings = SamplingSettings(
             seed=seed,
             sigmas=sigmas.float().cpu(),

@@ -1,8 +1,8 @@
-"""The built-in model: SkyReels' architecture at 1/5000 of its size, trained to do one small thing.
+"""The built-in model: SkyReels' architecture at 1/5000 of its size, trained for one small task.
 
-It lies beside this file as the real one is published, a diffusers folder of bfloat16 files, and
-goes through the same loaders. What it can do, how it was trained and how well it does it stands in
-README.md there; `BUILTIN_NOTICE` is shown wherever it is used.
+It is stored beside this file as the real one is published, a diffusers folder of bfloat16 files,
+and goes through the same loaders. README.md there says what it can do, how it was trained and how
+well it does it; show `BUILTIN_NOTICE` wherever it is used.
 """
 
 from pathlib import Path
@@ -18,50 +18,66 @@ from ..weights.load import load_transformer, load_vae
 
 BUILTIN_NAME = "built-in (tiny, 64x64)"
 BUILTIN_NOTICE = (
-    "This is the built-in model, not SkyReels-V1: a tiny network of the same architecture that can "
-    "do one thing, let a coloured circle, square or triangle move, grow, shrink or fade in 17 "
-    'frames of 64x64 pixels, as in "a red circle moves left".'
+    "This is the built-in model, not SkyReels-V1: a tiny network of the same architecture that "
+    "only makes coloured circles, squares and triangles move, grow, shrink or fade in 17 frames of "
+    '64x64 pixels, as in "a red circle moves left".'
 )
-#: holds transformer/, vae/, text_encoder/, text_encoder_2/, tokenizer/, tokenizer_2/, README.md
+#: contains transformer/, vae/, text_encoder/, text_encoder_2/, tokenizer/, tokenizer_2/, README.md
 BUILTIN_FOLDER = Path(__file__).parent
 #: width and height of the clips it was trained on
 BUILTIN_SIZE = 64
 
 
 def builtin_transformer(precision: str = "auto", *, runtime: Runtime) -> SkyReelsTransformer:
-    """The built-in transformer on `runtime.offload_device`.
+    """Load the built-in transformer onto `runtime.offload_device`.
 
     Args:
-        precision: as for `load_transformer`, but "auto" is fp32: it is small, and the same
-            everywhere then.
+        precision: as for `load_transformer`, but "auto" is fp32: the model is small, and its
+            results are then the same on every device.
+        runtime: as for `load_transformer`.
+
+    Returns:
+        The module in eval mode, without gradients.
+
     Raises:
-        OptionError: unknown precision. CheckpointError: the installation is damaged.
+        OptionError: unknown precision.
+        CheckpointError: the installation is damaged.
     """
     path = BUILTIN_FOLDER / "transformer"
     return load_transformer(path, precision=_exact(precision), runtime=runtime)
 
 
 def builtin_vae(precision: str = "auto", *, runtime: Runtime) -> VideoVAE:
-    """The built-in VAE on `runtime.offload_device`.
+    """Load the built-in VAE onto `runtime.offload_device`.
 
     Args:
         precision: as for `load_vae`, but "auto" is fp32.
+        runtime: as for `load_vae`.
+
+    Returns:
+        The module in eval mode, without gradients.
+
     Raises:
-        OptionError: unknown precision. CheckpointError: the installation is damaged.
+        OptionError: unknown precision.
+        CheckpointError: the installation is damaged.
     """
     return load_vae(BUILTIN_FOLDER / "vae", precision=_exact(precision), runtime=runtime)
 
 
-def builtin_text_encoder(precision: str = "auto", *, runtime: Runtime) -> TextEncoder:
-    """The built-in LLaMA and CLIP, of two used layers each and a vocabulary of their own.
+def builtin_text_encoder(*, runtime: Runtime) -> TextEncoder:
+    """Load the built-in LLaMA and CLIP in fp32, of two used layers each, with their own vocabulary.
 
     Args:
-        precision: as for `load_text_encoder`, but "auto" is fp32.
+        runtime: as for `load_text_encoder`.
+
+    Returns:
+        Both models in eval mode, without gradients.
+
     Raises:
-        OptionError: unknown precision. CheckpointError: the installation is damaged.
+        CheckpointError: the installation is damaged.
         DependencyError: transformers is missing.
     """
-    return load_text_encoder(BUILTIN_FOLDER, precision=_exact(precision), runtime=runtime)
+    return load_text_encoder(BUILTIN_FOLDER, exact=True, runtime=runtime)
 
 
 def _exact(precision: str) -> str:
@@ -69,7 +85,11 @@ def _exact(precision: str) -> str:
 
 
 def example_image(width: int = BUILTIN_SIZE, height: int = BUILTIN_SIZE) -> Tensor:
-    """A picture the built-in model can start from: a red circle on a shaded blue ground.
+    """Draw a picture the built-in model can start from: a red circle on a shaded blue ground.
+
+    Args:
+        width: in pixels.
+        height: in pixels.
 
     Returns:
         [1, height, width, 3] float32 in 0..1.

@@ -1,12 +1,13 @@
-"""From a prompt to its embeddings: layer by layer if need be, and kept for the next time."""
+"""Encode prompts: the language model layer by layer where it does not fit, and results cached."""
 
 import hashlib
 import logging
 import os
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,23 +18,24 @@ from ..config import MAX_TEXT_TOKENS
 from ..errors import OutOfRoomError, TextError
 from ..offload import missing_bytes, on_device, weight_bytes
 from ..runtime import Runtime
-from .embeds import PromptEmbeds, warn_long, with_fps_prefix
-from .load import MAX_CLIP_TOKENS, TextEncoder
+from .embeds import PromptEmbeds, warn_truncated, with_fps_prefix
+from .load import TextEncoder
 
 logger = logging.getLogger("skyreels.text.encode")
 
-#: the official pipeline's default negative prompt ("aerial view" twice is its own)
+#: the default negative prompt of the official pipeline, which says "aerial view" twice too
 #: Source: SkyworkAI/SkyReels-V1 @cb0ceaa, negative_prompt of its pipeline
 DEFAULT_NEGATIVE_PROMPT = (
     "Aerial view, aerial view, overexposed, low quality, deformation, a poor composition, "
     "bad hands, bad teeth, bad eyes, bad limbs, distortion"
 )
 
+#: context of CLIP-L
+MAX_CLIP_TOKENS = 77
 #: prompts kept in memory: 4 MB each at most
 _CACHE_ENTRIES = 32
 
 _cache: OrderedDict[str, PromptEmbeds] = OrderedDict()
-
 _cache_lock = threading.Lock()
 
 
@@ -45,31 +47,34 @@ def encode_prompt(
     cache_dir: Path | None = None,
     runtime: Runtime,
 ) -> PromptEmbeds:
-    """One prompt as the transformer reads it, from the cache if it was encoded before.
+    """Encode a prompt for the transformer, or return the cached result of the same prompt.
 
     The final text goes to both encoders, as in diffusers. A language model that does not fit on
-    `runtime.device` visits it layer by layer.
+    `runtime.device` is onloaded layer by layer.
 
     Args:
         encoder: from `load_text_encoder`, on any device; back there afterwards.
         prompt: any text, may be empty; braces have no meaning.
-        fps_prefix: put "FPS-24, " in front unless a frame rate is named. The negative prompt was
-            used without it: pass False there.
+        fps_prefix: put "FPS-24, " in front unless the prompt names a frame rate. Pass False for the
+            negative prompt: the official pipeline uses it without the prefix.
         cache_dir: folder that keeps results beyond this process, one file each.
         runtime: progress "encode" in layers; asked for an interrupt before each layer and CLIP.
+
     Returns:
         At most 256 tokens of the prompt and the end of its turn, and the pooled state; a longer
         prompt is cut, with a warning.
+
     Raises:
         OutOfRoomError: not even one layer fits on the device.
-        TextError: the prompt is not text that can be written in UTF-8.
+        TextError: the prompt contains an unpaired surrogate.
     """
     text = with_fps_prefix(prompt) if fps_prefix else prompt
     try:
         text.encode()
     except UnicodeEncodeError as error:
         raise TextError(
-            f"Character {error.start + 1} of the prompt is half a character: type it again."
+            f"Character {error.start + 1} of the prompt is an unpaired surrogate (invalid "
+            "Unicode): re-type it."
         ) from None
     key = _cache_key(encoder.fingerprint, text)
     if (cached := _find_cached(key, cache_dir)) is not None:
@@ -92,32 +97,37 @@ def encode_prompt(
 def cached_prompt(
     fingerprint: str, prompt: str, *, fps_prefix: bool = True, cache_dir: Path | None = None
 ) -> PromptEmbeds | None:
-    """The result of an earlier `encode_prompt`, or None.
+    """Look up the result of an earlier `encode_prompt`.
 
     Args:
         fingerprint: of a `TextEncoder`, or from `fingerprint_text_encoder`.
-        prompt, fps_prefix, cache_dir: as for `encode_prompt`.
+        prompt: as for `encode_prompt`.
+        fps_prefix: as for `encode_prompt`.
+        cache_dir: as for `encode_prompt`.
+
+    Returns:
+        None if the prompt is neither in memory nor in `cache_dir`.
     """
     text = with_fps_prefix(prompt) if fps_prefix else prompt
     return _find_cached(_cache_key(fingerprint, text), cache_dir)
 
 
 def _language_states(encoder: TextEncoder, text: str, runtime: Runtime) -> Tensor:
-    """[1, n, text_dim]; the template's own tokens are cut off, n <= 256."""
+    """Encode with the language model: [1, n, text_dim], n <= 256 without the template's tokens."""
     full = encoder.template.replace("{}", text)
     ids = encoder.llm_tokenizer(full)["input_ids"]
     limit = MAX_TEXT_TOKENS + encoder.crop_start
     if len(ids) > limit:
-        warn_long(len(ids) - encoder.crop_start, MAX_TEXT_TOKENS)
+        warn_truncated(len(ids) - encoder.crop_start, MAX_TEXT_TOKENS)
         ids = encoder.llm_tokenizer(full, max_length=limit, truncation=True)["input_ids"]
     input_ids = torch.tensor([ids], device=runtime.device)
-    with _layers_at_hand(encoder.llm, runtime):
+    with _onloaded(encoder.llm, runtime):
         states: Tensor = encoder.llm(input_ids=input_ids, use_cache=False).last_hidden_state
     return states[:, encoder.crop_start :]
 
 
 def _pooled_state(encoder: TextEncoder, text: str, runtime: Runtime) -> Tensor:
-    """[1, pooled_dim]: CLIP's state at the end of text, after the final norm, not projected."""
+    """Encode with CLIP: [1, pooled_dim], the state at end of text after the final norm."""
     ids = encoder.clip_tokenizer(
         text, padding="max_length", max_length=MAX_CLIP_TOKENS, truncation=True
     )["input_ids"]
@@ -129,54 +139,54 @@ def _pooled_state(encoder: TextEncoder, text: str, runtime: Runtime) -> Tensor:
 
 
 @contextmanager
-def _layers_at_hand(llm: Any, runtime: Runtime) -> Iterator[None]:
-    """Have the language model on `runtime.device`: whole if it fits, else one layer at a time.
+def _onloaded(llm: Any, runtime: Runtime) -> Iterator[None]:
+    """Keep the language model on `runtime.device`: whole if it fits, else one layer at a time.
 
-    Each layer reports progress and asks for an interrupt. Where the weights were, they are
-    afterwards, whatever happens.
+    Each layer reports progress and checks for an interrupt. Afterwards the weights are where they
+    were, after an error too.
     """
-    device = runtime.device
     layers = list(llm.layers)
-    streams = False
-    if missing_bytes(llm, device):
-        total = weight_bytes(llm)
-        runtime.make_room(total)
-        layer_bytes = sum(weight_bytes(layer) for layer in layers)
-        free = runtime.free_bytes()
-        streams = free < total * 1.1  # activations of 351 tokens are small beside the weights
-        least = total - layer_bytes + layer_bytes // len(layers)
-        if free < least:
-            raise OutOfRoomError(
-                f"The text encoder needs {least / 1e9:.1f} GB on {device} even layer by layer and "
-                f"{free / 1e9:.1f} GB are free: close other programs, or encode on the CPU."
-            )
+    is_streamed = not _fits(llm, runtime)
+    resident = [llm]
+    if is_streamed:
+        resident = [child for name, child in llm.named_children() if name != "layers"]
     with ExitStack() as stack:
-        if not streams:
-            stack.enter_context(on_device(llm, device))
-        else:
-            for name, child in llm.named_children():
-                if name != "layers":
-                    stack.enter_context(on_device(child, device))
-        visit = ExitStack()
-        stack.callback(visit.close)
+        for module in resident:
+            stack.enter_context(on_device(module, runtime.device))
+        current_layer = stack.enter_context(ExitStack())
 
-        def arrive(done: int) -> Callable[..., None]:
-            def hook(layer: nn.Module, *_: Any) -> None:
-                runtime.check_interrupt()
-                runtime.progress("encode", done, len(layers))
-                if streams:
-                    visit.enter_context(on_device(layer, device))
+        def before_layer(index: int, layer: nn.Module, _: Any) -> None:
+            runtime.check_interrupt()
+            runtime.progress("encode", index, len(layers))
+            if is_streamed:
+                current_layer.enter_context(on_device(layer, runtime.device))
 
-            return hook
-
-        def leave(*_: Any) -> None:
-            visit.close()
+        def after_layer(*_: Any) -> None:
+            current_layer.close()
 
         for index, layer in enumerate(layers):
-            stack.callback(layer.register_forward_pre_hook(arrive(index)).remove)
-            stack.callback(layer.register_forward_hook(leave).remove)
+            hook = partial(before_layer, index)
+            stack.callback(layer.register_forward_pre_hook(hook).remove)
+            stack.callback(layer.register_forward_hook(after_layer).remove)
         yield
         runtime.progress("encode", len(layers), len(layers))
+
+
+def _fits(llm: Any, runtime: Runtime) -> bool:
+    """Make room for the language model; whether all of it fits, and not just layer by layer."""
+    if not missing_bytes(llm, runtime.device):
+        return True
+    total = weight_bytes(llm)
+    runtime.make_room(total)
+    free = runtime.free_bytes()
+    in_layers = sum(weight_bytes(layer) for layer in llm.layers)
+    least = total - in_layers + in_layers // len(llm.layers)
+    if free < least:
+        raise OutOfRoomError(
+            f"The text encoder needs {least / 1e9:.1f} GB on {runtime.device} even layer by layer, "
+            f"and {free / 1e9:.1f} GB are free: close other programs, or encode on the CPU."
+        )
+    return free >= total * 1.1  # activations of 351 tokens are small beside the weights
 
 
 def _cache_key(fingerprint: str, text: str) -> str:
@@ -194,7 +204,7 @@ def _find_cached(key: str, cache_dir: Path | None) -> PromptEmbeds | None:
             _remember(key, embeds)
     if embeds is None:
         return None
-    # copies: what a caller does with its tensors must not reach the next one
+    # copies: a caller may write to its tensors
     return PromptEmbeds(embeds.prompt_embeds.clone(), embeds.pooled_prompt_embeds.clone())
 
 
@@ -217,7 +227,7 @@ def _read_cache(path: Path) -> PromptEmbeds | None:
     from safetensors.torch import load
 
     try:
-        # read, not mapped: a mapped file that is rewritten would change under the tensors
+        # read, not memory-mapped: rewriting a mapped file would change the tensors
         tensors = load(path.read_bytes())
         states, pooled = tensors["prompt_embeds"], tensors["pooled_prompt_embeds"]
         is_prompt = (
@@ -229,9 +239,9 @@ def _read_cache(path: Path) -> PromptEmbeds | None:
             and states.dtype == pooled.dtype == torch.float32
         )
         if not is_prompt or not all(bool(t.isfinite().all()) for t in (states, pooled)):
-            raise ValueError("not the tensors of a prompt")
+            raise ValueError("its tensors are not those of a prompt")
     except (OSError, KeyError, ValueError, SafetensorError) as error:
-        logger.warning("Cached prompt %s is damaged (%s) and will be made again.", path, error)
+        logger.warning("Cached prompt %s is damaged (%s): encoding it again.", path, error)
         return None
     return PromptEmbeds(states, pooled)
 
@@ -250,7 +260,7 @@ def _write_cache(path: Path, embeds: PromptEmbeds) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         part.write_bytes(data)
         os.replace(part, path)
-    except (OSError, ValueError) as error:  # a full or read-only disk must not cost the result
+    except (OSError, ValueError) as error:  # the result is good even if the disk is full
         logger.warning("The prompt could not be cached in %s: %s.", path.parent, error)
         with suppress(OSError, ValueError):
             part.unlink(missing_ok=True)

@@ -1,26 +1,22 @@
-"""From a prompt to what the transformer reads: LLaMA-3 states and a CLIP-L pooled state.
+"""Load LLaMA-3 and CLIP-L with their tokenizers from a diffusers-style folder, by transformers.
 
-Two ways lead here. A host that has its own encoders hands over finished `PromptEmbeds`, which are
-only checked and cut to the trained length. Everyone else loads a diffusers-style folder
-(text_encoder, text_encoder_2, tokenizer, tokenizer_2) through transformers.
+The folder contains text_encoder, text_encoder_2, tokenizer and tokenizer_2. (A host with encoders
+of its own passes finished `PromptEmbeds` instead and needs nothing from here.)
 
 The language model is cut to what is used. SkyReels reads the states after all layers but two,
 before the final norm, so these two layers and the norm are never built (1.4 GB of 15 in 16 bits).
-Texts are never padded and so never masked: padded-with-mask gives the same numbers, slower.
 
 transformers 5 rebuilds the pre-tokenizer of a tokenizer.json declared as LlamaTokenizerFast, as
-this model's is, and so gets other ids without a word. Hence the generic fast class below, and a
+this model's is, and so silently produces other ids. Hence the generic fast class below, and a
 comparison of its ids with those of the plain `tokenizers` library at every load.
 
-Given up: weighted prompts ("(word:1.2)"), GGUF and scaled 8-bit encoders; ComfyUI's own text nodes
-do those, and their output is accepted.
+Given up: GGUF and scaled 8-bit encoders.
 """
 
 import ast
 import hashlib
 import importlib.util
 import json
-import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -31,12 +27,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..errors import CheckpointError, DependencyError, OptionError, TextError
+from ..errors import CheckpointError, DependencyError, TextError
 from ..runtime import Runtime
 
-logger = logging.getLogger("skyreels.text.load")
-
-#: what stands around every prompt; the braces mark its place.
+#: the text around every prompt; the braces mark where the prompt goes.
 #: Source: diffusers 0.42.1 (Apache-2.0), DEFAULT_PROMPT_TEMPLATE of
 #: pipelines/hunyuan_video/pipeline_hunyuan_skyreels_image2video.py; it must match to the letter
 PROMPT_TEMPLATE = (
@@ -53,26 +47,16 @@ PROMPT_TEMPLATE = (
 
 #: tokens before the prompt in the real vocabulary: begin of text, system turn, user header
 REAL_CROP_START = 95
-
-#: id of <|start_header_id|> in the LLaMA-3 vocabulary, by which that vocabulary is known
+#: id of <|start_header_id|> in the LLaMA-3 vocabulary; it identifies that vocabulary
 _START_HEADER_ID = 128006
-
-#: ids of "a photo of a cat" in the CLIP-L vocabulary, begin and end of text included
+#: number of tokens of CLIP-L
 _CLIP_VOCABULARY = 49408
-
+#: a text and its ids in the CLIP-L vocabulary, begin and end of text included
 _CLIP_KNOWN = ("a photo of a cat", [49406, 320, 1125, 539, 320, 2368, 49407])
-
 #: layers at the end of the language model that SkyReels does not use
 UNUSED_LAYERS = 2
 
-#: context of CLIP-L
-MAX_CLIP_TOKENS = 77
-
-TEXT_PRECISIONS = ("auto", "fp32", "bf16", "fp16")
-
-_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-
-FOLDER_SOURCE = (
+_FOLDER_SOURCE = (
     "get the folders text_encoder, text_encoder_2, tokenizer and tokenizer_2 of "
     "hunyuanvideo-community/HunyuanVideo"
 )
@@ -88,10 +72,14 @@ _GUARD_TEXT = (
 class TextEncoder:
     """The two encoders with their tokenizers.
 
-    llm: transformers LlamaModel without its last two layers and final norm.
-    clip: transformers CLIPTextModel.
-    template: text with "{}" where the prompt goes. crop_start: tokens before that place.
-    fingerprint: hex digest of everything that decides the numbers; part of the cache key.
+    Attributes:
+        llm: transformers LlamaModel without its last two layers and final norm.
+        clip: transformers CLIPTextModel.
+        llm_tokenizer: transformers PreTrainedTokenizerFast.
+        clip_tokenizer: a transformers tokenizer.
+        template: text with "{}" where the prompt goes.
+        crop_start: tokens before that place, which are cut off the states.
+        fingerprint: hex digest of everything that decides the numbers; part of the cache key.
     """
 
     llm: nn.Module
@@ -104,14 +92,17 @@ class TextEncoder:
 
 
 def prompt_template() -> str:
-    """The prompt template: diffusers' if it is installed, else the copy carried here.
+    """The prompt template: that of an installed diffusers, else PROMPT_TEMPLATE.
 
     It is read from diffusers' source without importing it, which would take seconds and fail with
     some versions of transformers.
+
+    Returns:
+        Text with one "{}" where the prompt goes.
     """
     try:
         spec = importlib.util.find_spec("diffusers")
-    except ValueError:  # a program has marked diffusers as not importable
+    except ValueError:  # the running program has marked diffusers as not importable
         spec = None
     for folder in (spec.submodule_search_locations or []) if spec else []:
         name = "pipelines/hunyuan_video/pipeline_hunyuan_skyreels_image2video.py"
@@ -132,23 +123,27 @@ def _assigns(node: ast.Assign, name: str) -> bool:
 
 
 def load_text_encoder(
-    directory: str | os.PathLike[str], *, precision: str = "auto", runtime: Runtime
+    directory: str | os.PathLike[str], *, exact: bool = False, runtime: Runtime
 ) -> TextEncoder:
     """Load LLaMA-3 and CLIP-L with their tokenizers onto `runtime.offload_device`.
 
+    On an accelerator the weights keep the dtype of the files. On the CPU a half precision language
+    model becomes bf16 (same size; fp16 there is slow and can overflow) and CLIP becomes fp32 (it is
+    small).
+
     Args:
-        directory: holds text_encoder/, text_encoder_2/, tokenizer/ and tokenizer_2/.
-        precision: "auto" keeps what the files hold on an accelerator. On the CPU it turns a half
-            precision language model into bf16 (same size; fp16 there is slow and can overflow) and
-            CLIP into fp32 (it is small). "fp32" is the exact one and needs 30 GB.
-        runtime: progress "load" in files; asked for an interrupt before each of the two models.
+        directory: contains text_encoder/, text_encoder_2/, tokenizer/ and tokenizer_2/.
+        exact: compute in fp32, which needs 30 GB for the real encoders.
+        runtime: progress "load" in models; asked for an interrupt before each of the two.
+
+    Returns:
+        Both models in eval mode, without gradients.
+
     Raises:
-        CheckpointError: a folder or file missing or damaged, weights missing, or not this model.
-        TextError: the tokenizer gives other tokens than its own file says.
-        OptionError: unknown precision. DependencyError: transformers is missing.
+        CheckpointError: a folder or file missing or damaged, weights missing, or another model.
+        TextError: the tokenizer gives other ids than its own file.
+        DependencyError: transformers is missing.
     """
-    if precision not in TEXT_PRECISIONS:
-        raise OptionError(f"Precision {precision!r} is not one of {', '.join(TEXT_PRECISIONS)}.")
     transformers = _import_transformers()
     root = Path(directory)
     _check_folder(root)
@@ -161,8 +156,8 @@ def load_text_encoder(
     llm_config.num_hidden_layers -= UNUSED_LAYERS
     if llm_config.num_hidden_layers < 1:
         raise CheckpointError(
-            f"{root / 'text_encoder'} has {llm_config.num_hidden_layers + UNUSED_LAYERS} layers "
-            f"and at least {UNUSED_LAYERS + 1} are needed: {FOLDER_SOURCE}."
+            f"{root / 'text_encoder'} has {llm_config.num_hidden_layers + UNUSED_LAYERS} layers, "
+            f"and at least {UNUSED_LAYERS + 1} are needed: {_FOLDER_SOURCE}."
         )
     clip_config = _read_config(
         root / "text_encoder_2", "clip_text_model", transformers.CLIPTextConfig
@@ -173,11 +168,11 @@ def load_text_encoder(
     ):
         if len(tokenizer) > config.vocab_size:
             raise CheckpointError(
-                f"{root / part} has {len(tokenizer)} tokens and its model {config.vocab_size}: the "
-                f"two do not belong together; {FOLDER_SOURCE}."
+                f"{root / part} has {len(tokenizer)} tokens and its model has {config.vocab_size}: "
+                f"the two do not belong together; {_FOLDER_SOURCE}."
             )
-    llm_dtype = _choose_dtype(root / "text_encoder", precision, torch.bfloat16, runtime.device)
-    clip_dtype = _choose_dtype(root / "text_encoder_2", precision, torch.float32, runtime.device)
+    llm_dtype = _compute_dtype(root / "text_encoder", exact, torch.bfloat16, runtime.device)
+    clip_dtype = _compute_dtype(root / "text_encoder_2", exact, torch.float32, runtime.device)
 
     runtime.check_interrupt()
     runtime.progress("load", 0, 2)
@@ -194,22 +189,31 @@ def load_text_encoder(
         clip_tokenizer=clip_tokenizer,
         template=template,
         crop_start=crop_start,
-        fingerprint=fingerprint_text_encoder(root, precision=precision, runtime=runtime),
+        fingerprint=fingerprint_text_encoder(root, exact=exact, runtime=runtime),
     )
 
 
 def fingerprint_text_encoder(
-    directory: str | os.PathLike[str], *, precision: str = "auto", runtime: Runtime
+    directory: str | os.PathLike[str], *, exact: bool = False, runtime: Runtime
 ) -> str:
-    """Hex digest of a text encoder folder, without loading it.
+    """Digest of a text encoder folder, made without loading it.
 
     Configs and tokenizers are read whole, of each weight file its size and 64 samples; template,
-    precision and kind of device count too, since they change the numbers. With it, and a cache
-    folder, `cached_prompt` finds a prompt encoded earlier before 15 GB are loaded.
+    precision and kind of device count too, since they change the numbers. With the digest and a
+    cache folder, `cached_prompt` finds a prompt encoded earlier without loading 15 GB.
+
+    Args:
+        directory: as for `load_text_encoder`.
+        exact: as for `load_text_encoder`.
+        runtime: gives the kind of device.
+
+    Returns:
+        Hex digits.
     """
     root = Path(directory)
     _check_folder(root)
     digest = hashlib.sha256()
+    precision = "fp32" if exact else "auto"
     digest.update(f"{prompt_template()}\0{precision}\0{runtime.device.type}\0".encode())
     for part in ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2"):
         for file in sorted(path for path in (root / part).iterdir() if path.is_file()):
@@ -226,15 +230,18 @@ def fingerprint_text_encoder(
 
 
 def load_tokenizer(folder: Path) -> Any:
-    """The language model's tokenizer, proved against its own file.
+    """Load the language model's tokenizer and check it against its own file.
 
     Args:
-        folder: holds tokenizer.json.
+        folder: contains tokenizer.json.
+
     Returns:
         transformers PreTrainedTokenizerFast, whatever class tokenizer_config.json declares.
+
     Raises:
         TextError: its ids differ from those of the `tokenizers` library.
-        CheckpointError: unreadable. DependencyError: transformers is missing.
+        CheckpointError: the file is unreadable.
+        DependencyError: transformers is missing.
     """
     transformers = _import_transformers()
     import tokenizers
@@ -242,27 +249,29 @@ def load_tokenizer(folder: Path) -> Any:
     try:
         plain = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
     except Exception as error:  # `tokenizers` raises nothing finer
-        raise _unreadable(folder / "tokenizer.json", error) from error
+        raise CheckpointError(_unreadable(folder / "tokenizer.json", error)) from error
     with _quiet(transformers):
         try:
             tokenizer = transformers.PreTrainedTokenizerFast.from_pretrained(
                 str(folder), local_files_only=True
             )
         except (OSError, ValueError, TypeError, KeyError) as error:
-            raise _unreadable(folder, error) from error
+            raise CheckpointError(_unreadable(folder, error)) from error
     check_tokenizer(tokenizer, plain)
     return tokenizer
 
 
 def check_tokenizer(tokenizer: Any, plain: Any) -> None:
-    """The guard: compare the ids of one difficult sentence.
+    """Compare the ids that two readers of one file give for a difficult sentence.
 
     Args:
-        tokenizer: of transformers. plain: `tokenizers.Tokenizer` of the same file.
+        tokenizer: of transformers.
+        plain: `tokenizers.Tokenizer` of the same file.
+
     Raises:
         TextError: they differ (the message names the versions).
     """
-    # not verbose: the sentence is longer than CLIP reads, which matters to no one here
+    # not verbose: no warning that the sentence is longer than CLIP's context
     got = list(tokenizer(_GUARD_TEXT, verbose=False)["input_ids"])
     expected = list(plain.encode(_GUARD_TEXT).ids)
     if got != expected:
@@ -271,19 +280,26 @@ def check_tokenizer(tokenizer: Any, plain: Any) -> None:
 
         raise TextError(
             f"transformers {transformers.__version__} with tokenizers {tokenizers.__version__} "
-            f"splits a test sentence into {len(got)} tokens and the tokenizer's own file into "
-            f"{len(expected)}: prompts would be misread; install another transformers "
-            "(pip install -U transformers, or 4.57.6)."
+            f"splits a test sentence into {len(got)} tokens, and the tokenizer's own file into "
+            f"{len(expected)}: prompts would be misread. Install another version: pip install -U "
+            "transformers, or transformers==4.57.6."
         )
 
 
 def load_clip_tokenizer(folder: Path) -> Any:
-    """CLIP's tokenizer, from tokenizer.json or from vocab.json and merges.txt.
+    """Load CLIP's tokenizer and check it.
+
+    Args:
+        folder: contains tokenizer.json, or vocab.json and merges.txt.
+
+    Returns:
+        A transformers tokenizer with a padding token.
 
     Raises:
-        TextError: its ids are not those its file says, or, for the real vocabulary, not those
+        TextError: its ids differ from those of its own file or, for the real vocabulary, from those
             known for CLIP-L.
-        CheckpointError: unreadable. DependencyError: transformers is missing.
+        CheckpointError: a file is unreadable.
+        DependencyError: transformers is missing.
     """
     transformers = _import_transformers()
     if (folder / "tokenizer.json").is_file():
@@ -295,13 +311,13 @@ def load_clip_tokenizer(folder: Path) -> Any:
                     str(folder), local_files_only=True
                 )
             except (OSError, ValueError, TypeError, KeyError) as error:
-                raise _unreadable(folder, error) from error
+                raise CheckpointError(_unreadable(folder, error)) from error
     text, ids = _CLIP_KNOWN
     if len(tokenizer) == _CLIP_VOCABULARY and list(tokenizer(text)["input_ids"]) != ids:
         raise TextError(
-            f"transformers {transformers.__version__} reads CLIP's tokenizer wrongly (ids of "
-            f"{text!r} differ from the known ones): install another transformers, or download "
-            f"{folder} again from hunyuanvideo-community/HunyuanVideo."
+            f"transformers {transformers.__version__} reads CLIP's tokenizer wrongly (the ids of "
+            f"{text!r} differ from the known ones): install another version of transformers, or "
+            f"download {folder} again from hunyuanvideo-community/HunyuanVideo."
         )
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token  # as CLIP-L does
@@ -309,18 +325,25 @@ def load_clip_tokenizer(folder: Path) -> Any:
 
 
 def find_crop_start(tokenizer: Any, template: str) -> int:
-    """Number of tokens before the prompt, begin-of-text included.
+    """Count the tokens before the prompt, begin-of-text included.
+
+    Args:
+        tokenizer: the language model's.
+        template: text with "{}" where the prompt goes.
+
+    Returns:
+        95 for the real tokenizer and template.
 
     Raises:
         TextError: the vocabulary is LLaMA-3's and the number is not 95, so the tokenizer or the
             template is damaged.
     """
-    crop_start = len(tokenizer(template.split("{}")[0])["input_ids"])
+    crop_start = len(tokenizer(template.partition("{}")[0])["input_ids"])
     is_real = tokenizer.convert_tokens_to_ids("<|start_header_id|>") == _START_HEADER_ID
     if is_real and crop_start != REAL_CROP_START:
         raise TextError(
             f"The prompt template takes {crop_start} tokens and must take {REAL_CROP_START}: the "
-            f"tokenizer does not add its begin of text or is damaged; {FOLDER_SOURCE}."
+            f"tokenizer is damaged or adds no begin-of-text token; {_FOLDER_SOURCE}."
         )
     return crop_start
 
@@ -337,20 +360,21 @@ def _import_transformers() -> Any:
 
 
 def _check_folder(root: Path) -> None:
-    """Refuse a folder that lacks a piece, naming it and where it comes from."""
+    """Refuse an incomplete folder, naming the missing file and where to get it."""
     if not root.is_dir():
-        raise CheckpointError(f"There is no text encoder folder {root}: {FOLDER_SOURCE}.")
-    wanted: dict[str, tuple[tuple[str, ...], ...]] = {
+        raise CheckpointError(f"There is no text encoder folder {root}: {_FOLDER_SOURCE}.")
+    needed: dict[str, tuple[tuple[str, ...], ...]] = {
         "text_encoder": (("config.json",), ("*.safetensors",)),
         "text_encoder_2": (("config.json",), ("*.safetensors",)),
         "tokenizer": (("tokenizer.json",),),
         "tokenizer_2": (("tokenizer.json", "vocab.json"),),
     }
-    for part, choices in wanted.items():
+    for part, choices in needed.items():
         for names in choices:
             if not any(next((root / part).glob(name), None) for name in names):
                 raise CheckpointError(
-                    f"{root / part} lacks {' or '.join(names)}: {FOLDER_SOURCE}, all in one folder."
+                    f"{root / part} lacks {' or '.join(names)}: {_FOLDER_SOURCE}, all into one "
+                    "folder."
                 )
 
 
@@ -359,23 +383,24 @@ def _read_config(folder: Path, model_type: str, config_class: Any) -> Any:
         values = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         found = values.get("model_type")
     except (OSError, ValueError, AttributeError, RecursionError) as error:
-        raise _unreadable(folder / "config.json", error) from error
+        raise CheckpointError(_unreadable(folder / "config.json", error)) from error
     if found != model_type:
         raise CheckpointError(
-            f"{folder} holds a model of type {found!r} and {model_type!r} is needed: "
-            f"{FOLDER_SOURCE}."
+            f"{folder} is a model of type {found!r}, and {model_type!r} is needed: "
+            f"{_FOLDER_SOURCE}."
         )
     try:
         return config_class(**values)
     except Exception as error:  # versions of transformers validate differently
-        raise _unreadable(folder / "config.json", error) from error
+        raise CheckpointError(_unreadable(folder / "config.json", error)) from error
 
 
-def _choose_dtype(
-    folder: Path, precision: str, half_on_cpu: torch.dtype, device: torch.device
+def _compute_dtype(
+    folder: Path, exact: bool, half_on_cpu: torch.dtype, device: torch.device
 ) -> torch.dtype:
-    if precision != "auto":
-        return _DTYPES[precision]
+    """The dtype of the files; `half_on_cpu` where that is a half precision one on the CPU."""
+    if exact:
+        return torch.float32
     from safetensors import SafetensorError, safe_open
 
     file = min(folder.glob("*.safetensors"))
@@ -383,12 +408,11 @@ def _choose_dtype(
         with safe_open(file, framework="pt") as weights:
             stored = weights.get_slice(next(iter(weights.keys()))).get_dtype()
     except (OSError, SafetensorError, StopIteration) as error:
-        raise _unreadable(file, error) from error
+        raise CheckpointError(_unreadable(file, error)) from error
     dtypes = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
     if stored not in dtypes:
         raise CheckpointError(
-            f"{file} stores {stored} and F32, F16 or BF16 is needed here: {FOLDER_SOURCE}, or use "
-            "ComfyUI's own text nodes for 8-bit encoders."
+            f"{file} stores {stored}, and F32, F16 or BF16 is needed: {_FOLDER_SOURCE}."
         )
     dtype = dtypes[stored]
     return half_on_cpu if device.type == "cpu" and dtype != torch.float32 else dtype
@@ -409,21 +433,21 @@ def _load_model(model_class: Any, folder: Path, config: Any, dtype: torch.dtype)
                 output_loading_info=True,
                 **{dtype_name: dtype},
             )
-        except Exception as error:  # whatever a strange folder makes transformers stumble over
-            raise _unreadable(folder, error) from error
+        except Exception as error:  # a damaged folder makes transformers raise almost anything
+            raise CheckpointError(_unreadable(folder, error)) from error
     missing = sorted(str(name) for name in report["missing_keys"])
     if missing:
         more = f" and {len(missing) - 5} more" if len(missing) > 5 else ""
         raise CheckpointError(
-            f"{folder} lacks tensors {', '.join(missing[:5])}{more}: it is incomplete or of "
-            f"another model; {FOLDER_SOURCE}."
+            f"{folder} lacks tensors {', '.join(missing[:5])}{more}: it is incomplete or another "
+            f"model; {_FOLDER_SOURCE}."
         )
     return model.eval().requires_grad_(False)
 
 
 @contextmanager
 def _quiet(transformers: Any) -> Iterator[None]:
-    """Without transformers' remarks on unused layers and tokenizer classes: both are intended."""
+    """Silence transformers' remarks on unused layers and tokenizer classes: we intend both."""
     verbosity = transformers.logging.get_verbosity()
     bar = transformers.logging.is_progress_bar_enabled()
     transformers.logging.set_verbosity_error()
@@ -436,8 +460,8 @@ def _quiet(transformers: Any) -> Iterator[None]:
             transformers.logging.enable_progress_bar()
 
 
-def _unreadable(path: Path, error: Exception) -> CheckpointError:
+def _unreadable(path: Path, error: Exception) -> str:
     reason = next(iter(str(error).splitlines()), type(error).__name__)[:200]
-    if "above report" in reason:  # which is not shown
+    if "above report" in reason:  # the report is silenced
         reason = "its weights do not fit its config.json"
-    return CheckpointError(f"{path} cannot be read ({reason}): download it again; {FOLDER_SOURCE}.")
+    return f"{path} cannot be read ({reason}): download it again; {_FOLDER_SOURCE}."

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ..config import TransformerConfig
 from ..errors import OutOfRoomError
-from ..offload import RESERVE_BYTES, bytes_away, tensors_of, visit
+from ..offload import RESERVE_BYTES, module_tensors, onload, onload_bytes
 from ..runtime import Runtime
 from .model import RunBlock, SkyReelsTransformer
 
@@ -29,8 +29,8 @@ WHOLE_MARGIN_BYTES = 1024**3
 
 def _loop_tensors(transformer: SkyReelsTransformer, part: nn.Module | None = None) -> list[Tensor]:
     """Tensors of the transformer, or of a part of it, that `denoise` needs: no conditioners."""
-    excluded = {id(t) for module in transformer.conditioners for t in tensors_of(module)}
-    return [t for t in tensors_of(part or transformer) if id(t) not in excluded]
+    excluded = {id(t) for module in transformer.conditioners for t in module_tensors(module)}
+    return [t for t in module_tensors(part or transformer) if id(t) not in excluded]
 
 
 def sampling_bytes(
@@ -64,7 +64,7 @@ def choose_chunking(
     Returns:
         A name of config.CHUNKINGS.
     """
-    weights = bytes_away(_loop_tensors(transformer), runtime.device) + RESERVE_BYTES
+    weights = onload_bytes(_loop_tensors(transformer), runtime.device) + RESERVE_BYTES
     runtime.make_room(weights + activation_bytes["chunks"])
     free = runtime.free_bytes() - weights
     for chunking, num_bytes in activation_bytes.items():
@@ -96,13 +96,13 @@ def placed(
     """
     device = runtime.device
     parts = {id(block): _loop_tensors(transformer, block) for block in transformer.blocks}
-    conditioners = {id(module): tensors_of(module) for module in transformer.conditioners}
+    conditioners = {id(module): module_tensors(module) for module in transformer.conditioners}
     in_blocks = {id(tensor) for tensors in parts.values() for tensor in tensors}
     outside = [t for t in _loop_tensors(transformer) if id(t) not in in_blocks]
-    missing = bytes_away(_loop_tensors(transformer), device)
+    missing = onload_bytes(_loop_tensors(transformer), device)
     runtime.make_room(missing + activation_bytes + RESERVE_BYTES)
-    away = {key: tensors for key, tensors in parts.items() if bytes_away(tensors, device)}
-    free = runtime.free_bytes() - activation_bytes - bytes_away(outside, device)
+    away = {key: tensors for key, tensors in parts.items() if onload_bytes(tensors, device)}
+    free = runtime.free_bytes() - activation_bytes - onload_bytes(outside, device)
     if device.type != "cpu":
         free -= RESERVE_BYTES
     sizes = {key: sum(t.nbytes for t in tensors) for key, tensors in away.items()}
@@ -114,7 +114,7 @@ def placed(
             "than is free: use fewer frames or a smaller size, or close other programs."
         )
     with ExitStack() as stack:
-        stack.callback(visit(outside, device))
+        stack.callback(onload(outside, device))
         streamed = dict(conditioners)
         for key, tensors in away.items():
             free -= sizes[key]
@@ -122,13 +122,13 @@ def placed(
                 streamed[key] = tensors
                 continue
             runtime.check_interrupt()
-            stack.callback(visit(tensors, device))
+            stack.callback(onload(tensors, device))
 
         def run_block(module: nn.Module, *args: Any) -> Any:
             runtime.check_interrupt()
             if id(module) not in streamed:
                 return module(*args)
-            restore = visit(streamed[id(module)], device)
+            restore = onload(streamed[id(module)], device)
             try:
                 return module(*args)
             finally:

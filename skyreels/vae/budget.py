@@ -1,11 +1,11 @@
-"""How many bytes a decode needs."""
+"""The peak memory of a decode, predicted from shapes alone."""
 
 import torch
 
 from ..config import VAEConfig
 from . import model as vae_model
 
-#: what decode_bytes adds for convolution workspaces and the allocator's rounding
+#: covers convolution workspaces and the allocator's rounding
 MEMORY_MARGIN = 1.25
 
 
@@ -13,15 +13,20 @@ def decode_bytes(config: VAEConfig, latent_shape: torch.Size, dtype: torch.dtype
     """Estimate the peak bytes of one VideoVAE.decode call, beside the weights.
 
     Walks the decoder and adds up what is alive at the first resnet and the upsampler of each level
-    and in the attention: whole inputs and outputs, and the piece being worked on. Checked against
-    the storages that model.py really allocates on shape-only tensors (test_tiling.py);
-    MEMORY_MARGIN covers what those do not show. Measured that way at full size in bf16, 97 frames,
-    without the margin: 1072 bytes per output pixel and frame for 544x960 at once (54.3 GB), 1293
-    for a 256 px tile (8.2 GB), 1958 for such a tile in a 17-frame window (2.2 GB). Encoding a clip
-    of that size takes less: the encoder is the narrower half.
+    and in the attention: whole inputs and outputs, and the piece being worked on. Tests compare it
+    with the storages that model.py allocates on shape-only tensors; MEMORY_MARGIN covers what
+    those do not show. Counted that way at full size in bf16, 97 frames, without the margin: 1072
+    bytes per output pixel and frame for 544x960 in one pass (54.3 GB), 1293 for a 256 px tile
+    (8.2 GB), 1958 for such a tile in a 17-frame window (2.2 GB). Encoding a clip of that size takes
+    less: the encoder is the narrower half.
 
     Args:
-        latent_shape: [B, 16, T, h, w] of what that call receives; see `largest_tile`.
+        config: of the VAE.
+        latent_shape: [B, 16, T, h, w] of the latents in that call; see `largest_tile`.
+        dtype: the compute dtype.
+
+    Returns:
+        Bytes, MEMORY_MARGIN included.
     """
     item = dtype.itemsize
     batch, _, frames, height, width = latent_shape
@@ -29,7 +34,7 @@ def decode_bytes(config: VAEConfig, latent_shape: torch.Size, dtype: torch.dtype
     channels = config.block_out_channels[::-1]
     tokens = frames * area * channels[0]
     scores = min(vae_model.SCORE_BYTES, 4 * area * height * width * frames)
-    peak = 7 * tokens * item + 3 * scores  # norm, q, k, v, out and what a math kernel writes
+    peak = 7 * tokens * item + 3 * scores  # norm, q, k, v, out and what an unfused kernel writes
     previous = channels[0]
     for level, width_out in enumerate(channels):
         inputs, outputs = previous * frames * area, width_out * frames * area
@@ -48,7 +53,7 @@ def decode_bytes(config: VAEConfig, latent_shape: torch.Size, dtype: torch.dtype
 
 
 def _piece_bytes(channels: int, frames: int, area: int, item: int) -> int:
-    """Bytes of the temporaries with which one convolution works on one piece of its input."""
+    """Bytes of the temporaries of one convolution at one piece of its input."""
     step = max(1, vae_model.PIECE_ELEMENTS // (channels * area))
     if step >= frames:
         return channels * (2 * frames + 2) * area * item  # normalised, padded

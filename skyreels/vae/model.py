@@ -15,7 +15,6 @@ models/autoencoders/autoencoder_kl_hunyuan_video.py is the reference the tests c
 
 import math
 from collections.abc import Callable
-from types import ModuleType
 
 import torch
 import torch.nn.functional as F
@@ -40,8 +39,14 @@ NORM_EPS = 1e-6
 class CausalConv3d(nn.Module):
     """Convolution over time, height and width that never looks at a later frame.
 
-    stride: (time, height, width) steps. upsample: nearest-neighbour factors applied before the
-    convolution; in time the first frame is not repeated, so T frames become (T - 1) * factor + 1.
+    Args:
+        in_channels: channels of the input.
+        out_channels: channels of the result.
+        kernel_size: along each of the three axes.
+        stride: steps in (time, height, width).
+        upsample: nearest-neighbour factors in (time, height, width), applied before the
+            convolution. In time the first frame is not repeated: T frames become
+            (T - 1) * factor + 1.
     """
 
     def __init__(
@@ -63,9 +68,11 @@ class CausalConv3d(nn.Module):
 
         Args:
             hidden: [B, C, T, H, W].
-            add_to: [B, C', T', H', W'] a residual to add the result to, in place.
+            norm: applied to `hidden` first, then SiLU.
+            add_to: [B, C', T', H', W'], a residual to which the result is added in place.
+
         Returns:
-            [B, C', T', H', W'], which is `add_to` itself if that was given.
+            [B, C', T', H', W']; `add_to` itself if that was given.
         """
         batch, channels, frames, height, width = hidden.shape
         time_up, time_stride = self.upsample[0], self.stride[0]
@@ -119,29 +126,32 @@ def group_statistics(hidden: Tensor, norm: nn.GroupNorm) -> tuple[Tensor, Tensor
 
     Args:
         hidden: [B, C, T, H, W].
+        norm: gives the groups, the weights and eps.
+
     Returns:
         scale and shift, each [B, C, 1, 1, 1] float32; normalised = hidden * scale + shift.
     """
     batch, channels, frames, height, width = hidden.shape
     step = max(1, PIECE_ELEMENTS // (2 * batch * channels * height * width))
     # a few numbers per piece, on the CPU where the device may have no float64 (MPS, Arc)
-    at = hidden.device if hidden.device.type in ("cuda", "cpu", "meta") else torch.device("cpu")
-    mean = torch.zeros(batch, norm.num_groups, dtype=torch.float64, device=at)
+    has_float64 = hidden.device.type in ("cuda", "cpu", "meta")
+    device = hidden.device if has_float64 else torch.device("cpu")
+    mean = torch.zeros(batch, norm.num_groups, dtype=torch.float64, device=device)
     spread = torch.zeros_like(mean)  # sum of squared deviations, in units of one frame
     seen = 0
-    operators = _operators(hidden.device)
-    for piece in hidden.split(step, dim=2):
+    moments = kernels.group_moments if _is_fused(hidden.device) else reference.group_moments
+    for piece in torch.split(hidden, step, dim=2):
         count = piece.shape[2]
-        piece_mean, piece_var = operators.group_moments(piece, norm.num_groups)
-        delta = piece_mean.to(at).double() - mean
+        piece_mean, piece_var = moments(piece, norm.num_groups)
+        delta = piece_mean.to(device).double() - mean
         between = delta.square() * (seen * count / (seen + count))
-        spread += piece_var.to(at).double() * count + between
+        spread += piece_var.to(device).double() * count + between
         seen += count
         mean += delta * (count / seen)
     per_group = channels // norm.num_groups
     scale = (spread / frames + norm.eps).rsqrt().repeat_interleave(per_group, dim=1)
-    scale = scale * norm.weight.to(at).double()
-    shift = norm.bias.to(at).double() - mean.repeat_interleave(per_group, dim=1) * scale
+    scale = scale * norm.weight.to(device).double()
+    shift = norm.bias.to(device).double() - mean.repeat_interleave(per_group, dim=1) * scale
     scale, shift = (x.float().to(hidden.device) for x in (scale, shift))
     return scale[..., None, None, None], shift[..., None, None, None]
 
@@ -150,15 +160,19 @@ def norm_silu(
     piece: Tensor, norm: nn.GroupNorm, statistics: tuple[Tensor, Tensor] | None
 ) -> Tensor:
     """GroupNorm then SiLU of a piece [B, C, t, H, W]; without statistics the piece is the clip."""
-    operators = _operators(piece.device)
-    if statistics is None and operators is reference:
-        return F.silu(norm(piece), inplace=True)
-    return operators.group_norm_silu(piece, *(statistics or group_statistics(piece, norm)))
+    is_fused = _is_fused(piece.device)
+    if statistics is None and not is_fused:
+        normed: Tensor = norm(piece)
+        return F.silu(normed, inplace=True)
+    scale, shift = statistics or group_statistics(piece, norm)
+    if is_fused:
+        return kernels.group_norm_silu(piece, scale, shift)
+    return reference.group_norm_silu(piece, scale, shift)
 
 
-def _operators(device: torch.device) -> ModuleType:
-    """Where the fused steps come from: kernels, or plain torch whose temporaries are counted."""
-    return kernels if kernels.is_fused("group_norm_silu", device) else reference
+def _is_fused(device: torch.device) -> bool:
+    """Whether the normalisation runs in kernels here; plain torch shows tests its temporaries."""
+    return kernels.is_fused("group_norm_silu", device)
 
 
 class ResnetBlock(nn.Module):
@@ -180,7 +194,8 @@ class ResnetBlock(nn.Module):
         """[B, C, T, H, W] -> [B, C', T, H, W]; in place where C = C'."""
         branch = self.conv1(hidden, norm=self.norm1)
         residual = hidden if self.conv_shortcut is None else self.conv_shortcut(hidden)
-        return self.conv2(branch, norm=self.norm2, add_to=residual)
+        out: Tensor = self.conv2(branch, norm=self.norm2, add_to=residual)
+        return out
 
 
 class CausalAttention(nn.Module):
@@ -221,9 +236,13 @@ def frame_causal_attention(
     scores out stays within score_bytes; a row of the softmax is never split, so this is exact.
 
     Args:
-        query, key, value: [B, N, D], N = T * tokens_per_frame, frames in order.
+        query: [B, N, D], N = T * tokens_per_frame, frames in order.
+        key: [B, N, D].
+        value: [B, N, D].
+        tokens_per_frame: h * w of the latents.
         score_bytes: most bytes of one fp32 score matrix (at least one query row is taken).
         check: called once per frame; may raise to stop.
+
     Returns:
         [B, N, D].
     """
@@ -254,7 +273,8 @@ class MidBlock(nn.Module):
         hidden = self.resnets[0](hidden)
         hidden = self.attentions[0](hidden, check)
         check()
-        return self.resnets[1](hidden)
+        out: Tensor = self.resnets[1](hidden)
+        return out
 
 
 class Resample(nn.Module):
@@ -268,7 +288,8 @@ class Resample(nn.Module):
 
     def forward(self, hidden: Tensor) -> Tensor:
         """[B, C, T, H, W] -> [B, C, T', H', W']."""
-        return self.conv(hidden)
+        out: Tensor = self.conv(hidden)
+        return out
 
 
 class Level(nn.Module):
@@ -291,24 +312,31 @@ class Level(nn.Module):
                 for i in range(layers)
             ]
         )
+        self.downsamplers, self.upsamplers = nn.ModuleList(), nn.ModuleList()
         if stride != (1, 1, 1):
-            self.downsamplers = nn.ModuleList([Resample(out_channels, stride=stride)])
+            self.downsamplers.append(Resample(out_channels, stride=stride))
         if upsample != (1, 1, 1):
-            self.upsamplers = nn.ModuleList([Resample(out_channels, upsample=upsample)])
+            self.upsamplers.append(Resample(out_channels, upsample=upsample))
 
     def forward(self, hidden: Tensor, check: Check) -> Tensor:
         """[B, C, T, H, W] -> [B, C', T', H', W']."""
-        for block in [block for group in self.children() for block in group]:  # type: ignore[attr-defined]
+        for block in (*self.resnets, *self.downsamplers, *self.upsamplers):
             check()
             hidden = block(hidden)
         return hidden
 
 
 def level_factors(level: int, num_levels: int) -> Factors:
-    """(time, height, width) factors by which level number `level` resamples.
+    """Factors in (time, height, width) by which a level resamples.
 
-    Counted from the pixels in the encoder and from the latents in the decoder: the first
-    log2(8) levels resample space, the log2(4) levels before the last resample time.
+    The first log2(8) levels resample space, the log2(4) levels before the last resample time.
+
+    Args:
+        level: counted from the pixels in the encoder and from the latents in the decoder.
+        num_levels: of the encoder or decoder.
+
+    Returns:
+        1 or 2 for each axis.
     """
     space = 2 if level < int(math.log2(SPATIAL_COMPRESSION)) else 1
     last = num_levels - 1
@@ -345,7 +373,8 @@ class Encoder(nn.Module):
         for block in self.down_blocks:
             hidden = block(hidden, check)
         hidden = self.mid_block(hidden, check)
-        return self.conv_out(hidden, norm=self.conv_norm_out)
+        out: Tensor = self.conv_out(hidden, norm=self.conv_norm_out)
+        return out
 
 
 class Decoder(nn.Module):
@@ -376,7 +405,8 @@ class Decoder(nn.Module):
         hidden = self.mid_block(self.conv_in(latents), check)
         for block in self.up_blocks:
             hidden = block(hidden, check)
-        return self.conv_out(hidden, norm=self.conv_norm_out)
+        out: Tensor = self.conv_out(hidden, norm=self.conv_norm_out)
+        return out
 
 
 class VideoVAE(nn.Module):
@@ -400,13 +430,15 @@ class VideoVAE(nn.Module):
             video: [B, 3, F, H, W] in [-1, 1]; F = 4k + 1, H and W multiples of 8. Moved to this
                 module's device and dtype.
             check: called between blocks; may raise to stop.
+
         Returns:
             [B, 16, T, h, w], VAE space (unscaled); T = (F - 1) / 4 + 1.
+
         Raises:
             ShapeError: the clip breaks one of these rules.
         """
         check_video_shape(video.shape, self.config.in_channels)
-        moments = self.quant_conv(self.encoder(video.to(self.quant_conv.weight), check))
+        moments: Tensor = self.quant_conv(self.encoder(video.to(self.quant_conv.weight), check))
         return moments[:, : self.config.latent_channels]
 
     @torch.no_grad()
@@ -417,14 +449,17 @@ class VideoVAE(nn.Module):
             vae_latents: [B, 16, T, h, w], VAE space (unscaled). Moved to this module's device
                 and dtype.
             check: called between blocks; may raise to stop.
+
         Returns:
             [B, 3, F, H, W], about -1 to 1, not clamped; F = 4 * (T - 1) + 1, H = 8h, W = 8w.
+
         Raises:
             ShapeError: not 5-D, or not the latent channels of this VAE.
         """
         check_latent_shape(vae_latents.shape, self.config.latent_channels)
         latents = self.post_quant_conv(vae_latents.to(self.post_quant_conv.weight))
-        return self.decoder(latents, check)
+        video: Tensor = self.decoder(latents, check)
+        return video
 
 
 def check_video_shape(shape: torch.Size, channels: int) -> None:

@@ -49,16 +49,20 @@ def decode_frames(
     """Decode a clip to frames ready to show.
 
     Args:
-        vae_latents: [1, 16, T, h, w], VAE space (unscaled); left as it is.
+        vae: on any device; back there afterwards.
+        vae_latents: [1, 16, T, h, w], VAE space (unscaled); not changed.
         mode: "auto" makes room for whole-clip tiles of 256 pixels and picks the largest tiles that
             then fit, "full" decodes in one pass, or a name in config.TILINGS.
         tiling: explicit tiles; they override `mode`.
+        runtime: progress "decode" in tiles; asked for an interrupt between the layers of a tile.
+
     Returns:
         [F, H, W, 3] float32 in [0, 1], contiguous, on runtime.offload_device; F = 4 * (T - 1) + 1.
+
     Raises:
         OptionError: unknown mode.
         ShapeError: latents of another shape.
-        OutOfRoomError: "auto" and not even the smallest tiles fit.
+        OutOfRoomError: "auto", and not even the smallest tiles fit.
     """
     if mode not in ("auto", "full", *TILINGS):
         valid = ", ".join(("auto", "full", *TILINGS))
@@ -67,8 +71,8 @@ def decode_frames(
     frames, height, width = _output_size(vae_latents)
     is_auto = mode == "auto" and tiling is None
     if tiling is None:
-        # "auto" asks for the reference's tiles: room for a decode in one pass would send everything
-        # else away for a little speed
+        # "auto" makes room for the reference's tiles: making room for a decode in one pass would
+        # offload every other model for a little speed
         tiling = TILINGS["tiled" if is_auto else mode] if mode != "full" else None
     largest = largest_tile(vae_latents.shape, tiling)
     dtype = next(vae.parameters()).dtype
@@ -83,7 +87,7 @@ def decode_frames(
             images = chunk[0].permute(1, 2, 3, 0).add_(1).mul_(0.5).clamp_(0, 1)
             if not bool(images.sum().isfinite()):
                 raise OptionError(
-                    f"The decoded frames hold NaN: load the VAE in bf16 or fp32 instead of "
+                    f"The decoded frames contain NaN: load the VAE in bf16 or fp32 instead of "
                     f"{str(dtype).removeprefix('torch.')}, and check the latents."
                 )
             if images.shape[0] == frames:
@@ -111,18 +115,24 @@ def iter_decode(
 ) -> Iterator[Tensor]:
     """Decode a clip and yield its frames, in order, as soon as they are final.
 
-    With windows in time only the overlap with the next window is kept back; without them the clip
-    is assembled once and yielded whole. Chunks belong to the receiver, who may overwrite them.
+    With windows in time only the overlap with the next window is held back; without them the clip
+    is assembled once and yielded whole. The caller owns each chunk and may overwrite it.
 
     Args:
-        vae_latents: [1, 16, T, h, w], VAE space (unscaled); left as it is.
+        vae: already on `runtime.device`.
+        vae_latents: [1, 16, T, h, w], VAE space (unscaled); not changed.
         tiling: windows and tiles; None decodes everything in one pass.
+        runtime: as for `decode_frames`.
+
     Returns:
         Iterator of [1, 3, f, H, W] float32, about -1 to 1, not clamped, on runtime.offload_device;
         the memory of a chunk is ordered [f, H, W, 3].
+
     Raises:
-        ShapeError: latents are not 5-D or hold more than one clip; raised here, before the first
-            chunk is asked for.
+        ShapeError: latents are not 5-D, or contain more than one clip. Raised by the call, before
+            the first chunk is requested.
+        OptionError: illegal tiles; raised by the call too.
+
     Source: diffusers 0.42.1 AutoencoderKLHunyuanVideo._temporal_tiled_decode.
     """
     _check_latents(vae_latents)
@@ -200,7 +210,7 @@ def _decode_space(
 
 
 def _blend(previous: Tensor, tile: Tensor, dim: int) -> None:
-    """Lead from the end of `previous` into the start of `tile`, in place, from weight 0."""
+    """Cross-fade from the end of `previous` into the start of `tile`, in place, from weight 0."""
     extent = min(previous.shape[dim], tile.shape[dim])
     head = tile.narrow(dim, 0, extent)
     weight = torch.arange(extent, device=tile.device, dtype=torch.float32) / extent
@@ -210,7 +220,7 @@ def _blend(previous: Tensor, tile: Tensor, dim: int) -> None:
 
 
 def _tail(tile: Tensor, overlap: int, dim: int) -> Tensor | None:
-    """The last `overlap` frames, rows or columns, copied so that the tile itself can go."""
+    """The last `overlap` frames, rows or columns, copied so that the tile can be freed."""
     if overlap == 0:
         return None
     length = min(overlap, tile.shape[dim])
@@ -218,10 +228,17 @@ def _tail(tile: Tensor, overlap: int, dim: int) -> Tensor | None:
 
 
 def window_starts(latent_frames: int, tiling: Tiling | None) -> tuple[list[int], int]:
-    """First latent of each window in time, and the most latents a window holds.
+    """Where the windows in time start, and the most latents that a window contains.
 
-    A window left with its context latent alone adds no frame and is not listed (diffusers decodes
-    it and throws the result away: 9 windows for 25 latents instead of 8).
+    A window of its context latent alone would add no frame and is not listed (diffusers decodes it
+    and discards the result: 9 windows for 25 latents instead of 8).
+
+    Args:
+        latent_frames: T of the clip.
+        tiling: None, or without windows, is one window over everything.
+
+    Returns:
+        The first latent of each window, and its greatest length in latents.
     """
     if tiling is None or tiling.tile_sample_min_num_frames == 0:
         return [0], latent_frames
@@ -234,10 +251,14 @@ def window_starts(latent_frames: int, tiling: Tiling | None) -> tuple[list[int],
 
 
 def tile_starts(latent_shape: torch.Size, tiling: Tiling | None) -> tuple[list[int], list[int]]:
-    """First latent row of each row of tiles, first latent column of each column of tiles.
+    """Where the tiles start; a frame that fits one tile is not cut.
 
-    Each of them holds pixels that no earlier tile supplies, or is blended over one, so none is
-    useless; a frame that fits one tile is not cut.
+    Args:
+        latent_shape: [1, C, T, h, w].
+        tiling: None is one tile.
+
+    Returns:
+        The first latent row of each row of tiles, the first latent column of each column.
     """
     height, width = latent_shape[3:]
     if tiling is None or (
@@ -276,11 +297,14 @@ def choose_tiling(
     """The least divided decode that fits: full, whole-time tiles, 64/48 windows, 16/12 windows.
 
     Args:
+        config: of the VAE.
         latent_shape: [1, 16, T, h, w].
         free_bytes: bytes the decoder may take beside its weights.
         dtype: the decoder's compute dtype.
+
     Returns:
         The tiling, or None for a full decode.
+
     Raises:
         OutOfRoomError: not even 128 px tiles in 16-frame windows fit.
     """
@@ -293,7 +317,7 @@ def choose_tiling(
             return tiling
     raise OutOfRoomError(
         f"Decoding these latents in the smallest tiles needs {needed / 1e6:,.0f} MB beside the "
-        f"weights and {max(free_bytes, 0) / 1e6:,.0f} MB are free: unload other models, use a "
+        f"weights, and {max(free_bytes, 0) / 1e6:,.0f} MB are free: unload other models, use a "
         "bf16 or fp16 VAE, or close other programs that use this device."
     )
 
@@ -301,15 +325,19 @@ def choose_tiling(
 def explicit_tiling(
     mode: str, size: int, stride: int, num_frames: int, num_frames_stride: int
 ) -> Tiling | None:
-    """The tiles of a mode with one's own numbers instead; "auto" then means "tiled".
+    """The tiles of a mode with some of its numbers replaced; "auto" then means "tiled".
 
     Args:
         mode: as for `decode_frames`.
-        size, stride: of tiles in pixels; 0 is the mode's own, and of a given size alone three
-            quarters are the stride.
-        num_frames, num_frames_stride: of windows in frames, likewise.
+        size: of tiles in pixels; 0 keeps the mode's.
+        stride: of tiles in pixels; 0 is three quarters of a given size, else the mode's.
+        num_frames: of windows in frames; 0 keeps the mode's.
+        num_frames_stride: of windows in frames; 0 is three quarters of a given length, else the
+            mode's.
+
     Returns:
         None if every number is 0: the mode decides.
+
     Raises:
         OptionError: numbers for a mode that has no tiles.
     """
@@ -318,8 +346,8 @@ def explicit_tiling(
     mode = "tiled" if mode == "auto" else mode
     if mode not in TILINGS:
         raise OptionError(
-            f"Tile sizes have no meaning in mode {mode}: choose auto, {' or '.join(TILINGS)}, or "
-            "set them to 0."
+            f"Decode mode {mode} has no tiles: choose auto, {' or '.join(TILINGS)}, or set the "
+            "tile sizes to 0."
         )
     own = TILINGS[mode]
     tile = size or own.tile_sample_min_height
@@ -339,8 +367,8 @@ def _check_latents(vae_latents: Tensor) -> None:
     shape = list(vae_latents.shape)
     if len(shape) != 5 or shape[0] != 1 or 0 in shape:
         raise ShapeError(
-            f"The latents to decode have shape {shape}; decoding takes one clip [1, 16, T, h, w] "
-            "at a time: decode the clips of a batch one by one."
+            f"Latents to decode must be one clip [1, 16, T, h, w]; got {shape}. Decode the clips "
+            "of a batch one by one."
         )
 
 

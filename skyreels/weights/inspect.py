@@ -1,8 +1,8 @@
 """What a weight file is, from its header alone.
 
-Files are recognised by the names and shapes of their tensors, never by their own name. Reading is
-defensive: sizes and offsets are checked against the file before anything is believed, so that a
-truncated or damaged file is reported as such and not as a shape mismatch later.
+Files are recognised by the names and shapes of their tensors, never by their own name. Sizes and
+offsets are checked against the file before anything is trusted, so that a truncated or damaged file
+is reported as such and not as a shape mismatch later.
 """
 
 import json
@@ -45,7 +45,7 @@ DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 VARIANTS = {16: "t2v", 32: "skyreels-i2v", 33: "tencent-i2v"}
 
-#: what a family is called in messages
+#: names of families in messages
 FAMILY_NAMES = {
     "transformer": "a HunyuanVideo transformer",
     "vae": "a HunyuanVideo VAE",
@@ -53,7 +53,7 @@ FAMILY_NAMES = {
     "clip": "a CLIP text encoder",
     "t5": "a T5 text encoder",
     "lora": "a LoRA",
-    "unknown": "nothing this package knows",
+    "unknown": "an unknown model",
 }
 
 #: suffixes of companions of a quantised weight, ComfyUI v0 and v1
@@ -65,37 +65,55 @@ COMPANION_SUFFIXES = (
     ".input_scale",
     ".comfy_quant",
 )
+#: a tensor without weights that ComfyUI puts into scaled fp8 files
 MARKER_NAME = "scaled_fp8"
-#: where a .pt file may keep its weights
+#: where a .pt file may nest its weights
 _NESTING_KEYS = ("state_dict", "module", "model")
 
 
 @dataclass(frozen=True)
 class TensorEntry:
-    """Where one tensor lies: `num_bytes` bytes from `offset` of `file`; offset -1 in a .pt file.
+    """Where one tensor is stored.
 
-    name is the full name in the file, prefix included.
+    Attributes:
+        file: the file, or the shard, that contains it.
+        name: in the file, prefix included.
+        dtype: as stored.
+        shape: as stored.
+        num_bytes: its size.
+        offset: of its first byte in `file`; 0 if `is_pickled`.
+        is_pickled: the file is a .pt, from which only torch.load can read, by name.
     """
 
     file: Path
     name: str
     dtype: torch.dtype
     shape: tuple[int, ...]
-    offset: int
     num_bytes: int
+    offset: int = 0
+    is_pickled: bool = False
 
 
 @dataclass(frozen=True)
 class CheckpointInfo:
     """What a checkpoint is.
 
-    family: "transformer", "vae", "llama", "clip", "t5", "lora" or "unknown".
-    variant: of a transformer, "skyreels-i2v", "t2v", "tencent-i2v" or "<n>-channel".
-    layout, prefix: see keymaps.py. dtypes: number of parameters stored in each dtype.
-    metadata: what the header says beside its tensors.
-    scales: "none", "v0 per tensor", "v0 per row", "v1 per tensor" or "v1 per row".
-    config: TransformerConfig or VAEConfig, else None. tensors: by name without the
-    prefix; whatever lacks the prefix belongs to another model of the same file and is not listed.
+    Attributes:
+        path: of the file or folder.
+        family: "transformer", "vae", "llama", "clip", "t5", "lora" or "unknown".
+        variant: of a transformer, "skyreels-i2v", "t2v", "tencent-i2v" or "<n>-channel"; else "".
+        layout: how its tensors are named, see keymaps.py.
+        prefix: in front of all their names.
+        dtypes: number of parameters stored in each dtype, the most frequent first.
+        scales: "none", "v0 per tensor", "v0 per row", "v1 per tensor" or "v1 per row".
+        guidance_embeds: whether a transformer takes the embedded guidance.
+        num_tensors: without the companions of quantised weights.
+        num_parameters: of those tensors.
+        num_bytes: of all tensors, companions included.
+        config: of a transformer or a VAE, else None.
+        metadata: text of the header beside its tensors.
+        tensors: by name without the prefix. Tensors without the prefix belong to another model in
+            the same file and are not listed.
     """
 
     path: Path
@@ -127,11 +145,15 @@ class CheckpointInfo:
 
 
 def inspect(path: str | os.PathLike[str]) -> CheckpointInfo:
-    """Say what a checkpoint is without reading its weights.
+    """Find out what a checkpoint is without reading its weights.
 
     Args:
         path: a .safetensors or .pt file, or a diffusers folder (config.json with one .safetensors
             file or with shards and their index).
+
+    Returns:
+        Its description; of family "unknown" for tensors this package does not know.
+
     Raises:
         CheckpointError: missing, empty, truncated or damaged file; folder without weights.
     """
@@ -148,7 +170,7 @@ def inspect(path: str | os.PathLike[str]) -> CheckpointInfo:
     elif path.suffix.lower() == ".gguf":
         raise CheckpointError(
             f"{path.name} is a GGUF file, which is not supported: use the .safetensors file of the "
-            "same model (the fp8 one is the smallest)."
+            "same model (the fp8 file is the smallest)."
         )
     elif path.suffix.lower() in (".pt", ".pth", ".ckpt", ".bin"):
         tensors = _pickle_entries(path, load_pickle(path, map_location="meta"))
@@ -164,7 +186,7 @@ def _describe(
     metadata: dict[str, str],
 ) -> CheckpointInfo:
     if not tensors:
-        raise CheckpointError(f"{path.name} holds no tensors: download it again.")
+        raise CheckpointError(f"{path.name} contains no tensors: download it again.")
     family, layout, prefix = detect(tensors)
     weights = {
         name[len(prefix) :]: entry
@@ -181,7 +203,7 @@ def _describe(
     plain = {n: e for n, e in weights.items() if not n.endswith(COMPANION_SUFFIXES)}
     dtypes: Counter[str] = Counter()
     for entry in plain.values():
-        dtypes[DTYPE_NAMES[entry.dtype]] += _numel(entry.shape)
+        dtypes[DTYPE_NAMES[entry.dtype]] += math.prod(entry.shape)
     return CheckpointInfo(
         path=path,
         family=family,
@@ -201,25 +223,26 @@ def _describe(
 
 
 def require(info: CheckpointInfo, family: Literal["transformer", "vae"]) -> None:
-    """Refuse a checkpoint of another family, with the slot it belongs to.
+    """Refuse a checkpoint of another family.
 
     Raises:
-        CheckpointError: names what the file is, what was wanted and what to do.
+        CheckpointError: names what the file is and what is needed; `family` says the former.
     """
     if info.family == family:
         return
     fixes = {
-        "transformer": "load it with SkyReels Load Transformer",
-        "vae": "load it with SkyReels Load VAE",
-        "llama": "load it with DualCLIPLoader, type hunyuan_video",
-        "clip": "load it with DualCLIPLoader, type hunyuan_video",
-        "t5": "HunyuanVideo has no use for it",
-        "lora": "a LoRA goes on top of a model, it is not one",
+        "transformer": "load it as the transformer",
+        "vae": "load it as the VAE",
+        "llama": "load text encoders from a diffusers-style folder",
+        "clip": "load text encoders from a diffusers-style folder",
+        "t5": "HunyuanVideo does not use it",
+        "lora": "it modifies a model and is not one",
         "unknown": f"its first tensors are {', '.join(list(info.tensors)[:3])}",
     }
     raise CheckpointError(
-        f"{info.path.name} is {FAMILY_NAMES[info.family]}, and this slot takes "
-        f"{FAMILY_NAMES[family]}: {fixes[info.family]}."
+        f"{info.path.name} is {FAMILY_NAMES[info.family]}, and {FAMILY_NAMES[family]} is needed: "
+        f"{fixes[info.family]}.",
+        info.family,
     )
 
 
@@ -227,13 +250,16 @@ def require(info: CheckpointInfo, family: Literal["transformer", "vae"]) -> None
 
 
 def read_header(path: Path) -> tuple[dict[str, TensorEntry], dict[str, str]]:
-    """The tensor table and the metadata of one safetensors file.
+    """Read the tensor table and the metadata of one safetensors file.
 
-    Source: format description in the README of huggingface/safetensors.
+    Returns:
+        The tensors by name, and the text that the header has beside them.
 
     Raises:
-        CheckpointError: the file is shorter or longer than its header says, or the header is not
-            one.
+        CheckpointError: the file is shorter or longer than its header says, or the header is
+            damaged.
+
+    Source: format description in the README of huggingface/safetensors.
     """
     file_bytes = path.stat().st_size
     again = "it is truncated or not a safetensors file; download it again."
@@ -249,9 +275,7 @@ def read_header(path: Path) -> tuple[dict[str, TensorEntry], dict[str, str]]:
         raw = file.read(header_bytes)
     try:
         header = json.loads(raw, object_pairs_hook=_refuse_duplicates)
-        metadata = header.pop("__metadata__", {}) or {}
-        if not all(isinstance(text, str) for text in metadata.values()):
-            raise ValueError("its metadata are not text")
+        metadata = _header_text(header.pop("__metadata__", None) or {})
         entries = {
             name: _header_entry(path, name, value, 8 + header_bytes)
             for name, value in header.items()
@@ -270,7 +294,7 @@ def read_header(path: Path) -> tuple[dict[str, TensorEntry], dict[str, str]]:
         end += entry.num_bytes
     if end != file_bytes:
         raise CheckpointError(
-            f"{path.name} has {file_bytes} bytes where its header promises {end}: {again}"
+            f"{path.name} has {file_bytes} bytes, and its header describes {end}: {again}"
         )
     return entries, metadata
 
@@ -282,29 +306,42 @@ def _refuse_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return values
 
 
+def _header_text(metadata: dict[str, Any]) -> dict[str, str]:
+    if not all(isinstance(text, str) for text in metadata.values()):
+        raise ValueError("its metadata is not text")
+    return metadata
+
+
 def _header_entry(path: Path, name: str, value: dict[str, Any], data_start: int) -> TensorEntry:
     if value["dtype"] not in DTYPES:
         raise CheckpointError(
             f"{path.name} stores {name} as {value['dtype']}, which this package cannot read: use "
-            "the bf16, fp8 or scaled fp8 file of the same model, or download it again if it is one."
+            "the bf16, fp8 or scaled fp8 file of the same model; if this is one, download it again."
         )
     dtype, shape = DTYPES[value["dtype"]], tuple(value["shape"])
     begin, end = value["data_offsets"]
     if not all(type(number) is int and number >= 0 for number in (*shape, begin, end)):
         raise ValueError(f"tensor {name} has a shape or offset that is not a whole number")
-    if end - begin != _numel(shape) * dtype.itemsize:
+    if end - begin != math.prod(shape) * dtype.itemsize:
         raise ValueError(f"tensor {name} of {value['dtype']} {list(shape)} has {end - begin} bytes")
-    return TensorEntry(path, name, dtype, shape, data_start + begin, end - begin)
+    return TensorEntry(path, name, dtype, shape, end - begin, data_start + begin)
 
 
 def load_pickle(path: Path, map_location: str) -> dict[str, torch.Tensor]:
-    """The tensors of a .pt file, looked for under "state_dict", "module" and "model" too.
+    """Read the tensors of a .pt file, also from inside "state_dict", "module" or "model".
 
-    Only plain weights are unpickled; a file of the present format is memory-mapped, one of before
-    torch 1.6 is read whole.
+    Only plain weights are unpickled. The file is memory-mapped, or read whole if it was written
+    before torch 1.6.
+
+    Args:
+        path: of the file.
+        map_location: device of the tensors; "meta" reads no weights.
+
+    Returns:
+        The dense tensors by name.
 
     Raises:
-        CheckpointError: damaged file, or one that holds code.
+        CheckpointError: damaged file, or one that contains code.
     """
     import zipfile
 
@@ -312,10 +349,11 @@ def load_pickle(path: Path, map_location: str) -> dict[str, torch.Tensor]:
         content = torch.load(
             path, map_location=map_location, weights_only=True, mmap=zipfile.is_zipfile(path)
         )
-    except Exception:  # noqa: BLE001 - torch's own texts advise to run the code inside
+    except Exception:  # noqa: BLE001 - torch's own messages advise to run the code inside
         raise CheckpointError(
             f"{path.name} cannot be read as plain weights: it is damaged, not a checkpoint, or "
-            "holds program code, which is never run. Use the .safetensors file of the same model."
+            "contains program code, which is never run. Use the .safetensors file of the same "
+            "model."
         ) from None
     while isinstance(content, dict):
         inner = next((content[k] for k in _NESTING_KEYS if isinstance(content.get(k), dict)), None)
@@ -323,7 +361,7 @@ def load_pickle(path: Path, map_location: str) -> dict[str, torch.Tensor]:
             break
         content = inner
     if not isinstance(content, dict):
-        raise CheckpointError(f"{path.name} holds no tensors: it is not a checkpoint.")
+        raise CheckpointError(f"{path.name} contains no tensors: it is not a checkpoint.")
     return {
         name: value
         for name, value in content.items()
@@ -335,13 +373,13 @@ def load_pickle(path: Path, map_location: str) -> dict[str, torch.Tensor]:
 
 def _pickle_entries(path: Path, tensors: dict[str, torch.Tensor]) -> dict[str, TensorEntry]:
     return {
-        name: TensorEntry(path, name, t.dtype, tuple(t.shape), -1, t.numel() * t.itemsize)
+        name: TensorEntry(path, name, t.dtype, tuple(t.shape), t.nbytes, is_pickled=True)
         for name, t in tensors.items()
     }
 
 
 def _read_folder(path: Path) -> tuple[dict[str, TensorEntry], dict[str, str]]:
-    """Tensor table of a diffusers folder: one file, or the shards its index lists."""
+    """Read the tensor table of a diffusers folder: one file, or the shards its index lists."""
     indices = sorted(path.glob("*.safetensors.index.json"))
     files = sorted(path.glob("*.safetensors"))
     if len(indices) > 1 or (not indices and len(files) != 1):
@@ -374,7 +412,7 @@ def _read_folder(path: Path) -> tuple[dict[str, TensorEntry], dict[str, str]]:
     if absent:
         raise CheckpointError(
             f"Folder {path.name} lacks tensor {absent[0]} and {len(absent) - 1} more that its "
-            "index promises: download the shards again."
+            "index lists: download the shards again."
         )
     return tensors, metadata
 
@@ -394,31 +432,23 @@ def _read_folder_config(path: Path) -> dict[str, Any]:
 
 def _bad_config(path: Path, name: str, value: object, rule: str) -> CheckpointError:
     return CheckpointError(
-        f"config.json in {path.name} has {name} {value!r}, and it must be {rule}: download it "
-        "again."
+        f"config.json in {path.name} has {name} {value!r}; it must be {rule}: download it again."
     )
 
 
 # --- describing ---------------------------------------------------------------------------------
 
 
-def _numel(shape: tuple[int, ...]) -> int:
-    product = 1
-    for size in shape:
-        product *= size
-    return product
-
-
 def _scales(weights: Mapping[str, TensorEntry]) -> str:
     for version, suffix in SCALE_SUFFIXES.items():
-        sizes = [_numel(e.shape) for name, e in weights.items() if name.endswith(suffix)]
+        sizes = [math.prod(e.shape) for name, e in weights.items() if name.endswith(suffix)]
         if sizes:
             return f"{version} per {'row' if max(sizes) > 1 else 'tensor'}"
     return "none"
 
 
 def _count(weights: Mapping[str, TensorEntry], stem: str) -> int:
-    """How many numbered blocks `stem`.0, `stem`.1, ... there are."""
+    """Count the numbered blocks `stem`.0, `stem`.1, ..."""
     numbers = {
         name[len(stem) + 1 :].partition(".")[0] for name in weights if name.startswith(stem + ".")
     }
@@ -426,14 +456,14 @@ def _count(weights: Mapping[str, TensorEntry], stem: str) -> int:
 
 
 def rope_axes(head_dim: int) -> tuple[int, int, int]:
-    """Rotary dims of time, height and width in the proportion 16:56:56 of a 128-wide head."""
+    """Rotary dims of (time, height, width), in the proportion 16:56:56 of a 128-wide head."""
     time = max(2, head_dim // 16 * 2)
     space = (head_dim - time) // 4 * 2
     return head_dim - 2 * space, space, space
 
 
 def _shape(path: Path, weights: Mapping[str, TensorEntry], name: str, ndim: int) -> tuple[int, ...]:
-    """Shape of a tensor that must be there, with so many dimensions, none of them empty."""
+    """Shape of a tensor that the model needs, with `ndim` dimensions, none of them empty."""
     if name not in weights:
         raise CheckpointError(
             f"{path.name} lacks tensor {name}: it is incomplete; download it again."
@@ -441,8 +471,8 @@ def _shape(path: Path, weights: Mapping[str, TensorEntry], name: str, ndim: int)
     shape = weights[name].shape
     if len(shape) != ndim or 0 in shape:
         raise CheckpointError(
-            f"{path.name} has {name} of shape {list(shape)} where HunyuanVideo has {ndim} "
-            "dimensions: it is of another model."
+            f"{path.name} has {name} of shape {list(shape)}, and HunyuanVideo's has {ndim} "
+            "dimensions: use a file of that model."
         )
     return shape
 

@@ -1,4 +1,4 @@
-"""Where each of our tensors is found in the checkpoint layouts people have.
+"""Where each of our tensors is found in the common checkpoint layouts.
 
 Our transformer uses the names of Tencent's original checkpoint, whose projections are already
 fused; our VAE uses the diffusers names, which are Tencent's own too. So the maps run from *our*
@@ -12,13 +12,13 @@ name to the name or names in the file: several names are concatenated along dim 
 
 Sources: the original names from Tencent/HunyuanVideo; the renames from diffusers'
 scripts/convert_hunyuan_video_to_diffusers.py and ComfyUI's comfy/ldm/hunyuan_video/model.py,
-checked name by name and number by number (tests/engine/weights/test_inspect.py).
+checked name by name and number by number.
 """
 
 import re
 from collections.abc import Collection, Mapping
 
-#: exactly one of these is stripped, when the family's marker carries it
+#: one of these is stripped: the one in front of the family's marker tensors
 PREFIXES = (
     "",
     "model.diffusion_model.",
@@ -32,7 +32,7 @@ PREFIXES = (
     "language_model.model.",
 )
 
-#: (family, layout) -> tensors that all must be there, unprefixed; first match wins
+#: (family, layout) -> unprefixed names that must all be present; the first match wins
 MARKERS: dict[tuple[str, str], tuple[str, ...]] = {
     ("transformer", "original"): ("img_in.proj.weight", "double_blocks.0.img_attn_qkv.weight"),
     ("transformer", "comfyui"): ("img_in.proj.weight", "double_blocks.0.img_attn.qkv.weight"),
@@ -48,10 +48,18 @@ MARKERS: dict[tuple[str, str], tuple[str, ...]] = {
     ("t5", "huggingface"): ("encoder.block.0.layer.0.SelfAttention.q.weight",),
 }
 
-LORA_MARKS = (
-    ".lora_A.", ".lora_B.", ".lora_down.", ".lora_up.", ".lora.down.", ".lora.up.", ".hada_w1_a",
-    ".lokr_w1", ".diff_b",
-)  # fmt: skip
+#: any of these in a name makes the file a LoRA
+LORA_MARKERS = (
+    ".lora_A.",
+    ".lora_B.",
+    ".lora_down.",
+    ".lora_up.",
+    ".lora.down.",
+    ".lora.up.",
+    ".hada_w1_a",
+    ".lokr_w1",
+    ".diff_b",
+)
 
 #: our module -> the diffusers modules it is concatenated from
 _DIFFUSERS: dict[str, tuple[str, ...]] = {
@@ -145,12 +153,16 @@ _SD_VAE: tuple[tuple[str, str], ...] = (
 
 
 def transformer_sources(target: str, layout: str) -> tuple[str, ...]:
-    """Names in a file of `layout` whose tensors, joined along dim 0, are our tensor `target`.
+    """Find which tensors of a file, joined along dim 0, are our tensor `target`.
 
     Args:
         target: a parameter name of SkyReelsTransformer, or such a name's layer with any suffix
             after the last dot ("double_blocks.0.img_attn_qkv.scale_weight").
         layout: "original", "comfyui" or "diffusers".
+
+    Returns:
+        Names in the file, without its prefix.
+
     Raises:
         KeyError: the name is not one of ours.
     """
@@ -169,10 +181,15 @@ def transformer_sources(target: str, layout: str) -> tuple[str, ...]:
 
 
 def vae_sources(target: str, layout: str, num_levels: int) -> tuple[str, ...]:
-    """As `transformer_sources`, for the VAE; layouts "diffusers" and "sd".
+    """Find which tensor of a file is our VAE's tensor `target`.
 
     Args:
+        target: a parameter name of VideoVAE.
+        layout: "diffusers" or "sd".
         num_levels: number of up blocks, which the "sd" layout counts from the other end.
+
+    Returns:
+        One name in the file, without its prefix.
     """
     if layout == "sd":
         for pattern, replacement in _SD_VAE:
@@ -184,14 +201,14 @@ def vae_sources(target: str, layout: str, num_levels: int) -> tuple[str, ...]:
 
 
 def detect(names: Collection[str]) -> tuple[str, str, str]:
-    """Family, layout and prefix of a set of tensor names.
+    """Recognise a model by the names of its tensors.
 
     Returns:
-        ("transformer" | "vae" | "llama" | "clip" | "t5" | "lora" | "unknown", layout, prefix);
-        layout and prefix are "" for "lora" and "unknown".
+        Family, layout and prefix. The family is "transformer", "vae", "llama", "clip", "t5", "lora"
+        or "unknown"; layout and prefix are "" for the last two.
     """
     present = names if isinstance(names, Mapping | set | frozenset) else set(names)
-    if any(mark in name for name in present for mark in LORA_MARKS):
+    if any(marker in name for name in present for marker in LORA_MARKERS):
         return "lora", "", ""
     for (family, layout), markers in MARKERS.items():
         for prefix in PREFIXES:

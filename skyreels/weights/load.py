@@ -1,13 +1,13 @@
-"""From a checkpoint to a module, one tensor at a time.
+"""Load a checkpoint into a module, one tensor at a time.
 
 The module is built on the meta device, the whole plan (names, shapes, dtypes) is checked against
 the header before the first weight is read, and each tensor is then read straight into its place in
 the fused weight. So memory beyond the model itself stays at one tensor, and a bad file fails before
-anything is allocated. Files are read, not memory-mapped: a mapped file that is replaced or cut
-while in use ends the process, and mapped pages count twice while a copy is made.
+anything is allocated. Files are read, not memory-mapped: replacing or truncating a mapped file
+while it is in use ends the process, and mapped pages count twice while a copy is made.
 
-Given up: starting without reading the whole file once. A .pt file is mapped: its tensors lie behind
-a pickle that only torch reads.
+Given up: starting before the whole file is read. A .pt file is mapped: its tensors lie behind a
+pickle that only torch reads.
 """
 
 import json
@@ -52,7 +52,7 @@ from .keymaps import HALF_SWAPPED, transformer_sources, vae_sources
 _FLOAT_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 LATENT_CHANNELS = 16
-#: of a weight that are looked at together: 4 MB in float32
+#: elements of a weight that are checked for NaN at once: 4 MB in float32
 CHECKED_ELEMENTS = 1024**2
 VAE_FILE = "hunyuan_video_vae_bf16.safetensors of Comfy-Org/HunyuanVideo_repackaged"
 I2V_FILE = "skyreels_hunyuan_i2v_bf16.safetensors of Kijai/SkyReels-V1-Hunyuan_comfy"
@@ -70,15 +70,17 @@ def load_transformer(
 
     Args:
         path: any layout of keymaps.py, as a file or a diffusers folder.
-        precision: "auto" keeps what the file holds (float32 stays float32, anything else computes
-            in bfloat16, and 8-bit weights stay 8-bit but are widened for every call: the numbers
-            other implementations get from such a file); "fp32" and "bf16" widen or round
-            everything; "fp8" and "int8" round the block linears to 8 bits, a scale per row, int8
-            after a rotation, and have them multiplied in 8 bits where the device can (quant.py). A
-            file's own fp8 weights are used for "fp8" as they are.
+        precision: "auto" keeps what the file stores: float32 stays float32, anything else computes
+            in bfloat16, and 8-bit weights stay 8-bit but are dequantized for every call (as other
+            implementations do with such a file). "fp32" and "bf16" convert everything. "fp8" and
+            "int8" quantize the block linears, with a scale per row and, for int8, after a Hadamard
+            rotation; their GEMMs run in 8 bits where the device can (quant.py). A file's own fp8
+            weights are used for "fp8" as they are.
         runtime: progress "load" in bytes; asked for an interrupt before every tensor.
+
     Returns:
         The module in eval mode, without gradients.
+
     Raises:
         CheckpointError: unreadable, another family, another variant (T2V, 33 channels), tensors
             missing, left over, of the wrong shape, or not finite.
@@ -111,8 +113,14 @@ def load_vae(path: str | PathLike[str], *, precision: str = "auto", runtime: Run
         path: either key layout, .safetensors or .pt (plain weights only), or a diffusers folder.
         precision: "auto" is bfloat16 on a CUDA device and float32 elsewhere.
         runtime: as for `load_transformer`.
+
+    Returns:
+        The module in eval mode, without gradients.
+
     Raises:
-        CheckpointError, OptionError: as for `load_transformer`.
+        CheckpointError: unreadable, another family or another VAE, tensors missing, left over, of
+            the wrong shape, or not finite.
+        OptionError: unknown precision.
     """
     _check_precision(precision, VAE_PRECISIONS)
     info = check_vae(path)
@@ -133,7 +141,7 @@ def load_vae(path: str | PathLike[str], *, precision: str = "auto", runtime: Run
 
 
 def _weight_format(precision: str, config: TransformerConfig) -> RowFormat | None:
-    """What block linears are rounded to; one rotation, which divides the widths of all of them."""
+    """The format of quantized block linears; one Hadamard block, which divides all their widths."""
     if precision not in STORAGE_DTYPES:
         return None
     storage_dtype, hidden = STORAGE_DTYPES[precision], config.hidden_size
@@ -144,6 +152,9 @@ def _weight_format(precision: str, config: TransformerConfig) -> RowFormat | Non
 
 def check_transformer(path: str | PathLike[str]) -> CheckpointInfo:
     """Refuse what `load_transformer` could not load, from the header alone.
+
+    Returns:
+        What the checkpoint is.
 
     Raises:
         CheckpointError: unreadable, another family, or another variant (T2V, 33 channels).
@@ -164,8 +175,11 @@ def check_transformer(path: str | PathLike[str]) -> CheckpointInfo:
 def check_vae(path: str | PathLike[str]) -> CheckpointInfo:
     """Refuse what `load_vae` could not load, from the header alone.
 
+    Returns:
+        What the checkpoint is.
+
     Raises:
-        CheckpointError: unreadable, another family, or of other sizes than can be.
+        CheckpointError: unreadable, another family, or of sizes that the VAE cannot have.
     """
     info = inspect(path)
     require(info, "vae")
@@ -173,14 +187,14 @@ def check_vae(path: str | PathLike[str]) -> CheckpointInfo:
     assert isinstance(config, VAEConfig)
     if config.latent_channels != LATENT_CHANNELS:
         raise CheckpointError(
-            f"{info.path.name} is a VAE of {config.latent_channels} latent channels, and "
+            f"{info.path.name} is a VAE with {config.latent_channels} latent channels, and "
             f"HunyuanVideo's has {LATENT_CHANNELS}: use {VAE_FILE}."
         )
     bad = [c for c in config.block_out_channels if c % config.norm_num_groups]
     if bad:
         raise CheckpointError(
-            f"{info.path.name} has {bad[0]} channels, which {config.norm_num_groups} norm groups "
-            "do not divide: a VAE of unusual width needs its config.json (load its folder)."
+            f"{info.path.name} has {bad[0]} channels, not a multiple of {config.norm_num_groups} "
+            "norm groups: load its folder, whose config.json says how many groups it has."
         )
     return info
 
@@ -192,7 +206,7 @@ def _check_precision(precision: str, legal: tuple[str, ...]) -> None:
 
 
 def _main_dtype(info: CheckpointInfo) -> torch.dtype:
-    """The dtype that holds the most parameters."""
+    """The dtype in which most parameters are stored."""
     name = next(iter(info.dtypes))
     return next(dtype for dtype, dtype_name in DTYPE_NAMES.items() if dtype_name == name)
 
@@ -202,7 +216,7 @@ def _main_dtype(info: CheckpointInfo) -> torch.dtype:
 
 @dataclass(frozen=True)
 class _Part:
-    """One source tensor of a parameter and the scale that belongs to it, if any."""
+    """One source tensor of a parameter, and its scale if it has one."""
 
     entry: TensorEntry
     scale: TensorEntry | None
@@ -223,9 +237,18 @@ def _plan(
     shapes: dict[str, tuple[int, ...]],
     sources: Callable[[str], tuple[str, ...]],
 ) -> list[_Target]:
-    """Match every parameter with tensors of the file; refuse anything missing, left or misshapen.
+    """Match every parameter with tensors of the file, from the header alone.
 
-    Only the header is looked at.
+    Args:
+        info: of the file.
+        shapes: of the module's parameters, by name.
+        sources: parameter name -> the names of its tensors in the file.
+
+    Returns:
+        One target for each parameter.
+
+    Raises:
+        CheckpointError: a tensor is missing, left over or of the wrong shape.
     """
     targets, missing, used = [], [], set()
     for name, shape in shapes.items():
@@ -240,8 +263,8 @@ def _plan(
         if len(parts) == len(sources(name)):
             swap = (info.layout, name.rpartition(".")[0]) in HALF_SWAPPED
             targets.append(_Target(name, shape, tuple(parts), swap))
-    left = [n for n in info.tensors if n not in used and not n.endswith(COMPANION_SUFFIXES)]
-    for problem, names in (("lacks", missing), ("holds unknown", left)):
+    unknown = [n for n in info.tensors if n not in used and not n.endswith(COMPANION_SUFFIXES)]
+    for problem, names in (("lacks", missing), ("contains unknown", unknown)):
         if names:
             more = f" and {len(names) - 5} more" if len(names) > 5 else ""
             raise CheckpointError(
@@ -266,7 +289,7 @@ def _find_scale(info: CheckpointInfo, source: str) -> TensorEntry | None:
 
 
 def _check_scale(info: CheckpointInfo, part: _Part) -> None:
-    """A scale belongs to the whole weight or to its rows."""
+    """Refuse a scale that is neither one number nor one for each row."""
     if part.scale is None:
         return
     rows, shape = part.entry.shape[0], part.scale.shape
@@ -274,13 +297,13 @@ def _check_scale(info: CheckpointInfo, part: _Part) -> None:
     if math.prod(shape) != 1 and not per_row:
         raise CheckpointError(
             f"{info.path.name} has {part.scale.name} of shape {list(shape)} for a weight of "
-            f"{list(part.entry.shape)}: one number, or one for each row of a matrix, can be read; "
-            "use the bf16, fp8 or scaled fp8 file."
+            f"{list(part.entry.shape)}; a scale must be one number, or one for each row of a "
+            "matrix: use the bf16, fp8 or scaled fp8 file."
         )
 
 
 def _split_rows(info: CheckpointInfo, target: _Target) -> list[int]:
-    """Rows of each part: all but the last of several are as tall as the model is wide."""
+    """Number of rows of each part: all but the last of several have the model's width."""
     leading = len(target.parts) - 1
     if leading == 0 or not isinstance(info.config, TransformerConfig):
         return [target.shape[0]]
@@ -303,14 +326,14 @@ def _check_shape(info: CheckpointInfo, target: _Target) -> None:
     if not fits:
         got = ", ".join(str(list(part.entry.shape)) for part in target.parts)
         raise CheckpointError(
-            f"{info.path.name} has {target.parts[0].entry.name} of shape {got} where "
-            f"{target.name} is {list(target.shape)}: it is of another model."
+            f"{info.path.name} has {target.parts[0].entry.name} of shape {got}, and {target.name} "
+            f"must be {list(target.shape)}: use a file of this model."
         )
 
 
-def _squeezed(shape: tuple[int, ...], wanted: tuple[int, ...]) -> tuple[int, ...]:
-    """Drop the trailing ones of a 1x1x1 convolution where a linear layer is wanted."""
-    extra = len(shape) - len(wanted)
+def _squeezed(shape: tuple[int, ...], target: tuple[int, ...]) -> tuple[int, ...]:
+    """Drop the trailing ones of a 1x1x1 convolution that becomes a linear layer."""
+    extra = len(shape) - len(target)
     return shape[:-extra] if extra > 0 and set(shape[-extra:]) == {1} else shape
 
 
@@ -318,7 +341,7 @@ def _squeezed(shape: tuple[int, ...], wanted: tuple[int, ...]) -> tuple[int, ...
 
 
 class _Reader:
-    """Open files of a checkpoint; reads one tensor at a time into memory it is given."""
+    """The open files of a checkpoint; reads one tensor at a time into given memory."""
 
     def __init__(self, stack: ExitStack) -> None:
         self._stack = stack
@@ -326,8 +349,12 @@ class _Reader:
         self._pickles: dict[Path, dict[str, Tensor]] = {}
 
     def read_into(self, out: Tensor, entry: TensorEntry) -> None:
-        """Fill `out` (contiguous, the entry's dtype) with the tensor's bytes."""
-        if entry.offset < 0:
+        """Fill `out` (contiguous, the entry's dtype) with the tensor's bytes.
+
+        Raises:
+            CheckpointError: the file has become shorter.
+        """
+        if entry.is_pickled:
             if entry.file not in self._pickles:
                 self._pickles[entry.file] = load_pickle(entry.file, "cpu")
             out.copy_(self._pickles[entry.file][entry.name].reshape(out.shape))
@@ -349,6 +376,7 @@ class _Reader:
             done += count
 
     def read(self, entry: TensorEntry) -> Tensor:
+        """Read a tensor into memory of its own."""
         out = torch.empty(entry.shape, dtype=entry.dtype)
         self.read_into(out, entry)
         return out
@@ -364,7 +392,20 @@ def _assemble(
     compute_dtype: torch.dtype,
     runtime: Runtime,
 ) -> ModuleT:
-    """keep_8bit: of weights in blocks. storage: name -> what a weight is to be rounded to."""
+    """Build a module and fill it from a checkpoint.
+
+    Args:
+        info: of the checkpoint.
+        build: makes the module; called on the meta device.
+        sources: parameter name -> the names of its tensors in the file.
+        keep_8bit: whether 8-bit weights of the file stay 8-bit in the block linears.
+        storage: parameter name -> the format a linear weight is quantized to, or None.
+        compute_dtype: of everything else.
+        runtime: as for `load_transformer`.
+
+    Returns:
+        The module in eval mode, on `runtime.offload_device`.
+    """
     with torch.device("meta"):
         module = build()
     shapes = {name: tuple(p.shape) for name, p in module.state_dict().items()}
@@ -381,29 +422,31 @@ def _assemble(
             weight, scale = _read_target(info, reader, target, compute_dtype)
             layer_name, _, attribute = target.name.rpartition(".")
             layer = module.get_submodule(layer_name)
-            fits = attribute == "weight" and isinstance(layer, nn.Linear)
+            is_linear = attribute == "weight" and isinstance(layer, nn.Linear)
             in_block = target.name.startswith(("double_blocks.", "single_blocks."))
-            wanted = storage(target.name) if fits else None
+            row_format = storage(target.name) if is_linear else None
             rotation, weight_only = 0, True
-            if wanted is not None and _is_stored_as(weight, wanted.dtype):
-                weight_only = weight.dtype == torch.int8  # whoever made that did not rotate it
-            elif wanted is not None:
+            if row_format is not None and _is_stored_as(weight, row_format.dtype):
+                weight_only = weight.dtype == torch.int8  # an int8 file is not rotated
+            elif row_format is not None:
                 if _is_8bit(weight) or scale is not None:
                     weight = dequantize(weight, scale, torch.float32)
-                rotation, weight_only = wanted.rotation, False
-                weight, scale = quantize(weight, wanted.dtype, rotation, runtime.device)
-            elif not (_is_8bit(weight) and keep_8bit and fits and in_block):
-                weight = _widened(info, target, weight, scale, compute_dtype)
+                rotation, weight_only = row_format.rotation, False
+                weight, scale = quantize(weight, row_format.dtype, rotation, runtime.device)
+            elif not (_is_8bit(weight) and keep_8bit and is_linear and in_block):
+                weight = _upcast(info, target, weight, scale, compute_dtype)
                 scale = None
             if target.swap_halves:
                 weight = torch.cat(weight.chunk(2)[::-1])
             if _is_8bit(weight):
-                scale = None if scale is None else scale.to(device)
-                bias = dict(layer.named_parameters()).get("bias")
                 quantized = QuantLinear(
-                    weight.to(device), scale, bias, rotation=rotation, weight_only=weight_only,
+                    weight.to(device),
+                    None if scale is None else scale.to(device),
+                    dict(layer.named_parameters()).get("bias"),
+                    rotation=rotation,
+                    weight_only=weight_only,
                     compute_dtype=compute_dtype,
-                )  # fmt: skip
+                )
                 module.set_submodule(layer_name, quantized)
             else:
                 parameter = nn.Parameter(weight.to(device), requires_grad=False)
@@ -417,13 +460,13 @@ def _is_8bit(weight: Tensor) -> bool:
     return weight.dtype == torch.int8 or weight.dtype in FLOAT8_DTYPES
 
 
-def _is_stored_as(weight: Tensor, wanted: torch.dtype) -> bool:
-    """Whether a weight is used as it is where `wanted` is asked for; e5m2 counts as fp8."""
-    return weight.dtype == wanted or (wanted in FLOAT8_DTYPES and weight.dtype in FLOAT8_DTYPES)
+def _is_stored_as(weight: Tensor, dtype: torch.dtype) -> bool:
+    """Whether a weight needs no quantization to `dtype`; e5m2 counts as fp8."""
+    return weight.dtype == dtype or (dtype in FLOAT8_DTYPES and weight.dtype in FLOAT8_DTYPES)
 
 
 def _check_formats(info: CheckpointInfo, reader: _Reader) -> None:
-    """Refuse 8-bit formats that are more than a number and a scale (ComfyUI v1 names them)."""
+    """Refuse 8-bit formats other than values with a scale (ComfyUI v1 names the format)."""
     formats = {}
     try:
         described = json.loads(info.metadata.get("_quantization_metadata", "{}"))
@@ -434,8 +477,8 @@ def _check_formats(info: CheckpointInfo, reader: _Reader) -> None:
                 formats[name] = described["format"]
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise CheckpointError(
-            f"{info.path.name} describes its quantisation in a way that cannot be read: use the "
-            "bf16, fp8 or scaled fp8 file."
+            f"{info.path.name} has an unreadable description of its quantisation: use the bf16, "
+            "fp8 or scaled fp8 file."
         ) from None
     for name, kind in formats.items():
         if kind not in ("float8_e4m3fn", "float8_e5m2"):
@@ -445,33 +488,41 @@ def _check_formats(info: CheckpointInfo, reader: _Reader) -> None:
             )
 
 
-def _widened(
+def _upcast(
     info: CheckpointInfo,
     target: _Target,
     weight: Tensor,
     scale: Tensor | None,
     compute_dtype: torch.dtype,
 ) -> Tensor:
-    """The weight in the compute dtype, which must be able to hold it."""
+    """Dequantize or cast a weight to the compute dtype; refuse what overflows in it."""
     if weight.dtype == compute_dtype and scale is None:
         return weight
-    wide = dequantize(weight, scale, compute_dtype)
-    if not _is_finite(wide):
+    upcast = dequantize(weight, scale, compute_dtype)
+    if not _is_finite(upcast):
         raise CheckpointError(
-            f"{info.path.name} has numbers in {target.parts[0].entry.name} beyond the range of "
+            f"{info.path.name} has values in {target.parts[0].entry.name} beyond the range of "
             f"{str(compute_dtype).removeprefix('torch.')}: choose precision fp32, or another file."
         )
-    return wide
+    return upcast
 
 
 def _read_target(
     info: CheckpointInfo, reader: _Reader, target: _Target, compute_dtype: torch.dtype
 ) -> tuple[Tensor, Tensor | None]:
-    """Read and join the parts; 8-bit parts of one dtype stay 8-bit, with their scales joined."""
+    """Read and join the parts of a parameter.
+
+    Returns:
+        The weight and its scale (float32, [] or [rows, 1]) or None. Parts of one dtype keep it, and
+        their scales are joined; parts of several dtypes are joined in the compute dtype.
+
+    Raises:
+        CheckpointError: NaN, infinity, or a scale that is not positive.
+    """
     dtypes = {part.entry.dtype for part in target.parts}
     scaled = any(part.scale is not None for part in target.parts)
     if len(dtypes) > 1:
-        pieces = []  # of several dtypes: joined in the dtype they are computed in
+        pieces = []
         for part in target.parts:
             piece = reader.read(part.entry).reshape(-1, *target.shape[1:])
             _check_finite(info, part.entry.name, piece)
@@ -504,7 +555,7 @@ def _read_target(
 
 
 def _read_scale(reader: _Reader, part: _Part) -> Tensor | None:
-    """[rows, 1] or [1, 1] float32, or None."""
+    """Read a part's scale: [rows, 1] or [1, 1] float32, or None."""
     if part.scale is None:
         return None
     return reader.read(part.scale).float().reshape(-1, 1)
@@ -519,20 +570,17 @@ def _check_finite(info: CheckpointInfo, name: str, weight: Tensor) -> None:
 
 
 def _is_finite(weight: Tensor) -> bool:
-    """Whether a tensor of any dtype holds neither NaN nor infinity.
-
-    A float32 sum is finite unless an element is not (or thousands are near the largest float, which
-    the slow second look forgives), and reads the weight only once. A piece at a time: what is not
-    float32 is copied to it.
-    """
+    """Whether a tensor of any dtype contains neither NaN nor infinity."""
+    # in pieces, because the sum below copies what is not float32
     if weight.numel() > CHECKED_ELEMENTS:
-        return all(map(_is_finite, weight.flatten().split(CHECKED_ELEMENTS)))
+        return all(map(_is_finite, torch.split(weight.flatten(), CHECKED_ELEMENTS)))
     if weight.dtype in FLOAT8_DTYPES:
-        codes = weight.view(torch.uint8) & 0x7F
+        magnitudes = weight.view(torch.uint8) & 0x7F
         # e4m3fn: only 0x7f is NaN; e5m2: everything from 0x7c up is infinity or NaN
         limit = 0x7F if weight.dtype == torch.float8_e4m3fn else 0x7C
-        return weight.numel() == 0 or bool(codes.max() < limit)
+        return weight.numel() == 0 or bool(magnitudes.max() < limit)
     if not weight.dtype.is_floating_point:
         return True
-    wide = torch.promote_types(weight.dtype, torch.float32)
-    return bool(weight.sum(dtype=wide).isfinite()) or bool(weight.isfinite().all())
+    # a sum reads the weight once; it is finite unless an element is not, or many are near the limit
+    sum_dtype = torch.promote_types(weight.dtype, torch.float32)
+    return bool(weight.sum(dtype=sum_dtype).isfinite()) or bool(weight.isfinite().all())

@@ -30,6 +30,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -142,19 +143,19 @@ class Studio:
         self.folder, self.runtime = folder, TorchRuntime(device)
         self._parts: dict = {}
 
-    def _part(self, load: Callable, name: str, precision: str):
-        key = (name, precision)
+    def _part(self, load: Callable, name: str, **options: Any):
+        key = (name, *options.values())
         if key not in self._parts:
-            self._parts[key] = load(self.folder / name, precision=precision, runtime=self.runtime)
+            self._parts[key] = load(self.folder / name, **options, runtime=self.runtime)
         return self._parts[key]
 
     def vae(self, setting: Setting):
         """The VAE of a setting."""
-        return self._part(load_vae, "vae", setting.vae_precision)
+        return self._part(load_vae, "vae", precision=setting.vae_precision)
 
     def transformer(self, setting: Setting):
         """The transformer of a setting."""
-        return self._part(load_transformer, "transformer", setting.precision)
+        return self._part(load_transformer, "transformer", precision=setting.precision)
 
     def make(
         self,
@@ -167,7 +168,7 @@ class Studio:
         num_frames: int = data.FRAMES,
     ) -> tuple[Tensor, float]:
         """A clip [F, H, W, 3] in 0..1 from a picture [1, H, W, 3], and its seconds."""
-        encoder = self._part(load_text_encoder, "", "fp32")
+        encoder = self._part(load_text_encoder, "", exact=True)
         vae, runtime = self.vae(setting), self.runtime
         self.transformer(setting)
         embeds = [

@@ -172,7 +172,7 @@ def damaged_files(tmp_path: Path) -> dict[str, tuple[Path, str]]:
         "huge": (huge, "1000000000000000"),
         "nan": (tiny.save(tmp_path / "nan.safetensors", nan), "NaN"),
         "lora": (tiny.save(tmp_path / "lora.safetensors", lora), "LoRA"),
-        "llama": (tiny.save(tmp_path / "llama.safetensors", llama), "DualCLIPLoader"),
+        "llama": (tiny.save(tmp_path / "llama.safetensors", llama), "diffusers-style folder"),
         "t2v": (tiny.save(tmp_path / "t2v.safetensors", variant(16)), "16 input channels"),
         "33": (tiny.save(tmp_path / "i2v.safetensors", variant(33)), "33 input channels"),
         "vae": (
@@ -218,7 +218,7 @@ def test_transformer_in_the_vae_slot_is_named(capsys, tmp_path, monkeypatch):
     slots = ["--transformer", path, "--vae", path, "--text-encoder", tmp_path]
     code, _, err = run(capsys, "generate", *FAST, *slots, "--out", tmp_path / "clip.mp4")
     assert code == 1
-    assert "this slot takes a HunyuanVideo VAE" in err
+    assert "a HunyuanVideo VAE is needed" in err
 
 
 def test_missing_text_encoder_folder_is_explained(capsys, tmp_path):
@@ -419,7 +419,7 @@ def test_weights_are_looked_at_before_minutes_of_text_encoding(capsys, tmp_path,
     slots = ["--transformer", vae, "--vae", vae, "--text-encoder", tmp_path]
     code, _, err = run(capsys, "generate", *FAST, *slots, "--out", tmp_path / "x.npy")
     assert code == 1
-    assert "this slot takes a HunyuanVideo transformer" in err
+    assert "a HunyuanVideo transformer is needed" in err
 
 
 def test_a_run_that_fails_after_sampling_is_continued(capsys, tmp_path, monkeypatch):

@@ -19,13 +19,8 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from comfyui_skyreels.skyreels.text.encode import DEFAULT_NEGATIVE_PROMPT
-from comfyui_skyreels.skyreels.text.load import (
-    MAX_CLIP_TOKENS,
-    PROMPT_TEMPLATE,
-    UNUSED_LAYERS,
-    find_crop_start,
-)
+from comfyui_skyreels.skyreels.text.encode import DEFAULT_NEGATIVE_PROMPT, MAX_CLIP_TOKENS
+from comfyui_skyreels.skyreels.text.load import PROMPT_TEMPLATE, UNUSED_LAYERS, find_crop_start
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 

@@ -143,8 +143,8 @@ def test_a_model_near_the_limit_runs_whole_or_streamed(comfy, on_gpu, model, mon
         return leave
 
     for module in (offload, placement):
-        monkeypatch.setattr(module, "bytes_away", missing)
-    monkeypatch.setattr(placement, "visit", visit)
+        monkeypatch.setattr(module, "onload_bytes", missing)
+    monkeypatch.setattr(placement, "onload", visit)
     with on_gpu.place(model.module, activations):
         if comfy.loaded:
             visit([*model.module.parameters()], on_gpu.device)

@@ -134,10 +134,14 @@ def test_full_size_vae_is_the_default_config(tmp_path):
 @pytest.mark.parametrize(
     ("names", "family", "fix"),
     [
-        (["model.layers.0.self_attn.q_proj.weight"], "llama", "DualCLIPLoader"),
-        (["text_model.encoder.layers.0.self_attn.q_proj.weight"], "clip", "DualCLIPLoader"),
-        (["encoder.block.0.layer.0.SelfAttention.q.weight"], "t5", "no use"),
-        (["diffusion_model.double_blocks.0.img_attn_qkv.lora_A.weight"], "lora", "on top of"),
+        (["model.layers.0.self_attn.q_proj.weight"], "llama", "diffusers-style folder"),
+        (["text_model.encoder.layers.0.self_attn.q_proj.weight"], "clip", "diffusers-style folder"),
+        (["encoder.block.0.layer.0.SelfAttention.q.weight"], "t5", "does not use it"),
+        (
+            ["diffusion_model.double_blocks.0.img_attn_qkv.lora_A.weight"],
+            "lora",
+            "modifies a model",
+        ),
         (["double_blocks.0.img_attn.qkv.weight", "img_in.weight"], "unknown", "img_in.weight"),
     ],
 )
@@ -151,7 +155,7 @@ def test_file_of_another_family_is_named_with_the_fix(tmp_path, names, family, f
 
 def test_vae_in_the_transformer_slot_is_named(tmp_path):
     info = inspect(tiny.save(tmp_path / "x.safetensors", VideoVAE(tiny.VAE).state_dict()))
-    with pytest.raises(CheckpointError, match="HunyuanVideo VAE.*Load VAE"):
+    with pytest.raises(CheckpointError, match="HunyuanVideo VAE.*load it as the VAE"):
         require(info, "transformer")
 
 
@@ -189,7 +193,7 @@ def test_truncated_file_is_reported(tmp_path, keep):
 def test_longer_file_than_promised_is_reported(tmp_path):
     path = tiny.save(tmp_path / "x.safetensors", {"a": torch.ones(2, 3)})
     path.write_bytes(path.read_bytes() + b"x")
-    with pytest.raises(CheckpointError, match="promises"):
+    with pytest.raises(CheckpointError, match="describes"):
         inspect(path)
 
 
