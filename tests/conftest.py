@@ -8,9 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 
+sys.path.insert(0, str(Path(__file__).parent))  # for comfyui_skyreels, support, bench and train
+from support.checkout import Checkout, parameters
+
 ROOT = Path(__file__).resolve().parent.parent
 STATE_NUMBERS = itertools.count()
-sys.path.insert(0, str(ROOT / "tests"))  # for comfyui_skyreels, support, bench and train
 if "PYTEST_XDIST_WORKER" in os.environ:
     # threads of several processes that wait for one another on the same cores are slower than one
     os.environ["OMP_NUM_THREADS"] = "1"  # of the programs that tests start
@@ -34,6 +36,12 @@ def own_state(monkeypatch, tmp_path_factory) -> None:
     folder = tmp_path_factory.getbasetemp() / "states" / str(next(STATE_NUMBERS))
     for name in ("XDG_STATE_HOME", "LOCALAPPDATA"):
         monkeypatch.setenv(name, str(folder / name))
+
+
+@pytest.fixture(scope="module", params=parameters())
+def checkout(request) -> Checkout:
+    """Each real ComfyUI there is."""
+    return request.param
 
 
 @pytest.fixture

@@ -35,7 +35,7 @@ from support.wiro_server import KEY, SECRET, WiroServer
 
 ROOT = Path(__file__).resolve().parents[2]
 AUTH = WiroAuth(Credentials(KEY, SECRET), nonces_of(time.time))
-#: a call that ends later than this is held by the server
+#: a connection or a thread that is there longer than this is there for good
 SOON_S = 8.0
 RECORD = {"id": "2221", "status": "task_start", "socketaccesstoken": "token-of-task"}
 DETAIL = json.dumps({"result": True, "tasklist": [RECORD]}).encode()
@@ -137,10 +137,9 @@ def test_a_call_ends_at_its_deadline_whatever_the_server_does_and_its_connection
     make_script,
 ):
     with served(make_script) as server:
-        begin = time.monotonic()
         with pytest.raises(TransportError, match=r"within 0 s\. The request had left") as caught:
             call(server.url, whole_s=0.3)
-        assert time.monotonic() - begin < SOON_S
+        assert not server.over.is_set(), "the server let go first"
         assert caught.value.was_sent
         assert server.closed.wait(SOON_S), "the connection is cut"
         assert no_call_is_left()
@@ -150,10 +149,9 @@ def test_a_call_ends_at_its_deadline_whatever_the_server_does_and_its_connection
 def test_a_wait_ends_at_its_deadline_whatever_the_server_does(make_script, monkeypatch):
     monkeypatch.setattr(client_module, "LAST_POLL_S", 0.2)
     with served(make_script) as server:
-        begin = time.monotonic()
         with pytest.raises(TaskTimeoutError, match="2221 has not ended.*did not answer as a whole"):
             list(client_of(server.url).watch(RunHandle("2221", ""), timeout_s=0.5))
-        assert time.monotonic() - begin < 0.5 + 5.0
+        assert not server.over.is_set(), "the server let go first"
         assert no_call_is_left()
 
 
@@ -163,17 +161,14 @@ class CancelledError(Exception):
 
 @pytest.mark.parametrize("make_script", SLOW)
 def test_a_caller_who_leaves_is_let_go_at_once_in_whatever_state_the_call_is(make_script):
-    left_at = []
-
     def sleep(seconds: float) -> None:
         if server.requests:
-            left_at.append(time.monotonic())
             raise CancelledError
 
     with served(make_script) as server:
         with pytest.raises(CancelledError):
             client_of(server.url, sleep=sleep, interruptible=True).detail(RunHandle("2221", ""))
-        assert time.monotonic() - left_at[0] < 2.0
+        assert not server.over.is_set(), "the server let go first"
         assert server.closed.wait(SOON_S)
         assert no_call_is_left()
 
@@ -273,6 +268,7 @@ def test_ctrl_c_ends_the_command_line_while_the_server_holds_an_answer(make_scri
             time.sleep(0.02)
         process.send_signal(signal.SIGINT)
         code = process.wait()
+        assert not server.over.is_set(), "the server let go first"
         out, err = process.output()
     assert code == 130, err
     assert "Interrupted" in json.loads(out)["error"]

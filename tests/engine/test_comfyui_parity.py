@@ -9,22 +9,22 @@ from comfyui_skyreels.skyreels.config import TransformerConfig
 from comfyui_skyreels.skyreels.runtime import TorchRuntime
 from comfyui_skyreels.skyreels.weights.load import load_transformer
 from safetensors.torch import load_file
-from support import checkout, tiny
+from support import tiny
 
 # ComfyUI fixes the rotary axes to 16, 56, 56 and two refiner blocks
 CONFIG = TransformerConfig(num_attention_heads=1, num_layers=2, num_single_layers=2)
 SCRIPT = Path(__file__).resolve().parents[1] / "support" / "comfy_forward.py"
 
-pytestmark = [pytest.mark.comfy, checkout.needs_comfy]
+pytestmark = pytest.mark.comfy
 
 
 @pytest.mark.parametrize("text_tokens", [1, 40])
-def test_forward_equals_comfyuis_and_its_names_load_back(tmp_path, text_tokens):
+def test_forward_equals_comfyuis_and_its_names_load_back(checkout, tmp_path, text_tokens):
     model = tiny.transformer(CONFIG)
     inputs = tiny.inputs(CONFIG, text_tokens, grid=(3, 6, 10))
     checkpoint = tiny.save(tmp_path / "model.safetensors", model.state_dict())
     tiny.save(tmp_path / "inputs.safetensors", inputs)
-    command = [checkout.python(), SCRIPT, checkout.CHECKOUT, checkpoint,
+    command = [checkout.python(), SCRIPT, checkout.folder, checkpoint,
                tmp_path / "inputs.safetensors", tmp_path / "out.safetensors"]  # fmt: skip
     run = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr[-2000:]

@@ -7,6 +7,8 @@ import ssl
 import threading
 from collections.abc import Callable
 
+#: less than any time-out of the client that a test leaves as it is
+HELD_S = 25.0
 #: of a made-up authority for localhost that nobody trusts, good from 2020 to 2120
 CERTIFICATE = """\
 -----BEGIN CERTIFICATE-----
@@ -37,7 +39,8 @@ class RawServer:
         it as a whole. Ends when the connection is to be closed; what it sends into a closed one
         does no harm.
     requests: the requests that came whole. received: bytes that came, of all connections.
-    over: set at the end; scripts that wait look at it.
+    over: set at the end, and after `HELD_S`, when it lets go of everything; scripts that wait look
+        at it. A call that ends before that was not held by the server.
     """
 
     def __init__(self, script: Callable, *, host="127.0.0.1", context=None, reads=True) -> None:
@@ -55,9 +58,17 @@ class RawServer:
 
     def __enter__(self) -> "RawServer":
         threading.Thread(target=self._accept, daemon=True).start()
+        self._release = threading.Timer(HELD_S, self.let_go)
+        self._release.daemon = True
+        self._release.start()
         return self
 
     def __exit__(self, *_: object) -> None:
+        self._release.cancel()
+        self.let_go()
+
+    def let_go(self) -> None:
+        """End every script and connection."""
         self.over.set()
         for each in (self._listener, *self._open):
             with contextlib.suppress(OSError):

@@ -223,11 +223,9 @@ def cancel(comfy) -> None:
 def test_cancel_stops_the_remote_task_as_its_state_demands(comfy, wiro, state, call):
     wiro.states, wiro.steps_by_itself = (state, "task_postprocess_end"), False
     watching = when(lambda: wiro.paths().count("Task/Detail") >= 2, lambda: cancel(comfy))
-    start = time.monotonic()
     with pytest.raises(InterruptProcessingException):
         generate()
     watching.join()
-    assert time.monotonic() - start < 20
     assert wiro.tasks["2221"]["status"] == "task_cancel"
     assert call in wiro.paths()
     assert comfy.texts[-1].startswith("task 2221 stopped · ")

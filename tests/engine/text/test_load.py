@@ -1,10 +1,8 @@
 """The text encoder folder is loaded as its files say, or refused with the reason."""
 
 import json
-import os
 import shutil
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -103,12 +101,9 @@ def test_the_guard_refuses_what_the_declared_class_makes_of_the_file(folder):
 
 
 @pytest.mark.comfy
-def test_the_real_clip_vocabulary_gives_the_known_ids():
+def test_the_real_clip_vocabulary_gives_the_known_ids(checkout):
     pytest.importorskip("transformers")
-    comfy = Path(os.environ.get("COMFYUI_DIR", Path.home() / "ComfyUI"))
-    vocabulary = comfy / "comfy" / "sd1_tokenizer"
-    if not vocabulary.is_dir():
-        pytest.skip(f"no ComfyUI in {comfy}")
+    vocabulary = checkout.folder / "comfy" / "sd1_tokenizer"
     tokenizer = load.load_clip_tokenizer(vocabulary)
     words, ids = load._CLIP_KNOWN
     assert len(tokenizer) == load._CLIP_VOCABULARY
