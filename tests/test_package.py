@@ -64,6 +64,15 @@ def test_the_readme_makes_sense_without_the_repository(published):
         assert target.startswith("https://") or target in published, target
 
 
+def test_the_changelog_names_the_version_with_a_date_below_an_unreleased_section():
+    text = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+    headings = re.findall(r"^## \[(.+?)\](.*)$", text, re.M)
+    version, date = headings[1]
+    assert headings[0] == ("Unreleased", "")
+    assert version == PYPROJECT["project"]["version"]
+    assert re.fullmatch(r" - \d{4}-\d\d-\d\d", date)
+
+
 def test_no_message_sends_users_to_the_tests(published):
     found = []
     for name in published:
