@@ -212,6 +212,21 @@ def texts() -> dict[str, str]:
     return {name: (ROOT / name).read_text(encoding="utf-8") for name in names}
 
 
+#: fixed; `locales/` and `subgraphs/` are looked for by ComfyUI
+TOP_LEVEL = {
+    *("__init__.py", "nodes", "skyreels", "wiro_api", "web", "workflows", "tests"),
+    *("pyproject.toml", "requirements.txt", "locales", "subgraphs", "LICENSE"),
+    *("README.md", "ARCHITECTURE.md", "CONTRIBUTING.md", "SECURITY.md", "CHANGELOG.md"),
+    *(".ci", ".github", ".gitignore", ".comfyignore", ".pre-commit-config.yaml"),
+}
+
+
+def test_nothing_else_lies_at_the_top():
+    run = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, check=False)
+    there = {name.split("/")[0] for name in run.stdout.decode().split("\0") if name}
+    assert there <= TOP_LEVEL
+
+
 def test_repository_holds_no_private_path(texts):
     pattern = re.compile(r"/(root|home|Users)/\w|[A-Z]:\\+Users")
     assert [name for name, text in texts.items() if pattern.search(text)] == []

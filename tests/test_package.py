@@ -1,5 +1,6 @@
 """What users get: the zip of the ComfyUI registry, the wheel, the commands; two copies at once."""
 
+import ast
 import importlib.metadata
 import json
 import re
@@ -61,6 +62,31 @@ def test_the_readme_makes_sense_without_the_repository(published):
     assert "tests." not in text
     for target in re.findall(r"\]\(([^)#]+)", text):
         assert target.startswith("https://") or target in published, target
+
+
+def test_the_changelog_names_the_version_with_a_date_below_an_unreleased_section():
+    text = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+    headings = re.findall(r"^## \[(.+?)\](.*)$", text, re.M)
+    version, date = headings[1]
+    assert headings[0] == ("Unreleased", "")
+    assert version == PYPROJECT["project"]["version"]
+    assert re.fullmatch(r" - \d{4}-\d\d-\d\d", date)
+
+
+def test_no_message_sends_users_to_the_tests(published):
+    found = []
+    for name in published:
+        if not name.endswith(".py"):
+            continue
+        tree = ast.parse((ROOT / name).read_text(encoding="utf-8"))
+        bare = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
+        found += [
+            f"{name}:{node.lineno}"
+            for node in ast.walk(tree)
+            if isinstance(node, ast.Constant) and id(node) not in bare  # no docstring
+            if isinstance(node.value, str) and re.search(r"\btests[/.]", node.value)
+        ]
+    assert found == []
 
 
 def test_the_wheel_holds_both_packages_with_their_data_and_nothing_else(archive, tmp_path):
