@@ -178,7 +178,7 @@ def encode_image(
     largest = torch.Size(latent_shape(prefix_frames, height, width))
     num_bytes = decode_bytes(vae.config, largest, weight.dtype)
     runtime.check_interrupt()
-    with torch.inference_mode(), runtime.place(vae, num_bytes), on_device(vae, runtime.device):
+    with runtime.place(vae, num_bytes), torch.inference_mode(), on_device(vae, runtime.device):
         runtime.progress("encode", 0, 1)
         vae_latents = vae.encode(
             video.to(runtime.device, weight.dtype), check=runtime.check_interrupt

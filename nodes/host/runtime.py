@@ -131,7 +131,7 @@ class ComfyRuntime:
 
 
 def status_line(stage: str, done: int, total: int, seconds_each: float) -> str:
-    """What stands on the node: "step 12/30 · 3.4 s/step · about 61 s left"."""
+    """The status line of a node, as "step 12/30 · 3.4 s/step · about 61 s left"."""
     if stage == "load":
         scale, unit = (1e9, "GB") if total >= 1e8 else (1e6, "MB")
         size = f"{total / scale:.1f} {unit}"

@@ -8,7 +8,6 @@ The Euler loop reads nothing back from the device, so that the host can queue on
 runs: sigmas and timesteps stay on the CPU, where a scalar multiplies a tensor of any device.
 """
 
-import logging
 import math
 from collections.abc import Sequence
 from functools import partial
@@ -37,8 +36,6 @@ from .precompute import MAX_KEPT, StepLookup, precompute
 from .resume import SaveStep, fingerprint_run, resume_run
 from .settings import OnStep, SamplingSettings, Velocity, euler
 from .step_cache import OFF, CacheConfig, cache_bytes, start_cache
-
-logger = logging.getLogger("skyreels.sampling.sample")
 
 
 def initial_noise(seed: int, num_frames: int, height: int, width: int) -> Tensor:

@@ -132,8 +132,7 @@ def _pooled_state(encoder: TextEncoder, text: str, runtime: Runtime) -> Tensor:
         text, padding="max_length", max_length=MAX_CLIP_TOKENS, truncation=True
     )["input_ids"]
     input_ids = torch.tensor([ids], device=runtime.device)
-    runtime.make_room(missing_bytes(encoder.clip, runtime.device))
-    with on_device(encoder.clip, runtime.device):
+    with runtime.place(encoder.clip, 0), on_device(encoder.clip, runtime.device):
         pooled: Tensor = encoder.clip(input_ids=input_ids).pooler_output
     return pooled
 

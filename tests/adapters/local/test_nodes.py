@@ -354,7 +354,7 @@ def test_sharded_folders_and_text_encoder_folders_are_offered(comfy):
         ({"latent": {"samples": torch.zeros(2, 16, 3, 4, 6)}}, ShapeError, "batch_size to 1"),
         ({"latent": {"samples": torch.zeros(1, 16, 5, 4, 6)}}, ShapeError, "start latent"),
         ({"sigmas": torch.tensor([14.6, 1.0, 0.0])}, OptionError, "flow schedule"),
-        ({"sigmas": torch.tensor([0.0, 1.0])}, OptionError, "falling row"),
+        ({"sigmas": torch.tensor([0.0, 1.0])}, OptionError, "must be falling"),
     ],
 )
 def test_what_cannot_be_sampled_is_refused_before_the_model_moves(

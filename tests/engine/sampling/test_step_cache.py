@@ -88,7 +88,7 @@ def skipped(caplog):
     caplog.set_level(logging.INFO)
 
     def read() -> list[int] | None:
-        said = [r for r in caplog.records if r.name.endswith(".cache")]
+        said = [r for r in caplog.records if r.name.endswith(".step_cache")]
         if not said:
             return None
         steps = said[-1].getMessage().rstrip(".").split(": ")[1]
