@@ -139,7 +139,7 @@ def test_twelve_pictures_three_places_one_fails(comfy, wiro, caplog):
     assert len(wiro.tasks) == 3
     assert report.startswith("12 runs, ")
     assert "3 started (picture 1: task 2221, picture 2: task 2222, picture 3: task 2223)" in report
-    assert "9 wait for a place" in report
+    assert "9 wait for a slot" in report
     most = [0]
     look = threading.Event()
 
@@ -301,7 +301,7 @@ def test_numbers_that_do_not_go_together_are_named_and_nothing_is_sent(
 
 def test_other_widgets_are_one_value_or_one_for_each_run(comfy, wiro):
     runs, _ = submit(pictures(3), steps=[10, 20, 30], take=[1, 2, 3], cfg=[4.0])
-    assert [run.take for run in runs] == [1, 2, 3]
+    assert [run.job.take for run in runs] == [1, 2, 3]
     assert [seen.body["steps"] for seen in paid(wiro)] == ["10", "20", "30"]
     with pytest.raises(ConfigError, match="steps has 2 values for 3 runs"):
         submit(pictures(3), steps=[10, 20])
@@ -411,7 +411,7 @@ def test_what_meets_every_run_is_tried_once(comfy, wiro):
 def test_no_place_leaves_a_run_that_was_never_sent_and_is_started_later(comfy, wiro, fault):
     wiro.fail("Run", fault)
     runs, report = submit(pictures(2))
-    assert "0 started\n2 wait for a place" in report
+    assert "0 started\n2 wait for a slot" in report
     assert [(entry.id, entry.state) for entry in account.journal().newest()] == [(1, "intent")]
     assert collect(runs)["task_id"] == ["2221", "2222"]
     assert [entry.id for entry in account.journal().newest()] == [2, 1]

@@ -333,7 +333,7 @@ def test_who_waits_for_another_ones_download_can_be_stopped(comfy, wiro):
     journal, inside, leave = account.journal(), threading.Event(), threading.Event()
 
     def hold():
-        with jobs._alone(journal, row, lambda: None):
+        with jobs._one_at_a_time(jobs._Row(journal, row), lambda: None):
             inside.set()
             leave.wait(timeout=60)
 
@@ -344,13 +344,13 @@ def test_who_waits_for_another_ones_download_can_be_stopped(comfy, wiro):
     def stop():
         raise KeyboardInterrupt
 
-    with pytest.raises(KeyboardInterrupt), jobs._alone(journal, row, stop):
+    with pytest.raises(KeyboardInterrupt), jobs._one_at_a_time(jobs._Row(journal, row), stop):
         raise AssertionError("it came in")
-    with jobs._alone(journal, row + 1, stop):  # another row is another one's
+    with jobs._one_at_a_time(jobs._Row(journal, row + 1), stop):  # another row is another one's
         pass
     leave.set()
     holder.join(timeout=60)
-    with jobs._alone(journal, row, stop):
+    with jobs._one_at_a_time(jobs._Row(journal, row), stop):
         pass
 
 
