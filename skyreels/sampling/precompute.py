@@ -23,7 +23,7 @@ from ..offload import on_device
 from ..runtime import Runtime
 from ..text.embeds import PromptEmbeds
 from ..transformer.attention import Attention
-from ..transformer.model import RunBlock, SkyReelsTransformer, StepConditioning
+from ..transformer.model import RunBlock, SkyReelsTransformer, StepModulation
 
 logger = logging.getLogger("skyreels.sampling.precompute")
 
@@ -35,7 +35,7 @@ MAX_KEPT = 256
 #: among the prompts. timestep: 0..1000, exactly representable in float32; a number, as looking up a
 #: tensor's would make the host wait for the device. run_block: brings weights back for a timestep
 #: that was not in the schedule.
-Conditioning = Callable[[int, float, RunBlock], StepConditioning]
+Conditioning = Callable[[int, float, RunBlock], StepModulation]
 
 
 def precompute(
@@ -80,15 +80,15 @@ def precompute(
             for key, (vec, _) in embedded.items():
                 rows[key].append(tuple(module(vec).to(host) for module in modulations))
     kept: dict[tuple[int, float], Tensor] = {}
-    shapes: dict[int, StepConditioning] = {}  # of what a prompt's steps are told
+    shapes: dict[int, StepModulation] = {}  # of what a prompt's steps are told
     for key in keys:
-        told = StepConditioning(embedded.pop(key)[1].to(host), tuple(rows.pop(key)))
+        told = StepModulation(embedded.pop(key)[1].to(host), tuple(rows.pop(key)))
         kept[key] = pack(told, device)
-        shapes[key[0]] = StepConditioning(
-            told.text.to("meta"), tuple(tuple(r.to("meta") for r in block) for block in told.rows)
+        shapes[key[0]] = StepModulation(
+            told.text.to("meta"), tuple(tuple(r.to("meta") for r in block) for block in told.mods)
         )
 
-    def of(prompt: int, timestep: float, run_block: RunBlock) -> StepConditioning:
+    def of(prompt: int, timestep: float, run_block: RunBlock) -> StepModulation:
         packed = kept.get((prompt, timestep))
         if packed is None:
             return transformer.condition(
@@ -100,7 +100,7 @@ def precompute(
     return of
 
 
-def pack(told: StepConditioning, device: torch.device) -> Tensor:
+def pack(told: StepModulation, device: torch.device) -> Tensor:
     """Put what a step is told into one piece of host memory.
 
     Args:
@@ -118,7 +118,7 @@ def pack(told: StepConditioning, device: torch.device) -> Tensor:
     return packed
 
 
-def unpack(packed: Tensor, shapes: StepConditioning) -> StepConditioning:
+def unpack(packed: Tensor, shapes: StepModulation) -> StepModulation:
     """What was packed, as views.
 
     Args:
@@ -133,7 +133,7 @@ def unpack(packed: Tensor, shapes: StepConditioning) -> StepConditioning:
         return view
 
     text = next_like(shapes.text)
-    return StepConditioning(text, tuple(tuple(map(next_like, block)) for block in shapes.rows))
+    return StepModulation(text, tuple(tuple(map(next_like, block)) for block in shapes.mods))
 
 
 def host_memory(numel: int, dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -147,7 +147,7 @@ def host_memory(numel: int, dtype: torch.dtype, device: torch.device) -> Tensor:
         try:
             return torch.empty(numel, dtype=dtype, pin_memory=True)
         except RuntimeError as error:
-            dispatch.say_once(
+            dispatch.log_once(
                 "Host memory cannot be pinned, so each step waits for its copy: "
                 f"{dispatch.brief(error)}.",
                 source=logger,
@@ -155,8 +155,8 @@ def host_memory(numel: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     return torch.empty(numel, dtype=dtype)
 
 
-def _tensors(told: StepConditioning) -> list[Tensor]:
-    return [told.text, *(row for block in told.rows for row in block)]
+def _tensors(told: StepModulation) -> list[Tensor]:
+    return [told.text, *(row for block in told.mods for row in block)]
 
 
 def _padded_numel(tensor: Tensor) -> int:

@@ -307,7 +307,7 @@ def sample(
         }
         if attend == "fast":  # its kernels are tried at this size before the weights come
             runtime.make_room(trial_bytes(**size))
-        attend = choose_attention(device, attend, **size).function
+        attend = choose_attention(device, attend, **size).impl
     with torch.inference_mode():
         conditioning = precompute(
             transformer, branches, (sigmas[first_step:-1] * NUM_TRAIN_TIMESTEPS).tolist(),

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from ..config import TRANSFORMER_PRECISIONS, VAE_PRECISIONS, TransformerConfig, VAEConfig
 from ..errors import CheckpointError, OptionError
-from ..kernels import RowFormat
+from ..kernels import QuantFormat
 from ..runtime import Runtime
 from ..transformer.model import SkyReelsTransformer
 from ..transformer.quant import (
@@ -32,9 +32,9 @@ from ..transformer.quant import (
     STORAGE_DTYPES,
     QuantLinear,
     dequantize,
+    hadamard_block_size,
     is_quantizable,
     quantize,
-    rotation_size,
 )
 from ..vae.model import VideoVAE
 from .inspect import (
@@ -132,14 +132,14 @@ def load_vae(path: str | PathLike[str], *, precision: str = "auto", runtime: Run
     )
 
 
-def _weight_format(precision: str, config: TransformerConfig) -> RowFormat | None:
-    """What block linears are rounded to; one rotation, which divides the widths of all of them."""
+def _weight_format(precision: str, config: TransformerConfig) -> QuantFormat | None:
+    """The format of block linears; one Hadamard block, which divides the widths of all."""
     if precision not in STORAGE_DTYPES:
         return None
     storage_dtype, hidden = STORAGE_DTYPES[precision], config.hidden_size
     if storage_dtype != torch.int8:
-        return RowFormat(storage_dtype)
-    return RowFormat(storage_dtype, rotation_size(hidden, int(hidden * config.mlp_ratio)))
+        return QuantFormat(storage_dtype)
+    return QuantFormat(storage_dtype, hadamard_block_size(hidden, int(hidden * config.mlp_ratio)))
 
 
 def check_transformer(path: str | PathLike[str]) -> CheckpointInfo:
@@ -360,7 +360,7 @@ def _assemble(
     sources: Callable[[str], tuple[str, ...]],
     *,
     keep_8bit: bool,
-    storage: Callable[[str], RowFormat | None],
+    storage: Callable[[str], QuantFormat | None],
     compute_dtype: torch.dtype,
     runtime: Runtime,
 ) -> ModuleT:
@@ -384,14 +384,14 @@ def _assemble(
             fits = attribute == "weight" and isinstance(layer, nn.Linear)
             in_block = target.name.startswith(("double_blocks.", "single_blocks."))
             wanted = storage(target.name) if fits else None
-            rotation, weight_only = 0, True
+            hadamard_block, weight_only = 0, True
             if wanted is not None and _is_stored_as(weight, wanted.dtype):
                 weight_only = weight.dtype == torch.int8  # whoever made that did not rotate it
             elif wanted is not None:
                 if _is_8bit(weight) or scale is not None:
                     weight = dequantize(weight, scale, torch.float32)
-                rotation, weight_only = wanted.rotation, False
-                weight, scale = quantize(weight, wanted.dtype, rotation, runtime.device)
+                hadamard_block, weight_only = wanted.hadamard_block, False
+                weight, scale = quantize(weight, wanted.dtype, hadamard_block, runtime.device)
             elif not (_is_8bit(weight) and keep_8bit and fits and in_block):
                 weight = _widened(info, target, weight, scale, compute_dtype)
                 scale = None
@@ -401,9 +401,13 @@ def _assemble(
                 scale = None if scale is None else scale.to(device)
                 bias = dict(layer.named_parameters()).get("bias")
                 quantized = QuantLinear(
-                    weight.to(device), scale, bias, rotation=rotation, weight_only=weight_only,
+                    weight.to(device),
+                    scale,
+                    bias,
+                    hadamard_block=hadamard_block,
+                    weight_only=weight_only,
                     compute_dtype=compute_dtype,
-                )  # fmt: skip
+                )
                 module.set_submodule(layer_name, quantized)
             else:
                 parameter = nn.Parameter(weight.to(device), requires_grad=False)
