@@ -8,6 +8,7 @@ import importlib.metadata
 import os
 import platform
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -44,9 +45,12 @@ MODEL_FOLDERS = ("diffusion_models", "unet", "diffusers", "vae", "text_encoders"
 
 
 def examine() -> dict[str, dict[str, str]]:
-    """Section -> item -> finding: versions, devices, kernels, weights.
+    """Describe versions, devices, kernels and weights.
 
     Weights are looked for in `COMFYUI_DIR`/models (else ~/ComfyUI/models); headers only.
+
+    Returns:
+        Section -> item -> finding.
     """
     return {
         "versions": _versions(),
@@ -89,9 +93,8 @@ def _devices() -> dict[str, str]:
 
 def _kernels() -> dict[str, str]:
     found = _pins()
-    cudnn: int | None = None
-    if torch.cuda.is_available():
-        cudnn = torch.backends.cudnn.version()  # type: ignore[no-untyped-call]
+    cudnn_version: Any = torch.backends.cudnn.version  # untyped in torch
+    cudnn = cudnn_version() if torch.cuda.is_available() else None
     if cudnn is not None and torch.__version__.startswith(("2.9", "2.10")) and cudnn < 91500:
         found["cuDNN version"] = (
             f"{cudnn}: this version takes 3-17 times the memory in 3-D convolutions of bf16 "

@@ -77,7 +77,7 @@ def residual_layer_norm_modulate(
     scale: Tensor,
     act_format: QuantFormat | None = None,
 ) -> tuple[Tensor, Activation]:
-    """x + gate * y, and its LayerNorm scaled and shifted.
+    """Gated residual sum (x + gate * y), and its LayerNorm scaled and shifted.
 
     Args:
         x: [B, S, C].
@@ -100,7 +100,7 @@ def residual_layer_norm_modulate(
 
 
 def gated_residual(x: Tensor, y: Tensor, gate: Tensor, z: Tensor | None = None) -> Tensor:
-    """x + gate * y, or x + gate * (y + z); x, y and z [B, S, C], gate [B, 1, C]."""
+    """Residual sum: x + gate * y, or x + gate * (y + z); x, y, z [B, S, C], gate [B, 1, C]."""
     total: Tensor
     if z is None:
         total = _call["gated_residual"](x, y, gate)
@@ -138,10 +138,7 @@ def qk_norm_rope(
 
 
 def gelu(x: Tensor, act_format: QuantFormat | None = None) -> Activation:
-    """tanh-GELU, [B, S, C].
-
-    Without a format it is torch's own, in place unless x needs gradients.
-    """
+    """tanh-GELU, [B, S, C]; without a format in place unless x needs gradients."""
     if act_format is not None:
         return QuantizedActivation(*_call["gelu_quantize"](x, *act_format))
     if torch.is_grad_enabled() and x.requires_grad:

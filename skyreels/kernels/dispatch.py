@@ -138,7 +138,10 @@ class Candidate(NamedTuple):
 
 
 def backend() -> str:
-    """What `SKYREELS_BACKEND` asks for: "auto", "reference" or "triton".
+    """Read `SKYREELS_BACKEND`.
+
+    Returns:
+        "auto", "reference" or "triton".
 
     Raises:
         OptionError: the variable holds something else.
@@ -158,7 +161,7 @@ def attention_pin() -> str:
 
 
 def describe(device: torch.device) -> DeviceInfo:
-    """Inspect a device, and Triton where it could serve that device; cached."""
+    """What a device is, and whether Triton can serve it; cached."""
     return _describe(device, backend())
 
 
@@ -172,14 +175,16 @@ def _describe(device: torch.device, backend_name: str) -> DeviceInfo:
         return DeviceInfo(device.type, name, has_flash=has_flash)
     version, problem = find_triton(backend_name)
     capability = torch.cuda.get_device_capability(device)
-    cudnn = torch.backends.cudnn.version() or 0
+    cudnn_version: Any = torch.backends.cudnn.version  # untyped in torch
+    cudnn = cudnn_version() or 0
     return DeviceInfo(device.type, name, capability, cudnn, has_flash, version, problem)
 
 
 def find_triton(backend_name: str) -> tuple[str, str]:
-    """Triton's version, and why our kernels cannot use it; either may be empty.
+    """Import Triton, as only that shows whether it loads; not where plain torch is pinned.
 
-    Imports Triton, as only that shows whether it loads; not where plain torch is pinned.
+    Returns:
+        Its version, and why our kernels cannot use it; either may be empty.
     """
     if backend_name == "reference":
         return "", f"{BACKEND_VARIABLE}=reference"
@@ -223,7 +228,10 @@ def current_device(device: torch.device) -> contextlib.AbstractContextManager[ob
 
 
 def relative_l2(got: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
-    """Largest relative L2 error of the outputs; NaN if any is.
+    """Largest relative L2 error of the outputs.
+
+    Returns:
+        The error; NaN if any output has one.
 
     Raises:
         RuntimeError: an output has another shape than expected.
@@ -232,8 +240,8 @@ def relative_l2(got: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
     for ours, right in zip(got, expected, strict=True):
         if ours.shape != right.shape:
             raise RuntimeError(f"it returns {list(ours.shape)} for {list(right.shape)}")
-        ours, right = ours.double().cpu(), right.double().cpu()
-        errors.append(((ours - right).norm() / right.norm()).item())
+        exact = right.double().cpu()
+        errors.append(((ours.double().cpu() - exact).norm() / exact.norm()).item())
     return math.nan if any(map(math.isnan, errors)) else max(errors)
 
 
@@ -252,6 +260,9 @@ def probe(
         inputs: (kind of input, arguments); drawn one after another, so that one is held at a time.
         tolerance: the largest error that is accepted.
         error: of the candidate's outputs beside the reference's.
+
+    Returns:
+        The error on each input.
     """
     errors = {}
     for kind, args in inputs:
@@ -263,15 +274,19 @@ def probe(
 def median_ms(
     contenders: Mapping[str, Callable[[], object]], device: torch.device, rounds: int = 3
 ) -> dict[str, float]:
-    """Median milliseconds of a call of each contender on a CUDA device, after one to warm up.
+    """Time calls on a CUDA device, after one to warm up.
 
-    They take turns, as clocks may still be rising.
+    Contenders take turns, as clocks may still be rising.
+
+    Returns:
+        Name -> median milliseconds.
     """
+    event: Any = torch.cuda.Event  # untyped in torch
     times: dict[str, list[float]] = {name: [] for name in contenders}
     with current_device(device):
         for round_ in range(rounds + 1):
             for name, function in contenders.items():
-                start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+                start, end = (event(enable_timing=True) for _ in range(2))
                 start.record()
                 function()
                 end.record()
@@ -402,7 +417,10 @@ def broke_device(error: BaseException) -> bool:
 
 
 def _failure(error: Exception, what: str) -> tuple[str, bool]:
-    """What an error in a trial means: (problem for people, whether it is a verdict).
+    """Judge an error in a trial.
+
+    Returns:
+        The problem for people, and whether it is a verdict.
 
     Raises:
         RuntimeError: the error broke the CUDA context; no other path would run either.
@@ -434,6 +452,9 @@ def remembered(key: Hashable, make: Callable[[], Decision]) -> Decision:
     Args:
         key: what is decided, on which device, with which settings.
         make: decides.
+
+    Returns:
+        The decision.
     """
     known = _decisions.get(key)
     if known is not None and known.is_final:

@@ -231,7 +231,8 @@ def _free_namespace() -> str:
 
 NAMESPACE = _free_namespace()
 # a fragment, as no kind of library but this may be registered again when a copy is collected
-_library: Any = torch.library.Library(NAMESPACE, "FRAGMENT")
+_make_library: Any = torch.library.Library  # untyped in torch
+_library = _make_library(NAMESPACE, "FRAGMENT")
 
 
 def _define(name: str, row: Operator) -> Callable[..., Any]:
@@ -256,6 +257,9 @@ def dispatcher(name: str, plain: Callable[..., Any]) -> Callable[..., Any]:
     Args:
         name: in OPERATORS or EPILOGUES.
         plain: runs otherwise.
+
+    Returns:
+        The function to register.
     """
 
     def run(*args: Any) -> Any:
@@ -318,6 +322,9 @@ def choose(name: str, device: torch.device, act_format: torch.dtype | None = Non
         name: in OPERATORS or EPILOGUES.
         device: where it is to run.
         act_format: the 8-bit dtype of the result, for operators that have one.
+
+    Returns:
+        The decision.
     """
     key = ("operator", name, device, act_format, dispatch.backend())
     return dispatch.remembered(key, lambda: _decide(name, device, act_format))
@@ -388,10 +395,7 @@ def unsuited(name: str, args: Args, info: DeviceInfo) -> str:
 
 
 def samples(name: str, dtype: torch.dtype, act_format: torch.dtype | None = None) -> list[Args]:
-    """Arguments of an operator's self-tests.
-
-    Drawn from a generator of their own, so that the caller's random numbers do not change.
-    """
+    """Arguments of an operator's self-tests, from a generator of their own."""
     generator = torch.Generator().manual_seed(5)
 
     def draw(*shape: int) -> Tensor:
@@ -437,9 +441,10 @@ def _copy(x: Tensor, device: torch.device) -> Tensor:
 
 
 def decisions(device: torch.device) -> dict[str, dict[str, Decision]]:
-    """For every operator and 8-bit format, what runs on the device.
+    """Decide on every operator and 8-bit format: on a GPU, seconds at first use.
 
-    On a GPU this runs the self-test of every kernel not yet decided on: seconds at first use.
+    Returns:
+        Operator -> 8-bit dtype -> decision.
     """
     return {
         name: {short(to): choose(name, device, to) for to in row.formats}

@@ -5,7 +5,7 @@ to the dtype of the activations. Functions work in place only where the name end
 """
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -36,12 +36,12 @@ def layer_norm_modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
 
 
 def gated_residual(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
-    """x + gate * y; x and y [B, S, C], gate [B, 1, C]."""
+    """Gated residual sum: x + gate * y; x and y [B, S, C], gate [B, 1, C]."""
     return torch.addcmul(_upcast(x), _upcast(y), _upcast(gate)).to(x.dtype)
 
 
 def gated_residual_sum(x: Tensor, y: Tensor, z: Tensor, gate: Tensor) -> Tensor:
-    """x + gate * (y + z); x, y and z [B, S, C], gate [B, 1, C]."""
+    """Gated residual sum: x + gate * (y + z); x, y and z [B, S, C], gate [B, 1, C]."""
     return torch.addcmul(_upcast(x), _upcast(y) + _upcast(z), _upcast(gate)).to(x.dtype)
 
 
@@ -172,17 +172,11 @@ def residual_layer_norm_modulate(
 
 
 def residual_layer_norm_modulate_quantize(
-    x: Tensor,
-    y: Tensor,
-    gate: Tensor,
-    shift: Tensor,
-    scale: Tensor,
-    dtype: torch.dtype,
-    hadamard_block: int,
+    x: Tensor, y: Tensor, gate: Tensor, shift: Tensor, scale: Tensor, *act_format: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`gated_residual`, and `layer_norm_modulate_quantize` of what it returns."""
     total = gated_residual(x, y, gate)
-    return total, *layer_norm_modulate_quantize(total, shift, scale, dtype, hadamard_block)
+    return total, *layer_norm_modulate_quantize(total, shift, scale, *act_format)
 
 
 def gelu_quantize(x: Tensor, dtype: torch.dtype, hadamard_block: int) -> tuple[Tensor, Tensor]:
@@ -230,7 +224,7 @@ def rescale_(
     out: Tensor,
     add: bool,
 ) -> None:
-    """acc * act_scale * scale + bias, written to `out` or added to it: the epilogue of a GEMM.
+    """The epilogue of a GEMM: acc * act_scale * scale + bias, written to `out` or added to it.
 
     Passes write the dtype of `out`: a float32 copy of the result would take more time than 8-bit
     GEMMs of 3,072 channels save. Where that dtype is bfloat16 the result is rounded to it two or

@@ -31,11 +31,13 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from ..errors import OptionError, OutOfRoomError
 from ..kernels import dispatch
 from ..kernels.dispatch import Candidate, Decision, DeviceInfo, Finding, short, sm
+from . import fast_attention
 from .attention_quality import KINDS, draw, exact_checked, run_checked
 from .fast_attention import FAST
-from .fast_attention import Attention as Attention
 
 logger = logging.getLogger("skyreels.transformer.attention")
+
+Attention = fast_attention.Attention
 
 MODES = ("exact", "fast")
 #: of 97 frames of 544x960 and 60 tokens of text
@@ -128,9 +130,12 @@ def trial_bytes(heads: int, head_dim: int, tokens: int, dtype: torch.dtype) -> i
 
 
 def decisions(device: torch.device) -> dict[str, dict[str, Decision]]:
-    """What attention runs on a device, and which kernels in 8 bits are found.
+    """Decide on exact attention, and look up kernels in 8 bits without importing them.
 
-    Other packages are looked up, not imported: whether they work shows when `fast` is requested.
+    Whether those work shows when `fast` is requested.
+
+    Returns:
+        Subject -> "" -> decision, for `dispatch.report`.
     """
     info, pin = dispatch.describe(device), _pin()
     found = {"attention": {"": _exact(info, torch.bfloat16, pin)}}
@@ -143,7 +148,10 @@ def decisions(device: torch.device) -> dict[str, dict[str, Decision]]:
 
 
 def _pin() -> str:
-    """The kernel that the environment pins; empty for none.
+    """Read the kernel that the environment pins.
+
+    Returns:
+        A name of PINS; empty for none.
 
     Raises:
         OptionError: there is no such kernel.
@@ -163,12 +171,17 @@ def _pin() -> str:
 
 
 def _exact(info: DeviceInfo, dtype: torch.dtype, pin: str = "") -> Decision:
-    """torch's kernels in the order that is fastest on a device; none needs quadratic memory.
+    """Exact attention by torch's kernels, the fastest on a device first.
+
+    None of them needs quadratic memory.
 
     Args:
         info: of the device.
         dtype: of the queries.
         pin: of PINS; one of torch's kernels is then the only one allowed.
+
+    Returns:
+        An `Attention` as `impl`.
 
     Source: public measurements on six GPUs, transformers PR 48163: cuDNN 1.7 to 2.3 times as fast
         as flash on Hopper, as fast on Ada, 0.82 on A100, 0.88 on RTX PRO 6000.
@@ -199,7 +212,7 @@ def _exact(info: DeviceInfo, dtype: torch.dtype, pin: str = "") -> Decision:
 
 
 def _priority(info: DeviceInfo) -> tuple[list[SDPBackend], list[str]]:
-    """torch's kernels for 16 bits on a GPU from sm80 on or of AMD, the fastest first; and why."""
+    """Order torch's kernels for 16 bits on AMD GPUs and from sm80 on, the fastest first."""
     if info.capability is None:
         return [_FLASH, _EFFICIENT], ["as on every AMD GPU"]
     if info.capability[0] not in (9, 10):
@@ -388,9 +401,10 @@ def judge(
 def _timed(
     functions: dict[str, Attention], exact: Decision, device: torch.device, size: _Size
 ) -> dict[str, float]:
-    """Milliseconds of exact attention and of each kernel at the size of the run.
+    """Time exact attention and each kernel at the size of the run.
 
-    Empty on devices that are not timed: then the first is taken.
+    Returns:
+        Name -> milliseconds; empty on devices that are not timed, where the first is taken.
     """
     if device.type != "cuda":
         return {}

@@ -118,7 +118,10 @@ def exact(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
 def run_checked(
     attend: Callable[[Tensor, Tensor, Tensor], Tensor], query: Tensor, key: Tensor, value: Tensor
 ) -> list[Tensor]:
-    """Outputs of an attention for the checked queries.
+    """Run an attention on all queries.
+
+    Returns:
+        Its output for the checked queries.
 
     Raises:
         RuntimeError: it returns another shape than that of the queries.

@@ -109,6 +109,7 @@ class TimestepEmbedder(nn.Module):
         )
 
     def forward(self, values: Tensor, dtype: torch.dtype) -> Tensor:
+        """[B] -> [B, hidden] in dtype."""
         embedded: Tensor = self.mlp(sinusoidal_embedding(values).to(dtype))
         return embedded
 
@@ -122,6 +123,7 @@ class VectorEmbedder(nn.Module):
         self.out_layer = nn.Linear(hidden_size, hidden_size)
 
     def forward(self, x: Tensor) -> Tensor:
+        """[B, pooled] -> [B, hidden]."""
         embedded: Tensor = self.out_layer(F.silu(self.in_layer(x)))
         return embedded
 
@@ -135,6 +137,7 @@ class ContextEmbedder(nn.Module):
         self.linear_2 = nn.Linear(hidden_size, hidden_size)
 
     def forward(self, x: Tensor) -> Tensor:
+        """[B, text] -> [B, hidden]."""
         embedded: Tensor = self.linear_2(F.silu(self.linear_1(x)))
         return embedded
 
@@ -148,6 +151,7 @@ class PatchEmbedder(nn.Module):
         self.proj = nn.Conv3d(config.in_channels, config.hidden_size, patch, stride=patch)
 
     def forward(self, x: Tensor) -> Tensor:
+        """[B, C, T, h, w] -> [B, N, hidden]."""
         tokens: Tensor = rearrange(self.proj(x), "B C T h w -> B (T h w) C")
         return tokens
 
@@ -162,6 +166,7 @@ class MLP(nn.Module):
         self.fc2 = nn.Linear(inner_size, hidden_size)
 
     def forward(self, x: Tensor) -> Tensor:
+        """[B, N, C] -> [B, N, C]."""
         out: Tensor = self.fc2(self.act(self.fc1(x)))
         return out
 
@@ -191,6 +196,7 @@ class Modulation(nn.Module):
         self.linear = nn.Linear(hidden_size, chunks * hidden_size)
 
     def forward(self, vec: Tensor) -> Tensor:
+        """[B, C] -> [B, 1, all]."""
         mod: Tensor = self.linear(F.silu(vec))
         return mod[:, None]
 
@@ -210,6 +216,7 @@ class RefinerBlock(nn.Module):
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden, 2 * hidden))
 
     def forward(self, x: Tensor, vec: Tensor, attention: Attention) -> Tensor:
+        """[B, L, hidden] and [B, hidden] -> [B, L, hidden]."""
         gate_attn, gate_mlp = self.adaLN_modulation(vec)[:, None].chunk(2, dim=-1)
         query, key, value = split_heads(self.self_attn_qkv(self.norm1(x)), self.head_dim)
         attended = rearrange(attention(query, key, value), "B H L D -> B L (H D)")
@@ -230,8 +237,9 @@ class TokenRefiner(nn.Module):
         self.individual_token_refiner = nn.ModuleDict({"blocks": blocks})
 
     def forward(self, states: Tensor, timestep: Tensor, attention: Attention) -> Tensor:
+        """[B, L, text] and [B] -> [B, L, hidden]."""
         vec = self.t_embedder(timestep, states.dtype) + self.c_embedder(states.mean(dim=1))
-        x = self.input_embedder(states)
+        x: Tensor = self.input_embedder(states)
         for block in self.individual_token_refiner["blocks"].children():
             x = block(x, vec, attention)
         return x
@@ -271,6 +279,7 @@ class DoubleBlock(nn.Module):
         attention: Attention,
         layout: Layout,
     ) -> tuple[Tensor, Tensor]:
+        """Tokens [B, N, C] of the image and [B, L, C] of the text -> the same."""
         img_mod1, img_mod2 = split_modulation(mods[0], 2)
         txt_mod1, txt_mod2 = split_modulation(mods[1], 2)
         img_normed = _modulated_norm(self.img_attn_qkv, img, img_mod1)
@@ -283,7 +292,9 @@ class DoubleBlock(nn.Module):
             self.txt_attn_k_norm,
         ]
         num_tokens = img.shape[1] + txt.shape[1]
-        attended = _attend(streams, img, num_tokens, norms, rope, attention, layout)
+        attended = _attend(
+            streams, img, num_tokens, norms, rope, attention=attention, layout=layout
+        )
         del img_normed, txt_normed, streams
         img_attended, txt_attended = torch.split(attended, [img.shape[1], txt.shape[1]], dim=1)
         del attended
@@ -341,11 +352,14 @@ class SingleBlock(nn.Module):
         attention: Attention,
         layout: Layout,
     ) -> Tensor:
+        """[B, N + L, C], image tokens first -> the same."""
         (mod,) = split_modulation(mods[0], 1)
         hidden = x.shape[2]
         normed = _modulated_norm(self.linear1, x, mod)
         norms = [self.q_norm, self.k_norm, self.q_norm, self.k_norm]
-        attended = _attend([(self.linear1, normed)], x, x.shape[1], norms, rope, attention, layout)
+        attended = _attend(
+            [(self.linear1, normed)], x, x.shape[1], norms, rope, attention=attention, layout=layout
+        )
         attended_input = _quantized_input(self.linear2, attended)
         del attended
         out = linear(self.linear2, attended_input, in_slice=slice(0, hidden))
@@ -404,6 +418,7 @@ def _attend(
     num_tokens: int,
     norms: list[nn.RMSNorm],
     rope: Tensor,
+    *,
     attention: Attention,
     layout: Layout,
 ) -> Tensor:
@@ -478,6 +493,7 @@ class FinalLayer(nn.Module):
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden, 2 * hidden))
 
     def forward(self, x: Tensor, mod: Tensor) -> Tensor:
+        """[B, N, hidden] and [B, 2 * hidden] -> [B, N, C * pt * ph * pw]."""
         shift, scale = mod[:, None].chunk(2, dim=-1)
         patches: Tensor = self.linear(kernels.layer_norm_modulate(x, shift, scale))
         return patches

@@ -85,7 +85,10 @@ class SkyReelsTransformer(nn.Module):
         return [*self.double_blocks, *self.single_blocks]
 
     def token_grid(self, latent_shape: torch.Size | tuple[int, ...]) -> tuple[int, int, int]:
-        """Tokens in time, height and width of a [..., T, h, w] latent.
+        """Count the tokens of a [..., T, h, w] latent.
+
+        Returns:
+            Tokens in time, height and width.
 
         Raises:
             ShapeError: patches do not divide the latent.
@@ -149,9 +152,10 @@ class SkyReelsTransformer(nn.Module):
         attention: Attention = sdpa,
         run_block: RunBlock = call,
     ) -> tuple[Tensor, Tensor]:
-        """The input [B, hidden] of every modulation, and the text tokens [B, L, hidden].
+        """Embed text and time; arguments as for `forward`.
 
-        Arguments as for `forward`.
+        Returns:
+            The input [B, hidden] of every modulation, and the text tokens [B, L, hidden].
         """
         dtype = self.compute_dtype
         vec = run_block(self.time_in, timestep, dtype)

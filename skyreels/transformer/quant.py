@@ -40,7 +40,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import kernels
-from ..kernels import Activation, QuantFormat, dispatch, operators
+from ..kernels import Activation, QuantFormat, QuantizedActivation, dispatch, operators
 from ..kernels.dispatch import BYTE_ALIGNMENT, Candidate, Decision, DeviceInfo, Finding, short
 from ..kernels.reference import hadamard_rotate, quantize_rows
 
@@ -147,11 +147,11 @@ class QuantLinear(nn.Module):
             x = kernels.quantize_rows(x, QuantFormat(weight.dtype, self.hadamard_block))
         assert x.qdata.dtype == weight.dtype, f"input of {x.qdata.dtype} for {weight.dtype}"
         if out is None:
-            qdata, act_scale = (tensor.flatten(0, -2) for tensor in x)
-            result = multiply(gemm, qdata, act_scale, weight, scale, bias, dtype)
+            flat = QuantizedActivation(*(tensor.flatten(0, -2) for tensor in x))
+            result = multiply(gemm, flat, weight, scale, bias, dtype)
             return torch.unflatten(result, 0, x.qdata.shape[:-1])
-        for target, qdata, act_scale in zip(out, *x, strict=True):
-            multiply_into(target, gemm, qdata, act_scale, weight, scale, bias, add)
+        for target, *tokens in zip(out, *x, strict=True):
+            multiply_into(target, gemm, QuantizedActivation(*tokens), weight, scale, bias, add=add)
         return out
 
     def _scale(self, out_slice: slice) -> Tensor | None:
@@ -172,8 +172,7 @@ class QuantLinear(nn.Module):
 
 def multiply(
     gemm: str,
-    qdata: Tensor,
-    act_scale: Tensor,
+    x: QuantizedActivation,
     weight: Tensor,
     scale: Tensor | None,
     bias: Tensor | None,
@@ -183,8 +182,7 @@ def multiply(
 
     Args:
         gemm: ROWWISE, FUSED, or of UNSCALED_GEMMS.
-        qdata: [M, K], the activations.
-        act_scale: [M, 1], of the activations.
+        x: [M, K], scale [M, 1].
         weight: [N, K].
         scale: of the weight, one element or [N, 1]; None means 1.
         bias: [N] or None.
@@ -193,36 +191,36 @@ def multiply(
     Returns:
         [M, N] in dtype.
     """
-    if gemm == ROWWISE and len(qdata):
-        return _scaled_mm(qdata, act_scale, weight, scale, bias).to(dtype)
-    out = torch.empty(len(qdata), len(weight), dtype=dtype, device=qdata.device)
-    multiply_into(out, gemm, qdata, act_scale, weight, scale, bias)
+    if gemm == ROWWISE and len(x.qdata):
+        return _scaled_mm(*x, weight, scale, bias).to(dtype)
+    out = torch.empty(len(x.qdata), len(weight), dtype=dtype, device=weight.device)
+    multiply_into(out, gemm, x, weight, scale, bias)
     return out
 
 
 def multiply_into(
     out: Tensor,
     gemm: str,
-    qdata: Tensor,
-    act_scale: Tensor,
+    x: QuantizedActivation,
     weight: Tensor,
     scale: Tensor | None,
     bias: Tensor | None,
+    *,
     add: bool = False,
 ) -> None:
     """`multiply` with its result written to `out`, or added to it; then there is no bias."""
     if gemm == FUSED:
-        kernels.int8_linear_(qdata, act_scale, weight, scale, bias, out, add)
+        kernels.int8_linear_(*x, weight, scale, bias, out, add)
         return
     is_in_place = out.dtype == torch.bfloat16 and out.is_contiguous() and not add
-    if gemm == ROWWISE and len(qdata) and is_in_place:
+    if gemm == ROWWISE and len(x.qdata) and is_in_place:
         # torch has no shape-only version that writes; the same launch, its result dropped
-        _scaled_mm(qdata, act_scale, weight, scale, bias, None if out.is_meta else out)
+        _scaled_mm(*x, weight, scale, bias, None if out.is_meta else out)
         return
     elements = 4 * CHUNK_ELEMENTS if gemm == ROWWISE else CHUNK_ELEMENTS
     tokens = max(256, elements // len(weight) // 256 * 256)
     for target, part, part_scale in zip(
-        *(torch.split(tensor, tokens) for tensor in (out, qdata, act_scale)), strict=True
+        *(torch.split(tensor, tokens) for tensor in (out, *x)), strict=True
     ):
         if not len(part):
             continue
@@ -257,11 +255,9 @@ def _scaled_mm(
 
 
 def _aligned(x: Tensor) -> Tensor:
-    """x, or a copy where its address is not a multiple of 16 bytes.
-
-    cuBLAS 12.9 and later refuses or misreads such row scales on sm90 (pytorch PR 159957); the
-    behaviour of other vendor kernels with views is undocumented.
-    """
+    """Copy a tensor whose address is not a multiple of 16 bytes."""
+    # cuBLAS 12.9 and later refuses or misreads such row scales on sm90 (pytorch PR 159957); the
+    # behaviour of other vendor kernels with views is undocumented
     return x if x.is_meta or x.data_ptr() % BYTE_ALIGNMENT == 0 else x.clone()
 
 
@@ -366,6 +362,9 @@ def decide_gemm(
         info: of the device.
         probe: name of a GEMM -> its finding.
         clock: names -> milliseconds of each, and of DEQUANTIZED.
+
+    Returns:
+        The name of a GEMM as `impl`, or None: DEQUANTIZED.
     """
     dtype, kind, backend = short(storage_dtype), info.type, dispatch.backend()
     if kind == "cuda" and info.capability is None:
@@ -411,9 +410,10 @@ def _too_old(what: torch.dtype | str, info: DeviceInfo) -> str:
 def time_gemms(
     names: Sequence[str], storage_dtype: torch.dtype, device: torch.device
 ) -> dict[str, float]:
-    """Milliseconds of a linear layer of TIMED_SHAPE by each GEMM, and with a dequantized weight.
+    """Time a linear layer of TIMED_SHAPE, from an input in bfloat16 to a result with bias.
 
-    From an input in bfloat16 to a result with bias.
+    Returns:
+        Milliseconds of each GEMM, and of DEQUANTIZED.
     """
     tokens, out_features, in_features = TIMED_SHAPE
     block = MAX_HADAMARD_BLOCK if storage_dtype == torch.int8 else 0
@@ -425,8 +425,9 @@ def time_gemms(
     bias = torch.zeros(out_features, dtype=torch.bfloat16, device=device)
 
     def in_8_bits(gemm: str) -> Tensor:
-        qdata, act_scale = kernels.quantize_rows(x[None], act_format)
-        return multiply(gemm, qdata[0], act_scale[0], weight, scale, bias, x.dtype)
+        quantized = kernels.quantize_rows(x[None], act_format)
+        tokens = QuantizedActivation(*(tensor[0] for tensor in quantized))
+        return multiply(gemm, tokens, weight, scale, bias, x.dtype)
 
     def in_16_bits() -> Tensor:
         return F.linear(x, dequantize(weight, scale, x.dtype, block), bias)
@@ -439,6 +440,9 @@ def probe_gemm(gemm: str, storage_dtype: torch.dtype, device: torch.device) -> F
     """Compare a GEMM with its definition, on a part of a weight and tokens of unlike size.
 
     The result with bias is written, the one without is added to it.
+
+    Returns:
+        The largest error of a token.
     """
 
     def inputs() -> Iterator[tuple[str, tuple[Tensor, ...]]]:
@@ -458,9 +462,8 @@ def probe_gemm(gemm: str, storage_dtype: torch.dtype, device: torch.device) -> F
     ) -> list[Tensor]:
         out = torch.empty(len(qdata), len(weight), dtype=torch.bfloat16, device=device)
         for part in (slice(0, 5), slice(5, None)):  # few tokens take another way
-            rows, row_scale = qdata[part].to(device), act_scale[part].to(device)
-            half = weight.to(device)[:, 128:]
-            args = (out[part], gemm, rows, row_scale, half, scale.to(device))
+            tokens = QuantizedActivation(qdata[part].to(device), act_scale[part].to(device))
+            args = (out[part], gemm, tokens, weight.to(device)[:, 128:], scale.to(device))
             multiply_into(*args, bias.to(device))
             multiply_into(*args, None, add=True)
         return [out]
@@ -479,7 +482,8 @@ def _worst_token(got: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
     ours, right = got[0].double().cpu(), expected[0]
     if not bool(ours.isfinite().all()):
         return math.nan
-    return ((ours - right).norm(dim=1) / right.norm(dim=1)).max().item()
+    errors: Tensor = (ours - right).norm(dim=1) / right.norm(dim=1)
+    return float(errors.max())
 
 
 def decisions(device: torch.device) -> dict[str, dict[str, Decision]]:
@@ -577,6 +581,9 @@ def is_quantizable(name: str, num_layers: int) -> bool:
     Args:
         name: of the weight.
         num_layers: number of double blocks.
+
+    Returns:
+        Whether it does.
     """
     kind, index, *rest = name.split(".")
     if kind not in ("double_blocks", "single_blocks") or name.endswith("_norm.weight"):

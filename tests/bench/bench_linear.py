@@ -26,7 +26,7 @@ sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).res
 import conftest  # noqa: F401 - loads the package the way ComfyUI does
 from bench_transformer import ignore_row, timed
 from comfyui_skyreels.skyreels import kernels
-from comfyui_skyreels.skyreels.kernels import QuantFormat, dispatch
+from comfyui_skyreels.skyreels.kernels import QuantFormat, QuantizedActivation, dispatch
 from comfyui_skyreels.skyreels.transformer import quant
 
 #: out and in features
@@ -81,9 +81,8 @@ def shape_rows(
         def function(part, gemm=gemm, stored=stored, scale=scale, to=to, rounded=rounded):
             if part.shape[1] not in rounded:
                 rounded[part.shape[1]] = kernels.quantize_rows(part, to)
-            values, row_scale = rounded[part.shape[1]]
-            args = (values[0], row_scale[0], stored, scale, bias, torch.bfloat16)
-            return quant.multiply(gemm, *args)[None]
+            tokens = QuantizedActivation(*(each[0] for each in rounded[part.shape[1]]))
+            return quant.multiply(gemm, tokens, stored, scale, bias, torch.bfloat16)[None]
 
         row = layer_row(name, function, x, weight, runs)
         kernels.quantize_rows(x, to)

@@ -174,7 +174,7 @@ def int8_linear_(
     out: Tensor,
     add: bool,
 ) -> None:
-    """qdata @ weight.T * act_scale * scale + bias, written to `out` or added to it.
+    """Linear layer: qdata @ weight.T * act_scale * scale + bias, written to `out` or added to it.
 
     Rounded once, when it is stored. Sums are int32: exact up to 130,000 products.
 

@@ -27,11 +27,9 @@ _EPS = tl.constexpr(EPS)
 
 @triton.jit
 def _butterfly(x, pairs: tl.constexpr, distance: tl.constexpr):
-    """Sums and differences of the numbers `distance` apart in x, [pairs * 2 * distance].
-
-    The second of two numbers is their exclusive or with the first: one shuffle between lanes, where
-    splitting and joining would go through shared memory.
-    """
+    """Sums and differences of the numbers `distance` apart in x, [pairs * 2 * distance]."""
+    # the second of two numbers is their exclusive or with the first: one shuffle between lanes,
+    # where splitting and joining would go through shared memory
     x = tl.reshape(x, (pairs, 2, distance))
     bits = x.to(tl.int32, bitcast=True)
     other = (tl.xor_sum(bits, axis=1, keep_dims=True) ^ bits).to(tl.float32, bitcast=True)
@@ -287,7 +285,7 @@ def _warps(elements: int) -> int:
 
 
 def _rows(x: Tensor) -> Tensor:
-    """x [B, S, C], or a copy where the channels of a token are not adjacent."""
+    """Input [B, S, C], or a copy where the channels of a token are not adjacent."""
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
 
 

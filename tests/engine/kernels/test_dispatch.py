@@ -1,4 +1,4 @@
-"""One dispatcher for every fast path: what is counted here exists once, and a new kernel is a row."""
+"""One dispatcher for every fast path: its parts exist once, and a new kernel is one table row."""
 
 import ast
 import subprocess
