@@ -1,18 +1,19 @@
-"""What this machine offers, what of it is used, and why the rest is not.
+"""What this machine has, what of it is used, and why the rest is not.
 
 Optional packages are looked up, not imported: a broken one must not break the diagnosis. Triton is
-the exception, as only that shows whether it loads; where a GPU is there its kernels are tried.
+the exception, as only an import shows whether it loads; on a GPU the self-tests of its kernels run.
 """
 
 import importlib.metadata
 import os
 import platform
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from .errors import SkyReelsError
-from .kernels import dispatch, selection
+from .kernels import dispatch, operators
 from .runtime import TorchRuntime
 from .transformer import attention, linear, quant
 from .weights.inspect import FAMILY_NAMES, inspect
@@ -31,22 +32,25 @@ PACKAGES = {
 #: packages with kernels, beside Triton
 KERNELS = {
     "comfy_kitchen": (
-        "its fused norms and quantisers are not used, as no bench here has shown them to be faster "
-        "than ours; nor are its 8-bit linears in this version. Its attention: see there"
+        "fused norms, quantizers and 8-bit linears not used (not benchmarked against ours). See "
+        '"8-bit attention" for its attention kernel'
     ),
-    "sageattention": "8-bit attention, not exact: tried where fast attention is asked for",
+    "sageattention": "8-bit attention, not exact: tried when fast attention is requested",
     "cudnn": (
-        "nvidia-cudnn-frontend, 8-bit attention of cuDNN, not exact: tried where fast attention is "
-        "asked for"
+        "nvidia-cudnn-frontend, 8-bit attention of cuDNN, not exact: tried when fast attention is "
+        "requested"
     ),
 }
 MODEL_FOLDERS = ("diffusion_models", "unet", "diffusers", "vae", "text_encoders", "clip")
 
 
 def examine() -> dict[str, dict[str, str]]:
-    """Section -> item -> finding: versions, devices, kernels, weights.
+    """Describe versions, devices, kernels and weights.
 
     Weights are looked for in `COMFYUI_DIR`/models (else ~/ComfyUI/models); headers only.
+
+    Returns:
+        Section -> item -> finding.
     """
     return {
         "versions": _versions(),
@@ -89,7 +93,8 @@ def _devices() -> dict[str, str]:
 
 def _kernels() -> dict[str, str]:
     found = _pins()
-    cudnn = torch.backends.cudnn.version() if torch.cuda.is_available() else None
+    cudnn_version: Any = torch.backends.cudnn.version  # untyped in torch
+    cudnn = cudnn_version() if torch.cuda.is_available() else None
     if cudnn is not None and torch.__version__.startswith(("2.9", "2.10")) and cudnn < 91500:
         found["cuDNN version"] = (
             f"{cudnn}: this version takes 3-17 times the memory in 3-D convolutions of bf16 "
@@ -111,17 +116,19 @@ def _kernels() -> dict[str, str]:
 
 
 def _pins() -> dict[str, str]:
-    """What the environment asks for."""
-    asked = {
+    """The environment variables that choose fast paths."""
+    pins = {
         dispatch.BACKEND_VARIABLE: (dispatch.backend(), dispatch.BACKENDS),
         dispatch.ATTENTION_VARIABLE: (dispatch.attention_pin(), ("auto", *attention.PINS)),
     }
-    return {name: f"{value} (of {', '.join(all_)})" for name, (value, all_) in asked.items()}
+    return {name: f"{value} (of {', '.join(all_)})" for name, (value, all_) in pins.items()}
 
 
 def _reports(device: torch.device) -> dict[str, str]:
-    reports = (attention.report, quant.report, linear.gelu_report, selection.report)
-    return {name: line for report in reports for name, line in report(device).items()}
+    tables = (attention, quant, linear, operators)
+    return dispatch.report(
+        {name: variants for table in tables for name, variants in table.decisions(device).items()}
+    )
 
 
 def _weights() -> dict[str, str]:

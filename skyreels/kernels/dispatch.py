@@ -1,14 +1,16 @@
-"""Whether a fast path runs on a device: what the device is, what was pinned, what a trial showed.
+"""Decides whether a fast path runs on a device, and says why.
 
-Fused kernels (selection.py), 8-bit products (quant.py), the GELU of a linear layer (linear.py) and
-attention (attention.py) all ask here, and keep their own tables of candidates. A candidate is tried
-once and the verdict is remembered; a trial that ran out of memory says nothing about the candidate
-and is never remembered.
+Fused kernels (operators.py), 8-bit GEMMs (quant.py), GELU in the epilogue of a GEMM (linear.py) and
+attention (attention.py) keep their own tables of candidates; a row of such a table becomes a
+`Candidate`, and this module does the rest: `decide` probes candidates against their reference,
+times them and picks one; `remembered` keeps the `Decision`; `log_decision` logs it once; `report`
+lists decisions for `doctor`. An error that passes, such as a full or busy device, is never
+remembered as a verdict.
 
-Environment, read here and nowhere else:
+Environment variables, read in this module only:
 
 * `SKYREELS_BACKEND`: "auto"; "reference" for plain torch everywhere, without importing Triton;
-  "triton" for our kernels wherever they pass their self-test, whatever is faster.
+  "triton" for our kernels wherever they pass their self-test, even where others are faster.
 * `SKYREELS_ATTENTION`: "auto", or the name of one attention kernel (attention.PINS).
 """
 
@@ -16,15 +18,17 @@ import contextlib
 import importlib
 import importlib.util
 import logging
+import math
 import os
 import statistics
 import sys
-from collections.abc import Callable, Hashable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 from ..errors import OptionError
 
@@ -32,14 +36,14 @@ logger = logging.getLogger("skyreels.kernels.dispatch")
 
 BACKEND_VARIABLE, ATTENTION_VARIABLE = "SKYREELS_BACKEND", "SKYREELS_ATTENTION"
 BACKENDS = ("auto", "reference", "triton")
-#: the oldest that the kernels were compiled and interpreted with; torch 2.8 brings it
+#: the oldest version that the kernels were compiled and interpreted with; torch 2.8 brings it
 MIN_TRITON = (3, 4)
 MIN_TRITON_TORCH = "2.8"
-#: what is handed to a kernel starts at a multiple of this address: the widest load of a Triton
-#: kernel, and what vendors' kernels ask for
+#: tensors passed to a kernel start at a multiple of this address: the widest load of a Triton
+#: kernel, and what vendors' kernels require
 BYTE_ALIGNMENT = 16
-#: how torch, cuBLAS, cuDNN and the driver say that there was no room
-_NO_ROOM = ("out of memory", "alloc_failed", "outofmemory")
+#: how torch, cuBLAS, cuDNN and the driver report an error that passes: no memory, device in use
+_PASSING = ("out of memory", "alloc_failed", "outofmemory", "busy or unavailable")
 #: errors after which nothing runs on the device in this process any more
 _STICKY = (
     "illegal memory access",
@@ -52,23 +56,33 @@ _STICKY = (
 
 
 class Decision(NamedTuple):
-    """impl: what runs, None for the slow path. reason: for either, for people.
+    """Which implementation runs, and why.
 
-    is_final: False where something passing decided, so that the next call asks again.
+    Attributes:
+        impl: what runs; None where the fallback does.
+        reason: for people.
+        name: of what runs, for people.
+        is_final: False where an error that passes decided, so that a later call tries again.
     """
 
     impl: Any
     reason: str
+    name: str = "plain torch"
     is_final: bool = True
 
 
 @dataclass(frozen=True)
 class DeviceInfo:
-    """What the choice of a fast path depends on.
+    """The properties of a device that decide which fast paths it can run.
 
-    type: "cpu", "cuda", ... capability: (major, minor) of an NVIDIA GPU, else None.
-    cudnn: 91900 for 9.19.0, 0 for none. has_flash: whether torch was built with its flash kernels
-    for CUDA. triton: its version; empty where it is missing. triton_problem: why it cannot be used.
+    Attributes:
+        type: "cpu", "cuda", ...
+        name: of the GPU.
+        capability: (major, minor) of an NVIDIA GPU, else None.
+        cudnn: 91900 for 9.19.0, 0 for none.
+        has_flash: whether torch was built with its flash kernels for CUDA.
+        triton: its version; empty where it is missing.
+        triton_problem: why Triton cannot be used; empty if it can.
     """
 
     type: str
@@ -80,11 +94,57 @@ class DeviceInfo:
     triton_problem: str = ""
 
 
+@dataclass(frozen=True)
+class Finding:
+    """What a probe measured.
+
+    Attributes:
+        errors: by kind of input.
+        tolerance: the largest error that is accepted.
+    """
+
+    errors: Mapping[str, float]
+    tolerance: float
+
+    @property
+    def is_accepted(self) -> bool:
+        """Whether every error is within the tolerance; NaN is not."""
+        return all(error <= self.tolerance for error in self.errors.values())
+
+    def __str__(self) -> str:
+        """The worst error, with its kind of input."""
+        kind = max(self.errors, key=lambda k: (math.isnan(self.errors[k]), self.errors[k]))
+        text = f"error {self.errors[kind]:.2g}" + (f" ({kind})" if kind else "")
+        return text if self.is_accepted else f"{text}, {self.tolerance:.2g} is allowed"
+
+
+class Candidate(NamedTuple):
+    """A fast path that may be used on a device.
+
+    Attributes:
+        name: for people; unique among the candidates of a decision.
+        load: imports and returns the implementation; may raise anything.
+        probe: runs the implementation and compares it with its reference; may raise anything.
+        problem: why it cannot run on the device, known without trying; empty if it may.
+    """
+
+    name: str
+    load: Callable[[], Any]
+    probe: Callable[[Any], Finding]
+    problem: str = ""
+
+
+# --- the device ---------------------------------------------------------------------------------
+
+
 def backend() -> str:
-    """What `SKYREELS_BACKEND` asks for: "auto", "reference" or "triton".
+    """Read `SKYREELS_BACKEND`.
+
+    Returns:
+        "auto", "reference" or "triton".
 
     Raises:
-        OptionError: it holds something else.
+        OptionError: the variable holds something else.
     """
     value = os.environ.get(BACKEND_VARIABLE, "").strip().lower() or "auto"
     if value not in BACKENDS:
@@ -101,7 +161,7 @@ def attention_pin() -> str:
 
 
 def describe(device: torch.device) -> DeviceInfo:
-    """Look at a device, and at Triton if it is one that Triton could serve; remembered."""
+    """What a device is, and whether Triton can serve it; cached."""
     return _describe(device, backend())
 
 
@@ -115,14 +175,16 @@ def _describe(device: torch.device, backend_name: str) -> DeviceInfo:
         return DeviceInfo(device.type, name, has_flash=has_flash)
     version, problem = find_triton(backend_name)
     capability = torch.cuda.get_device_capability(device)
-    cudnn = torch.backends.cudnn.version() or 0
+    cudnn_version: Any = torch.backends.cudnn.version  # untyped in torch
+    cudnn = cudnn_version() or 0
     return DeviceInfo(device.type, name, capability, cudnn, has_flash, version, problem)
 
 
 def find_triton(backend_name: str) -> tuple[str, str]:
-    """Triton's version and why our kernels cannot use it; either may be empty.
+    """Import Triton, as only that shows whether it loads; not where plain torch is pinned.
 
-    Imports Triton, as only that shows whether it loads; not where plain torch is pinned.
+    Returns:
+        Its version, and why our kernels cannot use it; either may be empty.
     """
     if backend_name == "reference":
         return "", f"{BACKEND_VARIABLE}=reference"
@@ -143,7 +205,7 @@ def find_triton(backend_name: str) -> tuple[str, str]:
 
 
 def triton_problem(info: DeviceInfo) -> str:
-    """Why our Triton kernels cannot run on a device, "" if they can."""
+    """Why our Triton kernels cannot run on a device; empty if they can."""
     if info.type != "cuda":
         return f"our kernels are for NVIDIA GPUs, not for {info.type}"
     if info.capability is None:
@@ -157,63 +219,182 @@ def sm(info: DeviceInfo) -> str:
     return f"sm{major}{minor}"
 
 
-def remembered(
-    decisions: dict[Hashable, Any], key: Hashable, decide: Callable[[], Decision]
-) -> Decision:
-    """The decision for a key: made at the first call, and again until it is final.
-
-    One that is not is asked again at the next call, then after two, four, eight more: a card that
-    stays full must not pay for a trial at every layer of every step.
-
-    Args:
-        decisions: those of the caller, and how long to wait with which.
-    """
-    known = decisions.get(key)
-    if isinstance(known, Decision):
-        return known
-    gap = 1
-    if known is not None:
-        postponed, wait, gap = known
-        if wait > 1:
-            decisions[key] = postponed, wait - 1, gap
-            return cast(Decision, postponed)
-    decision = decide()
-    decisions[key] = decision if decision.is_final else (decision, gap, 2 * gap)
-    return decision
+def current_device(device: torch.device) -> contextlib.AbstractContextManager[object]:
+    """Make a GPU the current device within the block, as launches go to the current one."""
+    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
 
 
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error of torch, a library or the driver only says that there was no room."""
-    if isinstance(error, torch.OutOfMemoryError | MemoryError):
-        return True
-    text = str(error).lower()
-    return any(words in text for words in _NO_ROOM)
+# --- probe, timer, decision ---------------------------------------------------------------------
 
 
-def broke_device(error: BaseException) -> bool:
-    """Whether nothing will run on the GPU any more in this process after an error."""
-    return any(words in str(error).lower() for words in _STICKY)
+def relative_l2(got: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
+    """Largest relative L2 error of the outputs.
 
-
-def failed_trial(error: Exception, what: str) -> tuple[str, bool]:
-    """What an error in the trial of a candidate means: (problem for people, whether it is final).
+    Returns:
+        The error; NaN if any output has one.
 
     Raises:
-        RuntimeError: the error broke the CUDA context; no other path would run either.
+        RuntimeError: an output has another shape than expected.
     """
-    if is_out_of_memory(error):
-        return "had no room for its trial and is tried again at the next call", False
-    if broke_device(error):
-        raise RuntimeError(
-            f"The trial of {what} broke the CUDA context ({brief(error)}): nothing can run on that "
-            f"GPU in this process any more. Restart with {BACKEND_VARIABLE}=reference in the "
-            "environment, and please report this."
-        ) from error
-    return f"failed with {brief(error)}", True
+    errors = []
+    for ours, right in zip(got, expected, strict=True):
+        if ours.shape != right.shape:
+            raise RuntimeError(f"it returns {list(ours.shape)} for {list(right.shape)}")
+        exact = right.double().cpu()
+        errors.append(((ours.double().cpu() - exact).norm() / exact.norm()).item())
+    return math.nan if any(map(math.isnan, errors)) else max(errors)
+
+
+def probe(
+    candidate: Callable[..., Sequence[Tensor]],
+    reference: Callable[..., Sequence[Tensor]],
+    inputs: Iterable[tuple[str, tuple[Any, ...]]],
+    tolerance: float,
+    error: Callable[[Sequence[Tensor], Sequence[Tensor]], float] = relative_l2,
+) -> Finding:
+    """Compare an implementation with its reference.
+
+    Args:
+        candidate: takes the arguments of each input and returns its outputs.
+        reference: the same; neither may write to its arguments.
+        inputs: (kind of input, arguments); drawn one after another, so that one is held at a time.
+        tolerance: the largest error that is accepted.
+        error: of the candidate's outputs beside the reference's.
+
+    Returns:
+        The error on each input.
+    """
+    errors = {}
+    for kind, args in inputs:
+        errors[kind] = error(candidate(*args), reference(*args))
+        del args  # before the next are drawn
+    return Finding(errors, tolerance)
+
+
+def median_ms(
+    contenders: Mapping[str, Callable[[], object]], device: torch.device, rounds: int = 3
+) -> dict[str, float]:
+    """Time calls on a CUDA device, after one to warm up.
+
+    Contenders take turns, as clocks may still be rising.
+
+    Returns:
+        Name -> median milliseconds.
+    """
+    event: Any = torch.cuda.Event  # untyped in torch
+    times: dict[str, list[float]] = {name: [] for name in contenders}
+    with current_device(device):
+        for round_ in range(rounds + 1):
+            for name, function in contenders.items():
+                start, end = (event(enable_timing=True) for _ in range(2))
+                start.record()
+                function()
+                end.record()
+                end.synchronize()
+                if round_:
+                    times[name].append(start.elapsed_time(end))
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def decide(
+    candidates: Sequence[Candidate],
+    fallback: str,
+    *,
+    clock: Callable[[dict[str, Any]], dict[str, float]] | None = None,
+    size: str = "",
+    min_gain: float = 1.0,
+    must_be_timed: bool = False,
+) -> Decision:
+    """Probe candidates and pick the fastest that is accurate.
+
+    Args:
+        candidates: the preferred first; that order counts where nothing is timed.
+        fallback: name of what runs where no candidate is picked.
+        clock: implementations by name -> milliseconds of each and of the fallback; an empty result
+            means that nothing can be timed. None picks the first that passes its probe.
+        size: what is timed, for people.
+        min_gain: how many times as fast as the fallback a candidate must be.
+        must_be_timed: pick none where the clock fails.
+
+    Returns:
+        The decision; its reason names every candidate that was not picked, with its finding.
+
+    Raises:
+        RuntimeError: a probe broke the CUDA context.
+    """
+    passed: dict[str, Any] = {}
+    findings = {candidate.name: candidate.problem for candidate in candidates}
+    is_final = True
+    for candidate in candidates:
+        name = candidate.name
+        if candidate.problem:
+            continue
+        try:
+            impl = candidate.load()
+            with _isolated():
+                finding = candidate.probe(impl)
+        except Exception as error:  # noqa: BLE001 - compilers and packages fail in ways of their own
+            findings[name], stays = _failure(error, name)
+            is_final &= stays
+            continue
+        if not finding.is_accepted:
+            findings[name] = f"self-test failed, {finding}"
+            continue
+        findings[name], passed[name] = f"self-test passed, {finding}", impl
+        if clock is None:
+            break
+    chosen = next(iter(passed), None)
+    if clock is not None and passed:
+        try:
+            with _isolated():
+                times = clock(passed)
+        except Exception as error:  # noqa: BLE001 - as above
+            problem, stays = _failure(error, "the timing")
+            is_final &= stays
+            chosen = None if must_be_timed else chosen
+            for name in passed:
+                findings[name] += f", its timing {problem}"
+        else:
+            chosen = _fastest(passed, times, fallback, min_gain) if times else chosen
+            for name in passed if times else ():
+                findings[name] += (
+                    f", {times[name]:.3f} ms at {size}, {times[fallback] / times[name]:.2f} times "
+                    f"as fast as {fallback}"
+                )
+    return _explain(chosen, passed, findings, fallback, is_final)
+
+
+def _fastest(
+    names: Iterable[str], times: Mapping[str, float], fallback: str, min_gain: float
+) -> str | None:
+    fastest = min(names, key=lambda name: times[name])
+    return None if times[fallback] < min_gain * times[fastest] else fastest
+
+
+def _explain(
+    chosen: str | None,
+    passed: Mapping[str, Any],
+    findings: Mapping[str, str],
+    fallback: str,
+    is_final: bool,
+) -> Decision:
+    """The decision with its reason: each finding once, with the candidates it holds for."""
+    names: dict[str, list[str]] = {}
+    for name, finding in findings.items():
+        if name != chosen and finding:  # empty if it was not tried, as another was preferred
+            names.setdefault(finding, []).append(name)
+    others = "; ".join(
+        finding if len(group) == len(findings) else f"{', '.join(group)}: {finding}"
+        for finding, group in names.items()
+    )
+    if chosen is None:
+        return Decision(None, others, fallback, is_final)
+    reason = findings[chosen] + (f". Not used: {others}" if others else "")
+    return Decision(passed[chosen], reason, chosen, is_final)
 
 
 @contextlib.contextmanager
-def apart() -> Iterator[None]:
+def _isolated() -> Iterator[None]:
     """Run a trial outside of what the caller counts, traces or differentiates."""
     # private, but the only way to leave the dispatch modes of a counter
     from torch.utils._python_dispatch import _disable_current_modes
@@ -222,40 +403,110 @@ def apart() -> Iterator[None]:
         yield
 
 
-def current_device(device: torch.device) -> contextlib.AbstractContextManager[object]:
-    """Make a GPU the current one for a while, where kernels of packages are launched."""
-    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+def is_passing(error: BaseException) -> bool:
+    """Whether an error says only that the device was full or in use at that moment."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    text = str(error).lower()
+    return any(words in text for words in _PASSING)
 
 
-def race(
-    contenders: Mapping[str, Callable[[], object]], device: torch.device, rounds: int = 3
-) -> dict[str, float]:
-    """Median milliseconds of each on a CUDA device, after one call to warm up.
+def broke_device(error: BaseException) -> bool:
+    """Whether nothing runs on the GPU any more in this process after an error."""
+    return any(words in str(error).lower() for words in _STICKY)
 
-    They take turns, as clocks may still be rising.
+
+def _failure(error: Exception, what: str) -> tuple[str, bool]:
+    """Judge an error in a trial.
+
+    Returns:
+        The problem for people, and whether it is a verdict.
+
+    Raises:
+        RuntimeError: the error broke the CUDA context; no other path would run either.
     """
-    times: dict[str, list[float]] = {name: [] for name in contenders}
-    with current_device(device):
-        for round_ in range(rounds + 1):
-            for name, function in contenders.items():
-                start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-                start.record()
-                function()
-                end.record()
-                end.synchronize()
-                if round_:
-                    times[name].append(start.elapsed_time(end))
-    return {name: statistics.median(each) for name, each in times.items()}
+    if is_passing(error):
+        return f"found the device full or busy ({brief(error)}) and is tried again later", False
+    if broke_device(error):
+        raise RuntimeError(
+            f"The self-test of {what} broke the CUDA context ({brief(error)}): nothing can run on "
+            f"that GPU in this process any more. Restart with {BACKEND_VARIABLE}=reference in the "
+            "environment, and please report this."
+        ) from error
+    return f"failed with {brief(error)}", True
 
 
-def say_once(message: str, level: int = logging.WARNING, source: logging.Logger = logger) -> None:
+# --- decisions that were made -------------------------------------------------------------------
+
+_decisions: dict[Hashable, Decision] = {}
+#: of those that are not final: calls left before the next trial, and calls to wait after that
+_waits: dict[Hashable, tuple[int, int]] = {}
+
+
+def remembered(key: Hashable, make: Callable[[], Decision]) -> Decision:
+    """The decision for a key: made at the first call, and again until it is final.
+
+    One that is not final is made again at the next call, then after two, four, eight more: on a
+    card that stays full, layers must not pay for a trial at every call.
+
+    Args:
+        key: what is decided, on which device, with which settings.
+        make: decides.
+
+    Returns:
+        The decision.
+    """
+    known = _decisions.get(key)
+    if known is not None and known.is_final:
+        return known
+    left, gap = (1, 1) if known is None else _waits[key]
+    if known is not None and left > 1:
+        _waits[key] = left - 1, gap
+        return known
+    decision = _decisions[key] = make()
+    _waits[key] = gap, 2 * gap
+    return decision
+
+
+def log_decision(
+    subject: str, info: DeviceInfo, decision: Decision, preferred: str, source: logging.Logger
+) -> None:
+    """Log a decision once: a warning where a GPU does not run the preferred implementation."""
+    is_warning = decision.name != preferred and info.type not in ("cpu", "meta")
+    level = logging.WARNING if is_warning else logging.INFO
+    log_once(f"{subject}: {decision.name} ({decision.reason}).", level, source)
+
+
+def log_once(message: str, level: int = logging.WARNING, source: logging.Logger = logger) -> None:
     """Log a message, the first time only."""
-    if message not in _said:
-        _said.add(message)
+    if message not in _logged:
+        _logged.add(message)
         source.log(level, message)
 
 
-_said: set[str] = set()
+_logged: set[str] = set()
+
+
+def report(decisions: Mapping[str, Mapping[str, Decision]]) -> dict[str, str]:
+    """What runs and why, for `doctor`.
+
+    Args:
+        decisions: subject -> variant, such as a dtype, -> decision.
+
+    Returns:
+        Subject -> finding; variants are named where they differ.
+    """
+    found = {}
+    for subject, variants in decisions.items():
+        lines = {name: f"{each.name}: {each.reason}" for name, each in variants.items()}
+        if len(set(lines.values())) == 1:
+            found[subject] = next(iter(lines.values()))
+        else:
+            found[subject] = "; ".join(f"{name}: {line}" for name, line in lines.items())
+    return found
+
+
+# --- words --------------------------------------------------------------------------------------
 
 
 def is_installed(package: str) -> bool:
@@ -267,7 +518,7 @@ def is_installed(package: str) -> bool:
 
 
 def brief(error: BaseException) -> str:
-    """Kind and telling line of an error: a compiler's last, of all others the first."""
+    """Kind and decisive line of an error: a compiler's last line, of other errors the first."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     is_compiler = type(error).__module__.startswith("triton")
     line = lines[-1 if is_compiler else 0][:200] if lines else ""

@@ -1,12 +1,11 @@
 """What every kernel computes, in plain torch: the definition of correct, and what runs on a CPU.
 
-Statistics, rotations and products are float32 (float64 for float64 input); results are rounded
-once, to the dtype of the activations. Nothing here works in place except where the name ends in
-"_".
+Statistics, rotations and GEMMs are float32 (float64 for float64 input); results are rounded once,
+to the dtype of the activations. Functions work in place only where the name ends in "_".
 """
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +16,7 @@ EPS = 1e-6
 FORMAT_MAX = {torch.float8_e4m3fn: 448.0, torch.int8: 127.0}
 
 
-def _wide(x: Tensor) -> Tensor:
+def _upcast(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
@@ -25,68 +24,76 @@ def layer_norm_modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     """LayerNorm without weights, then scale and shift.
 
     Args:
-        x: [B, S, C]. shift, scale: [B, 1, C].
+        x: [B, S, C].
+        shift: [B, 1, C].
+        scale: [B, 1, C].
+
     Returns:
         [B, S, C] in x's dtype.
     """
-    normed = F.layer_norm(_wide(x), x.shape[-1:], eps=EPS)
-    return torch.addcmul(_wide(shift), normed, 1 + _wide(scale)).to(x.dtype)
+    normed = F.layer_norm(_upcast(x), x.shape[-1:], eps=EPS)
+    return torch.addcmul(_upcast(shift), normed, 1 + _upcast(scale)).to(x.dtype)
 
 
 def gated_residual(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
-    """x + gate * y.
-
-    Args:
-        x, y: [B, S, C]. gate: [B, 1, C].
-    """
-    return torch.addcmul(_wide(x), _wide(y), _wide(gate)).to(x.dtype)
+    """Gated residual sum: x + gate * y; x and y [B, S, C], gate [B, 1, C]."""
+    return torch.addcmul(_upcast(x), _upcast(y), _upcast(gate)).to(x.dtype)
 
 
 def gated_residual_sum(x: Tensor, y: Tensor, z: Tensor, gate: Tensor) -> Tensor:
-    """x + gate * (y + z).
-
-    Args:
-        x, y, z: [B, S, C]. gate: [B, 1, C].
-    """
-    return torch.addcmul(_wide(x), _wide(y) + _wide(z), _wide(gate)).to(x.dtype)
+    """Gated residual sum: x + gate * (y + z); x, y and z [B, S, C], gate [B, 1, C]."""
+    return torch.addcmul(_upcast(x), _upcast(y) + _upcast(z), _upcast(gate)).to(x.dtype)
 
 
 def qk_norm_rope(
-    qkv: Tensor, q_weight: Tensor, k_weight: Tensor,
-    text_q_weight: Tensor, text_k_weight: Tensor, rope: Tensor,
-) -> Tensor:  # fmt: skip
-    """RMSNorm of queries and keys over each head; those of image tokens are then rotated.
+    qkv: Tensor,
+    q_weight: Tensor,
+    k_weight: Tensor,
+    text_q_weight: Tensor,
+    text_k_weight: Tensor,
+    rope: Tensor,
+) -> Tensor:
+    """RMSNorm of queries and keys over each head, and RoPE of those of image tokens.
 
     Args:
         qkv: [B, S, 3, heads, D], image tokens first.
-        q_weight, k_weight, text_q_weight, text_k_weight: [D].
+        q_weight: [D], of the image tokens.
+        k_weight: [D], of the image tokens.
+        text_q_weight: [D], of the other tokens.
+        text_k_weight: [D], of the other tokens.
         rope: [N, D / 2] complex64, N <= S the number of image tokens.
+
     Returns:
-        [B, S, 3, heads, D] in qkv's dtype; the values as they were.
+        [B, S, 3, heads, D] in qkv's dtype; values are unchanged.
+
     Source: RMSNorm arXiv:1910.07467; RoPE arXiv:2104.09864.
     """
-    image, text = _normed_and_turned(qkv, q_weight, k_weight, text_q_weight, text_k_weight, rope)
+    image, text = _norm_and_rope(qkv, q_weight, k_weight, text_q_weight, text_k_weight, rope)
     query_key = torch.cat([image, text], dim=1).to(qkv.dtype)
     return torch.cat([query_key, qkv[:, :, 2:]], dim=2)
 
 
-def _normed_and_turned(
-    qkv: Tensor, q_weight: Tensor, k_weight: Tensor,
-    text_q_weight: Tensor, text_k_weight: Tensor, rope: Tensor,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Queries and keys of image tokens and of the others, [B, N or S - N, 2, heads, D], wide."""
+def _norm_and_rope(
+    qkv: Tensor,
+    q_weight: Tensor,
+    k_weight: Tensor,
+    text_q_weight: Tensor,
+    text_k_weight: Tensor,
+    rope: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """Queries and keys of image tokens and of the others, [B, N or S - N, 2, heads, D] float32."""
     count = rope.shape[0]
-    image = _normed(qkv[:, :count, :2], q_weight, k_weight)
-    pairs = torch.view_as_complex(image.unflatten(-1, (-1, 2)))
+    image = _rms_norm(qkv[:, :count, :2], q_weight, k_weight)
+    pairs = torch.view_as_complex(torch.unflatten(image, -1, (-1, 2)))
     image = torch.view_as_real(pairs * rope[None, :, None, None]).flatten(-2)
-    return image, _normed(qkv[:, count:, :2], text_q_weight, text_k_weight)
+    return image, _rms_norm(qkv[:, count:, :2], text_q_weight, text_k_weight)
 
 
-def _normed(query_key: Tensor, q_weight: Tensor, k_weight: Tensor) -> Tensor:
-    """[B, S, 2, heads, D] -> the same, wide."""
-    wide = _wide(query_key)
-    weight = torch.stack([q_weight, k_weight])[:, None].to(wide.dtype)
-    return wide * (wide.square().mean(-1, keepdim=True) + EPS).rsqrt() * weight
+def _rms_norm(query_key: Tensor, q_weight: Tensor, k_weight: Tensor) -> Tensor:
+    """RMSNorm over each head; [B, S, 2, heads, D] -> the same, upcast."""
+    x = _upcast(query_key)
+    weight = torch.stack([q_weight, k_weight])[:, None].to(x.dtype)
+    return x * (x.square().mean(-1, keepdim=True) + EPS).rsqrt() * weight
 
 
 def hadamard(size: int, device: torch.device | str = "cpu") -> Tensor:
@@ -94,34 +101,38 @@ def hadamard(size: int, device: torch.device | str = "cpu") -> Tensor:
     matrix = torch.ones(1, 1, device=device)
     while len(matrix) < size:
         matrix = torch.cat([torch.cat([matrix, matrix], 1), torch.cat([matrix, -matrix], 1)])
-    return matrix / size**0.5
+    scaled: Tensor = matrix / size**0.5
+    return scaled
 
 
-def rotate(x: Tensor, size: int) -> Tensor:
-    """Rotate each run of `size` channels; twice is the identity. [..., C] -> [..., C], wide."""
-    wide = _wide(x)
-    if size == 0:
-        return wide
-    matrix = hadamard(size, x.device).to(wide.dtype)
-    return (wide.unflatten(-1, (-1, size)) @ matrix).flatten(-2)
+def hadamard_rotate(x: Tensor, block: int) -> Tensor:
+    """Rotate each run of `block` channels; twice is the identity. [..., C] -> [..., C], upcast."""
+    x = _upcast(x)
+    if block == 0:
+        return x
+    matrix = hadamard(block, x.device).to(x.dtype)
+    return (torch.unflatten(x, -1, (-1, block)) @ matrix).flatten(-2)
 
 
-def quantize_rows(x: Tensor, dtype: torch.dtype, rotation: int = 0) -> tuple[Tensor, Tensor]:
-    """Round every row to 8 bits with a scale of its own, largest magnitude / largest code.
+def quantize_rows(x: Tensor, dtype: torch.dtype, hadamard_block: int = 0) -> tuple[Tensor, Tensor]:
+    """Quantize every row with a scale of its own, largest magnitude / largest number of the dtype.
 
     Args:
-        x: [..., C] float. dtype: float8_e4m3fn or int8.
-        rotation: channels rotated together before rounding (a power of two that divides C); an
-            outlier is spread over them. 0 is none.
+        x: [..., C] float.
+        dtype: float8_e4m3fn or int8.
+        hadamard_block: channels rotated together before rounding (a power of two that divides C),
+            which spreads an outlier over them; 0 for none.
+
     Returns:
         [..., C] in dtype, and [..., 1] float32; a row of zeros gets scale 1.
-    Source: rotation arXiv:2404.00456 (QuaRot).
+
+    Source: Hadamard rotation arXiv:2404.00456 (QuaRot).
     """
     limit = FORMAT_MAX[dtype]
-    wide = rotate(x, rotation).float()
-    scale = wide.abs().amax(dim=-1, keepdim=True) / limit
+    rotated = hadamard_rotate(x, hadamard_block).float()
+    scale = rotated.abs().amax(dim=-1, keepdim=True) / limit
     scale = torch.where(scale == 0, torch.ones_like(scale), scale)
-    scaled = (wide / scale).clamp(-limit, limit)
+    scaled = (rotated / scale).clamp(-limit, limit)
     return (scaled.round() if dtype == torch.int8 else scaled).to(dtype), scale
 
 
@@ -131,21 +142,25 @@ def gelu(x: Tensor) -> Tensor:
 
 
 def qk_norm_rope_(
-    qkv: Tensor, q_weight: Tensor, k_weight: Tensor,
-    text_q_weight: Tensor, text_k_weight: Tensor, rope: Tensor,
-) -> None:  # fmt: skip
+    qkv: Tensor,
+    q_weight: Tensor,
+    k_weight: Tensor,
+    text_q_weight: Tensor,
+    text_k_weight: Tensor,
+    rope: Tensor,
+) -> None:
     """`qk_norm_rope` into its input."""
-    image, text = _normed_and_turned(qkv, q_weight, k_weight, text_q_weight, text_k_weight, rope)
+    image, text = _norm_and_rope(qkv, q_weight, k_weight, text_q_weight, text_k_weight, rope)
     qkv[:, : rope.shape[0], :2] = image
     qkv[:, rope.shape[0] :, :2] = text
 
 
 def layer_norm_modulate_quantize(
-    x: Tensor, shift: Tensor, scale: Tensor, dtype: torch.dtype, rotation: int
+    x: Tensor, shift: Tensor, scale: Tensor, dtype: torch.dtype, hadamard_block: int
 ) -> tuple[Tensor, Tensor]:
     """`layer_norm_modulate`, then `quantize_rows`, with nothing rounded between."""
-    wide = layer_norm_modulate(_wide(x), shift, scale)
-    return quantize_rows(wide, dtype, rotation)
+    normed = layer_norm_modulate(_upcast(x), shift, scale)
+    return quantize_rows(normed, dtype, hadamard_block)
 
 
 def residual_layer_norm_modulate(
@@ -157,28 +172,29 @@ def residual_layer_norm_modulate(
 
 
 def residual_layer_norm_modulate_quantize(
-    x: Tensor, y: Tensor, gate: Tensor, shift: Tensor, scale: Tensor,
-    dtype: torch.dtype, rotation: int,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    x: Tensor, y: Tensor, gate: Tensor, shift: Tensor, scale: Tensor, *act_format: Any
+) -> tuple[Tensor, Tensor, Tensor]:
     """`gated_residual`, and `layer_norm_modulate_quantize` of what it returns."""
     total = gated_residual(x, y, gate)
-    return total, *layer_norm_modulate_quantize(total, shift, scale, dtype, rotation)
+    return total, *layer_norm_modulate_quantize(total, shift, scale, *act_format)
 
 
-def gelu_quantize(x: Tensor, dtype: torch.dtype, rotation: int) -> tuple[Tensor, Tensor]:
+def gelu_quantize(x: Tensor, dtype: torch.dtype, hadamard_block: int) -> tuple[Tensor, Tensor]:
     """`gelu`, then `quantize_rows`, with nothing rounded between."""
-    return quantize_rows(gelu(_wide(x)), dtype, rotation)
+    return quantize_rows(gelu(_upcast(x)), dtype, hadamard_block)
 
 
 def group_moments(x: Tensor, groups: int) -> tuple[Tensor, Tensor]:
     """Mean and variance (divided by the count) of each group of channels.
 
     Args:
-        x: [B, C, T, H, W]. groups: divides C.
+        x: [B, C, T, H, W].
+        groups: number of groups, which divides C.
+
     Returns:
-        twice [B, groups], wide.
+        Twice [B, groups], float32.
     """
-    grouped = _wide(x).unflatten(1, (groups, -1))
+    grouped = torch.unflatten(_upcast(x), 1, (groups, -1))
     variance, mean = torch.var_mean(grouped, dim=(2, 3, 4, 5), correction=0)
     return mean, variance
 
@@ -187,20 +203,61 @@ def group_norm_silu(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
     """SiLU of x * scale + shift, what a GroupNorm with known statistics comes down to.
 
     Args:
-        x: [B, C, T, H, W]. scale, shift: [B, C, 1, 1, 1] float32.
+        x: [B, C, T, H, W].
+        scale: [B, C, 1, 1, 1] float32.
+        shift: [B, C, 1, 1, 1] float32.
+
     Returns:
         [B, C, T, H, W] in x's dtype.
+
     Source: GroupNorm arXiv:1803.08494; SiLU arXiv:1702.03118.
     """
-    wide = x.to(torch.promote_types(x.dtype, torch.float32), copy=True)
-    return F.silu(wide.mul_(scale).add_(shift), inplace=True).to(x.dtype)
+    copied = x.to(torch.promote_types(x.dtype, torch.float32), copy=True)
+    return F.silu(copied.mul_(scale).add_(shift), inplace=True).to(x.dtype)
+
+
+def rescale_(
+    acc: Tensor,
+    act_scale: Tensor,
+    scale: Tensor | None,
+    bias: Tensor | None,
+    out: Tensor,
+    add: bool,
+) -> None:
+    """The epilogue of a GEMM: acc * act_scale * scale + bias, written to `out` or added to it.
+
+    Passes write the dtype of `out`: a float32 copy of the result would take more time than 8-bit
+    GEMMs of 3,072 channels save. Where that dtype is bfloat16 the result is rounded to it two or
+    three times, an error far below that of rounding to 8 bits.
+
+    Args:
+        acc: [M, N] int32, bfloat16 or float32, the accumulator.
+        act_scale: [M, 1], of the activations.
+        scale: of the weight, one element, [N, 1] or None.
+        bias: [N] or None.
+        out: [M, N].
+        add: whether to add to `out`.
+    """
+    # between the two scales a number may be beyond float16, which ends at 65,504
+    dtype = torch.float32 if out.dtype == torch.float16 else out.dtype
+    is_apart = add or dtype != out.dtype
+    scaled = torch.empty_like(out, dtype=dtype) if is_apart else out
+    torch.mul(acc, act_scale, out=scaled)
+    if scale is not None:
+        scaled.mul_(scale.reshape(1, -1))
+    if bias is not None:
+        scaled.add_(bias)
+    if is_apart:
+        out.add_(scaled) if add else out.copy_(scaled)
 
 
 class ValueFormat(NamedTuple):
-    """How attention's weights and values are rounded for their product.
+    """How attention's weights and values are rounded for their GEMM.
 
-    dtype: of both. weight_max: what the largest weight of a row so far becomes. value_max: what the
-    largest value of a channel becomes.
+    Attributes:
+        dtype: of both.
+        weight_max: the number that the largest weight of a row so far becomes.
+        value_max: the number that the largest value of a channel becomes.
     """
 
     dtype: torch.dtype
@@ -222,56 +279,60 @@ def quantized_attention(
     key_tile: int = 128,
     values: ValueFormat = VALUES_E4M3,
 ) -> Tensor:
-    """Attention with an int8 product of queries and keys, and one of e4m3 or fp16 with the values.
+    """Attention with int8 queries and keys, and weights and values in e4m3 or fp16.
 
-    * Keys lose their mean over the tokens: that adds the same to every score of a row, which
+    * Keys are centered: their mean over the tokens adds the same to every score of a row, which
       softmax does not see. Queries and keys are rotated over the head dimension, which leaves their
-      products alone and spreads outliers. Queries have a scale each, keys one a tile.
+      products unchanged and spreads outliers. Queries have a scale each, keys one per tile.
     * Weights are floating-point numbers. An integer grid over the largest weight of a tile would
-      round everything beside an attention sink to nothing (relative error 0.15 to 0.24 with 1 to
-      64 sinks in 8,192 keys). They are divided by the sum of what they were rounded to.
-    * Values lose their mean, which comes back at the end (weights sum to one), and are divided by
-      the largest magnitude of their channel. Half of what rounding moved their mean by comes off
-      again: were all weights alike, the whole of it would be error; were all on a sink, nothing.
+      round everything beside an attention sink to zero (relative error 0.15 to 0.24 with 1 to
+      64 sinks in 8,192 keys). They are divided by the sum of the rounded weights.
+    * Values are centered too, and their mean is added at the end (weights sum to one); they are
+      divided by the largest magnitude of their channel. Half of the shift of their mean by rounding
+      is subtracted: with equal weights all of it would be error, with one sink nothing.
 
     Args:
-        query: [B, heads, S, D]; key, value: [B, heads, T, D]; D a power of two.
+        query: [B, heads, S, D]; D a power of two.
+        key: [B, heads, T, D].
+        value: [B, heads, T, D].
         key_tile: keys that share a scale, and whose largest weight counts as one of the next.
-        values: format of the second product.
+        values: format of weights and values.
+
     Returns:
         [B, heads, S, D] in query's dtype.
+
     Source: the mean of the keys arXiv:2410.02367 (SageAttention); weights and values in e4m3
         arXiv:2411.10958 (SageAttention2); rotation arXiv:2404.00456 (QuaRot); the sum over tiles
         arXiv:2205.14135 (FlashAttention).
     """
     width = query.shape[-1]
-    wide_key, wide_value = key.float(), value.float()
-    mean = wide_value.mean(dim=2, keepdim=True)
-    v_scale = (wide_value - mean).abs().amax(dim=2, keepdim=True) / values.value_max
+    key, value, dtype = key.float(), value.float(), query.dtype
+    mean = value.mean(dim=2, keepdim=True)
+    v_scale = (value - mean).abs().amax(dim=2, keepdim=True) / values.value_max
     v_scale = torch.where(v_scale == 0, 1.0, v_scale)
-    v = ((wide_value - mean) / v_scale).to(values.dtype).float()
+    v = ((value - mean) / v_scale).to(values.dtype).float()
     mean = mean - 0.5 * v_scale * v.mean(dim=2, keepdim=True)
-    k = rotate(wide_key - wide_key.mean(dim=2, keepdim=True), width)
-    q, q_scale = _to_int8(rotate(query.float(), width), (-1,))
+    k = hadamard_rotate(key - key.mean(dim=2, keepdim=True), width)
+    q, q_scale = _quantize_int8(hadamard_rotate(query.float(), width), (-1,))
     q_scale = q_scale * (width**-0.5 * math.log2(math.e))
     peak = torch.full_like(q_scale, -math.inf)
     total, sums = torch.zeros_like(q_scale), torch.zeros_like(q)
-    tiles = list(zip(k.split(key_tile, 2), v.split(key_tile, 2), strict=True))
-    if k.shape[2] % key_tile:  # the part of a tile at the end goes first, as in the kernel
+    tiles = list(zip(torch.split(k, key_tile, 2), torch.split(v, key_tile, 2), strict=True))
+    if k.shape[2] % key_tile:  # the partial tile at the end goes first, as in the kernel
         tiles = [tiles[-1], *tiles[:-1]]
-    for keys, some_values in tiles:
-        keys, k_scale = _to_int8(keys, (-2, -1))
-        scores = (q @ keys.transpose(-1, -2)) * (q_scale * k_scale)
+    for k_tile, v_tile in tiles:
+        k_int8, k_scale = _quantize_int8(k_tile, (-2, -1))
+        scores = (q @ k_int8.transpose(-1, -2)) * (q_scale * k_scale)
         new_peak = torch.maximum(peak, scores.amax(dim=-1, keepdim=True))
         weights = values.weight_max * torch.exp2(scores - new_peak)
-        weights, kept = weights.to(values.dtype).float(), torch.exp2(peak - new_peak)
-        total = total * kept + weights.sum(dim=-1, keepdim=True)
-        sums = sums * kept + weights @ some_values
+        weights, decay = weights.to(values.dtype).float(), torch.exp2(peak - new_peak)
+        total = total * decay + weights.sum(dim=-1, keepdim=True)
+        sums = sums * decay + weights @ v_tile
         peak = new_peak
-    return (sums / total * v_scale + mean).to(query.dtype)
+    return (sums / total * v_scale + mean).to(dtype)
 
 
-def _to_int8(x: Tensor, axes: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+def _quantize_int8(x: Tensor, axes: tuple[int, ...]) -> tuple[Tensor, Tensor]:
     """Integers within -127..127 in float32, which sums 128 products exactly; and their scales."""
     largest = x.abs().amax(dim=axes, keepdim=True)
     scale = torch.where(largest == 0, 1.0, largest / 127)

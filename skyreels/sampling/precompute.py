@@ -23,7 +23,7 @@ from ..offload import on_device
 from ..runtime import Runtime
 from ..text.embeds import PromptEmbeds
 from ..transformer.attention import Attention
-from ..transformer.model import RunBlock, SkyReelsTransformer, StepConditioning
+from ..transformer.model import RunBlock, SkyReelsTransformer, StepModulation
 
 logger = logging.getLogger("skyreels.sampling.precompute")
 
@@ -35,7 +35,7 @@ MAX_KEPT = 256
 #: prompt: its index among the prompts. timestep: 0..1000, exactly representable in float32; a
 #: number, because reading a tensor's would make the host wait for the device. run_block: brings
 #: weights back for a timestep that was not in the schedule.
-StepLookup = Callable[[int, float, RunBlock], StepConditioning]
+StepLookup = Callable[[int, float, RunBlock], StepModulation]
 
 
 def precompute(
@@ -85,15 +85,15 @@ def precompute(
             for key, (vec, _) in embedded.items():
                 modulation[key].append(tuple(module(vec).to(host) for module in modules))
     packed: dict[tuple[int, float], Tensor] = {}
-    shapes: dict[int, StepConditioning] = {}  # of each prompt's steps
+    shapes: dict[int, StepModulation] = {}  # of each prompt's steps
     for key in keys:
-        step = StepConditioning(embedded.pop(key)[1].to(host), tuple(modulation.pop(key)))
+        step = StepModulation(embedded.pop(key)[1].to(host), tuple(modulation.pop(key)))
         packed[key] = pack(step, device)
-        shapes[key[0]] = StepConditioning(
-            step.text.to("meta"), tuple(tuple(t.to("meta") for t in block) for block in step.rows)
+        shapes[key[0]] = StepModulation(
+            step.text.to("meta"), tuple(tuple(t.to("meta") for t in block) for block in step.mods)
         )
 
-    def lookup(prompt: int, timestep: float, run_block: RunBlock) -> StepConditioning:
+    def lookup(prompt: int, timestep: float, run_block: RunBlock) -> StepModulation:
         found = packed.get((prompt, timestep))
         if found is None:
             return transformer.condition(
@@ -108,7 +108,7 @@ def precompute(
     return lookup
 
 
-def pack(step: StepConditioning, device: torch.device) -> Tensor:
+def pack(step: StepModulation, device: torch.device) -> Tensor:
     """Put text and modulation of a step into one piece of host memory.
 
     Args:
@@ -127,7 +127,7 @@ def pack(step: StepConditioning, device: torch.device) -> Tensor:
     return packed
 
 
-def unpack(packed: Tensor, shapes: StepConditioning) -> StepConditioning:
+def unpack(packed: Tensor, shapes: StepModulation) -> StepModulation:
     """What was packed, as views.
 
     Args:
@@ -146,7 +146,7 @@ def unpack(packed: Tensor, shapes: StepConditioning) -> StepConditioning:
         return view
 
     text = next_like(shapes.text)
-    return StepConditioning(text, tuple(tuple(map(next_like, block)) for block in shapes.rows))
+    return StepModulation(text, tuple(tuple(map(next_like, block)) for block in shapes.mods))
 
 
 def host_memory(numel: int, dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -168,7 +168,7 @@ def host_memory(numel: int, dtype: torch.dtype, device: torch.device) -> Tensor:
         try:
             return torch.empty(numel, dtype=dtype, pin_memory=True)
         except RuntimeError as error:
-            dispatch.say_once(
+            dispatch.log_once(
                 "Host memory cannot be pinned, so each step waits for its copy: "
                 f"{dispatch.brief(error)}.",
                 source=logger,
@@ -176,8 +176,8 @@ def host_memory(numel: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     return torch.empty(numel, dtype=dtype)
 
 
-def _tensors(step: StepConditioning) -> list[Tensor]:
-    return [step.text, *(tensor for block in step.rows for tensor in block)]
+def _tensors(step: StepModulation) -> list[Tensor]:
+    return [step.text, *(tensor for block in step.mods for tensor in block)]
 
 
 def _padded_numel(tensor: Tensor) -> int:

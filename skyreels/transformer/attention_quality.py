@@ -1,7 +1,7 @@
-"""What an attention that rounds is judged on: kinds of queries, keys and values, and its error.
+"""Inputs on which the error of a rounding attention is measured.
 
-Random normal numbers alone would pass kernels that fail on what trained models do. Every kind is
-drawn for any length, as the views of one buffer that the transformer hands over.
+Random normal numbers alone would pass kernels that fail on the inputs of trained models. Every kind
+is drawn for any length, as views of one buffer, which is what the transformer passes.
 """
 
 import math
@@ -10,6 +10,8 @@ from functools import partial
 
 import torch
 from torch import Tensor
+
+from ..kernels.dispatch import relative_l2
 
 #: queries, spread over the clip, whose outputs are compared
 CHECKED_QUERIES = 128
@@ -85,9 +87,16 @@ def draw(
     """Queries, keys and values of one of KINDS.
 
     Args:
-        tokens: at least 66 where there are 64 sinks.
+        kind: of KINDS.
+        tokens: S, at least 66 where there are 64 sinks.
+        heads: number of heads.
+        head_dim: D.
+        device: where they are drawn.
+        dtype: of the results.
+        seed: of the numbers.
+
     Returns:
-        three times [1, heads, S, D] in dtype, views of one buffer [1, S, 3, heads, D].
+        Three times [1, heads, S, D] in dtype, views of one buffer [1, S, 3, heads, D].
     """
     generator = torch.Generator(device).manual_seed(seed)
     qkv = torch.randn(3, tokens, heads, head_dim, generator=generator, device=device)
@@ -106,17 +115,33 @@ def exact(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     return torch.stack(heads).view(query.shape)
 
 
-def relative_error(attention: Callable[[Tensor, Tensor, Tensor], Tensor], inputs: Inputs) -> float:
-    """Relative L2 error of an attention on the checked queries; NaN if it has one.
+def run_checked(
+    attend: Callable[[Tensor, Tensor, Tensor], Tensor], query: Tensor, key: Tensor, value: Tensor
+) -> list[Tensor]:
+    """Run an attention on all queries.
+
+    Returns:
+        Its output for the checked queries.
 
     Raises:
-        RuntimeError: it returns another shape.
+        RuntimeError: it returns another shape than that of the queries.
     """
-    query, key, value = inputs
-    got = attention(query, key, value)
+    got = attend(query, key, value)
     if got.shape != query.shape:
         raise RuntimeError(f"it returns {list(got.shape)} for {list(query.shape)}")
+    return [got[:, :, _checked(query)].float()]
+
+
+def exact_checked(query: Tensor, key: Tensor, value: Tensor) -> list[Tensor]:
+    """Exact outputs for the checked queries."""
+    return [exact(query[:, :, _checked(query)], key, value)]
+
+
+def _checked(query: Tensor) -> Tensor:
     tokens = query.shape[2]
-    chosen = torch.linspace(0, tokens - 1, min(CHECKED_QUERIES, tokens), device=query.device)
-    expected = exact(query[:, :, chosen.long()], key, value)
-    return ((got[:, :, chosen.long()].float() - expected).norm() / expected.norm()).item()
+    return torch.linspace(0, tokens - 1, min(CHECKED_QUERIES, tokens), device=query.device).long()
+
+
+def relative_error(attend: Callable[[Tensor, Tensor, Tensor], Tensor], inputs: Inputs) -> float:
+    """Relative L2 error of an attention on the checked queries; NaN if it has one."""
+    return relative_l2(run_checked(attend, *inputs), exact_checked(*inputs))

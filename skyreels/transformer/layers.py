@@ -2,15 +2,17 @@
 
 Attribute names are those of the original Tencent checkpoint, whose projections are already fused
 (`img_attn_qkv`, `linear1`); keymaps.py fuses the other layouts while they load. Linear layers are
-plain submodules, so a quantised one takes their place by assignment; attention is an argument, and
-so are the rows of the modulation. What lies between the matrix products is fused (kernels/).
+plain submodules, so a quantized one takes their place by assignment; attention and modulation are
+arguments. What lies between the GEMMs is fused (kernels/).
 
-Kept in float32 whatever the weights are: the rotary table and the rotation, the sinusoid of the
-timestep, the statistics of every norm.
+In float32 whatever the weights are: the RoPE table and its rotation, the sinusoid of the timestep,
+the statistics of every norm.
 """
 
 import math
+from collections.abc import Sequence
 from itertools import pairwise
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -20,14 +22,14 @@ from torch import Tensor, nn
 from .. import kernels
 from ..config import Chunking, TransformerConfig
 from ..errors import OptionError
-from ..kernels import Rows
+from ..kernels import Activation, QuantizedActivation
 from .attention import Attention
 from .linear import ALL, input_format, linear, linear_gelu
 
 #: latent frames the model has seen in training; the slow temporal frequency wraps at 50.27
 TRAINED_LATENT_FRAMES = 50
-#: runs of tokens start at multiples of this: what belongs to a token, even four bytes of scale,
-#: then starts at an address that vendor kernels take, and their tiles are whole
+#: chunks of tokens start at multiples of this: the data of a token, even four bytes of scale, then
+#: starts at an address that vendor kernels accept, and their tiles are whole
 TOKEN_MULTIPLE = 128
 
 
@@ -38,7 +40,7 @@ def rope_table(
     riflex_k: int = 0,
     device: torch.device | str = "cpu",
 ) -> Tensor:
-    """Rotations of the image tokens, as complex numbers cos + i sin.
+    """RoPE of the image tokens, as complex numbers cos + i sin.
 
     RIFLEx: beyond the trained length the k-th temporal frequency would complete its period inside
     the clip, and the motion starts over (at frame 201 for k = 4). Slowing that one frequency to 0.9
@@ -50,10 +52,13 @@ def rope_table(
         riflex_k: which temporal frequency to slow down, counted from 1; 0 leaves the table alone,
             and so does a clip of at most 50 latent frames.
         device: where the table is built.
+
     Returns:
         [N, D / 2] complex64, N = product of the grid, tokens in order time, row, column.
+
     Raises:
-        OptionError: a long clip and no such frequency.
+        OptionError: the clip is long and there is no such frequency.
+
     Source: RoPE arXiv:2104.09864; RIFLEx arXiv:2502.15894, equation 8.
     """
     per_axis = []
@@ -69,12 +74,12 @@ def rope_table(
             frequencies[riflex_k - 1] = 0.9 * 2 * math.pi / length
         positions = torch.arange(length, dtype=torch.float32, device=device)
         per_axis.append(torch.outer(positions, frequencies))
-    frames, rows, columns = grid
+    grid_t, grid_h, grid_w = grid
     angles = torch.cat(
         [
-            per_axis[0][:, None, None].expand(-1, rows, columns, -1),
-            per_axis[1][None, :, None].expand(frames, -1, columns, -1),
-            per_axis[2][None, None, :].expand(frames, rows, -1, -1),
+            per_axis[0][:, None, None].expand(-1, grid_h, grid_w, -1),
+            per_axis[1][None, :, None].expand(grid_t, -1, grid_w, -1),
+            per_axis[2][None, None, :].expand(grid_t, grid_h, -1, -1),
         ],
         dim=-1,
     ).flatten(0, 2)
@@ -104,7 +109,9 @@ class TimestepEmbedder(nn.Module):
         )
 
     def forward(self, values: Tensor, dtype: torch.dtype) -> Tensor:
-        return self.mlp(sinusoidal_embedding(values).to(dtype))
+        """[B] -> [B, hidden] in dtype."""
+        embedded: Tensor = self.mlp(sinusoidal_embedding(values).to(dtype))
+        return embedded
 
 
 class VectorEmbedder(nn.Module):
@@ -116,7 +123,9 @@ class VectorEmbedder(nn.Module):
         self.out_layer = nn.Linear(hidden_size, hidden_size)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.out_layer(F.silu(self.in_layer(x)))
+        """[B, pooled] -> [B, hidden]."""
+        embedded: Tensor = self.out_layer(F.silu(self.in_layer(x)))
+        return embedded
 
 
 class ContextEmbedder(nn.Module):
@@ -128,7 +137,9 @@ class ContextEmbedder(nn.Module):
         self.linear_2 = nn.Linear(hidden_size, hidden_size)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.linear_2(F.silu(self.linear_1(x)))
+        """[B, text] -> [B, hidden]."""
+        embedded: Tensor = self.linear_2(F.silu(self.linear_1(x)))
+        return embedded
 
 
 class PatchEmbedder(nn.Module):
@@ -140,7 +151,9 @@ class PatchEmbedder(nn.Module):
         self.proj = nn.Conv3d(config.in_channels, config.hidden_size, patch, stride=patch)
 
     def forward(self, x: Tensor) -> Tensor:
-        return rearrange(self.proj(x), "B C T h w -> B (T h w) C")
+        """[B, C, T, h, w] -> [B, N, hidden]."""
+        tokens: Tensor = rearrange(self.proj(x), "B C T h w -> B (T h w) C")
+        return tokens
 
 
 class MLP(nn.Module):
@@ -153,13 +166,28 @@ class MLP(nn.Module):
         self.fc2 = nn.Linear(inner_size, hidden_size)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(self.act(self.fc1(x)))
+        """[B, N, C] -> [B, N, C]."""
+        out: Tensor = self.fc2(self.act(self.fc1(x)))
+        return out
+
+
+class ModulationOut(NamedTuple):
+    """What AdaLN does around one attention or MLP; each [B, 1, hidden]."""
+
+    shift: Tensor
+    scale: Tensor
+    gate: Tensor
+
+
+def split_modulation(mod: Tensor, count: int) -> list[ModulationOut]:
+    """[B, 1, 3 * count * hidden], the output of a `Modulation`, by attention and MLP."""
+    return [ModulationOut(*part.chunk(3, dim=-1)) for part in mod.chunk(count, dim=-1)]
 
 
 class Modulation(nn.Module):
-    """Conditioning vector to a row of `chunks` shifts, scales and gates; [B, C] -> [B, 1, all].
+    """Timestep, pooled text and guidance to shifts, scales and gates; [B, C] -> [B, 1, all].
 
-    A third of the model's weights, and nothing but (timestep, pooled text, guidance) goes in: see
+    A third of the model's weights, but no latent goes in, so a run computes it in advance: see
     precompute.py.
     """
 
@@ -168,11 +196,13 @@ class Modulation(nn.Module):
         self.linear = nn.Linear(hidden_size, chunks * hidden_size)
 
     def forward(self, vec: Tensor) -> Tensor:
-        return self.linear(F.silu(vec))[:, None]
+        """[B, C] -> [B, 1, all]."""
+        mod: Tensor = self.linear(F.silu(vec))
+        return mod[:, None]
 
 
 class RefinerBlock(nn.Module):
-    """Self-attention block of the text refiner: affine pre-norms, gates only, no rotation."""
+    """Self-attention block of the text refiner: affine pre-norms, gates only, no RoPE."""
 
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
@@ -186,6 +216,7 @@ class RefinerBlock(nn.Module):
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden, 2 * hidden))
 
     def forward(self, x: Tensor, vec: Tensor, attention: Attention) -> Tensor:
+        """[B, L, hidden] and [B, hidden] -> [B, L, hidden]."""
         gate_attn, gate_mlp = self.adaLN_modulation(vec)[:, None].chunk(2, dim=-1)
         query, key, value = split_heads(self.self_attn_qkv(self.norm1(x)), self.head_dim)
         attended = rearrange(attention(query, key, value), "B H L D -> B L (H D)")
@@ -206,15 +237,16 @@ class TokenRefiner(nn.Module):
         self.individual_token_refiner = nn.ModuleDict({"blocks": blocks})
 
     def forward(self, states: Tensor, timestep: Tensor, attention: Attention) -> Tensor:
+        """[B, L, text] and [B] -> [B, L, hidden]."""
         vec = self.t_embedder(timestep, states.dtype) + self.c_embedder(states.mean(dim=1))
-        x = self.input_embedder(states)
+        x: Tensor = self.input_embedder(states)
         for block in self.individual_token_refiner["blocks"].children():
             x = block(x, vec, attention)
         return x
 
 
 class DoubleBlock(nn.Module):
-    """Image and text stream with weights of their own, meeting in one joint attention."""
+    """Image and text stream with weights of their own, joined by one attention."""
 
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
@@ -235,43 +267,63 @@ class DoubleBlock(nn.Module):
 
     @property
     def modulations(self) -> list[Modulation]:
-        """Those whose rows `forward` takes, in its order."""
+        """Those whose outputs `forward` takes, in this order."""
         return [self.img_mod, self.txt_mod]
 
     def forward(
-        self, img: Tensor, txt: Tensor, rows: tuple[Tensor, ...], rope: Tensor,
-        attention: Attention, chunking: Chunking,
-    ) -> tuple[Tensor, Tensor]:  # fmt: skip
-        img_shift1, img_scale1, img_gate1, img_shift2, img_scale2, img_gate2 = rows[0].chunk(6, -1)
-        txt_shift1, txt_scale1, txt_gate1, txt_shift2, txt_scale2, txt_gate2 = rows[1].chunk(6, -1)
-        img_normed = _norm_for(self.img_attn_qkv, img, img_shift1, img_scale1)
-        txt_normed = _norm_for(self.txt_attn_qkv, txt, txt_shift1, txt_scale1)
+        self,
+        img: Tensor,
+        txt: Tensor,
+        mods: tuple[Tensor, ...],
+        rope: Tensor,
+        attention: Attention,
+        chunking: Chunking,
+    ) -> tuple[Tensor, Tensor]:
+        """Tokens [B, N, C] of the image and [B, L, C] of the text -> the same."""
+        img_mod1, img_mod2 = split_modulation(mods[0], 2)
+        txt_mod1, txt_mod2 = split_modulation(mods[1], 2)
+        img_normed = _modulated_norm(self.img_attn_qkv, img, img_mod1)
+        txt_normed = _modulated_norm(self.txt_attn_qkv, txt, txt_mod1)
+        streams = [(self.img_attn_qkv, img_normed), (self.txt_attn_qkv, txt_normed)]
         norms = [
-            self.img_attn_q_norm, self.img_attn_k_norm, self.txt_attn_q_norm, self.txt_attn_k_norm
-        ]  # fmt: skip
+            self.img_attn_q_norm,
+            self.img_attn_k_norm,
+            self.txt_attn_q_norm,
+            self.txt_attn_k_norm,
+        ]
+        num_tokens = img.shape[1] + txt.shape[1]
         attended = _attend(
-            [(self.img_attn_qkv, img_normed), (self.txt_attn_qkv, txt_normed)],
-            img, img.shape[1] + txt.shape[1], norms, rope, attention, chunking,
-        )  # fmt: skip
-        del img_normed, txt_normed
-        img_attended, txt_attended = attended.split([img.shape[1], txt.shape[1]], dim=1)
+            streams, img, num_tokens, norms, rope, attention=attention, chunking=chunking
+        )
+        del img_normed, txt_normed, streams
+        img_attended, txt_attended = torch.split(attended, [img.shape[1], txt.shape[1]], dim=1)
         del attended
-        img_out = linear(self.img_attn_proj, _rounded_for(self.img_attn_proj, img_attended))
-        txt_out = linear(self.txt_attn_proj, _rounded_for(self.txt_attn_proj, txt_attended))
+        img_out = linear(self.img_attn_proj, _quantized_input(self.img_attn_proj, img_attended))
+        txt_out = linear(self.txt_attn_proj, _quantized_input(self.txt_attn_proj, txt_attended))
         del img_attended, txt_attended
 
         img, img_normed = kernels.residual_layer_norm_modulate(
-            img, img_out, img_gate1, img_shift2, img_scale2, input_format(self.img_mlp.fc1)
+            img,
+            img_out,
+            img_mod1.gate,
+            img_mod2.shift,
+            img_mod2.scale,
+            input_format(self.img_mlp.fc1),
         )
         del img_out
         img_out = _feed_forward(self.img_mlp, img_normed, img, chunking.mlp_chunks)
         del img_normed
-        img = kernels.gated_residual(img, img_out, img_gate2)
+        img = kernels.gated_residual(img, img_out, img_mod2.gate)
         txt, txt_normed = kernels.residual_layer_norm_modulate(
-            txt, txt_out, txt_gate1, txt_shift2, txt_scale2, input_format(self.txt_mlp.fc1)
+            txt,
+            txt_out,
+            txt_mod1.gate,
+            txt_mod2.shift,
+            txt_mod2.scale,
+            input_format(self.txt_mlp.fc1),
         )
         txt_out = _feed_forward(self.txt_mlp, txt_normed, txt, 1)
-        return img, kernels.gated_residual(txt, txt_out, txt_gate2)
+        return img, kernels.gated_residual(txt, txt_out, txt_mod2.gate)
 
 
 class SingleBlock(nn.Module):
@@ -289,125 +341,151 @@ class SingleBlock(nn.Module):
 
     @property
     def modulations(self) -> list[Modulation]:
-        """Those whose rows `forward` takes."""
+        """Those whose outputs `forward` takes."""
         return [self.modulation]
 
     def forward(
-        self, x: Tensor, rows: tuple[Tensor, ...], rope: Tensor, attention: Attention,
+        self,
+        x: Tensor,
+        mods: tuple[Tensor, ...],
+        rope: Tensor,
+        attention: Attention,
         chunking: Chunking,
-    ) -> Tensor:  # fmt: skip
-        shift, scale, gate = rows[0].chunk(3, dim=-1)
+    ) -> Tensor:
+        """[B, N + L, C], image tokens first -> the same."""
+        (mod,) = split_modulation(mods[0], 1)
         hidden = x.shape[2]
-        normed = _norm_for(self.linear1, x, shift, scale)
+        normed = _modulated_norm(self.linear1, x, mod)
         norms = [self.q_norm, self.k_norm, self.q_norm, self.k_norm]
         attended = _attend(
-            [(self.linear1, normed)], x, x.shape[1], norms, rope, attention, chunking
+            [(self.linear1, normed)],
+            x,
+            x.shape[1],
+            norms,
+            rope,
+            attention=attention,
+            chunking=chunking,
         )
-        rounded = _rounded_for(self.linear2, attended)
+        attended_input = _quantized_input(self.linear2, attended)
         del attended
-        out = linear(self.linear2, rounded, columns=slice(0, hidden))
-        del rounded
-        # products of 8 bits are not added to what is there, so the other half waits beside
-        other = None if input_format(self.linear2) is None else torch.empty_like(out)
-        for part in _parts(x.shape[1], chunking.mlp_chunks, TOKEN_MULTIPLE):
-            rows_of_mlp, columns = slice(3 * hidden, None), slice(hidden, None)
+        out = linear(self.linear2, attended_input, in_slice=slice(0, hidden))
+        del attended_input
+        # 8-bit GEMMs cannot accumulate into `out`, so the MLP half goes to a buffer of its own
+        mlp_out = None if input_format(self.linear2) is None else torch.empty_like(out)
+        mlp_slice, in_slice = slice(3 * hidden, None), slice(hidden, None)
+        for chunk in _chunks(x.shape[1], chunking.mlp_chunks, TOKEN_MULTIPLE):
             active = linear_gelu(
-                self.linear1, _tokens(normed, part), rows_of_mlp, input_format(self.linear2)
+                self.linear1, _slice_tokens(normed, chunk), mlp_slice, input_format(self.linear2)
             )
-            into = out if other is None else other
-            linear(self.linear2, active, ALL, columns, into[:, part], add=other is None)
-            del active  # else it would live on while the next part is made
-        return kernels.gated_residual(x, out, gate, other)
+            target = (out if mlp_out is None else mlp_out)[:, chunk]
+            linear(self.linear2, active, ALL, in_slice, target, add=mlp_out is None)
+            del active  # before the next chunk is computed
+        return kernels.gated_residual(x, out, mod.gate, mlp_out)
 
 
-def _parts(length: int, count: int, multiple: int = 1) -> list[slice]:
-    """At most `count` runs of about equal length that start at multiples of `multiple`."""
+def _chunks(length: int, count: int, multiple: int = 1) -> list[slice]:
+    """At most `count` chunks of about equal length that start at multiples of `multiple`."""
     even = [-(-length * part // (count * multiple)) * multiple for part in range(count)]
     ends = [*(min(end, length) for end in even), length]
     return [slice(start, end) for start, end in pairwise(ends) if end > start]
 
 
-def _tokens(x: Tensor | Rows, part: slice) -> Tensor | Rows:
+def _slice_tokens(x: Activation, chunk: slice) -> Activation:
     if isinstance(x, Tensor):
-        return x[:, part]
-    return Rows(x.values[:, part], x.scale[:, part])
+        return x[:, chunk]
+    return QuantizedActivation(x.qdata[:, chunk], x.scale[:, chunk])
 
 
-def _norm_for(layer: nn.Module, x: Tensor, shift: Tensor, scale: Tensor) -> Tensor | Rows:
-    """The modulated LayerNorm of x, as the layer wants its input."""
-    return kernels.layer_norm_modulate(x, shift, scale, input_format(layer))
+def _modulated_norm(layer: nn.Module, x: Tensor, mod: ModulationOut) -> Activation:
+    """The modulated LayerNorm of x, in the input format of the layer."""
+    return kernels.layer_norm_modulate(x, mod.shift, mod.scale, input_format(layer))
 
 
-def _rounded_for(layer: nn.Module, x: Tensor) -> Tensor | Rows:
-    to = input_format(layer)
-    return x if to is None else kernels.quantize_rows(x, to)
+def _quantized_input(layer: nn.Module, x: Tensor) -> Activation:
+    act_format = input_format(layer)
+    return x if act_format is None else kernels.quantize_rows(x, act_format)
 
 
-def _feed_forward(mlp: MLP, normed: Tensor | Rows, like: Tensor, chunks: int) -> Tensor:
+def _feed_forward(mlp: MLP, normed: Activation, like: Tensor, chunks: int) -> Tensor:
     """The MLP of a block, some tokens at a time, so that its wide middle is never whole."""
     if chunks == 1:
-        return linear(mlp.fc2, linear_gelu(mlp.fc1, normed, to=input_format(mlp.fc2)))
+        return linear(mlp.fc2, linear_gelu(mlp.fc1, normed, act_format=input_format(mlp.fc2)))
     out = torch.empty_like(like)
-    for part in _parts(like.shape[1], chunks, TOKEN_MULTIPLE):
-        inner = linear_gelu(mlp.fc1, _tokens(normed, part), to=input_format(mlp.fc2))
-        linear(mlp.fc2, inner, out=out[:, part])
-        del inner  # before the next part is made
+    for chunk in _chunks(like.shape[1], chunks, TOKEN_MULTIPLE):
+        inner = linear_gelu(mlp.fc1, _slice_tokens(normed, chunk), act_format=input_format(mlp.fc2))
+        linear(mlp.fc2, inner, out=out[:, chunk])
+        del inner  # before the next chunk is computed
     return out
 
 
 def _attend(
-    streams: list[tuple[nn.Module, Tensor | Rows]], like: Tensor, length: int,
-    norms: list[nn.RMSNorm], rope: Tensor, attention: Attention, chunking: Chunking,
-) -> Tensor:  # fmt: skip
+    streams: Sequence[tuple[nn.Module, Activation]],
+    like: Tensor,
+    num_tokens: int,
+    norms: list[nn.RMSNorm],
+    rope: Tensor,
+    *,
+    attention: Attention,
+    chunking: Chunking,
+) -> Tensor:
     """Joint attention of all tokens of the streams, some heads at a time.
 
     Queries, keys and values of all streams are projected into one buffer, so that nothing is
-    concatenated, and normalised and rotated in place.
+    concatenated, and normalized and rotated in place.
 
     Args:
-        streams: (layer whose first rows are the q, k, v projection, its input), in order.
-        like: of the dtype, device, batch and width of the result. length: all tokens.
+        streams: (layer that begins with the q, k, v projection, its input), in order.
+        like: of the dtype, device, batch and width of the result.
+        num_tokens: of all streams.
         norms: of queries and keys of image tokens, of queries and keys of text tokens.
+        rope: [N, D / 2] complex64, N the number of image tokens.
+        attention: see attention.py.
+        chunking: how many heads are computed at a time.
+
     Returns:
-        [B, length, C].
+        [B, num_tokens, C].
     """
     batch, _, hidden = like.shape
     head_dim = len(norms[0].weight)
     q_norm, k_norm, text_q_norm, text_k_norm = (norm.weight for norm in norms)
     weights = (q_norm, k_norm, text_q_norm, text_k_norm)
-    groups = _parts(hidden // head_dim, chunking.head_groups)
+    groups = _chunks(hidden // head_dim, chunking.head_groups)
     if len(groups) == 1:
-        qkv = _project(streams, like, length, slice(0, hidden)).unflatten(3, (-1, head_dim))
+        qkv = _project(streams, like, num_tokens, slice(0, hidden), head_dim)
         query, key, value = kernels.qk_norm_rope(qkv, *weights, rope).permute(2, 0, 3, 1, 4)
         return attention(query, key, value).transpose(1, 2).flatten(2)
-    attended = like.new_empty(batch, length, hidden)
+    attended = like.new_empty(batch, num_tokens, hidden)
     for heads in groups:
-        columns = slice(heads.start * head_dim, heads.stop * head_dim)
-        qkv = _project(streams, like, length, columns).unflatten(3, (-1, head_dim))
+        channels = slice(heads.start * head_dim, heads.stop * head_dim)
+        qkv = _project(streams, like, num_tokens, channels, head_dim)
         query, key, value = kernels.qk_norm_rope(qkv, *weights, rope).permute(2, 0, 3, 1, 4)
-        attended[:, :, columns] = attention(query, key, value).transpose(1, 2).flatten(2)
-        del qkv, query, key, value  # before the next group is made
+        attended[:, :, channels] = attention(query, key, value).transpose(1, 2).flatten(2)
+        del qkv, query, key, value  # before the next group is computed
     return attended
 
 
 def _project(
-    streams: list[tuple[nn.Module, Tensor | Rows]], like: Tensor, length: int, columns: slice
+    streams: Sequence[tuple[nn.Module, Activation]],
+    like: Tensor,
+    num_tokens: int,
+    channels: slice,
+    head_dim: int,
 ) -> Tensor:
-    """[B, length, 3, columns]: those columns of the queries, keys and values of all streams."""
-    hidden, width = like.shape[2], columns.stop - columns.start
-    qkv = like.new_empty(like.shape[0], length, 3, width)
+    """Those channels of the q, k, v of all streams: [B, num_tokens, 3, heads, D]."""
+    hidden, width = like.shape[2], channels.stop - channels.start
+    qkv = like.new_empty(like.shape[0], num_tokens, 3, width)
     start = 0
     for layer, normed in streams:
-        tokens = (normed if isinstance(normed, Tensor) else normed.values).shape[1]
-        into = qkv[:, start : start + tokens]
+        tokens = (normed if isinstance(normed, Tensor) else normed.qdata).shape[1]
+        target = qkv[:, start : start + tokens]
         start += tokens
         if width == hidden:
-            linear(layer, normed, slice(0, 3 * hidden), out=into.flatten(2))
+            linear(layer, normed, slice(0, 3 * hidden), out=target.flatten(2))
             continue
         for index in range(3):
-            rows = slice(index * hidden + columns.start, index * hidden + columns.stop)
-            linear(layer, normed, rows, out=into[:, :, index])
-    return qkv
+            out_slice = slice(index * hidden + channels.start, index * hidden + channels.stop)
+            linear(layer, normed, out_slice, out=target[:, :, index])
+    return torch.unflatten(qkv, 3, (-1, head_dim))
 
 
 class FinalLayer(nn.Module):
@@ -420,6 +498,8 @@ class FinalLayer(nn.Module):
         self.linear = nn.Linear(hidden, patch_volume * config.out_channels)
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden, 2 * hidden))
 
-    def forward(self, x: Tensor, row: Tensor) -> Tensor:
-        shift, scale = row[:, None].chunk(2, dim=-1)
-        return self.linear(kernels.layer_norm_modulate(x, shift, scale))
+    def forward(self, x: Tensor, mod: Tensor) -> Tensor:
+        """[B, N, hidden] and [B, 2 * hidden] -> [B, N, C * pt * ph * pw]."""
+        shift, scale = mod[:, None].chunk(2, dim=-1)
+        patches: Tensor = self.linear(kernels.layer_norm_modulate(x, shift, scale))
+        return patches

@@ -1,11 +1,11 @@
 """The SkyReels-V1 transformer: HunyuanVideo with 32 input channels.
 
-Own forward pass, held to diffusers' and ComfyUI's by tests. What a host or a faster build may
-change is passed in or swapped, never patched: `attention` is a function, linear layers are
+Own forward pass; tests hold it to diffusers' and ComfyUI's. What a host or a faster build may
+change is passed in or replaced, never patched: `attention` is a function, linear layers are
 submodules that can be replaced, and `run_block` wraps every conditioner and block, which is
-where cancelling and streaming of weights happen.
+where cancelling and block swap happen.
 
-A prediction is made in two parts: `condition` knows text and time and nothing of the latents, and
+A prediction is made in two parts: `condition` sees text and time and no latents, and
 `denoise` does the rest. A run computes the first for all its steps at once (precompute.py).
 """
 
@@ -34,20 +34,21 @@ from .layers import (
 RunBlock = Callable[..., Any]
 
 
-class StepConditioning(NamedTuple):
-    """What one forward pass is told by text and time.
+class StepModulation(NamedTuple):
+    """What a forward pass takes from text and time.
 
-    text: [B, L, hidden] refined text tokens.
-    rows: for every block, [B, 1, chunks * hidden] for each of its streams; then for the final
-        layer [B, 2 * hidden].
+    Attributes:
+        text: [B, L, hidden] refined text tokens.
+        mods: for every block, [B, 1, 3 * count * hidden] for each of its streams, see
+            `split_modulation`; then for the final layer [B, 2 * hidden].
     """
 
     text: Tensor
-    rows: tuple[tuple[Tensor, ...], ...]
+    mods: tuple[tuple[Tensor, ...], ...]
 
 
 def call(block: nn.Module, *args: Any) -> Any:
-    """Run a block and do nothing else."""
+    """Run a block, unchanged."""
     return block(*args)
 
 
@@ -75,16 +76,23 @@ class SkyReelsTransformer(nn.Module):
 
     @property
     def compute_dtype(self) -> torch.dtype:
-        """Dtype of the activations: that of the patch embedder, which is never quantised."""
+        """Dtype of the activations: that of the patch embedder, which is never quantized."""
         return self.img_in.proj.weight.dtype
 
     @property
     def blocks(self) -> list[Any]:
-        """The double blocks, then the single blocks: what can be streamed to a small device."""
+        """The double blocks, then the single blocks: the units of block swap."""
         return [*self.double_blocks, *self.single_blocks]
 
     def token_grid(self, latent_shape: torch.Size | tuple[int, ...]) -> tuple[int, int, int]:
-        """Tokens in time, height and width of a [..., T, h, w] latent."""
+        """Count the tokens of a [..., T, h, w] latent.
+
+        Returns:
+            Tokens in time, height and width.
+
+        Raises:
+            ShapeError: patches do not divide the latent.
+        """
         frames, height, width = latent_shape[-3:]
         patch = self.config.patch_size
         if frames % self.config.patch_size_t or height % patch or width % patch:
@@ -103,7 +111,7 @@ class SkyReelsTransformer(nn.Module):
 
     @property
     def modulations(self) -> list[list[nn.Module]]:
-        """What makes the rows of every block, then of the final layer."""
+        """The modulation layers of every block, then of the final layer."""
         of_blocks: list[list[nn.Module]] = [block.modulations for block in self.blocks]
         return [*of_blocks, [self.final_layer.adaLN_modulation]]
 
@@ -121,18 +129,18 @@ class SkyReelsTransformer(nn.Module):
         *,
         attention: Attention = sdpa,
         run_block: RunBlock = call,
-    ) -> StepConditioning:
-        """All that a forward pass needs of the text and the time, and that no latent changes.
-
-        Args:
-            as for `forward`.
-        """
+    ) -> StepModulation:
+        """What `denoise` takes from text and time; arguments as for `forward`."""
         vec, text = self.embed(
-            timestep, encoder_hidden_states, pooled_projections, guidance,
-            attention=attention, run_block=run_block,
-        )  # fmt: skip
-        rows = [tuple(run_block(module, vec) for module in modules) for modules in self.modulations]
-        return StepConditioning(text, tuple(rows))
+            timestep,
+            encoder_hidden_states,
+            pooled_projections,
+            guidance,
+            attention=attention,
+            run_block=run_block,
+        )
+        mods = [tuple(run_block(module, vec) for module in modules) for modules in self.modulations]
+        return StepModulation(text, tuple(mods))
 
     def embed(
         self,
@@ -144,10 +152,10 @@ class SkyReelsTransformer(nn.Module):
         attention: Attention = sdpa,
         run_block: RunBlock = call,
     ) -> tuple[Tensor, Tensor]:
-        """The vector [B, hidden] that modulates everything, and the text tokens [B, L, hidden].
+        """Embed text and time; arguments as for `forward`.
 
-        Args:
-            as for `forward`.
+        Returns:
+            The input [B, hidden] of every modulation, and the text tokens [B, L, hidden].
         """
         dtype = self.compute_dtype
         vec = run_block(self.time_in, timestep, dtype)
@@ -184,25 +192,35 @@ class SkyReelsTransformer(nn.Module):
             attention: see attention.py.
             run_block: called as run_block(module, *args) for every conditioner and every block.
             chunking: how much of a block is computed at a time.
+
         Returns:
             [B, 16, T, h, w] velocity in the compute dtype.
+
         Raises:
             ShapeError: channels or sizes that do not fit (the message gives both numbers).
         """
         self._check(hidden_states)
-        conditioning = self.condition(
-            timestep, encoder_hidden_states, pooled_projections, guidance,
-            attention=attention, run_block=run_block,
-        )  # fmt: skip
+        modulation = self.condition(
+            timestep,
+            encoder_hidden_states,
+            pooled_projections,
+            guidance,
+            attention=attention,
+            run_block=run_block,
+        )
         return self.denoise(
-            hidden_states, conditioning, rope=rope, attention=attention, run_block=run_block,
+            hidden_states,
+            modulation,
+            rope=rope,
+            attention=attention,
+            run_block=run_block,
             chunking=chunking,
-        )  # fmt: skip
+        )
 
     def denoise(
         self,
         hidden_states: Tensor,
-        conditioning: StepConditioning,
+        modulation: StepModulation,
         *,
         rope: Tensor | None = None,
         attention: Attention = sdpa,
@@ -215,24 +233,30 @@ class SkyReelsTransformer(nn.Module):
         grid = self.token_grid(hidden_states.shape)
         if rope is None:
             rope = rope_table(grid, config, device=hidden_states.device)
-        img, txt = self.img_in(hidden_states.to(self.compute_dtype)), conditioning.text
-        rows = iter(conditioning.rows)
+        img, txt = self.img_in(hidden_states.to(self.compute_dtype)), modulation.text
+        mods = iter(modulation.mods)
         for block in self.double_blocks:
-            img, txt = run_block(block, img, txt, next(rows), rope, attention, chunking)
+            img, txt = run_block(block, img, txt, next(mods), rope, attention, chunking)
         num_image_tokens = img.shape[1]
         joined = torch.cat([img, txt], dim=1)
         del img, txt
         for block in self.single_blocks:
-            joined = run_block(block, joined, next(rows), rope, attention, chunking)
+            joined = run_block(block, joined, next(mods), rope, attention, chunking)
 
-        patches = self.final_layer(joined[:, :num_image_tokens], *next(rows))
-        frames, rows_of_tokens, columns = grid
+        patches = self.final_layer(joined[:, :num_image_tokens], *next(mods))
+        grid_t, grid_h, grid_w = grid
         patch = config.patch_size
-        return rearrange(
+        velocity: Tensor = rearrange(
             patches,
             "B (T y x) (C pt py px) -> B C (T pt) (y py) (x px)",
-            T=frames, y=rows_of_tokens, x=columns, pt=config.patch_size_t, py=patch, px=patch,
-        )  # fmt: skip
+            T=grid_t,
+            y=grid_h,
+            x=grid_w,
+            pt=config.patch_size_t,
+            py=patch,
+            px=patch,
+        )
+        return velocity
 
     def _check(self, hidden_states: Tensor) -> None:
         channels = self.config.in_channels

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from ..config import TRANSFORMER_PRECISIONS, VAE_PRECISIONS, TransformerConfig, VAEConfig
 from ..errors import CheckpointError, OptionError
-from ..kernels import RowFormat
+from ..kernels import QuantFormat
 from ..runtime import Runtime
 from ..transformer.model import SkyReelsTransformer
 from ..transformer.quant import (
@@ -32,9 +32,9 @@ from ..transformer.quant import (
     STORAGE_DTYPES,
     QuantLinear,
     dequantize,
+    hadamard_block_size,
     is_quantizable,
     quantize,
-    rotation_size,
 )
 from ..vae.model import VideoVAE
 from .inspect import (
@@ -140,14 +140,14 @@ def load_vae(path: str | PathLike[str], *, precision: str = "auto", runtime: Run
     )
 
 
-def _weight_format(precision: str, config: TransformerConfig) -> RowFormat | None:
+def _weight_format(precision: str, config: TransformerConfig) -> QuantFormat | None:
     """The format of quantized block linears; one Hadamard block, which divides all their widths."""
     if precision not in STORAGE_DTYPES:
         return None
     storage_dtype, hidden = STORAGE_DTYPES[precision], config.hidden_size
     if storage_dtype != torch.int8:
-        return RowFormat(storage_dtype)
-    return RowFormat(storage_dtype, rotation_size(hidden, int(hidden * config.mlp_ratio)))
+        return QuantFormat(storage_dtype)
+    return QuantFormat(storage_dtype, hadamard_block_size(hidden, int(hidden * config.mlp_ratio)))
 
 
 def check_transformer(path: str | PathLike[str]) -> CheckpointInfo:
@@ -388,7 +388,7 @@ def _assemble(
     sources: Callable[[str], tuple[str, ...]],
     *,
     keep_8bit: bool,
-    storage: Callable[[str], RowFormat | None],
+    storage: Callable[[str], QuantFormat | None],
     compute_dtype: torch.dtype,
     runtime: Runtime,
 ) -> ModuleT:
@@ -424,15 +424,15 @@ def _assemble(
             layer = module.get_submodule(layer_name)
             is_linear = attribute == "weight" and isinstance(layer, nn.Linear)
             in_block = target.name.startswith(("double_blocks.", "single_blocks."))
-            row_format = storage(target.name) if is_linear else None
-            rotation, weight_only = 0, True
-            if row_format is not None and _is_stored_as(weight, row_format.dtype):
+            quant_format = storage(target.name) if is_linear else None
+            hadamard_block, weight_only = 0, True
+            if quant_format is not None and _is_stored_as(weight, quant_format.dtype):
                 weight_only = weight.dtype == torch.int8  # an int8 file is not rotated
-            elif row_format is not None:
+            elif quant_format is not None:
                 if _is_8bit(weight) or scale is not None:
                     weight = dequantize(weight, scale, torch.float32)
-                rotation, weight_only = row_format.rotation, False
-                weight, scale = quantize(weight, row_format.dtype, rotation, runtime.device)
+                hadamard_block, weight_only = quant_format.hadamard_block, False
+                weight, scale = quantize(weight, quant_format.dtype, hadamard_block, runtime.device)
             elif not (_is_8bit(weight) and keep_8bit and is_linear and in_block):
                 weight = _upcast(info, target, weight, scale, compute_dtype)
                 scale = None
@@ -443,7 +443,7 @@ def _assemble(
                     weight.to(device),
                     None if scale is None else scale.to(device),
                     dict(layer.named_parameters()).get("bias"),
-                    rotation=rotation,
+                    hadamard_block=hadamard_block,
                     weight_only=weight_only,
                     compute_dtype=compute_dtype,
                 )

@@ -19,7 +19,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from bench_transformer import DTYPES, ignore_row, timed
 from comfyui_skyreels.skyreels import kernels
-from comfyui_skyreels.skyreels.kernels import selection
+from comfyui_skyreels.skyreels.kernels import operators
 from support.kernel_cases import EAGER, FP8, INT8, Case, error, inputs, results, truth
 
 WIDTH, HEADS, HEAD_DIM = 3072, 24, 128
@@ -114,14 +114,14 @@ def measure(case: Case, device: torch.device, runs: int) -> dict:
         "operator": case.operator,
         "shape": list(case.shape),
         "to": None if case.to is None else str(case.to)[6:],
-        "rotation": case.rotation,
+        "rotation": case.hadamard_block,
         "fused_ms": round(fused_s * 1e3, 4),
         "eager_ms": round(eager_s * 1e3, 4),
         "speedup": round(eager_s / fused_s, 2),
         "gb_per_s": round(size / fused_s / 1e9, 1),
         "error": errors[0],
         "error_to_eager_error": round(errors[0] / errors[1], 3) if errors[1] else None,
-        "runs": selection.choose(case.operator, device, case.to).reason,
+        "runs": operators.choose(case.operator, device, case.to).reason,
     }
 
 

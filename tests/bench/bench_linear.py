@@ -25,7 +25,7 @@ import torch.nn.functional as F
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from bench_transformer import ignore_row, timed
 from comfyui_skyreels.skyreels import kernels
-from comfyui_skyreels.skyreels.kernels import RowFormat
+from comfyui_skyreels.skyreels.kernels import QuantFormat, QuantizedActivation, dispatch
 from comfyui_skyreels.skyreels.transformer import quant
 
 #: out and in features
@@ -35,12 +35,12 @@ ERROR_TOKENS = 1024
 
 
 def candidates(device: torch.device) -> list[tuple[str, torch.dtype, str]]:
-    """(precision, dtype, product) of everything that could multiply 8 bits there."""
-    listed = quant.CANDIDATES.get(device.type, {})
+    """(precision, dtype, gemm) of everything that could multiply 8 bits there."""
+    listed = quant.GEMMS.get(device.type, {})
     return [
-        (precision, dtype, product)
+        (precision, dtype, gemm)
         for precision, dtype in quant.STORAGE_DTYPES.items()
-        for product in listed.get(dtype, ())
+        for gemm in listed.get(dtype, ())
     ]
 
 
@@ -65,24 +65,23 @@ def shape_rows(
     device, bias = x.device, torch.zeros(len(weight), device=x.device, dtype=x.dtype)
     rows = [layer_row("bf16", lambda part: F.linear(part, weight, bias), x, weight, runs)]
     emit(rows[0])
-    for precision, dtype, product in candidates(device):
-        name = f"{precision}: {product}"
-        problem = quant.probe(product, dtype, device)
-        if problem:
-            rows.append({"name": name, "skipped": problem})
+    for precision, dtype, gemm in candidates(device):
+        name = f"{precision}: {gemm}"
+        finding = quant.probe_gemm(gemm, dtype, device)
+        if not finding.is_accepted:
+            rows.append({"name": name, "skipped": f"self-test failed, {finding}"})
             emit(rows[-1])
             continue
-        rotation = quant.rotation_size(weight.shape[1]) if precision == "int8" else 0
-        stored, scale = quant.quantize(weight, dtype, rotation)
-        to = RowFormat(dtype, rotation)
+        block = quant.hadamard_block_size(weight.shape[1]) if precision == "int8" else 0
+        stored, scale = quant.quantize(weight, dtype, block)
+        to = QuantFormat(dtype, block)
         rounded = {}  # by length, before the clock starts
 
-        def function(part, product=product, stored=stored, scale=scale, to=to, rounded=rounded):
+        def function(part, gemm=gemm, stored=stored, scale=scale, to=to, rounded=rounded):
             if part.shape[1] not in rounded:
                 rounded[part.shape[1]] = kernels.quantize_rows(part, to)
-            values, row_scale = rounded[part.shape[1]]
-            args = (values[0], row_scale[0], stored, scale, bias, torch.bfloat16)
-            return quant.multiply(product, *args)[None]
+            tokens = QuantizedActivation(*(each[0] for each in rounded[part.shape[1]]))
+            return quant.multiply(gemm, tokens, stored, scale, bias, torch.bfloat16)[None]
 
         row = layer_row(name, function, x, weight, runs)
         kernels.quantize_rows(x, to)
@@ -118,7 +117,7 @@ def run(
     result = {
         "bench": "linear", "tokens": tokens, "runs": runs, "torch": torch.__version__,
         "device": torch.cuda.get_device_name(where) if on_gpu else str(where),
-        "chosen": quant.report(where), "shapes": {},
+        "chosen": dispatch.report(quant.decisions(where)), "shapes": {},
     }  # fmt: skip
     for out_features, in_features in SHAPES:
         if not on_gpu:

@@ -23,14 +23,14 @@ from comfyui_skyreels.skyreels.transformer import attention, placement
 from comfyui_skyreels.skyreels.transformer.attention import Attention, choose_attention
 from comfyui_skyreels.skyreels.transformer.attention_quality import draw
 from comfyui_skyreels.skyreels.transformer.layers import rope_table
-from comfyui_skyreels.skyreels.transformer.model import SkyReelsTransformer, StepConditioning
+from comfyui_skyreels.skyreels.transformer.model import SkyReelsTransformer, StepModulation
 from comfyui_skyreels.skyreels.transformer.placement import placed
 from comfyui_skyreels.skyreels.transformer.quant import (
     STORAGE_DTYPES,
     QuantLinear,
+    hadamard_block_size,
     is_quantizable,
     quantize,
-    rotation_size,
 )
 from gpu_steps import Context, draw_weights, relative_difference
 from support import tiny
@@ -65,7 +65,7 @@ class Bench:
     model: SkyReelsTransformer
     inputs: dict[str, Tensor]
     rope: Tensor
-    conditioning: StepConditioning
+    conditioning: StepModulation
     exact: Attention
 
     @property
@@ -108,7 +108,7 @@ def prepare(context: Context) -> Bench:
     inputs = make_inputs(config, FULL_GRID if context.full else TINY_GRID, device)
     rope = rope_table(model.token_grid(inputs["hidden_states"].shape), config, device=device)
     heads, head_dim = config.num_attention_heads, config.attention_head_dim
-    exact = choose_attention(device, heads=heads, head_dim=head_dim).function
+    exact = choose_attention(device, heads=heads, head_dim=head_dim).impl
     told = {name: value for name, value in inputs.items() if name != "hidden_states"}
     return Bench(model, inputs, rope, model.condition(**told, attention=exact), exact)
 
@@ -272,15 +272,15 @@ def split(context: Context, function: Callable[[], object]) -> None:
 def to_8bit(model: torch.nn.Module, precision: str) -> None:
     """Round the block linears as weights/load.py does, in place."""
     config, storage_dtype = model.config, STORAGE_DTYPES[precision]
-    rotation = 0
+    block = 0
     if precision == "int8":
-        rotation = rotation_size(config.hidden_size, int(config.hidden_size * config.mlp_ratio))
+        block = hadamard_block_size(config.hidden_size, int(config.hidden_size * config.mlp_ratio))
     for name, layer in list(model.named_modules()):
         is_linear = isinstance(layer, torch.nn.Linear)
         if is_linear and is_quantizable(name + ".weight", config.num_layers):
-            weight, scale = quantize(layer.weight.data, storage_dtype, rotation)
+            weight, scale = quantize(layer.weight.data, storage_dtype, block)
             quantized = QuantLinear(
-                weight, scale, layer.bias, rotation=rotation, weight_only=False,
+                weight, scale, layer.bias, hadamard_block=block, weight_only=False,
                 compute_dtype=layer.weight.dtype,
             )  # fmt: skip
             model.set_submodule(name, quantized)
@@ -310,9 +310,9 @@ def forced(context: Context, bench: Bench) -> dict[str, tuple[Attention, dict]]:
                 continue
             function(*draw("Gaussian", bench.tokens, heads, head_dim, device=device,
                            dtype=torch.bfloat16))  # fmt: skip
-            errors = attention.judge(function, bench.tokens, head_dim, device, torch.bfloat16)
-            accepted, finding = attention.accept(errors)
-            found[name] = function, {"accepted": accepted, "finding": finding}
+            finding = attention.judge(function, bench.tokens, head_dim, device, torch.bfloat16)
+            details = {"accepted": finding.is_accepted, "finding": str(finding)}
+            found[name] = function, details
     return found
 
 
@@ -442,7 +442,7 @@ def streaming(context: Context) -> None:
     model = build(config, device).to("cpu")
     inputs = make_inputs(config, FULL_GRID if context.full else TINY_GRID, device)
     heads, head_dim = config.num_attention_heads, config.attention_head_dim
-    inputs["attention"] = choose_attention(device, heads=heads, head_dim=head_dim).function
+    inputs["attention"] = choose_attention(device, heads=heads, head_dim=head_dim).impl
     in_blocks = sum(map(weight_bytes, model.blocks))
     outside = weight_bytes(model) - in_blocks
     room = {"resident": 10 * weight_bytes(model), "streamed": max(map(weight_bytes, model.blocks))}
@@ -491,7 +491,7 @@ def accuracy(context: Context) -> None:
         context.emit("bf16: error over diffusers'", losses["bf16"] / loss)
         del theirs, output
     rope = rope_table(model.token_grid(inputs["hidden_states"].shape), config, device=device)
-    exact_ = choose_attention(device, heads=heads).function
+    exact_ = choose_attention(device, heads=heads).impl
     bench = Bench(model, inputs, rope, None, exact_)  # type: ignore[arg-type]
     fast: dict[str, tuple[Attention, dict]] = {}
     with context.attempt("8-bit attention"):

@@ -218,7 +218,7 @@ def _copies(context: Context) -> None:
 def _gelu(context: Context) -> None:
     """The first layer of an MLP alone, with GELU in its epilogue, and with a pass of its own."""
     with context.attempt("GELU: trial"):
-        for name, text in linear.gelu_report(context.device).items():
+        for name, text in dispatch.report(linear.decisions(context.device)).items():
             context.emit("GELU: trial", text, of=name)
     tokens, width = (FULL_TOKENS, 3072) if context.full else (64, 32)
     options = {"device": context.device, "dtype": torch.bfloat16}

@@ -12,8 +12,8 @@ from comfyui_skyreels.skyreels.transformer.placement import sampling_bytes
 from comfyui_skyreels.skyreels.transformer.quant import (
     STORAGE_DTYPES,
     QuantLinear,
+    hadamard_block_size,
     is_quantizable,
-    rotation_size,
 )
 from support import tiny
 from support.peak import PeakBytes
@@ -102,7 +102,7 @@ def eight_bit(request):
     """Our model with one block of each kind, every linear layer of them in 8 bits."""
     config = TransformerConfig(num_layers=1, num_single_layers=1)
     dtype = STORAGE_DTYPES[request.param]
-    rotation = rotation_size(WIDTH, 4 * WIDTH) if request.param == "int8" else 0
+    block = hadamard_block_size(WIDTH, 4 * WIDTH) if request.param == "int8" else 0
     with torch.device("meta"):
         model = SkyReelsTransformer(config).bfloat16().requires_grad_(False)
     rounded = 0
@@ -114,7 +114,8 @@ def eight_bit(request):
             stored = shape(*layer.weight.shape, dtype=dtype)
             scale = shape(layer.out_features, 1, dtype=torch.float32)
             model.set_submodule(
-                name, QuantLinear(stored, scale, layer.bias, rotation=rotation, weight_only=False)
+                name,
+                QuantLinear(stored, scale, layer.bias, hadamard_block=block, weight_only=False),
             )
     assert rounded == 2 * 4 + 2
     return model

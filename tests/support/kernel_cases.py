@@ -22,14 +22,17 @@ class Case(NamedTuple):
     shape: tuple[int, ...]
     dtype: torch.dtype = torch.bfloat16
     to: torch.dtype | None = None
-    rotation: int = 0
+    hadamard_block: int = 0
     image_tokens: int = 0
     groups: int = 4
 
     def __str__(self) -> str:
         said = [self.operator, "x".join(map(str, self.shape)), str(self.dtype)[6:]]
         if self.to is not None:
-            said.append(str(self.to)[6:] + (f"-rotated-{self.rotation}" if self.rotation else ""))
+            said.append(
+                str(self.to)[6:]
+                + (f"-rotated-{self.hadamard_block}" if self.hadamard_block else "")
+            )
         if self.operator == "qk_norm_rope_":
             said.append(f"image-{self.image_tokens}")
         return " ".join(said)
@@ -60,7 +63,7 @@ def inputs(case: Case, device: torch.device | str = "cpu") -> tuple:
     width = rest[0]
     spread = wide(batch, tokens + 1, 1).exp()
     x = (wide(batch, tokens + 1, width) * spread).to(case.dtype)[:, 1:]
-    rounding = () if case.to is None else (case.to, case.rotation)
+    rounding = () if case.to is None else (case.to, case.hadamard_block)
     if case.operator in ("gelu_quantize", "quantize_rows"):
         return x, *rounding
     gate, shift, scale = (0.3 * draw(batch, 1, 3 * width)).chunk(3, dim=-1)
@@ -83,10 +86,10 @@ def _eager_norm(x, shift, scale):
     return F.layer_norm(x, x.shape[-1:], eps=reference.EPS) * (1 + scale) + shift
 
 
-def _eager_quantize(x, to, rotation):
-    if rotation:
-        matrix = reference.hadamard(rotation, x.device).to(x.dtype)
-        x = (x.unflatten(-1, (-1, rotation)) @ matrix).flatten(-2)
+def _eager_quantize(x, to, block):
+    if block:
+        matrix = reference.hadamard(block, x.device).to(x.dtype)
+        x = (x.unflatten(-1, (-1, block)) @ matrix).flatten(-2)
     limit = reference.FORMAT_MAX[to]
     scale = (x.abs().amax(-1, keepdim=True).float() / limit).clamp_min(1e-12)
     scaled = x.float() / scale
@@ -121,24 +124,22 @@ def _eager_moments(x, groups):
     return mean, variance
 
 
-def _eager_residual_norm_quantize(x, y, gate, shift, scale, to, rotation):
+def _eager_residual_norm_quantize(x, y, gate, shift, scale, to, block):
     total, normed = _eager_residual_norm(x, y, gate, shift, scale)
-    return total, *_eager_quantize(normed, to, rotation)
+    return total, *_eager_quantize(normed, to, block)
 
 
 EAGER: dict[str, Callable] = {
     "layer_norm_modulate": _eager_norm,
-    "layer_norm_modulate_quantize": lambda x, shift, scale, to, rotation: _eager_quantize(
-        _eager_norm(x, shift, scale), to, rotation
+    "layer_norm_modulate_quantize": lambda x, shift, scale, to, block: _eager_quantize(
+        _eager_norm(x, shift, scale), to, block
     ),
     "residual_layer_norm_modulate": _eager_residual_norm,
     "residual_layer_norm_modulate_quantize": _eager_residual_norm_quantize,
     "gated_residual": lambda x, y, gate: x + y * gate,
     "gated_residual_sum": lambda x, y, z, gate: x + (y + z) * gate,
     "qk_norm_rope_": _eager_qk,
-    "gelu_quantize": lambda x, to, rotation: _eager_quantize(
-        F.gelu(x, approximate="tanh"), to, rotation
-    ),
+    "gelu_quantize": lambda x, to, block: _eager_quantize(F.gelu(x, approximate="tanh"), to, block),
     "quantize_rows": _eager_quantize,
     "group_moments": _eager_moments,
     "group_norm_silu": _eager_group_norm_silu,
@@ -155,7 +156,7 @@ def results(function: Callable, case: Case, args: tuple) -> list[Tensor]:
     outputs = [returned] if isinstance(returned, Tensor) else list(returned)
     if case.to is not None:
         scale = outputs.pop().double()
-        outputs[-1] = reference.rotate(outputs[-1].double() * scale, case.rotation)
+        outputs[-1] = reference.hadamard_rotate(outputs[-1].double() * scale, case.hadamard_block)
     return [each.double().cpu() for each in outputs]
 
 

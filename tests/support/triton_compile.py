@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 import triton
-from comfyui_skyreels.skyreels.kernels import selection
+from comfyui_skyreels.skyreels.kernels import operators
 from comfyui_skyreels.skyreels.kernels.dispatch import short
 from comfyui_skyreels.skyreels.kernels.triton import norms as kernels
 from triton.backends.compiler import GPUTarget
@@ -33,20 +33,20 @@ def launches(name: str, to: torch.dtype | None) -> list[tuple]:
     """(kernel, arguments, constants, warps) of a call of an operator at the model's widths."""
     found = []
 
-    def record(kernel, grid, elements, *args, **constants):
-        found.append((kernel, args, constants, kernels._warps(elements)))
+    def record(kernel, grid, *args, num_warps, **constants):
+        found.append((kernel, args, constants, num_warps))
 
-    kernels._launch, launch = record, kernels._launch
+    kernels.launch, launch = record, kernels.launch
     try:
         args = [
             a.to("meta") if isinstance(a, torch.Tensor) else a
-            for a in selection.sample(name, torch.bfloat16, to)
+            for a in operators.samples(name, torch.bfloat16, to)[0]
         ]
         if name.startswith("group"):  # a piece of the last level of the video VAE
             args[0] = torch.empty(1, 8, 13, 544, 960, dtype=torch.bfloat16, device="meta")
         getattr(kernels, name)(*args)
     finally:
-        kernels._launch = launch
+        kernels.launch = launch
     return found
 
 
@@ -84,9 +84,8 @@ def resources(cubin: bytes) -> dict[str, int]:
 
 def main(capabilities: list[int]) -> None:
     rows = []
-    for name in selection._references:
-        formats = [torch.float8_e4m3fn, torch.int8] if "quantize" in name else [None]
-        for to in formats:
+    for name, row in operators.OPERATORS.items():
+        for to in row.formats:
             for kernel, args, constants, warps in launches(name, to):
                 for capability in capabilities:
                     if to == torch.float8_e4m3fn and capability < 89:

@@ -13,8 +13,8 @@ import sys
 
 import torch
 import triton
-from comfyui_skyreels.skyreels.kernels.triton import rescale as kernels
-from comfyui_skyreels.skyreels.transformer import quant
+from comfyui_skyreels.skyreels.kernels import operators, reference
+from comfyui_skyreels.skyreels.kernels.triton import int8 as kernels
 from triton.backends.compiler import GPUTarget
 
 from support.triton_versions import mend_interpreter
@@ -40,7 +40,7 @@ def interpret() -> dict:
         bias = torch.randn(width).bfloat16() if has_bias else None
         buffer = torch.randn(tokens, width + 32)
         expected = buffer.clone()
-        for function, target in ((kernels.rescale_, buffer), (quant.rescale, expected)):
+        for function, target in ((kernels.rescale_, buffer), (reference.rescale_, expected)):
             function(codes, row_scale, scale, bias, target[:, 16:-16], add)
         error = ((buffer - expected).norm() / expected.norm()).item()
         outside = torch.equal(buffer[:, :16], expected[:, :16])
@@ -51,8 +51,8 @@ def interpret() -> dict:
     out = torch.empty(3, 16)
     kernels.rescale_(codes, row_scale, None, None, out, False)
     spoilt = out.isnan().all(dim=1).tolist()
-    problem = quant.scaling_problem(kernels.rescale_, torch.device("cpu"))
-    return {"cases": rows, "problem": problem, "spoilt": spoilt}
+    finding = operators.self_test("rescale_", kernels.rescale_, torch.device("cpu"), torch.bfloat16)
+    return {"cases": rows, "problem": "" if finding.is_accepted else str(finding), "spoilt": spoilt}
 
 
 def compile_for(capabilities: list[int]) -> list[dict]:
@@ -65,7 +65,8 @@ def compile_for(capabilities: list[int]) -> list[dict]:
     out = torch.empty(1024, width, dtype=torch.bfloat16, device=meta)
     vectors = [torch.empty(size, device=meta) for size in (1024, width)]
     bias = torch.empty(width, dtype=torch.bfloat16, device=meta)
-    constants = {"per_row": True, "add": True, "rows": kernels.ROWS, "block": kernels.BLOCK}
+    constants = {"per_channel": True, "add": True, "block_m": kernels.RESCALE_M,
+                 "block_n": kernels.RESCALE_N}  # fmt: skip
     for dtype in (torch.int32, torch.bfloat16):
         codes = torch.empty(1024, width, dtype=dtype, device=meta)
         args = (codes, *vectors, bias, out, 1024, width, width)
@@ -73,7 +74,7 @@ def compile_for(capabilities: list[int]) -> list[dict]:
             compiled = triton.compile(
                 source(kernels._rescale_kernel, args, constants),
                 target=GPUTarget("cuda", capability, 32),
-                options={"num_warps": kernels.NUM_WARPS, "enable_fp_fusion": True},
+                options={"num_warps": kernels.RESCALE_WARPS, "enable_fp_fusion": True},
             )
             rows.append({"capability": capability, "codes": str(dtype)}
                         | resources(compiled.asm["cubin"]))  # fmt: skip

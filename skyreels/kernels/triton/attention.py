@@ -1,15 +1,15 @@
-"""Attention with an int8 product of queries and keys, for sm8x, sm90 and sm12x.
+"""Attention with int8 queries and keys, for sm8x, sm90 and sm12x.
 
-The product of weights and values is e4m3 where the tensor cores take that (8.9 and later), or
-fp16. `reference.quantized_attention` is the same arithmetic in plain torch, and says why it is what
-it is. One kernel quantizes queries and keys, one values, and the third attends: a program takes a
-tile of queries past all tiles of keys. Quantized tensors are padded to whole tiles, so only scores
-need a mask, and only in the last tile.
+The GEMM of weights and values is e4m3 where the tensor cores take that (8.9 and later), or fp16.
+`reference.quantized_attention` is the same arithmetic in plain torch, and gives the reasons. One
+kernel quantizes queries and keys, one values, and the third attends: a program takes a tile of
+queries past all tiles of keys. Quantized tensors are padded to whole tiles, so only scores need a
+mask, and only in the last tile.
 
 A tensor core of 8.9 and 9.0 sums e4m3 products with 13 bits behind the point. So a tile of keys is
-summed there, and tiles in float32: the multiplication by what a new peak leaves of the old sums is
-due anyway. The weights are summed by the tensor core as well, as their product with ones: then they
-are the sums of what they were rounded to, which costs a fraction of widening them again.
+summed there, and tiles in float32: old sums are multiplied by their decay under a new peak anyway.
+The tensor core sums the weights as well, by multiplying them with ones: these are the sums of the
+rounded weights, at a fraction of the cost of upcasting them again.
 """
 
 import math
@@ -21,17 +21,21 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..dispatch import current_device
 from ..reference import VALUES_E4M3, VALUES_FP16, ValueFormat, hadamard
-from .common import INTERPRETED, narrow
+from .common import INTERPRETED, launch, narrow
 
 HEAD_DIMS = (32, 64, 128)
 
 
 class Tile(NamedTuple):
-    """Queries of one program and keys at a time; stages: tiles of keys in flight.
+    """Queries of one program and keys at a time, which share a scale.
 
-    Keys of a tile share a scale. values: format of the second product.
+    Attributes:
+        queries: of one program.
+        keys: at a time.
+        num_warps: of one program.
+        num_stages: tiles of keys in flight.
+        values: format of weights and values.
     """
 
     queries: int
@@ -59,24 +63,36 @@ TILES = {
 }
 #: tokens of values quantized at a time; divides every tile's keys
 VALUE_BLOCK = 64
-#: columns of ones that a tile of weights is multiplied with, the fewest a product takes
+#: columns of ones that a tile of weights is multiplied with, the fewest a GEMM takes
 _ONES = tl.constexpr(16)
 
 
 @triton.jit
 def _scale(largest_bits):
-    """Bits of largest magnitudes to int8 scales; those of nothing are 1, and a NaN stays one."""
+    """Bits of largest magnitudes to int8 scales; zero gives scale 1, NaN stays NaN."""
     largest = largest_bits.to(tl.float32, bitcast=True)
     return tl.where(largest == 0.0, 1.0, largest / 127.0)
 
 
 @triton.jit
 def _quantize_rotated_kernel(
-    x, mean, signs, out, out_scale,
-    x_batch, x_head, x_row, heads, tokens, padded,
-    width: tl.constexpr, block: tl.constexpr, row_scales: tl.constexpr, factor: tl.constexpr,
-):  # fmt: skip
-    """A tile of queries (a scale for each) or of keys (one for all, without their mean), rotated.
+    x,
+    mean,
+    signs,
+    out,
+    out_scale,
+    x_batch,
+    x_head,
+    x_row,
+    heads,
+    tokens,
+    padded,
+    width: tl.constexpr,
+    block: tl.constexpr,
+    row_scales: tl.constexpr,
+    factor: tl.constexpr,
+):
+    """Rotate and quantize a tile of queries (a scale for each) or of centered keys (one for all).
 
     signs is the unscaled Hadamard matrix; factor, part of every scale, makes up for that. The
     largest magnitude is taken over bits: as integers they order alike, and a NaN is the largest.
@@ -88,7 +104,7 @@ def _quantize_rotated_kernel(
     start = x + (pair // heads) * x_batch + (pair % heads) * x_head
     tile = tl.load(start + rows.to(tl.int64)[:, None] * x_row + columns, mask=inside, other=0.0)
     matrix = tl.load(signs + columns[:, None] * width + columns)
-    if INTERPRETED:  # its product of bf16 is wrong
+    if INTERPRETED:  # its bf16 GEMM is wrong
         tile, matrix = tile.to(tl.float32), matrix.to(tl.float32)
     rotated = tl.dot(tile, matrix, input_precision="ieee")
     if mean is not None:
@@ -107,12 +123,21 @@ def _quantize_rotated_kernel(
 
 @triton.jit
 def _quantize_values_kernel(
-    x, mean, scale, out, sums,
-    x_batch, x_head, x_row, heads, tokens, padded,
-    width: tl.constexpr, block: tl.constexpr,
-):  # fmt: skip
-    """A tile of values without their mean, over the scale of their channel, transposed; and the
-    sums of what they were rounded to."""
+    x,
+    mean,
+    scale,
+    out,
+    sums,
+    x_batch,
+    x_head,
+    x_row,
+    heads,
+    tokens,
+    padded,
+    width: tl.constexpr,
+    block: tl.constexpr,
+):
+    """Center, quantize and transpose a tile of values; and sum the rounded values."""
     pair = tl.program_id(1).to(tl.int64)
     rows = tl.program_id(0) * block + tl.arange(0, block)
     columns = tl.arange(0, width)
@@ -130,9 +155,22 @@ def _quantize_values_kernel(
 
 @triton.jit
 def _attend_tile(
-    query, query_scale, k, k_scale, v, sums, total, peak, tile, tokens, padded,
-    width: tl.constexpr, block: tl.constexpr, log_max: tl.constexpr, masked: tl.constexpr,
-):  # fmt: skip
+    query,
+    query_scale,
+    k,
+    k_scale,
+    v,
+    sums,
+    total,
+    peak,
+    tile,
+    tokens,
+    padded,
+    width: tl.constexpr,
+    block: tl.constexpr,
+    log_max: tl.constexpr,
+    masked: tl.constexpr,
+):
     """One tile of keys: sums [M, width], total [M, 16] (columns alike) and peak [M] after it."""
     dtype: tl.constexpr = v.dtype.element_ty
     keys = tile * block + tl.arange(0, block)
@@ -144,26 +182,43 @@ def _attend_tile(
     factor = query_scale * tl.load(k_scale + tile)
     new_peak = tl.maximum(peak, tl.max(scores, axis=1) * factor)
     weights = tl.exp2(scores * factor[:, None] - (new_peak - log_max)[:, None])
-    kept = tl.exp2(peak - new_peak)
+    decay = tl.exp2(peak - new_peak)
     weights = narrow(weights, dtype)
     value = tl.load(v + columns * padded + keys[:, None])
     ones = tl.full((block, _ONES), 1.0, tl.float32).to(dtype)
-    total = total * kept[:, None] + tl.dot(weights, ones)
+    total = total * decay[:, None] + tl.dot(weights, ones)
     if dtype == tl.float16:
         # GeForce cards sum fp16 products in fp16 at twice the rate, and 64 keys stay below 2^15
         part = tl.dot(weights, value, out_dtype=tl.float16).to(tl.float32)
     else:
         part = tl.dot(weights, value)
-    sums = sums * kept[:, None] + part
+    sums = sums * decay[:, None] + part
     return sums, total, new_peak
 
 
 @triton.jit
 def _attend_kernel(
-    q, q_scale, k, k_scale, v, v_scale, v_mean, out,
-    out_batch, out_head, out_row, heads, queries, tokens, padded_q, padded_k,
-    width: tl.constexpr, block_m: tl.constexpr, block_n: tl.constexpr, log_max: tl.constexpr,
-):  # fmt: skip
+    q,
+    q_scale,
+    k,
+    k_scale,
+    v,
+    v_scale,
+    v_mean,
+    out,
+    out_batch,
+    out_head,
+    out_row,
+    heads,
+    queries,
+    tokens,
+    padded_q,
+    padded_k,
+    width: tl.constexpr,
+    block_m: tl.constexpr,
+    block_n: tl.constexpr,
+    log_max: tl.constexpr,
+):
     pair = tl.program_id(1).to(tl.int64)
     rows = tl.program_id(0) * block_m + tl.arange(0, block_m)
     columns = tl.arange(0, width)
@@ -179,14 +234,40 @@ def _attend_kernel(
     # the last tile goes first: behind the loop it would cost the loop 60 registers
     if whole_tiles * block_n < tokens:
         sums, total, peak = _attend_tile(
-            query, query_scale, k, k_scale, v, sums, total, peak, whole_tiles, tokens, padded_k,
-            width, block_n, log_max, True,
-        )  # fmt: skip
+            query,
+            query_scale,
+            k,
+            k_scale,
+            v,
+            sums,
+            total,
+            peak,
+            whole_tiles,
+            tokens,
+            padded_k,
+            width,
+            block_n,
+            log_max,
+            True,
+        )
     for tile in range(whole_tiles):
         sums, total, peak = _attend_tile(
-            query, query_scale, k, k_scale, v, sums, total, peak, tile, tokens, padded_k,
-            width, block_n, log_max, False,
-        )  # fmt: skip
+            query,
+            query_scale,
+            k,
+            k_scale,
+            v,
+            sums,
+            total,
+            peak,
+            tile,
+            tokens,
+            padded_k,
+            width,
+            block_n,
+            log_max,
+            False,
+        )
     result = sums / (tl.sum(total, axis=1) / _ONES)[:, None]
     result = result * tl.load(v_scale + pair * width + columns)
     result += tl.load(v_mean + pair * width + columns)
@@ -207,17 +288,19 @@ def tiles(capability: tuple[int, int]) -> tuple[Tile, ...]:
 
 
 def quantized_attention(query: Tensor, key: Tensor, value: Tensor, tile: Tile) -> Tensor:
-    """What `reference.quantized_attention` computes.
+    """`reference.quantized_attention`.
 
-    Reads the inputs where they lie, as long as the head dimension of each is contiguous; takes
-    3 bytes per element for their quantized copies, 4 where values are fp16. The output lies as
-    [B, S, heads, D].
+    Reads the inputs in place, as long as the head dimension of each is contiguous; takes 3 bytes
+    per element for their quantized copies, 4 where values are fp16.
 
     Args:
-        query: [B, heads, S, D]; key, value: [B, heads, T, D]; fp16, bf16 or fp32, D 32, 64 or 128.
+        query: [B, heads, S, D] fp16, bf16 or fp32; D 32, 64 or 128.
+        key: [B, heads, T, D].
+        value: [B, heads, T, D].
         tile: one that the device takes, see `tiles`.
+
     Returns:
-        [B, heads, S, D] in query's dtype.
+        [B, heads, S, D] in query's dtype, a view of [B, S, heads, D].
     """
     query, key, value = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, key, value))
     batch, heads, queries, width = query.shape
@@ -242,28 +325,82 @@ def quantized_attention(query: Tensor, key: Tensor, value: Tensor, tile: Tile) -
     out = empty(batch, queries, heads, width, dtype=query.dtype).transpose(1, 2)
     # the rotation's 1 / width for each pair, softmax's scale, and exp2 in exp's place
     unit = width**-0.5
-    # multiplications and additions are to be fused, which Triton 3.10 no longer does by itself
-    prepare = {"num_warps": 8, "enable_fp_fusion": True}
-    with current_device(query.device):
-        _quantize_rotated_kernel[(tiles_q, pairs)](
-            query, None, _signs(width, device, query.dtype), q, q_scale, *query.stride()[:3],
-            heads, queries, padded_q, width, tile.queries, True, unit * unit * math.log2(math.e),
-            **prepare,
-        )  # fmt: skip
-        _quantize_rotated_kernel[(tiles_k, pairs)](
-            key, key_mean, _signs(width, device, key.dtype), k, k_scale, *key.stride()[:3],
-            heads, tokens, padded_k, width, tile.keys, False, unit, **prepare,
-        )  # fmt: skip
-        _quantize_values_kernel[(blocks, pairs)](
-            value, mean, v_scale, v, v_sums, *value.stride()[:3], heads, tokens, padded_k, width,
-            VALUE_BLOCK, **prepare,
-        )  # fmt: skip
-        rounded_mean = v_sums.sum(dim=1).view(mean.shape) / tokens
-        mean = mean - 0.5 * v_scale * rounded_mean
-        _attend_kernel[(tiles_q, pairs)](
-            q, q_scale, k, k_scale, v, v_scale, mean, out, *out.stride()[:3], heads, queries,
-            tokens, padded_q, padded_k, width, tile.queries, tile.keys,
-            math.log2(tile.values.weight_max), num_warps=tile.num_warps,
-            num_stages=tile.num_stages, enable_fp_fusion=True,
-        )  # fmt: skip
+    launch(
+        _quantize_rotated_kernel,
+        (tiles_q, pairs),
+        query,
+        None,
+        _signs(width, device, query.dtype),
+        q,
+        q_scale,
+        *query.stride()[:3],
+        heads,
+        queries,
+        padded_q,
+        width,
+        tile.queries,
+        True,
+        unit * unit * math.log2(math.e),
+        num_warps=8,
+    )
+    launch(
+        _quantize_rotated_kernel,
+        (tiles_k, pairs),
+        key,
+        key_mean,
+        _signs(width, device, key.dtype),
+        k,
+        k_scale,
+        *key.stride()[:3],
+        heads,
+        tokens,
+        padded_k,
+        width,
+        tile.keys,
+        False,
+        unit,
+        num_warps=8,
+    )
+    launch(
+        _quantize_values_kernel,
+        (blocks, pairs),
+        value,
+        mean,
+        v_scale,
+        v,
+        v_sums,
+        *value.stride()[:3],
+        heads,
+        tokens,
+        padded_k,
+        width,
+        VALUE_BLOCK,
+        num_warps=8,
+    )
+    rounded_mean = v_sums.sum(dim=1).view(mean.shape) / tokens
+    mean = mean - 0.5 * v_scale * rounded_mean
+    launch(
+        _attend_kernel,
+        (tiles_q, pairs),
+        q,
+        q_scale,
+        k,
+        k_scale,
+        v,
+        v_scale,
+        mean,
+        out,
+        *out.stride()[:3],
+        heads,
+        queries,
+        tokens,
+        padded_q,
+        padded_k,
+        width,
+        tile.queries,
+        tile.keys,
+        math.log2(tile.values.weight_max),
+        num_warps=tile.num_warps,
+        num_stages=tile.num_stages,
+    )
     return out

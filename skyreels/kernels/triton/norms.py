@@ -1,8 +1,8 @@
-"""The operators of reference.py in Triton; selection.py decides where they run.
+"""The operators of reference.py in Triton; operators.py chooses where they run.
 
-Row kernels: one program per row, which stays in registers from its load to its store. Statistics
-are float32 in two passes over those registers; nothing is rounded but what is stored. Rows may lie
-anywhere (views are taken as they are) as long as the channels of a row are adjacent; others are
+Row kernels: one program per token, which stays in registers from its load to its store. Statistics
+are float32 in two passes over those registers; only what is stored is rounded. Tokens may lie
+anywhere (views are read in place) as long as the channels of a token are adjacent; others are
 copied first. Widths need not be powers of two.
 
 Triton's interpreter has no libdevice, so tanh and SiLU are written with exp2 everywhere.
@@ -13,9 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..dispatch import current_device
 from ..reference import EPS, FORMAT_MAX
-from .common import narrow
+from .common import launch, narrow
 
 #: elements one thread holds; 16 bytes of bf16 are loaded at a time, so four loads are in flight
 ELEMENTS_PER_THREAD = 32
@@ -28,11 +27,9 @@ _EPS = tl.constexpr(EPS)
 
 @triton.jit
 def _butterfly(x, pairs: tl.constexpr, distance: tl.constexpr):
-    """Sums and differences of the numbers `distance` apart in x, [pairs * 2 * distance].
-
-    The other of two numbers is their exclusive or with the one: that is one shuffle between lanes,
-    where splitting and joining would go through shared memory.
-    """
+    """Sums and differences of the numbers `distance` apart in x, [pairs * 2 * distance]."""
+    # the second of two numbers is their exclusive or with the first: one shuffle between lanes,
+    # where splitting and joining would go through shared memory
     x = tl.reshape(x, (pairs, 2, distance))
     bits = x.to(tl.int32, bitcast=True)
     other = (tl.xor_sum(bits, axis=1, keep_dims=True) ^ bits).to(tl.float32, bitcast=True)
@@ -41,7 +38,7 @@ def _butterfly(x, pairs: tl.constexpr, distance: tl.constexpr):
 
 
 @triton.jit
-def _rotate(x, block: tl.constexpr, stages: tl.constexpr):
+def _hadamard(x, block: tl.constexpr, stages: tl.constexpr):
     """Multiply each run of 2^stages of the `block` channels by `reference.hadamard`."""
     for stage in tl.static_range(stages):
         x = _butterfly(x, block // (2 << stage), 1 << stage)
@@ -49,16 +46,25 @@ def _rotate(x, block: tl.constexpr, stages: tl.constexpr):
 
 
 @triton.jit
-def _store_row(x, out, out_scale, row, columns, width: tl.constexpr, block: tl.constexpr,
-               stages: tl.constexpr, limit: tl.constexpr):  # fmt: skip
-    """Store one row, rounded to 8 bits with a scale of its own if there is an `out_scale`.
+def _store_row(
+    x,
+    out,
+    out_scale,
+    row,
+    columns,
+    width: tl.constexpr,
+    block: tl.constexpr,
+    stages: tl.constexpr,
+    limit: tl.constexpr,
+):
+    """Store one row, quantized with a scale of its own if there is an `out_scale`.
 
     x is zero beyond the width. The largest magnitude is taken over the bits, as integers order like
     magnitudes and, unlike a floating-point maximum, keep a NaN.
     """
     dtype: tl.constexpr = out.dtype.element_ty
     if out_scale is not None:
-        x = _rotate(x, block, stages)
+        x = _hadamard(x, block, stages)
         magnitudes = x.to(tl.int32, bitcast=True) & 0x7FFFFFFF
         largest = tl.max(magnitudes, axis=0).to(tl.float32, bitcast=True)
         # compared this way round, a NaN stays what it is
@@ -72,10 +78,26 @@ def _store_row(x, out, out_scale, row, columns, width: tl.constexpr, block: tl.c
 
 @triton.jit
 def _norm_kernel(
-    x, y, gate, shift, scale, total, out, out_scale,
-    x_batch, x_row, y_batch, y_row, gate_batch, shift_batch, scale_batch,
-    width: tl.constexpr, block: tl.constexpr, stages: tl.constexpr, limit: tl.constexpr,
-):  # fmt: skip
+    x,
+    y,
+    gate,
+    shift,
+    scale,
+    total,
+    out,
+    out_scale,
+    x_batch,
+    x_row,
+    y_batch,
+    y_row,
+    gate_batch,
+    shift_batch,
+    scale_batch,
+    width: tl.constexpr,
+    block: tl.constexpr,
+    stages: tl.constexpr,
+    limit: tl.constexpr,
+):
     token, batch = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     row = batch * tl.num_programs(0) + token
     columns = tl.arange(0, block)
@@ -100,9 +122,21 @@ def _norm_kernel(
 
 @triton.jit
 def _gated_residual_kernel(
-    x, y, z, gate, out, x_batch, x_row, y_batch, y_row, z_batch, z_row, gate_batch,
-    width: tl.constexpr, block: tl.constexpr,
-):  # fmt: skip
+    x,
+    y,
+    z,
+    gate,
+    out,
+    x_batch,
+    x_row,
+    y_batch,
+    y_row,
+    z_batch,
+    z_row,
+    gate_batch,
+    width: tl.constexpr,
+    block: tl.constexpr,
+):
     token, batch = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     row = batch * tl.num_programs(0) + token
     columns = tl.arange(0, block)
@@ -120,10 +154,17 @@ def _gated_residual_kernel(
 
 @triton.jit
 def _quantize_kernel(
-    x, out, out_scale, x_batch, x_row,
-    width: tl.constexpr, block: tl.constexpr, stages: tl.constexpr, limit: tl.constexpr,
+    x,
+    out,
+    out_scale,
+    x_batch,
+    x_row,
+    width: tl.constexpr,
+    block: tl.constexpr,
+    stages: tl.constexpr,
+    limit: tl.constexpr,
     gelu: tl.constexpr,
-):  # fmt: skip
+):
     token, batch = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     row = batch * tl.num_programs(0) + token
     columns = tl.arange(0, block)
@@ -140,16 +181,27 @@ def _quantize_kernel(
 
 @triton.jit(do_not_specialize=["image_tokens"])
 def _qk_norm_rope_kernel(
-    qkv, q_weight, k_weight, text_q_weight, text_k_weight, rope, image_tokens,
-    batch_stride, token_stride, part_stride, head_stride,
-    heads: tl.constexpr, heads_block: tl.constexpr, dim: tl.constexpr,
-):  # fmt: skip
+    qkv,
+    q_weight,
+    k_weight,
+    text_q_weight,
+    text_k_weight,
+    rope,
+    image_tokens,
+    batch_stride,
+    token_stride,
+    part_stride,
+    head_stride,
+    heads: tl.constexpr,
+    heads_block: tl.constexpr,
+    dim: tl.constexpr,
+):
     token, batch = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     channels = tl.arange(0, dim)
     pairs = tl.arange(0, dim // 2)
     head = tl.arange(0, heads_block)[:, None]
     inside = head < heads
-    # an image token uses all its channels with the image weights, a text token none; it turns by 0
+    # an image token uses the image weights on all channels, a text token on none; it is not rotated
     used = tl.where(token < image_tokens, dim, 0)
     of_image, of_text, rotating = channels < used, channels >= used, pairs < used
     cos = tl.load(rope + token * dim + 2 * pairs, mask=rotating, other=1.0)[None]
@@ -168,31 +220,45 @@ def _qk_norm_rope_kernel(
         mean_square = tl.sum(values * values, axis=1, keep_dims=True) / dim
         values = values * tl.rsqrt(mean_square + _EPS) * weight[None]
         even, odd = tl.split(tl.reshape(values, (heads_block, dim // 2, 2)))
-        turned = tl.join(even * cos - odd * sin, even * sin + odd * cos)
-        turned = narrow(tl.reshape(turned, (heads_block, dim)), qkv.dtype.element_ty)
-        tl.store(tile + part * part_stride, turned, mask=inside)
+        rotated = tl.join(even * cos - odd * sin, even * sin + odd * cos)
+        rotated = narrow(tl.reshape(rotated, (heads_block, dim)), qkv.dtype.element_ty)
+        tl.store(tile + part * part_stride, rotated, mask=inside)
 
 
 @triton.jit
 def _group_norm_silu_kernel(
-    x, scale, shift, out, batch_stride, channel_stride, size,
-    channels: tl.constexpr, block: tl.constexpr,
-):  # fmt: skip
+    x,
+    scale,
+    shift,
+    out,
+    batch_stride,
+    channel_stride,
+    size,
+    channels: tl.constexpr,
+    block: tl.constexpr,
+):
     image = tl.program_id(1).to(tl.int64)  # one channel of one clip
-    at = tl.program_id(0).to(tl.int64) * block + tl.arange(0, block)
-    inside = at < size
+    index = tl.program_id(0).to(tl.int64) * block + tl.arange(0, block)
+    inside = index < size
     source = x + (image // channels) * batch_stride + (image % channels) * channel_stride
-    values = tl.load(source + at, mask=inside, other=0.0).to(tl.float32)
+    values = tl.load(source + index, mask=inside, other=0.0).to(tl.float32)
     values = values * tl.load(scale + image) + tl.load(shift + image)
     values = values / (1.0 + tl.exp2(-1.4426950408889634 * values))
-    tl.store(out + image * size + at, narrow(values, out.dtype.element_ty), mask=inside)
+    tl.store(out + image * size + index, narrow(values, out.dtype.element_ty), mask=inside)
 
 
 @triton.jit
 def _moments_kernel(
-    x, mean, spread, batch_stride, channel_stride, size,
-    channels: tl.constexpr, block: tl.constexpr, steps: tl.constexpr,
-):  # fmt: skip
+    x,
+    mean,
+    spread,
+    batch_stride,
+    channel_stride,
+    size,
+    channels: tl.constexpr,
+    block: tl.constexpr,
+    steps: tl.constexpr,
+):
     image = tl.program_id(1).to(tl.int64)
     first = tl.program_id(0).to(tl.int64) * (block * steps)
     source = x + (image // channels) * batch_stride + (image % channels) * channel_stride
@@ -201,9 +267,9 @@ def _moments_kernel(
     sums = tl.zeros((block,), tl.float32)
     squares = tl.zeros((block,), tl.float32)
     for step in range(steps):
-        at = first + step * block + tl.arange(0, block)
-        inside = at < size
-        values = tl.load(source + at, mask=inside, other=0.0).to(tl.float32)
+        index = first + step * block + tl.arange(0, block)
+        inside = index < size
+        values = tl.load(source + index, mask=inside, other=0.0).to(tl.float32)
         values = tl.where(inside, values - pivot, 0.0)
         sums += values
         squares += values * values
@@ -219,53 +285,63 @@ def _warps(elements: int) -> int:
 
 
 def _rows(x: Tensor) -> Tensor:
-    """x [B, S, C] itself, or a copy where the channels of a row are not adjacent."""
+    """Input [B, S, C], or a copy where the channels of a token are not adjacent."""
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
 
 
 def _vectors(x: Tensor, like: Tensor) -> Tensor:
-    """[B or 1, 1, C] as one vector per batch, whose batch stride may be zero."""
+    """[B or 1, 1, C] as one vector per item of the batch, whose batch stride may be zero."""
     return _rows(x.expand(like.shape[0], 1, like.shape[-1]))
 
 
-def _rounding(dtype: torch.dtype, rotation: int) -> dict[str, int | float]:
-    return {"stages": max(rotation, 1).bit_length() - 1, "limit": FORMAT_MAX[dtype]}
-
-
-def _launch(kernel: triton.JITFunction, grid: tuple[int, int], elements: int, *args: object,
-            **constants: object) -> None:  # fmt: skip
-    """Start a kernel on the device of its tensors, which need not be the current one."""
-    if 0 in grid:
-        return
-    first = next(a for a in args if isinstance(a, Tensor))
-    with current_device(first.device):
-        # fused multiply-adds are asked for, as Triton 3.10 will not make them by default
-        kernel[grid](*args, **constants, num_warps=_warps(elements), enable_fp_fusion=True)
+def _quantization(dtype: torch.dtype, hadamard_block: int) -> dict[str, int | float]:
+    return {"stages": max(hadamard_block, 1).bit_length() - 1, "limit": FORMAT_MAX[dtype]}
 
 
 def _norm(
-    x: Tensor, y: Tensor | None, gate: Tensor | None, shift: Tensor, scale: Tensor,
-    dtype: torch.dtype | None = None, rotation: int = 0,
-) -> tuple[Tensor, ...]:  # fmt: skip
+    x: Tensor,
+    y: Tensor | None,
+    gate: Tensor | None,
+    shift: Tensor,
+    scale: Tensor,
+    dtype: torch.dtype | None = None,
+    hadamard_block: int = 0,
+) -> tuple[Tensor, ...]:
     batch, tokens, width = x.shape
     x, shift, scale = _rows(x), _vectors(shift, x), _vectors(scale, x)
     out = torch.empty(x.shape, dtype=dtype or x.dtype, device=x.device)
     out_scale = None
-    rounding: dict[str, int | float] = {"stages": 0, "limit": 0.0}
+    quantization: dict[str, int | float] = {"stages": 0, "limit": 0.0}
     if dtype is not None:
         out_scale = torch.empty(batch, tokens, 1, dtype=torch.float32, device=x.device)
-        rounding = _rounding(dtype, rotation)
+        quantization = _quantization(dtype, hadamard_block)
     total, strides = None, (0, 0, 0)
     if y is not None and gate is not None:
         y, gate = _rows(y), _vectors(gate, x)
         total = torch.empty(x.shape, dtype=x.dtype, device=x.device)
         strides = (y.stride(0), y.stride(1), gate.stride(0))
     block = triton.next_power_of_2(width)
-    _launch(
-        _norm_kernel, (tokens, batch), block, x, y, gate, shift, scale, total, out, out_scale,
-        x.stride(0), x.stride(1), *strides, shift.stride(0), scale.stride(0),
-        width=width, block=block, **rounding,
-    )  # fmt: skip
+    launch(
+        _norm_kernel,
+        (tokens, batch),
+        x,
+        y,
+        gate,
+        shift,
+        scale,
+        total,
+        out,
+        out_scale,
+        x.stride(0),
+        x.stride(1),
+        *strides,
+        shift.stride(0),
+        scale.stride(0),
+        width=width,
+        block=block,
+        num_warps=_warps(block),
+        **quantization,
+    )
     return tuple(each for each in (total, out, out_scale) if each is not None)
 
 
@@ -275,10 +351,10 @@ def layer_norm_modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
 
 
 def layer_norm_modulate_quantize(
-    x: Tensor, shift: Tensor, scale: Tensor, dtype: torch.dtype, rotation: int
+    x: Tensor, shift: Tensor, scale: Tensor, dtype: torch.dtype, hadamard_block: int
 ) -> tuple[Tensor, ...]:
     """`reference.layer_norm_modulate_quantize`."""
-    return _norm(x, None, None, shift, scale, dtype, rotation)
+    return _norm(x, None, None, shift, scale, dtype, hadamard_block)
 
 
 def residual_layer_norm_modulate(
@@ -289,11 +365,16 @@ def residual_layer_norm_modulate(
 
 
 def residual_layer_norm_modulate_quantize(
-    x: Tensor, y: Tensor, gate: Tensor, shift: Tensor, scale: Tensor,
-    dtype: torch.dtype, rotation: int,
-) -> tuple[Tensor, ...]:  # fmt: skip
+    x: Tensor,
+    y: Tensor,
+    gate: Tensor,
+    shift: Tensor,
+    scale: Tensor,
+    dtype: torch.dtype,
+    hadamard_block: int,
+) -> tuple[Tensor, ...]:
     """`reference.residual_layer_norm_modulate_quantize`."""
-    return _norm(x, y, gate, shift, scale, dtype, rotation)
+    return _norm(x, y, gate, shift, scale, dtype, hadamard_block)
 
 
 def gated_residual(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
@@ -315,57 +396,93 @@ def _gated(x: Tensor, y: Tensor, z: Tensor | None, gate: Tensor) -> Tensor:
         z_strides = (z.stride(0), z.stride(1))
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     block = triton.next_power_of_2(width)
-    _launch(
-        _gated_residual_kernel, (tokens, batch), block, x, y, z, gate, out,
-        x.stride(0), x.stride(1), y.stride(0), y.stride(1), *z_strides, gate.stride(0),
-        width=width, block=block,
-    )  # fmt: skip
+    launch(
+        _gated_residual_kernel,
+        (tokens, batch),
+        x,
+        y,
+        z,
+        gate,
+        out,
+        x.stride(0),
+        x.stride(1),
+        y.stride(0),
+        y.stride(1),
+        *z_strides,
+        gate.stride(0),
+        width=width,
+        block=block,
+        num_warps=_warps(block),
+    )
     return out
 
 
-def _quantize(x: Tensor, dtype: torch.dtype, rotation: int, gelu: bool) -> tuple[Tensor, Tensor]:
+def _quantize(
+    x: Tensor, dtype: torch.dtype, hadamard_block: int, gelu: bool
+) -> tuple[Tensor, Tensor]:
     *outer, width = x.shape
     rows = _rows(x if x.ndim == 3 else x.reshape(1, -1, width))
     batch, tokens, _ = rows.shape
     out = torch.empty(x.shape, dtype=dtype, device=x.device)
     out_scale = torch.empty(*outer, 1, dtype=torch.float32, device=x.device)
     block = triton.next_power_of_2(width)
-    _launch(
-        _quantize_kernel, (tokens, batch), block, rows, out, out_scale,
-        rows.stride(0), rows.stride(1),
-        width=width, block=block, gelu=gelu, **_rounding(dtype, rotation),
-    )  # fmt: skip
+    launch(
+        _quantize_kernel,
+        (tokens, batch),
+        rows,
+        out,
+        out_scale,
+        rows.stride(0),
+        rows.stride(1),
+        width=width,
+        block=block,
+        gelu=gelu,
+        num_warps=_warps(block),
+        **_quantization(dtype, hadamard_block),
+    )
     return out, out_scale
 
 
-def quantize_rows(x: Tensor, dtype: torch.dtype, rotation: int) -> tuple[Tensor, Tensor]:
+def quantize_rows(x: Tensor, dtype: torch.dtype, hadamard_block: int) -> tuple[Tensor, Tensor]:
     """`reference.quantize_rows`."""
-    return _quantize(x, dtype, rotation, gelu=False)
+    return _quantize(x, dtype, hadamard_block, gelu=False)
 
 
-def gelu_quantize(x: Tensor, dtype: torch.dtype, rotation: int) -> tuple[Tensor, Tensor]:
+def gelu_quantize(x: Tensor, dtype: torch.dtype, hadamard_block: int) -> tuple[Tensor, Tensor]:
     """`reference.gelu_quantize`."""
-    return _quantize(x, dtype, rotation, gelu=True)
+    return _quantize(x, dtype, hadamard_block, gelu=True)
 
 
 def qk_norm_rope_(
-    qkv: Tensor, q_weight: Tensor, k_weight: Tensor,
-    text_q_weight: Tensor, text_k_weight: Tensor, rope: Tensor,
-) -> None:  # fmt: skip
+    qkv: Tensor,
+    q_weight: Tensor,
+    k_weight: Tensor,
+    text_q_weight: Tensor,
+    text_k_weight: Tensor,
+    rope: Tensor,
+) -> None:
     """`reference.qk_norm_rope_`; the channels of a head must be adjacent."""
     batch, tokens, _, heads, dim = qkv.shape
     weights = [w.contiguous() for w in (q_weight, k_weight, text_q_weight, text_k_weight)]
     rotations = torch.view_as_real(rope.resolve_conj()).contiguous()
     heads_block = triton.next_power_of_2(heads)
-    _launch(
-        _qk_norm_rope_kernel, (tokens, batch), heads_block * dim,
-        qkv, *weights, rotations, rope.shape[0], *qkv.stride()[:4],
-        heads=heads, heads_block=heads_block, dim=dim,
-    )  # fmt: skip
+    launch(
+        _qk_norm_rope_kernel,
+        (tokens, batch),
+        qkv,
+        *weights,
+        rotations,
+        rope.shape[0],
+        *qkv.stride()[:4],
+        heads=heads,
+        heads_block=heads_block,
+        dim=dim,
+        num_warps=_warps(heads_block * dim),
+    )
 
 
 def _images(x: Tensor) -> tuple[Tensor, int]:
-    """A clip whose channels are dense, and the size of one channel."""
+    """The clip with dense channels, and the size of one channel."""
     channel = x[0, 0]
     return (x if channel.is_contiguous() else x.contiguous()), channel.numel()
 
@@ -376,11 +493,20 @@ def group_norm_silu(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
     x, size = _images(x)
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     block = min(4096, triton.next_power_of_2(size))
-    _launch(
-        _group_norm_silu_kernel, (triton.cdiv(size, block), batch * channels), block,
-        x, scale.float().contiguous(), shift.float().contiguous(), out,
-        x.stride(0), x.stride(1), size, channels=channels, block=block,
-    )  # fmt: skip
+    launch(
+        _group_norm_silu_kernel,
+        (triton.cdiv(size, block), batch * channels),
+        x,
+        scale.float().contiguous(),
+        shift.float().contiguous(),
+        out,
+        x.stride(0),
+        x.stride(1),
+        size,
+        channels=channels,
+        block=block,
+        num_warps=_warps(block),
+    )
     return out
 
 
@@ -392,11 +518,20 @@ def group_moments(x: Tensor, groups: int) -> tuple[Tensor, Tensor]:
     runs = triton.cdiv(size, run)
     mean = torch.empty(batch, channels, runs, dtype=torch.float32, device=x.device)
     spread = torch.empty_like(mean)
-    _launch(
-        _moments_kernel, (runs, batch * channels), MOMENT_BLOCK, x, mean, spread,
-        x.stride(0), x.stride(1), size,
-        channels=channels, block=MOMENT_BLOCK, steps=MOMENT_STEPS,
-    )  # fmt: skip
+    launch(
+        _moments_kernel,
+        (runs, batch * channels),
+        x,
+        mean,
+        spread,
+        x.stride(0),
+        x.stride(1),
+        size,
+        channels=channels,
+        block=MOMENT_BLOCK,
+        steps=MOMENT_STEPS,
+        num_warps=_warps(MOMENT_BLOCK),
+    )
     counts = torch.full((runs,), float(run), dtype=torch.float64, device=x.device)
     counts[-1] = size - (runs - 1) * run
     counts = counts.expand(batch, groups, channels // groups, runs).flatten(2)

@@ -492,7 +492,7 @@ def test_a_cache_does_what_the_librarys_does_and_says_so(comfy, picture, name, c
 def test_fast_attention_stays_exact_without_a_gpu_and_says_so(comfy, picture, caplog, monkeypatch):
     from comfyui_skyreels.skyreels.transformer import attention
 
-    monkeypatch.setattr(attention.dispatch, "_said", set())
+    monkeypatch.setattr(attention.dispatch, "_logged", set())
     _, inputs = prepare(picture)
     plain = node("SkyReelsSampler", **inputs)["samples"]
     assert "fast attention" not in caplog.text

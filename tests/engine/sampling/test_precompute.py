@@ -14,7 +14,7 @@ from comfyui_skyreels.skyreels.sampling.precompute import host_memory, pack, pre
 from comfyui_skyreels.skyreels.sampling.settings import get_sigmas
 from comfyui_skyreels.skyreels.text.embeds import PromptEmbeds
 from comfyui_skyreels.skyreels.transformer.attention import sdpa
-from comfyui_skyreels.skyreels.transformer.model import StepConditioning, call
+from comfyui_skyreels.skyreels.transformer.model import StepModulation, call
 from comfyui_skyreels.skyreels.transformer.quant import is_quantizable
 from support import tiny
 
@@ -38,7 +38,7 @@ def timesteps_of(steps=4):
 
 
 def leaves(conditioning):
-    return [conditioning.text, *(row for rows in conditioning.rows for row in rows)]
+    return [conditioning.text, *(row for rows in conditioning.mods for row in rows)]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -147,14 +147,14 @@ def odd_sizes(dtype):
         torch.randn(shape, generator=generator).to(dtype)
         for shape in ((1, 3, 7), (1, 1, 5), (1, 1, 9), (1, 1, 1), (2, 13))
     )
-    return StepConditioning(text, ((rows[0], rows[1]), (rows[2],), (rows[3],)))
+    return StepModulation(text, ((rows[0], rows[1]), (rows[2],), (rows[3],)))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
 def test_what_was_packed_has_its_bits_shapes_and_order_at_addresses_kernels_can_load_from(dtype):
     step = odd_sizes(dtype)
     found = unpack(pack(step, torch.device("cpu")), step)
-    assert [len(block) for block in found.rows] == [2, 1, 1]
+    assert [len(block) for block in found.mods] == [2, 1, 1]
     for view, expected in zip(leaves(found), leaves(step), strict=True):
         assert torch.equal(view, expected) and view.dtype == dtype
         assert view.data_ptr() % 16 == 0 and view.is_contiguous()
@@ -207,7 +207,7 @@ def test_memory_that_cannot_be_pinned_is_pageable_and_that_is_said_once(monkeypa
             raise RuntimeError("CUDA error: out of memory\nand a long explanation")
         return empty(*args, **kwargs)
 
-    monkeypatch.setattr(modulation.dispatch, "_said", set())
+    monkeypatch.setattr(modulation.dispatch, "_logged", set())
     monkeypatch.setattr(torch, "empty", refused)
     step = odd_sizes(torch.bfloat16)
     with caplog.at_level(logging.WARNING):

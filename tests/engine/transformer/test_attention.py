@@ -25,7 +25,7 @@ from comfyui_skyreels.skyreels.latents import ImageConditioning
 from comfyui_skyreels.skyreels.sampling.sample import run_bytes
 from comfyui_skyreels.skyreels.sampling.settings import SamplingSettings
 from comfyui_skyreels.skyreels.text.embeds import PromptEmbeds
-from comfyui_skyreels.skyreels.transformer import attention, attention_quality
+from comfyui_skyreels.skyreels.transformer import attention, attention_quality, fast_attention
 from comfyui_skyreels.skyreels.transformer.attention import choose_attention, sdpa
 from support import tiny
 from support.forked import forks
@@ -62,8 +62,9 @@ HAS_TRITON = importlib.util.find_spec("triton") is not None
 @pytest.fixture(autouse=True)
 def fresh(monkeypatch):
     """Nothing tried or said before, nothing pinned, and none of the packages installed."""
-    monkeypatch.setattr(attention, "_decisions", {})
-    monkeypatch.setattr(dispatch, "_said", set())
+    monkeypatch.setattr(dispatch, "_decisions", {})
+    monkeypatch.setattr(dispatch, "_waits", {})
+    monkeypatch.setattr(dispatch, "_logged", set())
     for name in (dispatch.BACKEND_VARIABLE, dispatch.ATTENTION_VARIABLE):
         monkeypatch.delenv(name, raising=False)
     for kernel in attention.FAST.values():
@@ -76,7 +77,7 @@ def machine(monkeypatch):
 
     def use(name: str) -> None:
         monkeypatch.setattr(dispatch, "describe", lambda device: DEVICES[name])
-        monkeypatch.setattr(attention, "_load_triton", None)
+        monkeypatch.setattr(fast_attention, "_load_triton", None)
         for kernel in ("Triton", "Triton large tile", "Triton fp16"):
             monkeypatch.setitem(
                 attention.FAST, kernel, replace(attention.FAST[kernel], load=no_triton)
@@ -127,9 +128,13 @@ def inputs(tokens: int = 300, heads: int = 2, head_dim: int = 32) -> list[torch.
     return list(attention_quality.draw("video-like", tokens, heads, head_dim))
 
 
-def fast(**options) -> attention.Choice:
+def fast(**options) -> dispatch.Decision:
     """What a run of a small clip gets that asks for 8 bits."""
     return choose_attention(CPU, "fast", **{"tokens": 1100, **options})
+
+
+def report() -> dict[str, str]:
+    return dispatch.report(attention.decisions(CPU))
 
 
 def relative_l2(got: torch.Tensor, expected: torch.Tensor) -> float:
@@ -174,7 +179,11 @@ class Watch(TorchFunctionMode):
         ("sm86", [FLASH, EFFICIENT], "the fastest on sm86"),
         ("sm89", [FLASH, EFFICIENT], "the fastest on sm89"),
         ("sm90", [CUDNN, FLASH, EFFICIENT], "version 9.19.0, the fastest on sm90"),
-        ("sm90, old cuDNN", [FLASH, EFFICIENT], "version 9.15.0: lengths need 9.15.1"),
+        (
+            "sm90, old cuDNN",
+            [FLASH, EFFICIENT],
+            "version 9.15.0 is too old: any length needs 9.15.1",
+        ),
         ("sm90, no cuDNN", [FLASH, EFFICIENT], "missing"),
         ("sm100", [CUDNN, FLASH, EFFICIENT], "version 9.15.1"),
         ("sm120", [FLASH, EFFICIENT], "the fastest on sm120"),
@@ -189,7 +198,7 @@ def test_each_gpu_gets_its_kernels_in_order_and_torchs_flags_come_back(machine, 
     choice = choose_attention(CPU)
     query, key, value = inputs()
     with Watch() as watch:
-        got = choice.function(query, key, value)
+        got = choice.impl(query, key, value)
     assert watch.allowed == [*order, MATH]
     assert allowed_kernels() == before
     assert words in choice.reason
@@ -211,7 +220,7 @@ def test_bfloat16_is_widened_head_by_head_where_no_kernel_takes_it(machine):
     choice = choose_attention(CPU)
     assert "in float32, head by head" in choice.reason
     query, key, value = (x.bfloat16() for x in inputs())
-    got = choice.function(query, key, value)
+    got = choice.impl(query, key, value)
     assert got.dtype == torch.bfloat16
     assert got.transpose(1, 2).is_contiguous()
     wide = sdpa(query.float(), key.float(), value.float())
@@ -220,7 +229,7 @@ def test_bfloat16_is_widened_head_by_head_where_no_kernel_takes_it(machine):
 
 
 def test_devices_torch_alone_knows_are_left_to_it():
-    assert choose_attention("meta").function is sdpa
+    assert choose_attention("meta").impl is sdpa
     assert "meta" in choose_attention("meta").reason
 
 
@@ -233,7 +242,7 @@ def test_unknown_mode_is_refused():
 def test_quadratic_memory_is_refused_with_its_number():
     # no fused kernel of the CPU takes a head dimension that is not contiguous
     query, key, value = torch.randn(3, 1, 24, 16, 5000).transpose(-1, -2)
-    attend = choose_attention(CPU).function
+    attend = choose_attention(CPU).impl
     with pytest.raises(OutOfRoomError, match=r"2,400,000,000 bytes .* \(2,000,000,000 are allowed"):
         attend(query, key, value)
     short = [x[:, :, :40] for x in (query, key, value)]
@@ -245,13 +254,13 @@ def test_quadratic_memory_is_refused_with_its_number():
 def test_other_faults_pass_through():
     query, key, value = inputs()
     with pytest.raises(RuntimeError, match="size"):
-        choose_attention(CPU).function(query, key[..., :7], value)
+        choose_attention(CPU).impl(query, key[..., :7], value)
 
 
 def test_output_of_views_of_one_buffer_needs_no_copy():
     query, key, value = inputs(tokens=1001)
     assert not query.is_contiguous()
-    got = choose_attention(CPU).function(query, key, value)
+    got = choose_attention(CPU).impl(query, key, value)
     assert got.transpose(1, 2).is_contiguous()
 
 
@@ -366,7 +375,7 @@ def test_each_fast_kernel_is_found_tried_and_used(machine, install, name, packag
     assert choice.name == name, choice.reason
     query, key, value = inputs(tokens=1100, head_dim=128)
     kept, expected = key.clone(), sdpa(query, key, value)
-    got = choice.function(query, key, value)
+    got = choice.impl(query, key, value)
     assert 1e-4 < relative_l2(got, expected) < 0.04
     assert torch.equal(key, kept), "the caller's keys were written to"
 
@@ -390,7 +399,8 @@ def test_fp8_of_cudnn_is_called_as_its_frontend_wants_and_judged_by_its_error(
     assert frontend.built == 1, "one graph for a shape"
     choice = fast(dtype=torch.float32)
     assert choice.name == "memory-efficient"
-    assert "cuDNN fp8: error 0.0" in choice.reason and "0.04 is allowed" in choice.reason
+    assert "cuDNN fp8: self-test failed, error 0.0" in choice.reason
+    assert "0.04 is allowed" in choice.reason
 
 
 def test_fa3_is_called_with_scales_for_each_head_and_judged_by_its_error(machine, install):
@@ -404,7 +414,8 @@ def test_fa3_is_called_with_scales_for_each_head_and_judged_by_its_error(machine
     assert torch.equal(key, kept)
     choice = fast(dtype=torch.float32)
     assert choice.name == "memory-efficient"
-    assert "FA3: error 0.0" in choice.reason and "0.04 is allowed" in choice.reason
+    assert "FA3: self-test failed, error 0.0" in choice.reason
+    assert "0.04 is allowed" in choice.reason
 
 
 def test_short_sequences_stay_exact(machine, install):
@@ -413,7 +424,7 @@ def test_short_sequences_stay_exact(machine, install):
     choice = fast()
     assert choice.name == "comfy-kitchen"
     query, key, value = inputs(tokens=attention.FAST_MIN_TOKENS - 1)
-    got = choice.function(query, key, value)
+    got = choice.impl(query, key, value)
     assert relative_l2(got, sdpa(query, key, value)) < 1e-5
 
 
@@ -449,7 +460,7 @@ def test_a_fast_kernel_that_fails_is_switched_off_with_its_reason(
     assert choice.name == "flash"
     assert words in choice.reason
     query, key, value = inputs(tokens=1100, head_dim=128)
-    assert relative_l2(choice.function(query, key, value), sdpa(query, key, value)) < 1e-5
+    assert relative_l2(choice.impl(query, key, value), sdpa(query, key, value)) < 1e-5
     assert [r.levelno for r in caplog.records if r.name == "skyreels.transformer.attention"] == [
         logging.WARNING
     ]
@@ -475,7 +486,7 @@ def test_a_kernel_that_loses_what_stands_beside_a_sink_is_refused_with_the_numbe
     assert choice.name == "memory-efficient"
     assert "sink" in choice.reason or "peak" in choice.reason
     assert "0.04 is allowed" in choice.reason
-    errors = attention.judge(int8_weights, 1100, 128, CPU, torch.float32)
+    errors = attention.judge(int8_weights, 1100, 128, CPU, torch.float32).errors
     assert errors["Gaussian"] < 0.04 and errors["video-like"] < 0.04
     assert min(errors["1 sink"], errors["8 sinks"]) > 0.1
 
@@ -487,8 +498,8 @@ def test_the_next_one_takes_over_and_the_log_says_why(machine, install, caplog):
     install("sageattention", sageattn=sage_2)
     assert fast().name == "SageAttention"
     (record,) = [r for r in caplog.records if r.name == "skyreels.transformer.attention"]
-    assert "SageAttention in 8 bits, error" in record.message
-    assert "Not used: comfy-kitchen: error" in record.message
+    assert "SageAttention, 8 bits: self-test passed, error" in record.message
+    assert "comfy-kitchen: self-test failed, error" in record.message
 
 
 def test_the_fastest_of_those_that_are_right_is_used_and_all_are_told(machine, install, timed):
@@ -498,8 +509,11 @@ def test_the_fastest_of_those_that_are_right_is_used_and_all_are_told(machine, i
     sizes = timed(exact=10.0, SageAttention=9.0, comfy_kitchen=5.0)
     choice = fast(heads=3)
     assert choice.name == "comfy-kitchen"
-    assert "2.00 times as fast as flash at 1,100 tokens" in choice.reason
-    assert "Not used: SageAttention: error" in choice.reason and "1.11 times" in choice.reason
+    assert "5.000 ms at 1,100 tokens, 2.00 times as fast as flash" in choice.reason
+    assert (
+        "Not used: SageAttention: self-test passed, error" in choice.reason
+        and "1.11 times" in choice.reason
+    )
     assert "FA3: flash_attn_interface is not installed" in choice.reason
     assert sizes == [(1100, 3)], "timed at the size of the run"
 
@@ -516,7 +530,7 @@ def test_a_kernel_that_wins_at_the_size_of_the_run_is_used(
     """At 8,192 tokens of 8 heads, where the gate once stood, the launches cost it the race."""
     machine("sm90")
     install("comfy_kitchen", int8_attention=close)
-    monkeypatch.setattr(attention, "judge", lambda *args: {"Gaussian": 0.01})
+    monkeypatch.setattr(attention, "judge", lambda *args: dispatch.Finding({"": 0.01}, 0.04))
 
     def modelled(functions, choice, device, size):
         exact = milliseconds(590, size.tokens, size.heads, 1)
@@ -532,12 +546,12 @@ def test_a_kernel_that_wins_at_the_size_of_the_run_is_used(
 def test_the_clock_sees_the_inputs_of_the_run(machine, monkeypatch):
     shapes = []
 
-    def race(contenders, device):
+    def median_ms(contenders, device):
         for function in contenders.values():
             shapes.append([list(x.shape) for x in function.args])
         return dict.fromkeys(contenders, 1.0)
 
-    monkeypatch.setattr(dispatch, "race", race)
+    monkeypatch.setattr(dispatch, "median_ms", median_ms)
     cuda = types.SimpleNamespace(type="cuda")
     empty = torch.randn
     monkeypatch.setattr(torch, "Generator", lambda device: torch.default_generator)
@@ -545,7 +559,7 @@ def test_the_clock_sees_the_inputs_of_the_run(machine, monkeypatch):
         torch, "randn", lambda shape, device, dtype, generator: empty(shape, dtype=dtype)
     )
     size = attention._Size(3, 64, 1100, torch.bfloat16)
-    exact = attention.Choice(sdpa, "exact", "")
+    exact = dispatch.Decision(sdpa, "", "exact")
     assert set(attention._timed({"ours": close}, exact, cuda, size)) == {"exact", "ours"}
     assert shapes == 2 * [3 * [[1, 3, 1100, 64]]]
 
@@ -589,7 +603,7 @@ def test_want_of_memory_in_the_trial_is_no_verdict(machine, install, error):
 
     install("comfy_kitchen", int8_attention=short_of_memory)
     first = fast()
-    assert first.name == "flash" and "tried again at the next call" in first.reason
+    assert first.name == "flash" and "tried again later" in first.reason
     assert fast().name == "comfy-kitchen"
 
 
@@ -656,8 +670,8 @@ def test_another_device_is_looked_at_anew(monkeypatch, machine, install, caplog)
 def test_report_says_what_is_found_without_importing_it(machine, monkeypatch, name, refused):
     machine(name)
     monkeypatch.setattr(dispatch, "is_installed", lambda package: True)
-    found = attention.report(CPU)
-    assert found["attention"].endswith("used, exact")
+    found = report()
+    assert "attention" in found
     for kernel, words in refused.items():
         assert words in found[f"8-bit attention, {kernel}"]
     assert sys.modules["comfy_kitchen"] is None
@@ -665,8 +679,10 @@ def test_report_says_what_is_found_without_importing_it(machine, monkeypatch, na
 
 def test_report_names_what_is_missing(machine):
     machine("sm90")
-    found = attention.report(CPU)
-    assert found["8-bit attention, SageAttention"] == "sageattention is not installed"
+    found = report()
+    assert found["8-bit attention, SageAttention"] == (
+        "not available: sageattention is not installed"
+    )
 
 
 @pytest.mark.parametrize(
@@ -675,9 +691,9 @@ def test_report_names_what_is_missing(machine):
      ({"a": 0.01, "b": float("nan")}, False), ({"a": float("inf")}, False)],
 )  # fmt: skip
 def test_the_worst_kind_of_input_decides(errors, is_fit):
-    verdict, finding = attention.accept(errors)
-    assert verdict == is_fit
-    assert finding.startswith("error ") and ("allowed" in finding) != is_fit
+    finding = dispatch.Finding(errors, attention.FAST_ERROR)
+    assert finding.is_accepted == is_fit
+    assert str(finding).startswith("error ") and ("allowed" in str(finding)) != is_fit
 
 
 @pytest.mark.parametrize(("milliseconds", "is_fit"), [(9.0, True), (9.9, False), (12.0, False)])
@@ -791,7 +807,7 @@ def test_one_kernel_in_8_bits_can_be_pinned_but_must_be_right(machine, install, 
     assert ": SKYREELS_ATTENTION=comfy-kitchen" in choice.reason
     assert choose_attention(CPU).name == "flash", "exact stays exact"
     install("comfy_kitchen", int8_attention=lambda q, k, v: v)
-    monkeypatch.setattr(attention, "_decisions", {})
+    monkeypatch.setattr(dispatch, "_decisions", {})
     assert fast().name == "flash"
 
 
@@ -804,23 +820,23 @@ def test_one_of_torchs_kernels_can_be_pinned_for_both_modes(machine, install, mo
     assert choice.name == "math"
     query, key, value = inputs()
     with Watch() as watch:
-        got = choice.function(query, key, value)
+        got = choice.impl(query, key, value)
     assert watch.allowed == [MATH]
     assert relative_l2(got, sdpa(query, key, value)) < 1e-5
-    assert attention.report(CPU)["attention"] == "math (SKYREELS_ATTENTION=math): used, exact"
+    assert report()["attention"] == "math: SKYREELS_ATTENTION=math"
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")  # torch says why, in several
 def test_a_pinned_kernel_that_cannot_run_says_so_and_is_not_replaced(machine, monkeypatch):
     machine("sm90")
     monkeypatch.setenv("SKYREELS_ATTENTION", "cudnn")
-    attend = choose_attention(CPU).function
+    attend = choose_attention(CPU).impl
     with pytest.raises(OptionError, match="SKYREELS_ATTENTION=cudnn, and that kernel does not"):
         attend(*inputs())
     monkeypatch.setenv("SKYREELS_ATTENTION", "math")
     long = torch.empty(3, 1, 24, 51_060, 8, device="meta", dtype=torch.bfloat16)
     with pytest.raises(OutOfRoomError, match="SKYREELS_ATTENTION=math would need"):
-        choose_attention(CPU).function(*long)
+        choose_attention(CPU).impl(*long)
 
 
 @pytest.mark.parametrize("variable", ["SKYREELS_ATTENTION", "SKYREELS_BACKEND"])

@@ -168,7 +168,7 @@ def scaled_fp8(state, version: str, per_row: bool):
 
 
 def widened(layer) -> torch.Tensor:
-    return dequantize(layer.weight, layer.weight_scale, torch.float32, layer.rotation)
+    return dequantize(layer.weight, layer.weight_scale, torch.float32, layer.hadamard_block)
 
 
 def dense(module) -> dict[str, torch.Tensor]:
@@ -242,8 +242,8 @@ def test_rounding_to_8_bits_stays_within_its_bound(tmp_path, state, precision, b
     for name, layer in quantized.items():
         weight = state[name + ".weight"]
         assert (widened(layer) - weight).norm() / weight.norm() <= bound, name
-        assert layer.rotation == (32 if precision == "int8" else 0)
-        assert layer.input_format == (layer.weight.dtype, layer.rotation)
+        assert layer.hadamard_block == (32 if precision == "int8" else 0)
+        assert layer.input_format == (layer.weight.dtype, layer.hadamard_block)
         assert layer.compute_dtype == torch.bfloat16
 
 
@@ -295,7 +295,7 @@ def test_int8_files_of_others_are_not_rotated_and_so_only_widened(tmp_path, stat
         loaded = load_transformer(path, precision=precision, runtime=RUNTIME)
         layer = loaded.get_submodule(name)
         assert torch.equal(layer.weight, stored[f"{name}.weight"])
-        assert (layer.rotation, layer.input_format) == (0, None)
+        assert (layer.hadamard_block, layer.input_format) == (0, None)
 
 
 def test_fp8_file_is_rotated_and_rounded_anew_for_int8(tmp_path, state):
