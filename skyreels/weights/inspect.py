@@ -472,7 +472,7 @@ def _shape(path: Path, weights: Mapping[str, TensorEntry], name: str, ndim: int)
     if len(shape) != ndim or 0 in shape:
         raise CheckpointError(
             f"{path.name} has {name} of shape {list(shape)}, and HunyuanVideo's has {ndim} "
-            "dimensions: use a file of that model."
+            "dimensions: it is of another model; choose another file."
         )
     return shape
 
