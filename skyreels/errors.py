@@ -1,4 +1,4 @@
-"""Everything the engine raises on purpose.
+"""The exceptions of the engine.
 
     SkyReelsError
     ├── CheckpointError     a weight file is unreadable, damaged, or not what this slot needs
@@ -6,10 +6,10 @@
     ├── OptionError         a setting has an illegal value
     ├── TextError           prompt embeddings or a text encoder that do not fit the model
     ├── DependencyError     an optional package is missing or unusable
-    └── OutOfRoomError      the device cannot hold what was asked for
+    └── OutOfRoomError      the device has too little memory for the request
 
-Each message is one sentence or two that name the value, the rule and the fix. A host's own
-interrupt exception is never one of these and passes through untouched.
+Each message is one or two sentences that name the value, the rule and the fix. A host's own
+interrupt exception is none of these and passes through unchanged.
 """
 
 
@@ -46,4 +46,4 @@ class DependencyError(SkyReelsError):
 
 
 class OutOfRoomError(SkyReelsError):
-    """The device cannot hold what was asked for."""
+    """The device has too little memory for the request."""

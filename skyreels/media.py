@@ -189,8 +189,8 @@ def _encode(container: Any, frames: Tensor, fps: int | float, check: Callable[[]
     context.color_range = 1  # limited, as players expect
     for pixels in _chunks_of_bytes(frames):
         check()
-        for picture in pixels:
-            frame = VideoFrame.from_ndarray(picture, format="rgb24")
+        for image in pixels:
+            frame = VideoFrame.from_ndarray(image, format="rgb24")
             frame = frame.reformat(format="yuv420p", dst_colorspace="ITU709")
             container.mux(stream.encode(frame))
     container.mux(stream.encode(None))

@@ -85,7 +85,7 @@ def _exact(precision: str) -> str:
 
 
 def example_image(width: int = BUILTIN_SIZE, height: int = BUILTIN_SIZE) -> Tensor:
-    """Draw a picture the built-in model can start from: a red circle on a shaded blue ground.
+    """Draw an image the built-in model can start from: a red circle on a shaded blue ground.
 
     Args:
         width: in pixels.

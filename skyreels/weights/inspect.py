@@ -472,7 +472,7 @@ def _shape(path: Path, weights: Mapping[str, TensorEntry], name: str, ndim: int)
     if len(shape) != ndim or 0 in shape:
         raise CheckpointError(
             f"{path.name} has {name} of shape {list(shape)}, and HunyuanVideo's has {ndim} "
-            "dimensions: use a file of that model."
+            "dimensions: it is of another model; choose another file."
         )
     return shape
 
@@ -483,13 +483,12 @@ def _transformer_config(
     def shape(name: str, ndim: int) -> tuple[int, ...]:
         return _shape(path, weights, transformer_sources(name, layout)[0], ndim)
 
-    stems = {
-        "diffusers": (
-            "transformer_blocks",
-            "single_transformer_blocks",
-            "context_embedder.token_refiner.refiner_blocks",
-        )
-    }.get(layout, ("double_blocks", "single_blocks", "txt_in.individual_token_refiner.blocks"))
+    if layout == "diffusers":
+        double, single = "transformer_blocks", "single_transformer_blocks"
+        refiner = "context_embedder.token_refiner.refiner_blocks"
+    else:
+        double, single = "double_blocks", "single_blocks"
+        refiner = "txt_in.individual_token_refiner.blocks"
     hidden, in_channels, patch_t, patch, _ = shape("img_in.proj.weight", 5)
     (head_dim,) = shape("double_blocks.0.img_attn_q_norm.weight", 1)
     guidance = transformer_sources("guidance_in.mlp.0.weight", layout)[0] in weights
@@ -498,9 +497,9 @@ def _transformer_config(
         out_channels=shape("final_layer.linear.weight", 2)[0] // (patch_t * patch * patch),
         num_attention_heads=hidden // head_dim,
         attention_head_dim=head_dim,
-        num_layers=_count(weights, stems[0]),
-        num_single_layers=_count(weights, stems[1]),
-        num_refiner_layers=_count(weights, stems[2]),
+        num_layers=_count(weights, double),
+        num_single_layers=_count(weights, single),
+        num_refiner_layers=_count(weights, refiner),
         mlp_ratio=shape("double_blocks.0.img_mlp.fc1.weight", 2)[0] / hidden,
         patch_size=patch,
         patch_size_t=patch_t,

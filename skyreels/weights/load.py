@@ -327,7 +327,7 @@ def _check_shape(info: CheckpointInfo, target: _Target) -> None:
         got = ", ".join(str(list(part.entry.shape)) for part in target.parts)
         raise CheckpointError(
             f"{info.path.name} has {target.parts[0].entry.name} of shape {got}, and {target.name} "
-            f"must be {list(target.shape)}: use a file of this model."
+            f"must be {list(target.shape)}: it is of another model; choose another file."
         )
 
 
@@ -477,8 +477,8 @@ def _check_formats(info: CheckpointInfo, reader: _Reader) -> None:
                 formats[name] = described["format"]
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise CheckpointError(
-            f"{info.path.name} has an unreadable description of its quantisation: use the bf16, "
-            "fp8 or scaled fp8 file."
+            f"{info.path.name} has a description of its quantisation that cannot be read: use the "
+            "bf16, fp8 or scaled fp8 file."
         ) from None
     for name, kind in formats.items():
         if kind not in ("float8_e4m3fn", "float8_e5m2"):

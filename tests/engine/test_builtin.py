@@ -105,9 +105,13 @@ def test_a_lower_precision_makes_nearly_the_same_clip(studio, precision, decibel
 
 @pytest.mark.parametrize(
     ("setting", "forwards", "decibels"),
-    [("easy cache", 40, 50), ("fast cache", 30, 40), ("first-block cache", 40, 40),
-     ("CFG reuse 2", 47, 30)],
-)  # fmt: skip
+    [
+        ("easy cache", 40, 50),
+        ("fast cache", 30, 40),
+        ("first-block cache", 40, 40),
+        ("CFG reuse 2", 47, 30),
+    ],
+)
 def test_skipped_steps_save_passes_and_make_nearly_the_same_clip(
     studio, exact, setting, forwards, decibels
 ):

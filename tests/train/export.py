@@ -117,22 +117,22 @@ license: apache-2.0
 ---
 # The built-in model: a tiny SkyReels
 
-**This is not SkyReels-V1.** It is a model of the same architecture, {parameters:,} parameters in
-all, trained from nothing by this project to do one small thing: 17 frames of 64x64 pixels at 24
-frames a second, one coloured shape on a plain or smoothly shaded ground. It shows that the
-machinery works and lets faster modes be judged; it makes no other video.
+**This is not SkyReels-V1.** It is a model of the same architecture with {parameters:,} parameters
+in all, trained from scratch by this project for one small task: 17 frames of 64x64 pixels at 24
+frames a second, with one coloured shape on a plain or smoothly shaded background. It shows that the
+code works, and faster modes are measured on it; it makes no other video.
 
 Prompts: `a red circle moves left`. Colours
 {colours};
 shapes {shapes}; moves left, right, up or down, stays still, grows, shrinks, fades out. The first
-frame is the picture given; the verb decides. English, wording may vary a little.
+frame is the given image; the verb decides the motion. English; the wording may vary a little.
 
 ## Data
 Procedural (tests/train/data.py), nothing downloaded. 32 of the 192 combinations of colour, shape
-and verb are held out: no prompt that names one was ever seen in training, by any part. Clips of
-them were: by the transformer under prompts that leave the name out ("it moves left") or name
-something else, and by the VAE when it went on. The yardstick uses these combinations alone, with
-pictures of its own that no part was trained on.
+and verb are held out: no part of the model was trained on a prompt that names one. Clips of them
+were used: by the transformer, under prompts that leave the name out ("it moves left") or name
+something else, and by the VAE in its later stages. The benchmark uses only these combinations, with
+images of its own that no part was trained on.
 
 ## Recipe
 ```
@@ -148,8 +148,8 @@ classifier-free guidance, moving average of the weights, bfloat16 files.
 
 {history}
 
-A run is seeded: every batch is drawn from a generator seeded by its step, and the commands go on
-after a break.
+Runs are seeded: every batch is drawn from a generator seeded by its step. An interrupted command
+continues when it is run again.
 
 {rerun}
 
@@ -161,8 +161,8 @@ after a break.
 {device}
 
 ## Licence
-Apache-2.0, weights and code. Trained by this project; contains nothing of SkyReels-V1,
-HunyuanVideo, LLaMA or CLIP but the shape of their networks.
+Apache-2.0, weights and code. Trained by this project; it contains nothing of SkyReels-V1,
+HunyuanVideo, LLaMA or CLIP except the structure of their networks.
 """
 
 

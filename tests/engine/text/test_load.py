@@ -96,7 +96,7 @@ def test_the_guard_refuses_what_the_declared_class_makes_of_the_file(folder):
     declared = transformers.LlamaTokenizerFast.from_pretrained(folder / "tokenizer")
     if declared(load._GUARD_TEXT)["input_ids"] == plain.encode(load._GUARD_TEXT).ids:
         pytest.skip(f"transformers {transformers.__version__} reads the file rightly")
-    with pytest.raises(TextError, match=r"transformers .* tokens and the tokenizer's own file"):
+    with pytest.raises(TextError, match=r"transformers .* tokens, and the tokenizer's own file"):
         load.check_tokenizer(declared, plain)
 
 
@@ -182,7 +182,7 @@ def test_weights_with_a_tensor_missing_are_refused(copy):
 def test_another_model_in_the_folder_is_refused(copy):
     config = copy / "text_encoder" / "config.json"
     config.write_text(config.read_text().replace('"llama"', '"t5"'))
-    with pytest.raises(CheckpointError, match=r"type 't5' and 'llama' is needed"):
+    with pytest.raises(CheckpointError, match=r"type 't5', and 'llama' is needed"):
         load.load_text_encoder(copy, runtime=RUNTIME)
 
 

@@ -114,6 +114,7 @@ def test_full_size_names_all_land_with_their_shapes(layout):
 
 
 def test_comfyui_names_are_the_documented_ones():
+    refiner = "txt_in.individual_token_refiner.blocks.1"
     expected = {
         "double_blocks.3.img_mod.linear.bias": "double_blocks.3.img_mod.lin.bias",
         "double_blocks.3.txt_attn_q_norm.weight": "double_blocks.3.txt_attn.norm.query_norm.scale",
@@ -126,12 +127,10 @@ def test_comfyui_names_are_the_documented_ones():
         "vector_in.in_layer.weight": "vector_in.in_layer.weight",
         "txt_in.t_embedder.mlp.2.bias": "txt_in.t_embedder.out_layer.bias",
         "txt_in.c_embedder.linear_1.bias": "txt_in.c_embedder.in_layer.bias",
-        "txt_in.individual_token_refiner.blocks.1.self_attn_qkv.bias":
-            "txt_in.individual_token_refiner.blocks.1.self_attn.qkv.bias",
-        "txt_in.individual_token_refiner.blocks.1.mlp.fc1.bias":
-            "txt_in.individual_token_refiner.blocks.1.mlp.0.bias",
+        f"{refiner}.self_attn_qkv.bias": f"{refiner}.self_attn.qkv.bias",
+        f"{refiner}.mlp.fc1.bias": f"{refiner}.mlp.0.bias",
         "final_layer.adaLN_modulation.1.bias": "final_layer.adaLN_modulation.1.bias",
-    }  # fmt: skip
+    }
     assert {ours: transformer_sources(ours, "comfyui")[0] for ours in expected} == expected
 
 
@@ -330,8 +329,9 @@ def to_sd(state):
 
 
 def test_vae_in_both_layouts_loads_exactly(tmp_path, vae_state):
-    assert_same(load_vae(tiny.save(tmp_path / "a.safetensors", vae_state), runtime=RUNTIME),
-                vae_state)  # fmt: skip
+    assert_same(
+        load_vae(tiny.save(tmp_path / "a.safetensors", vae_state), runtime=RUNTIME), vae_state
+    )
     sd = to_sd(vae_state)
     assert "decoder.mid.attn_1.proj_out.weight" in sd
     assert "decoder.up.3.block.0.norm1.weight" in sd
@@ -570,12 +570,19 @@ def test_numbers_beyond_the_range_of_the_precision_are_refused(tmp_path, state, 
 @pytest.mark.parametrize(
     ("name", "value"),
     [
-        ("rope_axes_dim", [4, 6]), ("rope_axes_dim", 5), ("rope_axes_dim", "abc"),
-        ("rope_axes_dim", [4, 6, 8]), ("rope_axes_dim", [-4, 10, 10]),
-        ("rope_axes_dim", [1, 3, 12]), ("rope_axes_dim", [4.0, 6, 6]), ("rope_theta", "x"),
-        ("rope_theta", 0), ("rope_theta", -256), ("rope_theta", None),
+        ("rope_axes_dim", [4, 6]),
+        ("rope_axes_dim", 5),
+        ("rope_axes_dim", "abc"),
+        ("rope_axes_dim", [4, 6, 8]),
+        ("rope_axes_dim", [-4, 10, 10]),
+        ("rope_axes_dim", [1, 3, 12]),
+        ("rope_axes_dim", [4.0, 6, 6]),
+        ("rope_theta", "x"),
+        ("rope_theta", 0),
+        ("rope_theta", -256),
+        ("rope_theta", None),
     ],
-)  # fmt: skip
+)
 def test_a_folder_config_that_cannot_be_is_refused(tmp_path, model, name, value):
     config = {**tiny.diffusers_config(model.config), name: value}
     if value is None:
