@@ -21,6 +21,16 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRANSFORMERS_OFFLINE", "1")
 
 
+def pytest_configure(config) -> None:
+    config.option.loadscopereorder = False  # xdist would start the files with most tests first
+
+
+def pytest_collection_modifyitems(items) -> None:
+    """Files with slow tests come first, so that no worker is alone with one at the end."""
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)
+
+
 @pytest.fixture(autouse=True)
 def seeded() -> None:
     torch.manual_seed(0)
@@ -28,10 +38,11 @@ def seeded() -> None:
 
 @pytest.fixture(autouse=True)
 def own_state(monkeypatch, tmp_path_factory) -> None:
-    """No test finds or leaves anything in the journal of who runs it.
+    """No test finds or leaves anything in the journal of who runs it, or waits for its disk.
 
     `mktemp` would look through the folders of all tests so far to find the next number.
     """
+    monkeypatch.setattr("comfyui_skyreels.wiro_api.journal.SYNCHRONOUS", "OFF")
     monkeypatch.delenv("WIRO_STATE_DIR", raising=False)
     folder = tmp_path_factory.getbasetemp() / "states" / str(next(STATE_NUMBERS))
     for name in ("XDG_STATE_HOME", "LOCALAPPDATA"):

@@ -120,8 +120,8 @@ def check(programs: list[Program], service: Service, folder: Path) -> None:
         assert len(taskids) == len(set(taskids)), "a task of two rows"
 
 
-def test_no_schedule_gives_a_wrong_video_or_pays_twice(tmp_path, monkeypatch):
-    monkeypatch.setattr("comfyui_skyreels.wiro_api.journal.SYNCHRONOUS", "OFF")
+@pytest.mark.slow
+def test_no_schedule_gives_a_wrong_video_or_pays_twice(tmp_path):
     found = asked = 0
     for seed in range(SCHEDULES):
         folder = tmp_path / str(seed)

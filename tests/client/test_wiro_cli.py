@@ -39,8 +39,19 @@ def environment_for(server, **changes) -> dict[str, str]:
     }  # fmt: skip
 
 
+#: `python -m wiro_api` that waits a moment where the service would need seconds
+QUICK = """
+import sys
+from wiro_api import cli, client
+client.NO_OUTPUT_WAIT_S = 0.02
+client.POLL_SCHEDULE = ((float("inf"), 0.1),)
+client.RECONCILE_AT_S = tuple(moment / 10 for moment in client.RECONCILE_AT_S)
+sys.exit(cli.main())
+"""
+
+
 def wiro(server, *arguments, **changes) -> subprocess.CompletedProcess:
-    command = ["-m", "wiro_api", *map(str, arguments)]
+    command = ["-c", QUICK, *map(str, arguments)]
     return forks("wiro_api.cli").run(command, environment_for(server, **changes))
 
 

@@ -18,6 +18,7 @@ from comfyui_skyreels.skyreels.transformer.quant import QuantLinear, is_quantiza
 from comfyui_skyreels.skyreels.weights.inspect import inspect
 from train import data, measure
 
+pytestmark = pytest.mark.slow
 RUNTIME = TorchRuntime()
 MAKERS = (builtin.builtin_transformer, builtin.builtin_vae)
 #: two of every verb, none of whose prompts was ever seen in training

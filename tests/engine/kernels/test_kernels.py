@@ -331,6 +331,7 @@ def test_kernels_take_a_clip_without_tokens(interpreted):
     assert interpreted["empty"] == {"norm": [1, 0, 64], "values": [1, 0, 64], "scale": [1, 0, 1]}
 
 
+@pytest.mark.slow
 def test_every_kernel_compiles_for_every_architecture_without_spilled_registers(tmp_path):
     rows = in_a_process_of_its_own(
         "triton_compile", *map(str, CAPABILITIES), TRITON_CACHE_DIR=str(tmp_path)
