@@ -460,9 +460,9 @@ import importlib.util, re, sys
 from pathlib import Path
 spec = importlib.util.spec_from_file_location("pack", {root!r} + "/tests/conftest.py")
 conftest = importlib.util.module_from_spec(spec); spec.loader.exec_module(conftest)
-from comfyui_skyreels.skyreels.loading import load_transformer
+from comfyui_skyreels.skyreels.weights.load import load_transformer
 from comfyui_skyreels.skyreels.runtime import TorchRuntime
-from comfyui_skyreels.skyreels.memory import weight_bytes
+from comfyui_skyreels.skyreels.offload import weight_bytes
 def resident(item):  # ru_maxrss would start at what the parent process held
     status = Path("/proc/self/status").read_text()
     return 1024 * int(re.search(item + r":\s+(\d+)", status)[1])
