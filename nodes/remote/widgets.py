@@ -22,6 +22,7 @@ TAKE = (
         "default": 1,
         "min": 1,
         "max": 1_000_000,
+        "display_name": "variation",  # label in newer front ends; the input's name never changes
         "tooltip": "Variation. Wiro picks the seed. Same inputs and number reuse the video already "
         "paid for; a new number (e.g. 2) starts and bills a new run.",
     },
