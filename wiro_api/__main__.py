@@ -1,4 +1,4 @@
-"""python -m wiro_api"""
+"""Run `python -m wiro_api`."""
 
 import sys
 

@@ -58,9 +58,11 @@ def must_be_public(url: str, *, service: str = "", local_host: str = "", proxy: 
         service: of `service_domain`.
         local_host: "host:port" of a test server on this machine.
         proxy: that applies to the address, "" if none does.
+
     Returns:
         Whether the connection must be to a public address: whether it is made to a foreign host
         from here.
+
     Raises:
         RefusedAddressError: it is never fetched from.
     """
@@ -70,11 +72,13 @@ def must_be_public(url: str, *, service: str = "", local_host: str = "", proxy: 
         # two readings of one address have opened many a door
         same = (urllib3.util.parse_url(url).host or "").strip("[]").lower() == host
     except (ValueError, urllib3.exceptions.LocationParseError):
-        raise RefusedAddressError("its address is none") from None
+        raise RefusedAddressError("the download URL is invalid") from None
     if local_host and parts.netloc == local_host and host in LOOPBACK:
         return False
     if parts.scheme != "https" or not host or parts.username or parts.password:
-        raise RefusedAddressError(f"its address is {parts.scheme or 'no'}: only https is fetched")
+        raise RefusedAddressError(
+            f"the download URL is {parts.scheme or 'without scheme'}: only https is fetched"
+        )
     shown = ascii(host)[1:-1][:100]
     plain = host.rstrip(".")
     address = parse_ip(plain)
@@ -90,10 +94,13 @@ def must_be_public(url: str, *, service: str = "", local_host: str = "", proxy: 
 
 
 def parse_ip(host: str) -> IPAddress | None:
-    """The IP address a host is, in whatever spelling a system takes; None for a name.
+    """Parse a host as an IP address, in any spelling that a system accepts.
+
+    Returns:
+        The address, or None for a name.
 
     Raises:
-        RefusedAddressError: it looks like one and is none.
+        RefusedAddressError: it looks like an address and is not a valid one.
     """
     # "1２7。0。0。1": what name look-ups make of letters from elsewhere
     host = unicodedata.normalize("NFKC", host).replace("\u3002", ".").partition("%")[0]
@@ -107,18 +114,19 @@ def parse_ip(host: str) -> IPAddress | None:
         return None
     try:
         # 0x7f.1, 017700000001, 2130706433: as the C library reads them
-        numbers = [
-            int(label[2:] or "0", 16) if label.startswith("0x")
-            else int(label, 8 if label.startswith("0") else 10)
-            for label in labels
-        ]  # fmt: skip
-        *high, low = numbers
-        if len(high) > 3 or any(number > 255 for number in high) or low >= 256 ** (4 - len(high)):
-            raise ValueError
+        *high, low = map(_parse_number, labels)
     except ValueError:
-        raise RefusedAddressError(f"{ascii(host)[1:-1][:100]} is not a public address") from None
+        high, low = [], 256**4
+    if len(high) > 3 or any(number > 255 for number in high) or low >= 256 ** (4 - len(high)):
+        raise RefusedAddressError(f"{ascii(host)[1:-1][:100]} is not a public address")
     whole = low + sum(number << (24 - 8 * place) for place, number in enumerate(high))
     return ipaddress.IPv4Address(whole)
+
+
+def _parse_number(label: str) -> int:
+    if label.startswith("0x"):
+        return int(label[2:] or "0", 16)
+    return int(label, 8 if label.startswith("0") else 10)
 
 
 def is_public(address: IPAddress) -> bool:

@@ -162,6 +162,8 @@ def _keeps_files(client: "Client", sent: SentRun, task: Task, end: float) -> boo
         sent: the Run.
         task: a candidate.
         end: of the search, by the monotonic clock.
+    Returns:
+        None if a stored file cannot be fetched, or time is over.
     """
     pairs: list[tuple[str, bytes]] = []
     for name in dict.fromkeys(name for name, _ in sent.files):
@@ -257,6 +259,8 @@ def stored_files(task: Task, parameters: Mapping[str, Any], name: str) -> list[s
     """The addresses under which the service keeps the files of one parameter, in order.
 
     Addresses that were given for it beside the files are left out; they must be there too.
+    Returns:
+        [] if they cannot be told from other files.
     """
     given = _addresses(parameters.get(name))
     found = _addresses(task.parameters.get(name))

@@ -49,6 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     Args:
         argv: arguments without the program's name; None means sys.argv.
+
     Returns:
         0 done, 1 an error that was explained, 2 wrong usage, 130 interrupted.
     """
@@ -126,7 +127,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--again", action="store_true", help="pay for another run of what was run before"
     )
     run.add_argument(
-        "--wait", action="store_true", help="wait for a place if too many tasks of yours run"
+        "--wait", action="store_true", help="wait for a free slot if too many of your tasks run"
     )
     watch = command("watch", run_watch, "wait for a task that was started earlier, download")
     collect = command("collect", run_collect, "download the result of an ended task")
@@ -281,9 +282,10 @@ def run_model(client: Client, arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def open_journal(arguments: argparse.Namespace) -> Journal:
-    """The journal that was named, else the one of all programs of the user.
+    """Open the journal that was named, else the one that all programs of the user share.
 
-    Sums are those of the key in the environment, if there is one.
+    Returns:
+        The journal; its sums are those of the key in the environment, if there is one.
     """
     path = arguments.journal or open_state() / JOURNAL_NAME
     try:

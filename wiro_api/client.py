@@ -81,13 +81,18 @@ NO_OUTPUT_READS, NO_OUTPUT_WAIT_S = 3, 2.0
 
 
 def check_wait(seconds: float) -> float:
-    """A longest wait in seconds.
+    """Check a time-out.
+
+    Returns:
+        The seconds.
 
     Raises:
-        ConfigError: it is no number, not finite, or not above 0.
+        ConfigError: not a finite number above 0.
     """
     if not isinstance(seconds, int | float) or not (math.isfinite(seconds) and seconds > 0):
-        raise ConfigError(f"{seconds!r} is no longest wait: give a time above 0, as 600 seconds.")
+        raise ConfigError(
+            f"{seconds!r} is not a valid time-out: give seconds above 0, such as 600."
+        )
     return seconds
 
 
@@ -199,10 +204,15 @@ class Client:
     # --- calls ----------------------------------------------------------------------------------
 
     def detail(self, handle: RunHandle) -> Task:
-        """The record of a task, by its token if there is one.
+        """Read the record of a task, by its token if there is one.
+
+        Returns:
+            The record.
 
         Raises:
-            NotFoundError: there is no such task (yet). TransportError, ApiError: see errors.py.
+            NotFoundError: there is no such task (yet).
+            TransportError: no usable answer came.
+            ApiError: the service refused.
         """
         body = self._read("Task/Detail", _identifier(handle, "tasktoken"), ("tasklist",))
         return _only_task(body, handle)
@@ -255,10 +265,14 @@ class Client:
         self._read("Task/InputOutputDelete", {"tasktoken": token}, ())
 
     def create_folder(self, name: str, parent: str = "") -> Mapping[str, Any]:
-        """Make a folder; returns its record with "id".
+        """Make a folder.
+
+        Returns:
+            Its record, with "id".
 
         Raises:
             ConfigError: a name with anything but letters, digits, "_" and "-".
+            NotFoundError: the answer names no folder.
         """
         if not re.fullmatch(r"[A-Za-z0-9_-]+", name):
             raise ConfigError(
@@ -277,7 +291,10 @@ class Client:
         return _first_of(answer, "list")
 
     def model_detail(self, model: Model) -> Mapping[str, Any]:
-        """What the service says of a model: parameters, price, texts.
+        """Read what the service says of a model.
+
+        Returns:
+            Its record: parameters, price, texts.
 
         Raises:
             NotFoundError: it has no such model, in either spelling.
@@ -287,14 +304,22 @@ class Client:
             with contextlib.suppress(NotFoundError):
                 return _first_of(self._read("Tool/Detail", body, ("tool",)), "tool")
         raise NotFoundError(
-            f"Wiro has no model {model}: take owner/project from the address of its page.",
-            code=1, status=200,
-        )  # fmt: skip
+            f"Wiro has no model {model}: take owner/project from the URL of its page.",
+            code=1,
+            status=200,
+        )
 
     def list_models(self, search: str = "", *, limit: int = 20) -> list[Mapping[str, Any]]:
         """Models whose name or text fits a search."""
-        body = {"start": "0", "limit": str(limit), "search": search, "sort": "relevance",
-                "order": "DESC", "hideworkflows": True, "summary": True}  # fmt: skip
+        body = {
+            "start": "0",
+            "limit": str(limit),
+            "search": search,
+            "sort": "relevance",
+            "order": "DESC",
+            "hideworkflows": True,
+            "summary": True,
+        }
         return _mappings(self._read("Tool/List", body, ("tool", "total")).get("tool"))
 
     def poll_pause_s(self, elapsed_s: float) -> float:
@@ -497,10 +522,11 @@ class Client:
         return _Watch(self, handle, check_wait(timeout_s), socket).records()
 
     def stop(self, handle: RunHandle) -> Task:
-        """Cancel or kill a task, whichever its state demands, until the service says it has ended.
+        """Cancel or kill a task, as its status requires, until the service says it has ended.
 
         Returns:
             The final record; a task that had ended by itself is returned as it is.
+
         Raises:
             WiroError: it still runs after several rounds.
         """
@@ -653,10 +679,11 @@ class _Watch:
 
 
 def raise_for_failure(task: Task) -> None:
-    """Nothing for a task that succeeded.
+    """Raise unless a task succeeded.
 
     Raises:
-        TaskCancelledError, TaskFailedError: with the task's id and the end of its log.
+        TaskCancelledError: with the task's id.
+        TaskFailedError: with the task's id and the end of its log.
     """
     judged = verdict(task)
     if judged is Verdict.CANCELLED:

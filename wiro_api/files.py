@@ -60,7 +60,7 @@ PASSING = (408, 425, 429)
 LEAST_BYTES_PER_S, BEHIND_S = 1024, 60.0
 #: longest download, all attempts together
 LONGEST_S = 6 * 3600.0
-NO_ADDRESS = "its address is none, or is redirected to none"
+INVALID_URL = "the download URL is invalid, or redirects to an invalid URL"
 #: between two looks at the cancel button while a server is silent
 TICK_S = 0.1
 _SUFFIXES = {
@@ -89,37 +89,50 @@ def download(
     not_yet_s: Sequence[float] = NOT_YET_S,
     instead_of: Path | None = None,
 ) -> Path:
-    """One file of a result.
+    """Download one file of a result.
 
     Args:
-        output: with an address.
-        folder: made if needed. A name that is taken gets a number. What downloads of processes
-            that are no more have left in it is removed.
+        output: with a URL.
+        folder: made if needed. A name that is taken gets a number. Temporary files of processes
+            that have ended are removed from it.
         taskid: for messages.
         base_url: of the service, whose own hosts are fetched from wherever names lead.
         local_host: "host:port" of a test server on this machine, which alone may be fetched from
             without TLS.
         session: for tests and proxies.
-        check, sleep: called many times a second, whatever the server does; may raise to stop.
-        on_bytes: (bytes here, bytes in all or None), after every piece.
+        check: called many times a second, whatever the server does; may raise to stop.
+        on_bytes: called with (bytes here, bytes in all or None) after every piece.
+        sleep: as `check`, with the seconds to wait.
         clock: seconds.
         max_bytes: a larger file is refused.
         behind_s: seconds by which it may fall behind LEAST_BYTES_PER_S before it is given up.
         not_yet_s: waits while the server does not have it yet; () to ask once.
         instead_of: a damaged file that it replaces, under that name.
+
     Returns:
         The path.
+
     Raises:
-        DownloadError: it cannot be had, is not whole, or its address is not allowed.
+        DownloadError: it cannot be fetched, is incomplete, or its URL is not allowed.
     """
     if session is None:
         with requests.Session() as own:
             return download(
-                output, folder, taskid=taskid, base_url=base_url, local_host=local_host,
-                session=own, check=check, on_bytes=on_bytes, sleep=sleep, clock=clock,
-                max_bytes=max_bytes, behind_s=behind_s, not_yet_s=not_yet_s,
+                output,
+                folder,
+                taskid=taskid,
+                base_url=base_url,
+                local_host=local_host,
+                session=own,
+                check=check,
+                on_bytes=on_bytes,
+                sleep=sleep,
+                clock=clock,
+                max_bytes=max_bytes,
+                behind_s=behind_s,
+                not_yet_s=not_yet_s,
                 instead_of=instead_of,
-            )  # fmt: skip
+            )
     try:
         part = new_part(folder)
     except OSError as error:
@@ -332,7 +345,12 @@ def _check_container(fetch: _Fetch, has_end: bool) -> None:
     """Raise if the part is not the file, or not all of it.
 
     Args:
+        fetch: its part is looked at.
         has_end: whether the server said where the file ends, and all before that came.
+
+    Raises:
+        _PassingError: another attempt may bring it.
+        _CutError: it ends early, though all that was announced came.
     """
     fetch.validator = ""  # if it is wrong, it is wrong from the start
     output, part = fetch.output, fetch.part
@@ -389,9 +407,12 @@ class _Answer:
 def _in_thread(
     events: Generator[object, None, None], tick: Callable[[], None]
 ) -> Generator[object, None, None]:
-    """What a generator yields in a thread of its own; `tick` is called while it is silent.
+    """Run a generator in a thread of its own; `tick` is called while it is silent.
 
-    A thread that hangs in a call of the system is left behind, and ends with that call.
+    A thread that hangs in a system call is left behind, and ends with that call.
+
+    Yields:
+        What the generator yields.
     """
     items: queue.Queue[object] = queue.Queue(maxsize=4)
     is_left = threading.Event()
@@ -441,13 +462,13 @@ def _listen(fetch: _Fetch, sent_range: str) -> Generator[object, None, None]:
             yield _read_head(response)
             yield from _pieces(response)
     except (requests.exceptions.InvalidSchema, requests.exceptions.MissingSchema):
-        raise _LastingError("its address is none: only https is fetched") from None
+        raise _LastingError("the download URL is invalid: only https is fetched") from None
     except (requests.exceptions.InvalidURL, urllib3.exceptions.LocationValueError):
-        raise _LastingError(NO_ADDRESS) from None
+        raise _LastingError(INVALID_URL) from None
     except (requests.RequestException, urllib3.exceptions.HTTPError, OSError) as error:
         raise _PassingError(f"the connection failed ({_reason(error)})") from None
     except ValueError:
-        raise _LastingError(NO_ADDRESS) from None
+        raise _LastingError(INVALID_URL) from None
 
 
 def _reason(error: Exception) -> str:
@@ -589,7 +610,10 @@ def free_name(folder: Path, name: str) -> Path:
 
 
 def read_part(path: Path) -> FilePart:
-    """A file as a part of a request, under an ASCII name that keeps its suffix.
+    """Read a file as a part of a request.
+
+    Returns:
+        The part, under an ASCII name that keeps its suffix.
 
     Raises:
         ConfigError: missing, empty or too large.

@@ -264,7 +264,9 @@ def start(
         if entry.state in ("started", "ended"):
             return entry
         try:
-            handle = _send_or_recover(client, journal, entry, job, quoted, limits, listener)
+            handle = _send_or_recover(
+                client, journal, entry, job, quoted, limits=limits, listener=listener
+            )
         except LostEntryError:
             num_lost += 1
             client.sleep(random.uniform(0.5, 1.0) * 2.0 ** min(num_lost, 5))
@@ -288,6 +290,7 @@ def _send_or_recover(
     entry: Entry,
     job: Job,
     quoted: Quote,
+    *,
     limits: Callable[[], Limits],
     listener: RunListener,
 ) -> RunHandle:
@@ -381,6 +384,9 @@ def _claim(journal: Journal, entry: Entry, taskid: str, is_proved: bool) -> bool
 
 def _other_tasks(journal: Journal, entry: Entry) -> frozenset[str]:
     """The tasks of other rows, while a row waits for its own.
+
+    Returns:
+        Their ids.
 
     Raises:
         LostEntryError: the row has changed meanwhile: its owner has heard from the service.

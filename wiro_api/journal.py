@@ -26,7 +26,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from datetime import datetime
 from decimal import Decimal
 from pathlib import Path
@@ -46,9 +46,6 @@ BUSY_S = 10.0
 SYNCHRONOUS = "FULL"
 #: seconds after which the task of a Run without an answer will not be made any more
 ABANDONED_S = 86_400.0
-_COLUMNS = ("id", "job", "owner", "model", "state", "taskid", "status", "verdict", "projected",
-            "cost", "elapsed_s", "files", "remote_deleted", "error", "created_at", "sent_at",
-            "updated_at", "account", "inputs", "baseline")  # fmt: skip
 #: columns that files of older versions lack
 _NEWER_COLUMNS = ("account", "inputs", "baseline")
 _SCHEMA = """
@@ -71,12 +68,29 @@ CREATE TABLE IF NOT EXISTS users (job_id INTEGER PRIMARY KEY, user TEXT NOT NULL
 
 @dataclass(frozen=True)
 class Entry:
-    """One row.
+    """One row; its fields are the columns of the table. Times are Unix seconds.
 
-    projected, cost: US dollars, before and after the run. files: paths of what was downloaded.
-    remote_deleted: whether its files were removed from the service. Times are Unix seconds.
-    account: digest of the key, "" for any. inputs: digest of what was asked for, whichever take; ""
-    if not known. baseline: id of the newest task before the Run, "" if not known.
+    Attributes:
+        id: number of the row.
+        job: digest of the job.
+        owner: random name of the call that writes the row.
+        model: "owner/project".
+        state: intent, sending, started, ended or refused.
+        taskid: "" until the service has named the task.
+        status: of the task, as last seen.
+        verdict: of the ended task.
+        projected: US dollars reserved before the run.
+        cost: US dollars after the run.
+        elapsed_s: billed seconds.
+        files: paths of what was downloaded.
+        remote_deleted: whether its files were removed from the service.
+        error: why it was refused.
+        created_at: of the row.
+        sent_at: of the Run, or None.
+        updated_at: of the row.
+        account: digest of the key, "" for any.
+        inputs: digest of what was asked for, whichever take; "" if unknown.
+        baseline: id of the newest task before the Run, "" if unknown.
     """
 
     id: int
@@ -104,6 +118,9 @@ class Entry:
     def has_files(self) -> bool:
         """Whether it lists files, and all of them are there."""
         return bool(self.files) and all(path.is_file() for path in self.files)
+
+
+_COLUMNS = tuple(column.name for column in fields(Entry))
 
 
 class LostEntryError(Exception):
@@ -160,6 +177,7 @@ class Journal:
 
         Returns:
             How many were copied.
+
         Raises:
             sqlite3.Error, OSError: one of the files cannot be used; nothing was copied.
         """
@@ -204,14 +222,20 @@ class Journal:
         own_only: bool = False,
         inputs: str = "",
     ) -> Entry:
-        """The row of a job that is under way or done, else a new one of ours in "intent".
+        """Find the row of a job that is under way or done, else make one in "intent".
 
         Args:
-            again: make a new one in any case.
+            job: its digest.
+            model: "owner/project".
+            again: make a new row in any case.
             older_jobs: digests by which earlier versions knew it.
-            account: digest of the key. own_only: leave out rows of other keys; they are taken where
-                this key has none.
+            account: digest of the key.
+            own_only: leave out rows of other keys; they are taken where this key has none.
             inputs: digest of what is asked for, whichever take.
+
+        Returns:
+            The row.
+
         Raises:
             ConfigError: the journal cannot be read or written; without it nothing may be started.
         """
@@ -246,11 +270,14 @@ class Journal:
             ) from None
 
     def find(self, jobs: Sequence[str], account: str = "") -> Entry | None:
-        """The row of a job that was sent and stands in the way of another Run, or None.
+        """Find the row of a job that was sent, so that it is not sent again.
 
         Args:
-            jobs: digests by which it is or was known. account: digest of the key. Rows of other
-                keys count only where their files are here.
+            jobs: digests by which it is or was known.
+            account: digest of the key; rows of other keys count only where their files are here.
+
+        Returns:
+            The row, or None.
         """
         try:
             with self._open() as connection:
@@ -274,7 +301,12 @@ class Journal:
         """Note that the end of the Run leaves now, and reserve its price.
 
         Args:
-            baseline: id of the newest task before it, "" if not known.
+            entry: the row.
+            model: "owner/project".
+            price: None if unknown.
+            limits: of spending; None for no limit.
+            baseline: id of the newest task before it, "" if unknown.
+
         Raises:
             LostEntryError: another process has taken the job over; do not send.
             LimitError: with what others reserved meanwhile it would pass a limit; do not send.
@@ -288,9 +320,15 @@ class Journal:
                     "UPDATE jobs SET state = 'sending', projected = ?, sent_at = ?, baseline = ?, "
                     "updated_at = ? "
                     "WHERE id = ? AND owner = ? AND state IN ('intent', 'sending')",
-                    (dollars(reserved(price, limits)) or "", self._now(), baseline,
-                     self._now(), entry.id, entry.owner),
-                )  # fmt: skip
+                    (
+                        dollars(reserved(price, limits)) or "",
+                        self._now(),
+                        baseline,
+                        self._now(),
+                        entry.id,
+                        entry.owner,
+                    ),
+                )
                 if cursor.rowcount != 1:
                     raise LostEntryError
         except (sqlite3.Error, OSError) as error:
@@ -299,7 +337,13 @@ class Journal:
             ) from None
 
     def spent(self, but: int = 0) -> Spent:
-        """Of this day and this month, leaving out one row, on whose key it then is.
+        """Sum what this day and this month have cost.
+
+        Args:
+            but: id of a row to leave out; the sums are then those of its key.
+
+        Returns:
+            Both sums.
 
         Raises:
             ConfigError: it cannot be read, so limits cannot be checked.
@@ -375,9 +419,12 @@ class Journal:
         """Take a task of the service's list for the row of a lost Run, if it can be no other's.
 
         Args:
+            entry: the row.
+            taskid: of the task.
             is_proved: the service keeps the files of this run with it; then only another take of
                 the same inputs may be waiting for it too. Otherwise any lost or unanswered Run of
                 the model may.
+
         Returns:
             Whether the row has the task now.
         """
@@ -430,13 +477,16 @@ class Journal:
     def mark_ended(self, entry_id: int, task: Task, files: Sequence[Path] = ()) -> None:
         """Note the end of a task, its cost and its files."""
         self._note(
-            entry_id, state="ended", taskid=task.taskid, status=task.status,
-            # a record that tells nothing of its end is not run again unasked
+            entry_id,
+            state="ended",
+            taskid=task.taskid,
+            status=task.status,
+            # a record without file and error may be incomplete: it is not run again unasked
             verdict=(Verdict.NO_OUTPUT if may_lag(task) else verdict(task)).value,
             cost=dollars(task.totalcost) or "",
             elapsed_s="" if task.elapsed_s is None else str(task.elapsed_s),
             files=json.dumps([str(path.absolute()) for path in files]),
-        )  # fmt: skip
+        )
 
     def mark_remote_deleted(self, entry_id: int) -> None:
         """Note that the service holds no files of it any more."""
@@ -452,10 +502,13 @@ class Journal:
             return None
 
     def _note(self, entry_id: int, owner: str = "", **values: str | int | None) -> bool:
-        """Write what is known; a failure is told and costs nothing that was paid for.
+        """Write what is known; a failure is logged and loses nothing that was paid for.
 
         Args:
+            entry_id: of the row.
             owner: write only if the row is still this one's, and no task was named yet.
+            **values: by column.
+
         Returns:
             Whether the row was there, and the owner's.
         """
@@ -475,10 +528,14 @@ class Journal:
             return True
 
     def newest(self, limit: int = 100, before: int | None = None) -> list[Entry]:
-        """The newest rows, newest first; empty if the journal cannot be read, which is logged.
+        """Read the newest rows.
 
         Args:
+            limit: how many.
             before: only rows with a lower id.
+
+        Returns:
+            Newest first; [] if the journal cannot be read, which is logged.
         """
         below = 2**63 - 1 if before is None else before
         try:
@@ -511,9 +568,12 @@ class Journal:
             return frozenset()
 
     def known_taskids(self, but: int = 0) -> frozenset[str]:
-        """The tasks that belong to other rows: none of them is the task of this row's lost Run.
+        """Read the tasks of other rows: none of them is the task of this row's lost Run.
 
         A task that a person has collected by its id may be.
+
+        Returns:
+            Their ids.
         """
         try:
             with self._open() as connection:
@@ -531,7 +591,9 @@ class Journal:
 def _may_start_again(entry: Entry) -> bool:
     """Whether a new Run of the job pays for nothing that is paid for or on its way.
 
-    A task that ended well without a file was paid for: that one is not run again unasked.
+    Returns:
+        False for a task that succeeded without a file too: it was paid for, so it is not run again
+        unless the user asks for that.
     """
     failed = (Verdict.FAILED.value, Verdict.CANCELLED.value)
     return entry.state == "refused" or (entry.state == "ended" and entry.verdict in failed)

@@ -34,11 +34,15 @@ _MAX_STEPS = 100_000
 
 
 def kind_of(path: Path, claimed: str = "") -> str:
-    """One of KINDS, by the first bytes.
+    """Recognize a file by its first bytes.
 
     Args:
+        path: of the file.
         claimed: decides where a container may hold either sound or pictures; "" for what the
             suffix claims.
+
+    Returns:
+        One of KINDS.
     """
     with path.open("rb") as file:
         head = file.read(HEAD_BYTES)

@@ -7,6 +7,7 @@ account or its files. The paid files themselves are never touched.
 import hashlib
 import json
 import logging
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime, timezone
@@ -58,6 +59,7 @@ def write_receipt(
         asked: model, parameters and take of the run; without it, what the record says.
         secrets: that no text of it may hold, besides the task's token.
         check: called while files are read; may raise to stop.
+
     Returns:
         Its path, or None if it cannot be written, which is logged.
     """
@@ -89,7 +91,7 @@ def shown(value: object, secrets: Sequence[str] = (), depth: int = 0) -> Any:
         return [shown(inner, secrets, depth + 1) for inner in value]
     if isinstance(value, str):
         return _ADDRESS.sub(ADDRESS, redact(value, secrets))
-    if isinstance(value, float) and value not in (float("inf"), float("-inf")) and value == value:
+    if isinstance(value, float) and math.isfinite(value):
         return value
     return value if value is None or isinstance(value, bool | int) else str(value)
 
@@ -145,8 +147,12 @@ def _sha256(path: Path, check: Callable[[], None]) -> str:
 def _place(task: Task, paths: Sequence[Path]) -> Path:
     """Where it goes: over the task's own receipt, else to a name that nobody has taken.
 
+    Returns:
+        Its path; a new one is made, empty.
+
     Raises:
-        OSError: all names are taken, or the folder cannot be written.
+        FileExistsError: all names are taken.
+        OSError: the folder cannot be written.
     """
     own = {path.absolute() for path in paths}  # what is paid for, whatever is in it
     for path in paths:  # the first file of an earlier receipt may have been another one

@@ -41,12 +41,15 @@ LISTED = 500
 
 
 def items_of(record: Mapping[str, Any], model: Model | None = None) -> list[Mapping[str, Any]]:
-    """The parameters that a record of Tool/Detail lists, without their groups.
-
-    What has no id of one line is none, and beyond `MAX_ITEMS` there are none.
+    """List the parameters in a record of Tool/Detail, without their groups.
 
     Args:
+        record: of the model.
         model: SkyReels-V1 has known ones if the record lists none.
+
+    Returns:
+        At most `MAX_ITEMS` items; those without an id of at most `MAX_WORD` characters are left
+        out.
     """
     groups = record.get("parameters")
     items = [
@@ -70,12 +73,16 @@ def complete(
     values: Mapping[str, Any],
     files: Sequence[tuple[str, FilePart]] = (),
 ) -> dict[str, Any]:
-    """The parameters of a run with every key of the schema, numbers as numbers.
+    """Complete the parameters of a run: every key of the schema, numbers as numbers.
 
     Args:
         items: of `items_of`; with none, the values are returned as they are.
-        values: by parameter; addresses of files as the parameter or as its "...Url".
+        values: by parameter; URLs of files as the parameter or as its "...Url".
         files: (parameter, part) of the files that are sent along.
+
+    Returns:
+        The parameters.
+
     Raises:
         ConfigError: an unknown parameter, a required one missing, a number or choice that is none.
     """
@@ -181,7 +188,10 @@ def _plain(number: Decimal, value: object) -> int | float:
 def check_skyreels(
     values: Mapping[str, Any], files: Sequence[tuple[str, FilePart]] = ()
 ) -> dict[str, Any]:
-    """The values with a frame count that the model can make.
+    """Round the frame count of SkyReels-V1 up to one that it can make, and check its files.
+
+    Returns:
+        The values.
 
     Raises:
         ConfigError: too few frames, or a file that is no picture.
@@ -198,7 +208,10 @@ def check_skyreels(
 
 
 def frame_count(num_frames: int) -> int:
-    """The next count that the video VAE can make: 4k + 1, at least 5.
+    """Round a frame count up to one that the video VAE can make: 4k + 1, at least 5.
+
+    Returns:
+        The count.
 
     Raises:
         ConfigError: fewer than 5.

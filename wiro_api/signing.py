@@ -52,13 +52,17 @@ def account_of(credentials: Credentials) -> str:
 def load_credentials(
     environment: Mapping[str, str] = os.environ, file: Path | None = None
 ) -> Credentials:
-    """The key and secret of the environment, else of a file.
+    """Load key and secret from the environment, else from a file.
 
     Blanks and one pair of quotes around them are taken off: shells and Windows dialogs leave them.
 
     Args:
         environment: where WIRO_API_KEY and WIRO_API_SECRET are looked for.
         file: lines NAME=VALUE with the same names, as `save_credentials` writes it.
+
+    Returns:
+        Both; the secret may be "".
+
     Raises:
         ConfigError: no key, or one with characters no header can carry.
     """
@@ -143,6 +147,7 @@ class WiroAuth(requests.auth.AuthBase):
         return self._credentials.api_key, self._credentials.api_secret
 
     def __call__(self, request: requests.PreparedRequest) -> requests.PreparedRequest:
+        """Sign a request, with a new nonce."""
         request.headers["x-api-key"] = self._credentials.api_key
         if self._credentials.api_secret:
             nonce = self._nonces.next()

@@ -101,12 +101,16 @@ def price_of(
     num_files: int = 0,
     earlier: Sequence[Decimal] = (),
 ) -> Price | None:
-    """The price of a run, or None if nothing tells it.
+    """Price a run.
 
     Args:
         record: of Tool/Detail.
-        parameters, num_files: of the run.
-        earlier: what runs of this model did cost, for models that are billed by the second.
+        parameters: of the run.
+        num_files: of the run.
+        earlier: US dollars that runs of this model have cost, for models billed by the second.
+
+    Returns:
+        The price, or None if it is unknown before the run.
     """
     rows = _rows(record.get("dynamicprice"))
     num_files += sum(
@@ -227,7 +231,10 @@ def _cents_up(amount: Decimal) -> Decimal:
 
 
 def parse_limit(value: object) -> Decimal | None:
-    """A limit of what a person typed: None for nothing.
+    """Parse a limit as a person types it.
+
+    Returns:
+        US dollars, or None for an empty text.
 
     Raises:
         ConfigError: not an amount of dollars.
@@ -243,7 +250,10 @@ def parse_limit(value: object) -> Decimal | None:
 
 
 def load_limits(file: Path) -> Limits:
-    """The limits in a file; the default if there is no file: the user has set none yet.
+    """Load the limits in a file.
+
+    Returns:
+        The limits; the default if there is no file, as the user has set none yet.
 
     Raises:
         ConfigError: it cannot be read. Nothing may be spent then: what it said is not known.
@@ -285,9 +295,12 @@ def describe_price(price: Price | None, limits: Limits) -> str:
 
 
 def reserved(price: Price | None, limits: Limits) -> Decimal | None:
-    """What a run counts for until its cost is known, or None for nothing.
+    """What a run counts for until its cost is known.
 
     Without a price, under the default alone, as much as a run may cost: many at once are bounded.
+
+    Returns:
+        US dollars, or None for nothing.
     """
     if price is not None:
         return price.amount

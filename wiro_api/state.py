@@ -31,7 +31,10 @@ HOST_JOURNAL_NAME, HOST_LIMITS_NAME = "wiro_journal.sqlite", "wiro_limits.json"
 
 
 def state_folder() -> Path:
-    """The folder of this user's journal and limits; nothing is made.
+    """Find the folder of this user's journal and limits, without making it.
+
+    Returns:
+        The folder.
 
     Raises:
         ConfigError: there is no home, and no variable that names a folder.
@@ -44,7 +47,10 @@ def state_folder() -> Path:
 
 
 def user_folder() -> Path:
-    """Our folder among the user's program state.
+    """Find our folder in the user's program state.
+
+    Returns:
+        The folder.
 
     Raises:
         ConfigError: there is no home.
@@ -61,13 +67,16 @@ def user_folder() -> Path:
                 f"This user has no home folder for journal and limits: set {STATE_VARIABLE} to a "
                 "folder that stays."
             )
-        root = home.joinpath(*(("AppData", "Local") if sys.platform == "win32"
-                               else (".local", "state")))  # fmt: skip
+        parts = ("AppData", "Local") if sys.platform == "win32" else (".local", "state")
+        root = home.joinpath(*parts)
     return root / "skyreels-wiro"
 
 
 def open_state() -> Path:
-    """The folder for a program without one of its own; what was left behind is merged in.
+    """Open the folder for a program without one of its own; files left elsewhere are merged in.
+
+    Returns:
+        The folder.
 
     Raises:
         ConfigError: as for `state_folder`, or a file that was left behind cannot be read.
@@ -81,10 +90,14 @@ def open_state() -> Path:
 
 
 def share(own: Path) -> Path:
-    """The folder for a host that has one of its own, which becomes the shared one if none is.
+    """Open the folder for a host that has one of its own, which becomes the shared one if none is.
 
     Args:
         own: the host's folder, kept where the host's other data are.
+
+    Returns:
+        The folder.
+
     Raises:
         ConfigError: files of the host itself cannot be merged. Others that cannot be are told in
             the log, and left where they are.
@@ -105,8 +118,10 @@ def share(own: Path) -> Path:
         logger.warning(
             "Journal and limits are shared with no other program of this user: %s They lie in %s. "
             "%s names a folder for all.",
-            error, own, STATE_VARIABLE,
-        )  # fmt: skip
+            error,
+            own,
+            STATE_VARIABLE,
+        )
         return own
     return folder
 
@@ -115,8 +130,10 @@ def gather(folder: Path, other: Path | None = None, *, keep: bool = False) -> No
     """Merge journals and limits into a folder.
 
     Args:
+        folder: where they go.
         other: where they are; without it, the ones under a host's old names in `folder` itself.
         keep: leave them there under their names, and limits that `folder` has as they are.
+
     Raises:
         ConfigError: one of them cannot be read or moved.
     """

@@ -89,10 +89,15 @@ def noop(*_: object) -> None:
 
 
 def check_base_url(url: str, *, schemes: tuple[str, str] = ("https", "http")) -> str:
-    """An address without its trailing slash.
+    """Check a base URL.
 
     Args:
+        url: as a person gives it.
         schemes: the safe one, and the one that is accepted for this machine only.
+
+    Returns:
+        The URL without its trailing slash.
+
     Raises:
         ConfigError: not such an address, or one with user, query or fragment.
     """
@@ -140,6 +145,8 @@ def post(
 
     Args:
         session: of `make_session`; with another one a call that is left goes on for a while.
+        url: of the endpoint.
+        auth: signs the request.
         body: sent as JSON, or, with files, as text parts before them.
         files: (parameter, part), in order; a parameter may come several times.
         read_s: longest wait between two bytes of the answer.
@@ -151,11 +158,16 @@ def post(
         on_error: called with what is raised instead, under the same terms.
         whole_s: longest time from the first byte to the last, if less than what `longest_s` allows.
         sleep: called again and again while the call is under way; what it raises ends the wait.
+
     Returns:
         The answer's object, its "data" merged in below the top level.
+
     Raises:
-        TransportError: no usable answer. ApiError: the service's own no.
-        ConfigError, DependencyError: this machine's settings keep calls from leaving.
+        TransportError: no usable answer.
+        ApiError: the service refused.
+        ConfigError: the parameters cannot be sent, or this machine's settings keep calls from
+            leaving.
+        DependencyError: this machine's settings need a package that is missing.
     """
     content: dict[str, Any]
     if files:
@@ -171,8 +183,8 @@ def post(
         request = session.prepare_request(requests.Request("POST", url, auth=auth, **content))
     except (ValueError, requests.RequestException) as error:  # NaN, half a character, ...
         raise ConfigError(
-            f"The parameters cannot be sent ({type(error).__name__}): they hold a number that is "
-            "none or a broken character."
+            f"The parameters cannot be sent ({type(error).__name__}): they contain NaN, infinity "
+            "or an unpaired surrogate. Remove it."
         ) from None
     request.headers["Accept-Encoding"] = "gzip, deflate"  # what `_unpacked` undoes
     line = _Line(before_last_byte)
@@ -252,10 +264,14 @@ class _Line:
             self._connection, self._socket = connection, its_socket
 
     def leave(self, cut_after_s: float = 0.0) -> bool:
-        """Send nothing more; returns whether the end of the request had left.
+        """Send nothing more.
 
         Args:
-            cut_after_s: if it had, the connection is cut only after this time.
+            cut_after_s: if the end of the request has left, the connection is cut only after this
+                time.
+
+        Returns:
+            Whether the end of the request has left.
         """
         with self._lock:
             self._is_left = True
@@ -289,10 +305,16 @@ def shut(connected: Any) -> None:
 def in_time(
     work: Callable[[], Found], whole_s: float, sleep: Callable[[float], None] | None
 ) -> Found:
-    """What requests over a session of `make_session` bring; they are cut when their time is over.
+    """Make requests over a session of `make_session`, and cut them when their time is over.
 
     Args:
-        whole_s: seconds for all of it. sleep: as for `post`.
+        work: makes them.
+        whole_s: seconds for all of it.
+        sleep: as for `post`.
+
+    Returns:
+        What `work` returns.
+
     Raises:
         TransportError: the time is over.
     """
@@ -307,10 +329,20 @@ def _in_time(
     *,
     listens: bool = False,
 ) -> Found:
-    """What a call brings from its thread, unless its time or its caller's patience ends first.
+    """Make a call in a thread of its own, which the caller leaves when its time is over.
 
     Args:
-        listens: after the caller has left, until the time is over.
+        exchange: makes the call.
+        line: to that thread.
+        whole_s: seconds for all of it.
+        sleep: as for `post`.
+        listens: go on listening after the caller has left, until the time is over.
+
+    Returns:
+        What `exchange` returns.
+
+    Raises:
+        TransportError: the time is over.
     """
     over = threading.Event()
     answer: list[Found] = []
@@ -468,12 +500,18 @@ def _failure(error: Exception, url: str, proxies: Mapping[str, str], was_sent: b
 def setting_at_fault(
     error: Exception, url: str, proxies: Mapping[str, str], left: str = ""
 ) -> WiroError | None:
-    """The setting of this machine that kept a request from being answered, if one did.
+    """Find the setting of this machine that kept a request from being answered.
 
-    The texts of these errors hold addresses with user and password: none is quoted as it is.
+    The texts of these errors hold URLs with user and password: none is quoted as it is.
 
     Args:
+        error: of requests.
+        url: that was asked.
+        proxies: in use.
         left: what the sentence ends with.
+
+    Returns:
+        An error that names the setting, or None.
     """
     causes = list(_causes(error))
     told = " ".join(map(str, causes))
@@ -604,10 +642,19 @@ def header(response: requests.Response, name: str) -> str:
 def read_answer(
     response: requests.Response, payload_keys: Sequence[str] = (), secrets: Sequence[str] = ()
 ) -> dict[str, Any]:
-    """The object of an answer, or the error it means; args and errors as for `post`.
+    """Read the object of an answer, or raise the error it means.
 
     Args:
+        response: with its content unread.
+        payload_keys: as for `post`.
         secrets: no error quotes them, whatever the service says.
+
+    Returns:
+        The object, its "data" merged in below the top level.
+
+    Raises:
+        TransportError: no usable answer.
+        ApiError: the service refused.
     """
     status = response.status_code
     if 300 <= status < 400:
@@ -777,9 +824,12 @@ def wait_s(attempt: int, error: Exception, rng: random.Random) -> float:
 
 
 def retry_after(response: requests.Response) -> float | None:
-    """Seconds that the service asks to wait, within bounds; None if it does not say so clearly.
+    """Read how long the service asks to wait.
 
     A time of day is measured from the answer's own: the clocks of two machines are not compared.
+
+    Returns:
+        Seconds, within bounds; None if it does not say so clearly.
     """
     asked = header(response, "Retry-After")
     if re.fullmatch(r"[0-9]{1,12}(\.[0-9]{1,12})?", asked):

@@ -59,9 +59,9 @@ def frame_size(path: Path) -> tuple[int, int, int]:
 
 
 def read_frames(path: Path) -> "Iterator[tuple[NDArray[np.uint8], int]]":
-    """The frames of a video, one at a time, all in the size of the first.
+    """Decode a video, one frame at a time, all in the size of the first.
 
-    Returns:
+    Yields:
         (frame [H, W, 3], how many the container announces or 0) for each.
 
     Raises:
@@ -98,9 +98,9 @@ def check_video(path: Path) -> None:
 
 
 def read_sound(path: Path) -> "Iterator[tuple[NDArray[np.float32], int]]":
-    """The sound of an audio file, or of a video, a block at a time.
+    """Decode the sound of an audio file, or of a video, a block at a time.
 
-    Returns:
+    Yields:
         (block [C, n] in -1..1, samples per second) for each.
 
     Raises:

@@ -67,7 +67,10 @@ def socket_url() -> str:
 
 
 def check_socket_url(url: str) -> str:
-    """The address, without its trailing slash.
+    """Check the URL of a progress socket.
+
+    Returns:
+        The URL without its trailing slash.
 
     Raises:
         ConfigError: it is not one of wss, or of ws on this machine.
@@ -129,10 +132,15 @@ class _Wire:
 
 
 def _connect(url: str, clock: Callable[[], float], use: Callable[[_Wire], None]) -> _Wire:
-    """A connection to the socket's host, by the proxy and the certificates that calls have too.
+    """Connect to the socket's host, by the proxy and the certificates that calls use too.
 
     Args:
-        use: told of it as soon as it is there.
+        url: of the socket.
+        clock: seconds.
+        use: called with the connection as soon as it is there.
+
+    Returns:
+        The connection.
     """
     parts = urlsplit(url)
     host, is_safe = parts.hostname or "", parts.scheme == "wss"

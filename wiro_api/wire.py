@@ -101,6 +101,9 @@ def clean_text(text: str) -> str:
 
     Control characters and unpaired surrogates become U+FFFD, so that what stood on both sides of
     one does not join; a carriage return becomes a newline; bidirectional controls are dropped.
+
+    Returns:
+        The text.
     """
     if text.isascii() and text.isprintable():
         return text

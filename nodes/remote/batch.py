@@ -84,7 +84,7 @@ class WiroSubmit:
     CATEGORY = "SkyReels/remote"
     DESCRIPTION = (
         "Starts a run of SkyReels-V1 on wiro.ai for each picture of a batch or list (or each "
-        "prompt), as many as the account has places for, and does not wait. Wiro Collect starts "
+        "prompt), as many as the account has slots for, and does not wait. Wiro Collect starts "
         "the others and brings the videos home. Costs money for each: the total is shown before."
     )
     FUNCTION = "submit"
@@ -94,7 +94,7 @@ class WiroSubmit:
     OUTPUT_TOOLTIPS = (
         "For Wiro Collect, in the order of the pictures. What was started goes on at Wiro if the "
         "prompt is cancelled or fails later, before Wiro Collect follows it.",
-        "How many were started, their task ids, how many wait for a place.",
+        "How many were started, their task ids, how many wait for a slot.",
     )
 
     @classmethod
@@ -199,8 +199,8 @@ class WiroSubmit:
 class WiroCollect:
     CATEGORY = "SkyReels/remote"
     DESCRIPTION = (
-        "Follows the runs of Wiro Submit, starts those that wait as places become free, and gives "
-        "the results in the order of the pictures. A run that fails leaves its place out and is "
+        "Follows the runs of Wiro Submit, starts those that wait as slots become free, and gives "
+        "the results in the order of the pictures. A run that fails is left out of the lists and "
         "told in the report. Cancel stops all that run."
     )
     FUNCTION = "collect"
@@ -283,10 +283,16 @@ def expand(
 
     Args:
         image: batches [B, H, W, 3] of any sizes.
+        prompt: one for all pictures, or one for each.
         widgets: the others of the node: one value, or one for each run.
-        check: called before each picture is packed; may raise to stop.
+        max_runs: more are refused.
+        check: called before each picture is encoded; may raise to stop.
+
+    Returns:
+        The runs, in the order of the pictures.
+
     Raises:
-        ConfigError: the numbers do not go together, or there are too many.
+        ConfigError: the numbers do not match, or there are too many.
     """
     from ...wiro_api.errors import ConfigError
     from ...wiro_api.jobs import Job
@@ -650,6 +656,10 @@ class _CollectView(RunView):
             self.say(ALL_BUSY, 0.0)
             sleep(min(left, SLICE_S))
 
+    def begin(self, timeout_minutes: float) -> None:
+        """Start `work` in a thread of its own."""
+        self.thread = _thread(self.work, timeout_minutes)
+
     def work(self, timeout_minutes: float) -> None:
         """Run it to its files; what comes of it is in `result` or `error`."""
         from ...wiro_api.errors import WiroError, add_task
@@ -699,6 +709,7 @@ def _collect(
 
     Returns:
         The results in the order of `runs`, the report, and whether some failed.
+
     Raises:
         WiroError: of the first run, if all failed.
     """
@@ -735,34 +746,37 @@ def _collect(
         view.close(line)
 
 
+def _resume_sent(view: RunView, batch: _Batch, timeout_minutes: float) -> list[_CollectView]:
+    """Go on with the runs that were sent before; returns the others."""
+    from ...wiro_api.jobs import find
+
+    client, journal = view.make_client(), account.journal()
+    waiting = []
+    for run_view in batch.views:
+        entry = find(client, journal, run_view.runs[0].job)
+        if entry is None:
+            waiting.append(run_view)
+            continue
+        run_view.on_entry(entry)  # Cancel stops it from here on, whatever its thread does
+        if entry.state == "started":
+            run_view.on_start(entry)
+        run_view.begin(timeout_minutes)
+    return waiting
+
+
 def _follow_all(
     view: RunView, batch: _Batch, runs: Sequence[WiroRun], timeout_minutes: float
 ) -> None:
-    """Until all have ended; with Cancel, until all are stopped."""
+    """Wait until all have ended; with Cancel, until all are stopped."""
     from ...wiro_api.errors import ConfigError
-    from ...wiro_api.jobs import find
 
     if not runs:
         raise ConfigError("There are no runs: connect Wiro Submit.")
 
-    def go(run_view: _CollectView) -> None:
-        run_view.thread = _thread(run_view.work, timeout_minutes)
-
     batch.views = [_CollectView(batch, same) for same in _unique(runs).values()]
     best = 0.0
     try:
-        client, journal = view.make_client(), account.journal()
-        waiting = []
-        for run_view in batch.views:
-            run = run_view.runs[0]
-            entry = find(client, journal, run.job)
-            if entry is None:
-                waiting.append(run_view)
-                continue
-            run_view.on_entry(entry)  # Cancel stops it from here on, whatever its thread does
-            if entry.state == "started":
-                run_view.on_start(entry)
-            go(run_view)
+        waiting = _resume_sent(view, batch, timeout_minutes)
         while not all(run_view.is_over for run_view in batch.views):
             view.check()
             failed = next((s.error for s in batch.views if s.error and _is_for_all(s.error)), None)
@@ -772,7 +786,7 @@ def _follow_all(
                 waiting = []
             if waiting and batch.may_start():
                 batch.starting = waiting.pop(0)
-                go(batch.starting)
+                batch.starting.begin(timeout_minutes)
             best = max(best, sum(run_view.fraction for run_view in batch.views) / len(batch.views))
             view.say(_line_of(batch.views), best)
             batch.changed.wait(SLICE_S)

@@ -112,10 +112,13 @@ def wanted(
 
 
 def fingerprint(unique_id: str | None, names: Sequence[str]) -> str:
-    """What IS_CHANGED says of a node: it runs again if this is another one than last time.
+    """What IS_CHANGED returns for a node: it runs again if this differs from the last time.
 
-    That is so when files of its results are gone, and when something else hangs on it than what
-    was decoded. It pays for nothing again: the journal knows the run.
+    It differs when files of its results are gone, and when other outputs are connected than were
+    decoded. Nothing is paid for again: the journal finds the run.
+
+    Returns:
+        Any text; only its equality counts.
     """
     graph = host.running_graph()
     key = _key_of(graph, unique_id)
@@ -434,9 +437,10 @@ def is_stop(error: BaseException) -> bool:
 
 
 def model_record(client: "Client", model: "Model") -> Mapping[str, Any]:
-    """What Wiro says of a model, from the last minutes.
+    """Read what Wiro says of a model; remembered for `RECORD_S`.
 
-    Of SkyReels-V1 enough is known without: {} if Wiro does not say, which is logged.
+    Returns:
+        The record; {} for SkyReels-V1 if Wiro does not answer, which is logged.
     """
     from ...wiro_api.jobs import read_record
 
@@ -471,8 +475,13 @@ class _Delivery:
     def follow(self, handle: "RunHandle", entry: "Entry | None", timeout_minutes: float) -> Result:
         """Wait for a task, and download what is not here.
 
-        If something does not come, or Wiro has it no more, and what matters is here, that is a
-        warning.
+        If a file cannot be fetched, and what matters is here, that is a warning.
+
+        Returns:
+            The result.
+
+        Raises:
+            WiroError: the task failed, has not ended, or what matters is not here.
         """
         from ...wiro_api.errors import DownloadError, WiroError
         from ...wiro_api.jobs import files_here, finish
