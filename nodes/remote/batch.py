@@ -83,18 +83,18 @@ class NoSlotError(Exception):
 class WiroSubmit:
     CATEGORY = "SkyReels/remote"
     DESCRIPTION = (
-        "Starts a run of SkyReels-V1 on wiro.ai for each picture of a batch or list (or each "
-        "prompt), as many as the account has slots for, and does not wait. Wiro Collect starts "
-        "the others and brings the videos home. Costs money for each: the total is shown before."
+        "Starts a SkyReels-V1 run on wiro.ai for each image of a batch or list (or each prompt), "
+        "as many as the account has task slots, and does not wait. Wiro Collect starts the others "
+        "and downloads the videos. Each run costs money: the total is shown first."
     )
     FUNCTION = "submit"
     INPUT_IS_LIST = True
     RETURN_TYPES = ("SKYREELS_WIRO_RUNS", "STRING")
     RETURN_NAMES = ("runs", "report")
     OUTPUT_TOOLTIPS = (
-        "For Wiro Collect, in the order of the pictures. What was started goes on at Wiro if the "
-        "prompt is cancelled or fails later, before Wiro Collect follows it.",
-        "How many were started, their task ids, how many wait for a slot.",
+        "For Wiro Collect, in the order of the images. Started runs continue at Wiro if the prompt "
+        "is cancelled or fails before Wiro Collect follows them.",
+        "Number of started runs, their task ids, number of runs waiting for a slot.",
     )
 
     @classmethod
@@ -130,9 +130,9 @@ class WiroSubmit:
                         "default": MAX_RUNS,
                         "min": 1,
                         "max": 10_000,
-                        "tooltip": f"More runs than this (default {MAX_RUNS}) are refused before "
-                        "anything is paid: a clip that is connected by mistake is a picture a "
-                        "frame.",
+                        "tooltip": f"Maximum number of runs (default {MAX_RUNS}). More are an "
+                        "error before anything is paid: a clip connected by mistake is one image "
+                        "per frame.",
                     },
                 ),
             },
@@ -143,7 +143,7 @@ class WiroSubmit:
     def VALIDATE_INPUTS(cls, prompt: Any = None) -> bool | str:
         for text in _listed(prompt):
             if text is not None and not text.strip():
-                return "The prompt is empty: say what happens in the video. Nothing was sent."
+                return "The prompt is empty: describe what happens in the video. Nothing was sent."
         return True
 
     async def submit(
@@ -199,20 +199,20 @@ class WiroSubmit:
 class WiroCollect:
     CATEGORY = "SkyReels/remote"
     DESCRIPTION = (
-        "Follows the runs of Wiro Submit, starts those that wait as slots become free, and gives "
-        "the results in the order of the pictures. A run that fails is left out of the lists and "
-        "told in the report. Cancel stops all that run."
+        "Follows the runs of Wiro Submit, starts the waiting ones as slots become free, and "
+        "outputs the results in the order of the images. A failed run is left out of the lists "
+        "and named in the report. Cancel stops all running tasks."
     )
     FUNCTION = "collect"
     RETURN_TYPES = ("VIDEO", "IMAGE", "STRING", "STRING", "STRING")
     RETURN_NAMES = ("video", "images", "task_id", "receipt", "report")
     OUTPUT_IS_LIST = (True, True, True, True, False)
     OUTPUT_TOOLTIPS = (
-        "List: the videos as the service made them; SaveVideo copies each.",
-        "List: the frames of each video. Decoded only if connected, one after the other.",
+        "List: the video files from Wiro; SaveVideo copies them.",
+        "List: the frames of each video. Decoded only if connected, one clip after the other.",
         "List: the tasks' ids at Wiro.",
-        "List: JSON of each run, as from Wiro Remote I2V.",
-        "How many are done, what they cost, and a sentence for each run that failed.",
+        "List: JSON for each run, as from Wiro Remote I2V.",
+        "Number of finished runs, their total cost, and one line for each failed run.",
     )
 
     @classmethod
