@@ -1,4 +1,4 @@
-"""Many runs on wiro.ai at once: one node starts them, another brings their results home in order.
+"""Many runs on wiro.ai at once: one node starts them, another downloads their results in order.
 
 What goes from one node to the other is what makes each job; the journal knows by that what was
 started. So it does not matter which node starts a run, nor whether ComfyUI was restarted between.
@@ -90,7 +90,7 @@ class WiroSubmit:
     DESCRIPTION = (
         "Starts a run of SkyReels-V1 on wiro.ai for each picture of a batch or list (or each "
         "prompt), as many as the account has slots for, and does not wait. Wiro Collect starts "
-        "the others and brings the videos home. Costs money for each: the total is shown before."
+        "the others and downloads the videos. Each costs money: the total is shown before."
     )
     FUNCTION = "submit"
     INPUT_IS_LIST = True
@@ -196,7 +196,7 @@ class WiroCollect:
     DESCRIPTION = (
         "Follows the runs of Wiro Submit, starts those that wait as slots become free, and gives "
         "the results in the order of the pictures. A run that fails is left out of the lists and "
-        "told in the report. Cancel stops all that run."
+        "named in the report. Cancel stops all that run."
     )
     FUNCTION = "collect"
     RETURN_TYPES = ("VIDEO", "IMAGE", "STRING", "STRING", "STRING")
@@ -213,7 +213,7 @@ class WiroCollect:
     @classmethod
     def INPUT_TYPES(cls) -> dict[str, Any]:
         wait, options = common_widgets()["timeout_minutes"]
-        told = "Longest wait for each run once it is started, in minutes (40 is the service's own)."
+        text = "Longest wait for each run once it is started, in minutes (40 is the service's own)."
         return {
             "required": {
                 "runs": ("SKYREELS_WIRO_RUNS", {"tooltip": "From Wiro Submit."}),
@@ -223,7 +223,7 @@ class WiroCollect:
                     wait,
                     {
                         **options,
-                        "tooltip": f"{told} Its task then goes on at Wiro, and queueing again goes "
+                        "tooltip": f"{text} Its task then goes on at Wiro, and queueing again goes "
                         "on waiting.",
                     },
                 ),
@@ -369,7 +369,7 @@ def describe_total(prices: "Sequence[Price | None]", limits: "Limits", spent: "S
     if len(known) < len(prices):
         return f"{count}, {describe_price(None, limits)}"
     total = sum((price.amount for price in known), Decimal(0))
-    told = f"{count}, {Price(total, all(price.is_exact for price in known))}, {limits}"
+    terms = f"{count}, {Price(total, all(price.is_exact for price in known))}, {limits}"
     for period, limit, already in (
         ("day", limits.per_day, spent.day),
         ("month", limits.per_month, spent.month),
@@ -381,10 +381,10 @@ def describe_total(prices: "Sequence[Price | None]", limits: "Limits", spent: "S
             so_far += price.amount
             fits += so_far <= limit
         return (
-            f"{told}; that passes the limit of the {period} ({money(already)} of it is spent): "
+            f"{terms}; that passes the limit of the {period} ({money(already)} of it is spent): "
             f"only {fits} of {len(prices)} will be started"
         )
-    return told
+    return terms
 
 
 # --- starting -----------------------------------------------------------------------------------
@@ -700,7 +700,7 @@ def _collect(
     wants: frozenset[str],
     stop_event: threading.Event,
 ) -> tuple[list[Result], str, bool]:
-    """Bring all runs home.
+    """Wait for all runs and download their results.
 
     Returns:
         The results in the order of `runs`, the report, and whether some failed.
@@ -810,8 +810,8 @@ def _line_of(views: Sequence[_CollectView]) -> str:
 def _line_of_stop(batch: _Batch) -> str:
     """What came of those that were sent and had not ended."""
     lines = [run_view.state.line for run_view in batch.views if run_view.row and run_view.error]
-    told = [line for line in lines if line != NOTHING_SENT]
-    return " · ".join(told) or NOTHING_SENT
+    sent = [line for line in lines if line != NOTHING_SENT]
+    return " · ".join(sent) or NOTHING_SENT
 
 
 def _sum_of(views: Sequence[_CollectView]) -> str:
@@ -824,7 +824,7 @@ def _sum_of(views: Sequence[_CollectView]) -> str:
         if run_view.result is not None
     ]
     known = [cost for cost in costs if cost is not None]
-    told = f"{money(sum(known, Decimal(0)))} in all" if known else "cost not told"
+    cost = f"{money(sum(known, Decimal(0)))} in all" if known else "cost unknown"
     if known and len(known) < len(costs):
-        told += f", {len(costs) - len(known)} not told"
-    return f"{_line_of(views)} · {told}"
+        cost += f", {len(costs) - len(known)} unknown"
+    return f"{_line_of(views)} · {cost}"

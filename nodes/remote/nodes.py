@@ -16,6 +16,7 @@ from torch import Tensor
 from ...skyreels.errors import ShapeError
 from ...skyreels.image import FITS, fit_image
 from ...skyreels.text.embeds import with_fps_prefix
+from ...wiro_api.schema import SIZES
 from .. import host
 from .inputs import PICTURES, SOCKETS, parse_places, parts_of, place, slots_of
 from .run import Result, RunView, check_fields, collect, fingerprint, remember, run_model, wanted
@@ -26,7 +27,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger("skyreels.nodes.remote.nodes")
 
 ORIENTATION = "by orientation"
-SIZES = ("960x544", "544x960")
 FROM_IMAGE = "the image"
 #: default of Wiro Run Model's image_parameter
 IMAGE_PARAMETER = "inputImage"

@@ -1,4 +1,4 @@
-"""One run on wiro.ai as a node sees it: started once, shown, stopped with the prompt, brought home.
+"""One run on wiro.ai as a node sees it: started once, shown, stopped with the prompt, downloaded.
 
 The work is done in a thread beside the host's loop. A run that was started is found again by its
 inputs: queueing the same node after a crash goes on instead of paying again.
@@ -67,7 +67,7 @@ class StoppedError(Exception):
 
 @dataclass(frozen=True)
 class Result:
-    """What a run brought home.
+    """What a run made.
 
     images: [F, H, W, 3] float32 in 0..1 of its first video or all its pictures. masks: [F, h, w].
     audio: as core's AUDIO. video: path of its first video. A text in place of one of these is the
@@ -139,7 +139,7 @@ def remember(graph: dict[str, Any] | None, unique_id: str | None, result: Result
 
 
 def remember_failure(graph: dict[str, Any] | None, unique_id: str | None) -> None:
-    """Let a node that brought home only a part run again with the next queue."""
+    """Let a node that downloaded only a part run again with the next queue."""
     key = _key_of(graph, unique_id)
     times, files = _results.get(key, (0, ()))
     _results[key] = (times + 1, files)
@@ -632,7 +632,7 @@ def _decode(
     except WiroError as error:
         place = account.place_of((*videos, *pictures)[0])
         again = "; delete it to fetch it again" if isinstance(error, DownloadError) else ""
-        reason = f"{str(error).rstrip('.')}. It is kept as it came: {place}{again}."
+        reason = f"{str(error).rstrip('.')}. The file is kept: {place}{again}."
         logger.warning("%s", reason)
         return reason, reason
 
