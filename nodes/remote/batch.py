@@ -1,4 +1,4 @@
-"""Many runs on wiro.ai at once: one node starts them, another brings their results home in order.
+"""Many runs on wiro.ai at once: one node starts them, another downloads their results in order.
 
 What goes from one node to the other is what makes each job; the journal knows by that what was
 started. So it does not matter which node starts a run, nor whether ComfyUI was restarted between.
@@ -39,7 +39,7 @@ from .run import (
     wanted,
     with_images,
 )
-from .widgets import SKYREELS_OPTIONAL, SKYREELS_REQUIRED, TAKE, TIMEOUT_MINUTES, skyreels_run
+from .widgets import SKYREELS_OPTIONAL, TAKE, TIMEOUT_MINUTES, skyreels_required, skyreels_run
 
 if TYPE_CHECKING:
     from ...wiro_api.client import Client
@@ -119,7 +119,7 @@ class WiroSubmit:
                         "in order, or with one image. None may be empty.",
                     },
                 ),
-                **SKYREELS_REQUIRED,
+                **skyreels_required(),
             },
             "optional": {
                 **SKYREELS_OPTIONAL,
@@ -374,7 +374,7 @@ def describe_total(prices: "Sequence[Price | None]", limits: "Limits", spent: "S
     if len(known) < len(prices):
         return f"{count}, {describe_price(None, limits)}"
     total = sum((price.amount for price in known), Decimal(0))
-    told = f"{count}, {Price(total, all(price.is_exact for price in known))}, {limits}"
+    terms = f"{count}, {Price(total, all(price.is_exact for price in known))}, {limits}"
     for period, limit, already in (
         ("day", limits.per_day, spent.day),
         ("month", limits.per_month, spent.month),
@@ -386,10 +386,10 @@ def describe_total(prices: "Sequence[Price | None]", limits: "Limits", spent: "S
             so_far += price.amount
             fits += so_far <= limit
         return (
-            f"{told}; that passes the limit of the {period} ({money(already)} of it is spent): "
+            f"{terms}; that passes the limit of the {period} ({money(already)} of it is spent): "
             f"only {fits} of {len(prices)} will be started"
         )
-    return told
+    return terms
 
 
 # --- starting -----------------------------------------------------------------------------------
@@ -705,7 +705,7 @@ def _collect(
     wants: frozenset[str],
     stop_event: threading.Event,
 ) -> tuple[list[Result], str, bool]:
-    """Bring all runs home.
+    """Wait for all runs and download their results.
 
     Returns:
         The results in the order of `runs`, the report, and whether some failed.
@@ -815,8 +815,8 @@ def _line_of(views: Sequence[_CollectView]) -> str:
 def _line_of_stop(batch: _Batch) -> str:
     """What came of those that were sent and had not ended."""
     lines = [run_view.state.line for run_view in batch.views if run_view.row and run_view.error]
-    told = [line for line in lines if line != NOTHING_SENT]
-    return " · ".join(told) or NOTHING_SENT
+    sent = [line for line in lines if line != NOTHING_SENT]
+    return " · ".join(sent) or NOTHING_SENT
 
 
 def _sum_of(views: Sequence[_CollectView]) -> str:
@@ -829,7 +829,7 @@ def _sum_of(views: Sequence[_CollectView]) -> str:
         if run_view.result is not None
     ]
     known = [cost for cost in costs if cost is not None]
-    told = f"{money(sum(known, Decimal(0)))} in all" if known else "cost not told"
+    cost = f"{money(sum(known, Decimal(0)))} in all" if known else "cost unknown"
     if known and len(known) < len(costs):
-        told += f", {len(costs) - len(known)} not told"
-    return f"{_line_of(views)} · {told}"
+        cost += f", {len(costs) - len(known)} unknown"
+    return f"{_line_of(views)} · {cost}"
