@@ -27,9 +27,11 @@ SERVICE = "wiro.ai"
 _METADATA = (ipaddress.ip_address("168.63.129.16"),)
 #: private by the registries of IANA, and public to the tables of older Pythons
 _PRIVATE = tuple(
-    map(ipaddress.ip_network, ("192.0.0.0/24", "64:ff9b:1::/48", "2001::/23", "3fff::/20",
-                               "5f00::/16"))
-)  # fmt: skip
+    map(
+        ipaddress.ip_network,
+        ("192.0.0.0/24", "64:ff9b:1::/48", "2001::/23", "3fff::/20", "5f00::/16"),
+    )
+)
 _LOCAL_NAMES = re.compile(
     r"(.*\.)?(localhost|localdomain|local|internal|home\.arpa)|localhost[46]|ip6-.*|[^.]*"
 )

@@ -1,7 +1,7 @@
 """Find the task that a lost Run has started, in the account's list of tasks.
 
 A Run is lost if it left and no answer came. The list holds everybody's tasks on the key, and any
-field of theirs may be missing or absurd: what cannot be read is no candidate. Equal parameters
+field of theirs may be missing or absurd: what cannot be read is not a candidate. Equal parameters
 alone prove little where a model takes files, since two jobs may differ in nothing else; so the
 stored files are fetched and compared with those sent.
 """
@@ -36,7 +36,7 @@ PROOF_S = 120.0
 FETCH_S = 60.0
 MAX_REDIRECTS = 3
 PIECE_BYTES = 64 * 1024
-#: digits of a task's id; more is no id
+#: digits of a task's id, at most
 LONGEST_ID = 18
 #: stored beside the parameters, if at all
 _BESIDE = ("callbackUrl", "projectid")
@@ -162,6 +162,7 @@ def _keeps_files(client: "Client", sent: SentRun, task: Task, end: float) -> boo
         sent: the Run.
         task: a candidate.
         end: of the search, by the monotonic clock.
+
     Returns:
         None if a stored file cannot be fetched, or time is over.
     """
@@ -212,7 +213,7 @@ def _question(model: "Model", candidates: Sequence[Task], cause: WiroError) -> s
 
 
 def number_of(taskid: str) -> int | None:
-    """The number in a task's id, by which newer ones are known; None if it is no id."""
+    """The number in a task's id, by which newer ones are recognized; None if it is invalid."""
     is_id = taskid.isascii() and taskid.isdigit() and len(taskid) <= LONGEST_ID
     return int(taskid) if is_id and not taskid.startswith("0") else None
 
@@ -221,7 +222,7 @@ def newest_id(tasks: Sequence[Task]) -> str:
     """The largest id of a page of the newest tasks, "0" for an empty page.
 
     Returns:
-        "" if that cannot be told: no task has an id, or the oldest come first.
+        "" if it is unknown: no task has an id, or the oldest come first.
     """
     numbers = [number for task in tasks if (number := number_of(task.taskid)) is not None]
     if not tasks:
@@ -256,11 +257,12 @@ def may_be(task: Task, sent: SentRun) -> bool:
 
 
 def stored_files(task: Task, parameters: Mapping[str, Any], name: str) -> list[str]:
-    """The addresses under which the service keeps the files of one parameter, in order.
+    """The URLs under which the service keeps the files of one parameter, in order.
 
-    Addresses that were given for it beside the files are left out; they must be there too.
+    URLs that were given for it beside the files are left out; they must be there too.
+
     Returns:
-        [] if they cannot be told from other files.
+        [] if they cannot be distinguished from other files.
     """
     given = _addresses(parameters.get(name))
     found = _addresses(task.parameters.get(name))
@@ -341,7 +343,7 @@ def _is_own(address: str, base_url: str) -> bool:
 
 
 def clean_slug(text: str) -> str:
-    """Lower case with hyphens, the two spellings of a model as one; "" for what is no model."""
+    """Lower case with hyphens, so that both spellings are equal; "" for an invalid slug."""
     parts = text.split("/")
     if len(parts) != 2:
         return ""

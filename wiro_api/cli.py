@@ -1,4 +1,4 @@
-"""The command line: run a model and bring its result home, and what else can be done to a task.
+"""The command line: run a model, download its result, and manage tasks.
 
 Exit code 0 only when the job is done. With --json, standard output carries exactly one JSON object;
 everything meant for people goes to standard error. The key is read from the environment, never from
@@ -155,10 +155,12 @@ def build_parser() -> argparse.ArgumentParser:
         )
     for added in (run, collect, limits):
         added.add_argument(
-            "--journal", type=Path, metavar="FILE",
+            "--journal",
+            type=Path,
+            metavar="FILE",
             help="what was started and paid for, if not the one that all programs of the user "
             "share (see WIRO_STATE_DIR); limits are kept beside it",
-        )  # fmt: skip
+        )
     return parser
 
 
@@ -169,8 +171,10 @@ def run_run(client: Client, arguments: argparse.Namespace) -> dict[str, Any]:
     """`run`: start, wait, download."""
     model = Model.parse(arguments.model)
     given: dict[str, Any] = dict(_pair(text, "--param") for text in arguments.param)
-    files = [(name, read_part(Path(path))) for name, path in
-             (_pair(text, "--file") for text in arguments.file)]  # fmt: skip
+    files = [
+        (name, read_part(Path(path)))
+        for name, path in (_pair(text, "--file") for text in arguments.file)
+    ]
     _check_folder(arguments.out)
     if model.clean == SKYREELS.clean:
         given = check_skyreels(given, files)
@@ -277,7 +281,7 @@ def run_model(client: Client, arguments: argparse.Namespace) -> dict[str, Any]:
         name, kind, label = (word_of(item.get(k)) for k in ("id", "type", "label"))
         say(f"{name:20} {kind:16} {need}  {label}")
     price = price_of(record, {str(item["id"]): item.get("default") for item in items})
-    say(f"price with the defaults: {'not told before the run' if price is None else price}")
+    say(f"price with the defaults: {'unknown before the run' if price is None else price}")
     return dict(record)
 
 
@@ -315,8 +319,10 @@ def run_limits(_: None, arguments: argparse.Namespace) -> dict[str, Any]:
         shown = "no limit" if amount is None else money(Decimal(amount))
         say(f"{name.replace('_', ' '):10} {shown}")
     say(f"spent: {money(spent.day)} today, {money(spent.month)} this month")
-    return {"limits": to_json(limits),
-            "spent": {"day": dollars(spent.day), "month": dollars(spent.month)}}  # fmt: skip
+    return {
+        "limits": to_json(limits),
+        "spent": {"day": dollars(spent.day), "month": dollars(spent.month)},
+    }
 
 
 def _finish(
@@ -347,7 +353,7 @@ class _Printer(RunListener):
         self._arguments, self._status = arguments, ""
 
     def on_wait(self, left_s: float) -> None:
-        say(f"all slots of the account are taken; next try in {left_s:.0f} s")
+        say(f"all task slots of the account are in use; next try in {left_s:.0f} s")
 
     def on_task(self, task: Task) -> None:
         self._arguments.taskid = task.taskid
@@ -420,7 +426,7 @@ def _seconds(text: str) -> float:
         return check_wait(float(text))
     except (ValueError, ConfigError):
         raise argparse.ArgumentTypeError(
-            f"{text!r} is no time: give seconds above 0, as 600"
+            f"{text!r} is not a time: give seconds above 0, such as 600"
         ) from None
 
 

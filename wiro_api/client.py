@@ -70,8 +70,8 @@ MIN_WAIT_S = 0.001
 LAST_POLL_S = 2.0
 #: a task is "not found" for this long after its Run, at most, and once it is known this often
 SETTLING_S, MISSES = 30.0, 2
-#: failures of polls in a row, of which one is told
-TOLD_FAILURES = 3
+#: failed polls in a row after which a warning is logged
+LOGGED_FAILURES = 3
 #: a stored "task_error" that stands still this long with a log is reported
 STALLED_S = 120.0
 #: answers to a Run that say that nothing was made, whoever gives them
@@ -136,8 +136,12 @@ class Model:
     @property
     def clean(self) -> "Model":
         """Lower case with hyphens, the service's other spelling."""
-        return Model(*(re.sub(r"[^a-z0-9]+", "-", part.lower()).strip("-") for part in
-                       (self.owner, self.project)))  # fmt: skip
+        return Model(
+            *(
+                re.sub(r"[^a-z0-9]+", "-", part.lower()).strip("-")
+                for part in (self.owner, self.project)
+            )
+        )
 
     def __str__(self) -> str:
         return f"{self.owner}/{self.project}"
@@ -628,7 +632,7 @@ class _Watch:
             raise error
         self._failures += 1
         self._trouble = str(error)
-        if self._failures == TOLD_FAILURES:
+        if self._failures == LOGGED_FAILURES:
             logger.warning("The wait for the task goes on. %s", self._trouble)
         return self._client.retry_wait_s(self._failures, error)
 
@@ -692,7 +696,7 @@ def raise_for_failure(task: Task) -> None:
         raise TaskFailedError(
             f"Task {task.taskid} ended {'well' if task.exit_code else 'without an exit code'} and "
             "has no files; they may have been deleted. It may be paid for, so it is not run again "
-            "unasked: choose another number in take, or --again.",
+            "by itself: choose another number in take, or give --again.",
             task,
         )
     if judged is Verdict.FAILED:
@@ -739,8 +743,13 @@ def _first_of(body: Mapping[str, Any], key: str) -> Mapping[str, Any]:
 
 
 def _list_body(limit: int, start: int = 0, model: str = "") -> dict[str, str]:
-    body = {"type": "model", "sort": "id", "order": "DESC",
-            "start": str(start), "limit": str(limit)}  # fmt: skip
+    body = {
+        "type": "model",
+        "sort": "id",
+        "order": "DESC",
+        "start": str(start),
+        "limit": str(limit),
+    }
     return {**body, "modelName": model} if model else body
 
 
@@ -757,7 +766,10 @@ def _is_refusal(error: TransportError | ApiError) -> bool:
     """Whether an answer to a Run says for sure that no task was made.
 
     A gateway may give up on a Run that is carried out all the same, and answers with a status and a
-    body of its own; only what the service itself says plainly is taken for a no.
+    body of its own; only a refusal in the service's own form counts.
+
+    Returns:
+        False if a task may have been made.
     """
     status = error.status
     if status in NOTHING_MADE:

@@ -12,7 +12,7 @@
     │   ├── BalanceError       code 97: not enough money, none was made
     │   ├── AccountError       code 98: the model wants a registered account
     │   └── RequestError       code 0 for good: parameters, permission, team, suspension
-    ├── RunOutcomeUnknownError a Run went out and no answer tells whether a task was made
+    ├── RunOutcomeUnknownError a Run was sent, and no answer says whether a task was made
     ├── TaskFailedError        the task ended without success
     ├── TaskCancelledError     the task was cancelled or killed
     ├── TaskTimeoutError       the wait is over, the task is not: resumable
@@ -118,7 +118,7 @@ class RequestError(ApiError):
 
 
 class RunOutcomeUnknownError(WiroError):
-    """A Run went out and nothing tells whether a task was made; it must not be sent again unasked.
+    """A Run was sent, and whether a task was made is unknown; it must not be resent unless asked.
 
     candidates: tasks that may be it.
     """

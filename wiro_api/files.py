@@ -1,4 +1,4 @@
-"""Files: bringing a result home, whole or not at all; reading what is sent.
+"""Files: download a result, whole or not at all; read what is sent.
 
 The address comes from outside: `addresses` says where it may lead, and no header of ours goes
 there. A thread of its own listens to the server, so that a silent one keeps nobody from leaving.
@@ -64,11 +64,21 @@ INVALID_URL = "the download URL is invalid, or redirects to an invalid URL"
 #: between two looks at the cancel button while a server is silent
 TICK_S = 0.1
 _SUFFIXES = {
-    "video/mp4": ".mp4", "video/webm": ".webm", "video/quicktime": ".mov", "image/png": ".png",
-    "image/jpeg": ".jpg", "image/webp": ".webp", "image/gif": ".gif", "image/svg+xml": ".svg",
-    "audio/mpeg": ".mp3", "audio/wav": ".wav", "audio/x-wav": ".wav", "text/plain": ".txt",
-    "application/json": ".json", "application/zip": ".zip",
-}  # fmt: skip
+    "video/mp4": ".mp4",
+    "video/webm": ".webm",
+    "video/quicktime": ".mov",
+    "image/png": ".png",
+    "image/jpeg": ".jpg",
+    "image/webp": ".webp",
+    "image/gif": ".gif",
+    "image/svg+xml": ".svg",
+    "audio/mpeg": ".mp3",
+    "audio/wav": ".wav",
+    "audio/x-wav": ".wav",
+    "text/plain": ".txt",
+    "application/json": ".json",
+    "application/zip": ".zip",
+}
 _WINDOWS_NAMES = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?", re.IGNORECASE)
 
 
@@ -137,14 +147,26 @@ def download(
         part = new_part(folder)
     except OSError as error:
         raise _refusal(
-            output, taskid, f"{folder} cannot be written ({error.strerror})",
+            output,
+            taskid,
+            f"{folder} cannot be written ({error.strerror})",
             f"{folder} cannot be written ({error.strerror}): choose another folder, then collect "
             f"task {taskid} again.",
-        ) from None  # fmt: skip
+        ) from None
     fetch = _Fetch(
-        output, part, taskid, service_domain(base_url), local_host, session, check, on_bytes,
-        sleep, clock, max_bytes, behind_s,
-    )  # fmt: skip
+        output,
+        part,
+        taskid,
+        service_domain(base_url),
+        local_host,
+        session,
+        check,
+        on_bytes,
+        sleep,
+        clock,
+        max_bytes,
+        behind_s,
+    )
     try:
         _fetch_patiently(fetch, not_yet_s)
         if instead_of is not None:
@@ -159,10 +181,12 @@ def download(
         return target
     except OSError as error:
         raise _refusal(
-            output, taskid, f"{folder} cannot be written ({error.strerror})",
+            output,
+            taskid,
+            f"{folder} cannot be written ({error.strerror})",
             f"The result of task {taskid} cannot be written to {folder} ({error.strerror}): make "
             "room or choose another folder, then collect it again; it is paid for.",
-        ) from None  # fmt: skip
+        ) from None
     finally:
         drop_part(part)
 
@@ -230,10 +254,10 @@ class _Fetch:
     total: int | None = None
 
     @property
-    def told_bytes(self) -> int | None:
+    def announced_bytes(self) -> int | None:
         """The record's size, if it can be one."""
-        told = self.output.num_bytes
-        return told if told is not None and 0 < told <= self.max_bytes else None
+        size = self.output.num_bytes
+        return size if size is not None and 0 < size <= self.max_bytes else None
 
     @property
     def is_given_up(self) -> bool:
@@ -264,14 +288,14 @@ def _fetch_patiently(fetch: _Fetch, not_yet_s: Sequence[float]) -> None:
             is_over = failures >= ATTEMPTS or fetch.is_given_up
             if isinstance(error, _CutError):
                 if str(error) == last_cut and error.is_usable:
-                    _warn(fetch, f"{error}; it is kept as it came")
+                    _warn(fetch, f"{error}; the file is kept")
                     return
                 is_over |= str(error) == last_cut  # the same again: that is what the server has
                 last_cut = str(error)
             if is_over:
                 raise _refusal(fetch.output, fetch.taskid, str(error)) from None
             pause = min(wait_s(failures, error, rng), fetch.behind_s)
-            fetch.busy_s += pause  # so that a byte in each attempt is no way to last for ever
+            fetch.busy_s += pause  # or one byte in each attempt would keep it going for ever
         fetch.sleep(pause)
 
 
@@ -308,7 +332,7 @@ def _attempt(fetch: _Fetch) -> None:
                     raise _LastingError(f"it is over {fetch.max_bytes} bytes")
                 file.write(piece)
                 fetch.done += len(piece)
-                fetch.on_bytes(fetch.done, fetch.total or fetch.told_bytes)
+                fetch.on_bytes(fetch.done, fetch.total or fetch.announced_bytes)
             file.flush()
             os.fsync(file.fileno())
     finally:
@@ -317,9 +341,9 @@ def _attempt(fetch: _Fetch) -> None:
     if fetch.total is not None and fetch.done != fetch.total:
         raise _PassingError(f"{fetch.done} of {fetch.total} bytes came")
     _check_container(fetch, answer.has_end)
-    if fetch.told_bytes is not None and fetch.done != fetch.told_bytes:
-        _warn(fetch, f"{fetch.done} bytes came where Wiro names {fetch.told_bytes}, and the file "
-                     "is whole")  # fmt: skip
+    if fetch.announced_bytes is not None and fetch.done != fetch.announced_bytes:
+        size = f"{fetch.done} bytes came where Wiro names {fetch.announced_bytes}"
+        _warn(fetch, f"{size}, and the file is whole")
 
 
 def _agree(fetch: _Fetch, answer: "_Answer") -> None:
@@ -354,9 +378,9 @@ def _check_container(fetch: _Fetch, has_end: bool) -> None:
     """
     fetch.validator = ""  # if it is wrong, it is wrong from the start
     output, part = fetch.output, fetch.part
-    told = ""
-    if fetch.told_bytes is not None and fetch.done != fetch.told_bytes:
-        told = f"; {fetch.done} bytes came where Wiro names {fetch.told_bytes}"
+    difference = ""
+    if fetch.announced_bytes is not None and fetch.done != fetch.announced_bytes:
+        difference = f"; {fetch.done} bytes came where Wiro names {fetch.announced_bytes}"
     if fetch.done == 0:
         raise _PassingError("it is empty")
     claimed = claimed_kind(output)
@@ -364,17 +388,17 @@ def _check_container(fetch: _Fetch, has_end: bool) -> None:
     kind = kind_of(part, claimed)
     if is_mp4 and kind in ("text", "other"):
         page = ", but a web page" if is_page(part) else ""
-        raise _PassingError(f"it is no MP4 file{page}{told}")
+        raise _PassingError(f"it is not an MP4 file{page}{difference}")
     if claimed in ("image", "audio", "video") and is_page(part):
-        raise _PassingError(f"it is no {claimed}, but a web page{told}")
+        raise _PassingError(f"it is a web page instead of {claimed}{difference}")
     missing, is_usable = what_is_missing(part)
     if missing and has_end:
-        raise _CutError(f"{missing}{told}", is_usable=is_usable)
+        raise _CutError(f"{missing}{difference}", is_usable=is_usable)
     if missing:
-        raise _PassingError(f"{missing}{told}")
-    if not has_end and fetch.told_bytes is not None and fetch.done < fetch.told_bytes:
+        raise _PassingError(f"{missing}{difference}")
+    if not has_end and fetch.announced_bytes is not None and fetch.done < fetch.announced_bytes:
         # the connection may have broken: once more, and if it ends there again, it is its end
-        raise _CutError(told.removeprefix("; "), is_usable=True)
+        raise _CutError(difference.removeprefix("; "), is_usable=True)
     if claimed in ("image", "audio", "video") and claimed != kind:
         _warn(fetch, f"it is announced as {claimed} and is {kind}")
 
@@ -538,10 +562,13 @@ def _open(fetch: _Fetch, sent_range: str, stack: contextlib.ExitStack) -> reques
         try:
             # not the session's own way to send: that reads all that comes with a redirect
             response = adapter.send(
-                request, stream=True, timeout=(CONNECT_S, READ_S),
-                verify=settings["verify"] or False, cert=settings["cert"],
+                request,
+                stream=True,
+                timeout=(CONNECT_S, READ_S),
+                verify=settings["verify"] or False,
+                cert=settings["cert"],
                 proxies=settings["proxies"],
-            )  # fmt: skip
+            )
         except (requests.RequestException, urllib3.exceptions.HTTPError, OSError) as error:
             at_fault = setting_at_fault(error, address, settings["proxies"])
             if at_fault is None:

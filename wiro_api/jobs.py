@@ -52,7 +52,7 @@ logger = logging.getLogger("wiro_api.jobs")
 _downloading: set[tuple[Path, int]] = set()
 _download_ends = threading.Condition()
 
-#: seconds between two tries while all slots of the account are taken
+#: seconds between two tries while all slots of the account are in use
 FIRST_BUSY_S, LAST_BUSY_S = 5.0, 60.0
 #: suffix of a dot and a name, in the journal, for a file that has not come: no file is called so
 MISSING = ".missing"
@@ -612,7 +612,7 @@ class _Delivery:
                 self.listener.verify(path, output)
             except DownloadError as error:
                 logger.warning(
-                    "%s of task %s is kept as it came, but: %s.",
+                    "%s of task %s is kept, but: %s.",
                     path.name,
                     self.task.taskid,
                     error,

@@ -10,7 +10,7 @@ digest. Its row is written before the Run goes out and goes through
     refused    the service or the network said no; no task was made
 
 So the same job after a crash goes on where it was: from "intent" it is sent, from "sending" its
-task is looked up at the service and never sent again unasked, from "started" it is watched, and
+task is looked up at the service and never sent again by itself, from "started" it is watched, and
 from "ended" its files are there. Rows hold no key, no token and no prompt.
 
 A task belongs to one row: taking one for a lost Run is a single transaction, which fails if another
@@ -481,7 +481,7 @@ class Journal:
             state="ended",
             taskid=task.taskid,
             status=task.status,
-            # a record without file and error may be incomplete: it is not run again unasked
+            # a record without file and error may be incomplete: it is not run again by itself
             verdict=(Verdict.NO_OUTPUT if may_lag(task) else verdict(task)).value,
             cost=dollars(task.totalcost) or "",
             elapsed_s="" if task.elapsed_s is None else str(task.elapsed_s),

@@ -13,17 +13,35 @@ KINDS = ("other", "text", "audio", "image", "video")
 _SUFFIXES = {
     "video": (".mp4", ".m4v", ".webm", ".mov", ".mkv", ".avi", ".mpg", ".ts", ".flv"),
     "image": (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif", ".apng"),
-    "audio": (".wav", ".mp3", ".flac", ".ogg", ".oga", ".opus", ".m4a", ".mka", ".weba", ".aac",
-              ".aiff"),
+    "audio": (
+        ".wav",
+        ".mp3",
+        ".flac",
+        ".ogg",
+        ".oga",
+        ".opus",
+        ".m4a",
+        ".mka",
+        ".weba",
+        ".aac",
+        ".aiff",
+    ),
     "text": (".txt", ".json", ".srt", ".vtt", ".md"),
-}  # fmt: skip
+}
 _BEGINNINGS = (
-    (b"\x89PNG\r\n\x1a\n", "image"), (b"\xff\xd8\xff", "image"), (b"GIF87a", "image"),
-    (b"GIF89a", "image"), (b"II*\0", "image"), (b"MM\0*", "image"),
-    (b"\x1aE\xdf\xa3", "video"), (b"FLV\1", "video"), (b"\0\0\1\xba", "video"),
+    (b"\x89PNG\r\n\x1a\n", "image"),
+    (b"\xff\xd8\xff", "image"),
+    (b"GIF87a", "image"),
+    (b"GIF89a", "image"),
+    (b"II*\0", "image"),
+    (b"MM\0*", "image"),
+    (b"\x1aE\xdf\xa3", "video"),
+    (b"FLV\1", "video"),
+    (b"\0\0\1\xba", "video"),
     (b"\0\0\1\xb3", "video"),
-    (b"OggS", "audio"), (b"fLaC", "audio"),
-)  # fmt: skip
+    (b"OggS", "audio"),
+    (b"fLaC", "audio"),
+)
 _RIFF = {b"AVI ": "video", b"WAVE": "audio", b"WEBP": "image"}
 #: containers that hold sound alone as well as pictures: the name decides
 _EITHER = (b"\x1aE\xdf\xa3", b"OggS")

@@ -97,7 +97,7 @@ def _is_alive(pid: int, part: Path) -> bool:
 
 
 def _is_alive_on_windows(pid: int) -> bool:
-    """There, `os.kill(pid, 0)` is no question but a Ctrl-C."""
+    """There, `os.kill(pid, 0)` sends Ctrl-C instead of asking."""
     import ctypes
 
     kernel: Any = ctypes.WinDLL("kernel32", use_last_error=True)  # type: ignore[attr-defined]

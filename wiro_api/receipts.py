@@ -67,8 +67,12 @@ def write_receipt(
         return None
     known = (*secrets, task.token)
     try:
-        content = json.dumps(_describe(task, paths, asked, known, check), indent=2,
-                             ensure_ascii=False, allow_nan=False)  # fmt: skip
+        content = json.dumps(
+            _describe(task, paths, asked, known, check),
+            indent=2,
+            ensure_ascii=False,
+            allow_nan=False,
+        )
         target = _place(task, paths)
         write_whole(target, content + "\n")
     except (OSError, ValueError) as error:
@@ -106,7 +110,7 @@ def _describe(
     given = asked or {"model": task.model, "parameters": task.parameters}
     here = {path.name for path in paths}
     names = [safe_name(output) for output in task.outputs if output.url]
-    missing = names[len(here):] if len(names) > len(here) else []  # fmt: skip
+    missing = names[len(here) :] if len(names) > len(here) else []
     return {
         MARK: 1,
         "taskid": task.taskid,
@@ -127,7 +131,7 @@ def _describe(
 
 
 def _time(seconds: int | None) -> str | None:
-    """The service's clock, in UTC; None for what is no time."""
+    """The service's clock, in UTC; None for an invalid time."""
     try:
         moment = None if seconds is None else datetime.fromtimestamp(seconds, timezone.utc)
     except (ValueError, OverflowError, OSError):

@@ -14,8 +14,8 @@ from .transport import FilePart
 from .wire import MAX_WORD, bool_of, decimal_of, one_line, text_of
 
 SKYREELS = Model("wiro", "SkyReels-V1")
-#: sizes of SkyReels-V1, (width, height)
-SIZES = {"960x544": (960, 544), "544x960": (544, 960)}
+#: sizes of SkyReels-V1, width x height: landscape, portrait
+SIZES = ("960x544", "544x960")
 #: of SkyReels-V1, where the service does not tell; names, order and options from the n8n node
 #: Skyreels1 of wiroai/n8n-nodes-wiroai 2.0.1, defaults from upstream's README
 SKYREELS_ITEMS: tuple[Mapping[str, Any], ...] = (
@@ -24,10 +24,14 @@ SKYREELS_ITEMS: tuple[Mapping[str, Any], ...] = (
     {"id": "negativePrompt", "type": "textarea"},
     {"id": "scale", "type": "range", "default": 6.0},
     {"id": "numFrames", "type": "number", "default": 97},
-    {"id": "size", "type": "select", "required": True,
-     "options": [{"value": size} for size in SIZES]},
+    {
+        "id": "size",
+        "type": "select",
+        "required": True,
+        "options": [{"value": size} for size in SIZES],
+    },
     {"id": "steps", "type": "range", "default": 30},
-)  # fmt: skip
+)
 MIN_FRAMES = 5
 #: how PNG, JPEG, WebP and GIF files begin
 _PICTURES = (b"\x89PNG", b"\xff\xd8", b"RIFF", b"GIF8")
@@ -84,7 +88,7 @@ def complete(
         The parameters.
 
     Raises:
-        ConfigError: an unknown parameter, a required one missing, a number or choice that is none.
+        ConfigError: an unknown parameter, a required one missing, an invalid number or choice.
     """
     if not items:
         return dict(values)
@@ -133,7 +137,7 @@ def _checked(item: Mapping[str, Any], name: str, kind: str, value: object) -> ob
     if kind in _NUMBERS:
         number = decimal_of(value)
         if number is None:
-            raise ConfigError(f"{name} is {str(value)[:40]!r}, which is no number: give one.")
+            raise ConfigError(f"{name} is {str(value)[:40]!r}, which is not a number: give one.")
         low, high = decimal_of(item.get("min")), decimal_of(item.get("max"))
         # schemas hold 0 for both where nothing was filled in
         if low is not None and high is not None and low < high and not low <= number <= high:
@@ -194,15 +198,15 @@ def check_skyreels(
         The values.
 
     Raises:
-        ConfigError: too few frames, or a file that is no picture.
+        ConfigError: too few frames, or a file that is not a picture.
     """
     for name, (_, content, _) in files:
         if not content.startswith(_PICTURES) and content[4:8] != b"ftyp":
             raise ConfigError(
-                f"The file for {name} is no picture: use a PNG, JPEG, WebP, GIF or HEIC file."
+                f"The file for {name} is not a picture: use a PNG, JPEG, WebP, GIF or HEIC file."
             )
     frames = decimal_of(values.get("numFrames"))
-    if frames is None:  # not given, or no number, which the schema tells
+    if frames is None:  # not given, or not a number, which `complete` refuses
         return dict(values)
     return {**values, "numFrames": frame_count(int(frames))}
 

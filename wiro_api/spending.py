@@ -1,4 +1,4 @@
-"""What a run will cost, as far as the service tells, and what may be spent.
+"""What a run will cost, as far as the service publishes it, and what may be spent.
 
 Tool/Detail lists prices by input values and method. What can be computed before a run: per request,
 per output, per pixel, per character of the prompt, per second of video, and per second of computing
@@ -67,8 +67,8 @@ class Limits:
         ]
         if not amounts:
             return "no limit"
-        told = f" (default; change it in {HOW_TO_LIMIT})" if self.is_default else ""
-        return f"limit {', '.join(amounts)}{told}"
+        origin = f" (default; change it in {HOW_TO_LIMIT})" if self.is_default else ""
+        return f"limit {', '.join(amounts)}{origin}"
 
     def allows_more_than(self, other: "Limits") -> bool:
         """Whether some run would pass these limits and not the other ones."""
@@ -287,11 +287,11 @@ def describe_price(price: Price | None, limits: Limits) -> str:
     assumed = reserved(price, limits)
     if assumed is not None:
         return (
-            f"price not told before the run, so the default limit of {money(assumed)} a run cannot "
+            f"price unknown before the run, so the default limit of {money(assumed)} a run cannot "
             f"hold it; it counts as {money(assumed)} of the day until its cost is known (set your "
             f"limits in {HOW_TO_LIMIT})"
         )
-    return f"price not told before the run, {limits}"
+    return f"price unknown before the run, {limits}"
 
 
 def reserved(price: Price | None, limits: Limits) -> Decimal | None:
@@ -308,7 +308,7 @@ def reserved(price: Price | None, limits: Limits) -> Decimal | None:
 
 
 def check_limits(limits: Limits, price: Price | None, spent: Spent, model: str) -> None:
-    """Nothing if a run may be paid for.
+    """Raise unless a run may be paid for.
 
     Raises:
         LimitError: it would pass a limit, or its price is not known and there is one. Under the
@@ -320,15 +320,15 @@ def check_limits(limits: Limits, price: Price | None, spent: Spent, model: str) 
     assumed = reserved(price, limits)
     if price is None and limits.is_default and model.lower() != FIXED_MODEL:
         raise LimitError(
-            f"Wiro tells no price for {model} with these settings, and you have set no limits yet, "
+            f"Wiro publishes no price for {model} with these settings, and you have set no limits, "
             "so nothing bounds what it may cost. Nothing was sent. Set limits once (an amount, or "
             f"none) in {HOW_TO_LIMIT}."
         )
     if assumed is None:
         raise LimitError(
-            f"Wiro tells no price for {model} with these settings, so your spending limits cannot "
-            "be checked. Nothing was sent. Remove the limits for one run; later runs are judged by "
-            "what it cost."
+            f"Wiro publishes no price for {model} with these settings, so your spending limits "
+            "cannot be checked. Nothing was sent. Remove the limits for one run; later runs use "
+            "the recorded cost of this one."
         )
     periods = (
         ("a run", limits.per_run, Decimal(0)),
@@ -338,7 +338,7 @@ def check_limits(limits: Limits, price: Price | None, spent: Spent, model: str) 
     for period, limit, already in periods:
         if limit is not None and already + assumed > limit:
             so_far = f", and {money(already)} of it is spent" if already else ""
-            told = f"would cost {price}" if price is not None else "has no price that is told"
+            cost = f"would cost {price}" if price is not None else "has no published price"
             raise LimitError(
-                f"{model} {told}; your limit is {money(limit)} {period}{so_far}. {fix}."
+                f"{model} {cost}; your limit is {money(limit)} {period}{so_far}. {fix}."
             )

@@ -99,8 +99,8 @@ def share(own: Path) -> Path:
         The folder.
 
     Raises:
-        ConfigError: files of the host itself cannot be merged. Others that cannot be are told in
-            the log, and left where they are.
+        ConfigError: files of the host itself cannot be merged. Others that cannot be are logged
+            and left where they are.
     """
     own = own.absolute()
     if os.environ.get(STATE_VARIABLE, "").strip():

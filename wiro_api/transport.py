@@ -211,9 +211,12 @@ def post(
                 request, timeout=(CONNECT_S, read_s), allow_redirects=False, **settings
             )
         except (
-            requests.RequestException, urllib3.exceptions.HTTPError, http.client.HTTPException,
-            OSError, ValueError,
-        ) as error:  # fmt: skip
+            requests.RequestException,
+            urllib3.exceptions.HTTPError,
+            http.client.HTTPException,
+            OSError,
+            ValueError,
+        ) as error:
             raise _failure(error, url, settings.get("proxies") or {}, line.is_whole) from None
         with contextlib.closing(response):
             return read_answer(response, payload_keys, (*auth.secrets, *sent))
@@ -667,9 +670,13 @@ def read_answer(
     try:
         content = _unpacked(_read(response), header(response, "Content-Encoding").lower())
     except (
-        _UnusableError, urllib3.exceptions.HTTPError, http.client.HTTPException,
-        requests.RequestException, OSError, ValueError,
-    ) as error:  # fmt: skip
+        _UnusableError,
+        urllib3.exceptions.HTTPError,
+        http.client.HTTPException,
+        requests.RequestException,
+        OSError,
+        ValueError,
+    ) as error:
         reason = (
             str(error)
             if isinstance(error, _UnusableError)

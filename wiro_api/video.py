@@ -52,7 +52,7 @@ def _open(path: Path) -> Iterator[tuple[Any, Any]]:
 
 
 def frame_size(path: Path) -> tuple[int, int, int]:
-    """Width, height and number of frames as the header announces them; 0 is not told."""
+    """Width, height and number of frames as the header announces them; 0 means unknown."""
     with _open(path) as (_, stream):
         context = stream.codec_context
         return context.width or 0, context.height or 0, max(0, stream.frames or 0)

@@ -1,7 +1,7 @@
 """Live progress of a task over the service's socket.
 
 The socket only makes progress livelier: what a task is, and whether it has ended, is read from
-Task/Detail alone. So whatever goes wrong here costs nothing but liveliness, is told once, and the
+Task/Detail alone. So whatever goes wrong here costs nothing but liveliness, is logged once, and the
 wait goes on by polling.
 
 Protocol: connect without headers, send {"type": "task_info", "tasktoken": ...}, read text frames.
@@ -175,11 +175,15 @@ def _dial(proxy: str, as_call: str, host: str, port: int) -> socket.socket:
             raise DependencyError(no_socks(as_call)) from None
         kind = socks.SOCKS5 if parts.scheme.startswith("socks5") else socks.SOCKS4
         connected: socket.socket = socks.create_connection(
-            (host, port), OPEN_S, proxy_type=kind, proxy_addr=parts.hostname,
-            proxy_port=parts.port, proxy_rdns=parts.scheme in ("socks5h", "socks4a"),
+            (host, port),
+            OPEN_S,
+            proxy_type=kind,
+            proxy_addr=parts.hostname,
+            proxy_port=parts.port,
+            proxy_rdns=parts.scheme in ("socks5h", "socks4a"),
             proxy_username=unquote(parts.username or "") or None,
             proxy_password=unquote(parts.password or "") or None,
-        )  # fmt: skip
+        )
         return connected
     if parts.scheme != "http" or not parts.hostname:
         raise ConfigError(

@@ -10,15 +10,15 @@ import logging
 import threading
 import time
 from collections import deque
+from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ...wiro_api.listener import RunListener
 from .. import host
 from . import account, live_tasks, settings
 
 if TYPE_CHECKING:
     from ...wiro_api.journal import Entry
-    from ...wiro_api.task import Progress, Task
+    from ...wiro_api.task import Output, Progress, Task
 
 logger = logging.getLogger("skyreels.nodes.remote.autocollect")
 
@@ -30,14 +30,20 @@ MAX_ROWS = 1000
 MAX_AGE_S = 86_400.0
 
 
-class Follower(RunListener):
-    """Publishes a task that no node follows."""
+class Follower:
+    """Publishes a task that no node follows; the callbacks of a `RunListener` that finish uses."""
 
     def __init__(self, row: int) -> None:
         self.row = row
         self.state = live_tasks.subscribe(row, by_prompt=False)
         self._status = ""
         self._task: Task | None = None
+
+    def check(self) -> None:
+        """Go on: nothing stops it but the end of ComfyUI."""
+
+    def verify(self, path: Path, output: "Output") -> None:
+        """Accept the file: a node that uses it decodes it."""
 
     def on_task(self, task: "Task") -> None:
         from ...wiro_api.task import fraction_of

@@ -1,4 +1,4 @@
-"""Many runs on wiro.ai at once: one node starts them, another brings their results home in order.
+"""Many runs on wiro.ai at once: one node starts them, another downloads their results in order.
 
 What goes from one node to the other is what makes each job; the journal knows by that what was
 started. So it does not matter which node starts a run, nor whether ComfyUI was restarted between.
@@ -39,7 +39,7 @@ from .run import (
     wanted,
     with_images,
 )
-from .widgets import SKYREELS_OPTIONAL, SKYREELS_REQUIRED, TAKE, TIMEOUT_MINUTES, skyreels_run
+from .widgets import SKYREELS_OPTIONAL, TAKE, TIMEOUT_MINUTES, skyreels_required, skyreels_run
 
 if TYPE_CHECKING:
     from ...wiro_api.client import Client
@@ -83,18 +83,18 @@ class NoSlotError(Exception):
 class WiroSubmit:
     CATEGORY = "SkyReels/remote"
     DESCRIPTION = (
-        "Starts a run of SkyReels-V1 on wiro.ai for each picture of a batch or list (or each "
-        "prompt), as many as the account has slots for, and does not wait. Wiro Collect starts "
-        "the others and brings the videos home. Costs money for each: the total is shown before."
+        "Starts a SkyReels-V1 run on wiro.ai for each image of a batch or list (or each prompt), "
+        "as many as the account has task slots, and does not wait. Wiro Collect starts the others "
+        "and downloads the videos. Each run costs money: the total is shown first."
     )
     FUNCTION = "submit"
     INPUT_IS_LIST = True
     RETURN_TYPES = ("SKYREELS_WIRO_RUNS", "STRING")
     RETURN_NAMES = ("runs", "report")
     OUTPUT_TOOLTIPS = (
-        "For Wiro Collect, in the order of the pictures. What was started goes on at Wiro if the "
-        "prompt is cancelled or fails later, before Wiro Collect follows it.",
-        "How many were started, their task ids, how many wait for a slot.",
+        "For Wiro Collect, in the order of the images. Started runs continue at Wiro if the prompt "
+        "is cancelled or fails before Wiro Collect follows them.",
+        "Number of started runs, their task ids, number of runs waiting for a slot.",
     )
 
     @classmethod
@@ -119,7 +119,7 @@ class WiroSubmit:
                         "in order, or with one image. None may be empty.",
                     },
                 ),
-                **SKYREELS_REQUIRED,
+                **skyreels_required(),
             },
             "optional": {
                 **SKYREELS_OPTIONAL,
@@ -130,9 +130,9 @@ class WiroSubmit:
                         "default": MAX_RUNS,
                         "min": 1,
                         "max": 10_000,
-                        "tooltip": f"More runs than this (default {MAX_RUNS}) are refused before "
-                        "anything is paid: a clip that is connected by mistake is a picture a "
-                        "frame.",
+                        "tooltip": f"Maximum number of runs (default {MAX_RUNS}). More are an "
+                        "error before anything is paid: a clip connected by mistake is one image "
+                        "per frame.",
                     },
                 ),
             },
@@ -143,7 +143,7 @@ class WiroSubmit:
     def VALIDATE_INPUTS(cls, prompt: Any = None) -> bool | str:
         for text in _listed(prompt):
             if text is not None and not text.strip():
-                return "The prompt is empty: say what happens in the video. Nothing was sent."
+                return "The prompt is empty: describe what happens in the video. Nothing was sent."
         return True
 
     async def submit(
@@ -199,20 +199,20 @@ class WiroSubmit:
 class WiroCollect:
     CATEGORY = "SkyReels/remote"
     DESCRIPTION = (
-        "Follows the runs of Wiro Submit, starts those that wait as slots become free, and gives "
-        "the results in the order of the pictures. A run that fails is left out of the lists and "
-        "told in the report. Cancel stops all that run."
+        "Follows the runs of Wiro Submit, starts the waiting ones as slots become free, and "
+        "outputs the results in the order of the images. A failed run is left out of the lists "
+        "and named in the report. Cancel stops all running tasks."
     )
     FUNCTION = "collect"
     RETURN_TYPES = ("VIDEO", "IMAGE", "STRING", "STRING", "STRING")
     RETURN_NAMES = ("video", "images", "task_id", "receipt", "report")
     OUTPUT_IS_LIST = (True, True, True, True, False)
     OUTPUT_TOOLTIPS = (
-        "List: the videos as the service made them; SaveVideo copies each.",
-        "List: the frames of each video. Decoded only if connected, one after the other.",
+        "List: the video files from Wiro; SaveVideo copies them.",
+        "List: the frames of each video. Decoded only if connected, one clip after the other.",
         "List: the tasks' ids at Wiro.",
-        "List: JSON of each run, as from Wiro Remote I2V.",
-        "How many are done, what they cost, and a sentence for each run that failed.",
+        "List: JSON for each run, as from Wiro Remote I2V.",
+        "Number of finished runs, their total cost, and one line for each failed run.",
     )
 
     @classmethod
@@ -374,7 +374,7 @@ def describe_total(prices: "Sequence[Price | None]", limits: "Limits", spent: "S
     if len(known) < len(prices):
         return f"{count}, {describe_price(None, limits)}"
     total = sum((price.amount for price in known), Decimal(0))
-    told = f"{count}, {Price(total, all(price.is_exact for price in known))}, {limits}"
+    terms = f"{count}, {Price(total, all(price.is_exact for price in known))}, {limits}"
     for period, limit, already in (
         ("day", limits.per_day, spent.day),
         ("month", limits.per_month, spent.month),
@@ -386,10 +386,10 @@ def describe_total(prices: "Sequence[Price | None]", limits: "Limits", spent: "S
             so_far += price.amount
             fits += so_far <= limit
         return (
-            f"{told}; that passes the limit of the {period} ({money(already)} of it is spent): "
+            f"{terms}; that passes the limit of the {period} ({money(already)} of it is spent): "
             f"only {fits} of {len(prices)} will be started"
         )
-    return told
+    return terms
 
 
 # --- starting -----------------------------------------------------------------------------------
@@ -705,7 +705,7 @@ def _collect(
     wants: frozenset[str],
     stop_event: threading.Event,
 ) -> tuple[list[Result], str, bool]:
-    """Bring all runs home.
+    """Wait for all runs and download their results.
 
     Returns:
         The results in the order of `runs`, the report, and whether some failed.
@@ -815,8 +815,8 @@ def _line_of(views: Sequence[_CollectView]) -> str:
 def _line_of_stop(batch: _Batch) -> str:
     """What came of those that were sent and had not ended."""
     lines = [run_view.state.line for run_view in batch.views if run_view.row and run_view.error]
-    told = [line for line in lines if line != NOTHING_SENT]
-    return " · ".join(told) or NOTHING_SENT
+    sent = [line for line in lines if line != NOTHING_SENT]
+    return " · ".join(sent) or NOTHING_SENT
 
 
 def _sum_of(views: Sequence[_CollectView]) -> str:
@@ -829,7 +829,7 @@ def _sum_of(views: Sequence[_CollectView]) -> str:
         if run_view.result is not None
     ]
     known = [cost for cost in costs if cost is not None]
-    told = f"{money(sum(known, Decimal(0)))} in all" if known else "cost not told"
+    cost = f"{money(sum(known, Decimal(0)))} in all" if known else "cost unknown"
     if known and len(known) < len(costs):
-        told += f", {len(costs) - len(known)} not told"
-    return f"{_line_of(views)} · {told}"
+        cost += f", {len(costs) - len(known)} unknown"
+    return f"{_line_of(views)} · {cost}"

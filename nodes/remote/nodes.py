@@ -13,11 +13,11 @@ from .inputs import IMAGE_PARAMETER, IMAGES, SOCKETS, model_files, parse_assignm
 from .run import Result, RunView, check_fields, collect, fingerprint, remember, run_model, wanted
 from .widgets import (
     SKYREELS_OPTIONAL,
-    SKYREELS_REQUIRED,
     TAKE,
     TIMEOUT_MINUTES,
     WAIT_WHEN_BUSY,
     parse_parameters,
+    skyreels_required,
     skyreels_run,
 )
 
@@ -59,7 +59,7 @@ class WiroRemoteI2V:
                         "tooltip": "What happens in the video. Must not be empty.",
                     },
                 ),
-                **SKYREELS_REQUIRED,
+                **skyreels_required(),
             },
             "optional": {
                 **SKYREELS_OPTIONAL,

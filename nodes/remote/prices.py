@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from . import account
 from .models import checked_text
 from .run import check_fields, model_record
-from .widgets import ORIENTATION, SIZES, parse_parameters, skyreels_parameters
+from .widgets import ORIENTATION, parse_parameters, skyreels_parameters
 
 if TYPE_CHECKING:
     from ...wiro_api.client import Model
@@ -87,7 +87,7 @@ def _draft(
     """
     from ...wiro_api.client import Model
     from ...wiro_api.errors import ConfigError
-    from ...wiro_api.schema import SKYREELS
+    from ...wiro_api.schema import SIZES, SKYREELS
 
     node, values, linked = (body.get(name) for name in ("node", "values", "linked"))
     if not isinstance(values, dict) or not isinstance(linked, list):

@@ -1,4 +1,4 @@
-"""One run on wiro.ai as a node sees it: started once, shown, stopped with the prompt, brought home.
+"""One run on wiro.ai as a node sees it: started once, shown, stopped with the prompt, downloaded.
 
 The work is done in a thread beside the host's loop. A run that was started is found again by its
 inputs: queueing the same node after a crash goes on instead of paying again.
@@ -19,7 +19,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ...wiro_api.listener import RunListener
 from .. import host
 from . import account, live_tasks
 from .decode import EMPTY_MASK, read_audio, read_clip, read_pictures, read_text
@@ -30,7 +29,7 @@ if TYPE_CHECKING:
     from ...wiro_api.jobs import Job
     from ...wiro_api.journal import Entry
     from ...wiro_api.spending import Limits
-    from ...wiro_api.task import Progress, Task
+    from ...wiro_api.task import Output, Progress, Task
     from ...wiro_api.transport import FilePart
 
 logger = logging.getLogger("skyreels.nodes.remote.run")
@@ -67,7 +66,7 @@ class StoppedError(Exception):
 
 @dataclass(frozen=True)
 class Result:
-    """What a run brought home.
+    """What a run made.
 
     images: [F, H, W, 3] float32 in 0..1 of its first video or all its pictures. masks: [F, h, w].
     audio: as core's AUDIO. video: path of its first video. A text in place of one of these is the
@@ -141,7 +140,7 @@ def remember(graph: dict[str, Any] | None, unique_id: str | None, result: Result
 
 
 def remember_failure(graph: dict[str, Any] | None, unique_id: str | None) -> None:
-    """Let a node that brought home only a part run again with the next queue."""
+    """Let a node that downloaded only a part run again with the next queue."""
     key = _key_of(graph, unique_id)
     times, files = _results.get(key, (0, ()))
     _results[key] = (times + 1, files)
@@ -157,8 +156,11 @@ def _key_of(graph: dict[str, Any] | None, unique_id: str | None) -> str:
 # --- one run ------------------------------------------------------------------------------------
 
 
-class RunView(RunListener):
+class RunView:
     """What one run shows on its node and in the panel, and how it is stopped.
+
+    A `RunListener` by its methods, not by inheritance: the client (with requests) is imported when
+    a node runs, not with the nodes.
 
     Callbacks of the progress socket only leave a note; the worker's thread shows it, because only
     that thread may meet the host's cancel exception.
@@ -243,6 +245,15 @@ class RunView(RunListener):
     def on_bytes(self, done: int, total: int | None) -> None:
         in_all = f" of {total / 1e6:.1f}" if total else ""
         self.say(f"downloading {done / 1e6:.1f}{in_all} MB", 0.97)
+
+    def on_busy(self, error: "WiroError", wait_s: float, sleep: Callable[[float], None]) -> None:
+        """Count down to the next try."""
+        from ...wiro_api.listener import RunListener
+
+        RunListener.on_busy(self, error, wait_s, sleep)
+
+    def verify(self, path: Path, output: "Output") -> None:
+        """Accept the file: decoding it checks it."""
 
     def on_wait(self, left_s: float) -> None:
         self.say(f"{ALL_BUSY} · next try in {left_s:.0f} s", 0.0)
@@ -634,7 +645,7 @@ def _decode(
     except WiroError as error:
         place = account.relative_to_output((*videos, *pictures)[0])
         again = "; delete it to fetch it again" if isinstance(error, DownloadError) else ""
-        reason = f"{str(error).rstrip('.')}. It is kept as it came: {place}{again}."
+        reason = f"{str(error).rstrip('.')}. The file is kept: {place}{again}."
         logger.warning("%s", reason)
         return reason, reason
 

@@ -5,7 +5,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ...wiro_api.listener import RunListener
 from . import account, live_tasks
 
 if TYPE_CHECKING:
@@ -122,21 +121,20 @@ def stop(entry: "Entry") -> None:
     account.journal().mark_ended(entry.id, task, entry.files)
 
 
-class _VideoCheck(RunListener):
-    """Decodes each downloaded video once."""
-
-    def verify(self, path: Path, output: "Output") -> None:
-        from ...wiro_api.video import check_video, is_video
-
-        if is_video(output):
-            check_video(path)
-
-
 def collect(entry: "Entry") -> None:
     """Download the files of an ended task."""
     from ...wiro_api.errors import WiroError
     from ...wiro_api.jobs import finish
+    from ...wiro_api.listener import RunListener
     from ...wiro_api.task import Verdict, verdict
+    from ...wiro_api.video import check_video, is_video
+
+    class VideoCheck(RunListener):  # type: ignore[misc,unused-ignore]
+        """Decodes each downloaded video once."""
+
+        def verify(self, path: Path, output: "Output") -> None:
+            if is_video(output):
+                check_video(path)
 
     handle = _handle(entry)
     with account.make_client() as client:
@@ -149,7 +147,7 @@ def collect(entry: "Entry") -> None:
             account.task_folder(task.taskid),
             journal=account.journal(),
             entry_id=entry.id,
-            listener=_VideoCheck(),
+            listener=VideoCheck(),
         )
 
 

@@ -12,7 +12,6 @@ from ...skyreels.text.embeds import with_fps_prefix
 logger = logging.getLogger("skyreels.nodes.remote.widgets")
 
 ORIENTATION = "by orientation"
-SIZES = ("960x544", "544x960")
 
 # --- of every node that starts a run ------------------------------------------------------------
 
@@ -22,6 +21,7 @@ TAKE = (
         "default": 1,
         "min": 1,
         "max": 1_000_000,
+        "display_name": "variation",  # label in newer front ends; the input's name never changes
         "tooltip": "Variation. Wiro picks the seed. Same inputs and number reuse the video already "
         "paid for; a new number (e.g. 2) starts and bills a new run.",
     },
@@ -49,54 +49,6 @@ TIMEOUT_MINUTES = (
 
 # --- of SkyReels-V1 -----------------------------------------------------------------------------
 
-SKYREELS_REQUIRED = {
-    "size": (
-        [ORIENTATION, *SIZES],
-        {
-            "default": ORIENTATION,
-            "tooltip": 'Width x height. "by orientation": 544x960 if the image is taller than '
-            "wide, else 960x544.",
-        },
-    ),
-    "fit": (
-        list(FITS),
-        {
-            "default": "crop",
-            "tooltip": "crop: centre crop to the video's aspect ratio (as in the original code). "
-            "pad: black bars. stretch: resize without keeping the aspect ratio.",
-        },
-    ),
-    "num_frames": (
-        "INT",
-        {
-            "default": 97,
-            "min": 5,
-            "max": 289,
-            "step": 4,
-            "tooltip": "Number of frames, 4k+1, at 24 fps: 97 is four seconds. Other values are "
-            "rounded up to the next 4k+1.",
-        },
-    ),
-    "steps": (
-        "INT",
-        {
-            "default": 30,
-            "min": 1,
-            "max": 100,
-            "tooltip": "Number of sampling steps; the authors use 30.",
-        },
-    ),
-    "cfg": (
-        "FLOAT",
-        {
-            "default": 6.0,
-            "min": 1.0,
-            "max": 30.0,
-            "step": 0.1,
-            "tooltip": "Classifier-free guidance scale; the authors use 6.",
-        },
-    ),
-}
 SKYREELS_OPTIONAL = {
     "negative_prompt": (
         "STRING",
@@ -117,12 +69,66 @@ SKYREELS_OPTIONAL = {
 }
 
 
+def skyreels_required() -> dict[str, Any]:
+    """Widgets of SkyReels-V1; the client, which knows the sizes, is not imported with the nodes."""
+    from ...wiro_api.schema import SIZES
+
+    return {
+        "size": (
+            [ORIENTATION, *SIZES],
+            {
+                "default": ORIENTATION,
+                "tooltip": 'Width x height. "by orientation": 544x960 if the image is taller than '
+                "wide, else 960x544.",
+            },
+        ),
+        "fit": (
+            list(FITS),
+            {
+                "default": "crop",
+                "tooltip": "crop: centre crop to the video's aspect ratio (as in the original "
+                "code). pad: black bars. stretch: resize without keeping the aspect ratio.",
+            },
+        ),
+        "num_frames": (
+            "INT",
+            {
+                "default": 97,
+                "min": 5,
+                "max": 289,
+                "step": 4,
+                "tooltip": "Number of frames, 4k+1, at 24 fps: 97 is four seconds. Other values "
+                "are rounded up to the next 4k+1.",
+            },
+        ),
+        "steps": (
+            "INT",
+            {
+                "default": 30,
+                "min": 1,
+                "max": 100,
+                "tooltip": "Number of sampling steps; the authors use 30.",
+            },
+        ),
+        "cfg": (
+            "FLOAT",
+            {
+                "default": 6.0,
+                "min": 1.0,
+                "max": 30.0,
+                "step": 0.1,
+                "tooltip": "Classifier-free guidance scale; the authors use 6.",
+            },
+        ),
+    }
+
+
 def skyreels_run(image: Tensor, **widgets: Any) -> tuple[dict[str, Any], str]:
     """A run of SkyReels-V1 from the widgets of a node.
 
     Args:
         image: [B, H, W, 3]; its orientation may decide the size.
-        **widgets: prompt, and all of SKYREELS_REQUIRED and SKYREELS_OPTIONAL but fit.
+        **widgets: prompt, and all of skyreels_required() and SKYREELS_OPTIONAL but fit.
 
     Returns:
         The model's parameters, and the size the image is sent in.
@@ -131,6 +137,7 @@ def skyreels_run(image: Tensor, **widgets: Any) -> tuple[dict[str, Any], str]:
         ConfigError: the prompt is empty, or there are too few frames.
     """
     from ...wiro_api.errors import ConfigError
+    from ...wiro_api.schema import SIZES
 
     if not widgets["prompt"].strip():
         raise ConfigError("The prompt is empty: describe what happens in the video.")

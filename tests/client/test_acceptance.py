@@ -446,8 +446,8 @@ CUT = (b"\0\0\0\x10ftypisom\0\0\0\0" + b"\0\1\0\0mdat").ljust(1000, b"\1")
         ({"size": "1001"}, None, None),  # Content-Length and the container decide
         ({"size": "999"}, None, None),
         ({"size": "1001"}, CUT, "1000 bytes came where Wiro names 1001"),
-        ({}, b"<html>".ljust(1000), "no MP4 file"),
-        ({"contenttype": "", "name": "a.MP4"}, b"x" * 1000, "no MP4 file"),
+        ({}, b"<html>".ljust(1000), "not an MP4 file"),
+        ({"contenttype": "", "name": "a.MP4"}, b"x" * 1000, "not an MP4 file"),
         ({"name": "../../etc/cron.d/x"}, None, None),
         ({"name": "..\\..\\x.mp4"}, None, None),
     ],

@@ -398,7 +398,7 @@ def test_a_download_that_fails_for_good_leaves_nothing_and_is_collected_later(jo
 @pytest.mark.parametrize(
     ("content", "words"),
     [
-        (b"<html>".ljust(len(CLIP)), "no MP4 file"),
+        (b"<html>".ljust(len(CLIP)), "not an MP4 file"),
         (CLIP[: len(CLIP) // 2].ljust(len(CLIP), b"\0"), "does not decode|holds no video"),
         (CLIP[:32] + bytes(len(CLIP) - 32), "does not decode"),
     ],

@@ -68,10 +68,10 @@ def test_what_does_not_pass_leaves_nothing_and_says_that_it_is_paid(server, tmp_
 
 def test_something_else_than_a_video_is_refused(server, tmp_path):
     server.files["0.mp4"] = b"<html>" + b"x" * 994
-    with pytest.raises(DownloadError, match="no MP4"):
+    with pytest.raises(DownloadError, match="not an MP4"):
         fetch(server, tmp_path)
     server.files["0.mp4"] = b""
-    with pytest.raises(DownloadError, match="no MP4|empty"):
+    with pytest.raises(DownloadError, match="not an MP4|empty"):
         fetch(server, tmp_path, result(server, num_bytes=None))
     assert list(tmp_path.iterdir()) == []
 

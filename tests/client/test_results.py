@@ -200,7 +200,7 @@ def test_a_file_that_does_not_decode_is_kept_and_told(task, caplog, name):
     assert task.bring_home(listener=listening(verify=verify)) == [name]
     assert (task.folder / name).read_bytes() == content
     assert looked == [(name, [name])], "it has its name, and stands in the journal, before"
-    assert f"{name} of task {task.taskid} is kept as it came, but: " in caplog.text
+    assert f"{name} of task {task.taskid} is kept, but: " in caplog.text
 
 
 def test_a_task_whose_remote_files_are_gone_keeps_those_here_in_its_row(task):

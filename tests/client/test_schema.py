@@ -102,7 +102,7 @@ def test_the_common_fields_are_sent_only_if_given():
         ({"prompt": None}, "wants prompt"),
         ({"size": ""}, "wants size, which is empty: choose one of 960x544, 544x960"),
         ({"size": "640x480"}, "size is '640x480': choose one of 960x544, 544x960"),
-        ({"steps": "many"}, "steps is 'many', which is no number"),
+        ({"steps": "many"}, "steps is 'many', which is not a number"),
         ({"steps": float("nan")}, "no number"),
         ({"steps": True}, "no number"),
         ({"steps": 0}, "steps is 0, and the model takes 1 to 100"),

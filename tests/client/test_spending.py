@@ -205,10 +205,10 @@ def test_the_default_holds_until_the_user_has_chosen_even_if_the_choice_is_none(
         (
             None,
             DEFAULT_LIMITS,
-            r"not told before the run, so the default limit of \$2.00 a run cannot hold it; it",
+            r"unknown before the run, so the default limit of \$2.00 a run cannot hold it; it",
         ),
         ("0.30", Limits(), r"price \$0.30, no limit$"),
-        (None, Limits(), "price not told before the run, no limit$"),
+        (None, Limits(), "price unknown before the run, no limit$"),
         ("0.30", Limits(Decimal(1), None, Decimal(20)), r"limit \$1.00 a run, \$20.00 a month$"),
     ],
 )
@@ -326,7 +326,7 @@ def test_a_limit_is_seen_before_a_picture_is_uploaded(client, journal, monkeypat
 def test_a_run_without_a_price_is_refused_if_there_is_a_limit_and_sent_if_there_is_none(
     server, client, journal
 ):
-    with pytest.raises(LimitError, match="tells no price.*cannot be checked.*Remove the limits"):
+    with pytest.raises(LimitError, match="no price.*cannot be checked.*Remove the limits"):
         begin(client, journal, cost=None, per_month="1000")
     assert server.seen == []
     assert begin(client, journal, cost=None).state == "started"

@@ -242,7 +242,7 @@ def test_connections_are_kept_and_used_again():
 
 @pytest.mark.parametrize("seconds", [float("nan"), float("inf"), -float("inf"), -1, 0, -0.0, "x"])
 def test_a_longest_wait_that_is_none_is_refused_before_anything_is_asked(server, client, seconds):
-    with pytest.raises(ConfigError, match="no longest wait: give a time above 0"):
+    with pytest.raises(ConfigError, match="not a valid time-out: give seconds above 0"):
         client.watch(RunHandle("2221", ""), timeout_s=seconds)
     with pytest.raises(ConfigError):
         check_wait(seconds)
@@ -279,7 +279,7 @@ def test_a_time_out_that_is_none_is_wrong_usage(server, given):
     process = command(server, "watch", "2221", f"--timeout={given}", "--json")
     assert process.wait() == 2
     out, _ = process.output()
-    assert "is no time: give seconds above 0" in json.loads(out)["error"]
+    assert "is not a time: give seconds above 0" in json.loads(out)["error"]
     assert server.seen == []
 
 

@@ -143,7 +143,7 @@ def test_a_failed_task_is_exit_code_1_with_its_id(server, tmp_path):
         ([*RUN, "--param", "seed=1"], {}, "no parameter 'seed'"),
         ([*RUN, "--param", "numFrames=many"], {}, "no number"),
         ([*RUN, "--param", "numFrames=0"], {}, "frames is 0: the least is 5"),
-        ([*RUN[:4], *RUN[6:], "--file", f"inputImage={__file__}"], {}, "is no picture"),
+        ([*RUN[:4], *RUN[6:], "--file", f"inputImage={__file__}"], {}, "is not a picture"),
         (["run", "wiro/SkyReels-V1", "--param", "prompt"], {}, "NAME=VALUE"),
         ([*RUN, "--file", "inputImage=/nowhere.png"], {}, "no file"),
         ([*RUN, "--out", "/proc/nowhere"], {}, "cannot be used"),

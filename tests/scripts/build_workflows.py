@@ -255,8 +255,8 @@ WIRO_NOTE = (
 )
 TAKE_NOTE = (
     "Running the same inputs again costs nothing, even after a crash or restart: the node reuses "
-    "the video or waits for it. For another variation set **take** to 2, 3, ...\n\nThe **Wiro** "
-    "tab in the sidebar shows all tasks."
+    "the video or waits for it. For another video set **take** (the number of the variation) to 2, "
+    "3, ...\n\nThe **Wiro** tab in the sidebar shows all tasks."
 )
 BATCH_NOTE = (
     "## Many images on Wiro\n\nEach image becomes a run of its own on "

@@ -476,7 +476,7 @@ def test_frames_are_decoded_only_if_connected_and_one_clip_at_a_time(comfy, wiro
     [
         (["0.30"] * 12, Limits(Decimal(2)), Spent(), "12 runs, $3.60, limit $2.00 a run"),
         (["0.30"], Limits(), Spent(), "1 run, $0.30, no limit"),
-        ([None, "0.30"], Limits(), Spent(), "2 runs, price not told before the run, no limit"),
+        ([None, "0.30"], Limits(), Spent(), "2 runs, price unknown before the run, no limit"),
         (
             ["1"] * 4,
             Limits(per_month=Decimal(5)),

@@ -111,7 +111,7 @@ def test_a_picture_and_a_prompt_become_frames_a_video_and_a_receipt(comfy, wiro)
 
 @pytest.mark.parametrize("minutes", [float("nan"), float("inf"), -1.0, 0.0])
 def test_a_longest_wait_that_is_none_is_refused_before_anything_is_sent(comfy, wiro, minutes):
-    with pytest.raises(ConfigError, match="no longest wait"):
+    with pytest.raises(ConfigError, match="not a valid time-out"):
         generate(timeout_minutes=minutes)
     assert wiro.seen == []
 

@@ -314,7 +314,7 @@ def test_what_does_not_fit_memory_is_refused_in_words_and_the_file_is_there(comf
         message = got[name].message
         assert "480x320, which need 0.0 GB as IMAGE, but only 0.0 GB of memory are free" in message
         assert "connect video instead of images" in message
-        assert "kept as it came: wiro/2221/0." in message
+        assert "The file is kept: wiro/2221/0." in message
     assert len(kept(comfy)) == 1
     assert isinstance(got["video"], ExecutionBlocker) is (kind != "video")
     # with room it is read, from the disk
