@@ -303,7 +303,8 @@ def _choose_attention(
     }
     if settings.attention == "fast":  # its kernels are tried at this size
         runtime.make_room(trial_bytes(**size))
-    return choose_attention(runtime.device, settings.attention, **size).impl
+    attention: Attention = choose_attention(runtime.device, settings.attention, **size).impl
+    return attention
 
 
 def num_tokens(
