@@ -93,7 +93,7 @@ def check_size(width: int, height: int, num_frames: int) -> None:
     """
     for name, value in (("Width", width), ("Height", height), ("Number of frames", num_frames)):
         if not isinstance(value, int):
-            raise ShapeError(f"{name} must be a whole number; got {value!r}.")
+            raise ShapeError(f"{name} {value!r} is not a whole number.")
     for name, value in (("Width", width), ("Height", height)):
         if value < SIZE_MULTIPLE or value % SIZE_MULTIPLE:
             raise ShapeError(
