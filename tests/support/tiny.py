@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 from comfyui_skyreels.skyreels.config import TransformerConfig, VAEConfig
+from comfyui_skyreels.skyreels.text.embeds import PromptEmbeds
 from comfyui_skyreels.skyreels.transformer.model import SkyReelsTransformer
 from comfyui_skyreels.skyreels.weights.keymaps import transformer_sources
 from safetensors.torch import save_file
@@ -143,6 +144,15 @@ def inputs(config: TransformerConfig, text_tokens: int = 7, grid=(3, 6, 10), bat
         "pooled_projections": randn(batch, config.pooled_projection_dim),
         "guidance": torch.full((batch,), 1000.0),
     }
+
+
+def embeds(tokens: int, seed: int = 0) -> PromptEmbeds:
+    """Made-up states of so many tokens, and a pooled one."""
+    generator = torch.Generator().manual_seed(seed)
+    return PromptEmbeds(
+        torch.randn(1, tokens, TRANSFORMER.text_embed_dim, generator=generator),
+        torch.randn(1, TRANSFORMER.pooled_projection_dim, generator=generator),
+    )
 
 
 def relative_error(got: Tensor, expected: Tensor) -> float:

@@ -25,18 +25,10 @@ from comfyui_skyreels.skyreels.transformer.layers import rope_table
 from comfyui_skyreels.skyreels.transformer.model import call
 from comfyui_skyreels.skyreels.vae.model import VideoVAE
 from support import tiny
+from support.tiny import embeds
 from support.waits import Waits
 
 RUNTIME = TorchRuntime()
-
-
-def embeds(tokens: int, seed: int = 0) -> PromptEmbeds:
-    generator = torch.Generator().manual_seed(seed)
-    config = tiny.TRANSFORMER
-    return PromptEmbeds(
-        torch.randn(1, tokens, config.text_embed_dim, generator=generator),
-        torch.randn(1, config.pooled_projection_dim, generator=generator),
-    )
 
 
 @pytest.fixture(scope="module")

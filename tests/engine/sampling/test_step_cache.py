@@ -28,10 +28,10 @@ from comfyui_skyreels.skyreels.sampling.step_cache import (
     protected_start,
     start_cache,
 )
-from comfyui_skyreels.skyreels.text.embeds import PromptEmbeds
 from comfyui_skyreels.skyreels.transformer.layers import DoubleBlock, SingleBlock
 from comfyui_skyreels.skyreels.transformer.model import call
 from support import tiny
+from support.tiny import embeds
 
 RUNTIME = TorchRuntime()
 STEPS = 20
@@ -40,15 +40,6 @@ PROTECTED = {0, 1, 2, 19}  # of 20 steps
 MOST = {"easy": CacheConfig("easy", 1.0), "first-block": CacheConfig("first-block", 1.0)}
 #: with these some are
 SOME = {"easy": CacheConfig("easy", 0.1), "first-block": CacheConfig("first-block", 0.3)}
-
-
-def embeds(tokens: int, seed: int) -> PromptEmbeds:
-    generator = torch.Generator().manual_seed(seed)
-    config = tiny.TRANSFORMER
-    return PromptEmbeds(
-        torch.randn(1, tokens, config.text_embed_dim, generator=generator),
-        torch.randn(1, config.pooled_projection_dim, generator=generator),
-    )
 
 
 PROMPT, NEGATIVE = embeds(7, 1), embeds(4, 2)
