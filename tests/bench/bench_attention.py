@@ -7,7 +7,8 @@ implementations pass (the last 196 of 256 text tokens), then each kernel in 8 bi
 ours among them, and comfy-kitchen's sparse one. Without --tokens: 51,060 on a GPU and 51,256 with
 the mask (97 frames of 544x960 with text trimmed to 60 tokens and padded to 256), 300 and 331 with
 two heads on a CPU. Errors are relative L2 against float32 on 128 of the queries, for each kind of
-input in skyreels/transformer/attention_quality.py. What cannot run is listed with its reason. Prints a table for people and one JSON line for programs.
+input in skyreels/transformer/attention_quality.py. What cannot run is listed with its reason.
+Prints a table for people and one JSON line for programs.
 """
 
 import argparse
