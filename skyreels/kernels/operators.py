@@ -230,7 +230,7 @@ def _free_namespace() -> str:
 
 
 NAMESPACE = _free_namespace()
-# a fragment, as no kind of library but this may be registered again when a copy is collected
+# a fragment, as a process may register only one library of another kind for a name
 _make_library: Any = torch.library.Library  # untyped in torch
 _library = _make_library(NAMESPACE, "FRAGMENT")
 
@@ -344,7 +344,11 @@ def _decide(name: str, device: torch.device, act_format: torch.dtype | None) -> 
     )
     decision = dispatch.decide([candidate], "plain torch")
     subject = name if act_format is None else f"{name} ({short(act_format)})"
-    subject = f"Fused kernels on {device} ({info.name})" if problem else f"{subject} on {device}"
+    subject = (
+        f"Fused kernels on {device} ({info.name or info.type})"
+        if problem
+        else f"{subject} on {device}"
+    )
     dispatch.log_decision(subject, info, decision, kernel, logger)
     return decision
 
