@@ -345,8 +345,8 @@ def check_limits(limits: Limits, price: Price | None, spent: Spent, model: str) 
     if price is None and limits.is_default and model.lower() != FIXED_MODEL:
         raise LimitError(
             f"Wiro publishes no price for {model} with these settings, and you have set no limits "
-            "yet, so nothing bounds what it may cost. Nothing was sent. Set limits once (an amount, "
-            f"or none) in {HOW_TO_LIMIT}."
+            "yet, so nothing bounds what it may cost. Nothing was sent. Set limits once (an "
+            f"amount, or none) in {HOW_TO_LIMIT}."
         )
     if assumed is None:
         raise LimitError(
