@@ -18,6 +18,7 @@ import time
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NoReturn
 from urllib.parse import urljoin
 
 import requests
@@ -89,12 +90,10 @@ def download(
     taskid: str = "",
     base_url: str = BASE_URL,
     local_host: str = "",
-    session: requests.Session | None = None,
     check: Callable[[], None] = noop,
     on_bytes: Callable[[int, int | None], None] = noop,
     sleep: Callable[[float], None] = time.sleep,
     clock: Callable[[], float] = time.monotonic,
-    max_bytes: int = MAX_BYTES,
     behind_s: float = BEHIND_S,
     not_yet_s: Sequence[float] = NOT_YET_S,
     instead_of: Path | None = None,
@@ -109,12 +108,10 @@ def download(
         base_url: of the service, whose own hosts are fetched from wherever names lead.
         local_host: "host:port" of a test server on this machine, which alone may be fetched from
             without TLS.
-        session: for tests and proxies.
         check: called many times a second, whatever the server does; may raise to stop.
         on_bytes: called with (bytes here, bytes in all or None) after every piece.
         sleep: as `check`, with the seconds to wait.
         clock: seconds.
-        max_bytes: a larger file is refused.
         behind_s: seconds by which it may fall behind LEAST_BYTES_PER_S before it is given up.
         not_yet_s: waits while the server does not have it yet; () to ask once.
         instead_of: a damaged file that it replaces, under that name.
@@ -125,68 +122,44 @@ def download(
     Raises:
         DownloadError: it cannot be fetched, is incomplete, or its URL is not allowed.
     """
-    if session is None:
-        with requests.Session() as own:
-            return download(
-                output,
-                folder,
-                taskid=taskid,
-                base_url=base_url,
-                local_host=local_host,
-                session=own,
-                check=check,
-                on_bytes=on_bytes,
-                sleep=sleep,
-                clock=clock,
-                max_bytes=max_bytes,
-                behind_s=behind_s,
-                not_yet_s=not_yet_s,
-                instead_of=instead_of,
-            )
     try:
         part = new_part(folder)
     except OSError as error:
-        raise _refusal(
+        _refuse(
             output,
             taskid,
             f"{folder} cannot be written ({error.strerror})",
             f"{folder} cannot be written ({error.strerror}): choose another folder, then collect "
             f"task {taskid} again.",
-        ) from None
-    fetch = _Fetch(
-        output,
-        part,
-        taskid,
-        service_domain(base_url),
-        local_host,
-        session,
-        check,
-        on_bytes,
-        sleep,
-        clock,
-        max_bytes,
-        behind_s,
-    )
+        )
     try:
-        _fetch_patiently(fetch, not_yet_s)
-        if instead_of is not None:
-            os.replace(part, instead_of)
-            return instead_of
-        target = free_name(folder, safe_name(output))
-        try:
-            os.replace(part, target)
-        except OSError:
-            target.unlink(missing_ok=True)
-            raise
-        return target
+        with requests.Session() as session:
+            fetch = _Fetch(
+                output,
+                part,
+                taskid,
+                service_domain(base_url),
+                local_host,
+                session,
+                check,
+                on_bytes,
+                sleep,
+                clock,
+                behind_s,
+            )
+            _fetch_patiently(fetch, not_yet_s)
+        if instead_of is None:
+            return _take_name(part, folder, safe_name(output))
+        os.replace(part, instead_of)
+        return instead_of
     except OSError as error:
-        raise _refusal(
+        _refuse(
             output,
             taskid,
             f"{folder} cannot be written ({error.strerror})",
             f"The result of task {taskid} cannot be written to {folder} ({error.strerror}): make "
             "room or choose another folder, then collect it again; it is paid for.",
-        ) from None
+        )
     finally:
         drop_part(part)
 
@@ -215,24 +188,46 @@ class _LastingError(Exception):
     """Not worth one."""
 
 
-def _refusal(output: Output, taskid: str, reason: str, sentence: str = "") -> DownloadError:
+def _take_name(part: Path, folder: Path, name: str) -> Path:
+    """Give the whole file its name, or that with a number.
+
+    Returns:
+        Its path.
+
+    Raises:
+        OSError: it cannot be renamed.
+    """
+    target = free_name(folder, name)
+    try:
+        os.replace(part, target)
+    except OSError:
+        target.unlink(missing_ok=True)
+        raise
+    return target
+
+
+def _refuse(output: Output, taskid: str, reason: str, sentence: str = "") -> NoReturn:
     name = safe_name(output) if output.name else "The result"
-    return DownloadError(
+    raise DownloadError(
         sentence
         or f"{name} of task {taskid} cannot be fetched: {reason}. The task is done and "
         "paid for; collect it again by its id.",
         taskid=taskid,
         reason=reason,
-    )
+    ) from None
 
 
 @dataclass
 class _Fetch:
     """One download, through all its attempts.
 
-    done: bytes in the part. came, busy_s: bytes and seconds of all attempts. validator: names the
-    version of the file that the part is of, for If-Range; "" if the server told none. total: bytes
-    in all, or None.
+    Attributes:
+        done: bytes in the part.
+        came: bytes of all attempts.
+        busy_s: seconds of all attempts.
+        validator: names the version of the file that the part is of, for If-Range; "" if the
+            server named none.
+        total: bytes in all, or None.
     """
 
     output: Output
@@ -245,7 +240,6 @@ class _Fetch:
     on_bytes: Callable[[int, int | None], None]
     sleep: Callable[[float], None]
     clock: Callable[[], float]
-    max_bytes: int
     behind_s: float
     done: int = 0
     came: int = 0
@@ -257,7 +251,7 @@ class _Fetch:
     def announced_bytes(self) -> int | None:
         """The record's size, if it can be one."""
         size = self.output.num_bytes
-        return size if size is not None and 0 < size <= self.max_bytes else None
+        return size if size is not None and 0 < size <= MAX_BYTES else None
 
     @property
     def is_given_up(self) -> bool:
@@ -277,10 +271,10 @@ def _fetch_patiently(fetch: _Fetch, not_yet_s: Sequence[float]) -> None:
             _attempt(fetch)
             return
         except (_LastingError, RefusedAddressError) as error:
-            raise _refusal(fetch.output, fetch.taskid, str(error)) from None
+            _refuse(fetch.output, fetch.taskid, str(error))
         except _NotYetError as error:
             if not waits:
-                raise _refusal(fetch.output, fetch.taskid, str(error)) from None
+                _refuse(fetch.output, fetch.taskid, str(error))
             pause = waits.pop(0)
         except _PassingError as error:
             failures = 1 if fetch.done > most else failures + 1
@@ -293,7 +287,7 @@ def _fetch_patiently(fetch: _Fetch, not_yet_s: Sequence[float]) -> None:
                 is_over |= str(error) == last_cut  # the same again: that is what the server has
                 last_cut = str(error)
             if is_over:
-                raise _refusal(fetch.output, fetch.taskid, str(error)) from None
+                _refuse(fetch.output, fetch.taskid, str(error))
             pause = min(wait_s(failures, error, rng), fetch.behind_s)
             fetch.busy_s += pause  # or one byte in each attempt would keep it going for ever
         fetch.sleep(pause)
@@ -328,8 +322,8 @@ def _attempt(fetch: _Fetch) -> None:
                 assert isinstance(piece, bytes)
                 fetch.came += len(piece)
                 tick()
-                if fetch.done + len(piece) > fetch.max_bytes:
-                    raise _LastingError(f"it is over {fetch.max_bytes} bytes")
+                if fetch.done + len(piece) > MAX_BYTES:
+                    raise _LastingError(f"it is over {MAX_BYTES} bytes")
                 file.write(piece)
                 fetch.done += len(piece)
                 fetch.on_bytes(fetch.done, fetch.total or fetch.announced_bytes)
@@ -361,8 +355,8 @@ def _agree(fetch: _Fetch, answer: "_Answer") -> None:
             fetch.validator = ""  # from the start, then
             raise _PassingError("the server went on with another piece or another file")
         fetch.total = next(iter(totals), None)
-    if fetch.total is not None and fetch.total > fetch.max_bytes:
-        raise _LastingError(f"it is announced with {fetch.total} bytes, over {fetch.max_bytes}")
+    if fetch.total is not None and fetch.total > MAX_BYTES:
+        raise _LastingError(f"it is announced with {fetch.total} bytes, over {MAX_BYTES}")
 
 
 def _check_container(fetch: _Fetch, has_end: bool) -> None:

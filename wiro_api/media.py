@@ -65,6 +65,12 @@ def kind_of(path: Path, claimed: str = "") -> str:
     with path.open("rb") as file:
         head = file.read(HEAD_BYTES)
     claimed = claimed or kind_of_name(path.name)
+    kind = _container_kind(head, claimed) or _stream_kind(head, claimed)
+    return kind or ("text" if is_text(head) else "other")
+
+
+def _container_kind(head: bytes, claimed: str) -> str:
+    """The kind of a file that begins with a box or a chunk, else ""."""
     if head[4:8] == b"ftyp":
         if head[8:12] in (b"avif", b"avis", b"heic", b"heix", b"mif1"):
             return "image"
@@ -74,11 +80,14 @@ def kind_of(path: Path, claimed: str = "") -> str:
         return "video"  # QuickTime from before ftyp
     if head[:4] == b"RIFF":
         return _RIFF.get(head[8:12], "other")
+    return "audio" if head[:4] == b"FORM" and head[8:12] in (b"AIFF", b"AIFC") else ""
+
+
+def _stream_kind(head: bytes, claimed: str) -> str:
+    """The kind of a file that begins with a signature or a frame, else ""."""
     if head[:2] == b"BM" and head[6:10] == bytes(4):
         return "image"
     if head[:3] == b"ID3" and head[3:4] < b"\x10":
-        return "audio"
-    if head[:4] == b"FORM" and head[8:12] in (b"AIFF", b"AIFC"):
         return "audio"
     for beginning, kind in _BEGINNINGS:
         if head.startswith(beginning):
@@ -87,7 +96,7 @@ def kind_of(path: Path, claimed: str = "") -> str:
         return "video"  # MPEG transport stream
     if re.match(rb"\xff[\xe2\xe3\xf0-\xf5\xf8-\xfd]", head):
         return "audio"  # MPEG audio, ADTS
-    return "text" if is_text(head) else "other"
+    return ""
 
 
 def kind_of_name(name: str) -> str:

@@ -8,7 +8,7 @@ price here. Source of the methods: pricing.md of wiroai/Wiro-Docs, 2026-04-17.
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from decimal import ROUND_CEILING, Decimal
 from pathlib import Path
@@ -33,7 +33,12 @@ _SECONDS = ("duration", "videoduration", "seconds")
 
 @dataclass(frozen=True)
 class Price:
-    """US dollars of one run. is_exact: as listed; otherwise it rests on an average or a guess."""
+    """The price of one run.
+
+    Attributes:
+        amount: US dollars.
+        is_exact: as listed; otherwise it rests on an average or an assumption.
+    """
 
     amount: Decimal
     is_exact: bool
@@ -44,9 +49,13 @@ class Price:
 
 @dataclass(frozen=True)
 class Limits:
-    """US dollars; None is no limit. A day and a month are those of the local calendar.
+    """Spending limits in US dollars; None is no limit. Days and months are of the local calendar.
 
-    is_default: nobody has set any yet; a user's own choice of none is not that.
+    Attributes:
+        per_run: of one run.
+        per_day: of one day.
+        per_month: of one month.
+        is_default: nobody has set any yet, which differs from a user's choice of none.
     """
 
     per_run: Decimal | None = None
@@ -160,34 +169,49 @@ def _matching(
 def _price_of_row(
     row: Mapping[str, Any], record: Mapping[str, Any], parameters: Mapping[str, Any], num_files: int
 ) -> Price | None:
-    each = decimal_of(row.get("price"))
+    rate = decimal_of(row.get("price"))
     method = text_of(row.get("priceMethod"))
-    if each is None or each < 0:
+    if rate is None or rate < 0:
         return None
     if method == "cpr":
-        return Price(each, is_exact=True)
-    if method == "cpo":
-        count = _number(parameters, _COUNTS)
-        return Price(each * (count or 1), is_exact=count is not None)
-    if method == "cp-promptlength":
-        prompt = parameters.get("prompt")
-        return None if prompt is None else Price(each * len(str(prompt)), is_exact=True)
-    if method == "cp-outputVideoLength":
-        seconds = _number(parameters, _SECONDS)
-        frames = _number(parameters, ("numframes", "num_frames"))
-        if seconds is not None:
-            return Price(_cents_up(each * seconds), is_exact=False)
-        # the product first: 97 frames / 24 has no end
-        return None if frames is None else Price(_cents_up(each * frames / FPS), is_exact=False)
+        return Price(rate, is_exact=True)
     if method == "cp-pixel":
-        return _by_pixel(row, each, parameters, num_files)
+        return _by_pixel(row, rate, parameters, num_files)
     if method == "cps":
-        return _by_second(record, each)
-    return None
+        return _by_second(record, rate)
+    by_parameters = _BY_PARAMETERS.get(method)
+    return None if by_parameters is None else by_parameters(rate, parameters)
+
+
+def _by_output(rate: Decimal, parameters: Mapping[str, Any]) -> Price:
+    count = _number(parameters, _COUNTS)
+    return Price(rate * (count or 1), is_exact=count is not None)
+
+
+def _by_character(rate: Decimal, parameters: Mapping[str, Any]) -> Price | None:
+    prompt = parameters.get("prompt")
+    return None if prompt is None else Price(rate * len(str(prompt)), is_exact=True)
+
+
+def _by_video_second(rate: Decimal, parameters: Mapping[str, Any]) -> Price | None:
+    seconds = _number(parameters, _SECONDS)
+    frames = _number(parameters, ("numframes", "num_frames"))
+    if seconds is not None:
+        return Price(_cents_up(rate * seconds), is_exact=False)
+    # multiplied first: 97 frames / 24 has no finite decimal
+    return None if frames is None else Price(_cents_up(rate * frames / FPS), is_exact=False)
+
+
+#: price methods that need nothing but the rate and the parameters
+_BY_PARAMETERS: Mapping[str, Callable[[Decimal, Mapping[str, Any]], Price | None]] = {
+    "cpo": _by_output,
+    "cp-promptlength": _by_character,
+    "cp-outputVideoLength": _by_video_second,
+}
 
 
 def _by_pixel(
-    row: Mapping[str, Any], each: Decimal, parameters: Mapping[str, Any], num_files: int
+    row: Mapping[str, Any], rate: Decimal, parameters: Mapping[str, Any], num_files: int
 ) -> Price | None:
     width, height = _number(parameters, ("width",)), _number(parameters, ("height",))
     for name in ("size", "resolution"):
@@ -199,12 +223,12 @@ def _by_pixel(
     tiers = int((width * height / TIER_PIXELS).to_integral_value(ROUND_CEILING))
     extra = decimal_of(row.get("priceExtra"))
     per_input = decimal_of(row.get("priceInput")) or Decimal(0)
-    amount = each + (tiers - 1) * (each if extra is None else extra)
+    amount = rate + (tiers - 1) * (rate if extra is None else extra)
     return Price(amount + per_input * num_files * tiers, is_exact=False)
 
 
 def _by_second(record: Mapping[str, Any], cps: Decimal | None) -> Price | None:
-    """By the average that the service tells as `approximatelycost` at its own rate."""
+    """By the service's average, `approximatelycost`, at its own rate."""
     average, own_rate = decimal_of(record.get("approximatelycost")), decimal_of(record.get("cps"))
     if not average or average < 0:
         return None
@@ -320,9 +344,9 @@ def check_limits(limits: Limits, price: Price | None, spent: Spent, model: str) 
     assumed = reserved(price, limits)
     if price is None and limits.is_default and model.lower() != FIXED_MODEL:
         raise LimitError(
-            f"Wiro publishes no price for {model} with these settings, and you have set no limits, "
-            "so nothing bounds what it may cost. Nothing was sent. Set limits once (an amount, or "
-            f"none) in {HOW_TO_LIMIT}."
+            f"Wiro publishes no price for {model} with these settings, and you have set no limits "
+            "yet, so nothing bounds what it may cost. Nothing was sent. Set limits once (an "
+            f"amount, or none) in {HOW_TO_LIMIT}."
         )
     if assumed is None:
         raise LimitError(

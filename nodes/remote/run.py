@@ -66,12 +66,19 @@ class StoppedError(Exception):
 
 @dataclass(frozen=True)
 class Result:
-    """What a run made.
+    """What a run made; a text in place of an image, mask, sound or video says why it is missing.
 
-    images: [F, H, W, 3] float32 in 0..1 of its first video or all its pictures. masks: [F, h, w].
-    audio: as core's AUDIO. video: path of its first video. A text in place of one of these is the
-    reason why it is not there. text: of models that write. paths: of all files. cost: for people.
-    warning: what else is to be said, or "".
+    Attributes:
+        taskid: of the task.
+        images: [F, H, W, 3] float32 in 0..1, of its first video or all its pictures.
+        masks: [F, h, w] float32 in 0..1.
+        audio: as core's AUDIO.
+        video: path of its first video.
+        text: of models that write.
+        paths: of all files.
+        receipt: JSON.
+        cost: for people.
+        warning: "" or a sentence.
     """
 
     taskid: str
@@ -659,6 +666,27 @@ def _decode_sound(path: Path, view: RunView) -> dict[str, Any] | str:
         return f"{str(error).rstrip('.')}: {account.relative_to_output(path)}."
 
 
+class _Patience:
+    """Waits that end in an error when their time is over."""
+
+    def __init__(self, seconds: float) -> None:
+        self._seconds = seconds
+        self.restart()
+
+    def restart(self) -> None:
+        self._end = time.monotonic() + self._seconds
+
+    def extend(self, seconds: float) -> None:
+        self._end += seconds
+
+    def sleep(self, seconds: float) -> None:
+        from ...wiro_api.errors import WiroError
+
+        if time.monotonic() + seconds > self._end:
+            raise WiroError("Wiro did not confirm in time")
+        time.sleep(seconds)
+
+
 def stop_job(view: RunView, job: "Job", parameters: Mapping[str, Any]) -> str:
     """Stop what a run has started, and say what came of it; raises nothing.
 
@@ -679,13 +707,7 @@ def stop_job(view: RunView, job: "Job", parameters: Mapping[str, Any]) -> str:
     from ...wiro_api.journal import LostEntryError
     from ...wiro_api.wire import money
 
-    deadline = time.monotonic() + STOP_S
-
-    def sleep(seconds: float) -> None:
-        if time.monotonic() + seconds > deadline:
-            raise WiroError("Wiro did not confirm in time")
-        time.sleep(seconds)
-
+    patience = _Patience(STOP_S)
     journal, row, handle = account.journal(), view.row, view.handle
     entry = journal.get(row) if row else None
     is_sent = entry is not None and entry.state == "sending"
@@ -695,11 +717,11 @@ def stop_job(view: RunView, job: "Job", parameters: Mapping[str, Any]) -> str:
         handle = to_handle(entry)
     taskid = handle.taskid if handle is not None else ""
     try:
-        with account.make_client(sleep) as client:
+        with account.make_client(patience.sleep) as client:
             if handle is None:
                 if entry is None:
                     raise WiroError(f"the journal {journal.path} cannot be read")
-                deadline += RECONCILE_AT_S[-1]
+                patience.extend(RECONCILE_AT_S[-1])
                 try:
                     handle = recover(client, journal, entry, job, parameters)
                 except LostEntryError:  # the answer has come
@@ -708,7 +730,7 @@ def stop_job(view: RunView, job: "Job", parameters: Mapping[str, Any]) -> str:
                         return "cancelled, and Wiro made no task"
                     handle = to_handle(entry)
                 taskid = handle.taskid
-                deadline = time.monotonic() + STOP_S
+                patience.restart()
             task = client.stop(handle)
     except WiroError as error:
         what = f"task {taskid}" if taskid else "the run"

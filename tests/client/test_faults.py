@@ -381,9 +381,9 @@ def test_an_error_that_ends_a_wait_names_its_task(job):
         (("redirect", "https://[fe80::1]/x"), "not a public address"),
         (("redirect", "file:///etc/passwd"), "only https"),
         (("redirect", "/files/2221/0.mp4"), "more than 3 redirects"),
-        (("redirect", "https://[::1/x"), "address"),
-        (("redirect", "https://x.example:99999/x"), "address"),
-        (("redirect", f"https://{'a' * 70}.example/x"), "address|not known"),
+        (("redirect", "https://[::1/x"), "URL is invalid"),
+        (("redirect", "https://x.example:99999/x"), "URL is invalid"),
+        (("redirect", f"https://{'a' * 70}.example/x"), "URL is invalid|not known"),
     ],
 )
 def test_a_download_that_fails_for_good_leaves_nothing_and_is_collected_later(job, fault, words):

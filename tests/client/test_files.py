@@ -3,7 +3,6 @@
 from dataclasses import replace
 
 import pytest
-import requests
 from comfyui_skyreels.wiro_api import files
 from comfyui_skyreels.wiro_api.errors import DownloadError
 from comfyui_skyreels.wiro_api.files import download, safe_name
@@ -76,9 +75,10 @@ def test_something_else_than_a_video_is_refused(server, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_more_than_the_limit_is_refused_while_it_comes(server, tmp_path):
+def test_more_than_the_limit_is_refused_while_it_comes(server, tmp_path, monkeypatch):
+    monkeypatch.setattr(files, "MAX_BYTES", 600)
     with pytest.raises(DownloadError, match="over 600"):
-        fetch(server, tmp_path, result(server, num_bytes=None), max_bytes=600)
+        fetch(server, tmp_path, result(server, num_bytes=None))
     assert list(tmp_path.iterdir()) == []
 
 
@@ -146,7 +146,7 @@ def test_a_netrc_sends_nothing(server, tmp_path, monkeypatch):
     netrc = tmp_path / "netrc"
     netrc.write_text("machine 127.0.0.1 login planted password planted\n")
     monkeypatch.setenv("NETRC", str(netrc))
-    fetch(server, tmp_path / "out", session=requests.Session())
+    fetch(server, tmp_path / "out")
     assert "authorization" not in server.fetched[0]
 
 

@@ -485,8 +485,8 @@ candidates.RECONCILE_AT_S = tuple(moment / 20 for moment in candidates.RECONCILE
 ours = client.Client(signing.Credentials("test-key", "test-secret"), base_url=url)
 part = ("inputImage", ("a.png", picture.encode(), "image/png"))
 try:
-    entry = jobs.start(ours, journal.Journal(Path(file)), client.Model("wiro", "SkyReels-V1"),
-                       {"prompt": "same"}, [part], take=int(take))
+    job = jobs.Job(client.Model("wiro", "SkyReels-V1"), {"prompt": "same"}, [part], int(take))
+    entry = jobs.start(ours, journal.Journal(Path(file)), job)
     print(json.dumps(entry.taskid))
 except errors.RunOutcomeUnknownError:
     print(json.dumps("asked"))
