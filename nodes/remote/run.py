@@ -700,7 +700,7 @@ def stop_job(view: RunView, job: "Job", parameters: Mapping[str, Any]) -> str:
 
     Returns:
         The line for the node.
-    """
+    """  # noqa: DOC501 - caught below
     from ...wiro_api.candidates import RECONCILE_AT_S
     from ...wiro_api.errors import WiroError
     from ...wiro_api.jobs import recover, to_handle
