@@ -41,7 +41,7 @@ def image_to_video(
         num_frames: 4k + 1.
         image_settings: see `ImageSettings`.
         decode: "auto", "full" or a name of config.TILINGS.
-        runtime: where it runs, and what is told about it.
+        runtime: its device computes; it gets the progress and may interrupt.
 
     Returns:
         [num_frames, height, width, 3] float32 in 0..1.

@@ -181,7 +181,7 @@ def post(
         content = {"json": dict(body or {})}
     try:
         request = session.prepare_request(requests.Request("POST", url, auth=auth, **content))
-    except (ValueError, requests.RequestException) as error:  # NaN, half a character, ...
+    except (ValueError, requests.RequestException) as error:  # NaN, an unpaired surrogate, ...
         raise ConfigError(
             f"The parameters cannot be sent ({type(error).__name__}): they contain NaN, infinity "
             "or an unpaired surrogate. Remove it."

@@ -5,7 +5,8 @@ fused; our VAE uses the diffusers names, which are Tencent's own too. So the map
 name to the name or names in the file: several names are concatenated along dim 0 while loading.
 
     transformer   "original"   856 tensors at full size, identity
-                  "comfyui"    856, files saved by ComfyUI
+                  "comfyui"    856, files saved by ComfyUI up to about 0.3; norms hold a "scale"
+                  "comfyui-weight"  856, files saved by later ones (0.33); norms hold a "weight"
                   "diffusers"  1264, separate q, k, v and mlp projections
     VAE           "diffusers"  248 tensors at full size, identity
                   "sd"         248, CompVis names with 1x1x1 convolutions as attention projections
@@ -35,6 +36,10 @@ PREFIXES = (
 #: (family, layout) -> unprefixed names that must all be present; the first match wins
 MARKERS: dict[tuple[str, str], tuple[str, ...]] = {
     ("transformer", "original"): ("img_in.proj.weight", "double_blocks.0.img_attn_qkv.weight"),
+    ("transformer", "comfyui-weight"): (
+        "img_in.proj.weight",
+        "double_blocks.0.img_attn.norm.query_norm.weight",
+    ),
     ("transformer", "comfyui"): ("img_in.proj.weight", "double_blocks.0.img_attn.qkv.weight"),
     ("transformer", "diffusers"): (
         "x_embedder.proj.weight",
@@ -158,7 +163,7 @@ def transformer_sources(target: str, layout: str) -> tuple[str, ...]:
     Args:
         target: a parameter name of SkyReelsTransformer, or such a name's layer with any suffix
             after the last dot ("double_blocks.0.img_attn_qkv.scale_weight").
-        layout: "original", "comfyui" or "diffusers".
+        layout: "original", "comfyui", "comfyui-weight" or "diffusers".
 
     Returns:
         Names in the file, without its prefix.
@@ -168,9 +173,11 @@ def transformer_sources(target: str, layout: str) -> tuple[str, ...]:
     """
     if layout == "original":
         return (target,)
-    if layout == "comfyui":
+    if layout in ("comfyui", "comfyui-weight"):
         for pattern, replacement in _COMFYUI:
             target = re.sub(pattern, replacement, target)
+        if layout == "comfyui-weight":
+            target = re.sub(r"_norm\.scale$", "_norm.weight", target)
         return (target,)
     module, _, suffix = target.rpartition(".")
     block = re.match(r"(.*?blocks)\.(\d+)\.(.*)", module)

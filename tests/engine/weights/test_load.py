@@ -50,8 +50,10 @@ def test_original_names_with_any_prefix_load_exactly(tmp_path, state, prefix):
     assert_same(load_transformer(path, runtime=RUNTIME), state)
 
 
-def test_comfyui_names_load_exactly(tmp_path, state):
-    path = tiny.save(tmp_path / "x.safetensors", tiny.to_comfyui(state))
+@pytest.mark.parametrize("layout", ["comfyui", "comfyui-weight"])
+def test_comfyui_names_load_exactly(tmp_path, state, layout):
+    path = tiny.save(tmp_path / "x.safetensors", tiny.to_comfyui(state, layout))
+    assert inspect(path).layout == layout
     assert_same(load_transformer(path, runtime=RUNTIME), state)
 
 
@@ -90,7 +92,7 @@ def test_unusual_rotary_axes_come_from_the_folder_config(tmp_path, model):
     assert loaded.config.rope_axes_dim == (2, 2, 12)
 
 
-@pytest.mark.parametrize("layout", ["original", "comfyui", "diffusers"])
+@pytest.mark.parametrize("layout", ["original", "comfyui", "comfyui-weight", "diffusers"])
 def test_full_size_names_all_land_with_their_shapes(layout):
     """856 and 1264 names; the split ones against diffusers' own converter and model."""
     with torch.device("meta"):
@@ -132,6 +134,8 @@ def test_comfyui_names_are_the_documented_ones():
         "final_layer.adaLN_modulation.1.bias": "final_layer.adaLN_modulation.1.bias",
     }
     assert {ours: transformer_sources(ours, "comfyui")[0] for ours in expected} == expected
+    later = {ours: name.replace("_norm.scale", "_norm.weight") for ours, name in expected.items()}
+    assert {ours: transformer_sources(ours, "comfyui-weight")[0] for ours in expected} == later
 
 
 # --- 8 bits -------------------------------------------------------------------------------------
