@@ -138,7 +138,8 @@ def decisions(device: torch.device) -> dict[str, dict[str, Decision]]:
         Subject -> "" -> decision, for `dispatch.report`.
     """
     info, pin = dispatch.describe(device), _pin()
-    found = {"attention": {"": _exact(info, torch.bfloat16, pin)}}
+    exact = _exact(info, torch.bfloat16, pin)
+    found = {"attention": {"": exact._replace(reason=f"{exact.reason}, exact")}}
     for name in FAST:
         problem = unavailable_reason(name, info, pin)
         reason = problem or "tried when fast attention is requested"

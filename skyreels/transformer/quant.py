@@ -501,7 +501,7 @@ def decisions(device: torch.device) -> dict[str, dict[str, Decision]]:
     found["comfy_kitchen int8_linear"] = {
         "": Decision(
             None,
-            "not used: not benchmarked against our GEMMs (tests/bench/bench_linear.py)",
+            "not used, because it is not benchmarked against our GEMMs",
             "found" if is_there else "not installed",
         )
     }

@@ -575,7 +575,7 @@ def test_a_record_of_another_task_is_no_answer(server, client, clock):
 def test_trouble_that_lasts_is_told_once_and_at_the_end(server, client, caplog):
     handle = client.run(MODEL, PARAMETERS)
     server.fail("Task/Detail", *[{"status": 502, "body": {}}] * 999)
-    with pytest.raises(TaskTimeoutError, match="last look at it failed: Wiro answered HTTP 502"):
+    with pytest.raises(TaskTimeoutError, match="last poll failed: Wiro answered HTTP 502"):
         list(client.watch(handle, timeout_s=300))
     assert caplog.text.count("still waited for") == 1
 

@@ -42,10 +42,10 @@ def environment_for(server, **changes) -> dict[str, str]:
 #: `python -m wiro_api` that waits a moment where the service would need seconds
 QUICK = """
 import sys
-from wiro_api import cli, client
+from wiro_api import candidates, cli, client
 client.NO_OUTPUT_WAIT_S = 0.02
 client.POLL_SCHEDULE = ((float("inf"), 0.1),)
-client.RECONCILE_AT_S = tuple(moment / 10 for moment in client.RECONCILE_AT_S)
+candidates.RECONCILE_AT_S = tuple(moment / 10 for moment in candidates.RECONCILE_AT_S)
 sys.exit(cli.main())
 """
 
@@ -141,7 +141,7 @@ def test_a_failed_task_is_exit_code_1_with_its_id(server, tmp_path):
         (RUN[:4], {}, "wants a file for inputImage"),
         ([*RUN[:2], *RUN[4:]], {}, "choose one of 960x544, 544x960"),
         ([*RUN, "--param", "seed=1"], {}, "no parameter 'seed'"),
-        ([*RUN, "--param", "numFrames=many"], {}, "no number"),
+        ([*RUN, "--param", "numFrames=many"], {}, "not a number"),
         ([*RUN, "--param", "numFrames=0"], {}, "frames is 0: the least is 5"),
         ([*RUN[:4], *RUN[6:], "--file", f"inputImage={__file__}"], {}, "is not a picture"),
         (["run", "wiro/SkyReels-V1", "--param", "prompt"], {}, "NAME=VALUE"),

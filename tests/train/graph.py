@@ -154,7 +154,6 @@ def _mid(block: MidBlock, hidden: Tensor) -> Tensor:
 def _level(level: Level, hidden: Tensor) -> Tensor:
     for block in level.resnets:
         hidden = _resnet(block, hidden)
-    for name in ("downsamplers", "upsamplers"):
-        if hasattr(level, name):
-            hidden = _conv(getattr(level, name)[0].conv, hidden)
+    for resample in (*level.downsamplers, *level.upsamplers):
+        hidden = _conv(resample.conv, hidden)
     return hidden

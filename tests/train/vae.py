@@ -63,8 +63,8 @@ def build(seed: int = 0) -> VideoVAE:
                 block.conv2.conv.weight.mul_(0.2)
         for level in [*vae.encoder.down_blocks, *vae.decoder.up_blocks]:
             for name in ("downsamplers", "upsamplers"):
-                if hasattr(level, name):
-                    weight = getattr(level, name)[0].conv.conv.weight
+                for resample in getattr(level, name):
+                    weight = resample.conv.conv.weight
                     weight.mul_(0.5)
                     weight[:, :, 2, 1, 1] += 0.8 * torch.eye(len(weight))
         for mid in (vae.encoder.mid_block, vae.decoder.mid_block):

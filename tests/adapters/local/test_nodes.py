@@ -296,7 +296,7 @@ def test_a_file_that_is_not_here_is_answered_with_where_to_get_it(comfy):
     answer = validate("skyreels_hunyuan_i2v_bf16.safetensors")
     assert "models/diffusion_models" in answer
     assert "https://huggingface.co/Kijai" in answer
-    assert validate("sub\\tiny.safetensors").endswith("but tiny.safetensors is: choose that one.")
+    assert validate("sub\\tiny.safetensors").endswith("but tiny.safetensors was: choose that one.")
     assert "models/vae" in NODES["SkyReelsVAELoader"].VALIDATE_INPUTS("gone.safetensors")
     assert "models/diffusers" in validate("SkyReels (folder)")
     assert "GGUF" in validate("q.gguf")

@@ -405,7 +405,7 @@ def test_a_model_is_described_for_the_form(comfy, more, ask):
         ({"prompt": "x", "resolution": "720p"}, 1, "$0.45", ""),
         ({}, 0, "$0.20", "wants a file for firstFrame"),
         ({"resolution": "8k"}, 1, "", "wants prompt"),
-        ({"prompt": "x", "seed": "many"}, 1, "$0.20", "no number"),
+        ({"prompt": "x", "seed": "many"}, 1, "$0.20", "not a number"),
         ({"prompt": "x", "steps": 3}, 1, "$0.20", "no parameter 'steps'"),
     ],
 )

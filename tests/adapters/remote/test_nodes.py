@@ -438,7 +438,7 @@ def test_a_job_that_was_known_by_its_bytes_is_still_known(comfy, wiro):
         ({"WIRO_API_BASE_URL": "http://api.wiro.ai/v1"}, {}, ConfigError, "not a https address"),
         ({}, {"prompt": "  "}, ConfigError, "The prompt is empty"),
         ({}, {"num_frames": 0}, ConfigError, "frames is 0: the least is 5"),
-        ({}, {"image": torch.zeros(3, 5)}, ShapeError, "A picture is"),
+        ({}, {"image": torch.zeros(3, 5)}, ShapeError, "Image must be"),
         ({}, {"image": torch.full((1, 8, 8, 3), float("nan"))}, ShapeError, "NaN"),
         ({}, {"steps": 5000}, ConfigError, "steps is 5000, and the model takes"),
     ],

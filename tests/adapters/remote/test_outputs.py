@@ -352,6 +352,7 @@ PEAK = """
 import asyncio, json, sys
 from pathlib import Path
 sys.path.insert(0, sys.argv[1] + "/tests")
+import comfyui_skyreels  # before there is a server that it could serve
 from support import host
 comfy = host.Host(Path(sys.argv[2]))
 sys.modules.update(host.stand_ins(comfy))
