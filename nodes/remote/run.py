@@ -463,11 +463,11 @@ def model_record(client: "Client", model: "Model") -> Mapping[str, Any]:
     from ...wiro_api.jobs import read_record
 
     key = (client.base_url, str(model.clean))
-    read_at, record = _records.get(key, (-RECORD_S, {}))
+    read_at, known = _records.get(key, (-RECORD_S, {}))
     if time.monotonic() - read_at < RECORD_S:
-        return record
+        return known
     problems: list[WiroError] = []
-    record = read_record(client, model, problems.append)
+    record: Mapping[str, Any] = read_record(client, model, problems.append)
     if problems:
         logger.warning(
             "Wiro does not describe %s, so its price is not known: %s", model, problems[0]
