@@ -17,7 +17,7 @@ A Run costs money: it is never sent twice unless the first surely never left, an
 a job again after a crash instead of paying for it again. Usable without torch and without ComfyUI.
 """
 
-from .client import Client, Model, RunHandle, raise_for_failure
+from .client import Client, raise_for_failure
 from .errors import (
     AccountError,
     ApiError,
@@ -39,6 +39,7 @@ from .errors import (
     WiroError,
 )
 from .files import download, read_part
+from .handles import Model, RunHandle
 from .jobs import Job, Quote, finish, quote, read_record, start, to_handle
 from .journal import Entry, Journal
 from .listener import RunListener

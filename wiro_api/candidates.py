@@ -13,18 +13,16 @@ import re
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 from urllib.parse import urljoin, urlsplit
 
 import requests
 
 from .errors import ApiError, RunOutcomeUnknownError, TransportError, WiroError
+from .handles import Model
 from .task import Task, parse_task
 from .transport import CONNECT_S, LOOPBACK, READ_S, FilePart, in_time
 from .wire import bool_of, decimal_of, text_of
-
-if TYPE_CHECKING:
-    from .client import Client, Model
 
 #: seconds after which a lost Run is looked for
 RECONCILE_AT_S = (2.0, 5.0, 10.0, 20.0, 30.0)
@@ -42,6 +40,23 @@ LONGEST_ID = 18
 _BESIDE = ("callbackUrl", "projectid")
 
 
+class Service(Protocol):
+    """What the search needs of a `Client`."""
+
+    base_url: str
+    session: requests.Session
+    sleep: Callable[[float], None]
+    sleep_in_call: Callable[[float], None] | None
+
+    def list_tasks(self, *, limit: int, model: str) -> list[Task]:
+        """See `Client.list_tasks`."""
+        ...
+
+    def list_records(self, *, limit: int, start: int, model: str) -> list[Any]:
+        """See `Client.list_records`."""
+        ...
+
+
 @dataclass(frozen=True)
 class SentRun:
     """A Run as it was sent.
@@ -53,7 +68,7 @@ class SentRun:
         baseline: id of the newest task before it, "" if unknown.
     """
 
-    model: "Model"
+    model: Model
     parameters: Mapping[str, Any]
     files: Sequence[tuple[str, FilePart]]
     baseline: str
@@ -68,7 +83,7 @@ def accept(*_: object) -> bool:
 
 
 def find_lost_run(
-    client: "Client",
+    client: Service,
     sent: SentRun,
     cause: WiroError,
     known: Callable[[], Collection[str]],
@@ -121,7 +136,7 @@ def find_lost_run(
     raise RunOutcomeUnknownError(_question(sent.model, candidates, cause), candidates)
 
 
-def _newer_tasks(client: "Client", sent: SentRun) -> tuple[list[Task], bool]:
+def _newer_tasks(client: Service, sent: SentRun) -> tuple[list[Task], bool]:
     """The tasks after the baseline (without one, the newest), and whether these are all."""
     project = sent.model.project
     if not sent.baseline:
@@ -140,7 +155,7 @@ def _newer_tasks(client: "Client", sent: SentRun) -> tuple[list[Task], bool]:
 
 
 def _compare_files(
-    client: "Client",
+    client: Service,
     sent: SentRun,
     candidates: Sequence[Task],
     proofs: dict[str, bool],
@@ -154,7 +169,7 @@ def _compare_files(
                 proofs[task.taskid] = proof
 
 
-def _keeps_files(client: "Client", sent: SentRun, task: Task, end: float) -> bool | None:
+def _keeps_files(client: Service, sent: SentRun, task: Task, end: float) -> bool | None:
     """Whether the service stored exactly these files with a task; None if it cannot be told.
 
     Args:
@@ -187,7 +202,7 @@ def _keeps_files(client: "Client", sent: SentRun, task: Task, end: float) -> boo
         return None
 
 
-def _question(model: "Model", candidates: Sequence[Task], cause: WiroError) -> str:
+def _question(model: Model, candidates: Sequence[Task], cause: WiroError) -> str:
     """What a person must decide, and how."""
     start = f"The run of {model} was sent and its outcome is unknown ({cause}). "
     not_there = (

@@ -16,9 +16,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
-from .client import WATCH_S, Client, Model, RunHandle, check_wait
+from .client import WATCH_S, Client, check_wait
 from .errors import ConfigError, DependencyError, DownloadError, WiroError
 from .files import read_part
+from .handles import Model, RunHandle
 from .jobs import Job, finish, is_complete, quote, read_record, start, to_handle
 from .journal import Entry, Journal
 from .listener import RunListener

@@ -14,7 +14,6 @@ import re
 import time
 import weakref
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote, urlsplit
 
@@ -33,6 +32,7 @@ from .errors import (
     WiroError,
     add_task,
 )
+from .handles import Model, RunHandle
 from .signing import Credentials, WiroAuth, account_of, nonces_of
 from .task import QUEUED, Task, Verdict, failure_text, log_tail, may_lag, parse_task, verdict
 from .transport import (
@@ -94,57 +94,6 @@ def check_wait(seconds: float) -> float:
             f"{seconds!r} is not a valid time-out: give seconds above 0, such as 600."
         )
     return seconds
-
-
-@dataclass(frozen=True)
-class RunHandle:
-    """Both identifiers of a task; either may be "". Keep it before anything else is done.
-
-    started_at: Unix seconds of the Run, or None for a handle made later.
-    """
-
-    taskid: str
-    token: str = field(repr=False)
-    started_at: float | None = None
-
-    @classmethod
-    def parse(cls, text: str) -> "RunHandle":
-        """A handle of what a person types: a task id, or "token:" and a task token."""
-        text = text.strip()
-        if text.startswith("token:"):
-            return cls("", text.removeprefix("token:"))
-        if not (text.isascii() and text.isdigit()):  # not quoted: it may be a token
-            raise ConfigError("This is not a task: give the id (digits), or token:<task token>.")
-        return cls(text, "")
-
-
-@dataclass(frozen=True)
-class Model:
-    """Owner and project of a model, as its page's address says."""
-
-    owner: str
-    project: str
-
-    @classmethod
-    def parse(cls, slug: str) -> "Model":
-        """A model of "owner/project"; blanks and capitals are kept."""
-        owner, _, project = slug.strip().strip("/").partition("/")
-        if not owner.strip() or not project.strip() or "/" in project:
-            raise ConfigError(f"{slug!r} is not a model: give owner/project, as wiro/SkyReels-V1.")
-        return cls(owner.strip(), project.strip())
-
-    @property
-    def clean(self) -> "Model":
-        """Lower case with hyphens, the service's other spelling."""
-        return Model(
-            *(
-                re.sub(r"[^a-z0-9]+", "-", part.lower()).strip("-")
-                for part in (self.owner, self.project)
-            )
-        )
-
-    def __str__(self) -> str:
-        return f"{self.owner}/{self.project}"
 
 
 class Client:

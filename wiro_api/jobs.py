@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from .candidates import SentRun
-from .client import MIN_WAIT_S, WATCH_S, Client, Model, RunHandle, raise_for_failure
+from .client import MIN_WAIT_S, WATCH_S, Client, raise_for_failure
 from .errors import (
     ApiError,
     AuthError,
@@ -37,6 +37,7 @@ from .errors import (
     WiroError,
 )
 from .files import BEHIND_S, NOT_YET_S, TICK_S, download, is_name_of, is_whole, safe_name
+from .handles import Model, RunHandle
 from .journal import Entry, Journal, LostEntryError
 from .listener import SILENT, RunListener
 from .receipts import write_receipt

@@ -8,8 +8,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from decimal import Decimal
 from typing import Any
 
-from .client import Model
 from .errors import ConfigError
+from .handles import Model
 from .transport import FilePart
 from .wire import MAX_WORD, bool_of, decimal_of, one_line, text_of
 

@@ -63,7 +63,7 @@ def describe(slug: str) -> Answer:
         {slug, title, about, image, price, page, groups: [{title, items}], examples}; items are
         those of `_describe_item`, an example is {name: value}.
     """
-    from ...wiro_api.client import Model
+    from ...wiro_api.handles import Model
     from ...wiro_api.schema import items_of
 
     model = Model.parse(checked_text(slug, "slug"))

@@ -254,7 +254,7 @@ class WiroRunModel:
         unique_id: str | None = None,
         graph: dict[str, Any] | None = None,
     ) -> tuple[Any, ...]:
-        from ...wiro_api.client import Model
+        from ...wiro_api.handles import Model
 
         values, assigned = parse_parameters(parameters), parse_assignments(file_parameters)
         check_fields(dict.fromkeys([image_parameter, *assigned.values()]))

@@ -15,7 +15,7 @@ from .run import check_fields, model_record
 from .widgets import ORIENTATION, parse_parameters, skyreels_parameters
 
 if TYPE_CHECKING:
-    from ...wiro_api.client import Model
+    from ...wiro_api.handles import Model
     from ...wiro_api.transport import FilePart
 
 #: the node that starts a run for each picture
@@ -85,8 +85,8 @@ def _draft(
         ConfigError: the request or a widget is of the wrong type, or the model is linked.
         ValueError: the parameters are not a JSON object.
     """
-    from ...wiro_api.client import Model
     from ...wiro_api.errors import ConfigError
+    from ...wiro_api.handles import Model
     from ...wiro_api.schema import SIZES, SKYREELS
 
     node, values, linked = (body.get(name) for name in ("node", "values", "linked"))
@@ -125,8 +125,8 @@ def form_price(body: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         ConfigError: the request is of the wrong form.
     """
-    from ...wiro_api.client import Model
     from ...wiro_api.errors import ConfigError
+    from ...wiro_api.handles import Model
     from ...wiro_api.schema import complete, is_file, items_of
     from ...wiro_api.spending import DEFAULT_LIMITS, load_limits, price_of
 

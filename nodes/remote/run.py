@@ -24,8 +24,9 @@ from . import account, live_tasks
 from .decode import EMPTY_MASK, read_audio, read_clip, read_pictures, read_text
 
 if TYPE_CHECKING:
-    from ...wiro_api.client import Client, Model, RunHandle
+    from ...wiro_api.client import Client
     from ...wiro_api.errors import WiroError
+    from ...wiro_api.handles import Model, RunHandle
     from ...wiro_api.jobs import Job
     from ...wiro_api.journal import Entry
     from ...wiro_api.spending import Limits
@@ -233,7 +234,7 @@ class RunView:
         self.handle = to_handle(entry)
 
     def on_task(self, task: "Task") -> None:
-        from ...wiro_api.client import RunHandle
+        from ...wiro_api.handles import RunHandle
 
         if self._task is None or task.status != self._task.status:
             self._began = time.monotonic()
@@ -746,8 +747,8 @@ def stop_job(view: RunView, job: "Job", parameters: Mapping[str, Any]) -> str:
 
 def collect(view: RunView, text: str, timeout_minutes: float, wants: frozenset[str]) -> Result:
     """Follow a task that a person named, to its files; `view` is closed. Blocks."""
-    from ...wiro_api.client import RunHandle
     from ...wiro_api.errors import WiroError
+    from ...wiro_api.handles import RunHandle
 
     line = "stopped waiting"
     try:

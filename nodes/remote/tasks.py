@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from . import account, live_tasks
 
 if TYPE_CHECKING:
-    from ...wiro_api.client import RunHandle
+    from ...wiro_api.handles import RunHandle
     from ...wiro_api.journal import Entry
     from ...wiro_api.task import Output
 

@@ -577,7 +577,7 @@ def test_trouble_that_lasts_is_told_once_and_at_the_end(server, client, caplog):
     server.fail("Task/Detail", *[{"status": 502, "body": {}}] * 999)
     with pytest.raises(TaskTimeoutError, match="last poll failed: Wiro answered HTTP 502"):
         list(client.watch(handle, timeout_s=300))
-    assert caplog.text.count("still waited for") == 1
+    assert caplog.text.count("The wait for the task goes on") == 1
 
 
 # --- nonces of several processes ----------------------------------------------------------------

@@ -823,7 +823,7 @@ def test_one_of_torchs_kernels_can_be_pinned_for_both_modes(machine, install, mo
         got = choice.impl(query, key, value)
     assert watch.allowed == [MATH]
     assert relative_l2(got, sdpa(query, key, value)) < 1e-5
-    assert report()["attention"] == "math: SKYREELS_ATTENTION=math"
+    assert report()["attention"] == "math: SKYREELS_ATTENTION=math, exact"
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")  # torch says why, in several
