@@ -288,6 +288,8 @@ class WiroServer:
         self._broken: dict[str, str] = {}
         self._studio = threading.Lock()
         self._over = threading.Event()
+        #: seconds that a "silent", "stall" or "slow" fault held a caller up to its end
+        self.held_s = 0.0
         self._lock = threading.RLock()
 
     def __enter__(self) -> "WiroServer":
@@ -530,7 +532,7 @@ class WiroServer:
             content = {"html": b"<html>bad gateway</html>", "truncated": content[:-5],
                        "list": b"[]"}[fault]  # fmt: skip
         elif isinstance(fault, tuple) and fault[0] == "silent":
-            self._over.wait(fault[1])
+            self._hold(fault[1])
         note = fault if isinstance(fault, str) else "fault" if fault is not None else ""
         self.log(_line_of(path, answer, status, note))
         handler.send_response(status)
@@ -538,6 +540,10 @@ class WiroServer:
             handler.send_header(name, value)
         handler.end_headers()
         handler.wfile.write(content)
+
+    def _hold(self, seconds: float) -> None:
+        if not self._over.wait(seconds):
+            self.held_s += seconds
 
     def _check_auth(self, headers: dict[str, str]) -> Answer | None:
         if headers.get("x-api-key") != self.key:
@@ -706,7 +712,7 @@ class WiroServer:
             return
         assert content is not None
         if word == "silent":
-            self._over.wait(value)
+            self._hold(value)
             handler.close_connection = True
             return
         special = value if word == "headers" else {}
@@ -742,7 +748,7 @@ class WiroServer:
         if word == "slow":
             step = len(content) // 20 + 1
             for first in range(0, len(content), step):
-                self._over.wait(value / 20)
+                self._hold(value / 20)
                 handler.wfile.write(content[first : first + step])
         elif word == "drip":
             for first in range(len(content)):
@@ -756,7 +762,7 @@ class WiroServer:
         else:
             handler.wfile.write(half if word in ("cut", "short", "stall") else content)
         if word == "stall":
-            self._over.wait(value)
+            self._hold(value)
         if word in ("cut", "huge", "unsized", "stall", "drip", "headers"):
             handler.close_connection = True
 

@@ -291,11 +291,10 @@ def test_a_service_that_does_not_answer_the_stop_is_not_waited_for(
         cancel(comfy)
 
     watching = when(lambda: wiro.paths().count("Task/Detail") >= 2, end)
-    start = time.monotonic()
     with pytest.raises(InterruptProcessingException):
         generate()
     watching.join()
-    assert time.monotonic() - start < 15
+    assert 2 < wiro.paths().count("Task/Detail") < 50, "it asked, and gave up"
     assert "task 2221 may go on at Wiro: stop it in the Wiro panel" in comfy.texts[-1]
     assert "task 2221 may go on at Wiro and cost money" in caplog.text
 
@@ -925,24 +924,22 @@ def test_a_task_that_is_not_there_in_the_first_second_is_waited_for(comfy, wiro)
 def test_cancel_is_seen_while_an_answer_is_waited_for(comfy, wiro):
     wiro.now = time.time
     wiro.states, wiro.steps_by_itself = ("task_start", "task_postprocess_end"), False
-    wiro.fail("Run", ("silent", 40))
+    wiro.fail("Run", ("silent", 60))
     watching = when(lambda: wiro.tasks, lambda: cancel(comfy))
-    start = time.monotonic()
     with pytest.raises(InterruptProcessingException):
         generate()
     watching.join()
-    assert time.monotonic() - start < 20
+    assert wiro.held_s == 0
     assert wiro.tasks["2221"]["status"] == "task_cancel"
 
 
 def test_cancel_is_seen_while_a_slow_server_sends_the_file(comfy, wiro):
     wiro.fail("GET 0.mp4", ("slow", 60))
     watching = when(lambda: wiro.fetched, lambda: cancel(comfy))
-    start = time.monotonic()
     with pytest.raises(InterruptProcessingException):
         generate()
     watching.join()
-    assert time.monotonic() - start < 25
+    assert wiro.held_s < 60, "the file was not waited for"
 
 
 def test_two_nodes_with_the_same_inputs_pay_once(comfy, wiro):

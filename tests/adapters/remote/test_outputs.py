@@ -576,10 +576,9 @@ def test_cancel_is_seen_while_a_file_server_says_nothing(comfy, wiro, fault):
 
     watching = threading.Thread(target=cancel)
     watching.start()
-    start = time.monotonic()
     with pytest.raises(InterruptProcessingException):
         run("video")
     watching.join()
-    assert time.monotonic() - start < 25, "it would be silent for a minute"
+    assert wiro.held_s == 0, "it would be silent for a minute"
     assert Path(run("video")["video"].file).is_file(), "the next run is good"
     assert len(wiro.tasks) == 1
