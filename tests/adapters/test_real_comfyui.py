@@ -238,7 +238,7 @@ def test_a_missing_file_is_answered_with_our_sentence_before_anything_runs(serve
     prompt = small_prompt("local_bf16", transformer="gone.safetensors")
     status, answer = server.post("/prompt", {"prompt": prompt})
     assert status == 400
-    assert "put it there (from https://huggingface.co/Kijai" in json.dumps(answer["node_errors"])
+    assert "download it from https://huggingface.co/Kijai" in json.dumps(answer["node_errors"])
 
 
 def test_an_error_in_a_node_is_one_sentence(server):
@@ -457,9 +457,9 @@ def test_the_panel_is_told_of_tasks_and_files_and_acts_on_them(server):
     [
         (b'{"per_run": null, "per_day": null, "per_month": null}', "text/plain", 415, "not JSON"),
         (b"{" + b" " * 20_000 + b"}", "application/json", 413, "too long"),
-        (b"[]", "application/json", 400, "no JSON object"),
-        (b"", "application/json", 400, "no JSON object"),
-        (b"{}", "application/json", 400, "names no per_run, per_day, per_month"),
+        (b"[]", "application/json", 400, "not a JSON object"),
+        (b"", "application/json", 400, "not a JSON object"),
+        (b"{}", "application/json", 400, "lacks per_run, per_day, per_month"),
         (b'{"per_run": "1e50", "per_day": "", "per_month": ""}', "application/json", 400, "1e50"),
     ],
 )
@@ -599,7 +599,7 @@ def test_a_user_hears_of_and_changes_only_what_is_hers(open_server):
     }
     of_anna = f"/skyreels/wiro/tasks/{rows['anna'][0]['id']}/delete_files"
     status, answer = server.post(of_anna, {}, comfy_user=users["bert"])
-    assert (status, "There is no task" in answer["error"]) == (502, True)
+    assert (status, "The journal has no task" in answer["error"]) == (502, True)
     assert server.wiro.tasks[ids["anna"]]["outputs"]
     for stranger in ({}, {"comfy_user": "carl"}):
         assert server.post(of_anna, {}, **stranger)[0] == 403
