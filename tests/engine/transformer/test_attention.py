@@ -970,6 +970,7 @@ def test_kernel_computes_what_the_reference_says_in_the_interpreter():
     assert [row["finite"] for row in broken] == [False] * 6
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed")
 def test_kernel_compiles_for_every_gpu_without_spilling(compiled):
     rows = compiled

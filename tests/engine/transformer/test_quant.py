@@ -675,6 +675,7 @@ def test_the_int8_kernel_computes_its_definition_in_the_interpreter():
         assert case["kept"], case
 
 
+@pytest.mark.slow
 def test_the_int8_kernel_compiles_for_every_gpu_without_spilling():
     rows = run_kernel("int8", "compile", "80", "86", "89", "90", "120")
     assert len(rows) == 4 * 5

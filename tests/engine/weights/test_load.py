@@ -477,24 +477,31 @@ print(weight_bytes(model), resident("VmHWM") - before)
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="peak memory is read the Linux way")
 @pytest.mark.parametrize(
-    ("layout", "precision"),
-    [("original", "auto"), ("diffusers", "auto"), ("original", "fp8"), ("original", "int8")],
+    ("layout", "precision", "layers"),
+    [
+        ("original", "auto", 2),  # offsets beyond 2 GiB
+        ("diffusers", "auto", 1),
+        ("original", "fp8", 1),
+        ("original", "int8", 1),
+    ],
 )
-def test_loading_two_gigabytes_needs_little_beyond_the_weights(tmp_path, layout, precision):
-    config = TransformerConfig(num_layers=2, num_single_layers=2, num_refiner_layers=1)
+def test_loading_gigabytes_needs_little_beyond_the_weights(tmp_path, layout, precision, layers):
+    config = TransformerConfig(num_layers=layers, num_single_layers=layers, num_refiner_layers=1)
     with torch.device("meta"):
         state = SkyReelsTransformer(config).state_dict()
     if layout == "diffusers":
         state = tiny.to_diffusers(state, config)
     path = tiny.sparse_file(tmp_path / "x.safetensors", state)
-    assert path.stat().st_size >= 2 * 1024**3
+    assert path.stat().st_size >= layers * 1024**3
     code = MEASURE.format(path=str(path), precision=precision)
     run = forks("skyreels.cli").run(["-c", code], {**os.environ})
     assert run.returncode == 0, run.stderr
     weights, grown = map(int, run.stdout.split())
     largest_fused = 21504 * 3072 * 2
-    assert weights >= (2 if precision == "auto" else 1.2) * 1024**3
-    assert grown - weights <= largest_fused + 256 * 1024**2, (grown - weights) / 1e6
+    bound = largest_fused + 256 * 1024**2
+    assert weights >= (1 if precision == "auto" else 0.6) * layers * 1024**3
+    assert weights >= 1.5 * bound  # a second copy of them is no small thing
+    assert grown - weights <= bound, (grown - weights) / 1e6
 
 
 # --- what a damaged or strange file must not do -------------------------------------------------
