@@ -15,11 +15,8 @@ from support import tiny
 
 
 def test_a_forward_at_full_size_stays_within_the_flops_budget():
-    from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
+    from torch.utils.flop_counter import FlopCounterMode
 
-    # torch 2.5 shows the counter attention as one operator, of which it has no formula
-    attention = torch.ops.aten.scaled_dot_product_attention
-    counted = {attention: lambda *shapes, **_: sdpa_flop_count(*shapes[:3])}
     with torch.device("meta"):
         model = SkyReelsTransformer(TransformerConfig())
         inputs = {
@@ -29,7 +26,8 @@ def test_a_forward_at_full_size_stays_within_the_flops_budget():
             "pooled_projections": torch.empty(1, 768),
             "rope": torch.empty(51_000, 64, dtype=torch.complex64),
         }
-    with FlopCounterMode(display=False, custom_mapping=counted) as counter, torch.inference_mode():
+    # not inference mode: there torch 2.5 shows the counter linear layers and attention as a whole
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
         model(**inputs)
     assert 2_600e12 <= counter.get_total_flops() <= 2_634e12
 
