@@ -12,6 +12,16 @@ from ...skyreels.errors import CheckpointError
 from ...skyreels.weights.load import load_transformer, load_vae
 from .. import host
 
+logger = logging.getLogger("skyreels.nodes.local.loaders")
+
+#: family of a checkpoint -> the node that loads it
+LOADERS = {
+    "transformer": "SkyReels Load Transformer",
+    "vae": "SkyReels Load VAE",
+    "llama": "DualCLIPLoader, type hunyuan_video",
+    "clip": "DualCLIPLoader, type hunyuan_video",
+}
+
 
 def transformer_folders() -> dict[str, Path]:
     """Sharded diffusers folders among the models."""
@@ -26,17 +36,6 @@ def transformer_choices() -> list[str]:
 def vae_choices() -> list[str]:
     """Everything SkyReels Load VAE offers."""
     return [BUILTIN_NAME, *host.weight_files("vae")]
-
-
-logger = logging.getLogger("skyreels.nodes.local.loaders")
-
-#: family of a checkpoint -> the node that loads it
-LOADERS = {
-    "transformer": "SkyReels Load Transformer",
-    "vae": "SkyReels Load VAE",
-    "llama": "DualCLIPLoader, type hunyuan_video",
-    "clip": "DualCLIPLoader, type hunyuan_video",
-}
 
 
 @contextmanager
