@@ -4,9 +4,8 @@
     python tests/scripts/check.py --floors [pytest arguments]
 
 --fix formats and mends what ruff can mend instead of only reporting it. The page's scripts are
-checked and tested by Node.js (20 or later, no packages), if it is installed. The tests run in
-one process more than there are cores, as some of them wait, and in four at most: each takes up to
-4 GB.
+checked and tested by Node.js (20 or later, no packages), if it is installed. The tests run in as
+many processes as there are cores, four at most: each takes up to 4 GB.
 
 --floors runs the tests alone, with the oldest versions that pyproject.toml declares, on the oldest
 Python that it declares if one is found. Their environment is kept in .floors/ (about 6 GB on
@@ -40,7 +39,7 @@ def main() -> int:
     arguments = sys.argv[1:]
     pytest_arguments = [a for a in arguments if a not in ("--fix", "--floors")]
     # what a file's tests share is made once: a file is not split
-    workers = ["-n", str(min(1 + (os.cpu_count() or 1), MOST_WORKERS)), "--dist", "loadfile"]
+    workers = ["-n", str(min(os.cpu_count() or 1, MOST_WORKERS)), "--dist", "loadfile"]
     tests = ["pytest", *workers, *pytest_arguments]
     if "--floors" in arguments:
         return check_floors(tests)
