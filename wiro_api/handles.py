@@ -1,4 +1,4 @@
-"""What a run is of, and how a task is named."""
+"""The identifiers of a model and of a task."""
 
 import re
 from dataclasses import dataclass, field
@@ -8,9 +8,12 @@ from .errors import ConfigError
 
 @dataclass(frozen=True)
 class RunHandle:
-    """Both identifiers of a task; either may be "". Keep it before anything else is done.
+    """Both identifiers of a task. Store it before anything else is done.
 
-    started_at: Unix seconds of the Run, or None for a handle made later.
+    Attributes:
+        taskid: digits, or "" where only the token is known.
+        token: of the task, or "".
+        started_at: Unix seconds of the Run, or None for a handle made later.
     """
 
     taskid: str

@@ -1,6 +1,6 @@
 """The page's routes: who may call them, and errors as HTTP answers.
 
-ComfyUI's server has no login: whoever reaches its port may call these. So none returns a key or a
+ComfyUI's server has no login: anyone who reaches its port may call these. So none returns a key or a
 token, none starts a paid run, and every POST goes through `guard.check_sender`. GET changes nothing
 and creates no file.
 

@@ -295,8 +295,8 @@ class RunView:
 def check_fields(values: object) -> None:
     """Refuse fields that send the bill or the result elsewhere, at any depth and in any spelling.
 
-    A workflow file is a stranger's, and these are not seen when it runs. Whoever wants them types
-    them on the command line.
+    A workflow may come from anyone, and its user does not see these fields when it runs. They can
+    be given on the command line.
 
     Raises:
         ConfigError: names the field.

@@ -5,8 +5,8 @@ fused; our VAE uses the diffusers names, which are Tencent's own too. So the map
 name to the name or names in the file: several names are concatenated along dim 0 while loading.
 
     transformer   "original"   856 tensors at full size, identity
-                  "comfyui"    856, files saved by ComfyUI up to about 0.3; norms hold a "scale"
-                  "comfyui-weight"  856, files saved by later ones (0.33); norms hold a "weight"
+                  "comfyui"    856, files saved by ComfyUI 0.3.64: q and k norms are a "scale"
+                  "comfyui-weight"  856, files saved by ComfyUI 0.33: those are a "weight"
                   "diffusers"  1264, separate q, k, v and mlp projections
     VAE           "diffusers"  248 tensors at full size, identity
                   "sd"         248, CompVis names with 1x1x1 convolutions as attention projections
