@@ -1,8 +1,8 @@
 """The page's routes: who may call them, and errors as HTTP answers.
 
-ComfyUI's server has no login: anyone who reaches its port may call these. So none returns a key or a
-token, none starts a paid run, and every POST goes through `guard.check_sender`. GET changes nothing
-and creates no file.
+ComfyUI's server has no login: anyone who reaches its port may call these. So none returns a key or
+a token, none starts a paid run, and every POST goes through `guard.check_sender`. GET changes
+nothing and creates no file.
 
 On a server with several users (--multi-user) they share one account, its key and its limits; each
 sees and changes only the tasks they queued. ComfyUI trusts the page about its user, so this keeps
