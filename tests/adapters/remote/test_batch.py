@@ -37,8 +37,9 @@ GRAPH = {
 
 @pytest.fixture(autouse=True)
 def quick_polls(monkeypatch):
-    """Tasks of these tests end at once: no poll waits seconds."""
+    """Tasks of these tests end at once: no poll waits seconds, nor does a look after a stop."""
     monkeypatch.setattr(client, "POLL_SCHEDULE", ((float("inf"), 0.05),))
+    monkeypatch.setattr(client, "STOP_WAIT_S", 0.1)
     monkeypatch.setattr("comfyui_skyreels.wiro_api.journal.SYNCHRONOUS", "OFF")
     wiro_run._results.clear()
 
