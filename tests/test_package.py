@@ -125,8 +125,7 @@ def test_the_console_commands_run_and_answer_wrong_usage_with_2(name):
     code = f"import sys; from {module} import {function}; sys.exit({function}())"
 
     def run(*arguments: str) -> subprocess.CompletedProcess:
-        command = [sys.executable, "-c", code, *arguments]
-        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+        return forks("torch").run(["-c", code, *arguments], {**os.environ})
 
     shown = run("--help")
     assert (shown.returncode, shown.stderr) == (0, "")
