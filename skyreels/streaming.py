@@ -316,8 +316,7 @@ def page_locked(num_bytes: int) -> Tensor:
     Raises:
         RuntimeError: torch cannot have it.
     """
-    with torch.inference_mode(False):
-        return torch.empty(num_bytes, dtype=torch.uint8, pin_memory=True)
+    return torch.empty(num_bytes, dtype=torch.uint8, pin_memory=True)
 
 
 def open_copies(device: torch.device) -> Copies:
@@ -364,13 +363,12 @@ class BlockStream:
         self._copies = copies
         self._thread = ThreadPoolExecutor(1, "weights") if in_background else None
         # all views are made before the loop
-        with torch.inference_mode(False), torch.no_grad():
-            self._sources = [[_bytes_of(home) for _, home in block] for block in self._blocks]
-            self._targets = [[_cut(slot, block) for slot in slots] for block in self._sources]
-            self._views = [
-                [_shaped(parts, block) for parts in of_slots]
-                for of_slots, block in zip(self._targets, self._blocks, strict=True)
-            ]
+        self._sources = [[_bytes_of(home) for _, home in block] for block in self._blocks]
+        self._targets = [[_cut(slot, block) for slot in slots] for block in self._sources]
+        self._views = [
+            [_shaped(parts, block) for parts in of_slots]
+            for of_slots, block in zip(self._targets, self._blocks, strict=True)
+        ]
         for slot in range(len(slots)):  # its memory may be in use by what was queued before
             copies.mark_used(slot)
         self._free = deque(range(len(slots)))
@@ -447,7 +445,7 @@ class BlockStream:
         self._following = (position + 1) % len(self._blocks)
 
     def _bring_in_background(self, slot: int, pairs: Sequence[tuple[Tensor, Tensor]]) -> None:
-        with torch.inference_mode():
+        with torch.inference_mode():  # the mode is the thread's; slots may be of that mode
             self._copies.bring(slot, pairs)
 
 

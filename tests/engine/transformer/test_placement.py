@@ -206,6 +206,21 @@ def test_streamed_run_equals_the_resident_run_bit_for_bit(machine, precision, sh
     assert all(torch.equal(result, expected) for result in results)
 
 
+@pytest.mark.parametrize(("made", "run"), [(True, True), (False, True), (False, False)])
+@pytest.mark.parametrize("lockable", [2**40, 0])
+def test_weights_of_inference_mode_are_streamed_in_it_and_others_in_both(
+    machine, made, run, lockable
+):
+    with torch.inference_mode(made):
+        model = tiny.transformer()
+    kept, sizes = away_bytes(model)
+    with torch.inference_mode(run), torch.no_grad():
+        inputs = denoise_inputs(model)
+        with placed(model, Locking(kept + least_bytes(sizes), lockable), 0) as run_block:
+            result = model.denoise(*inputs, run_block=run_block)
+        assert torch.equal(result, model.denoise(*inputs))
+
+
 def in_precision(precision):
     """A tiny model whose block linears are of that precision."""
     model = tiny.transformer()
