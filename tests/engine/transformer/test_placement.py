@@ -148,6 +148,7 @@ class Locking(SmallDevice):
         self.locked.append(memory.data_ptr())
 
     def unpin(self, memory):
+        assert Machine.waits[-1:] == ["a stream"], "copies may be under way"
         self.lockable += memory.nbytes
         self.locked.remove(memory.data_ptr())
 
@@ -255,6 +256,15 @@ def test_blocks_that_left_while_room_was_made_are_brought_back(visits, monkeypat
     runtime.make_room = lambda num_bytes: gone.update(map(id, left))
     with placed(model, runtime, 0):
         assert gone <= visits.tensors("in")
+
+
+def test_a_tensor_that_is_not_contiguous_is_not_streamed(visits):
+    model = tiny.transformer()
+    layer = model.single_blocks[0].linear1
+    layer.weight.data = layer.weight.data.T.contiguous().T
+    kept, away = placement._split(model, torch.device("cpu"))
+    assert any(tensor is layer.weight for tensor in kept)
+    assert all(tensor.is_contiguous() for tensors in away.values() for tensor in tensors)
 
 
 def test_too_little_room_says_how_much_and_what_helps(visits):
