@@ -31,7 +31,7 @@ LAYERS = [
     {"image", "media", "text"},
     {"transformer", "vae"},
     {"kernels", "latents", "runtime"},
-    {"config", "interrupt", "offload"},
+    {"config", "interrupt", "offload", "streaming"},
     {"errors"},
 ]
 
