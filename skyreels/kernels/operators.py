@@ -97,12 +97,12 @@ def _head_limits(args: Args) -> str:
     return ""
 
 
-def _clip_limits(args: Args) -> str:
+def _clip_limits(args: Args, place: int = 0) -> str:
     channels = args[0].shape[1]
     if channels > MAX_CHANNELS:
         return f"{channels} channels are more than {MAX_CHANNELS}"
-    out = next((a for a in args[::-1] if isinstance(a, Tensor) and a.ndim == 5), args[0])
-    is_dense = out[:1].is_contiguous(memory_format=torch.channels_last_3d)
+    # the others are copied where they are laid out otherwise
+    is_dense = args[place][:1].is_contiguous(memory_format=torch.channels_last_3d)
     return "" if is_dense else "the clip is not laid out with adjacent channels"
 
 
@@ -236,7 +236,7 @@ OPERATORS = {
         "(Tensor x, Tensor? scale, Tensor? shift, Tensor(a!) out, int front) -> ()",
         reference.norm_silu_pad_,
         _padding_samples,
-        _clip_limits,
+        partial(_clip_limits, place=3),
         writes=3,
         is_tokenwise=False,
         module="video",
@@ -254,7 +254,7 @@ OPERATORS = {
         "(Tensor x, Tensor bias, Tensor(a!) out) -> ()",
         reference.interleave_,
         _interleaving_samples,
-        _clip_limits,
+        partial(_clip_limits, place=2),
         writes=2,
         is_tokenwise=False,
         module="video",
