@@ -23,6 +23,7 @@ from ..errors import OptionError, OutOfRoomError, ShapeError
 from ..offload import on_device
 from ..runtime import Runtime
 from .budget import decode_bytes
+from .frames import FrameWriter
 from .model import VideoVAE
 
 #: whole-time tiles, largest first; a 64 px overlap is the reference's, smaller tiles afford less
@@ -68,37 +69,32 @@ def decode_frames(
         valid = ", ".join(("auto", "full", *TILINGS))
         raise OptionError(f'Decode mode "{mode}" does not exist: use one of {valid}.')
     _check_latents(vae_latents)
-    frames, height, width = _output_size(vae_latents)
     is_auto = mode == "auto" and tiling is None
     if tiling is None:
         # "auto" makes room for the reference's tiles: making room for a decode in one pass would
         # offload every other model for a little speed
         tiling = TILINGS["tiled" if is_auto else mode] if mode != "full" else None
-    largest = largest_tile(vae_latents.shape, tiling)
     dtype = next(vae.parameters()).dtype
-    num_bytes = decode_bytes(vae.config, largest, dtype)
-    clip: Tensor | None = None
-    done = 0
-    with runtime.place(vae, num_bytes), on_device(vae, runtime.device):
+    num_bytes = decode_bytes(vae.config, largest_tile(vae_latents.shape, tiling), dtype)
+    writer = FrameWriter(*_output_size(vae_latents), runtime.offload_device)
+    with runtime.place(vae, num_bytes), on_device(vae, runtime.device), vae.folded():
         if is_auto:
             free = _free_beside_the_clip(vae_latents, runtime)
             tiling = choose_tiling(vae.config, vae_latents.shape, free, dtype)
-        for chunk in iter_decode(vae, vae_latents, tiling, runtime=runtime):
-            images = chunk[0].permute(1, 2, 3, 0).add_(1).mul_(0.5).clamp_(0, 1)
-            if not bool(images.sum().isfinite()):
-                raise OptionError(
-                    f"The decoded frames contain NaN: load the VAE in bf16 or fp32 instead of "
-                    f"{str(dtype).removeprefix('torch.')}, and check the latents."
-                )
-            if images.shape[0] == frames:
-                return images
-            if clip is None:
-                clip = torch.empty(frames, height, width, 3, device=images.device)
-            clip[done : done + images.shape[0]] = images
-            done += images.shape[0]
-    assert clip is not None
-    assert done == frames
-    return clip
+        if tiling is None:
+            for piece in vae.iter_decode(vae_latents, check=runtime.check_interrupt):
+                writer.write(_images(piece))
+            runtime.progress("decode", 1, 1)
+        else:
+            chunks = iter_decode(vae, vae_latents, tiling, runtime=runtime, device=runtime.device)
+            for chunk in chunks:
+                writer.write(_images(chunk))
+    return writer.finish()
+
+
+def _images(clip: Tensor) -> Tensor:
+    """[1, 3, f, H, W] -> [f, H, W, 3] float32, contiguous; a view where memory is in that order."""
+    return clip[0].permute(1, 2, 3, 0).float().contiguous()
 
 
 def _free_beside_the_clip(vae_latents: Tensor, runtime: Runtime) -> int:
@@ -111,22 +107,29 @@ def _free_beside_the_clip(vae_latents: Tensor, runtime: Runtime) -> int:
 
 
 def iter_decode(
-    vae: Decoder, vae_latents: Tensor, tiling: Tiling | None, *, runtime: Runtime
+    vae: Decoder,
+    vae_latents: Tensor,
+    tiling: Tiling | None,
+    *,
+    runtime: Runtime,
+    device: torch.device | None = None,
 ) -> Iterator[Tensor]:
     """Decode a clip and yield its frames, in order, as soon as they are final.
 
     With windows in time only the overlap with the next window is held back; without them the clip
-    is assembled once and yielded whole. The caller owns each chunk and may overwrite it.
+    is assembled once and yielded whole. The caller owns each chunk and may overwrite it. Tiles are
+    blended and assembled on runtime.device.
 
     Args:
         vae: already on `runtime.device`.
         vae_latents: [1, 16, T, h, w], VAE space (unscaled); not changed.
         tiling: windows and tiles; None decodes everything in one pass.
         runtime: as for `decode_frames`.
+        device: of the frames; None is runtime.offload_device.
 
     Returns:
-        Iterator of [1, 3, f, H, W] float32, about -1 to 1, not clamped, on runtime.offload_device;
-        the memory of a chunk is ordered [f, H, W, 3].
+        Iterator of [1, 3, f, H, W] float32, about -1 to 1, not clamped; the memory of a chunk is
+        ordered [f, H, W, 3].
 
     Raises:
         ShapeError: latents are not 5-D, or contain more than one clip. Raised by the call, before
@@ -136,12 +139,20 @@ def iter_decode(
     Source: diffusers 0.42.1 AutoencoderKLHunyuanVideo._temporal_tiled_decode.
     """
     _check_latents(vae_latents)
-    return _windows(vae, vae_latents, tiling, runtime)
+    target = runtime.offload_device if device is None else device
+    return _moved(_windows(vae, vae_latents, tiling, runtime), target)
+
+
+def _moved(windows: Iterator[Tensor], target: torch.device) -> Iterator[Tensor]:
+    for frames in windows:
+        yield frames.to(target).permute(3, 0, 1, 2)[None]
+        del frames  # or it would live on beside the next window
 
 
 def _windows(
     vae: Decoder, vae_latents: Tensor, tiling: Tiling | None, runtime: Runtime
 ) -> Iterator[Tensor]:
+    """Yield frames [f, H, W, 3] where they were decoded."""
     starts, length = window_starts(vae_latents.shape[2], tiling)
     total = count_decodes(vae_latents.shape, tiling)
     done = 0
@@ -150,10 +161,7 @@ def _windows(
         nonlocal done
         runtime.check_interrupt()
         decoded = vae.decode(latents, check=runtime.check_interrupt)
-        frames = torch.empty(
-            decoded[0].permute(1, 2, 3, 0).shape, device=runtime.offload_device, dtype=torch.float32
-        )
-        frames.copy_(decoded[0].permute(1, 2, 3, 0))
+        frames = _images(decoded)
         done += 1
         runtime.progress("decode", done, total)
         return frames
@@ -173,7 +181,7 @@ def _windows(
             final = frames[: stride + (start == 0)]
             tail = _tail(frames, tiling.tile_sample_min_num_frames - stride, dim=0)
         del frames
-        yield final.permute(3, 0, 1, 2)[None]
+        yield final
         del final
 
 

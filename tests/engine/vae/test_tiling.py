@@ -388,14 +388,14 @@ def test_an_interrupt_passes_through_and_the_next_decode_is_bit_identical(vae, w
 @pytest.mark.parametrize(
     ("free_gib", "expected"),
     [
-        (80, None),
-        (60, Tiling(512, 512, 0, 448, 448, 0)),
-        (30, Tiling(448, 448, 0, 384, 384, 0)),
-        (16, Tiling(320, 320, 0, 256, 256, 0)),
-        (10, TILINGS["tiled"]),
-        (7, Tiling(192, 192, 0, 144, 144, 0)),
-        (3.5, Tiling(128, 128, 0, 96, 96, 0)),
-        (3.2, TILINGS["tiled-diffusers"]),
+        (36, None),
+        (30, Tiling(512, 512, 0, 448, 448, 0)),
+        (18, Tiling(448, 448, 0, 384, 384, 0)),
+        (10, Tiling(320, 320, 0, 256, 256, 0)),
+        (8, TILINGS["tiled"]),
+        (6.1, Tiling(192, 192, 0, 144, 144, 0)),
+        (3, Tiling(128, 128, 0, 96, 96, 0)),
+        (2.5, TILINGS["tiled-diffusers"]),
         (1, Tiling(128, 128, 16, 96, 96, 12)),
     ],
 )
