@@ -1,6 +1,13 @@
-"""The peak memory of a decode, predicted from shapes alone."""
+"""The peak memory of a decode, predicted from shapes alone.
+
+Adds up what is alive at the first resnet and the upsampler of each level and in the attention:
+whole clips, and the piece being worked on. Tests compare it with the storages that model.py
+allocates on shape-only tensors; MEMORY_MARGIN covers what those do not show.
+"""
 
 import math
+from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 
@@ -9,15 +16,43 @@ from . import model as vae_model
 
 #: covers convolution workspaces and the allocator's rounding
 MEMORY_MARGIN = 1.25
+#: frames that a synced decode works on at once, at most
+_STREAMED_FRAMES = 2
+
+
+class _Clip(NamedTuple):
+    """Numbers of a clip in a layer."""
+
+    batch: int
+    frames: int
+    height: int
+    width: int
+
+    @property
+    def pixels(self) -> int:
+        return self.batch * self.frames * self.height * self.width
+
+    def enlarged(self, factors: tuple[int, int, int]) -> "_Clip":
+        return _Clip(
+            self.batch,
+            (self.frames - 1) * factors[0] + 1,
+            self.height * factors[1],
+            self.width * factors[2],
+        )
+
+
+class _Level(NamedTuple):
+    """One level of the decoder: channels before and in it, and by what it enlarges."""
+
+    before: int
+    channels: int
+    factors: tuple[int, int, int]
 
 
 def decode_bytes(config: VAEConfig, latent_shape: torch.Size, dtype: torch.dtype) -> int:
     """Estimate the peak bytes of one VideoVAE.decode call, beside the weights.
 
-    Walks the decoder and adds up what is alive at the first resnet and the upsampler of each level
-    and in the attention: whole clips, and the piece being worked on. Tests compare it with the
-    storages that model.py allocates on shape-only tensors; MEMORY_MARGIN covers what those do not
-    show. Encoding a clip of that size takes less: the encoder is the narrower half.
+    Encoding a clip of that size takes less: the encoder is the narrower half.
 
     Args:
         config: of the VAE.
@@ -27,51 +62,141 @@ def decode_bytes(config: VAEConfig, latent_shape: torch.Size, dtype: torch.dtype
     Returns:
         Bytes, MEMORY_MARGIN included.
     """
-    item = dtype.itemsize
-    batch, _, frames, height, width = latent_shape
-    channels = config.block_out_channels[::-1]
-    tokens = batch * channels[0] * frames * height * width
-    scores = min(vae_model.SCORE_BYTES, 4 * batch * (height * width) ** 2 * frames)
-    wide = torch.promote_types(dtype, torch.float32).itemsize
-    # beside the clip: its norm with wide copies; q, k, v, out and what an unfused kernel writes
-    peak = tokens * item + max(tokens * (2 * wide + item), 4 * tokens * item + 3 * scores)
-    previous = channels[0]
-    for level, width_out in enumerate(channels):
-        inputs, outputs = (
-            c * batch * frames * height * width * item for c in (previous, width_out)
-        )
-        into, of = (
-            _piece_bytes(c, batch, frames, height, width, item) for c in (previous, width_out)
-        )
-        peak = max(peak, max(inputs, outputs) + into, 2 * outputs + of)
-        if previous == width_out:
-            peak = max(peak, inputs + outputs + into)
-        factors = vae_model.level_factors(level, len(channels))
-        if factors != (1, 1, 1):
-            frames = (frames - 1) * factors[0] + 1
-            height, width = height * factors[1], width * factors[2]
-            enlarged = width_out * batch * frames * height * width * item
-            piece = min(enlarged, vae_model.PIECE_ELEMENTS * item)
-            peak = max(peak, outputs + enlarged + piece // 2)
-        previous = width_out
+    clip = _clip_of(latent_shape)
+    levels = _levels(config)
+    piece = vae_model.PIECE_ELEMENTS
+    elements = max(_level_elements(levels, clip, piece), default=0)
+    peak = max(_middle_bytes(config, clip, dtype), elements * dtype.itemsize)
+    return int((peak + folded_bytes(config, dtype)) * MEMORY_MARGIN)
+
+
+def synced_bytes(
+    config: VAEConfig, latent_shape: torch.Size, dtype: torch.dtype, strips: int
+) -> int:
+    """Estimate the peak bytes of VideoVAE.iter_synced, beside the weights.
+
+    Args:
+        config: of the VAE.
+        latent_shape: [1, 16, T, h, w].
+        dtype: the compute dtype.
+        strips: in how many the rows are decoded.
+
+    Returns:
+        Bytes, MEMORY_MARGIN included.
+    """
+    latents, levels = _clip_of(latent_shape), _levels(config)
+    split, piece = max(0, len(levels) - 2), vae_model.SYNCED_PIECE_ELEMENTS
+    low, high = levels[:split], levels[split:]
+    # the step to high resolution belongs to the part there
+    step = low[-1] if low else None
+    low = [*low[:-1], low[-1]._replace(factors=(1, 1, 1))] if step else []
+    elements = max(_level_elements(low, latents, piece), default=0)
+    peak = max(_middle_bytes(config, latents, dtype), elements * dtype.itemsize)
+    coarse = latents
+    for level in low:
+        coarse = coarse.enlarged(level.factors)
+    if step is not None:
+        high = [_Level(step.channels, step.channels, step.factors), *high]
+    kept = high[0].before * coarse.pixels
+    peak = max(peak, 2 * kept * dtype.itemsize)
+    starts, length = vae_model.sample_starts(coarse.frames, strips)
+    sample = coarse._replace(batch=len(starts), frames=length)
+    is_step = step is not None
+    gathered = kept + max(_level_elements(high, sample, piece, starts_with_step=is_step))
+    top, bottom = max(
+        vae_model.strip_rows(coarse.height, strips), key=lambda strip: strip[1] - strip[0]
+    )
+    halo = _halo_rows(config, high, is_step)
+    strip = coarse._replace(frames=1, height=min(coarse.height, bottom - top + 2 * halo))
+    streamed = kept + _stream_elements(config, high, strip, starts_with_step=is_step)
+    peak = max(peak, max(gathered, streamed) * dtype.itemsize)
     return int((peak + folded_bytes(config, dtype)) * MEMORY_MARGIN)
 
 
 def folded_bytes(config: VAEConfig, dtype: torch.dtype) -> int:
     """Bytes of the weights that `VideoVAE.folded` makes for a run: 62 MB in bf16."""
-    levels = len(config.block_out_channels)
     total = 0
-    for level, width in enumerate(config.block_out_channels[::-1]):
-        factors = vae_model.level_factors(level, levels)
-        if factors[1] > 1:  # copies and taps of each enlarged axis
-            total += width**2 * math.prod(4 if factor > 1 else 3 for factor in factors)
+    for level in _levels(config):
+        if level.factors[1] > 1:  # copies and taps of each enlarged axis
+            total += level.channels**2 * math.prod(4 if f > 1 else 3 for f in level.factors)
     return total * dtype.itemsize
 
 
-def _piece_bytes(channels: int, batch: int, frames: int, height: int, width: int, item: int) -> int:
-    """Bytes of the temporaries of one convolution: a padded piece, the one before, the result."""
-    frame = batch * channels * height * width
-    step = min(frames, max(1, vae_model.PIECE_ELEMENTS // frame))
-    padded = batch * channels * (height + 2) * (width + 2)
-    before = step + 2 if frames > step else 0
-    return item * (padded * (step + 2 + before) + frame * step)
+def _clip_of(latent_shape: torch.Size) -> _Clip:
+    return _Clip(latent_shape[0], *latent_shape[2:])
+
+
+def _levels(config: VAEConfig) -> list[_Level]:
+    channels = config.block_out_channels[::-1]
+    return [
+        _Level(channels[max(i - 1, 0)], width, vae_model.level_factors(i, len(channels)))
+        for i, width in enumerate(channels)
+    ]
+
+
+def _middle_bytes(config: VAEConfig, clip: _Clip, dtype: torch.dtype) -> int:
+    """Of the attention: the clip, and its norm with wide copies or q, k, v, out and scores."""
+    item, wide = dtype.itemsize, torch.promote_types(dtype, torch.float32).itemsize
+    tokens = config.block_out_channels[-1] * clip.pixels
+    scores = 4 * clip.batch * (clip.height * clip.width) ** 2 * clip.frames
+    scores = min(vae_model.SCORE_BYTES, scores)  # written thrice where no kernel is fused
+    return tokens * item + max(tokens * (2 * wide + item), 4 * tokens * item + 3 * scores)
+
+
+def _level_elements(
+    levels: list[_Level], clip: _Clip, piece: int, *, starts_with_step: bool = False
+) -> Iterator[int]:
+    """Elements alive where a level needs most, breadth-first; the first may be its step alone."""
+    for index, (before, channels, factors) in enumerate(levels):
+        inputs, outputs = before * clip.pixels, channels * clip.pixels
+        if not (starts_with_step and index == 0):
+            into, of = (_piece_elements(c, clip, piece) for c in (before, channels))
+            yield max(max(inputs, outputs) + into, 2 * outputs + of)
+            if before == channels:
+                yield inputs + outputs + into
+        if factors != (1, 1, 1):
+            clip = clip.enlarged(factors)
+            enlarged = channels * clip.pixels
+            yield outputs + enlarged + min(enlarged, max(piece, enlarged // clip.frames)) // 2
+
+
+def _piece_elements(channels: int, clip: _Clip, piece: int) -> int:
+    """Elements of one convolution's temporaries: a padded piece, the one before, the result."""
+    frame = channels * clip.pixels // clip.frames
+    step = min(clip.frames, max(1, piece // frame))
+    before = step + 2 if clip.frames > step else 0
+    return _padded(channels, clip) * (step + 2 + before) + frame * step
+
+
+def _padded(channels: int, clip: _Clip) -> int:
+    return channels * clip.batch * (clip.height + 2) * (clip.width + 2)
+
+
+def _halo_rows(config: VAEConfig, levels: list[_Level], starts_with_step: bool) -> int:
+    """As `Decoder.halo_rows`."""
+    rows = 1
+    for index, level in reversed(list(enumerate(levels))):
+        if level.factors != (1, 1, 1):
+            rows = -(-(rows + 1) // level.factors[1])
+        if not (starts_with_step and index == 0):
+            rows += 2 * (config.layers_per_block + 1)
+    return rows
+
+
+def _stream_elements(
+    config: VAEConfig, levels: list[_Level], clip: _Clip, *, starts_with_step: bool
+) -> int:
+    """Elements alive in a depth-first decode: the frames every convolution keeps, and the work."""
+    kept, work = 0, 0
+    for index, (before, channels, factors) in enumerate(levels):
+        frames = 1 if index == 0 else _STREAMED_FRAMES
+        if not (starts_with_step and index == 0):
+            into, of = _padded(before, clip), _padded(channels, clip)
+            kept += 2 * into + 2 * of * (2 * config.layers_per_block + 1)
+            # the frames, padded, kept anew, convolved, and the residual
+            work = max(work, into * (frames + (frames + 2)) + 2 * of * frames)
+        if factors != (1, 1, 1):
+            kept += (1 if factors[0] > 1 else 2) * _padded(channels, clip)
+            clip = clip.enlarged(factors)
+            work = max(work, 2 * _STREAMED_FRAMES * _padded(channels, clip))
+    return kept + 2 * _padded(levels[-1].channels, clip) + work

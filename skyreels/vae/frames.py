@@ -29,39 +29,43 @@ class FrameWriter:
         self._shape = (frames, height, width, 3)
         self._offload_device = offload_device
         self._clip: Tensor | None = None
-        self._done = 0
+        self._written = 0
         self._slots: list[_Slot] | None = None
 
-    def write(self, images: Tensor) -> None:
-        """Take the next frames.
+    def write(self, images: Tensor, start: int, top: int = 0) -> None:
+        """Take some frames, or rows of them, that are final.
 
         Args:
-            images: [f, H, W, 3] float32, about -1 to 1, on any device; overwritten.
+            images: [f, rows, W, 3] float32, about -1 to 1, on any device; overwritten.
+            start: the first of these frames.
+            top: the first of these rows.
 
         Raises:
             OptionError: NaN among these frames or, on a GPU, among earlier ones.
         """
         images.add_(1).mul_(0.5).clamp_(0, 1)
+        self._written += images.numel()
         if images.device == self._offload_device and images.shape == self._shape:
             _check(images.sum())
-            self._clip, self._done = images, len(images)
+            self._clip = images
             return
         if self._clip is None:
             self._clip = torch.empty(self._shape, device=self._offload_device)
+        target = self._clip[start : start + len(images), top : top + images.shape[1]]
         if images.is_cuda and self._slots is None:
             self._slots = _page_locked_slots(images.device)
         if images.is_cuda and self._slots:
             step = max(1, STAGING_BYTES // images[0].nbytes)
-            for part in torch.split(images, step):
+            for part, place in zip(
+                torch.split(images, step), torch.split(target, step), strict=True
+            ):
                 slot = self._slots.pop(0)
                 slot.flush()
-                slot.start(part, self._clip[self._done : self._done + len(part)])
+                slot.start(part, place)
                 self._slots.append(slot)
-                self._done += len(part)
             return
         _check(images.sum())
-        self._clip[self._done : self._done + len(images)] = images
-        self._done += len(images)
+        target.copy_(images)
 
     def finish(self) -> Tensor:
         """Wait for the last copies.
@@ -74,7 +78,7 @@ class FrameWriter:
         """
         for slot in self._slots or ():
             slot.flush()
-        assert self._clip is not None and self._done == self._shape[0]
+        assert self._clip is not None and self._written == self._clip.numel()
         return self._clip
 
 

@@ -17,8 +17,10 @@ models/autoencoders/autoencoder_kl_hunyuan_video.py is the reference the tests c
 import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from itertools import compress
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import compress, pairwise
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -40,6 +42,8 @@ Taps = tuple[tuple[tuple[int, int, int], ...], ...]
 
 #: elements of the largest piece a layer takes or makes: 1 GiB in bf16
 PIECE_ELEMENTS = 2**29
+#: the same where memory is short: four frames at the lower resolution of a synced decode
+SYNCED_PIECE_ELEMENTS = 2**26
 #: bytes the fp32 attention scores may take where no fused kernel exists (head dim 512 has few)
 SCORE_BYTES = 2**29
 NORM_EPS = 1e-6
@@ -127,14 +131,14 @@ class ConvStream:
     Args:
         layer: the convolution.
         affine: of the GroupNorm before it, which SiLU follows; None for neither.
-        is_one_of_many: whether other streams are under way, each with frames of its own to keep. A
-            single one keeps the whole piece they are part of, which saves copying them.
+        keeps_copies: of the frames that the next piece reads again, where memory is short; else
+            the whole piece that they are part of is kept, which saves copying them.
     """
 
     def __init__(
-        self, layer: CausalConv3d, affine: Affine | None = None, *, is_one_of_many: bool = False
+        self, layer: CausalConv3d, affine: Affine | None = None, *, keeps_copies: bool = False
     ) -> None:
-        self.layer, self.affine, self.is_one_of_many = layer, affine, is_one_of_many
+        self.layer, self.affine, self.keeps_copies = layer, affine, keeps_copies
         self._halo: Tensor | None = None  # padded frames that the next piece's outputs read too
 
     def __call__(self, piece: Tensor, *, with_bias: bool = True) -> Tensor | None:
@@ -193,10 +197,11 @@ class ConvStream:
             kernels.norm_silu_pad_(piece, scale, shift, padded, kept)
         else:
             padded[:, :, :kept] = self._halo
+            self._halo = None
             kernels.norm_silu_pad_(piece, scale, shift, padded[:, :, kept:], 0)
         used = max(0, (kept + frames - taps) // stride + 1) * stride
         self._halo = padded[:, :, used:]
-        if self.is_one_of_many:
+        if self.keeps_copies:
             self._halo = self._halo.clone()
         return padded
 
@@ -253,27 +258,31 @@ class Moments:
         return scale[..., None, None, None], shift[..., None, None, None]
 
 
+#: the affine of every norm, for clips of a batch of one
+Frozen = dict[nn.GroupNorm, Affine]
+
+
 @dataclass
 class Walk:
     """One run of a network over a clip.
 
     Attributes:
         check: called between layers and pieces; may raise to stop.
-        piece_elements: elements of the largest piece; None is PIECE_ELEMENTS.
+        piece_elements: elements of the largest piece where memory is short, else None.
         recorded: takes the affine of every norm, where a later run uses them.
         is_one_clip: whether GroupNorm treats the whole batch as one clip.
     """
 
     check: Check
     piece_elements: int | None = None
-    recorded: "dict[nn.GroupNorm, Affine] | None" = None
+    recorded: "Frozen | None" = None
     is_one_clip: bool = False
 
     def affine(self, norm: nn.GroupNorm, moments: Moments, bias: Tensor | None = None) -> Affine:
         """The norm of a clip with these moments."""
         affine = moments.affine(norm, bias, is_one_clip=self.is_one_clip)
         if self.recorded is not None:
-            self.recorded[norm] = affine
+            self.recorded[norm] = (affine[0][:1], affine[1][:1])
         return affine
 
     def measure(self, norm: nn.GroupNorm, clip: Iterable[Tensor]) -> Affine:
@@ -293,11 +302,15 @@ class Walk:
             cut += torch.split(piece, frames, 2)
         return cut
 
+    def stream(self, layer: CausalConv3d, affine: Affine | None = None) -> ConvStream:
+        """A layer on its way through a clip."""
+        return ConvStream(layer, affine, keeps_copies=self.piece_elements is not None)
+
     def convolve(
         self, layer: CausalConv3d, clip: Pieces, affine: Affine | None = None
     ) -> Iterator[Tensor]:
         """Yield what a layer makes of a clip, whose pieces are taken off the list."""
-        stream = ConvStream(layer, affine)
+        stream = self.stream(layer, affine)
         for piece in consume(clip):
             self.check()
             result = stream(piece)
@@ -345,7 +358,8 @@ class ResnetBlock(nn.Module):
 
     def forward(self, clip: Pieces, walk: Walk) -> Pieces:
         """Pieces [B, C, t, H, W] -> [B, C', t, H, W]; in place where C = C'."""
-        first = ConvStream(self.conv1, walk.measure(self.norm1, clip))
+        clip[:] = walk.cut(clip)
+        first = walk.stream(self.conv1, walk.measure(self.norm1, clip))
         moments, branch, residual = Moments(), [], []
         for piece in consume(clip):
             walk.check()
@@ -358,7 +372,7 @@ class ResnetBlock(nn.Module):
             del piece, convolved
         del first  # with the frames that it keeps
         affine = walk.affine(self.norm2, moments, self.conv1.conv.bias)
-        second, bias = ConvStream(self.conv2, affine), self.bias
+        second, bias = walk.stream(self.conv2, affine), self.bias
         for piece, part in zip(residual, consume(branch), strict=True):
             walk.check()
             convolved = second(part, with_bias=False)
@@ -366,6 +380,23 @@ class ResnetBlock(nn.Module):
             kernels.residual_add_(piece, convolved, bias)
             del part, convolved
         return residual
+
+    def stream(self, frozen: Frozen) -> Callable[[Tensor], Tensor]:
+        """The same with known norms, frames by frames: [B, C, t, H, W] -> [B, C', t, H, W]."""
+        first = ConvStream(self.conv1, frozen[self.norm1], keeps_copies=True)
+        second = ConvStream(self.conv2, frozen[self.norm2], keeps_copies=True)
+        bias = self.bias
+
+        def push(frames: Tensor) -> Tensor:
+            branch = first(frames, with_bias=False)
+            assert branch is not None
+            branch = second(branch, with_bias=False)
+            assert branch is not None
+            residual = self.shortcut(frames)
+            kernels.residual_add_(residual, branch, bias)
+            return residual
+
+        return push
 
 
 class CausalAttention(nn.Module):
@@ -464,6 +495,10 @@ class Resample(nn.Module):
         cut = walk.cut(clip, math.prod(self.conv.upsample))
         clip.clear()
         return list(walk.convolve(self.conv, cut))
+
+    def stream(self, frozen: Frozen) -> ConvStream:
+        """The same, frames by frames; it has no norm."""
+        return ConvStream(self.conv, keeps_copies=True)
 
 
 class Level(nn.Module):
@@ -577,13 +612,102 @@ class Decoder(nn.Module):
 
     def forward(self, latents: Tensor, walk: Walk) -> Iterator[Tensor]:
         """[B, 16, T, h, w] -> [B, 3, F, H, W], yielded piece by piece."""
+        clip = self.coarse(latents, walk)
+        clip, affine = self._features(clip, walk)
+        yield from walk.convolve(self.conv_out, clip, affine)
+
+    def coarse(self, latents: Tensor, walk: Walk) -> Pieces:
+        """The part at low resolution: pieces [B, C, T, rows, columns] of `coarse_shape`."""
         growth = -(-self.conv_in.conv.out_channels // latents.shape[1])
         clip = list(walk.convolve(self.conv_in, walk.cut([_laid_out(latents)], growth)))
         clip = self.mid_block(clip, walk)
-        for block in self.up_blocks:
+        return self._through(self._blocks[: self._num_coarse], clip, walk)
+
+    def gather(self, sample: Tensor, walk: Walk) -> Frozen:
+        """The norms of the part at high resolution, from parts of a clip.
+
+        Args:
+            sample: [N, C, t, rows, columns], N parts of what `coarse` returns.
+            walk: how.
+
+        Returns:
+            What `stream` takes.
+        """
+        frozen: Frozen = {}
+        walk = replace(walk, recorded=frozen, is_one_clip=True)
+        self._features(walk.cut([sample]), walk)
+        return frozen
+
+    def stream(self, frozen: Frozen, check: Check) -> Callable[[Tensor], Iterator[Tensor]]:
+        """The part at high resolution with known norms, in the memory that a few frames take.
+
+        Args:
+            frozen: from `gather`.
+            check: called between layers; may raise to stop.
+
+        Returns:
+            A function that takes the next frames [1, C, t, rows, columns] of what `coarse` returns
+            and yields the frames [1, 3, f, H, W] that they complete.
+        """
+        streams: list[Any] = [b.stream(frozen) for b in self._blocks[self._num_coarse :]]
+        affine = frozen[self.conv_norm_out]
+        return partial(
+            _push, [*streams, ConvStream(self.conv_out, affine, keeps_copies=True)], check
+        )
+
+    @property
+    def halo_rows(self) -> int:
+        """Rows of what `coarse` returns beside a strip that reach into its pixels.
+
+        With known norms nothing else does. At full size 6, which are 24 rows of pixels.
+        """
+        rows = self.conv_out.kernel_size // 2
+        for block in reversed(self._blocks[self._num_coarse :]):
+            if isinstance(block, Resample):
+                rows = -(-(rows + 1) // block.conv.upsample[1])
+            else:
+                rows += 2
+        return rows
+
+    @property
+    def _blocks(self) -> list[Any]:
+        levels: list[Any] = list(self.up_blocks)
+        return [block for level in levels for block in (*level.resnets, *level.upsamplers)]
+
+    @property
+    def _num_coarse(self) -> int:
+        """How many of these are at low resolution: all but those of the last two levels.
+
+        The step between both parts makes pixels, so it is of the part at high resolution.
+        """
+        levels: list[Any] = list(self.up_blocks)[:-2]
+        blocks = sum(len(level.resnets) + len(level.upsamplers) for level in levels)
+        return blocks - len(levels[-1].upsamplers) if levels else 0
+
+    def _features(self, clip: Pieces, walk: Walk) -> tuple[Pieces, Affine]:
+        """What the last convolution reads, and its norm."""
+        clip = self._through(self._blocks[self._num_coarse :], clip, walk)
+        return clip, walk.measure(self.conv_norm_out, clip)
+
+    @staticmethod
+    def _through(blocks: list[Any], clip: Pieces, walk: Walk) -> Pieces:
+        for block in blocks:
+            walk.check()
             clip = block(clip, walk)
-        affine = walk.measure(self.conv_norm_out, clip)
-        yield from walk.convolve(self.conv_out, clip, affine)
+        return clip
+
+
+def _push(streams: list[Any], check: Check, frames: Tensor) -> Iterator[Tensor]:
+    """Put frames through layers one after the other, in single frames where they are enlarged."""
+    for index, stream in enumerate(streams):
+        check()
+        enlarges = isinstance(stream, ConvStream) and stream.layer.upsample != (1, 1, 1)
+        if enlarges and frames.shape[2] > 1:
+            for frame in torch.split(frames, 1, 2):
+                yield from _push(streams[index:], check, frame)
+            return
+        frames = stream(frames)
+    yield frames
 
 
 class VideoVAE(nn.Module):
@@ -658,6 +782,54 @@ class VideoVAE(nn.Module):
         with self.folded():
             yield from self.decoder(latents, Walk(check))
 
+    @torch.no_grad()
+    def iter_synced(
+        self, vae_latents: Tensor, strips: int = 1, *, check: Check = never_interrupt
+    ) -> Iterator[tuple[int, int, Tensor]]:
+        """Decode in the memory that a few frames take, with norms taken from a part of the clip.
+
+        The part at low resolution is exact. The GroupNorms of the last two levels would need the
+        whole clip; they get the statistics of `sample_starts`, which stay the same for all frames,
+        so there are no seams. With strips, rows are decoded one strip after the other, with the
+        rows beside it that it depends on: the result is the same.
+
+        Args:
+            vae_latents: [1, 16, T, h, w]; as for `decode`.
+            strips: how many.
+            check: called between layers; may raise to stop.
+
+        Yields:
+            First frame, first row, and [1, 3, f, rows, W], about -1 to 1, not clamped, in memory
+            [f, rows, W, 3].
+
+        Raises:
+            ShapeError: not 5-D, or not the latent channels of this VAE.
+        """
+        check_latent_shape(vae_latents.shape, self.config.latent_channels)
+        walk = Walk(check, piece_elements=SYNCED_PIECE_ELEMENTS)
+        latents = self.post_quant_conv(vae_latents.to(self.post_quant_conv.weight))
+        with self.folded():
+            pieces = self.decoder.coarse(latents, walk)
+            coarse = pieces[0] if len(pieces) == 1 else _joined(pieces)
+            pieces.clear()
+            frames, rows = coarse.shape[2:4]
+            starts, length = sample_starts(frames, strips)
+            sample = torch.cat([coarse[:, :, start : start + length] for start in starts])
+            frozen = self.decoder.gather(_laid_out(sample), walk)
+            del sample
+            scale = SPATIAL_COMPRESSION * vae_latents.shape[3] // rows
+            halo = self.decoder.halo_rows
+            for top, bottom in strip_rows(rows, strips):
+                above = max(0, top - halo)
+                push = self.decoder.stream(frozen, check)
+                start = 0
+                for index in range(frames):
+                    piece = coarse[:, :, index : index + 1, above : min(rows, bottom + halo)]
+                    for out in push(_owned(piece)):
+                        inner = out[..., (top - above) * scale : (bottom - above) * scale, :]
+                        yield start, top * scale, inner
+                        start += out.shape[2]
+
     @contextmanager
     def folded(self) -> Iterator[None]:
         """Fold the weights of the upsamplers once for all decodes inside the block.
@@ -677,6 +849,36 @@ class VideoVAE(nn.Module):
         finally:
             for layer in layers:
                 layer.folded = None
+
+
+def sample_starts(frames: int, strips: int) -> tuple[list[int], int]:
+    """The frames at low resolution whose statistics stand for those of all in a synced decode.
+
+    Whole frames of a few moments: a video is alike over time, while its regions differ. (The same
+    share of the clip in tiles or in rows costs 5 to 15 dB, see tests/bench/LOG.md.)
+
+    Args:
+        frames: at low resolution.
+        strips: more than one where memory is short.
+
+    Returns:
+        The first frame of each window, and the length of a window.
+    """
+    length = min(2, frames)
+    windows = min(1 if strips > 1 else 2, frames // length)
+    return [(2 * i + 1) * (frames - length) // (2 * windows) for i in range(windows)], length
+
+
+def strip_rows(rows: int, strips: int) -> list[tuple[int, int]]:
+    """Where each of some strips of about equal height begins and ends; no more than rows."""
+    strips = min(strips, rows)
+    edges = [rows * i // strips for i in range(strips + 1)]
+    return list(pairwise(edges))
+
+
+def _owned(piece: Tensor) -> Tensor:
+    """A copy with adjacent channels, as layers overwrite what they are given."""
+    return torch.empty_like(piece, memory_format=_LAYOUT).copy_(piece)
 
 
 def _laid_out(clip: Tensor) -> Tensor:

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from comfyui_skyreels.skyreels.config import VAEConfig
-from comfyui_skyreels.skyreels.vae.budget import decode_bytes
+from comfyui_skyreels.skyreels.vae.budget import decode_bytes, synced_bytes
 from comfyui_skyreels.skyreels.vae.model import VideoVAE
 from support.peak import PeakBytes
 from support.traffic import Traffic
@@ -46,6 +46,23 @@ def test_a_clip_is_decoded_whole_in_32_gigabytes(counted):
     """29.2 GB: the clip as the last level gets it, 25.9, and what its pieces need."""
     _, _, peak = counted
     assert peak <= 30e9
+
+
+@pytest.mark.parametrize(("strips", "gib"), [(1, 9), (2, 4)])
+def test_a_synced_decode_fits_cards_that_a_whole_one_does_not(meta_vae, strips, gib):
+    """6.7 and 3.8 GiB."""
+    latents = torch.empty(FULL_SIZE, device="meta", dtype=torch.bfloat16)
+    frames = 0
+    with FlopCounterMode(display=False) as flops, PeakBytes() as memory:
+        for _, _, piece in meta_vae.iter_synced(latents, strips):
+            frames += piece.shape[2]
+    assert frames == strips * 97
+    assert memory.peak <= gib * 2**30
+    estimate = synced_bytes(meta_vae.config, FULL_SIZE, torch.bfloat16, strips)
+    assert 1.2 * memory.peak <= estimate <= 1.6 * memory.peak
+    # a tenth is for the sample; rows beside strips are computed twice
+    convolution = flops.get_flop_counts()["Global"][torch.ops.aten.convolution]
+    assert convolution <= (730e12 if strips == 1 else 750e12)
 
 
 @pytest.mark.parametrize(

@@ -108,7 +108,7 @@ def enlarged_and_convolved(layer, clip):
 def test_an_enlarging_convolution_is_the_convolution_of_the_enlarged_clip(frames, upsample):
     layer = model.CausalConv3d(6, 5, upsample=upsample).double().requires_grad_(False)
     clip = torch.randn(2, 6, sum(frames), 3, 4, dtype=torch.float64)
-    stream = model.ConvStream(layer, is_one_of_many=True)
+    stream = model.ConvStream(layer, keeps_copies=True)
     ours = torch.cat([stream(piece) for piece in clip.split(frames, 2)], 2)
     assert relative(ours, enlarged_and_convolved(layer, clip)) <= 1e-12
 
