@@ -64,6 +64,15 @@ def own_state(monkeypatch, tmp_path_factory) -> None:
         monkeypatch.setenv(name, str(folder / name))
 
 
+@pytest.fixture(scope="module")
+def fast_convolutions():
+    """For modules that decode many small clips (support/convolutions.py)."""
+    from support import convolutions
+
+    with convolutions.fast_convolutions():
+        yield
+
+
 @pytest.fixture(scope="module", params=parameters())
 def checkout(request) -> Checkout:
     """Each real ComfyUI there is."""

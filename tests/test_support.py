@@ -1,12 +1,16 @@
-"""What the tests stand on: where a real ComfyUI is looked for, and programs that are forks."""
+"""What the tests stand on: real ComfyUIs that are found, forks as programs, fast convolutions."""
 
 import os
 import signal
 from pathlib import Path
 
 import pytest
+import torch
+import torch.nn.functional as F
 from support.checkout import Checkout, checkouts
+from support.convolutions import fast_convolutions
 from support.forked import forks
+from torch.utils._python_dispatch import TorchDispatchMode
 
 
 def test_each_folder_of_the_variable_is_a_checkout():
@@ -32,3 +36,24 @@ def test_a_program_that_is_killed_leaves_the_next_one_unharmed():
     program.kill()
     assert program.wait() == -signal.SIGKILL
     assert forks("json").run(["-c", "print(1)"], {**os.environ}).stdout == "1\n"
+
+
+class Names(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.seen = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.seen.add(func.name())
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("stride", [1, (1, 2, 2)])
+def test_fast_convolutions_are_oneDNNs_and_torchs_own_to_the_last_digits(stride):
+    x, weight, bias = torch.randn(1, 8, 5, 10, 12), torch.randn(6, 8, 3, 3, 3), torch.randn(6)
+    right = F.conv3d(x.double(), weight.double(), bias.double(), stride)
+    with fast_convolutions(), torch.no_grad(), Names() as names:
+        found = F.conv3d(x, weight, bias, stride)
+    assert (found - right).abs().max() <= 1e-6 * right.abs().max()
+    assert ("aten::mkldnn_convolution" in names.seen) == torch.backends.mkldnn.is_available()
+    assert F.conv3d is torch.conv3d

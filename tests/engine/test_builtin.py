@@ -19,7 +19,7 @@ from comfyui_skyreels.skyreels.weights.inspect import inspect
 from support.memory import reused_memory
 from train import data, measure
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("fast_convolutions")]
 RUNTIME = TorchRuntime()
 MAKERS = (builtin.builtin_transformer, builtin.builtin_vae)
 #: two of every verb, none of whose prompts was ever seen in training

@@ -22,6 +22,7 @@ from comfyui_skyreels.skyreels.vae.model import VideoVAE
 from PIL import Image
 from support import tiny
 
+pytestmark = pytest.mark.usefixtures("fast_convolutions")
 ROOT = Path(__file__).resolve().parents[2]
 FAST = ["--prompt", "a red circle moves left", "--steps", "2"]
 

@@ -27,6 +27,7 @@ from comfyui_skyreels.skyreels.vae.tiling import decode_frames
 from comfyui_skyreels.skyreels.weights.load import load_transformer, load_vae
 from support import host, tiny
 
+pytestmark = pytest.mark.usefixtures("fast_convolutions")
 NODES = comfyui_skyreels.NODE_CLASS_MAPPINGS
 TEXT = (tiny.TRANSFORMER.text_embed_dim, tiny.TRANSFORMER.pooled_projection_dim)
 SIZE = {"width": 48, "height": 32, "num_frames": 9}

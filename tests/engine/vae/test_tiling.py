@@ -24,6 +24,7 @@ from comfyui_skyreels.skyreels.vae.tiling import (
 )
 from support.peak import PeakBytes
 
+pytestmark = pytest.mark.usefixtures("fast_convolutions")
 FULL_SIZE = torch.Size((1, 16, 25, 68, 120))  # 97 x 544 x 960
 GIB = 2**30
 
