@@ -414,6 +414,19 @@ def test_long_clips_fall_back_to_tencent_windows_before_diffusers_ones():
     assert chosen.tiling == TILINGS["tiled-tencent"]
 
 
+def test_more_memory_never_means_more_parts_or_seams():
+    def parts(plan):
+        seams = plan.mode == "tiled"
+        return seams, count_decodes(FULL_SIZE, plan.tiling) if seams else plan.strips
+
+    chosen = [
+        choose_decode(VAEConfig(), FULL_SIZE, free * GIB, torch.bfloat16) for free in range(1, 80)
+    ]
+    order = [parts(plan) for plan, _ in chosen]
+    assert order == sorted(order, reverse=True)
+    assert all(num_bytes <= free * GIB for free, (_, num_bytes) in enumerate(chosen, 1))
+
+
 def test_synced_takes_no_more_strips_than_memory_forces():
     shape, dtype = FULL_SIZE, torch.bfloat16
     assert choose_decode(VAEConfig(), shape, 80 * GIB, dtype, "synced")[0].strips == 1
