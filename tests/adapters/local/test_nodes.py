@@ -506,7 +506,7 @@ def test_riflex_reaches_a_long_clip(comfy, picture):
     image = inputs["image"]
     long = type(image)(image.image_latents[..., :2, :2], 16, 16, 241)
     inputs |= {"image": long, "cfg": 1.0, "steps": 1}
-    off, on = (node("SkyReelsSampler", **inputs, riflex_k=k)["samples"] for k in (0, 2))
+    off, on = (node("SkyReelsSampler", **inputs, riflex_k=k)["samples"] for k in (0, 1))
     assert not torch.equal(off, on)
 
 
