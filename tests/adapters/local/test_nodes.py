@@ -23,7 +23,7 @@ from comfyui_skyreels.skyreels.sampling.sample import sample
 from comfyui_skyreels.skyreels.sampling.settings import SamplingSettings, get_sigmas
 from comfyui_skyreels.skyreels.sampling.step_cache import CACHES
 from comfyui_skyreels.skyreels.transformer.placement import sampling_bytes
-from comfyui_skyreels.skyreels.vae.budget import decode_bytes
+from comfyui_skyreels.skyreels.vae.budget import decode_bytes, encode_bytes
 from comfyui_skyreels.skyreels.vae.model import VideoVAE
 from comfyui_skyreels.skyreels.vae.tiling import decode_frames
 from comfyui_skyreels.skyreels.weights.load import load_transformer, load_vae
@@ -699,7 +699,8 @@ def test_every_model_is_brought_in_by_the_memory_manager_before_it_works(comfy, 
     assert all(load["force_full_load"] for load in comfy.loads)
     needed = [load["memory_required"] for load in comfy.loads]
     latents = samples["samples"].shape
-    assert needed[0] == decode_bytes(tiny.VAE, torch.Size((1, 16, 1, *latents[3:])), torch.float32)
+    picture_shape = torch.Size((1, 3, 1, *(8 * side for side in latents[3:])))
+    assert needed[0] == encode_bytes(tiny.VAE, picture_shape, torch.float32)
     tokens = 3 * 2 * 3 + 4  # latent frames, rows, columns; "a dog runs" and the end of its turn
     assert needed[1] == sampling_bytes(tiny.TRANSFORMER, tokens, torch.float32)
     assert needed[2] == decode_bytes(tiny.VAE, latents, torch.float32)

@@ -31,7 +31,7 @@ def computed(monkeypatch) -> Counter:
 
         monkeypatch.setattr(module, name, counted)
 
-    count(image, "decode_bytes", "encode")
+    count(image, "encode_bytes", "encode")
     count(sample, "run_bytes", "sample")
     count(tiling, "decode_bytes", "decode")
     return counts
