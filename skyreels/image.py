@@ -18,8 +18,8 @@ from .latents import (
 )
 from .offload import on_device
 from .runtime import Runtime
-from .vae.budget import encode_bytes
-from .vae.encode import encode_streamed, streamed_bytes
+from .vae.budget import encode_bytes, streamed_bytes
+from .vae.encode import encode_streamed
 from .vae.model import VideoVAE
 
 #: how an image of other proportions is resized to the video, see `fit_image`

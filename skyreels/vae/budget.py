@@ -1,4 +1,13 @@
-"""The peak memory of a decode or encode, predicted from shapes alone."""
+"""The peak memory of a decode or encode, predicted from shapes alone.
+
+Adds up what is alive at the first resnet and the upsampler of each level and in the attention:
+whole clips, and the piece being worked on. Tests compare it with the storages that model.py
+allocates on shape-only tensors; MEMORY_MARGIN covers what those do not show.
+"""
+
+import math
+from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 
@@ -7,17 +16,44 @@ from . import model as vae_model
 
 #: covers convolution workspaces and the allocator's rounding
 MEMORY_MARGIN = 1.25
+#: frames that a synced decode works on at once, at most
+_STREAMED_FRAMES = 2
+#: frames of the first level's activations alive at the peak of `encode_streamed`, counted on
+#: shape-only tensors: two for each of five convolutions, and the work on two frames
+_STREAMED_ENCODE_FRAMES = 22
+
+
+class _Clip(NamedTuple):
+    """Numbers of a clip in a layer."""
+
+    batch: int
+    frames: int
+    height: int
+    width: int
+
+    @property
+    def pixels(self) -> int:
+        return self.batch * self.frames * self.height * self.width
+
+    def enlarged(self, factors: tuple[int, int, int]) -> "_Clip":
+        return _Clip(
+            self.batch,
+            (self.frames - 1) * factors[0] + 1,
+            self.height * factors[1],
+            self.width * factors[2],
+        )
+
+
+class _Level(NamedTuple):
+    """One level of the decoder: channels before and in it, and by what it enlarges."""
+
+    before: int
+    channels: int
+    factors: tuple[int, int, int]
 
 
 def decode_bytes(config: VAEConfig, latent_shape: torch.Size, dtype: torch.dtype) -> int:
     """Estimate the peak bytes of one VideoVAE.decode call, beside the weights.
-
-    Walks the decoder and adds up what is alive at the first resnet and the upsampler of each level
-    and in the attention: whole inputs and outputs, and the piece being worked on. Tests compare it
-    with the storages that model.py allocates on shape-only tensors; MEMORY_MARGIN covers what
-    those do not show. Counted that way at full size in bf16, 97 frames, without the margin: 1072
-    bytes per output pixel and frame for 544x960 in one pass (54.3 GB), 1293 for a 256 px tile
-    (8.2 GB), 1958 for such a tile in a 17-frame window (2.2 GB).
 
     Args:
         config: of the VAE.
@@ -27,34 +63,61 @@ def decode_bytes(config: VAEConfig, latent_shape: torch.Size, dtype: torch.dtype
     Returns:
         Bytes, MEMORY_MARGIN included.
     """
-    item = dtype.itemsize
-    batch, _, frames, height, width = latent_shape
-    area = batch * height * width
-    channels = config.block_out_channels[::-1]
-    tokens = frames * area * channels[0]
-    scores = min(vae_model.SCORE_BYTES, 4 * area * height * width * frames)
-    peak = 7 * tokens * item + 3 * scores  # norm, q, k, v, out and what an unfused kernel writes
-    previous = channels[0]
-    for level, width_out in enumerate(channels):
-        inputs, outputs = previous * frames * area, width_out * frames * area
-        shortcut = outputs if previous != width_out else 0
-        first = (inputs + outputs) * item + _piece_bytes(previous, frames, area, item)
-        second = (inputs + outputs + shortcut) * item + _piece_bytes(width_out, frames, area, item)
-        time, rows, columns = vae_model.level_factors(level, len(channels))
-        frames, area = (frames - 1) * time + 1, area * rows * columns
-        enlarged = 0
-        if (time, rows, columns) != (1, 1, 1):
-            enlarged = (outputs + width_out * frames * area) * item
-            enlarged += _piece_bytes(width_out, frames, area, item)
-        peak = max(peak, first, second, enlarged)
-        previous = width_out
-    return int(peak * MEMORY_MARGIN)
+    clip = _clip_of(latent_shape)
+    levels = _levels(config)
+    piece = vae_model.PIECE_ELEMENTS
+    elements = max(_level_elements(levels, clip, piece), default=0)
+    peak = max(_middle_bytes(config, clip, dtype), elements * dtype.itemsize)
+    return int((peak + folded_bytes(config, dtype)) * MEMORY_MARGIN)
+
+
+def synced_bytes(
+    config: VAEConfig, latent_shape: torch.Size, dtype: torch.dtype, strips: int
+) -> int:
+    """Estimate the peak bytes of VideoVAE.iter_synced, beside the weights.
+
+    Args:
+        config: of the VAE.
+        latent_shape: [1, 16, T, h, w].
+        dtype: the compute dtype.
+        strips: in how many the rows are decoded.
+
+    Returns:
+        Bytes, MEMORY_MARGIN included.
+    """
+    latents, levels = _clip_of(latent_shape), _levels(config)
+    split, piece = max(0, len(levels) - 2), vae_model.SYNCED_PIECE_ELEMENTS
+    low, high = levels[:split], levels[split:]
+    # the step to high resolution belongs to the part there
+    step = low[-1] if low else None
+    low = [*low[:-1], low[-1]._replace(factors=(1, 1, 1))] if step else []
+    elements = max(_level_elements(low, latents, piece), default=0)
+    peak = max(_middle_bytes(config, latents, dtype), elements * dtype.itemsize)
+    coarse = latents
+    for level in low:
+        coarse = coarse.enlarged(level.factors)
+    if step is not None:
+        high = [_Level(step.channels, step.channels, step.factors), *high]
+    kept = high[0].before * coarse.pixels
+    peak = max(peak, 2 * kept * dtype.itemsize)
+    starts, length = vae_model.sample_starts(coarse.frames, strips)
+    sample = coarse._replace(batch=len(starts), frames=length)
+    is_step = step is not None
+    gathered = kept + max(_level_elements(high, sample, piece, starts_with_step=is_step))
+    top, bottom = max(
+        vae_model.strip_rows(coarse.height, strips), key=lambda strip: strip[1] - strip[0]
+    )
+    halo = _halo_rows(config, high, is_step)
+    strip = coarse._replace(frames=1, height=min(coarse.height, bottom - top + 2 * halo))
+    streamed = kept + _stream_elements(config, high, strip, starts_with_step=is_step)
+    peak = max(peak, max(gathered, streamed) * dtype.itemsize)
+    return int((peak + folded_bytes(config, dtype)) * MEMORY_MARGIN)
 
 
 def encode_bytes(config: VAEConfig, video_shape: torch.Size, dtype: torch.dtype) -> int:
     """Estimate the peak bytes of one VideoVAE.encode call, beside weights and video.
 
-    It lies in the resnets at full resolution, which hold an input, an output and a piece of work;
+    It lies in the resnets at full resolution, which hold a clip, their branch and a piece of work;
     or, of a single small frame, in the attention.
 
     Args:
@@ -65,27 +128,126 @@ def encode_bytes(config: VAEConfig, video_shape: torch.Size, dtype: torch.dtype)
     Returns:
         Bytes, MEMORY_MARGIN included.
     """
-    batch, _, frames, height, width = video_shape
-    channels, area = config.block_out_channels[0], batch * height * width
-    resnet = 2 * channels * frames * area * dtype.itemsize
-    resnet += _piece_bytes(channels, frames, area, dtype.itemsize)
-    return max(int(resnet * MEMORY_MARGIN), attention_bytes(config, video_shape, dtype))
+    clip, channels = _clip_of(video_shape), config.block_out_channels[0]
+    frame = channels * clip.pixels // clip.frames
+    step = min(clip.frames, max(1, vae_model.PIECE_ELEMENTS // frame))
+    elements = frame * (2 * clip.frames + step) + _padded(channels, clip) * (step + 2)
+    middle = _middle_bytes(config, _encoded(clip), dtype)
+    return int(max(middle, elements * dtype.itemsize) * MEMORY_MARGIN)
 
 
-def attention_bytes(config: VAEConfig, video_shape: torch.Size, dtype: torch.dtype) -> int:
-    """Estimate the peak bytes of the attention in the middle of the encoder, as `encode_bytes`."""
-    batch, _, frames, height, width = video_shape
-    per_frame = height * width // SPATIAL_COMPRESSION**2
-    tokens = batch * ((frames - 1) // TEMPORAL_COMPRESSION + 1) * per_frame
-    # norm, q, k, v, out and what an unfused kernel writes
-    hidden = 7 * tokens * config.block_out_channels[-1] * dtype.itemsize
-    scores = min(vae_model.SCORE_BYTES, 4 * tokens * per_frame)
-    return int((hidden + 3 * scores) * MEMORY_MARGIN)
+def streamed_bytes(config: VAEConfig, video_shape: torch.Size, dtype: torch.dtype) -> int:
+    """Estimate the peak bytes of one encode.encode_streamed call, beside weights and video.
+
+    Args:
+        config: of the VAE.
+        video_shape: [B, 3, F, H, W] of the clip.
+        dtype: the compute dtype.
+
+    Returns:
+        Bytes, MEMORY_MARGIN included.
+    """
+    clip = _clip_of(video_shape)
+    first, third = config.block_out_channels[0], config.block_out_channels[2]
+    frame = clip.pixels // clip.frames
+    # what the second level reads; later the clip and the branch of the third
+    kept = max(first * clip.frames // 4, 2 * third * (clip.frames // 2 + 1) // 16) * frame
+    elements = _STREAMED_ENCODE_FRAMES * first * frame + kept
+    middle = _middle_bytes(config, _encoded(clip), dtype)
+    return int(max(middle, elements * dtype.itemsize) * MEMORY_MARGIN)
 
 
-def _piece_bytes(channels: int, frames: int, area: int, item: int) -> int:
-    """Bytes of the temporaries of one convolution at one piece of its input."""
-    step = max(1, vae_model.PIECE_ELEMENTS // (channels * area))
-    if step >= frames:
-        return channels * (2 * frames + 2) * area * item  # normalised, padded
-    return channels * area * (step + 2) * (4 + item)  # normalised in fp32, cast or padded
+def _encoded(clip: _Clip) -> _Clip:
+    """A clip of pixels as the latents have it."""
+    frames = (clip.frames - 1) // TEMPORAL_COMPRESSION + 1
+    height, width = clip.height // SPATIAL_COMPRESSION, clip.width // SPATIAL_COMPRESSION
+    return _Clip(clip.batch, frames, height, width)
+
+
+def folded_bytes(config: VAEConfig, dtype: torch.dtype) -> int:
+    """Bytes of the weights that `VideoVAE.folded` makes for a run: 62 MB in bf16."""
+    total = 0
+    for level in _levels(config):
+        if level.factors[1] > 1:  # copies and taps of each enlarged axis
+            total += level.channels**2 * math.prod(4 if f > 1 else 3 for f in level.factors)
+    return total * dtype.itemsize
+
+
+def _clip_of(shape: torch.Size) -> _Clip:
+    return _Clip(shape[0], *shape[2:])
+
+
+def _levels(config: VAEConfig) -> list[_Level]:
+    channels = config.block_out_channels[::-1]
+    return [
+        _Level(channels[max(i - 1, 0)], width, vae_model.level_factors(i, len(channels)))
+        for i, width in enumerate(channels)
+    ]
+
+
+def _middle_bytes(config: VAEConfig, clip: _Clip, dtype: torch.dtype) -> int:
+    """Of the attention: the clip, and its norm with wide copies or q, k, v, out and scores."""
+    item, wide = dtype.itemsize, torch.promote_types(dtype, torch.float32).itemsize
+    tokens = config.block_out_channels[-1] * clip.pixels
+    scores = 4 * clip.batch * (clip.height * clip.width) ** 2 * clip.frames
+    scores = min(vae_model.SCORE_BYTES, scores)  # written thrice where no kernel is fused
+    return tokens * item + max(tokens * (2 * wide + item), 4 * tokens * item + 3 * scores)
+
+
+def _level_elements(
+    levels: list[_Level], clip: _Clip, piece: int, *, starts_with_step: bool = False
+) -> Iterator[int]:
+    """Elements alive where a level needs most, breadth-first; the first may be its step alone."""
+    for index, (before, channels, factors) in enumerate(levels):
+        inputs, outputs = before * clip.pixels, channels * clip.pixels
+        if not (starts_with_step and index == 0):
+            into, of = (_piece_elements(c, clip, piece) for c in (before, channels))
+            yield max(max(inputs, outputs) + into, 2 * outputs + of)
+            if before == channels:
+                yield inputs + outputs + into
+        if factors != (1, 1, 1):
+            clip = clip.enlarged(factors)
+            enlarged = channels * clip.pixels
+            yield outputs + enlarged + min(enlarged, max(piece, enlarged // clip.frames)) // 2
+
+
+def _piece_elements(channels: int, clip: _Clip, piece: int) -> int:
+    """Elements of one convolution's temporaries: a padded piece, the one before, the result."""
+    frame = channels * clip.pixels // clip.frames
+    step = min(clip.frames, max(1, piece // frame))
+    before = step + 2 if clip.frames > step else 0
+    return _padded(channels, clip) * (step + 2 + before) + frame * step
+
+
+def _padded(channels: int, clip: _Clip) -> int:
+    return channels * clip.batch * (clip.height + 2) * (clip.width + 2)
+
+
+def _halo_rows(config: VAEConfig, levels: list[_Level], starts_with_step: bool) -> int:
+    """As `Decoder.halo_rows`."""
+    rows = 1
+    for index, level in reversed(list(enumerate(levels))):
+        if level.factors != (1, 1, 1):
+            rows = -(-(rows + 1) // level.factors[1])
+        if not (starts_with_step and index == 0):
+            rows += 2 * (config.layers_per_block + 1)
+    return rows
+
+
+def _stream_elements(
+    config: VAEConfig, levels: list[_Level], clip: _Clip, *, starts_with_step: bool
+) -> int:
+    """Elements alive in a depth-first decode: the frames every convolution keeps, and the work."""
+    kept, work = 0, 0
+    for index, (before, channels, factors) in enumerate(levels):
+        frames = 1 if index == 0 else _STREAMED_FRAMES
+        if not (starts_with_step and index == 0):
+            into, of = _padded(before, clip), _padded(channels, clip)
+            kept += 2 * into + 2 * of * (2 * config.layers_per_block + 1)
+            # the frames, padded, kept anew, convolved, and the residual
+            work = max(work, into * (frames + (frames + 2)) + 2 * of * frames)
+        if factors != (1, 1, 1):
+            kept += (1 if factors[0] > 1 else 2) * _padded(channels, clip)
+            clip = clip.enlarged(factors)
+            work = max(work, 2 * _STREAMED_FRAMES * _padded(channels, clip))
+    return kept + 2 * _padded(levels[-1].channels, clip) + work

@@ -5,10 +5,12 @@ rounds, and the median so far is recorded after each, so that a step that is cut
 """
 
 import statistics
+import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import ClassVar
 
 import bench_attention
 import torch
@@ -16,14 +18,19 @@ import torch.nn.functional as F
 from bench_attention import Unavailable
 from comfyui_skyreels.skyreels import offload
 from comfyui_skyreels.skyreels.config import CHUNKINGS, TransformerConfig
-from comfyui_skyreels.skyreels.kernels import reference
-from comfyui_skyreels.skyreels.offload import weight_bytes
+from comfyui_skyreels.skyreels.kernels import dispatch, reference
 from comfyui_skyreels.skyreels.runtime import TorchRuntime
-from comfyui_skyreels.skyreels.transformer import attention, placement
+from comfyui_skyreels.skyreels.streaming import CudaCopies, least_bytes, padded_bytes
+from comfyui_skyreels.skyreels.transformer import attention, placement, quant
 from comfyui_skyreels.skyreels.transformer.attention import Attention, choose_attention
 from comfyui_skyreels.skyreels.transformer.attention_quality import draw
 from comfyui_skyreels.skyreels.transformer.layers import rope_table
-from comfyui_skyreels.skyreels.transformer.model import SkyReelsTransformer, StepModulation
+from comfyui_skyreels.skyreels.transformer.model import (
+    RunBlock,
+    SkyReelsTransformer,
+    StepModulation,
+    call,
+)
 from comfyui_skyreels.skyreels.transformer.placement import placed
 from comfyui_skyreels.skyreels.transformer.quant import (
     STORAGE_DTYPES,
@@ -73,11 +80,16 @@ class Bench:
         """Of image and text."""
         return len(self.rope) + TEXT_TOKENS
 
-    def denoise(self, function: Attention | None = None, chunking: str = "whole") -> Tensor:
+    def denoise(
+        self,
+        function: Attention | None = None,
+        chunking: str = "whole",
+        run_block: RunBlock = call,
+    ) -> Tensor:
         """One prediction, its conditioning made before, as in a run."""
         return self.model.denoise(
             self.inputs["hidden_states"], self.conditioning, rope=self.rope,
-            attention=function or self.exact, chunking=CHUNKINGS[chunking],
+            attention=function or self.exact, chunking=CHUNKINGS[chunking], run_block=run_block,
         )  # fmt: skip
 
 
@@ -100,12 +112,16 @@ def make_inputs(
     }
 
 
-def prepare(context: Context) -> Bench:
-    """The model at the size of the context."""
-    config = TransformerConfig() if context.full else tiny.TRANSFORMER
+def prepare(
+    context: Context,
+    config: TransformerConfig | None = None,
+    grid: tuple[int, int, int] | None = None,
+) -> Bench:
+    """The model at the size of the context, or of a stated size."""
+    config = config or (TransformerConfig() if context.full else tiny.TRANSFORMER)
     device = context.device
     model = build(config, device)
-    inputs = make_inputs(config, FULL_GRID if context.full else TINY_GRID, device)
+    inputs = make_inputs(config, grid or (FULL_GRID if context.full else TINY_GRID), device)
     rope = rope_table(model.token_grid(inputs["hidden_states"].shape), config, device=device)
     heads, head_dim = config.num_attention_heads, config.attention_head_dim
     exact = choose_attention(device, heads=heads, head_dim=head_dim).impl
@@ -172,6 +188,8 @@ def exact(context: Context) -> None:
     rounds = Rounds(context)
     whole = partial(bench.denoise)
     mine = measured_peak(context, bench, "whole")
+    if hasattr(torch._C, "_get_sdp_priority_order"):  # what other models get from now on
+        context.emit("torch's order of kernels", str(torch._C._get_sdp_priority_order()))
     twins = []
     with context.attempt("diffusers"):
         twins.append(diffusers_twin(bench.model))
@@ -317,21 +335,15 @@ def forced(context: Context, bench: Bench) -> dict[str, tuple[Attention, dict]]:
 
 
 @torch.inference_mode()
-def in_8_bits(context: Context, precision: str, between: Callable[[], None] = lambda: None) -> None:
-    """Predictions with 8-bit linear layers, with exact and with each 8-bit attention.
-
-    Args:
-        between: is called between the first and the second round.
-    """
+def in_8_bits(context: Context, precision: str, *, with_8_bit_attention: bool) -> None:
+    """Predictions with 8-bit linear layers and exact attention, then with each 8-bit attention."""
     bench = prepare(context)
     truth = bench.denoise()
     to_8bit(bench.model, precision)
     context.tidy()
-    modes: dict[str, tuple[Attention, dict]] = {"exact attention": (bench.exact, {})}
     rounds = Rounds(context)
 
-    def measure(kind: str) -> None:
-        function, details = modes[kind]
+    def measure(kind: str, function: Attention, **details: object) -> None:
         name = f"{precision}, {kind}"
         output = rounds.time(name, partial(bench.denoise, function), **details)
         if output is not None:
@@ -340,31 +352,28 @@ def in_8_bits(context: Context, precision: str, between: Callable[[], None] = la
 
     with context.attempt(precision):
         bench.denoise()  # compiles, and tries its products
-    measure("exact attention")
-    with context.attempt("8-bit attention"):
-        modes |= forced(context, bench)
-    for kind in list(modes)[1:]:
-        measure(kind)
-    between()
-    for kind in modes if context.full else ():
-        measure(kind)
+    for name, text in dispatch.report(quant.decisions(context.device)).items():
+        context.emit(f"{name}: chosen", text)
+    for _ in range(2):
+        measure("exact attention", bench.exact)
+    if with_8_bit_attention:
+        with context.attempt("8-bit attention"):
+            for kind, (function, details) in forced(context, bench).items():
+                measure(kind, function, **details)
 
 
 def fp8(context: Context) -> None:
-    """fp8 linear layers; and, in a process of its own, what cuBLAS says of odd addresses."""
-
-    def probe() -> None:
-        if context.is_cuda:
-            context.run_child("alignment", 20)
-        else:
-            context.skip("alignment", "only CUDA has rowwise products of float8 here")
-
-    in_8_bits(context, "fp8", probe)
+    """fp8 linear layers; in a process of its own, what cuBLAS says of odd addresses."""
+    if context.is_cuda:
+        context.run_child("alignment", 20)
+    else:
+        context.skip("alignment", "only CUDA has rowwise products of float8 here")
+    in_8_bits(context, "fp8", with_8_bit_attention=True)
 
 
 def int8(context: Context) -> None:
     """int8 linear layers."""
-    in_8_bits(context, "int8")
+    in_8_bits(context, "int8", with_8_bit_attention=False)
 
 
 @torch.inference_mode()
@@ -432,33 +441,134 @@ def memory_fp8(context: Context) -> None:
     _whole_process(context, "fp8")
 
 
+class TimedCopies(CudaCopies):
+    """Copies that notice how long the computation waits for them."""
+
+    waits: ClassVar[list[tuple[torch.cuda.Event, torch.cuda.Event]]] = []
+
+    def wait_for(self, slot: int) -> None:
+        before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        before.record()
+        super().wait_for(slot)
+        after.record()
+        self.waits.append((before, after))
+
+
+class Cramped(TorchRuntime):
+    """A device with room for some bytes of blocks and slots; its host may refuse to page-lock."""
+
+    def __init__(self, device: torch.device, room: int, kept: int, pins: bool = True) -> None:
+        super().__init__(device)
+        self.room, self.kept, self.pins = room, kept, pins
+
+    def free_bytes(self) -> int:
+        return self.room + self.kept + offload.RESERVE_BYTES * (self.device.type != "cpu")
+
+    def pin(self, memory: Tensor) -> None:
+        if not self.pins:
+            raise RuntimeError("not here")
+        super().pin(memory)
+
+
+def moved_to_host(bench: Bench) -> tuple[int, list[int]]:
+    """Move the weights of the loop to the host, drop the others.
+
+    Returns:
+        Bytes that stay on the device in any case, and those of each block.
+    """
+    for part in bench.model.conditioners:
+        part.to("meta")
+    for tensor in placement._loop_tensors(bench.model):
+        tensor.data = tensor.data.cpu()
+    # on a CPU they are not away, and nothing is streamed
+    kept, away = placement._split(bench.model, bench.rope.device)
+    return sum(tensor.nbytes for tensor in kept), [padded_bytes(block) for block in away.values()]
+
+
 @torch.inference_mode()
 def streaming(context: Context) -> None:
     """Streamed blocks beside resident ones at full length, a fifth of the blocks of the model."""
-    config = tiny.TRANSFORMER
-    if context.full:
-        config = TransformerConfig(num_layers=4, num_single_layers=8)
-    device = context.device
-    model = build(config, device).to("cpu")
-    inputs = make_inputs(config, FULL_GRID if context.full else TINY_GRID, device)
-    heads, head_dim = config.num_attention_heads, config.attention_head_dim
-    inputs["attention"] = choose_attention(device, heads=heads, head_dim=head_dim).impl
-    in_blocks = sum(map(weight_bytes, model.blocks))
-    outside = weight_bytes(model) - in_blocks
-    room = {"resident": 10 * weight_bytes(model), "streamed": max(map(weight_bytes, model.blocks))}
+    config = TransformerConfig(num_layers=4, num_single_layers=8) if context.full else None
+    bench = prepare(context, config)
+    kept, sizes = moved_to_host(bench)
+    total, least = sum(sizes), least_bytes(sizes) if sizes else 0
+    context.emit("streaming: blocks", total / 1e9, "GB")
+    if context.is_cuda:
+        placement.open_copies = TimedCopies
+    modes = {
+        "resident": Cramped(context.device, 2 * total, kept),
+        "all streamed": Cramped(context.device, least, kept),
+        "half streamed": Cramped(context.device, (total + least) // 2, kept),
+        "all streamed, nothing pinned": Cramped(context.device, least, kept, pins=False),
+    }
+    outputs: dict[str, Tensor] = {}
+    seconds: dict[str, list[float]] = {}
+    for name in [*modes, "resident"]:  # again at the end, for a card that has become slower
+        with context.attempt(name):
+            outputs[name], taken = passes(context, bench, name, modes[name])
+            seconds.setdefault(name, []).append(taken)
+    for name in list(seconds)[1:]:
+        slowdown = min(seconds[name]) / min(seconds["resident"]) - 1
+        context.emit(f"{name}: slowdown", slowdown)
+    home = all(p.device.type in ("cpu", "meta") for p in bench.model.parameters())
+    context.emit("streamed: weights came home", home)
+    context.emit("streamed: equals resident",
+                 all(torch.equal(output, outputs["resident"]) for output in outputs.values()),
+                 modes=list(outputs))  # fmt: skip
+    del bench, outputs
+    for precision in STORAGE_DTYPES:
+        with context.attempt(f"{precision} streamed"):
+            context.emit(f"{precision} streamed: equals resident", in_8_bits_streamed(
+                context, precision
+            ))  # fmt: skip
+
+
+def passes(
+    context: Context, bench: Bench, name: str, runtime: Cramped
+) -> tuple[Tensor, float]:  # fmt: skip
+    """Time three forward passes in a row.
+
+    Returns:
+        The prediction of another pass, and seconds of one.
+    """
+    count = 3 if context.full else 1
+    if context.is_cuda:
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+    started = time.perf_counter()
+    with placed(bench.model, runtime, 0) as run_block:
+        pinned = round(runtime.pinned_bytes / 1e9, 3)
+        context.emit(f"{name}: preparation", time.perf_counter() - started, "s", pinned_gb=pinned)
+        output = bench.denoise(run_block=run_block).cpu()
+        TimedCopies.waits.clear()
+
+        def forward() -> None:
+            for _ in range(count):
+                bench.denoise(run_block=run_block)
+
+        seconds = context.seconds(forward) / count
+        stall_ms = sum(before.elapsed_time(after) for before, after in TimedCopies.waits)
+        stall_s = round(stall_ms / 1e3 / count, 5)
+        context.emit(f"{name}: one pass", seconds, "s", stall_s=stall_s)
+        if context.is_cuda:
+            peak = torch.cuda.max_memory_allocated() / 1e9
+            context.emit(f"{name}: peak allocated", peak, "GB")
+        started = time.perf_counter()
+    context.emit(f"{name}: clearing up", time.perf_counter() - started, "s")
+    return output, seconds
+
+
+def in_8_bits_streamed(context: Context, precision: str) -> bool:
+    """Whether a small model of full width in 8 bits gives the same bits streamed."""
+    config = TransformerConfig(num_layers=1, num_single_layers=2) if context.full else None
+    bench = prepare(context, config, (5, 32, 32) if context.full else None)
+    to_8bit(bench.model, precision)
+    kept, sizes = moved_to_host(bench)
     outputs = []
-    rounds = Rounds(context)
-    for name, spare in room.items():
-        runtime = TorchRuntime(device)
-        runtime.free_bytes = lambda b=outside + spare + offload.RESERVE_BYTES: b
-        with placed(model, runtime, 0) as run_block:
-            forward = partial(model, **inputs, run_block=run_block)
-            outputs.append(forward().cpu())
-            for _ in range(2):
-                rounds.time(name, forward, block_gb=round(in_blocks / 1e9, 3))
-    context.emit("streamed: equals resident", torch.equal(*outputs))
-    came_home = all(parameter.device.type == "cpu" for parameter in model.parameters())
-    context.emit("streamed: weights came home", came_home)
+    for room in (2 * sum(sizes), least_bytes(sizes) if sizes else 0):
+        with placed(bench.model, Cramped(context.device, room, kept), 0) as run_block:
+            outputs.append(bench.denoise(run_block=run_block).cpu())
+    return torch.equal(*outputs)
 
 
 # --- accuracy -----------------------------------------------------------------------------------

@@ -8,8 +8,7 @@ from comfyui_skyreels.skyreels.latents import (
     to_model_space,
 )
 from comfyui_skyreels.skyreels.runtime import TorchRuntime
-from comfyui_skyreels.skyreels.vae.budget import encode_bytes
-from comfyui_skyreels.skyreels.vae.encode import streamed_bytes
+from comfyui_skyreels.skyreels.vae.budget import encode_bytes, streamed_bytes
 from comfyui_skyreels.skyreels.vae.model import VideoVAE
 from PIL import Image
 from support import tiny

@@ -2,16 +2,27 @@
 
 import pytest
 import torch
-from comfyui_skyreels.skyreels import offload
+from comfyui_skyreels.skyreels import offload, streaming
 from comfyui_skyreels.skyreels.config import CHUNKINGS, TransformerConfig
 from comfyui_skyreels.skyreels.errors import OutOfRoomError
+from comfyui_skyreels.skyreels.kernels import dispatch
 from comfyui_skyreels.skyreels.offload import weight_bytes
 from comfyui_skyreels.skyreels.runtime import TorchRuntime
+from comfyui_skyreels.skyreels.sampling.step_cache import FirstBlockCache
+from comfyui_skyreels.skyreels.streaming import CopiesInOrder, least_bytes, padded_bytes
 from comfyui_skyreels.skyreels.transformer import placement
 from comfyui_skyreels.skyreels.transformer.layers import rope_table
 from comfyui_skyreels.skyreels.transformer.model import SkyReelsTransformer
 from comfyui_skyreels.skyreels.transformer.placement import choose_chunking, placed, sampling_bytes
+from comfyui_skyreels.skyreels.transformer.quant import (
+    STORAGE_DTYPES,
+    QuantLinear,
+    hadamard_block_size,
+    is_quantizable,
+    quantize,
+)
 from support import tiny
+from support.streams import Machine
 
 
 def test_a_forward_at_full_size_stays_within_the_flops_budget():
@@ -109,19 +120,126 @@ def test_what_only_conditions_stays_away_and_comes_when_it_is_called(visits):
         assert visits.tensors("in") == visits.tensors("out") == apart
 
 
-def test_small_device_streams_the_blocks_that_do_not_fit(visits):
+def away_bytes(model):
+    """What is there for the whole run, and bytes of each block."""
+    kept, away = placement._split(model, torch.device("cpu"))
+    return sum(tensor.nbytes for tensor in kept), [padded_bytes(block) for block in away.values()]
+
+
+@pytest.fixture
+def machine(monkeypatch, visits):
+    """A device with a copy stream, to which every weight has to be brought."""
+    machine = Machine(bytes_per_s=1e6).install(monkeypatch)
+    monkeypatch.setattr(placement, "open_copies", machine.open_copies)
+    return machine
+
+
+class Locking(SmallDevice):
+    """A small device whose host may page-lock so many bytes."""
+
+    def __init__(self, free: int, lockable: int = 2**40, **kwargs) -> None:
+        super().__init__(free, **kwargs)
+        self.lockable, self.locked = lockable, []
+
+    def pin(self, memory):
+        if memory.nbytes > self.lockable:
+            raise RuntimeError("CUDA error: out of memory")
+        self.lockable -= memory.nbytes
+        self.locked.append(memory.data_ptr())
+
+    def unpin(self, memory):
+        assert Machine.waits[-1:] == ["a stream"], "copies may be under way"
+        self.lockable += memory.nbytes
+        self.locked.remove(memory.data_ptr())
+
+
+@pytest.mark.parametrize("beside", [True, False])
+def test_small_device_streams_the_blocks_that_do_not_fit(machine, monkeypatch, beside):
     model = tiny.transformer()
-    blocks = [loop_bytes(block, model) for block in model.blocks]
-    outside = loop_bytes(model, model) - sum(blocks)
-    runtime = SmallDevice(outside + blocks[0] + max(blocks))  # one resident, one visiting
+    kept, sizes = away_bytes(model)
+    if not beside:
+        monkeypatch.setattr(placement, "open_copies", lambda device: InOrder(machine))
+    slots = 2 if beside else 1
+    runtime = Locking(kept + sizes[0] + slots * max(sizes))  # a large one stays
     inputs = denoise_inputs(model)
+    pointers = [p.data_ptr() for p in model.parameters()]
     with placed(model, runtime, 0) as run_block:
-        visits.clear()
-        result = model.denoise(*inputs, run_block=run_block)
-        came = [sum(t.nbytes for t in tensors) for kind, tensors in visits if kind == "in"]
-        assert came == blocks[1:]
-        assert [kind for kind, _ in visits] == ["in", "out"] * 3
+        assert bool(runtime.locked) == beside
+        for _ in range(2):
+            result = model.denoise(*inputs, run_block=run_block)
+            assert [p.data_ptr() for p in model.parameters()] == pointers
     assert torch.equal(result, model.denoise(*inputs))
+    streamed = sum(sizes) - sizes[0]
+    ahead = slots * max(sizes)
+    assert 2 * streamed - 10_000 <= sum(machine.copied) <= 2 * streamed + ahead
+    assert runtime.locked == []
+
+
+class InOrder(CopiesInOrder):
+    def __init__(self, machine):
+        self.log = machine.copied
+
+    def bring(self, slot, pairs):
+        super().bring(slot, pairs)
+        self.log.append(sum(len(source) for _, source in pairs))
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16", "fp8", "int8", "weight-only fp8"])
+@pytest.mark.parametrize("share", [0.0, 0.5])
+@pytest.mark.parametrize("lockable", [2**40, 0])
+def test_streamed_run_equals_the_resident_run_bit_for_bit(machine, precision, share, lockable):
+    model = in_precision(precision)
+    kept, sizes = away_bytes(model)
+    inputs = denoise_inputs(model)
+    pointers = [p.data_ptr() for p in model.parameters()]
+    least = least_bytes(sizes)
+    runtime = Locking(int(kept + least + share * (sum(sizes) - least)), lockable)
+    with torch.inference_mode(), placed(model, runtime, 0) as run_block:
+        results = [model.denoise(*inputs, run_block=run_block) for _ in range(2)]
+    assert sum(machine.copied) >= (1 - share) * sum(sizes)
+    assert [p.data_ptr() for p in model.parameters()] == pointers
+    with torch.inference_mode():
+        expected = model.denoise(*inputs)
+    assert all(torch.equal(result, expected) for result in results)
+
+
+@pytest.mark.parametrize(("made", "run"), [(True, True), (False, True), (False, False)])
+@pytest.mark.parametrize("lockable", [2**40, 0])
+def test_weights_of_inference_mode_are_streamed_in_it_and_others_in_both(
+    machine, made, run, lockable
+):
+    with torch.inference_mode(made):
+        model = tiny.transformer()
+    kept, sizes = away_bytes(model)
+    with torch.inference_mode(run), torch.no_grad():
+        inputs = denoise_inputs(model)
+        with placed(model, Locking(kept + least_bytes(sizes), lockable), 0) as run_block:
+            result = model.denoise(*inputs, run_block=run_block)
+        assert torch.equal(result, model.denoise(*inputs))
+
+
+def in_precision(precision):
+    """A tiny model whose block linears are of that precision."""
+    model = tiny.transformer()
+    if precision == "fp16":
+        return model.half()
+    dtype = torch.float32 if precision == "fp32" else torch.bfloat16
+    model = model.to(dtype)
+    kind = precision.removeprefix("weight-only ")
+    if kind not in STORAGE_DTYPES:
+        return model
+    block = hadamard_block_size(model.config.hidden_size) if kind == "int8" else 0
+    for name, layer in list(model.named_modules()):
+        if isinstance(layer, torch.nn.Linear) and is_quantizable(f"{name}.weight", 2):
+            weight, scale = quantize(layer.weight.data, STORAGE_DTYPES[kind], block)
+            model.set_submodule(
+                name,
+                QuantLinear(
+                    weight, scale, layer.bias, hadamard_block=block, weight_only=kind != precision
+                ),
+            )
+    assert any(isinstance(layer, QuantLinear) for layer in model.modules())
+    return model
 
 
 def test_blocks_that_left_while_room_was_made_are_brought_back(visits, monkeypatch):
@@ -140,6 +258,15 @@ def test_blocks_that_left_while_room_was_made_are_brought_back(visits, monkeypat
         assert gone <= visits.tensors("in")
 
 
+def test_a_tensor_that_is_not_contiguous_is_not_streamed(visits):
+    model = tiny.transformer()
+    layer = model.single_blocks[0].linear1
+    layer.weight.data = layer.weight.data.T.contiguous().T
+    kept, away = placement._split(model, torch.device("cpu"))
+    assert any(tensor is layer.weight for tensor in kept)
+    assert all(tensor.is_contiguous() for tensors in away.values() for tensor in tensors)
+
+
 def test_too_little_room_says_how_much_and_what_helps(visits):
     model = tiny.transformer()
     with (
@@ -150,25 +277,163 @@ def test_too_little_room_says_how_much_and_what_helps(visits):
     assert visits == []
 
 
-def test_weights_return_after_an_interrupt_inside_a_block(visits):
+@pytest.mark.parametrize("lockable", [2**40, 0])
+@pytest.mark.parametrize("stop_at", [1, 2, 5, 6, 9])
+def test_an_interrupt_stops_before_the_next_block_and_the_next_run_is_good(
+    machine, stop_at, lockable
+):
     model = tiny.transformer()
+    kept, sizes = away_bytes(model)
+    pointers = [p.data_ptr() for p in model.parameters()]
+    inputs = denoise_inputs(model)
+    ran = []
 
     class StopError(Exception):
         pass
 
-    checks = iter(range(100))
-
     def check():
-        if next(checks) == 3:
+        if len(ran) == stop_at:
             raise StopError
 
-    blocks = [loop_bytes(block, model) for block in model.blocks]
-    runtime = SmallDevice(loop_bytes(model, model) - sum(blocks) + max(blocks), on_check=check)
+    def run_twice(runtime):
+        with placed(model, runtime, 0) as run_block:
+
+            def counted(module, *args):
+                result = run_block(module, *args)
+                ran.append(module)
+                return result
+
+            return [model.denoise(*inputs, run_block=counted) for _ in range(3)]
+
+    room = kept + least_bytes(sizes)
+    stopped = Locking(room, lockable, on_check=check)
+    with pytest.raises(StopError):
+        run_twice(stopped)
+    assert len(ran) == stop_at
+    assert stopped.locked == []
+    assert [p.data_ptr() for p in model.parameters()] == pointers
+    expected = model.denoise(*inputs)
+    assert all(torch.equal(result, expected) for result in run_twice(Locking(room, lockable)))
+
+
+def test_a_step_cache_that_runs_the_first_block_alone_gets_it(machine):
+    model = tiny.transformer()
+    kept, sizes = away_bytes(model)
     inputs = denoise_inputs(model)
-    with pytest.raises(StopError), placed(model, runtime, 0) as run_block:
-        model.denoise(*inputs, run_block=run_block)
-    assert len(visits) > 2
+    results = []
+    for free in (10 * weight_bytes(model), kept + least_bytes(sizes)):
+        with placed(model, Locking(free), 0) as run_block:
+            cache = FirstBlockCache(
+                9, run_block, 10.0, first=model.blocks[0], last=model.blocks[-1]
+            )
+            for step in range(9):
+                cache.begin(step, inputs[0], 2)
+                for branch in range(2):
+                    results.append(
+                        cache.predict(branch, lambda run: model.denoise(*inputs, run_block=run))
+                    )
+        assert cache.skipped
+    assert all(torch.equal(*pair) for pair in zip(results[:18], results[18:], strict=True))
+
+
+def test_what_cannot_be_page_locked_goes_through_a_ring_and_that_is_said_once(
+    machine, monkeypatch, caplog
+):
+    monkeypatch.setattr(dispatch, "_logged", set())
+    monkeypatch.setattr(streaming, "page_locked", lambda n: torch.empty(n, dtype=torch.uint8))
+    monkeypatch.setattr(streaming, "RING_BYTES", (4096,))
+    model = tiny.transformer()
+    kept, sizes = away_bytes(model)
+    inputs = denoise_inputs(model)
+    expected = model.denoise(*inputs)
+    for _ in range(2):
+        with placed(model, Locking(kept + least_bytes(sizes), 60_000), 0) as run_block:
+            assert torch.equal(model.denoise(*inputs, run_block=run_block), expected)
+    (said,) = [r.getMessage() for r in caplog.records if "page-locked" in r.getMessage()]
+    assert "out of memory" in said
+    assert "a ring of 0.0 MB, slower" in said
+    assert max(machine.copied) <= 4096
+
+
+def test_without_page_locked_memory_copies_are_pageable(machine, monkeypatch, caplog):
+    def refuse(num_bytes):
+        raise RuntimeError("CUDA error: OS call failed")
+
+    monkeypatch.setattr(dispatch, "_logged", set())
+    monkeypatch.setattr(streaming, "page_locked", refuse)
+    model = tiny.transformer()
+    kept, sizes = away_bytes(model)
+    inputs = denoise_inputs(model)
+    with placed(model, Locking(kept + least_bytes(sizes), 0), 0) as run_block:
+        result = model.denoise(*inputs, run_block=run_block)
+    assert torch.equal(result, model.denoise(*inputs))
+    assert "pageable copies" in caplog.text
+
+
+def test_memory_that_is_gone_when_it_is_wanted_leaves_fewer_blocks_there(
+    machine, monkeypatch, visits
+):
+    model = tiny.transformer()
+    kept, sizes = away_bytes(model)
+    inputs = denoise_inputs(model)
+    runtime = Locking(kept + sum(sizes) - 1)
+    held = [0]
+    visit = placement.onload
+
+    def onload(tensors, device):
+        wanted = sum(t.nbytes for t in tensors)
+        if held[0] + wanted > kept + sizes[0]:
+            runtime.free = kept + least_bytes(sizes) + sizes[-1]
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate")
+        held[0] += wanted
+        leave = visit(tensors, device)
+
+        def offload():
+            held[0] -= wanted
+            leave()
+
+        return offload
+
+    monkeypatch.setattr(placement, "onload", onload)
+    with placed(model, runtime, 0) as run_block:
+        result = model.denoise(*inputs, run_block=run_block)
+    assert held == [0]
+    assert torch.equal(result, model.denoise(*inputs))
     assert visits.tensors("in") == visits.tensors("out")
+
+
+def test_memory_that_never_comes_ends_in_a_clear_error(machine, monkeypatch, visits):
+    model = tiny.transformer()
+    kept, sizes = away_bytes(model)
+    empty = torch.empty
+
+    def refuse(*args, **kwargs):
+        if kwargs.get("dtype") == torch.uint8:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate")
+        return empty(*args, **kwargs)
+
+    monkeypatch.setattr(torch, "empty", refuse)
+    with (
+        pytest.raises(OutOfRoomError, match="for a block on cpu"),
+        placed(model, Locking(kept + sum(sizes) - 1), 0),
+    ):
+        pass
+    assert visits == []
+
+
+def test_with_room_for_one_slot_alone_blocks_are_streamed_through_it(machine):
+    model = tiny.transformer()
+    kept, sizes = away_bytes(model)
+    inputs = denoise_inputs(model)
+    for free in (least_bytes(sizes, 2), least_bytes(sizes, 2) - 1, least_bytes(sizes, 1)):
+        with placed(model, Locking(kept + free), 0) as run_block:
+            result = model.denoise(*inputs, run_block=run_block)
+        assert torch.equal(result, model.denoise(*inputs))
+    with (
+        pytest.raises(OutOfRoomError),
+        placed(model, Locking(kept + least_bytes(sizes, 1) - 1), 0),
+    ):
+        pass
 
 
 @pytest.mark.parametrize("room", ["whole", "chunks", "head groups", ""])
@@ -190,19 +455,33 @@ def test_the_chunking_is_the_fastest_that_leaves_room_for_the_weights(visits, ro
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-def test_streamed_run_on_the_gpu_equals_the_resident_run():
+@pytest.mark.parametrize("way", ["page-locked", "ring", "pageable"])
+def test_streamed_run_on_the_gpu_equals_the_resident_run(monkeypatch, way):
+    if way == "pageable":
+        monkeypatch.setattr(streaming, "RING_BYTES", ())
     model = tiny.transformer()
     inputs = {k: v.cuda() for k, v in tiny.inputs(model.config).items()}
     rope = rope_table((3, 3, 5), model.config, device="cuda")
     pointers = [p.data_ptr() for p in model.parameters()]
-    runtime = TorchRuntime("cuda")
-    results = []
-    for free in (10**9, 0):
-        runtime.free_bytes = lambda free=free: (
-            offload.RESERVE_BYTES
-            + (free or max(map(weight_bytes, model.blocks)) + weight_bytes(model) // 2)
-        )
+    kept, away = placement._split(model, torch.device("cuda:0"))
+    kept = sum(tensor.nbytes for tensor in kept) + offload.RESERVE_BYTES
+    sizes = [padded_bytes(block) for block in away.values()]
+    results, locked = [], []
+    for room in (2 * sum(sizes), least_bytes(sizes)):
+        runtime = TorchRuntime("cuda")
+        runtime.free_bytes = lambda room=room: kept + room
+        if way != "page-locked":
+            runtime.pin = refuse_to_pin
         with torch.inference_mode(), placed(model, runtime, 0) as run_block:
-            results.append(model(**inputs, rope=rope, run_block=run_block).cpu())
-    assert torch.equal(*results)
+            locked.append(runtime.pinned_bytes)
+            for _ in range(3):
+                results.append(model(**inputs, rope=rope, run_block=run_block).cpu())
+        assert runtime.pinned_bytes == 0
+    assert locked[0] == 0
+    assert (locked[1] > 0) == (way == "page-locked")
+    assert all(torch.equal(result, results[0]) for result in results)
     assert [p.data_ptr() for p in model.parameters()] == pointers
+
+
+def refuse_to_pin(memory):
+    raise RuntimeError("refused")
