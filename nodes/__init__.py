@@ -8,6 +8,7 @@ from pathlib import Path
 
 from . import host
 from .local.decode import SkyReelsVAEDecode
+from .local.extend import SkyReelsExtendVideo
 from .local.image import SkyReelsImageConditioning
 from .local.loaders import SkyReelsTransformerLoader, SkyReelsVAELoader
 from .local.sampler import SkyReelsSampler, SkyReelsScheduler
@@ -27,6 +28,7 @@ NODE_CLASS_MAPPINGS = {
     "SkyReelsScheduler": SkyReelsScheduler,
     "SkyReelsSampler": SkyReelsSampler,
     "SkyReelsVAEDecode": SkyReelsVAEDecode,
+    "SkyReelsExtendVideo": SkyReelsExtendVideo,
     "WiroRemoteI2V": WiroRemoteI2V,
     "WiroRunModel": WiroRunModel,
     "WiroTaskResult": WiroTaskResult,
@@ -44,6 +46,7 @@ NODE_DISPLAY_NAME_MAPPINGS = {
     "SkyReelsScheduler": "SkyReels Scheduler",
     "SkyReelsSampler": "SkyReels Sampler",
     "SkyReelsVAEDecode": "SkyReels VAE Decode",
+    "SkyReelsExtendVideo": "SkyReels Extend Video",
     "WiroRemoteI2V": "Wiro Remote I2V",
     "WiroRunModel": "Wiro Run Model",
     "WiroTaskResult": "Wiro Task Result",

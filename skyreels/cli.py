@@ -24,6 +24,7 @@ from .transformer.attention import MODES
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from .extend import ExtendSettings
     from .runtime import Runtime
     from .text.embeds import PromptEmbeds
 
@@ -149,6 +150,30 @@ def build_parser() -> argparse.ArgumentParser:
         "--cache", choices=tuple(CACHES), default="off", help="skip predictable steps; off is exact"
     )
     generate.add_argument(
+        "--riflex",
+        choices=("auto", "off"),
+        default="auto",
+        help="auto keeps clips beyond 177 frames from repeating; shorter ones do not change",
+    )
+    generate.add_argument(
+        "--extend",
+        type=Path,
+        metavar="CLIP",
+        help="continue this video (or .npy) instead of a picture; it gives the size",
+    )
+    generate.add_argument(
+        "--overlap",
+        type=int,
+        metavar="N",
+        help="with --extend, last frames of CLIP to start from, 4k+1 (default 1, as in training); "
+        "--frames includes them",
+    )
+    generate.add_argument(
+        "--no-color-match",
+        action="store_true",
+        help="with --extend, leave the colours of the new frames as they are",
+    )
+    generate.add_argument(
         "--resume",
         type=Path,
         metavar="FILE",
@@ -188,6 +213,7 @@ def run_generate(arguments: argparse.Namespace) -> dict[str, Any]:
             "the built-in model."
         )
     is_builtin = not any(paths)
+    _check_extend(arguments)
     defaults = (64, 64, 17) if is_builtin else (960, 544, 97)
     given = (arguments.width, arguments.height, arguments.frames)
     width, height, num_frames = (
@@ -195,11 +221,17 @@ def run_generate(arguments: argparse.Namespace) -> dict[str, Any]:
     )
 
     from .builtin import BUILTIN_NOTICE, example_image
+    from .extend import check_clip
     from .latents import check_size
-    from .media import read_image, write_frames
+    from .media import read_clip, read_image, write_frames
 
-    check_size(width, height, num_frames)
-    image = read_image(arguments.image) if arguments.image else example_image()
+    if arguments.extend is not None:
+        image = read_clip(arguments.extend)
+        height, width = image.shape[1:3]
+        check_clip(image, _extend_settings(arguments, num_frames))
+    else:
+        check_size(width, height, num_frames)
+        image = read_image(arguments.image) if arguments.image else example_image()
     if is_builtin:
         say(BUILTIN_NOTICE)
     with remembered_interrupt() as check:
@@ -210,13 +242,13 @@ def run_generate(arguments: argparse.Namespace) -> dict[str, Any]:
     if arguments.resume is not None:
         arguments.resume.unlink(missing_ok=True)  # the video is safe
     seconds = time.perf_counter() - start
-    say(f"{arguments.out}: {num_frames} frames of {width}x{height} in {seconds:.1f} s")
+    say(f"{arguments.out}: {len(frames)} frames of {width}x{height} in {seconds:.1f} s")
     return {
         "file": str(arguments.out),
         "model": "built-in" if is_builtin else str(arguments.transformer),
         "width": width,
         "height": height,
-        "frames": num_frames,
+        "frames": len(frames),
         "seed": arguments.seed,
         "elapsed_s": round(seconds, 3),
     }
@@ -231,6 +263,7 @@ def _generate(
 ) -> "Tensor":
     from .builtin import builtin_transformer, builtin_vae
     from .config import Guidance
+    from .extend import extend_video
     from .image import ImageSettings
     from .pipeline import image_to_video
     from .runtime import TorchRuntime
@@ -242,7 +275,7 @@ def _generate(
         seed=arguments.seed,
         sigmas=get_sigmas(arguments.steps, arguments.shift),
         guidance=Guidance(arguments.cfg, arguments.embedded_guidance),
-        riflex_k=0 if is_builtin else 4,  # the tiny model has two temporal frequencies
+        riflex_k=riflex_k(arguments),
         cache=CACHES[arguments.cache],
         attention=arguments.attention,
         resume=arguments.resume,
@@ -272,20 +305,49 @@ def _generate(
         transformer = load_transformer(arguments.transformer, precision=precision, runtime=runtime)
         vae = load_vae(arguments.vae, runtime=runtime)
     width, height, num_frames = size
-    return image_to_video(
-        transformer,
-        vae,
-        image,
-        prompt,
-        negative,
-        settings,
-        width=width,
-        height=height,
-        num_frames=num_frames,
-        image_settings=image_settings,
-        decode=arguments.decode,
-        runtime=runtime,
-    )
+    inputs = (transformer, vae, image, prompt, negative, settings)
+    options: Any = {
+        "image_settings": image_settings, "decode": arguments.decode, "runtime": runtime,
+    }  # fmt: skip
+    if arguments.extend is not None:
+        extend = _extend_settings(arguments, num_frames)
+        return extend_video(*inputs, extend=extend, **options)[0]
+    return image_to_video(*inputs, width=width, height=height, num_frames=num_frames, **options)
+
+
+def riflex_k(arguments: argparse.Namespace) -> int:
+    """The temporal frequency that RIFLEx lowers in long clips; 0 is off.
+
+    Args:
+        arguments: of `generate`.
+
+    Returns:
+        SkyReels' own; the built-in model has none that a clip could outgrow.
+    """
+    is_builtin = arguments.transformer is None
+    return 0 if is_builtin or arguments.riflex == "off" else 4
+
+
+def _check_extend(arguments: argparse.Namespace) -> None:
+    """Refuse options that contradict --extend, or that only it has.
+
+    Raises:
+        OptionError: names them.
+    """
+    if arguments.extend is None:
+        if arguments.overlap is not None or arguments.no_color_match:
+            raise OptionError("--overlap and --no-color-match belong to --extend CLIP: give it.")
+    elif arguments.image is not None:
+        raise OptionError("--extend continues a clip and takes no picture: leave one of them out.")
+    elif (arguments.width, arguments.height) != (None, None):
+        raise OptionError("--extend keeps the clip's size: leave --width and --height out.")
+
+
+def _extend_settings(arguments: argparse.Namespace, num_frames: int) -> "ExtendSettings":
+    from .extend import ExtendSettings
+
+    overlap = 1 if arguments.overlap is None else arguments.overlap
+    return ExtendSettings(num_frames, overlap, not arguments.no_color_match)
 
 
 def _encode_prompts(

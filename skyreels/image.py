@@ -18,7 +18,8 @@ from .latents import (
 )
 from .offload import on_device
 from .runtime import Runtime
-from .vae.budget import decode_bytes
+from .vae.budget import encode_bytes, streamed_bytes
+from .vae.encode import encode_streamed
 from .vae.model import VideoVAE
 
 #: how an image of other proportions is resized to the video, see `fit_image`
@@ -175,14 +176,17 @@ def encode_image(
         noise = torch.randn(video.shape, generator=generator) * settings.noise_augmentation
         video = torch.where(video == -1.0, video, video + noise)
     weight = next(vae.parameters())
-    largest = torch.Size(latent_shape(prefix_frames, height, width))
-    num_bytes = decode_bytes(vae.config, largest, weight.dtype)
+    needed = encode_bytes(vae.config, video.shape, weight.dtype)
+    # room is made for the little that a long prefix can do with, so that others may stay
+    least = min(needed, streamed_bytes(vae.config, video.shape, weight.dtype))
     runtime.check_interrupt()
-    with runtime.place(vae, num_bytes), torch.inference_mode(), on_device(vae, runtime.device):
+    with runtime.place(vae, least), torch.inference_mode(), on_device(vae, runtime.device):
         runtime.progress("encode", 0, 1)
-        vae_latents = vae.encode(
-            video.to(runtime.device, weight.dtype), check=runtime.check_interrupt
-        )
+        video = video.to(runtime.device, weight.dtype)
+        if needed > least and needed > runtime.free_bytes():
+            vae_latents = encode_streamed(vae, video, check=runtime.check_interrupt)
+        else:
+            vae_latents = vae.encode(video, check=runtime.check_interrupt)
     runtime.progress("encode", 1, 1)
     latents = to_model_space(vae_latents.float()).cpu() * settings.latent_strength
     return ImageConditioning(latents, width, height, num_frames)

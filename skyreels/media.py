@@ -1,4 +1,4 @@
-"""Read image files and write video files.
+"""Read image and video files, and write video files.
 
 A video is H.264 in yuv420p with its index in front, so every browser and player starts it at once;
 colours are converted to BT.709 and tagged so. A file appears under its name only when it is
@@ -20,7 +20,7 @@ from torch import Tensor
 
 from .config import FRAMES_PER_SECOND
 from .errors import DependencyError, OptionError, ShapeError
-from .runtime import never_interrupt
+from .runtime import TorchRuntime, never_interrupt
 
 logger = logging.getLogger("skyreels.media")
 
@@ -28,6 +28,8 @@ logger = logging.getLogger("skyreels.media")
 VIDEO_CRF = 17
 #: pixels converted to 8 bits at once: 16 frames of 544 x 960, 25 MB
 _CHUNK_PIXELS = 16 * 544 * 960
+#: part of the free memory that a clip may take, and bytes per value: 8 bits, then float32
+_CLIP_FRACTION, _CLIP_BYTES = 0.5, 5
 #: ITU-T H.273 code of BT.709, for primaries, transfer and matrix alike
 _BT709 = 1
 
@@ -75,6 +77,99 @@ def read_image(path: str | os.PathLike[str]) -> Tensor:
             f"{path} cannot be read as an image ({error}): it may be damaged; save it again."
         ) from error
     return torch.from_numpy(pixels)[None]
+
+
+def read_clip(
+    path: str | os.PathLike[str], *, check: Callable[[], None] = never_interrupt
+) -> Tensor:
+    """Read the frames of a video, or of an .npy file as `write_npy` makes it.
+
+    Sound is not read, and a rate other than the model's is not converted: the log says so.
+
+    Args:
+        path: anything PyAV decodes, or float32 [F, H, W, 3] for numpy.load.
+        check: called before each frame; may raise to stop.
+
+    Returns:
+        [F, H, W, 3] float32 in [0, 1].
+
+    Raises:
+        OptionError: missing, not a video, or damaged.
+        ShapeError: an array of another shape, or a clip that does not fit the memory.
+        DependencyError: a video without PyAV.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise OptionError(f"There is no video file {path}: check the path.")
+    if path.suffix.lower() == ".npy":
+        return _read_npy(path)
+    try:
+        import av
+    except ImportError as error:
+        raise DependencyError(
+            "Reading a video needs PyAV: pip install av, or give the clip as an .npy file."
+        ) from error
+    try:
+        with av.open(str(path)) as container:
+            frames = _decode_frames(path, container, check)
+    except av.error.FFmpegError as error:
+        raise OptionError(
+            f"{path} cannot be read as a video ({error.strerror}): use an MP4, WebM or MOV file "
+            "that plays."
+        ) from error
+    if not frames:
+        raise OptionError(f"{path} holds no frames: use a video that plays.")
+    clip = torch.empty(len(frames), *frames[0].shape)
+    for index, pixels in enumerate(frames):
+        clip[index].copy_(torch.from_numpy(pixels)).div_(255.0)
+    return clip
+
+
+def _decode_frames(path: Path, container: Any, check: Callable[[], None]) -> list[np.ndarray]:
+    """Frames [H, W, 3] uint8 of the first video stream, all in the size of the first."""
+    stream = next((s for s in container.streams.video if s.codec_context is not None), None)
+    if stream is None:
+        raise OptionError(f"{path} holds no video that can be decoded: use a video that plays.")
+    stream.thread_type = "AUTO"
+    rate = float(stream.average_rate or FRAMES_PER_SECOND)
+    if abs(rate - FRAMES_PER_SECOND) > 0.1:
+        logger.warning(
+            "%s has %.4g frames per second, and the model makes %d: the clip will play at %d.",
+            path,
+            rate,
+            FRAMES_PER_SECOND,
+            FRAMES_PER_SECOND,
+        )
+    if container.streams.audio:
+        logger.warning("The sound of %s is not used.", path)
+    room = _CLIP_FRACTION * TorchRuntime().free_bytes()
+    frames: list[np.ndarray] = []
+    for frame in container.decode(stream):
+        check()
+        size = (frames[0].shape[1], frames[0].shape[0]) if frames else (frame.width, frame.height)
+        if (len(frames) + 1) * 3 * size[0] * size[1] * _CLIP_BYTES > room:
+            raise ShapeError(
+                f"{path} has more than {len(frames)} frames of {size[0]}x{size[1]}, which is all "
+                "that half of the free memory holds: cut it to its last seconds first."
+            )
+        # without a destination PyAV below 17 reads every colour matrix as BT.601
+        pixels = frame.to_ndarray(
+            format="rgb24", width=size[0], height=size[1], dst_colorspace="DEFAULT"
+        )
+        frames.append(pixels)
+    return frames
+
+
+def _read_npy(path: Path) -> Tensor:
+    try:
+        frames = np.load(path, allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        raise OptionError(f"{path} is not an array that numpy can read ({error}).") from error
+    if not isinstance(frames, np.ndarray) or frames.dtype != np.float32:
+        raise OptionError(f"{path} must hold one float32 array: use one that `generate` wrote.")
+    clip = torch.from_numpy(frames)
+    _check_frames(clip)
+    return clip
 
 
 def _deep_gray(levels: np.ndarray) -> np.ndarray:

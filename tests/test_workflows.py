@@ -41,7 +41,7 @@ each_graph = pytest.mark.parametrize(
 
 
 def test_the_workflows_are_here():
-    local = {"quick_start", "local_bf16", "local_low_memory"}
+    local = {"quick_start", "extend_video", "local_bf16", "local_low_memory"}
     assert {path.stem for path in FILES} == {*local, "remote", "wiro_batch", "local_and_remote"}
 
 
@@ -194,6 +194,7 @@ def test_the_graph_runs_to_a_video_on_tiny_weights(path, comfy, wiro):
     expected = {
         "remote": [],
         "wiro_batch": [],
+        "extend_video": [(9, 32, 48, 3)],
         "local_and_remote": [(5, 32, 48, 3), (5, 32, 96, 3)],
     }
     assert shapes == expected.get(path.stem, [(5, 32, 48, 3)])

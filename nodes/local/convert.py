@@ -86,6 +86,31 @@ def check_prompt(embeds: PromptEmbeds, config: TransformerConfig) -> None:
         raise TextError(f"{error} In ComfyUI {TEXT_FIX}.") from None
 
 
+def to_prompts(
+    positive: Conditioning, negative: Conditioning | None, cfg: float, config: TransformerConfig
+) -> tuple[PromptEmbeds, PromptEmbeds | None]:
+    """Both prompts of a run, from its two conditionings.
+
+    Args:
+        positive: of the prompt.
+        negative: of the negative prompt, if one is connected.
+        cfg: true CFG scale; at 1 or below the negative prompt is not used.
+        config: sizes that the prompts must have.
+
+    Returns:
+        The encoded prompt, and the negative one or None.
+
+    Raises:
+        TextError: one that does not fit the model.
+    """
+    prompt, negative_prompt = to_prompt_embeds(positive, "positive"), None
+    if negative is not None and cfg > 1:
+        negative_prompt = to_prompt_embeds(negative, "negative")
+    for embeds in filter(None, (prompt, negative_prompt)):
+        check_prompt(embeds, config)
+    return prompt, negative_prompt
+
+
 def embedded_guidance(conditioning: Conditioning, widget: float) -> float:
     """The value a FluxGuidance node left in the conditioning, else the widget's."""
     value = conditioning[0][1].get("guidance") if conditioning else None

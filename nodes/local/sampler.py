@@ -225,8 +225,8 @@ class SkyReelsSampler:
                         "min": 0,
                         "max": 8,
                         "advanced": True,
-                        "tooltip": "RIFLEx keeps clips beyond 197 frames from repeating: index of "
-                        "the temporal frequency to slow down, 4 for SkyReels, 0 is off.",
+                        "tooltip": "RIFLEx keeps clips beyond 177 frames from repeating: index of "
+                        "the temporal frequency to lower, 4 for SkyReels, 0 is off.",
                     },
                 ),
                 "resume": (
@@ -309,11 +309,7 @@ class SkyReelsSampler:
             image = convert.image_from_conditioning(positive, latent)
         if sigmas is None:
             sigmas = get_sigmas(steps, shift, denoise)
-        prompt, negative_prompt = convert.to_prompt_embeds(positive, "positive"), None
-        if negative is not None and cfg > 1:
-            negative_prompt = convert.to_prompt_embeds(negative, "negative")
-        for embeds in filter(None, (prompt, negative_prompt)):
-            convert.check_prompt(embeds, model.module.config)
+        prompt, negative_prompt = convert.to_prompts(positive, negative, cfg, model.module.config)
         settings = SamplingSettings(
             seed=seed,
             sigmas=sigmas.float().cpu(),

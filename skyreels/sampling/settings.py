@@ -90,7 +90,7 @@ class SamplingSettings:
         guidance: how the positive and negative predictions are combined.
         init_latents: [1, 16, T, h, w] VAE space, the clip to start from when sigmas[0] < 1.
         add_noise: False continues the unfinished clip in init_latents.
-        riflex_k: see `rope_table`; only clips beyond 197 frames change.
+        riflex_k: see `rope_table`; only clips beyond 177 frames change.
         cache: which steps are skipped, see step_cache.py. Euler only; a resumed run starts with an
             empty cache.
         attention: "exact", "fast" (8 bits, where the device has a kernel for it), or a function;

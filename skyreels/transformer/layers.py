@@ -26,8 +26,12 @@ from ..kernels import Activation, QuantizedActivation
 from .attention import Attention
 from .linear import ALL, input_format, linear, linear_gelu
 
-#: latent frames the model has seen in training; the slow temporal frequency wraps at 50.27
-TRAINED_LATENT_FRAMES = 50
+#: RIFLEx keeps a clip within this part of one period of a temporal frequency
+RIFLEX_PERIODS = 0.9
+#: latent frames beyond which RIFLEx is needed: 0.9 of 50.27, the period of SkyReels' 4th frequency
+MAX_PLAIN_LATENT_FRAMES = 45
+#: of the longest clips that HunyuanVideo was trained on, 129 frames
+TRAINED_LATENT_FRAMES = 33
 #: chunks of tokens start at multiples of this: the data of a token, even four bytes of scale, then
 #: starts at an address that vendor kernels accept, and their tiles are whole
 TOKEN_MULTIPLE = 128
@@ -42,15 +46,15 @@ def rope_table(
 ) -> Tensor:
     """RoPE of the image tokens, as complex numbers cos + i sin.
 
-    RIFLEx: beyond the trained length the k-th temporal frequency would complete its period inside
-    the clip, and the motion starts over (at frame 201 for k = 4). Slowing that one frequency to 0.9
-    of a period per clip removes the reset.
+    RIFLEx: where a clip is longer than the period of the k-th temporal frequency, that frequency
+    starts over, and the motion with it (for k = 4 after 50.27 latent frames, 201 frames). So it is
+    lowered until the clip takes 0.9 of its period; with a whole period, the end may still repeat.
 
     Args:
         grid: tokens in time, height and width.
         config: rope_theta and rope_axes_dim are used.
-        riflex_k: which temporal frequency to slow down, counted from 1; 0 leaves the table alone,
-            and so does a clip of at most 50 latent frames.
+        riflex_k: which temporal frequency to lower, counted from 1; 0 leaves the table alone, and
+            so does a clip of at most 45 latent frames (177 frames).
         device: where the table is built.
 
     Returns:
@@ -59,19 +63,23 @@ def rope_table(
     Raises:
         OptionError: the clip is long and there is no such frequency.
 
-    Source: RoPE arXiv:2104.09864; RIFLEx arXiv:2502.15894, equation 8.
+    Source: RoPE arXiv:2104.09864; RIFLEx arXiv:2502.15894, equation 8, and the factor 0.9 of its
+        authors' code, thu-ml/RIFLEx.
     """
     per_axis = []
     for axis, (length, dim) in enumerate(zip(grid, config.rope_axes_dim, strict=True)):
         exponents = torch.arange(0, dim, 2, dtype=torch.float32, device=device) / dim
         frequencies = 1.0 / config.rope_theta**exponents
-        if axis == 0 and riflex_k and length > TRAINED_LATENT_FRAMES:
+        if axis == 0 and riflex_k and length > MAX_PLAIN_LATENT_FRAMES:
             if not 1 <= riflex_k <= len(frequencies):
                 raise OptionError(
                     f"RIFLEx k {riflex_k} is not within 1..{len(frequencies)}, the temporal "
                     "frequencies of this model: use 4 for SkyReels, or 0 for off."
                 )
-            frequencies[riflex_k - 1] = 0.9 * 2 * math.pi / length
+            frequency = config.rope_theta ** (-2 * (riflex_k - 1) / dim)
+            lowered = riflex_frequency(frequency, length)
+            if lowered < frequency:  # else the float32 value stays, bit for bit
+                frequencies[riflex_k - 1] = lowered
         positions = torch.arange(length, dtype=torch.float32, device=device)
         per_axis.append(torch.outer(positions, frequencies))
     grid_t, grid_h, grid_w = grid
@@ -84,6 +92,42 @@ def rope_table(
         dim=-1,
     ).flatten(0, 2)
     return torch.polar(torch.ones_like(angles), angles)
+
+
+def riflex_frequency(frequency: float, latent_frames: int) -> float:
+    """A temporal frequency, lowered if a clip would take more than 0.9 of its period.
+
+    Args:
+        frequency: radians per latent frame.
+        latent_frames: of the clip.
+
+    Returns:
+        min(frequency, 0.9 * 2 pi / latent_frames).
+
+    Source: see `rope_table`.
+    """
+    return min(frequency, RIFLEX_PERIODS * 2 * math.pi / latent_frames)
+
+
+def intrinsic_frequency(config: TransformerConfig) -> int:
+    """Find the temporal frequency that decides when a clip repeats, RIFLEx's k.
+
+    It is the fastest whose period covers the longest clips of the training; the faster ones repeat
+    within such clips already.
+
+    Args:
+        config: rope_theta and rope_axes_dim are used.
+
+    Returns:
+        Counted from 1: 4 for SkyReels. The slowest frequency if none is slow enough.
+
+    Source: RIFLEx arXiv:2502.15894, section 3.
+    """
+    dim = config.rope_axes_dim[0]
+    for k in range(1, dim // 2):
+        if 2 * math.pi * config.rope_theta ** (2 * (k - 1) / dim) >= TRAINED_LATENT_FRAMES:
+            return k
+    return dim // 2
 
 
 def sinusoidal_embedding(values: Tensor, dim: int = 256) -> Tensor:

@@ -1,4 +1,4 @@
-"""The peak memory of a decode, predicted from shapes alone.
+"""The peak memory of a decode or encode, predicted from shapes alone.
 
 Adds up what is alive at the first resnet and the upsampler of each level and in the attention:
 whole clips, and the piece being worked on. Tests compare it with the storages that model.py
@@ -11,13 +11,16 @@ from typing import NamedTuple
 
 import torch
 
-from ..config import VAEConfig
+from ..config import SPATIAL_COMPRESSION, TEMPORAL_COMPRESSION, VAEConfig
 from . import model as vae_model
 
 #: covers convolution workspaces and the allocator's rounding
 MEMORY_MARGIN = 1.25
 #: frames that a synced decode works on at once, at most
 _STREAMED_FRAMES = 2
+#: frames of the first level's activations alive at the peak of `encode_streamed`, counted on
+#: shape-only tensors: two for each of five convolutions, and the work on two frames
+_STREAMED_ENCODE_FRAMES = 22
 
 
 class _Clip(NamedTuple):
@@ -51,8 +54,6 @@ class _Level(NamedTuple):
 
 def decode_bytes(config: VAEConfig, latent_shape: torch.Size, dtype: torch.dtype) -> int:
     """Estimate the peak bytes of one VideoVAE.decode call, beside the weights.
-
-    Encoding a clip of that size takes less: the encoder is the narrower half.
 
     Args:
         config: of the VAE.
@@ -113,6 +114,56 @@ def synced_bytes(
     return int((peak + folded_bytes(config, dtype)) * MEMORY_MARGIN)
 
 
+def encode_bytes(config: VAEConfig, video_shape: torch.Size, dtype: torch.dtype) -> int:
+    """Estimate the peak bytes of one VideoVAE.encode call, beside weights and video.
+
+    It lies in the resnets at full resolution, which hold a clip, their branch and a piece of work;
+    or, of a single small frame, in the attention.
+
+    Args:
+        config: of the VAE.
+        video_shape: [B, 3, F, H, W] of the clip.
+        dtype: the compute dtype.
+
+    Returns:
+        Bytes, MEMORY_MARGIN included.
+    """
+    clip, channels = _clip_of(video_shape), config.block_out_channels[0]
+    frame = channels * clip.pixels // clip.frames
+    step = min(clip.frames, max(1, vae_model.PIECE_ELEMENTS // frame))
+    elements = frame * (2 * clip.frames + step) + _padded(channels, clip) * (step + 2)
+    middle = _middle_bytes(config, _encoded(clip), dtype)
+    return int(max(middle, elements * dtype.itemsize) * MEMORY_MARGIN)
+
+
+def streamed_bytes(config: VAEConfig, video_shape: torch.Size, dtype: torch.dtype) -> int:
+    """Estimate the peak bytes of one encode.encode_streamed call, beside weights and video.
+
+    Args:
+        config: of the VAE.
+        video_shape: [B, 3, F, H, W] of the clip.
+        dtype: the compute dtype.
+
+    Returns:
+        Bytes, MEMORY_MARGIN included.
+    """
+    clip = _clip_of(video_shape)
+    first, third = config.block_out_channels[0], config.block_out_channels[2]
+    frame = clip.pixels // clip.frames
+    # what the second level reads; later the clip and the branch of the third
+    kept = max(first * clip.frames // 4, 2 * third * (clip.frames // 2 + 1) // 16) * frame
+    elements = _STREAMED_ENCODE_FRAMES * first * frame + kept
+    middle = _middle_bytes(config, _encoded(clip), dtype)
+    return int(max(middle, elements * dtype.itemsize) * MEMORY_MARGIN)
+
+
+def _encoded(clip: _Clip) -> _Clip:
+    """A clip of pixels as the latents have it."""
+    frames = (clip.frames - 1) // TEMPORAL_COMPRESSION + 1
+    height, width = clip.height // SPATIAL_COMPRESSION, clip.width // SPATIAL_COMPRESSION
+    return _Clip(clip.batch, frames, height, width)
+
+
 def folded_bytes(config: VAEConfig, dtype: torch.dtype) -> int:
     """Bytes of the weights that `VideoVAE.folded` makes for a run: 62 MB in bf16."""
     total = 0
@@ -122,8 +173,8 @@ def folded_bytes(config: VAEConfig, dtype: torch.dtype) -> int:
     return total * dtype.itemsize
 
 
-def _clip_of(latent_shape: torch.Size) -> _Clip:
-    return _Clip(latent_shape[0], *latent_shape[2:])
+def _clip_of(shape: torch.Size) -> _Clip:
+    return _Clip(shape[0], *shape[2:])
 
 
 def _levels(config: VAEConfig) -> list[_Level]:

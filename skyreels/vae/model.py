@@ -580,7 +580,11 @@ class Encoder(nn.Module):
         """[B, 3, F, H, W] -> [B, 32, T, h, w]."""
         growth = -(-self.conv_in.conv.out_channels // video.shape[1])
         clip = list(walk.convolve(self.conv_in, walk.cut([_laid_out(video)], growth)))
-        for block in self.down_blocks:
+        return self.from_level(0, clip, walk)
+
+    def from_level(self, level: int, clip: Pieces, walk: Walk) -> Tensor:
+        """This level and all after it: pieces [B, C, t, H, W] -> [B, 32, T, h, w]."""
+        for block in self.down_blocks[level:]:
             clip = block(clip, walk)
         clip = self.mid_block(clip, walk)
         affine = walk.measure(self.conv_norm_out, clip)

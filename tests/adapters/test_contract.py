@@ -61,6 +61,13 @@ FROZEN = {
          "tile_frames_stride"],
         [("images", "IMAGE")],
     ),
+    "SkyReelsExtendVideo": (
+        "SkyReels Extend Video",
+        ["model", "vae", "images", "positive", "seed", "num_frames", "steps", "cfg",
+         "embedded_guidance", "shift", "negative", "overlap_frames", "color_match", "decode",
+         "cache", "attention"],
+        [("images", "IMAGE"), ("new_images", "IMAGE")],
+    ),
     "WiroRemoteI2V": (
         "Wiro Remote I2V",
         ["image", "prompt", "size", "fit", "num_frames", "steps", "cfg", "negative_prompt",

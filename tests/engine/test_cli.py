@@ -102,9 +102,73 @@ def test_a_cache_makes_another_clip_and_an_unknown_one_is_wrong_usage(capsys, tm
     assert "first-block" in capsys.readouterr().err
 
 
+def test_extend_makes_a_longer_file_that_begins_with_the_clip(capsys, tmp_path):
+    size = ["--width", "32", "--height", "48", "--frames", "5"]
+    first, whole = tmp_path / "first.npy", tmp_path / "whole.npy"
+    assert run(capsys, "generate", *FAST, *size, "--out", first)[0] == 0
+    extend = ["--extend", first, "--frames", "9", "--overlap", "5", "--json"]
+    code, out, err = run(capsys, "generate", *FAST, *extend, "--out", whole)
+    assert code == 0
+    assert json.loads(out)["frames"] == 9
+    assert json.loads(out)["width"] == 32
+    assert "9 frames of 32x48" in err
+    assert np.load(whole).shape == (9, 48, 32, 3)
+    video, plain = tmp_path / "video.mp4", tmp_path / "plain.npy"
+    assert (
+        run(capsys, "generate", *FAST, "--extend", first, "--frames", "5", "--out", video)[0] == 0
+    )
+    extend = ["--extend", video, "--frames", "5", "--no-color-match"]
+    assert run(capsys, "generate", *FAST, *extend, "--out", plain)[0] == 0
+    assert np.load(plain).shape == (13, 48, 32, 3)
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [
+        ([], "clip of 3 frames is too short"),
+        (["--overlap", "4"], "overlap of 4 frames is not a multiple of 4 plus 1: use 5"),
+        (["--overlap", "17"], "leaves nothing new in 17"),
+        (["--overlap", "5"], "clip of 3 frames is too short"),
+        (["--width", "64"], "keeps the clip's size"),
+        (["picture.png"], "takes no picture"),
+        (["--extend", "gone.mp4"], "There is no video file gone.mp4"),
+        (["--extend", __file__], "cannot be read as a video"),
+    ],
+)
+def test_a_clip_that_cannot_be_continued_is_one_sentence(capsys, tmp_path, options, words):
+    clip, out_file = tmp_path / "clip.npy", tmp_path / "out.mp4"
+    np.save(clip, np.zeros((3, 32, 32, 3), np.float32))
+    code, out, err = run(
+        capsys, "generate", *FAST, "--extend", clip, *options, "--out", out_file, "--json"
+    )
+    assert code == 1
+    assert words in json.loads(out)["error"]
+    assert BUILTIN_NOTICE not in err  # said before the models are made
+    assert not out_file.exists()
+
+
+def test_riflex_can_be_switched_off_and_changes_only_long_clips(capsys, tmp_path):
+    clips = []
+    for option in ("auto", "off"):
+        path = tmp_path / f"{option}.npy"
+        size = ["--width", "32", "--height", "32", "--frames", "5"]
+        assert run(capsys, "generate", *FAST, *size, "--riflex", option, "--out", path)[0] == 0
+        clips.append(path.read_bytes())
+    assert clips[0] == clips[1]
+
+
+@pytest.mark.parametrize(("option", "k"), [("auto", 4), ("off", 0)])
+def test_the_riflex_option_reaches_the_run(option, k):
+    words = ["generate", "--prompt", "x", "--out", "x.npy", "--riflex", option]
+    arguments = cli.build_parser().parse_args([*words, "--transformer", "x"])
+    assert cli.riflex_k(arguments) == k
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--overlap", "5"], "belong to --extend"),
+        (["--no-color-match"], "belong to --extend"),
         (["--width", "100"], "Width 100 is not a multiple of 16: use 96"),
         (["--frames", "16"], "use 17"),
         (["--steps", "0"], "0 steps"),

@@ -8,7 +8,7 @@ from comfyui_skyreels.skyreels.latents import (
     to_model_space,
 )
 from comfyui_skyreels.skyreels.runtime import TorchRuntime
-from comfyui_skyreels.skyreels.vae.budget import decode_bytes
+from comfyui_skyreels.skyreels.vae.budget import encode_bytes, streamed_bytes
 from comfyui_skyreels.skyreels.vae.model import VideoVAE
 from PIL import Image
 from support import tiny
@@ -98,6 +98,26 @@ def test_longer_prefix_fills_the_first_latent_frames(vae):
     assert conditioning.padded()[:, :, 2:].abs().max() == 0
 
 
+def test_a_prefix_that_does_not_fit_whole_is_encoded_in_pieces_with_the_same_result(
+    vae, monkeypatch
+):
+    settings = ImageSettings(prefix_frames=97)
+    size = {"width": 32, "height": 32, "num_frames": 101}
+    clip = torch.rand(97, 32, 32, 3, generator=torch.Generator().manual_seed(0))
+    whole = encode_image(vae, clip, settings, **size, runtime=RUNTIME)
+    shape = torch.Size((1, 3, 97, 32, 32))
+    room = streamed_bytes(vae.config, shape, torch.float32)
+    assert room < encode_bytes(vae.config, shape, torch.float32)
+
+    class Cramped(TorchRuntime):
+        def free_bytes(self):
+            return room
+
+    monkeypatch.setattr(type(vae), "encode", lambda *_, **__: pytest.fail("encoded whole"))
+    in_pieces = encode_image(vae, clip, settings, **size, runtime=Cramped())
+    assert tiny.relative_error(in_pieces.image_latents, whole.image_latents) <= 1e-5
+
+
 def test_augmentation_noise_follows_the_clips_noise_and_spares_black_bars(vae):
     seen = []
 
@@ -185,4 +205,4 @@ def test_room_is_asked_for_before_the_vae_moves(vae):
     image = torch.rand(1, 32, 32, 3)
     encode_image(vae, image, width=32, height=32, num_frames=9, runtime=Recording())
     assert asked
-    assert asked[0] >= decode_bytes(vae.config, torch.Size((1, 16, 1, 4, 4)), torch.float32)
+    assert asked[0] >= encode_bytes(vae.config, torch.Size((1, 3, 1, 32, 32)), torch.float32)

@@ -269,3 +269,131 @@ def test_without_pyav_the_command_that_installs_it_is_named(tmp_path, monkeypatc
     monkeypatch.setitem(sys.modules, "av", None)
     with pytest.raises(DependencyError, match="pip install av"):
         video.write_video(tmp_path / "a.mp4", clip())
+
+
+# --- clips that are read
+
+
+def test_a_video_that_was_written_is_read_back(tmp_path):
+    path = tmp_path / "clip.mp4"
+    written = clip(9)
+    video.write_video(path, written)
+    got = video.read_clip(path)
+    assert (got.shape, got.dtype) == ((9, 32, 48, 3), torch.float32)
+    assert 0 <= got.min() <= got.max() <= 1
+    # H.264 halves the resolution of colours; a clip that is one frame late is off by 0.04
+    assert (got - written).abs().mean() < 0.02
+
+
+def test_a_video_is_read_with_its_own_colour_matrix(tmp_path):
+    """Read with BT.601's, the green would be off by 0.1."""
+    path = tmp_path / "clip.mp4"
+    colour = torch.tensor([0.2, 0.8, 0.3])
+    video.write_video(path, colour.expand(3, 32, 48, 3))
+    torch.testing.assert_close(video.read_clip(path)[1, 16, 24], colour, atol=0.012, rtol=0)
+
+
+def test_a_clip_of_the_models_rate_is_read_without_a_word(tmp_path, caplog):
+    path = tmp_path / "clip.mp4"
+    video.write_video(path, clip())
+    video.read_clip(path)
+    assert caplog.text == ""
+
+
+def test_an_npy_file_gives_its_exact_numbers(tmp_path):
+    path = tmp_path / "clip.npy"
+    video.write_npy(path, clip())
+    assert torch.equal(video.read_clip(path), clip())
+
+
+def test_another_rate_and_sound_are_said_to_be_lost(tmp_path, caplog):
+    path = tmp_path / "clip.mp4"
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264", rate=30)
+        stream.width, stream.height, stream.pix_fmt = 48, 32, "yuv420p"
+        sound = container.add_stream("aac", rate=8000)
+        for image in (clip(3) * 255).byte().numpy():
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(image, format="rgb24")))
+        silence = av.AudioFrame.from_ndarray(
+            np.zeros((1, 1024), np.float32), format="fltp", layout="mono"
+        )
+        silence.sample_rate = 8000
+        for each in (stream.encode(None), sound.encode(silence), sound.encode(None)):
+            container.mux(each)
+    assert len(video.read_clip(path)) == 3
+    assert "30 frames per second, and the model makes 24" in caplog.text
+    assert "sound of" in caplog.text
+
+
+def test_reading_a_clip_can_be_stopped(tmp_path):
+    path = tmp_path / "clip.mp4"
+    video.write_video(path, clip())
+
+    def check():
+        raise Stopped
+
+    with pytest.raises(Stopped):
+        video.read_clip(path, check=check)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("notes.mp4", b"these are notes", "cannot be read as a video"),
+        ("empty.mp4", b"", "cannot be read as a video"),
+        ("notes.npy", b"these are notes", "not an array"),
+    ],
+)
+def test_a_file_that_is_no_clip_is_refused(tmp_path, name, content, words):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(OptionError, match=words):
+        video.read_clip(tmp_path / name)
+
+
+def test_files_without_frames_are_refused(tmp_path):
+    with pytest.raises(OptionError, match=r"no video file .*gone\.mp4"):
+        video.read_clip(tmp_path / "gone.mp4")
+    sound = tmp_path / "sound.wav"
+    with av.open(str(sound), "w") as container:
+        stream = container.add_stream("pcm_s16le", rate=8000)
+        frame = av.AudioFrame.from_ndarray(np.zeros((1, 64), np.int16), layout="mono")
+        frame.sample_rate = 8000
+        container.mux(stream.encode(frame))
+    with pytest.raises(OptionError, match="holds no video"):
+        video.read_clip(sound)
+    truncated = tmp_path / "cut.mp4"
+    video.write_video(truncated, clip())
+    truncated.write_bytes(truncated.read_bytes()[:-2000])
+    with pytest.raises(OptionError, match="cannot be read|no frames"):
+        video.read_clip(truncated)
+
+
+@pytest.mark.parametrize(
+    ("array", "error", "words"),
+    [
+        (np.zeros((5, 32, 48, 3)), OptionError, "float32"),
+        (np.zeros((5, 3, 32, 48), np.float32), ShapeError, "frames, height, width, 3"),
+        (np.array({"a": 1}, dtype=object), OptionError, "not an array"),
+    ],
+)
+def test_an_npy_file_of_another_kind_is_refused(tmp_path, array, error, words):
+    np.save(tmp_path / "clip.npy", array)
+    with pytest.raises(error, match=words):
+        video.read_clip(tmp_path / "clip.npy")
+
+
+def test_a_clip_that_does_not_fit_the_memory_is_refused_while_it_is_read(tmp_path, monkeypatch):
+    path = tmp_path / "clip.mp4"
+    video.write_video(path, clip(9))
+    room = 2 * 5 * 3 * 32 * 48 * 4  # half of it holds four frames
+    monkeypatch.setattr(video.TorchRuntime, "free_bytes", lambda self: room)
+    with pytest.raises(ShapeError, match="more than 4 frames of 48x32.*cut it"):
+        video.read_clip(path)
+
+
+def test_without_pyav_a_clip_is_answered_with_the_command_that_installs_it(tmp_path, monkeypatch):
+    path = tmp_path / "clip.mp4"
+    video.write_video(path, clip())
+    monkeypatch.setitem(sys.modules, "av", None)
+    with pytest.raises(DependencyError, match="pip install av"):
+        video.read_clip(path)

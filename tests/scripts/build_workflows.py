@@ -12,7 +12,7 @@ import json
 import sys
 import tempfile
 import uuid
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -33,7 +33,8 @@ NEGATIVE = {"color": "#322", "bgcolor": "#533"}
 NOTE = {"color": "#432", "bgcolor": "#653"}
 GROUP_COLORS = {
     "load": "#8A8", "encode": "#88A", "prompt": "#88A", "sample": "#A88",
-    "run on Wiro": "#A88", "decode and save": "#3f789e", "save": "#3f789e",
+    "run on Wiro": "#A88", "decode and extend": "#A88", "decode and save": "#3f789e",
+    "save": "#3f789e",
 }  # fmt: skip
 COLUMN_GAP, ROW_GAP, TITLE_HEIGHT = 60, 20, 30
 #: a running node grows by a status line, the sampler also by a preview
@@ -117,18 +118,34 @@ def conditioning(width: int, height: int, num_frames: int) -> Node:
 
 def quick_start() -> Graph:
     """The built-in model and an image drawn by ComfyUI's own nodes: no file is needed."""
-    text = {"text_encoder": ("text encoder", 0)}
+    introduction = note(
+        "## Quick start\n\nPress **Run**: a 64x64 clip in seconds, on any machine, without "
+        "a download.\n\nThe built-in model is **not SkyReels-V1**. It is a tiny network of "
+        "the same architecture, trained on circles, squares and triangles of eight colours "
+        "that move left, right, up or down, stay still, grow, shrink or fade out. Change "
+        "the prompt, or replace the image with a Load Image node.\n\nFor real videos open "
+        "the template *local_bf16* or *local_low_memory*.",
+        250,
+    )
+    return {
+        **builtin(introduction, x=30),
+        **sample_decode_save(
+            "skyreels_quick_start",
+            {},
+            note(
+                "**Cancel** takes effect between two transformer blocks. The same seed gives the "
+                "same video on every device.",
+                90,
+            ),
+        ),
+    }
+
+
+def builtin(introduction: Node, x: int) -> Graph:
+    """The left half with the built-in model: a red square, its left edge at x, moves left."""
     return {
         "load": {
-            "note": note(
-                "## Quick start\n\nPress **Run**: a 64x64 clip in seconds, on any machine, without "
-                "a download.\n\nThe built-in model is **not SkyReels-V1**. It is a tiny network of "
-                "the same architecture, trained on circles, squares and triangles of eight colours "
-                "that move left, right, up or down, stay still, grow, shrink or fade out. Change "
-                "the prompt, or replace the image with a Load Image node.\n\nFor real videos open "
-                "the template *local_bf16* or *local_low_memory*.",
-                250,
-            ),
+            "note": introduction,
             "transformer": Node("SkyReelsTransformerLoader", {"transformer": BUILTIN_NAME}),
             "vae": Node("SkyReelsVAELoader", {"vae": BUILTIN_NAME}),
             "text encoder": Node("SkyReelsTextEncoderLoader", {"text_encoder": BUILTIN_NAME}),
@@ -142,32 +159,73 @@ def quick_start() -> Graph:
             ),
             "image": Node(
                 "ImageCompositeMasked",
-                {"x": 30, "y": 22},
+                {"x": x, "y": 22},
                 {"destination": ("background", 0), "source": ("square", 0)},
                 title="Image (replace with Load Image)",
             ),
         },
         "encode": {
-            "positive": Node(
-                "SkyReelsTextEncode", {"prompt": "a red square moves left"}, text,
-                title="Prompt", look=POSITIVE,
-            ),
+            "positive": shape_prompt("a red square moves left", "Prompt", POSITIVE),
             "negative": Node(
-                "SkyReelsTextEncode", {"prompt": "", "add_fps_prefix": False}, text,
-                title="Negative prompt", look=NEGATIVE,
+                "SkyReelsTextEncode", {"prompt": "", "add_fps_prefix": False},
+                {"text_encoder": ("text encoder", 0)}, title="Negative prompt", look=NEGATIVE,
             ),
             "conditioning": conditioning(64, 64, 17),
         },
-        **sample_decode_save(
-            "skyreels_quick_start",
-            {},
-            note(
-                "**Cancel** takes effect between two transformer blocks. The same seed gives the "
-                "same video on every device.",
-                90,
-            ),
-        ),
     }  # fmt: skip
+
+
+def shape_prompt(prompt: str, title: str, look: dict[str, str]) -> Node:
+    links = {"text_encoder": ("text encoder", 0)}
+    return Node("SkyReelsTextEncode", {"prompt": prompt}, links, title=title, look=look)
+
+
+def extend_video() -> Graph:
+    """The clip of the quick start and its continuation with a prompt of its own."""
+    graph = builtin(
+        note(
+            "## A clip, continued\n\nPress **Run**: the built-in model makes a clip of 17 frames, "
+            "and *SkyReels Extend Video* adds 16 that start from its last one.\n\nFor your own "
+            "clip replace everything before *images* with core's Load Video and Get Video "
+            "Components, and load the real weights as in *local_bf16*, with 97 frames.",
+            250,
+        ),
+        x=38,
+    )
+    graph["encode"]["next"] = shape_prompt("a red square moves down", "What happens next", POSITIVE)
+    clip = sample_decode_save(
+        "skyreels_extended",
+        {},
+        note("The clip to continue: nothing here differs from *quick_start*.", 70),
+    )
+    save = clip.pop("decode and save")
+    decode, video = save.pop("decode"), save.pop("video")
+    return {
+        **graph,
+        **clip,
+        "decode and extend": {
+            "decode": decode,
+            "extend note": note(
+                "**overlap_frames** 1 is what the model was trained with: the prompt tells the "
+                "motion. 5 or 9 also show it the motion; that is untrained. Chain more of these "
+                "nodes for more.",
+                110,
+            ),
+            "extend": Node(
+                "SkyReelsExtendVideo",
+                {"num_frames": 17, "seed": 1},
+                {
+                    "model": ("transformer", 0),
+                    "vae": ("vae", 0),
+                    "images": ("decode", 0),
+                    "positive": ("next", 0),
+                    "negative": ("negative", 0),
+                },
+                height=680,
+            ),
+        },
+        "save": {"video": replace(video, links={"images": ("extend", 0)}), **save},
+    }
 
 
 def local(transformer: str, prefix: str, introduction: Node, sample_note: Node) -> Graph:
@@ -370,6 +428,7 @@ def local_and_remote() -> Graph:
 
 GRAPHS = {
     "quick_start": quick_start,
+    "extend_video": extend_video,
     "local_bf16": local_bf16,
     "local_low_memory": local_low_memory,
     "remote": remote,

@@ -10,9 +10,11 @@ import comfyui_skyreels
 import pytest
 import torch
 from comfyui_skyreels.nodes.local import convert
+from comfyui_skyreels.nodes.local import extend as extend_module
 from comfyui_skyreels.skyreels.builtin import BUILTIN_NAME
 from comfyui_skyreels.skyreels.config import Guidance, Tiling
 from comfyui_skyreels.skyreels.errors import CheckpointError, OptionError, ShapeError, TextError
+from comfyui_skyreels.skyreels.extend import ExtendSettings, extend_video
 from comfyui_skyreels.skyreels.image import ImageSettings, encode_image
 from comfyui_skyreels.skyreels.latents import to_vae_space
 from comfyui_skyreels.skyreels.pipeline import image_to_video
@@ -21,7 +23,7 @@ from comfyui_skyreels.skyreels.sampling.sample import sample
 from comfyui_skyreels.skyreels.sampling.settings import SamplingSettings, get_sigmas
 from comfyui_skyreels.skyreels.sampling.step_cache import CACHES
 from comfyui_skyreels.skyreels.transformer.placement import sampling_bytes
-from comfyui_skyreels.skyreels.vae.budget import decode_bytes
+from comfyui_skyreels.skyreels.vae.budget import decode_bytes, encode_bytes
 from comfyui_skyreels.skyreels.vae.model import VideoVAE
 from comfyui_skyreels.skyreels.vae.tiling import decode_frames
 from comfyui_skyreels.skyreels.weights.load import load_transformer, load_vae
@@ -254,6 +256,92 @@ def test_a_cancelled_resumable_run_continues_to_the_same_bits(comfy, picture):
     comfy.checks = 0
     assert torch.equal(node("SkyReelsSampler", **inputs, resume=True)["samples"], expected)
     assert comfy.checks < 5
+
+
+# --- a clip that is continued -------------------------------------------------------------------
+
+
+def extend_inputs(model=None) -> dict:
+    clip = torch.rand(7, 32, 48, 3, generator=torch.Generator().manual_seed(2))
+    return {
+        "model": model or load_model(), "vae": load_vae_node(), "images": clip,
+        "positive": text("a dog runs"), "negative": text(""), "seed": 5, "num_frames": 9,
+        "steps": 2, "cfg": 6.0, "embedded_guidance": 1.0, "shift": 7.0,
+    }  # fmt: skip
+
+
+def extend_node(**inputs) -> tuple[torch.Tensor, torch.Tensor]:
+    with torch.inference_mode():
+        return NODES["SkyReelsExtendVideo"]().extend(**inputs)
+
+
+def test_a_clip_and_its_continuation_are_the_bits_of_the_library(comfy, weights):
+    inputs = extend_inputs()
+    joined, new = extend_node(**inputs, overlap_frames=5, unique_id="7")
+    assert (joined.shape, joined.dtype) == ((11, 32, 48, 3), torch.float32)
+    runtime = TorchRuntime()
+    prompts = [convert.to_prompt_embeds(text(t), "x") for t in ("a dog runs", "")]
+    expected, _ = extend_video(
+        load_transformer(weights / "tiny.safetensors", runtime=runtime),
+        load_vae(weights / "vae.safetensors", runtime=runtime), inputs["images"], *prompts,
+        SamplingSettings(seed=5, sigmas=get_sigmas(2)), extend=ExtendSettings(9, 5),
+        runtime=runtime,
+    )  # fmt: skip
+    assert torch.equal(joined, expected)
+    assert torch.equal(new, joined[7:])
+    assert len(comfy.previews) == 2
+    assert [line for line in comfy.texts if line.startswith("step")][-1] == "step 2/2"
+
+
+def test_a_long_continuation_takes_the_frequency_of_its_model(comfy, monkeypatch):
+    """The tiny model has two temporal frequencies, SkyReels' fourth does not exist in it."""
+    seen = []
+
+    def spy(*inputs, extend, **options):
+        seen.append((inputs[5].riflex_k, extend))
+        return inputs[2], inputs[2][:0]
+
+    monkeypatch.setattr(extend_module, "extend_video", spy)
+    extend_node(**{**extend_inputs(), "num_frames": 289}, color_match=False)
+    assert seen == [(2, ExtendSettings(289, 1, color_match=False))]
+
+
+def test_cancel_while_a_clip_is_continued_passes_through_and_the_next_run_is_good(comfy):
+    inputs = extend_inputs()
+    comfy.checks = 0
+    expected, _ = extend_node(**inputs)
+    total = comfy.checks
+    for after in {0, total // 3, total * 2 // 3, total - 1}:
+        comfy.checks, comfy.cancel_after = 0, after
+        with pytest.raises(host.InterruptProcessingException):
+            extend_node(**inputs)
+    comfy.cancel_after = None
+    assert torch.equal(extend_node(**inputs)[0], expected)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"images": torch.zeros(3, 32, 48, 3)}, "clip of 3 frames is too short"),
+        ({"images": torch.zeros(9, 30, 48, 3)}, "Height 30 is not a multiple of 16"),
+        ({"overlap_frames": 9, "num_frames": 17}, "longer than the clip, which has 7"),
+        ({"overlap_frames": 9}, "leaves nothing new in 9"),
+        ({"overlap_frames": 4}, "use 5"),
+        ({"num_frames": 10}, "10 frames is not a multiple of 4 plus 1"),
+    ],
+)
+def test_a_clip_that_cannot_be_continued_is_refused_before_any_work(comfy, changes, words):
+    with pytest.raises(ShapeError, match=words):
+        extend_node(**{**extend_inputs(), **changes})
+    assert not any(line.startswith(("step", "encod")) for line in comfy.texts)
+
+
+def test_lengths_that_make_no_sense_are_refused_before_the_graph_runs(comfy):
+    validate = NODES["SkyReelsExtendVideo"].VALIDATE_INPUTS
+    assert validate(num_frames=17, overlap_frames=5) is True
+    assert "leaves nothing new" in validate(num_frames=17, overlap_frames=17)
+    assert "use 5" in validate(num_frames=17, overlap_frames=6)
+    assert validate(num_frames=17) is True  # the other is linked
 
 
 # --- refusals -----------------------------------------------------------------------------------
@@ -507,7 +595,7 @@ def test_riflex_reaches_a_long_clip(comfy, picture):
     image = inputs["image"]
     long = type(image)(image.image_latents[..., :2, :2], 16, 16, 241)
     inputs |= {"image": long, "cfg": 1.0, "steps": 1}
-    off, on = (node("SkyReelsSampler", **inputs, riflex_k=k)["samples"] for k in (0, 2))
+    off, on = (node("SkyReelsSampler", **inputs, riflex_k=k)["samples"] for k in (0, 1))
     assert not torch.equal(off, on)
 
 
@@ -612,7 +700,8 @@ def test_every_model_is_brought_in_by_the_memory_manager_before_it_works(comfy, 
     assert all(load["force_full_load"] for load in comfy.loads)
     needed = [load["memory_required"] for load in comfy.loads]
     latents = samples["samples"].shape
-    assert needed[0] == decode_bytes(tiny.VAE, torch.Size((1, 16, 1, *latents[3:])), torch.float32)
+    picture_shape = torch.Size((1, 3, 1, *(8 * side for side in latents[3:])))
+    assert needed[0] == encode_bytes(tiny.VAE, picture_shape, torch.float32)
     tokens = 3 * 2 * 3 + 4  # latent frames, rows, columns; "a dog runs" and the end of its turn
     assert needed[1] == sampling_bytes(tiny.TRANSFORMER, tokens, torch.float32)
     assert needed[2] == decode_bytes(tiny.VAE, latents, torch.float32)

@@ -4,6 +4,7 @@ import ast
 from collections import Counter
 
 import comfyui_skyreels
+import numpy as np
 import pytest
 import torch
 from comfyui_skyreels.skyreels import cli, image
@@ -30,7 +31,7 @@ def computed(monkeypatch) -> Counter:
 
         monkeypatch.setattr(module, name, counted)
 
-    count(image, "decode_bytes", "encode")
+    count(image, "encode_bytes", "encode")
     count(sample, "run_bytes", "sample")
     count(tiling, "decode_bytes", "decode")
     return counts
@@ -40,6 +41,15 @@ def test_the_command_line_computes_the_bytes_of_each_run_once(computed, tmp_path
     size = ["--width", "32", "--height", "32", "--frames", "5", "--steps", "1"]
     options = ["--prompt", "a red circle", "--decode", "tiled", "--out", str(tmp_path / "x.npy")]
     assert cli.main(["generate", *size, *options]) == 0
+    assert computed == ONCE_EACH
+
+
+def test_the_command_line_computes_the_bytes_of_a_continuation_once(computed, tmp_path):
+    torch.manual_seed(0)
+    np.save(tmp_path / "clip.npy", torch.rand(6, 32, 32, 3).numpy())
+    clip = ["--extend", str(tmp_path / "clip.npy"), "--frames", "5", "--steps", "1"]
+    options = ["--prompt", "a red circle", "--decode", "tiled", "--out", str(tmp_path / "x.npy")]
+    assert cli.main(["generate", *clip, *options]) == 0
     assert computed == ONCE_EACH
 
 
@@ -66,6 +76,13 @@ def test_the_nodes_compute_the_bytes_of_each_run_once(computed, comfy):
         seed=0, steps=1, cfg=6.0, embedded_guidance=1.0, shift=7.0,
     )  # fmt: skip
     node("SkyReelsVAEDecode", vae=vae, samples=samples, mode="tiled")
+    assert computed == ONCE_EACH
+    computed.clear()
+    node(
+        "SkyReelsExtendVideo", model=model, vae=vae, images=torch.rand(5, 32, 32, 3),
+        positive=positive, negative=negative, seed=0, num_frames=5, steps=1, cfg=6.0,
+        embedded_guidance=1.0, shift=7.0, decode="tiled",
+    )  # fmt: skip
     assert computed == ONCE_EACH
 
 

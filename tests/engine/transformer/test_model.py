@@ -1,10 +1,16 @@
 """The transformer against diffusers' class with the same weights."""
 
+import math
+
 import pytest
 import torch
 from comfyui_skyreels.skyreels.config import TransformerConfig
 from comfyui_skyreels.skyreels.errors import ShapeError
-from comfyui_skyreels.skyreels.transformer.layers import rope_table
+from comfyui_skyreels.skyreels.transformer.layers import (
+    intrinsic_frequency,
+    riflex_frequency,
+    rope_table,
+)
 from comfyui_skyreels.skyreels.transformer.model import SkyReelsTransformer
 from support import tiny
 
@@ -152,15 +158,37 @@ def test_rope_table_holds_the_stated_frequencies():
     torch.testing.assert_close(last, expected)
 
 
-def test_riflex_slows_one_temporal_frequency_of_a_long_clip():
-    config = TransformerConfig()
-    plain = rope_table((61, 1, 1), config).angle()[1]
-    slowed = rope_table((61, 1, 1), config, riflex_k=4).angle()[1]
-    changed = (plain != slowed).nonzero().flatten().tolist()
-    assert changed == [3]
-    assert (slowed[3] / plain[3]).item() == pytest.approx(0.742, abs=1e-3)
+@pytest.mark.parametrize("frames", [181, 193, 289])
+def test_riflex_lowers_one_temporal_frequency_of_a_long_clip(frames):
+    config, latent_frames = TransformerConfig(), (frames - 1) // 4 + 1
+    grid = (latent_frames, 2, 2)
+    plain, lowered = rope_table(grid, config), rope_table(grid, config, riflex_k=4)
+    # the authors' formula: 0.9 of a period over the whole clip
+    frequency = 0.9 * 2 * math.pi / latent_frames
+    assert frequency < 256 ** (-6 / 16)
+    angles = (torch.arange(latent_frames).double() * frequency).repeat_interleave(4)
+    expected = plain.clone()
+    expected[:, 3] = torch.polar(torch.ones_like(angles), angles)
+    torch.testing.assert_close(lowered, expected, atol=1e-6, rtol=0)
+    others = [index for index in range(64) if index != 3]
+    assert torch.equal(lowered[:, others], plain[:, others])
 
 
-def test_riflex_leaves_trained_lengths_alone():
-    config = TransformerConfig()
-    assert torch.equal(rope_table((50, 1, 1), config), rope_table((50, 1, 1), config, riflex_k=4))
+@pytest.mark.parametrize("latent_frames", [1, 25, 45, 46, 49, 61, 73, 257])
+@pytest.mark.parametrize("k", range(1, 9))
+def test_riflex_is_the_formula_of_the_paper_and_never_speeds_a_frequency_up(latent_frames, k):
+    theta = 256 ** (-2 * (k - 1) / 16)
+    period_in_clips = 2 * math.pi / theta / latent_frames
+    expected = theta if period_in_clips >= 1 / 0.9 else 2 * math.pi * 0.9 / latent_frames
+    assert abs(riflex_frequency(theta, latent_frames) - expected) <= 1e-12
+
+
+@pytest.mark.parametrize("latent_frames", [25, 45])
+def test_riflex_leaves_clips_within_the_period_alone(latent_frames):
+    config, grid = TransformerConfig(), (latent_frames, 1, 1)
+    assert torch.equal(rope_table(grid, config), rope_table(grid, config, riflex_k=4))
+
+
+def test_the_frequency_that_riflex_lowers_follows_from_the_model():
+    assert intrinsic_frequency(TransformerConfig()) == 4
+    assert intrinsic_frequency(tiny.TRANSFORMER) == 2
