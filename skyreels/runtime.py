@@ -6,6 +6,7 @@ reports progress to it and gives it a chance to stop. ComfyUI's version lives in
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
 from typing import Protocol
 
 import torch
@@ -24,6 +25,8 @@ class Runtime(Protocol):
     """Where compute runs."""
     offload_device: torch.device
     """Where idle weights rest."""
+    state_folder: Path | None
+    """Where runs leave what they learned about the device (outcomes.py); None: nowhere."""
 
     def free_bytes(self) -> int:
         """Bytes that can be allocated on `device` right now."""
@@ -39,6 +42,13 @@ class Runtime(Protocol):
         There is room for the weights that are missing there and for activation_bytes, as far as the
         host can make it. A host with a memory manager loads the module through it if both fit;
         weights still missing inside the block are streamed by the engine.
+        """
+        ...
+
+    def stream(self, module: nn.Module) -> None:
+        """Take a module that was placed off `device`: it does not fit whole after all.
+
+        Called inside of `place`; the engine then brings what it needs.
         """
         ...
 
@@ -78,10 +88,12 @@ class TorchRuntime:
         *,
         on_progress: Callable[[str, int, int, Tensor | None], None] = ignore_progress,
         on_check: Callable[[], None] = never_interrupt,
+        state_folder: Path | None = None,
     ) -> None:
         # as tensors name it: "cuda" becomes "cuda:0"
         self.device = torch.empty(0, device=device).device
         self.offload_device = torch.device("cpu")
+        self.state_folder = state_folder
         self._on_progress = on_progress
         self._on_check = on_check
 
@@ -91,7 +103,7 @@ class TorchRuntime:
             free, _ = torch.cuda.mem_get_info(self.device)
             cached = torch.cuda.memory_reserved(self.device)
             return free + cached - torch.cuda.memory_allocated(self.device)
-        return _free_host_bytes()
+        return free_host_bytes()
 
     def make_room(self, num_bytes: int) -> None:
         """Give torch's cached blocks back to the driver if they are needed."""
@@ -104,6 +116,9 @@ class TorchRuntime:
         self.make_room(missing_bytes(module, self.device) + activation_bytes)
         yield
 
+    def stream(self, module: nn.Module) -> None:
+        """Do nothing: `place` has moved nothing."""
+
     def progress(self, stage: str, done: int, total: int, preview: Tensor | None = None) -> None:
         """Hand the report to the callback given at construction."""
         self._on_progress(stage, done, total, preview)
@@ -113,7 +128,7 @@ class TorchRuntime:
         self._on_check()
 
 
-def _free_host_bytes() -> int:
+def free_host_bytes() -> int:
     """Available host memory, from Linux itself or from psutil elsewhere."""
     try:
         with open("/proc/meminfo", encoding="ascii") as meminfo:

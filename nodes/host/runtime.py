@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ...skyreels.offload import RESERVE_BYTES, missing_bytes, weight_bytes
+from .files import state_folder
 from .server import show_on_node
 
 logger = logging.getLogger("skyreels.nodes.host.runtime")
@@ -58,6 +59,7 @@ class ComfyRuntime:
         self.offload_device = mm.unet_offload_device()
         if self.offload_device.type != "cpu":  # --highvram keeps models where they compute
             self.offload_device = torch.device("cpu")
+        self.state_folder = state_folder()
         self._previewer = _previewer(self.device) if with_preview else None
         self._models = {model.module: model for model in models}
         self._in_use: list[Any] = []
@@ -95,7 +97,7 @@ class ComfyRuntime:
                     weight_bytes(module) / 1e9,
                     activation_bytes / 1e9,
                 )
-                self._mm.unload_all_models()
+                self.stream(module)
             else:
                 self._mm.load_models_gpu(
                     [model.patcher], memory_required=activation_bytes, force_full_load=True
@@ -103,6 +105,10 @@ class ComfyRuntime:
             yield
         finally:
             self._in_use.remove(model.patcher)
+
+    def stream(self, module: nn.Module) -> None:
+        """Let everything leave the device; the engine brings what it needs of the module."""
+        self._mm.unload_all_models()
 
     def _fits(self, num_bytes: int) -> bool:
         if self.device.type == "cpu":

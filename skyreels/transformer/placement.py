@@ -27,7 +27,7 @@ PEAK_HIDDEN_TENSORS = {"whole": 8.8, "chunks": 6.2, "head groups": 4.6}
 WHOLE_MARGIN_BYTES = 1024**3
 
 
-def _loop_tensors(transformer: SkyReelsTransformer, part: nn.Module | None = None) -> list[Tensor]:
+def loop_tensors(transformer: SkyReelsTransformer, part: nn.Module | None = None) -> list[Tensor]:
     """Tensors of the transformer, or of a part of it, that `denoise` needs: no conditioners."""
     excluded = {id(t) for module in transformer.conditioners for t in module_tensors(module)}
     return [t for t in module_tensors(part or transformer) if id(t) not in excluded]
@@ -64,9 +64,21 @@ def choose_chunking(
     Returns:
         A name of config.CHUNKINGS.
     """
-    weights = onload_bytes(_loop_tensors(transformer), runtime.device) + RESERVE_BYTES
+    weights = onload_bytes(loop_tensors(transformer), runtime.device) + RESERVE_BYTES
     runtime.make_room(weights + activation_bytes["chunks"])
-    free = runtime.free_bytes() - weights
+    return pick_chunking(activation_bytes, runtime.free_bytes() - weights)
+
+
+def pick_chunking(activation_bytes: Mapping[str, int], free: int) -> str:
+    """The fastest chunking that fits in `free` bytes, else the smallest.
+
+    Args:
+        activation_bytes: of each chunking; names of config.CHUNKINGS, fastest first.
+        free: bytes beside all weights of the loop.
+
+    Returns:
+        A name of config.CHUNKINGS.
+    """
     for chunking, num_bytes in activation_bytes.items():
         margin = WHOLE_MARGIN_BYTES if chunking == "whole" else 0
         if num_bytes + margin <= free:
@@ -95,11 +107,11 @@ def placed(
         OutOfRoomError: not even one block fits beside the activations.
     """
     device = runtime.device
-    parts = {id(block): _loop_tensors(transformer, block) for block in transformer.blocks}
+    parts = {id(block): loop_tensors(transformer, block) for block in transformer.blocks}
     conditioners = {id(module): module_tensors(module) for module in transformer.conditioners}
     in_blocks = {id(tensor) for tensors in parts.values() for tensor in tensors}
-    outside = [t for t in _loop_tensors(transformer) if id(t) not in in_blocks]
-    missing = onload_bytes(_loop_tensors(transformer), device)
+    outside = [t for t in loop_tensors(transformer) if id(t) not in in_blocks]
+    missing = onload_bytes(loop_tensors(transformer), device)
     runtime.make_room(missing + activation_bytes + RESERVE_BYTES)
     away = {key: tensors for key, tensors in parts.items() if onload_bytes(tensors, device)}
     free = runtime.free_bytes() - activation_bytes - onload_bytes(outside, device)

@@ -12,22 +12,36 @@ Source: the geometry is diffusers 0.42.1 models/autoencoders/autoencoder_kl_huny
 Tencent/HunyuanVideo hyvideo/vae/autoencoder_kl_causal_3d.py, which share it.
 """
 
-from collections.abc import Callable, Iterator
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from .. import outcomes
 from ..config import SPATIAL_COMPRESSION, TEMPORAL_COMPRESSION, TILINGS, Tiling, VAEConfig
 from ..errors import OptionError, OutOfRoomError, ShapeError
+from ..ladder import descending
 from ..offload import on_device
 from ..runtime import Runtime
 from .budget import decode_bytes
 from .model import VideoVAE
 
+logger = logging.getLogger("skyreels.vae.tiling")
+
 #: whole-time tiles, largest first; a 64 px overlap is the reference's, smaller tiles afford less
 _SPATIAL_SIZES = ((512, 448), (448, 384), (384, 320), (320, 256), (256, 192), (192, 144), (128, 96))
-_SMALLEST = Tiling(128, 128, 16, 96, 96, 12)
+SMALLEST = Tiling(128, 128, 16, 96, 96, 12)
+#: what "auto" chooses from, the least divided first
+LADDER: tuple[Tiling | None, ...] = (
+    None,
+    *(Tiling(tile, tile, 0, stride, stride, 0) for tile, stride in _SPATIAL_SIZES),
+    TILINGS["tiled-tencent"],
+    TILINGS["tiled-diffusers"],
+    SMALLEST,
+)
 
 
 class Decoder(Protocol):
@@ -63,6 +77,8 @@ def decode_frames(
         OptionError: unknown mode.
         ShapeError: latents of another shape.
         OutOfRoomError: "auto", and not even the smallest tiles fit.
+
+    If memory runs out, "auto" decodes again with smaller tiles and remembers them.
     """
     if mode not in ("auto", "full", *TILINGS):
         valid = ", ".join(("auto", "full", *TILINGS))
@@ -77,25 +93,58 @@ def decode_frames(
     largest = largest_tile(vae_latents.shape, tiling)
     dtype = next(vae.parameters()).dtype
     num_bytes = decode_bytes(vae.config, largest, dtype)
-    clip: Tensor | None = None
-    done = 0
+    device = outcomes.device_key(runtime.device)
+    work = f"decode {frames} frames of {width}x{height}, {vae.config.block_out_channels}, {dtype}"
+
+    def on_fall(failed: Tiling | None, rung: Tiling | None) -> None:
+        runtime.check_interrupt()
+        runtime.progress("decode", 0, count_decodes(vae_latents.shape, rung))
+        free = runtime.free_bytes()
+        outcomes.remember_rung(runtime.state_folder, device, work, str(rung), free)
+        logger.warning(
+            "Memory ran out in a decode with %s (%.1f GB are free now): it is repeated with %s.",
+            tiling_name(failed), free / 1e9, tiling_name(rung),
+        )  # fmt: skip
+
+    @contextmanager
+    def on_rung(tiling: Tiling | None) -> Iterator[Callable[[], Tensor]]:
+        yield lambda: _decode_clip(vae, vae_latents, tiling, runtime)
+
     with runtime.place(vae, num_bytes), on_device(vae, runtime.device):
+        rungs: Sequence[Tiling | None] = [tiling]
         if is_auto:
             free = _free_beside_the_clip(vae_latents, runtime)
             tiling = choose_tiling(vae.config, vae_latents.shape, free, dtype)
-        for chunk in iter_decode(vae, vae_latents, tiling, runtime=runtime):
-            images = chunk[0].permute(1, 2, 3, 0).add_(1).mul_(0.5).clamp_(0, 1)
-            if not bool(images.sum().isfinite()):
-                raise OptionError(
-                    f"The decoded frames contain NaN: load the VAE in bf16 or fp32 instead of "
-                    f"{str(dtype).removeprefix('torch.')}, and check the latents."
-                )
-            if images.shape[0] == frames:
-                return images
-            if clip is None:
-                clip = torch.empty(frames, height, width, 3, device=images.device)
-            clip[done : done + images.shape[0]] = images
-            done += images.shape[0]
+            rungs = LADDER[LADDER.index(tiling) :]
+            names = list(map(str, rungs))
+            folder = runtime.state_folder
+            rungs = rungs[outcomes.first_rung(folder, device, work, names, runtime.free_bytes()) :]
+        with descending(rungs, on_rung, runtime.device, on_fall) as decode:
+            clip: Tensor = decode()
+            return clip
+
+
+def _decode_clip(
+    vae: VideoVAE, vae_latents: Tensor, tiling: Tiling | None, runtime: Runtime
+) -> Tensor:
+    """[F, H, W, 3] in [0, 1]; the VAE is on the device."""
+    frames, height, width = _output_size(vae_latents)
+    clip: Tensor | None = None
+    done = 0
+    for chunk in iter_decode(vae, vae_latents, tiling, runtime=runtime):
+        images = chunk[0].permute(1, 2, 3, 0).add_(1).mul_(0.5).clamp_(0, 1)
+        if not bool(images.sum().isfinite()):
+            dtype = str(next(vae.parameters()).dtype).removeprefix("torch.")
+            raise OptionError(
+                f"The decoded frames contain NaN: load the VAE in bf16 or fp32 instead of {dtype}, "
+                "and check the latents."
+            )
+        if images.shape[0] == frames:
+            return images
+        if clip is None:
+            clip = torch.empty(frames, height, width, 3, device=images.device)
+        clip[done : done + images.shape[0]] = images
+        done += images.shape[0]
     assert clip is not None
     assert done == frames
     return clip
@@ -308,10 +357,7 @@ def choose_tiling(
     Raises:
         OutOfRoomError: not even 128 px tiles in 16-frame windows fit.
     """
-    ladder: list[Tiling | None] = [None]
-    ladder += [Tiling(t, t, 0, s, s, 0) for t, s in _SPATIAL_SIZES]
-    ladder += [TILINGS["tiled-tencent"], TILINGS["tiled-diffusers"], _SMALLEST]
-    for tiling in ladder:
+    for tiling in LADDER:
         needed = decode_bytes(config, largest_tile(latent_shape, tiling), dtype)
         if needed <= free_bytes:
             return tiling
@@ -320,6 +366,18 @@ def choose_tiling(
         f"weights, and {max(free_bytes, 0) / 1e6:,.0f} MB are free: unload other models, use a "
         "bf16 or fp16 VAE, or close other programs that use this device."
     )
+
+
+def tiling_name(tiling: Tiling | None) -> str:
+    """A name for people: the mode's, or the size of its tiles and windows."""
+    if tiling is None:
+        return "full"
+    for name, known in TILINGS.items():
+        if known == tiling:
+            return name
+    frames = tiling.tile_sample_min_num_frames
+    window = f", {frames} frames" if frames else ""
+    return f"tiles of {tiling.tile_sample_min_width} px{window}"
 
 
 def explicit_tiling(
