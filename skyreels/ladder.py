@@ -11,6 +11,8 @@ from typing import Any, TypeVar
 
 import torch
 
+from .errors import OutOfRoomError
+
 RungT = TypeVar("RungT")
 
 #: how libraries say that they could not allocate; "can't allocate" is torch's own on a CPU
@@ -42,7 +44,8 @@ def descending(
 
     Args:
         rungs: from the most memory to the least.
-        enter: prepares a rung and gives the function that works on it.
+        enter: prepares a rung and gives the function that works on it; an OutOfRoomError while it
+            does counts as memory that ran out.
         device: whose memory runs out.
         on_fall: called with the rung that failed and the next, when what it held is free.
 
@@ -62,9 +65,6 @@ def descending(
             place += 1
             on_fall(rungs[place - 1], rungs[place])
 
-        def is_over(error: BaseException) -> bool:
-            return not is_out_of_memory(error) or place == len(rungs) - 1
-
         def run(*args: Any) -> Any:
             nonlocal current
             while True:
@@ -73,7 +73,8 @@ def descending(
                         current = stack.enter_context(enter(rungs[place]))
                     return current(*args)
                 except Exception as error:
-                    if is_over(error):
+                    does_not_fit = current is None and isinstance(error, OutOfRoomError)
+                    if place == len(rungs) - 1 or not (does_not_fit or is_out_of_memory(error)):
                         raise
                 # outside of the handler, as the error's frames hold the tensors of the failed call
                 fall()

@@ -146,6 +146,7 @@ class Weights:
         precision: as the loader is asked for it.
         gemm: how blocks are multiplied: "fp32", "bf16", "fp8" or "int8".
         is_exact: whether no number is rounded further than the file rounded it.
+        is_dequantized: 8-bit weights are dequantized for every product.
         dtype: of the activations.
         blocks: bytes of each block in the loop, in the order in which they run.
         outside: bytes of the rest of the loop.
@@ -156,6 +157,7 @@ class Weights:
     precision: str
     gemm: str
     is_exact: bool
+    is_dequantized: bool
     dtype: torch.dtype
     blocks: tuple[int, ...]
     outside: int
@@ -260,15 +262,16 @@ def weights_of(
         if isinstance(layer, QuantLinear)
     ]
     rounded = {layer.weight.dtype for layer in in_8_bits if not layer.weight_only}
-    is_stored_in_8_bits = bool(in_8_bits) and not rounded
+    is_dequantized = any(layer.weight_only for layer in in_8_bits)
     names = {dtype: name for name, dtype in STORAGE_DTYPES.items()}
     dtype = transformer.compute_dtype
     plain = "fp32" if dtype == torch.float32 else "bf16"
     gemm = next((names[each] for each in names if each in rounded), plain)
     return Weights(
-        precision=precision or (f"8-bit weights in {gemm}" if is_stored_in_8_bits else gemm),
+        precision=precision or (f"8-bit weights in {gemm}" if is_dequantized else gemm),
         gemm=gemm,
         is_exact=is_exact and not rounded,
+        is_dequantized=is_dequantized,
         dtype=dtype,
         blocks=blocks,
         outside=in_loop(transformer) - sum(blocks),
@@ -336,14 +339,18 @@ def _total_bytes(
 
 
 def activation_bytes(
-    config: TransformerConfig, tokens: int, dtype: torch.dtype, attention: str, held_bytes: int = 0
+    config: TransformerConfig,
+    tokens: int,
+    weights: Weights,
+    attention: str,
+    held_bytes: int = 0,
 ) -> dict[str, int]:
     """Peak bytes of a forward pass beyond the weights, of each chunking.
 
     Args:
         config: sizes of the network.
         tokens: image and text tokens of the longer branch.
-        dtype: of the activations.
+        weights: of the transformer.
         attention: "exact" or "fast".
         held_bytes: what a step cache keeps.
 
@@ -352,7 +359,11 @@ def activation_bytes(
     """
     if attention == "fast":
         held_bytes += FAST_BYTES * tokens * config.hidden_size
-    return {name: held_bytes + sampling_bytes(config, tokens, dtype, name) for name in CHUNKINGS}
+    kind = "dequantized" if weights.is_dequantized else weights.gemm
+    return {
+        name: held_bytes + sampling_bytes(config, tokens, weights.dtype, name, kind)
+        for name in CHUNKINGS
+    }
 
 
 def plan_run(
@@ -377,7 +388,7 @@ def plan_run(
     config = job.config
     if activations is None:
         activations = activation_bytes(
-            config, job.tokens, weights.dtype, choice.attention, job.held_bytes
+            config, job.tokens, weights, choice.attention, job.held_bytes
         )
     usable = machine.usable_bytes
     chunking = pick_chunking(activations, usable - weights.loop)
@@ -705,7 +716,7 @@ class Rung:
 
     Attributes:
         chunking: a name of config.CHUNKINGS.
-        spare: share of the room for resident blocks that is left empty, 0..1.
+        spare: share of the planned resident blocks that are streamed instead, 0..1.
     """
 
     chunking: str
@@ -734,20 +745,28 @@ def rungs(chunking: str, streams: bool) -> list[Rung]:
     return found
 
 
-def spare_bytes(rung: Rung, weights: Weights, free: int, needed: int) -> int:
-    """Bytes that a rung leaves empty beside the activations.
+def bytes_on(rung: Rung, plan: Plan, weights: Weights, free: int, needed: Mapping[str, int]) -> int:
+    """Bytes to keep free beside the weights on a rung.
+
+    What smaller chunks leave of the planned bytes stays free: more weights in it would make the
+    next step run out again.
 
     Args:
         rung: of `rungs`.
+        plan: of the run.
         weights: of the run.
         free: bytes of the device while no weight is on it.
-        needed: bytes of the activations.
+        needed: bytes of the activations, of each chunking.
 
     Returns:
-        At most as many that every block can still be streamed.
+        Never so many that blocks could not be streamed beside them.
     """
-    least = weights.outside + least_bytes(weights.blocks) + reserve_bytes(free)
-    return int(rung.spare * max(0, free - needed - least))
+    least = needed[rung.chunking]
+    room = free - least - weights.outside - least_bytes(weights.blocks) - reserve_bytes(free)
+    kept = plan.activation_bytes - least
+    if rung.spare:
+        kept = max(kept, room - int((1 - rung.spare) * plan.resident_bytes))
+    return least + max(0, min(kept, room))
 
 
 # --- expected and happened ----------------------------------------------------------------------

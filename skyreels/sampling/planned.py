@@ -29,6 +29,7 @@ from ..plan import (
     Rung,
     Weights,
     account,
+    bytes_on,
     expectation,
     kind_of_work,
     learn,
@@ -36,7 +37,6 @@ from ..plan import (
     plan_run,
     rates_needed,
     rungs,
-    spare_bytes,
     weights_of,
     why_not,
 )
@@ -90,7 +90,7 @@ class PlannedRun:
         job: what is made.
         weights: of the transformer.
         plan: what was chosen and is expected.
-        needed: bytes beside the weights, of the planned chunking.
+        needed: bytes beside the weights, of each chunking.
         work: name under which the rung is remembered.
         others: bytes on the device that belong to others.
     """
@@ -101,7 +101,7 @@ class PlannedRun:
     job: Job
     weights: Weights
     plan: Plan
-    needed: int
+    needed: Mapping[str, int]
     work: str
     others: int
     marks: Marks = field(init=False)
@@ -128,14 +128,15 @@ class PlannedRun:
             rung: that is about to be placed.
 
         Returns:
-            On lower rungs as many as on the first: what smaller chunks leave stays free.
+            As planned, or what is left of that.
         """
-        if not rung.spare:
-            return self.needed
-        # fewer weights may stay than are there, also of those that a host loaded
-        self.runtime.stream(self.transformer)
-        free = self.runtime.free_bytes()
-        return self.needed + spare_bytes(rung, self.weights, free, self.needed)
+        if not self.falls and not rung.spare:
+            return self.plan.activation_bytes
+        if rung.spare:  # also of the weights that a host loaded fewer may stay
+            self.runtime.stream(self.transformer)
+        loaded = _loaded_bytes(self.transformer, self.runtime.device)
+        free = self.runtime.free_bytes() + loaded
+        return bytes_on(rung, self.plan, self.weights, free, self.needed)
 
     @contextmanager
     def descending(
@@ -211,6 +212,12 @@ class PlannedRun:
             learn(self.runtime, self.machine, self.plan, kind, step_s)
 
 
+def _loaded_bytes(transformer: SkyReelsTransformer, device: torch.device) -> int:
+    """Bytes of the weights of the loop that are on a device."""
+    loop = loop_tensors(transformer)
+    return sum(tensor.nbytes for tensor in loop) - onload_bytes(loop, device)
+
+
 def start_run(
     transformer: SkyReelsTransformer,
     job: Job,
@@ -235,8 +242,7 @@ def start_run(
     """
     device = runtime.device
     weights = weights_of(transformer)
-    loop = loop_tensors(transformer)
-    loaded = sum(tensor.nbytes for tensor in loop) - onload_bytes(loop, device)
+    loaded = _loaded_bytes(transformer, device)
     runtime.make_room(weights.loop - loaded + needed["chunks"])
     is_cuda = device.type == "cuda"
     names = rates_needed([weights.gemm])
@@ -257,7 +263,7 @@ def start_run(
         job=job,
         weights=weights,
         plan=plan,
-        needed=needed[plan.chunking],
+        needed=needed,
         work=f"{work} blocks of {max(weights.blocks)} bytes",
         others=others,
     )

@@ -27,7 +27,7 @@ from ..latents import (
     to_vae_space,
 )
 from ..offload import weight_bytes
-from ..plan import Job, Rung, activation_bytes
+from ..plan import Job, Rung, activation_bytes, weights_of
 from ..runtime import Runtime
 from ..text.embeds import PromptEmbeds, check_prompt_embeds
 from ..transformer.attention import Attention, choose_attention, sdpa, trial_bytes
@@ -376,7 +376,7 @@ def run_bytes(
     )
     attention = "fast" if settings.attention == "fast" else "exact"
     tokens = num_tokens(transformer, image, prompts)
-    return activation_bytes(config, tokens, dtype, attention, held)
+    return activation_bytes(config, tokens, weights_of(transformer), attention, held)
 
 
 def _check_inputs(

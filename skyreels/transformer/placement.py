@@ -20,8 +20,15 @@ from ..runtime import Runtime
 from .model import RunBlock, SkyReelsTransformer
 
 #: hidden-sized tensors alive at the peak of a block, counted on shape-only tensors at the full
-#: 51,256 x 3072 in bfloat16 (tests/engine/test_budget.py repeats the count), and a little more
+#: 51,256 x 3072 in bfloat16 (tests/engine/test_budget.py and test_plan.py repeat the count), and a
+#: little more
 PEAK_HIDDEN_TENSORS = {"whole": 8.8, "chunks": 6.2, "head groups": 4.6}
+#: the same where blocks are multiplied in 8 bits, or dequantized for it
+PEAK_IN_8_BITS = {
+    "fp8": {"whole": 9.6, "chunks": 7.6, "head groups": 4.6},
+    "int8": {"whole": 9.6, "chunks": 6.2, "head groups": 4.6},
+    "dequantized": {"whole": 8.8, "chunks": 7.6, "head groups": 4.6},
+}
 
 #: what must be left for "whole", which is hardly faster than "chunks"
 WHOLE_MARGIN_BYTES = 1024**3
@@ -34,7 +41,11 @@ def loop_tensors(transformer: SkyReelsTransformer, part: nn.Module | None = None
 
 
 def sampling_bytes(
-    config: TransformerConfig, num_tokens: int, dtype: torch.dtype, chunking: str = "chunks"
+    config: TransformerConfig,
+    num_tokens: int,
+    dtype: torch.dtype,
+    chunking: str = "chunks",
+    gemm: str = "",
 ) -> int:
     """Peak bytes of one forward pass beyond the weights.
 
@@ -43,12 +54,19 @@ def sampling_bytes(
         num_tokens: image and text tokens of one branch; the branches run one after the other.
         dtype: of the activations.
         chunking: a name of config.CHUNKINGS.
+        gemm: of PEAK_IN_8_BITS, how blocks in 8 bits are multiplied; any other name is that of a
+            floating dtype.
 
     Returns:
         Bytes, a little more than was counted.
     """
     hidden = num_tokens * config.hidden_size * dtype.itemsize
-    return int(PEAK_HIDDEN_TENSORS[chunking] * hidden)
+    tensors = PEAK_IN_8_BITS.get(gemm, PEAK_HIDDEN_TENSORS)[chunking]
+    unpacked = 0
+    if gemm == "dequantized":  # the widest part of a weight in float32, and in the compute dtype
+        inner = int(config.hidden_size * config.mlp_ratio)
+        unpacked = inner * config.hidden_size * (torch.float32.itemsize + dtype.itemsize)
+    return int(tensors * hidden) + unpacked
 
 
 def choose_chunking(
