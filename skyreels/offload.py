@@ -4,8 +4,11 @@ The tensors on the offload device are kept while their copies are in use, so off
 nothing, and a cancelled or failed run finds every weight where it was.
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+import ctypes
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from mmap import PAGESIZE
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -71,3 +74,60 @@ def onload(tensors: list[Tensor], device: torch.device) -> Callable[[], None]:
         offload()
         raise
     return offload
+
+
+# --- page-locked memory -------------------------------------------------------------------------
+
+#: cudaHostRegisterPortable: page-locked for every device
+_PORTABLE = 1
+
+
+def whole_pages(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """The memory of some tensors in whole pages, which is how it is locked.
+
+    Tensors that share a page come in one piece, so that no page is locked twice.
+
+    Args:
+        tensors: contiguous, on the host.
+
+    Returns:
+        Each [num_bytes] uint8, in the order of their addresses.
+    """
+    merged: list[list[int]] = []
+    for address, num_bytes in sorted((t.data_ptr(), t.nbytes) for t in tensors if t.nbytes):
+        start = address // PAGESIZE * PAGESIZE
+        end = -(-(address + num_bytes) // PAGESIZE) * PAGESIZE
+        if merged and start < merged[-1][1]:
+            merged[-1][1] = max(end, merged[-1][1])
+        else:
+            merged.append([start, end])
+    return [
+        torch.frombuffer((ctypes.c_ubyte * (end - start)).from_address(start), dtype=torch.uint8)
+        for start, end in merged
+    ]
+
+
+def page_lock(memory: Tensor) -> None:
+    """Page-lock memory where it lies, so that a GPU can read it by itself.
+
+    Args:
+        memory: from `whole_pages`.
+
+    Raises:
+        RuntimeError: the driver refuses; the message says why.
+    """
+    cudart: Any = torch.cuda.cudart()  # type: ignore[no-untyped-call]
+    _check(cudart.cudaHostRegister(memory.data_ptr(), memory.nbytes, _PORTABLE))
+
+
+def page_unlock(memory: Tensor) -> None:
+    """Undo `page_lock`; no copy from this memory may be under way."""
+    cudart: Any = torch.cuda.cudart()  # type: ignore[no-untyped-call]
+    _check(cudart.cudaHostUnregister(memory.data_ptr()))
+
+
+def _check(code: Any) -> None:
+    if int(code):
+        with suppress(RuntimeError):  # or the next kernel would report it again
+            torch.zeros(1, device="cuda")
+        torch.cuda.check_error(int(code))

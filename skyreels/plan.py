@@ -29,7 +29,7 @@ from .runtime import Runtime, free_host_bytes
 from .streaming import SLOTS, choose_resident, least_bytes, simulate
 from .transformer.attention import FAST_BYTES
 from .transformer.model import SkyReelsTransformer
-from .transformer.placement import pick_chunking, sampling_bytes
+from .transformer.placement import choose_chunking, sampling_bytes
 from .transformer.quant import (
     CAPABILITIES,
     STORAGE_DTYPES,
@@ -391,28 +391,29 @@ def plan_run(
             config, job.tokens, weights, choice.attention, job.held_bytes
         )
     usable = machine.usable_bytes
-    chunking = pick_chunking(activations, usable - weights.loop)
+    chunking = choose_chunking(activations, usable - weights.loop)
     if choice.is_resident is False:
         chunking = "head groups"
     num_bytes = activations[chunking]
     budget = usable - num_bytes - weights.outside
-    blocks = weights.blocks
+    blocks, slots = weights.blocks, SLOTS
     if choice.is_resident is True or not machine.streams:
         resident, fits = frozenset(range(len(blocks))), sum(blocks) <= budget
     elif choice.is_resident is False:
         least = least_bytes(blocks)
         resident, fits = choose_resident(blocks, least), least <= budget
     else:
-        fits = least_bytes(blocks) <= budget
-        resident = choose_resident(blocks, max(budget, least_bytes(blocks)))
+        slots = SLOTS if least_bytes(blocks) <= budget else 1  # as `placed`
+        fits = least_bytes(blocks, slots) <= budget
+        resident = choose_resident(blocks, max(budget, least_bytes(blocks, slots)), slots)
     away = [size for index, size in enumerate(blocks) if index not in resident]
     stay = sum(blocks) - sum(away)
     text = job.num_evaluations * job.text_tokens * config.hidden_size * weights.dtype.itemsize
     peak_bytes = {
         "condition": weights.conditioners + text,
-        "sample": weights.outside + stay + SLOTS * max(away, default=0) + num_bytes,
+        "sample": weights.outside + stay + slots * max(away, default=0) + num_bytes,
     }
-    seconds = _sampling_seconds(machine, job, weights, choice.attention, resident)
+    seconds = _sampling_seconds(machine, job, weights, choice.attention, resident, slots)
     decode = ""
     if job.vae is not None:
         decode, peak_bytes["decode"], seconds["decode"], decodes = _plan_decode(
@@ -444,7 +445,12 @@ def kind_of_work(weights: Weights, attention: str) -> str:
 
 
 def _sampling_seconds(
-    machine: Machine, job: Job, weights: Weights, attention: str, resident: frozenset[int]
+    machine: Machine,
+    job: Job,
+    weights: Weights,
+    attention: str,
+    resident: frozenset[int],
+    slots: int,
 ) -> dict[str, float | None]:
     """Seconds of a step, of its stall and of all steps."""
     compute = block_seconds(machine, job, weights, attention)
@@ -454,7 +460,7 @@ def _sampling_seconds(
         return {"step": None, "stall": None, "sample": None}
     # the first pass of a run has nothing to hide its first copies behind: taken from the second on
     passes = [
-        simulate(weights.blocks, compute, resident, link or 1.0, passes=count)
+        simulate(weights.blocks, compute, resident, link or 1.0, slots, passes=count)
         if is_streamed
         else None
         for count in (1, 2)
@@ -762,7 +768,7 @@ def bytes_on(rung: Rung, plan: Plan, weights: Weights, free: int, needed: Mappin
         Never so many that blocks could not be streamed beside them.
     """
     least = needed[rung.chunking]
-    room = free - least - weights.outside - least_bytes(weights.blocks) - reserve_bytes(free)
+    room = free - least - weights.outside - least_bytes(weights.blocks, 1) - reserve_bytes(free)
     kept = plan.activation_bytes - least
     if rung.spare:
         kept = max(kept, room - int((1 - rung.spare) * plan.resident_bytes))

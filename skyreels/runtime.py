@@ -4,6 +4,7 @@ The engine never asks which program it runs in: it is handed a Runtime, places w
 reports progress to it and gives it a chance to stop. ComfyUI's version lives in nodes/host.
 """
 
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
@@ -12,10 +13,14 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from .offload import missing_bytes
+from .offload import missing_bytes, page_lock, page_unlock
 
 #: if neither Linux nor psutil reports it (the extra "standalone" brings psutil)
 ASSUMED_HOST_BYTES = 16 * 1024**3
+#: of main memory that may be page-locked; Windows refuses about half
+PINNABLE_SHARE = 0.4 if sys.platform == "win32" else 0.9
+#: of main memory never page-locked by us, and free at least while we do
+UNPINNED_BYTES, FREE_HOST_BYTES = 4 * 1024**3, 2 * 1024**3
 
 
 class Runtime(Protocol):
@@ -50,6 +55,27 @@ class Runtime(Protocol):
 
         Called inside of `place`; the engine then brings what it needs.
         """
+        ...
+
+    def pinnable_bytes(self) -> int:
+        """Bytes of main memory that `pin` may still page-lock; 0 where it never does."""
+        ...
+
+    def pin(self, memory: Tensor) -> None:
+        """Page-lock memory where it lies, so that copies to `device` run beside the computation.
+
+        What the host itself has page-locked counts against the same limit.
+
+        Args:
+            memory: from `offload.whole_pages`.
+
+        Raises:
+            RuntimeError: the limit is reached, or the system refuses; the message says why.
+        """
+        ...
+
+    def unpin(self, memory: Tensor) -> None:
+        """Undo `pin`; no copy from this memory may be under way."""
         ...
 
     def progress(self, stage: str, done: int, total: int, preview: Tensor | None = None) -> None:
@@ -94,6 +120,8 @@ class TorchRuntime:
         self.device = torch.empty(0, device=device).device
         self.offload_device = torch.device("cpu")
         self.state_folder = state_folder
+        #: page-locked by `pin`
+        self.pinned_bytes = 0
         self._on_progress = on_progress
         self._on_check = on_check
 
@@ -119,6 +147,25 @@ class TorchRuntime:
     def stream(self, module: nn.Module) -> None:
         """Do nothing: `place` has moved nothing."""
 
+    def pinnable_bytes(self) -> int:
+        """A share of main memory, less what is page-locked already."""
+        if self.device.type != "cuda":
+            return 0
+        total = _host_bytes("MemTotal", "total")
+        limit = min(int(PINNABLE_SHARE * total), total - UNPINNED_BYTES)
+        return max(0, limit - self.pinned_bytes)
+
+    def pin(self, memory: Tensor) -> None:
+        """Page-lock memory through the CUDA driver."""
+        check_pinnable(memory.nbytes, self.pinnable_bytes())
+        page_lock(memory)
+        self.pinned_bytes += memory.nbytes
+
+    def unpin(self, memory: Tensor) -> None:
+        """Undo `pin`."""
+        page_unlock(memory)
+        self.pinned_bytes -= memory.nbytes
+
     def progress(self, stage: str, done: int, total: int, preview: Tensor | None = None) -> None:
         """Hand the report to the callback given at construction."""
         self._on_progress(stage, done, total, preview)
@@ -128,17 +175,39 @@ class TorchRuntime:
         self._on_check()
 
 
+def check_pinnable(num_bytes: int, limit: int) -> None:
+    """Refuse to page-lock beyond a limit, or where main memory is short.
+
+    Args:
+        num_bytes: to be page-locked.
+        limit: bytes that may still be.
+
+    Raises:
+        RuntimeError: they are not to be page-locked.
+    """
+    if num_bytes > limit:
+        raise RuntimeError(f"no more than {limit / 1e9:.1f} GB may still be page-locked")
+    free = free_host_bytes()
+    if free < FREE_HOST_BYTES:
+        raise RuntimeError(f"only {free / 1e9:.1f} GB of main memory are free")
+
+
 def free_host_bytes() -> int:
-    """Available host memory, from Linux itself or from psutil elsewhere."""
+    """Available main memory."""
+    return _host_bytes("MemAvailable", "available")
+
+
+def _host_bytes(line: str, attribute: str) -> int:
+    """Of main memory, from Linux itself or from psutil elsewhere."""
     try:
         with open("/proc/meminfo", encoding="ascii") as meminfo:
-            for line in meminfo:
-                if line.startswith("MemAvailable:"):
-                    return int(line.split()[1]) * 1024
+            for text in meminfo:
+                if text.startswith(f"{line}:"):
+                    return int(text.split()[1]) * 1024
     except OSError:
         pass
     try:
         import psutil
     except ImportError:
         return ASSUMED_HOST_BYTES
-    return int(psutil.virtual_memory().available)
+    return int(getattr(psutil.virtual_memory(), attribute))

@@ -1,18 +1,30 @@
-"""Which blocks stay on the device, and what it costs to stream the others.
+"""Which blocks stay on the device, how the others are streamed, and what that costs.
 
 Blocks run in a fixed order, forward pass after forward pass. Those that do not stay are copied into
 slots, pieces of device memory that take turns: while one block computes, a copy stream brings the
 next ones. A copy waits until the block that used its slot before is done, and a block waits for its
 copy; nothing else waits. `simulate` plays this without a device, from sizes and times alone.
+
+A block is tensors to bring, then a module to run: which precision it is in does not matter here.
 """
 
-from collections.abc import Sequence
+from collections import defaultdict, deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
 
 #: two let one block arrive while another computes
 SLOTS = 2
 #: rates of copying that are tried when blocks are chosen
 RATES = 256
+#: tensors begin in a slot at multiples of it, as in memory that torch allocates on a GPU
+ALIGNMENT = 512
+#: of each of the two buffers of a staging ring, the first that can be had
+RING_BYTES = (32 * 1024**2, 8 * 1024**2, 2 * 1024**2, 512 * 1024)
 
 
 @dataclass(frozen=True)
@@ -163,3 +175,298 @@ def simulate(
             if len(arrived) < len(streamed):
                 copy_next()
     return Simulation(clock, stall, sum(sizes[index] for index in streamed))
+
+
+# --- the stream ---------------------------------------------------------------------------------
+
+
+class Copies(Protocol):
+    """How bytes of the host come into slots, and what waits for what."""
+
+    runs_beside: bool
+    """Whether a copy runs beside the computation; if not, more than one slot is of no use."""
+
+    def stage(self) -> int:
+        """Copy what is not page-locked through a ring of buffers that are.
+
+        Returns:
+            Bytes of the ring; 0 if none can be had, and then a copy makes its thread wait.
+        """
+        ...
+
+    def bring(self, slot: int, pairs: Sequence[tuple[Tensor, Tensor]]) -> None:
+        """Queue copies into a slot, after the block that used it last.
+
+        Args:
+            slot: its number.
+            pairs: targets on the device and sources on the host, both [num_bytes] uint8.
+        """
+        ...
+
+    def wait_for(self, slot: int) -> None:
+        """Let what is computed from now on wait for the copies into a slot."""
+        ...
+
+    def mark_used(self, slot: int) -> None:
+        """Let copies into a slot from now on wait for what was computed until now."""
+        ...
+
+    def close(self) -> None:
+        """Wait for all copies, so that sources and slots may be released."""
+        ...
+
+
+class CopiesInOrder:
+    """On devices without a copy stream: copies and computation are done one after the other."""
+
+    runs_beside = False
+
+    def stage(self) -> int:
+        """There is no ring."""
+        return 0
+
+    def bring(self, slot: int, pairs: Sequence[tuple[Tensor, Tensor]]) -> None:
+        """Copy."""
+        for target, source in pairs:
+            target.copy_(source, non_blocking=True)
+
+    def wait_for(self, slot: int) -> None:
+        """What is queued later comes later."""
+
+    def mark_used(self, slot: int) -> None:
+        """What is queued later comes later."""
+
+    def close(self) -> None:
+        """What is queued later comes later."""
+
+
+class CudaCopies:
+    """Copies on a CUDA stream of their own."""
+
+    runs_beside = True
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        self._arrived: defaultdict[int, torch.cuda.Event] = defaultdict(torch.cuda.Event)
+        self._used: defaultdict[int, torch.cuda.Event] = defaultdict(torch.cuda.Event)
+        self._ring: list[tuple[Tensor, torch.cuda.Event]] = []
+
+    def stage(self) -> int:
+        """Allocate the ring, as large as can be page-locked."""
+        for num_bytes in RING_BYTES:
+            try:
+                buffers = [page_locked(num_bytes) for _ in range(2)]
+            except RuntimeError:
+                continue  # a smaller one
+            for buffer in buffers:
+                is_free = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
+                self._ring.append((buffer, is_free))
+            return 2 * num_bytes
+        return 0
+
+    def bring(self, slot: int, pairs: Sequence[tuple[Tensor, Tensor]]) -> None:
+        """Queue copies on the copy stream."""
+        self._stream.wait_event(self._used[slot])
+        with torch.cuda.stream(self._stream):
+            for target, source in pairs:
+                if self._ring and not source.is_pinned():
+                    self._stage(target, source)
+                else:
+                    self._copy(target, source)
+            self._arrived[slot].record(self._stream)
+
+    def _copy(self, target: Tensor, source: Tensor) -> None:
+        target.copy_(source, non_blocking=True)
+
+    def _stage(self, target: Tensor, source: Tensor) -> None:
+        num_bytes = len(self._ring[0][0])
+        for start in range(0, len(source), num_bytes):
+            part = source[start : start + num_bytes]
+            buffer, is_free = self._ring[0]
+            is_free.synchronize()  # this thread is not the one that launches the blocks
+            staged = buffer[: len(part)].copy_(part)
+            self._copy(target[start : start + num_bytes], staged)
+            is_free.record(self._stream)
+            self._ring.reverse()
+
+    def wait_for(self, slot: int) -> None:
+        """Let the current stream wait."""
+        torch.cuda.current_stream(self._device).wait_event(self._arrived[slot])
+
+    def mark_used(self, slot: int) -> None:
+        """Remember where the current stream is."""
+        self._used[slot].record(torch.cuda.current_stream(self._device))
+
+    def close(self) -> None:
+        """Wait for the copy stream, on the host and on the current stream."""
+        torch.cuda.current_stream(self._device).wait_stream(self._stream)
+        self._stream.synchronize()
+
+
+def page_locked(num_bytes: int) -> Tensor:
+    """[num_bytes] uint8 of new page-locked memory.
+
+    Args:
+        num_bytes: how many.
+
+    Returns:
+        Uninitialized.
+
+    Raises:
+        RuntimeError: torch cannot have it.
+    """
+    with torch.inference_mode(False):
+        return torch.empty(num_bytes, dtype=torch.uint8, pin_memory=True)
+
+
+def open_copies(device: torch.device) -> Copies:
+    """Copies to a device."""
+    return CudaCopies(device) if device.type == "cuda" else CopiesInOrder()
+
+
+def padded_bytes(tensors: Sequence[Tensor]) -> int:
+    """Bytes of a slot for some tensors."""
+    return sum(-(-tensor.nbytes // ALIGNMENT) * ALIGNMENT for tensor in tensors)
+
+
+class _Brought(NamedTuple):
+    """A block in one of the slots, or on its way there."""
+
+    position: int
+    slot: int
+    queued: "Future[None] | None"
+
+
+class BlockStream:
+    """Brings blocks in the order in which they run, before they run.
+
+    The first blocks of a forward pass are brought while the last ones of the pass before compute. A
+    block that is not the next in order (evaluations may be skipped, or break off) is brought when
+    it is called, and the order goes on from there.
+
+    Args:
+        blocks: tensors of each streamed block, in the order in which these run; contiguous.
+        slots: [num_bytes] uint8 on the device; each holds any of the blocks, see `padded_bytes`.
+        copies: how bytes come there.
+        in_background: queue copies in a thread, because some make their thread wait.
+    """
+
+    def __init__(
+        self,
+        blocks: Sequence[Sequence[Tensor]],
+        slots: Sequence[Tensor],
+        copies: Copies,
+        *,
+        in_background: bool = False,
+    ) -> None:
+        self._blocks = [[(tensor, tensor.data) for tensor in block] for block in blocks]
+        self._copies = copies
+        self._thread = ThreadPoolExecutor(1, "weights") if in_background else None
+        # all views are made before the loop
+        with torch.inference_mode(False), torch.no_grad():
+            self._sources = [[_bytes_of(home) for _, home in block] for block in self._blocks]
+            self._targets = [[_cut(slot, block) for slot in slots] for block in self._sources]
+            self._views = [
+                [_shaped(parts, block) for parts in of_slots]
+                for of_slots, block in zip(self._targets, self._blocks, strict=True)
+            ]
+        for slot in range(len(slots)):  # its memory may be in use by what was queued before
+            copies.mark_used(slot)
+        self._free = deque(range(len(slots)))
+        self._coming: deque[_Brought] = deque()
+        self._following = 0
+
+    def start(self) -> None:
+        """Bring the first blocks; whatever happens then, `close` comes last."""
+        self._fill()
+
+    def run(self, position: int, function: Callable[..., Any], *args: Any) -> Any:
+        """Call a function while the tensors of a block are on the device.
+
+        Args:
+            position: index of the block among the streamed ones.
+            function: runs the block.
+            *args: of the function.
+
+        Returns:
+            What the function returns.
+        """
+        slot = self._arrived_in(position)
+        block = self._blocks[position]
+        try:
+            for (tensor, _), view in zip(block, self._views[position][slot], strict=True):
+                tensor.data = view
+            result = function(*args)
+        finally:
+            for tensor, home in block:
+                tensor.data = home
+            self._copies.mark_used(slot)
+            self._free.append(slot)
+        self._fill()
+        return result
+
+    def close(self) -> None:
+        """Wait for all copies; nothing is brought any more."""
+        if self._thread is not None:
+            self._thread.shutdown(wait=True, cancel_futures=True)
+        self._copies.close()
+
+    def _arrived_in(self, position: int) -> int:
+        """The slot that a block is in, for what is computed from now on."""
+        while self._coming and self._coming[0].position != position:
+            self._free.append(self._next_slot())
+        if not self._coming:
+            self._following = position
+            self._bring()
+        slot = self._next_slot()
+        self._copies.wait_for(slot)
+        return slot
+
+    def _next_slot(self) -> int:
+        """Of the block that comes next, once its copies are queued."""
+        _, slot, queued = self._coming.popleft()
+        if queued is not None:
+            queued.result()
+        return slot
+
+    def _fill(self) -> None:
+        while self._free:
+            self._bring()
+
+    def _bring(self) -> None:
+        """Queue the copies of the block that follows."""
+        position, slot = self._following, self._free.popleft()
+        pairs = list(zip(self._targets[position][slot], self._sources[position], strict=True))
+        queued = None
+        if self._thread is None:
+            self._copies.bring(slot, pairs)
+        else:
+            queued = self._thread.submit(self._bring_in_background, slot, pairs)
+        self._coming.append(_Brought(position, slot, queued))
+        self._following = (position + 1) % len(self._blocks)
+
+    def _bring_in_background(self, slot: int, pairs: Sequence[tuple[Tensor, Tensor]]) -> None:
+        with torch.inference_mode():
+            self._copies.bring(slot, pairs)
+
+
+def _bytes_of(tensor: Tensor) -> Tensor:
+    """[num_bytes] uint8, the same memory."""
+    return tensor.reshape(-1).view(torch.uint8)
+
+
+def _cut(slot: Tensor, tensors: Sequence[Tensor]) -> list[Tensor]:
+    """A part of a slot for each tensor."""
+    parts, start = [], 0
+    for tensor in tensors:
+        parts.append(slot[start : start + tensor.nbytes])
+        start += padded_bytes([tensor])
+    return parts
+
+
+def _shaped(parts: Sequence[Tensor], block: Sequence[tuple[Tensor, Tensor]]) -> list[Tensor]:
+    """Parts of a slot as tensors like those of a block."""
+    return [
+        part.view(home.dtype).view(home.shape) for part, (_, home) in zip(parts, block, strict=True)
+    ]

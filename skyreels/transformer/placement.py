@@ -6,8 +6,10 @@ many blocks as fit stay there for the whole run, the others are loaded for their
 only (block swap). The next block is not prefetched while one computes.
 """
 
-from collections.abc import Iterator, Mapping
+import logging
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,9 +17,21 @@ from torch import Tensor, nn
 
 from ..config import TransformerConfig
 from ..errors import OutOfRoomError
-from ..offload import RESERVE_BYTES, module_tensors, onload, onload_bytes
+from ..kernels import dispatch
+from ..offload import RESERVE_BYTES, module_tensors, onload, onload_bytes, whole_pages
 from ..runtime import Runtime
+from ..streaming import (
+    SLOTS,
+    BlockStream,
+    Copies,
+    choose_resident,
+    least_bytes,
+    open_copies,
+    padded_bytes,
+)
 from .model import RunBlock, SkyReelsTransformer
+
+logger = logging.getLogger("skyreels.transformer.placement")
 
 #: hidden-sized tensors alive at the peak of a block, counted on shape-only tensors at the full
 #: 51,256 x 3072 in bfloat16 (tests/engine/test_budget.py and test_plan.py repeat the count), and a
@@ -32,6 +46,12 @@ PEAK_IN_8_BITS = {
 
 #: what must be left for "whole", which is hardly faster than "chunks"
 WHOLE_MARGIN_BYTES = 1024**3
+
+#: biases, norms and scales up to this size stay on the device, 12 MB in all: one by one, they would
+#: be copied slowly
+KEPT_BYTES = 128 * 1024
+#: of the bytes of a block, which matters for tiny ones
+KEPT_SHARE = 1 / 16
 
 
 def loop_tensors(transformer: SkyReelsTransformer, part: nn.Module | None = None) -> list[Tensor]:
@@ -69,25 +89,7 @@ def sampling_bytes(
     return int(tensors * hidden) + unpacked
 
 
-def choose_chunking(
-    transformer: SkyReelsTransformer, activation_bytes: Mapping[str, int], runtime: Runtime
-) -> str:
-    """The fastest chunking that leaves room for all weights of the loop, else the smallest.
-
-    Args:
-        transformer: on any device.
-        activation_bytes: of each chunking; names of config.CHUNKINGS, fastest first.
-        runtime: whose free memory counts.
-
-    Returns:
-        A name of config.CHUNKINGS.
-    """
-    weights = onload_bytes(loop_tensors(transformer), runtime.device) + RESERVE_BYTES
-    runtime.make_room(weights + activation_bytes["chunks"])
-    return pick_chunking(activation_bytes, runtime.free_bytes() - weights)
-
-
-def pick_chunking(activation_bytes: Mapping[str, int], free: int) -> str:
+def choose_chunking(activation_bytes: Mapping[str, int], free: int) -> str:
     """The fastest chunking that fits in `free` bytes, else the smallest.
 
     Args:
@@ -111,6 +113,7 @@ def placed(
     """Make a transformer runnable on `runtime.device` for the length of a run.
 
     Conditioners stay where they are and are loaded when they are called (sampling/precompute.py).
+    Afterwards every weight is where it was, and no longer page-locked.
 
     Args:
         transformer: on any device; left alone if it is on `runtime.device` already.
@@ -119,49 +122,157 @@ def placed(
 
     Yields:
         run_block for `SkyReelsTransformer.denoise`; asks for an interrupt before each block and
-        loads the blocks that do not stay on the device.
+        streams the blocks that do not stay on the device.
 
     Raises:
         OutOfRoomError: not even one block fits beside the activations.
+        OutOfMemoryError: torch's, if not even the small layers fit.
     """
     device = runtime.device
-    parts = {id(block): loop_tensors(transformer, block) for block in transformer.blocks}
     conditioners = {id(module): module_tensors(module) for module in transformer.conditioners}
-    in_blocks = {id(tensor) for tensors in parts.values() for tensor in tensors}
-    outside = [t for t in loop_tensors(transformer) if id(t) not in in_blocks]
     missing = onload_bytes(loop_tensors(transformer), device)
     runtime.make_room(missing + activation_bytes + RESERVE_BYTES)
-    away = {key: tensors for key, tensors in parts.items() if onload_bytes(tensors, device)}
-    free = runtime.free_bytes() - activation_bytes - onload_bytes(outside, device)
-    if device.type != "cpu":
-        free -= RESERVE_BYTES
-    sizes = {key: sum(t.nbytes for t in tensors) for key, tensors in away.items()}
-    largest = max(sizes.values(), default=0)
-    if away and free < largest:
-        raise OutOfRoomError(
-            f"One step needs {activation_bytes / 1e9:.1f} GB for activations and "
-            f"{largest / 1e9:.1f} GB for a block on {device}, {(largest - free) / 1e9:.1f} GB more "
-            "than is free: use fewer frames or a smaller size, or close other programs."
-        )
-    with ExitStack() as stack:
-        stack.callback(onload(outside, device))
-        streamed = dict(conditioners)
-        for key, tensors in away.items():
-            free -= sizes[key]
-            if free < largest:  # room for one streamed block must remain
-                streamed[key] = tensors
-                continue
-            runtime.check_interrupt()
-            stack.callback(onload(tensors, device))
+    kept, away = _split(transformer, device)
+    sizes = [padded_bytes(tensors) for tensors in away.values()]
 
-        def run_block(module: nn.Module, *args: Any) -> Any:
-            runtime.check_interrupt()
-            if id(module) not in streamed:
-                return module(*args)
-            restore = onload(streamed[id(module)], device)
+    def room() -> int:
+        """Bytes for blocks and slots."""
+        free = runtime.free_bytes() - activation_bytes - onload_bytes(kept, device)
+        return free if device.type == "cpu" else free - RESERVE_BYTES
+
+    def check(budget: int) -> None:
+        least = least_bytes(sizes, slots=1)
+        if sizes and budget < least:
+            raise OutOfRoomError(
+                f"One step needs {activation_bytes / 1e9:.1f} GB for activations and "
+                f"{least / 1e9:.1f} GB for a block on {device}, {(least - budget) / 1e9:.1f} GB "
+                "more than is free: use fewer frames or a smaller size, or close other programs."
+            )
+
+    budget = room()
+    while True:
+        check(budget)
+        with ExitStack() as stack:
             try:
-                return module(*args)
-            finally:
-                restore()
+                loaded = _load(stack, kept, away, budget, runtime)
+            except torch.OutOfMemoryError as error:
+                if not sizes:
+                    raise
+                logger.info("%s: fewer blocks stay on %s.", dispatch.brief(error), device)
+            else:
+                yield partial(_run_block, runtime, conditioners, *loaded)
+                return
+        # what was refused was less than `budget`; somebody else may have taken memory
+        budget = min(room(), min(budget, sum(sizes)) - max(sizes))
 
-        yield run_block
+
+def _split(
+    transformer: SkyReelsTransformer, device: torch.device
+) -> tuple[list[Tensor], dict[nn.Module, list[Tensor]]]:
+    """What of the loop is not on a device.
+
+    Returns:
+        What is there for the whole run, and the tensors of each block that is away.
+    """
+    away: dict[nn.Module, list[Tensor]] = {}
+    for block in transformer.blocks:
+        tensors = [t for t in loop_tensors(transformer, block) if onload_bytes([t], device)]
+        small = min(KEPT_BYTES, KEPT_SHARE * sum(t.nbytes for t in tensors))
+        large = [t for t in tensors if t.nbytes > small and t.is_contiguous()]
+        if large:
+            away[block] = large
+    in_blocks = {id(tensor) for tensors in away.values() for tensor in tensors}
+    return [t for t in loop_tensors(transformer) if id(t) not in in_blocks], away
+
+
+def _load(
+    stack: ExitStack,
+    kept: list[Tensor],
+    away: Mapping[nn.Module, list[Tensor]],
+    budget: int,
+    runtime: Runtime,
+) -> tuple[BlockStream | None, dict[int, int]]:
+    """Load what stays, and start to stream the rest; `stack` undoes it.
+
+    Returns:
+        The stream, None if all stay; the id of each streamed module and its position there.
+    """
+    device, blocks = runtime.device, list(away.values())
+    copies, slots, resident = None, [], frozenset(range(len(blocks)))
+    if sum(t.nbytes for tensors in blocks for t in tensors) > budget:
+        copies, sizes = open_copies(device), [padded_bytes(tensors) for tensors in blocks]
+        count = SLOTS if copies.runs_beside and least_bytes(sizes, SLOTS) <= budget else 1
+        resident = choose_resident(sizes, budget, count)
+        largest = max(size for index, size in enumerate(sizes) if index not in resident)
+        with torch.inference_mode(False):
+            slots = [torch.empty(largest, dtype=torch.uint8, device=device) for _ in range(count)]
+    stack.callback(onload(kept, device))
+    for index in sorted(resident):
+        runtime.check_interrupt()
+        stack.callback(onload(blocks[index], device))
+    if copies is None:
+        return None, {}
+    streamed = [module for index, module in enumerate(away) if index not in resident]
+    blocks = [away[module] for module in streamed]
+    in_background = copies.runs_beside and not _pin(stack, blocks, copies, runtime)
+    stream = BlockStream(blocks, slots, copies, in_background=in_background)
+    stack.callback(stream.close)
+    stream.start()
+    num_bytes = sum(map(padded_bytes, blocks))
+    logger.info(
+        "%d of %d blocks (%.1f GB a forward pass) are streamed.",
+        len(streamed), len(away), num_bytes / 1e9,
+    )  # fmt: skip
+    return stream, {id(module): position for position, module in enumerate(streamed)}
+
+
+def _pin(
+    stack: ExitStack, blocks: Sequence[Sequence[Tensor]], copies: Copies, runtime: Runtime
+) -> bool:
+    """Page-lock blocks as far as possible, until `stack` undoes it; say it if that is not all.
+
+    Returns:
+        Whether all are.
+    """
+    refused_bytes, reason = 0, ""
+    homes = [tensor.data for tensors in blocks for tensor in tensors]
+    for memory in whole_pages([home for home in homes if not home.is_pinned()]):
+        runtime.check_interrupt()
+        try:
+            runtime.pin(memory)
+        except RuntimeError as error:
+            refused_bytes += memory.nbytes
+            reason = reason or dispatch.brief(error)
+        else:
+            stack.callback(runtime.unpin, memory)
+    if not refused_bytes:
+        return True
+    ring = copies.stage()
+    by = f"a ring of {ring / 1e6:.1f} MB" if ring else "pageable copies"
+    dispatch.log_once(
+        f"Streamed weights: {refused_bytes / 1e9:.1f} GB of main memory cannot be page-locked "
+        f"({reason}). They go through {by}, slower.",
+        source=logger,
+    )
+    return False
+
+
+def _run_block(
+    runtime: Runtime,
+    conditioners: Mapping[int, list[Tensor]],
+    stream: BlockStream | None,
+    streamed: Mapping[int, int],
+    module: nn.Module,
+    *args: Any,
+) -> Any:
+    """Run a module of a transformer, with its weights on the device."""
+    runtime.check_interrupt()
+    if stream is not None and id(module) in streamed:
+        return stream.run(streamed[id(module)], module, *args)
+    if id(module) not in conditioners:
+        return module(*args)
+    restore = onload(conditioners[id(module)], runtime.device)
+    try:
+        return module(*args)
+    finally:
+        restore()

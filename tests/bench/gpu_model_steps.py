@@ -5,10 +5,12 @@ rounds, and the median so far is recorded after each, so that a step that is cut
 """
 
 import statistics
+import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import ClassVar
 
 import bench_attention
 import torch
@@ -17,13 +19,18 @@ from bench_attention import Unavailable
 from comfyui_skyreels.skyreels import offload
 from comfyui_skyreels.skyreels.config import CHUNKINGS, TransformerConfig
 from comfyui_skyreels.skyreels.kernels import reference
-from comfyui_skyreels.skyreels.offload import weight_bytes
 from comfyui_skyreels.skyreels.runtime import TorchRuntime
+from comfyui_skyreels.skyreels.streaming import CudaCopies, least_bytes, padded_bytes
 from comfyui_skyreels.skyreels.transformer import attention, placement
 from comfyui_skyreels.skyreels.transformer.attention import Attention, choose_attention
 from comfyui_skyreels.skyreels.transformer.attention_quality import draw
 from comfyui_skyreels.skyreels.transformer.layers import rope_table
-from comfyui_skyreels.skyreels.transformer.model import SkyReelsTransformer, StepModulation
+from comfyui_skyreels.skyreels.transformer.model import (
+    RunBlock,
+    SkyReelsTransformer,
+    StepModulation,
+    call,
+)
 from comfyui_skyreels.skyreels.transformer.placement import placed
 from comfyui_skyreels.skyreels.transformer.quant import (
     STORAGE_DTYPES,
@@ -73,11 +80,16 @@ class Bench:
         """Of image and text."""
         return len(self.rope) + TEXT_TOKENS
 
-    def denoise(self, function: Attention | None = None, chunking: str = "whole") -> Tensor:
+    def denoise(
+        self,
+        function: Attention | None = None,
+        chunking: str = "whole",
+        run_block: RunBlock = call,
+    ) -> Tensor:
         """One prediction, its conditioning made before, as in a run."""
         return self.model.denoise(
             self.inputs["hidden_states"], self.conditioning, rope=self.rope,
-            attention=function or self.exact, chunking=CHUNKINGS[chunking],
+            attention=function or self.exact, chunking=CHUNKINGS[chunking], run_block=run_block,
         )  # fmt: skip
 
 
@@ -100,12 +112,16 @@ def make_inputs(
     }
 
 
-def prepare(context: Context) -> Bench:
-    """The model at the size of the context."""
-    config = TransformerConfig() if context.full else tiny.TRANSFORMER
+def prepare(
+    context: Context,
+    config: TransformerConfig | None = None,
+    grid: tuple[int, int, int] | None = None,
+) -> Bench:
+    """The model at the size of the context, or of a stated size."""
+    config = config or (TransformerConfig() if context.full else tiny.TRANSFORMER)
     device = context.device
     model = build(config, device)
-    inputs = make_inputs(config, FULL_GRID if context.full else TINY_GRID, device)
+    inputs = make_inputs(config, grid or (FULL_GRID if context.full else TINY_GRID), device)
     rope = rope_table(model.token_grid(inputs["hidden_states"].shape), config, device=device)
     heads, head_dim = config.num_attention_heads, config.attention_head_dim
     exact = choose_attention(device, heads=heads, head_dim=head_dim).impl
@@ -432,33 +448,124 @@ def memory_fp8(context: Context) -> None:
     _whole_process(context, "fp8")
 
 
+class TimedCopies(CudaCopies):
+    """Copies that notice how long the computation waits for them."""
+
+    waits: ClassVar[list[tuple[torch.cuda.Event, torch.cuda.Event]]] = []
+
+    def wait_for(self, slot: int) -> None:
+        before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        before.record()
+        super().wait_for(slot)
+        after.record()
+        self.waits.append((before, after))
+
+
+class Cramped(TorchRuntime):
+    """A device with room for some bytes of blocks and slots; its host may refuse to page-lock."""
+
+    def __init__(self, device: torch.device, room: int, kept: int, pins: bool = True) -> None:
+        super().__init__(device)
+        self.room, self.kept, self.pins = room, kept, pins
+
+    def free_bytes(self) -> int:
+        return self.room + self.kept + offload.RESERVE_BYTES * (self.device.type != "cpu")
+
+    def pin(self, memory: Tensor) -> None:
+        if not self.pins:
+            raise RuntimeError("not here")
+        super().pin(memory)
+
+
+def moved_to_host(bench: Bench) -> tuple[int, list[int]]:
+    """Move the weights of the loop to the host, drop the others.
+
+    Returns:
+        Bytes that stay on the device in any case, and those of each block.
+    """
+    for part in bench.model.conditioners:
+        part.to("meta")
+    bench.model.to("cpu")
+    # on a CPU they are not away, and nothing is streamed
+    kept, away = placement._split(bench.model, bench.rope.device)
+    return sum(tensor.nbytes for tensor in kept), [padded_bytes(block) for block in away.values()]
+
+
 @torch.inference_mode()
 def streaming(context: Context) -> None:
     """Streamed blocks beside resident ones at full length, a fifth of the blocks of the model."""
-    config = tiny.TRANSFORMER
-    if context.full:
-        config = TransformerConfig(num_layers=4, num_single_layers=8)
-    device = context.device
-    model = build(config, device).to("cpu")
-    inputs = make_inputs(config, FULL_GRID if context.full else TINY_GRID, device)
-    heads, head_dim = config.num_attention_heads, config.attention_head_dim
-    inputs["attention"] = choose_attention(device, heads=heads, head_dim=head_dim).impl
-    in_blocks = sum(map(weight_bytes, model.blocks))
-    outside = weight_bytes(model) - in_blocks
-    room = {"resident": 10 * weight_bytes(model), "streamed": max(map(weight_bytes, model.blocks))}
+    config = TransformerConfig(num_layers=4, num_single_layers=8) if context.full else None
+    bench = prepare(context, config)
+    kept, sizes = moved_to_host(bench)
+    total, least = sum(sizes), least_bytes(sizes) if sizes else 0
+    context.emit("streaming: blocks", total / 1e9, "GB")
+    if context.is_cuda:
+        placement.open_copies = TimedCopies
+    modes = {
+        "resident": Cramped(context.device, 2 * total, kept),
+        "all streamed": Cramped(context.device, least, kept),
+        "half streamed": Cramped(context.device, (total + least) // 2, kept),
+        "all streamed, nothing pinned": Cramped(context.device, least, kept, pins=False),
+    }
+    outputs: dict[str, Tensor] = {}
+    passes = 4 if context.full else 1
+    for name, runtime in modes.items():
+        with context.attempt(name):
+            stream_for(context, bench, name, runtime, passes, outputs)
+    home = all(p.device.type in ("cpu", "meta") for p in bench.model.parameters())
+    context.emit("streamed: weights came home", home or not context.is_cuda)
+    context.emit("streamed: equals resident",
+                 all(torch.equal(output, outputs["resident"]) for output in outputs.values()),
+                 modes=list(outputs))  # fmt: skip
+    del bench, outputs
+    for precision in STORAGE_DTYPES:
+        with context.attempt(f"{precision} streamed"):
+            context.emit(f"{precision} streamed: equals resident", in_8_bits_streamed(
+                context, precision
+            ))  # fmt: skip
+
+
+def stream_for(
+    context: Context, bench: Bench, name: str, runtime: Cramped, passes: int,
+    outputs: dict[str, Tensor],
+) -> None:  # fmt: skip
+    """Time some forward passes in a row."""
+    if context.is_cuda:
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+    started = time.perf_counter()
+    with placed(bench.model, runtime, 0) as run_block:
+        seconds = time.perf_counter() - started
+        pinned = round(runtime.pinned_bytes / 1e9, 3)
+        context.emit(f"{name}: preparation", seconds, "s", pinned_gb=pinned)
+        outputs[name] = bench.denoise(run_block=run_block).cpu()
+        TimedCopies.waits.clear()
+
+        def forward() -> None:
+            for _ in range(passes):
+                bench.denoise(run_block=run_block)
+
+        seconds = min(context.seconds(forward) for _ in range(2)) / passes
+        stall_ms = sum(before.elapsed_time(after) for before, after in TimedCopies.waits)
+        context.emit(f"{name}: one pass", seconds, "s", stall_s=round(stall_ms / 2e3 / passes, 5))
+        if context.is_cuda:
+            peak = torch.cuda.max_memory_allocated() / 1e9
+            context.emit(f"{name}: peak allocated", peak, "GB")
+        started = time.perf_counter()
+    context.emit(f"{name}: clearing up", time.perf_counter() - started, "s")
+
+
+def in_8_bits_streamed(context: Context, precision: str) -> bool:
+    """Whether a small model of full width in 8 bits gives the same bits streamed."""
+    config = TransformerConfig(num_layers=1, num_single_layers=2) if context.full else None
+    bench = prepare(context, config, (5, 32, 32) if context.full else None)
+    to_8bit(bench.model, precision)
+    kept, sizes = moved_to_host(bench)
     outputs = []
-    rounds = Rounds(context)
-    for name, spare in room.items():
-        runtime = TorchRuntime(device)
-        runtime.free_bytes = lambda b=outside + spare + offload.RESERVE_BYTES: b
-        with placed(model, runtime, 0) as run_block:
-            forward = partial(model, **inputs, run_block=run_block)
-            outputs.append(forward().cpu())
-            for _ in range(2):
-                rounds.time(name, forward, block_gb=round(in_blocks / 1e9, 3))
-    context.emit("streamed: equals resident", torch.equal(*outputs))
-    came_home = all(parameter.device.type == "cpu" for parameter in model.parameters())
-    context.emit("streamed: weights came home", came_home)
+    for room in (2 * sum(sizes), least_bytes(sizes) if sizes else 0):
+        with placed(bench.model, Cramped(context.device, room, kept), 0) as run_block:
+            outputs.append(bench.denoise(run_block=run_block).cpu())
+    return torch.equal(*outputs)
 
 
 # --- accuracy -----------------------------------------------------------------------------------

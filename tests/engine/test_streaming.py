@@ -1,15 +1,28 @@
-"""Which blocks stay, and what streaming the others costs, from sizes and times alone."""
+"""Which blocks stay, what streaming the others costs, and the stream itself on stand-ins."""
 
 from itertools import pairwise
 
 import pytest
-from comfyui_skyreels.skyreels.streaming import choose_resident, least_bytes, simulate
+import torch
+from comfyui_skyreels.skyreels import streaming
+from comfyui_skyreels.skyreels.streaming import (
+    BlockStream,
+    CopiesInOrder,
+    choose_resident,
+    least_bytes,
+    padded_bytes,
+    simulate,
+)
+from support.streams import Machine, TimedCopies
+from torch.utils._python_dispatch import TorchDispatchMode
 
 #: bytes of the blocks of the full-size model without their modulation, 20 double and 40 single ones
 BF16 = [453_000_000] * 20 + [226_500_000] * 40
 FP8 = [size // 2 for size in BF16]
 #: seconds of one block at 51,060 tokens; a double and a single one have the same work
 H100_BF16, H100_8BIT, RTX4090_BF16, RTX4090_8BIT = 0.063, 2.9 / 60, 0.268, 0.110
+#: operators of the checks below and of copies, which need no memory on the device
+VIEWS = {"copy_", "detach", "eq", "all"}
 #: model evaluations of a run
 PASSES = 60
 
@@ -131,3 +144,211 @@ def test_as_many_bytes_are_streamed_among_double_blocks_as_among_single_ones():
     streamed = [size * (index not in resident) for index, size in enumerate(BF16)]
     double, single = sum(streamed[:20]) / 20, sum(streamed[20:]) / 40
     assert double == pytest.approx(single, rel=0.1)
+
+
+# --- the stream itself --------------------------------------------------------------------------
+
+
+def make_blocks(sizes):
+    """One tensor a block, filled with the number of the block."""
+    return [[torch.full((size,), float(number))] for number, size in enumerate(sizes)]
+
+
+@pytest.fixture
+def machine(monkeypatch):
+    return Machine(bytes_per_s=100.0).install(monkeypatch)
+
+
+class Allocations(TorchDispatchMode):
+    """Operators that make tensors with memory of their own."""
+
+    def __init__(self):
+        super().__init__()
+        self.operators: set[str] = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        if isinstance(result, torch.Tensor) and func.overloadpacket.__name__ not in VIEWS:
+            self.operators.add(func.overloadpacket.__name__)
+        return result
+
+
+class Streamed:
+    """Blocks behind a stream; `play` runs some of them in a given order, as a model would."""
+
+    def __init__(self, machine, sizes, slots=2, **options):
+        self.machine, self.blocks = machine, make_blocks(sizes)
+        size = max(map(padded_bytes, self.blocks))
+        slots = [torch.empty(size, dtype=torch.uint8) for _ in range(slots)]
+        self.homes = [block[0].data_ptr() for block in self.blocks]
+        self.stream = BlockStream(self.blocks, slots, machine.open_copies(), **options)
+        self.stream.start()
+
+    def run(self, number, seconds=1.0):
+        (tensor,) = self.blocks[number]
+        assert tensor.data_ptr() != self.homes[number]
+        assert bool((tensor == number).all())
+        self.machine.compute_for(seconds, tensor)
+
+    def play(self, order, seconds=1.0):
+        for number in order:
+            self.stream.run(number, self.run, number, seconds)
+
+    def close(self):
+        self.stream.close()
+        assert [block[0].data_ptr() for block in self.blocks] == self.homes
+        assert all(bool((block[0] == number).all()) for number, block in enumerate(self.blocks))
+
+
+@pytest.mark.parametrize("sizes", [[128] * 6, [256, 256, 256, 128, 128, 128, 128], [128, 384] * 3])
+@pytest.mark.parametrize("slots", [1, 2, 3])
+@pytest.mark.parametrize("seconds", [0.5, 5.0, 12.0])
+def test_the_stream_takes_exactly_the_time_that_was_simulated(machine, sizes, slots, seconds):
+    streamed = Streamed(machine, sizes, slots)
+    streamed.play([*range(len(sizes))] * 3, seconds)
+    num_bytes = [4 * size for size in sizes]
+    expected = simulate(num_bytes, [seconds] * len(sizes), frozenset(), 100.0, slots, passes=3)
+    assert machine.compute.clock == pytest.approx(expected.seconds)
+    assert machine.stall == pytest.approx(expected.stall_s)
+    assert expected.copied_bytes <= sum(machine.log) <= expected.copied_bytes + slots * 4 * 384
+    streamed.close()
+
+
+def test_in_the_loop_the_host_waits_for_nothing_and_allocates_nothing(machine, monkeypatch):
+    streamed = Streamed(machine, [128] * 5)
+    streamed.play(range(5))
+    with Allocations() as made:
+        streamed.play([*range(5)] * 2)
+    assert made.operators == set()
+    assert all(isinstance(entry, int) for entry in machine.log)
+    streamed.close()
+    assert machine.log[-1] == "host waits for a stream"
+
+
+@pytest.mark.parametrize("background", [False, True])
+@pytest.mark.parametrize("slots", [1, 2, 3])
+@pytest.mark.parametrize(
+    "order",
+    [
+        [0, 1, 2, 3, 0, 1, 2, 3],
+        [0, 0, 0, 1, 2, 3, 0, 1, 2, 3],  # a cache that runs the first block alone
+        [0, 1, 2, 0, 1, 2, 3, 0],  # an evaluation that broke off
+        [1, 2, 3, 1, 2, 3],
+        [3, 2, 1, 0],
+    ],
+)
+def test_blocks_are_brought_in_whatever_order_they_run(machine, order, slots, background):
+    streamed = Streamed(machine, [128] * 4, slots, in_background=background)
+    streamed.play(order)
+    streamed.close()
+
+
+def test_blocks_that_come_early_are_kept_over_evaluations_that_are_skipped(machine):
+    streamed = Streamed(machine, [128] * 4)
+    streamed.play(range(4))
+    copied = sum(machine.log)
+    streamed.play(range(4))
+    assert sum(machine.log) - copied == 4 * 512
+    streamed.close()
+
+
+@pytest.mark.parametrize("background", [False, True])
+def test_a_block_that_fails_leaves_the_weights_at_home_and_the_stream_usable(machine, background):
+    streamed = Streamed(machine, [128] * 4, in_background=background)
+
+    def fail():
+        raise ZeroDivisionError
+
+    streamed.play(range(2))
+    with pytest.raises(ZeroDivisionError):
+        streamed.stream.run(2, fail)
+    assert [block[0].data_ptr() for block in streamed.blocks] == streamed.homes
+    streamed.play([0, 1, 2, 3, 0])
+    streamed.close()
+
+
+def test_an_error_in_the_background_is_raised_where_the_block_is_needed(machine, monkeypatch):
+    streamed = Streamed(machine, [128] * 4, in_background=True)
+    streamed.play(range(2))
+
+    def fail(self, target, source):
+        raise RuntimeError("the link is down")
+
+    monkeypatch.setattr(TimedCopies, "_copy", fail)
+    with pytest.raises(RuntimeError, match="the link is down"):
+        streamed.play([2, 3, 0, 1])
+    streamed.stream.close()
+
+
+def test_on_a_device_without_a_copy_stream_blocks_are_brought_in_order(machine, monkeypatch):
+    monkeypatch.setattr(machine, "open_copies", CopiesInOrder)
+    streamed = Streamed(machine, [128, 64, 32], slots=1)
+    streamed.play([0, 1, 2] * 2)
+    streamed.close()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float8_e4m3fn, torch.int8])
+def test_a_block_has_tensors_of_any_dtype_and_shape(machine, dtype):
+    numbers = torch.arange(-60, 60, dtype=torch.float32)
+    block = [
+        numbers.to(dtype).view(10, 12),
+        torch.tensor(0.5),
+        numbers[:7].double(),
+        numbers.view(2, 60),
+    ]
+    expected = [tensor.clone() for tensor in block]
+    slot = torch.full((padded_bytes(block),), 255, dtype=torch.uint8)
+    stream = BlockStream([block], [slot], machine.open_copies())
+    stream.start()
+
+    def check():
+        for tensor, right in zip(block, expected, strict=True):
+            assert tensor.shape == right.shape
+            assert tensor.untyped_storage().data_ptr() == slot.untyped_storage().data_ptr()
+            assert torch.equal(tensor.view(torch.uint8) if tensor.ndim else tensor,
+                               right.view(torch.uint8) if right.ndim else right)  # fmt: skip
+
+    stream.run(0, check)
+    stream.close()
+
+
+# --- a ring of page-locked memory ---------------------------------------------------------------
+
+
+@pytest.fixture
+def lockable(monkeypatch):
+    """How many bytes can be page-locked."""
+    left = [0]
+
+    def page_locked(num_bytes):
+        if num_bytes > left[0]:
+            raise RuntimeError("CUDA error: out of memory")
+        left[0] -= num_bytes
+        return torch.empty(num_bytes, dtype=torch.uint8)
+
+    monkeypatch.setattr(streaming, "page_locked", page_locked)
+    return left
+
+
+@pytest.mark.parametrize(
+    ("limit", "ring"), [(2**30, 2**26), (2**24, 2**24), (8_000_000, 2**22), (1000, 0)]
+)
+def test_the_ring_is_as_large_as_can_be_page_locked(machine, lockable, limit, ring):
+    lockable[0] = limit
+    assert machine.open_copies().stage() == ring
+
+
+@pytest.mark.parametrize("size", [1, 255, 256, 257, 1000, 1024])
+def test_what_is_not_page_locked_goes_through_the_ring(machine, lockable, monkeypatch, size):
+    monkeypatch.setattr(streaming, "RING_BYTES", (1024,))
+    lockable[0] = 2048
+    copies = machine.open_copies()
+    assert copies.stage() == 2048
+    monkeypatch.setattr(machine, "open_copies", lambda: copies)
+    streamed = Streamed(machine, [size] * 4, in_background=True)
+    streamed.play([*range(4)] * 2)
+    streamed.close()
+    pieces = [entry for entry in machine.log if isinstance(entry, int)]
+    assert max(pieces) <= 1024
+    waits = [entry for entry in machine.log if entry == "host waits for an event"]
+    assert len(waits) == len(pieces)  # a piece waits until the last one but one has left

@@ -2,16 +2,27 @@
 
 import pytest
 import torch
-from comfyui_skyreels.skyreels import offload
+from comfyui_skyreels.skyreels import offload, streaming
 from comfyui_skyreels.skyreels.config import CHUNKINGS, TransformerConfig
 from comfyui_skyreels.skyreels.errors import OutOfRoomError
+from comfyui_skyreels.skyreels.kernels import dispatch
 from comfyui_skyreels.skyreels.offload import weight_bytes
 from comfyui_skyreels.skyreels.runtime import TorchRuntime
+from comfyui_skyreels.skyreels.sampling.step_cache import FirstBlockCache
+from comfyui_skyreels.skyreels.streaming import CopiesInOrder, least_bytes, padded_bytes
 from comfyui_skyreels.skyreels.transformer import placement
 from comfyui_skyreels.skyreels.transformer.layers import rope_table
 from comfyui_skyreels.skyreels.transformer.model import SkyReelsTransformer
 from comfyui_skyreels.skyreels.transformer.placement import choose_chunking, placed, sampling_bytes
+from comfyui_skyreels.skyreels.transformer.quant import (
+    STORAGE_DTYPES,
+    QuantLinear,
+    hadamard_block_size,
+    is_quantizable,
+    quantize,
+)
 from support import tiny
+from support.streams import Machine
 
 
 def test_a_forward_at_full_size_stays_within_the_flops_budget():
@@ -109,19 +120,114 @@ def test_what_only_conditions_stays_away_and_comes_when_it_is_called(visits):
         assert visits.tensors("in") == visits.tensors("out") == apart
 
 
-def test_small_device_streams_the_blocks_that_do_not_fit(visits):
+def away_bytes(model):
+    """What is there for the whole run, and bytes of each block."""
+    kept, away = placement._split(model, torch.device("cpu"))
+    return sum(tensor.nbytes for tensor in kept), [padded_bytes(block) for block in away.values()]
+
+
+@pytest.fixture
+def machine(monkeypatch, visits):
+    """A device with a copy stream, to which every weight has to be brought."""
+    machine = Machine(bytes_per_s=1e6).install(monkeypatch)
+    monkeypatch.setattr(placement, "open_copies", machine.open_copies)
+    return machine
+
+
+class Locking(SmallDevice):
+    """A small device whose host may page-lock so many bytes."""
+
+    def __init__(self, free: int, lockable: int = 2**40, **kwargs) -> None:
+        super().__init__(free, **kwargs)
+        self.lockable, self.locked = lockable, []
+
+    def pin(self, memory):
+        if memory.nbytes > self.lockable:
+            raise RuntimeError("CUDA error: out of memory")
+        self.lockable -= memory.nbytes
+        self.locked.append(memory.data_ptr())
+
+    def unpin(self, memory):
+        self.lockable += memory.nbytes
+        self.locked.remove(memory.data_ptr())
+
+
+@pytest.mark.parametrize("beside", [True, False])
+def test_small_device_streams_the_blocks_that_do_not_fit(machine, monkeypatch, beside):
     model = tiny.transformer()
-    blocks = [loop_bytes(block, model) for block in model.blocks]
-    outside = loop_bytes(model, model) - sum(blocks)
-    runtime = SmallDevice(outside + blocks[0] + max(blocks))  # one resident, one visiting
+    kept, sizes = away_bytes(model)
+    if not beside:
+        monkeypatch.setattr(placement, "open_copies", lambda device: InOrder(machine))
+    slots = 2 if beside else 1
+    runtime = Locking(kept + sizes[0] + slots * max(sizes))  # a large one stays
     inputs = denoise_inputs(model)
+    pointers = [p.data_ptr() for p in model.parameters()]
     with placed(model, runtime, 0) as run_block:
-        visits.clear()
-        result = model.denoise(*inputs, run_block=run_block)
-        came = [sum(t.nbytes for t in tensors) for kind, tensors in visits if kind == "in"]
-        assert came == blocks[1:]
-        assert [kind for kind, _ in visits] == ["in", "out"] * 3
+        assert bool(runtime.locked) == beside
+        for _ in range(2):
+            result = model.denoise(*inputs, run_block=run_block)
+            assert [p.data_ptr() for p in model.parameters()] == pointers
     assert torch.equal(result, model.denoise(*inputs))
+    streamed = sum(sizes) - sizes[0]
+    ahead = slots * max(sizes)
+    assert 2 * streamed - 10_000 <= sum(filter(as_bytes, machine.log)) <= 2 * streamed + ahead
+    assert runtime.locked == []
+
+
+def as_bytes(entry):
+    return entry if isinstance(entry, int) else 0
+
+
+class InOrder(CopiesInOrder):
+    def __init__(self, machine):
+        self.log = machine.log
+
+    def bring(self, slot, pairs):
+        super().bring(slot, pairs)
+        self.log.append(sum(len(source) for _, source in pairs))
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16", "fp8", "int8", "weight-only fp8"])
+@pytest.mark.parametrize("share", [0.0, 0.5])
+@pytest.mark.parametrize("lockable", [2**40, 0])
+def test_streamed_run_equals_the_resident_run_bit_for_bit(machine, precision, share, lockable):
+    model = in_precision(precision)
+    kept, sizes = away_bytes(model)
+    inputs = denoise_inputs(model)
+    pointers = [p.data_ptr() for p in model.parameters()]
+    least = least_bytes(sizes)
+    runtime = Locking(int(kept + least + share * (sum(sizes) - least)), lockable)
+    with torch.inference_mode(), placed(model, runtime, 0) as run_block:
+        results = [model.denoise(*inputs, run_block=run_block) for _ in range(2)]
+    assert sum(map(as_bytes, machine.log)) >= (1 - share) * sum(sizes)
+    assert [p.data_ptr() for p in model.parameters()] == pointers
+    with torch.inference_mode():
+        expected = model.denoise(*inputs)
+    assert all(torch.equal(result, expected) for result in results)
+
+
+def in_precision(precision):
+    """A tiny model whose block linears are of that precision."""
+    model = tiny.transformer()
+    if precision == "fp16":
+        return model.half()
+    dtype = torch.float32 if precision == "fp32" else torch.bfloat16
+    model = model.to(dtype)
+    kind = precision.removeprefix("weight-only ")
+    if kind not in STORAGE_DTYPES:
+        return model
+    block = hadamard_block_size(model.config.hidden_size) if kind == "int8" else 0
+    for name, layer in list(model.named_modules()):
+        if isinstance(layer, torch.nn.Linear) and is_quantizable(f"{name}.weight", 2):
+            weight, scale = quantize(layer.weight.data, STORAGE_DTYPES[kind], block)
+            model.set_submodule(
+                name,
+                QuantLinear(
+                    weight, scale, layer.bias, hadamard_block=block, weight_only=kind != precision
+                ),
+            )
+    assert any(isinstance(layer, QuantLinear) for layer in model.modules())
+    return model
 
 
 def test_blocks_that_left_while_room_was_made_are_brought_back(visits, monkeypatch):
@@ -150,42 +256,176 @@ def test_too_little_room_says_how_much_and_what_helps(visits):
     assert visits == []
 
 
-def test_weights_return_after_an_interrupt_inside_a_block(visits):
+@pytest.mark.parametrize("lockable", [2**40, 0])
+@pytest.mark.parametrize("stop_at", [1, 2, 5, 6, 9])
+def test_an_interrupt_stops_before_the_next_block_and_the_next_run_is_good(
+    machine, stop_at, lockable
+):
     model = tiny.transformer()
+    kept, sizes = away_bytes(model)
+    pointers = [p.data_ptr() for p in model.parameters()]
+    inputs = denoise_inputs(model)
+    ran = []
 
     class StopError(Exception):
         pass
 
-    checks = iter(range(100))
-
     def check():
-        if next(checks) == 3:
+        if len(ran) == stop_at:
             raise StopError
 
-    blocks = [loop_bytes(block, model) for block in model.blocks]
-    runtime = SmallDevice(loop_bytes(model, model) - sum(blocks) + max(blocks), on_check=check)
+    def run_twice(runtime):
+        with placed(model, runtime, 0) as run_block:
+
+            def counted(module, *args):
+                result = run_block(module, *args)
+                ran.append(module)
+                return result
+
+            return [model.denoise(*inputs, run_block=counted) for _ in range(3)]
+
+    room = kept + least_bytes(sizes)
+    stopped = Locking(room, lockable, on_check=check)
+    with pytest.raises(StopError):
+        run_twice(stopped)
+    assert len(ran) == stop_at
+    assert stopped.locked == []
+    assert [p.data_ptr() for p in model.parameters()] == pointers
+    expected = model.denoise(*inputs)
+    assert all(torch.equal(result, expected) for result in run_twice(Locking(room, lockable)))
+
+
+def test_a_step_cache_that_runs_the_first_block_alone_gets_it(machine):
+    model = tiny.transformer()
+    kept, sizes = away_bytes(model)
     inputs = denoise_inputs(model)
-    with pytest.raises(StopError), placed(model, runtime, 0) as run_block:
-        model.denoise(*inputs, run_block=run_block)
-    assert len(visits) > 2
+    results = []
+    for free in (10 * weight_bytes(model), kept + least_bytes(sizes)):
+        with placed(model, Locking(free), 0) as run_block:
+            cache = FirstBlockCache(
+                9, run_block, 10.0, first=model.blocks[0], last=model.blocks[-1]
+            )
+            for step in range(9):
+                cache.begin(step, inputs[0], 2)
+                for branch in range(2):
+                    results.append(
+                        cache.predict(branch, lambda run: model.denoise(*inputs, run_block=run))
+                    )
+        assert cache.skipped
+    assert all(torch.equal(*pair) for pair in zip(results[:18], results[18:], strict=True))
+
+
+def test_what_cannot_be_page_locked_goes_through_a_ring_and_that_is_said_once(
+    machine, monkeypatch, caplog
+):
+    monkeypatch.setattr(dispatch, "_logged", set())
+    monkeypatch.setattr(streaming, "page_locked", lambda n: torch.empty(n, dtype=torch.uint8))
+    monkeypatch.setattr(streaming, "RING_BYTES", (4096,))
+    model = tiny.transformer()
+    kept, sizes = away_bytes(model)
+    inputs = denoise_inputs(model)
+    expected = model.denoise(*inputs)
+    for _ in range(2):
+        with placed(model, Locking(kept + least_bytes(sizes), 60_000), 0) as run_block:
+            assert torch.equal(model.denoise(*inputs, run_block=run_block), expected)
+    (said,) = [r.getMessage() for r in caplog.records if "page-locked" in r.getMessage()]
+    assert "out of memory" in said
+    assert "a ring of 0.0 MB, slower" in said
+    assert max(map(as_bytes, machine.log)) <= 4096
+
+
+def test_without_page_locked_memory_copies_are_pageable(machine, monkeypatch, caplog):
+    def refuse(num_bytes):
+        raise RuntimeError("CUDA error: OS call failed")
+
+    monkeypatch.setattr(dispatch, "_logged", set())
+    monkeypatch.setattr(streaming, "page_locked", refuse)
+    model = tiny.transformer()
+    kept, sizes = away_bytes(model)
+    inputs = denoise_inputs(model)
+    with placed(model, Locking(kept + least_bytes(sizes), 0), 0) as run_block:
+        result = model.denoise(*inputs, run_block=run_block)
+    assert torch.equal(result, model.denoise(*inputs))
+    assert "pageable copies" in caplog.text
+
+
+def test_memory_that_is_gone_when_it_is_wanted_leaves_fewer_blocks_there(
+    machine, monkeypatch, visits
+):
+    model = tiny.transformer()
+    kept, sizes = away_bytes(model)
+    inputs = denoise_inputs(model)
+    runtime = Locking(kept + sum(sizes) - 1)
+    held = [0]
+    visit = placement.onload
+
+    def onload(tensors, device):
+        wanted = sum(t.nbytes for t in tensors)
+        if held[0] + wanted > kept + sizes[0]:
+            runtime.free = kept + least_bytes(sizes) + sizes[-1]
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate")
+        held[0] += wanted
+        leave = visit(tensors, device)
+
+        def offload():
+            held[0] -= wanted
+            leave()
+
+        return offload
+
+    monkeypatch.setattr(placement, "onload", onload)
+    with placed(model, runtime, 0) as run_block:
+        result = model.denoise(*inputs, run_block=run_block)
+    assert held == [0]
+    assert torch.equal(result, model.denoise(*inputs))
     assert visits.tensors("in") == visits.tensors("out")
 
 
+def test_memory_that_never_comes_ends_in_a_clear_error(machine, monkeypatch, visits):
+    model = tiny.transformer()
+    kept, sizes = away_bytes(model)
+    empty = torch.empty
+
+    def refuse(*args, **kwargs):
+        if kwargs.get("dtype") == torch.uint8:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate")
+        return empty(*args, **kwargs)
+
+    monkeypatch.setattr(torch, "empty", refuse)
+    with (
+        pytest.raises(OutOfRoomError, match="for a block on cpu"),
+        placed(model, Locking(kept + sum(sizes) - 1), 0),
+    ):
+        pass
+    assert visits == []
+
+
+def test_with_room_for_one_slot_alone_blocks_are_streamed_through_it(machine):
+    model = tiny.transformer()
+    kept, sizes = away_bytes(model)
+    inputs = denoise_inputs(model)
+    for free in (least_bytes(sizes, 2), least_bytes(sizes, 2) - 1, least_bytes(sizes, 1)):
+        with placed(model, Locking(kept + free), 0) as run_block:
+            result = model.denoise(*inputs, run_block=run_block)
+        assert torch.equal(result, model.denoise(*inputs))
+    with (
+        pytest.raises(OutOfRoomError),
+        placed(model, Locking(kept + least_bytes(sizes, 1) - 1), 0),
+    ):
+        pass
+
+
 @pytest.mark.parametrize("room", ["whole", "chunks", "head groups", ""])
-def test_the_chunking_is_the_fastest_that_leaves_room_for_the_weights(visits, room):
-    model, tokens = tiny.transformer(), 1_000_000
-    weights = loop_bytes(model, model) + offload.RESERVE_BYTES
-    free = weights + sampling_bytes(model.config, tokens, torch.float32, room or "head groups")
+def test_the_chunking_is_the_fastest_that_fits_beside_the_weights(room):
+    config, tokens = tiny.TRANSFORMER, 1_000_000
+    needed = {name: sampling_bytes(config, tokens, torch.float32, name) for name in CHUNKINGS}
+    free = needed[room or "head groups"]
     free += {"whole": placement.WHOLE_MARGIN_BYTES, "": -1}.get(room, 0)
-    runtime = SmallDevice(free)
-    needed = {name: sampling_bytes(model.config, tokens, torch.float32, name) for name in CHUNKINGS}
-    assert choose_chunking(model, needed, runtime) == (room or "head groups")
-    assert runtime.asked[0] >= weights
+    assert choose_chunking(needed, free) == (room or "head groups")
     if room:
         others = list(CHUNKINGS)
-        runtime.free -= 1
         following = others[min(others.index(room) + 1, len(others) - 1)]
-        assert choose_chunking(model, needed, runtime) == following
+        assert choose_chunking(needed, free - 1) == following
 
 
 @pytest.mark.gpu

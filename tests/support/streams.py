@@ -1,0 +1,94 @@
+"""CUDA streams and events without CUDA: each stream has a clock, and copies take their time.
+
+What is queued takes effect at once, in the order of queueing. So data is right in any case, and
+what waits for what shows in the clocks: a copy into a slot that is still read is an error.
+"""
+
+from contextlib import contextmanager
+
+import torch
+from comfyui_skyreels.skyreels import streaming
+
+
+class Stream:
+    def __init__(self, device=None):
+        self.clock = 0.0
+
+    def wait_event(self, event):
+        self.clock = max(self.clock, event.time)
+
+    def wait_stream(self, stream):
+        self.clock = max(self.clock, stream.clock)
+
+    def synchronize(self):
+        Machine.log.append("host waits for a stream")
+
+
+class Event:
+    def __init__(self, blocking=False):
+        self.time = 0.0
+
+    def record(self, stream):
+        self.time = stream.clock
+
+    def synchronize(self):
+        Machine.log.append("host waits for an event")
+
+
+class Machine:
+    """What the stand-ins share; `install` replaces torch's classes for a test.
+
+    Attributes:
+        compute: the stream that blocks run on.
+        bytes_per_s: of the link.
+        readers: storage of a slot -> when the last block that used it ended.
+        log: bytes copied, and waits of the host.
+    """
+
+    log: list = []  # noqa: RUF012 - of one test
+
+    def __init__(self, bytes_per_s=1.0):
+        self.compute, self.bytes_per_s = Stream(), bytes_per_s
+        self.stall = 0.0
+        self.readers: dict[int, float] = {}
+        Machine.log = []
+
+    def install(self, monkeypatch):
+        @contextmanager
+        def on(stream):
+            yield
+
+        monkeypatch.setattr(torch.cuda, "Stream", Stream)
+        monkeypatch.setattr(torch.cuda, "Event", Event)
+        monkeypatch.setattr(torch.cuda, "current_stream", lambda device: self.compute)
+        monkeypatch.setattr(torch.cuda, "stream", on)
+        return self
+
+    def open_copies(self, device=None):
+        return TimedCopies(self)
+
+    def compute_for(self, seconds, *slots):
+        """Run something on the compute stream that reads some tensors."""
+        self.compute.clock += seconds
+        for slot in slots:
+            self.readers[slot.untyped_storage().data_ptr()] = self.compute.clock
+
+
+class TimedCopies(streaming.CudaCopies):
+    """The real class, whose copies take time on the clock of its stream."""
+
+    def __init__(self, machine):
+        super().__init__(torch.device("cpu"))
+        self.machine = machine
+
+    def wait_for(self, slot):
+        before = self.machine.compute.clock
+        super().wait_for(slot)
+        self.machine.stall += self.machine.compute.clock - before
+
+    def _copy(self, target, source):
+        read_until = self.machine.readers.get(target.untyped_storage().data_ptr(), 0.0)
+        assert self._stream.clock >= read_until, "a block that still runs would be overwritten"
+        super()._copy(target, source)
+        self._stream.clock += target.nbytes / self.machine.bytes_per_s
+        Machine.log.append(target.nbytes)
