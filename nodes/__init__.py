@@ -10,6 +10,7 @@ from . import host
 from .local.decode import SkyReelsVAEDecode
 from .local.image import SkyReelsImageConditioning
 from .local.loaders import SkyReelsTransformerLoader, SkyReelsVAELoader
+from .local.plan import SkyReelsPlan
 from .local.sampler import SkyReelsSampler, SkyReelsScheduler
 from .local.text import SkyReelsTextEncode, SkyReelsTextEncoderLoader
 from .remote import autocollect, routes
@@ -27,6 +28,7 @@ NODE_CLASS_MAPPINGS = {
     "SkyReelsScheduler": SkyReelsScheduler,
     "SkyReelsSampler": SkyReelsSampler,
     "SkyReelsVAEDecode": SkyReelsVAEDecode,
+    "SkyReelsPlan": SkyReelsPlan,
     "WiroRemoteI2V": WiroRemoteI2V,
     "WiroRunModel": WiroRunModel,
     "WiroTaskResult": WiroTaskResult,
@@ -44,6 +46,7 @@ NODE_DISPLAY_NAME_MAPPINGS = {
     "SkyReelsScheduler": "SkyReels Scheduler",
     "SkyReelsSampler": "SkyReels Sampler",
     "SkyReelsVAEDecode": "SkyReels VAE Decode",
+    "SkyReelsPlan": "SkyReels Plan",
     "WiroRemoteI2V": "Wiro Remote I2V",
     "WiroRunModel": "Wiro Run Model",
     "WiroTaskResult": "Wiro Task Result",

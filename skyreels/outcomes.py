@@ -11,6 +11,7 @@ import json
 import logging
 import os
 import platform
+import sys
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -30,6 +31,23 @@ MORE_FREE = 1.02
 
 #: problems that were told
 _told: set[str] = set()
+
+
+def user_folder() -> Path | None:
+    """Our folder in the user's program state, for hosts that have none of their own.
+
+    Returns:
+        The folder, which may not exist yet; None for a user without a home.
+    """
+    name = "LOCALAPPDATA" if sys.platform == "win32" else "XDG_STATE_HOME"
+    root = Path(os.environ.get(name, ""))
+    if not root.is_absolute():  # "" too
+        try:
+            home = Path.home()
+        except RuntimeError:
+            return None
+        root = home / ("AppData/Local" if sys.platform == "win32" else ".local/state")
+    return root / "skyreels-wiro"
 
 
 def device_key(device: torch.device) -> str:

@@ -13,8 +13,9 @@ the least divided one that fits.
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import nn
@@ -518,6 +519,11 @@ def _plan_decode(machine: Machine, job: Job, mode: str) -> tuple[str, int, float
     return mode, vae + int(needed / MEMORY_MARGIN), seconds, fits and needed <= free
 
 
+def vae_dtype(device: torch.device) -> torch.dtype:
+    """What the VAE computes in with precision "auto"."""
+    return torch.bfloat16 if device.type == "cuda" else torch.float32
+
+
 @lru_cache(maxsize=8)
 def vae_bytes(config: VAEConfig, dtype: torch.dtype) -> int:
     """Bytes of a VAE's weights."""
@@ -713,6 +719,98 @@ def rates_needed(gemms: Iterable[str]) -> list[str]:
     return [*(f"GEMM {gemm}" for gemm in gemms), "attention exact", "memory", "link"]
 
 
+#: how a checkpoint names the dtype of most of its numbers -> precision, see `weights_as`
+STORED = {
+    "F32": "fp32",
+    "BF16": "bf16",
+    "F16": "fp16",
+    "F8_E4M3": "fp8",
+    "F8_E5M2": "fp8",
+    "I8": "int8",
+}
+
+
+@dataclass(frozen=True)
+class Preflight:
+    """What a run would take, before anything is loaded.
+
+    Attributes:
+        machine: where.
+        job: what.
+        chosen: the plan that would be taken.
+        modes: every plan, the chosen one among them.
+        text: for people.
+    """
+
+    machine: Machine
+    job: Job
+    chosen: Plan
+    modes: tuple[Plan, ...]
+    text: str
+
+    def to_json(self) -> dict[str, Any]:
+        """The same, ready for json.dumps; precisions and bytes as numbers."""
+        job = {
+            key: getattr(self.job, key) for key in ("width", "height", "num_frames", "num_steps")
+        }
+        return {
+            "device": self.machine.name,
+            "total_bytes": self.machine.total_bytes,
+            "free_bytes": self.machine.free_bytes,
+            "rates": dict(self.machine.rates),
+            "job": {**job, "num_evaluations": self.job.num_evaluations},
+            "chosen": self.modes.index(self.chosen),
+            "modes": [{**asdict(plan), "peak_bytes": dict(plan.peak_bytes)} for plan in self.modes],
+            "text": self.text,
+        }
+
+
+def preflight(
+    runtime: Runtime,
+    job: Job,
+    stored: str,
+    precision: str = "auto",
+    choice: Choice = Choice(),
+    *,
+    reclaimable: int = 0,
+) -> Preflight:
+    """Plan a run from the header of its file.
+
+    Args:
+        runtime: whose device is probed, if it is a new one, and whose free memory counts.
+        job: what is made.
+        stored: precision of the file, see STORED.
+        precision: that the loader is asked for.
+        choice: attention and decode.
+        reclaimable: bytes that other models take and would give back.
+
+    Returns:
+        The chosen plan and the others.
+    """
+    weights = weights_as(job.config, stored, precision)
+    gemms = {weights_as(job.config, stored, each).gemm for each in ("auto", "fp8", "int8")}
+    names = [*rates_needed(sorted({weights.gemm, *gemms})), "convolution"]
+    machine = machine_of(runtime, names, loaded_bytes=reclaimable)
+    chosen = plan_run(machine, job, weights, choice)
+    modes = plans(machine, job, stored, choice)
+    if chosen not in modes:
+        modes.insert(0, chosen)
+    lines = [
+        f"{machine.name}: {machine.free_bytes / 1e9:.1f} of {machine.total_bytes / 1e9:.1f} GB "
+        f"free, {machine.ram_bytes / 1e9:.1f} GB of main memory free",
+        expectation(chosen, job),
+        *table(modes, chosen),
+    ]
+    if not chosen.fits:
+        lines.append(why_not(machine, job, weights))
+    if weights.total > machine.ram_bytes:
+        lines.append(
+            f"The weights take {weights.total / 1e9:.1f} GB of main memory, more than is free: "
+            "close other programs, or use a file in 8 bits."
+        )
+    return Preflight(machine, job, chosen, tuple(modes), "\n".join(lines))
+
+
 # --- rungs --------------------------------------------------------------------------------------
 
 
@@ -787,8 +885,8 @@ def expectation(plan: Plan, job: Job) -> str:
         time_ = f"{job.num_steps} steps of about {_seconds(step)}"
     return (
         f"Plan for {job}: {plan.precision} ({exact}), {plan.attention} attention, activations "
-        f"{plan.chunking}, {plan.placement}; {time_}; peak {plan.peak_bytes['sample'] / 1e9:.1f} "
-        f"of {plan.free_bytes / 1e9:.1f} GB free."
+        f"{plan.chunking}, {plan.placement}; {time_}; peak {_size(plan.peak_bytes['sample'])} "
+        f"of {_size(plan.free_bytes)} free."
     )
 
 
@@ -808,7 +906,7 @@ def account(plan: Plan, step_s: float, num_steps: int, peak: int | None) -> str:
     if (expected := plan.seconds.get("step")) is not None:
         line += f" (expected {_seconds(expected)})"
     if peak is not None:
-        line += f"; peak {peak / 1e9:.1f} GB (expected {plan.peak_bytes['sample'] / 1e9:.1f})"
+        line += f"; peak {_size(peak)} (expected {_size(plan.peak_bytes['sample'])})"
     return line + "."
 
 
@@ -834,7 +932,13 @@ def learn(runtime: Runtime, machine: Machine, plan: Plan, kind: str, step_s: flo
         outcomes.remember(runtime.state_folder, device_key(runtime.device), "corrections", values)
 
 
+def _size(num_bytes: int) -> str:
+    return f"{num_bytes / 1e9:.1f} GB" if num_bytes >= 1e8 else f"{num_bytes / 1e6:.0f} MB"
+
+
 def _seconds(value: float) -> str:
+    if value >= 7200:
+        return f"{value / 3600:.1f} h"
     if value >= 100:
         return f"{value / 60:.1f} min"
     return f"{value:.1f} s" if value >= 1 else f"{value:.2g} s"
@@ -857,7 +961,7 @@ def table(found: Sequence[Plan], chosen: Plan) -> list[str]:
     for plan in found:
         away = plan.streamed_bytes
         seconds = [_known(plan.seconds.get(name)) for name in ("step", "total")]
-        peaks = [f"{plan.peak_bytes.get(name, 0) / 1e9:.1f} GB" for name in ("sample", "decode")]
+        peaks = [_size(plan.peak_bytes.get(name, 0)) for name in ("sample", "decode")]
         rows.append(
             [
                 "->" if plan == chosen else "" if plan.fits else "no",

@@ -70,6 +70,15 @@ class ComfyRuntime:
             return UNKNOWN_BYTES
         return int(self._mm.get_free_memory(self.device) - self._mm.extra_reserved_memory())
 
+    def reclaimable_bytes(self) -> int:
+        """Bytes of the compute device that loaded models take and would give back."""
+        loaded = self._mm.current_loaded_models
+        return sum(model.model_loaded_memory() for model in loaded if model.device == self.device)
+
+    def say(self, text: str) -> None:
+        """Write lines on the node."""
+        show_on_node(text, self._unique_id)
+
     def make_room(self, num_bytes: int) -> None:
         """Let ComfyUI unload other models until num_bytes are free."""
         in_use = [self._mm.LoadedModel(patcher) for patcher in self._in_use]
@@ -126,14 +135,11 @@ class ComfyRuntime:
             image = self._previewer.decode_latent_to_preview_image("JPEG", preview)
         self._bar.update_absolute(done, max(1, total), image)
         start, first = self._started[stage]
-        self._say(status_line(stage, done, total, (now - start) / max(1, done - first)))
+        self.say(status_line(stage, done, total, (now - start) / max(1, done - first)))
 
     def check_interrupt(self) -> None:
         """Raise ComfyUI's own exception if the user pressed Cancel."""
         self._mm.throw_exception_if_processing_interrupted()
-
-    def _say(self, text: str) -> None:
-        show_on_node(text, self._unique_id)
 
 
 def status_line(stage: str, done: int, total: int, seconds_each: float) -> str:

@@ -293,7 +293,8 @@ def test_the_line_before_a_run_says_what_was_chosen_and_what_it_takes():
     for part in ("97 frames of 960x544", "auto (exact)", "head groups", "streamed",
                  "30 steps of"):  # fmt: skip
         assert part in line
-    assert f"{plan.peak_bytes['sample'] / 1e9:.1f} of {plan.free_bytes / 1e9:.1f} GB" in line
+    peak, free = (n / 1e9 for n in (plan.peak_bytes["sample"], plan.free_bytes))
+    assert f"{peak:.1f} GB of {free:.1f} GB" in line
 
 
 # --- too little ---------------------------------------------------------------------------------
