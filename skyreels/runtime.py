@@ -149,11 +149,7 @@ class TorchRuntime:
 
     def pinnable_bytes(self) -> int:
         """A share of main memory, less what is page-locked already."""
-        if self.device.type != "cuda":
-            return 0
-        total = _host_bytes("MemTotal", "total")
-        limit = min(int(PINNABLE_SHARE * total), total - UNPINNED_BYTES)
-        return max(0, limit - self.pinned_bytes)
+        return max(0, pinnable_limit(self.device) - self.pinned_bytes)
 
     def pin(self, memory: Tensor) -> None:
         """Page-lock memory through the CUDA driver."""
@@ -173,6 +169,14 @@ class TorchRuntime:
     def check_interrupt(self) -> None:
         """Hand the check to the callback given at construction."""
         self._on_check()
+
+
+def pinnable_limit(device: torch.device) -> int:
+    """Bytes of main memory that may be page-locked for a device; 0 where it gains nothing."""
+    if device.type != "cuda":
+        return 0
+    total = _host_bytes("MemTotal", "total")
+    return max(0, min(int(PINNABLE_SHARE * total), total - UNPINNED_BYTES))
 
 
 def check_pinnable(num_bytes: int, limit: int) -> None:

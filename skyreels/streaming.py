@@ -211,6 +211,10 @@ class Copies(Protocol):
         """Let copies into a slot from now on wait for what was computed until now."""
         ...
 
+    def hold(self, slot: int) -> None:
+        """Let the host wait until what used a slot, up to `mark_used`, is computed."""
+        ...
+
     def close(self) -> None:
         """Wait for all copies, so that sources and slots may be released."""
         ...
@@ -236,6 +240,9 @@ class CopiesInOrder:
     def mark_used(self, slot: int) -> None:
         """What is queued later comes later."""
 
+    def hold(self, slot: int) -> None:
+        """The host waits for each copy already, or there is nothing to run ahead of."""
+
     def close(self) -> None:
         """What is queued later comes later."""
 
@@ -249,7 +256,8 @@ class CudaCopies:
         self._device = device
         self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         self._arrived: defaultdict[int, torch.cuda.Event] = defaultdict(torch.cuda.Event)
-        self._used: defaultdict[int, torch.cuda.Event] = defaultdict(torch.cuda.Event)
+        # a host that waits for one leaves its core to others
+        self._used: defaultdict[int, torch.cuda.Event] = defaultdict(_blocking_event)
         self._ring: list[tuple[Tensor, torch.cuda.Event]] = []
 
     def stage(self) -> int:
@@ -259,9 +267,7 @@ class CudaCopies:
                 buffers = [page_locked(num_bytes) for _ in range(2)]
             except RuntimeError:
                 continue  # a smaller one
-            for buffer in buffers:
-                is_free = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
-                self._ring.append((buffer, is_free))
+            self._ring = [(buffer, _blocking_event()) for buffer in buffers]
             return 2 * num_bytes
         return 0
 
@@ -298,10 +304,18 @@ class CudaCopies:
         """Remember where the current stream is."""
         self._used[slot].record(torch.cuda.current_stream(self._device))
 
+    def hold(self, slot: int) -> None:
+        """Wait for an event of the computation."""
+        self._used[slot].synchronize()
+
     def close(self) -> None:
         """Wait for the copy stream, on the host and on the current stream."""
         torch.cuda.current_stream(self._device).wait_stream(self._stream)
         self._stream.synchronize()
+
+
+def _blocking_event() -> torch.cuda.Event:
+    return torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
 
 
 def page_locked(num_bytes: int) -> Tensor:
@@ -316,8 +330,7 @@ def page_locked(num_bytes: int) -> Tensor:
     Raises:
         RuntimeError: torch cannot have it.
     """
-    with torch.inference_mode(False):
-        return torch.empty(num_bytes, dtype=torch.uint8, pin_memory=True)
+    return torch.empty(num_bytes, dtype=torch.uint8, pin_memory=True)
 
 
 def open_copies(device: torch.device) -> Copies:
@@ -345,6 +358,9 @@ class BlockStream:
     block that is not the next in order (evaluations may be skipped, or break off) is brought when
     it is called, and the order goes on from there.
 
+    The host launches one streamed block while the one before it computes, and no more: whoever
+    cancels would wait for all that is launched.
+
     Args:
         blocks: tensors of each streamed block, in the order in which these run; contiguous.
         slots: [num_bytes] uint8 on the device; each holds any of the blocks, see `padded_bytes`.
@@ -364,18 +380,18 @@ class BlockStream:
         self._copies = copies
         self._thread = ThreadPoolExecutor(1, "weights") if in_background else None
         # all views are made before the loop
-        with torch.inference_mode(False), torch.no_grad():
-            self._sources = [[_bytes_of(home) for _, home in block] for block in self._blocks]
-            self._targets = [[_cut(slot, block) for slot in slots] for block in self._sources]
-            self._views = [
-                [_shaped(parts, block) for parts in of_slots]
-                for of_slots, block in zip(self._targets, self._blocks, strict=True)
-            ]
+        self._sources = [[_bytes_of(home) for _, home in block] for block in self._blocks]
+        self._targets = [[_cut(slot, block) for slot in slots] for block in self._sources]
+        self._views = [
+            [_shaped(parts, block) for parts in of_slots]
+            for of_slots, block in zip(self._targets, self._blocks, strict=True)
+        ]
         for slot in range(len(slots)):  # its memory may be in use by what was queued before
             copies.mark_used(slot)
         self._free = deque(range(len(slots)))
         self._coming: deque[_Brought] = deque()
         self._following = 0
+        self._last_slot: int | None = None
 
     def start(self) -> None:
         """Bring the first blocks; whatever happens then, `close` comes last."""
@@ -404,6 +420,9 @@ class BlockStream:
             self._copies.mark_used(slot)
             self._free.append(slot)
         self._fill()
+        if self._last_slot not in (None, slot):
+            self._copies.hold(self._last_slot)
+        self._last_slot = slot
         return result
 
     def close(self) -> None:
@@ -447,7 +466,7 @@ class BlockStream:
         self._following = (position + 1) % len(self._blocks)
 
     def _bring_in_background(self, slot: int, pairs: Sequence[tuple[Tensor, Tensor]]) -> None:
-        with torch.inference_mode():
+        with torch.inference_mode():  # the mode is the thread's; slots may be of that mode
             self._copies.bring(slot, pairs)
 
 

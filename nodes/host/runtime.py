@@ -10,7 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...skyreels.offload import RESERVE_BYTES, missing_bytes, weight_bytes
+from ...skyreels.offload import (
+    RESERVE_BYTES,
+    missing_bytes,
+    page_lock,
+    page_unlock,
+    weight_bytes,
+)
+from ...skyreels.runtime import check_pinnable, pinnable_limit
 from .files import state_folder
 from .server import show_on_node
 
@@ -63,6 +70,7 @@ class ComfyRuntime:
         self._previewer = _previewer(self.device) if with_preview else None
         self._models = {model.module: model for model in models}
         self._in_use: list[Any] = []
+        self._pinned_bytes = 0
 
     def free_bytes(self) -> int:
         """Bytes ComfyUI considers free on the compute device, less what --reserve-vram keeps."""
@@ -124,6 +132,39 @@ class ComfyRuntime:
             return True
         self.make_room(num_bytes)
         return num_bytes <= self.free_bytes()
+
+    def pinnable_bytes(self) -> int:
+        """What is left of ComfyUI's own limit; of a share of main memory where it has none."""
+        if not hasattr(self._mm, "MAX_PINNED_MEMORY"):
+            return max(0, int(pinnable_limit(self.device)) - self._pinned_bytes)
+        return max(0, int(self._mm.MAX_PINNED_MEMORY - self._mm.TOTAL_PINNED_MEMORY))
+
+    def pin(self, memory: Tensor) -> None:
+        """Page-lock memory through ComfyUI, which counts it and first gives up what it can spare.
+
+        Raises:
+            RuntimeError: ComfyUI or the system refuses.
+        """
+        if not hasattr(self._mm, "pin_memory"):  # older than its budget of pinned memory
+            check_pinnable(memory.nbytes, self.pinnable_bytes())
+            page_lock(memory)
+            self._pinned_bytes += memory.nbytes
+            return
+        if self._mm.MAX_PINNED_MEMORY <= 0:
+            raise RuntimeError("ComfyUI pins no memory here, or was told --disable-pinned-memory")
+        if hasattr(self._mm, "ensure_pin_registerable"):
+            self._mm.ensure_pin_registerable(memory.nbytes)
+        check_pinnable(memory.nbytes, self.pinnable_bytes())
+        if not self._mm.pin_memory(memory):
+            raise RuntimeError("ComfyUI could not pin it")
+
+    def unpin(self, memory: Tensor) -> None:
+        """Undo `pin`."""
+        if hasattr(self._mm, "pin_memory"):
+            self._mm.unpin_memory(memory)
+        else:
+            page_unlock(memory)
+            self._pinned_bytes -= memory.nbytes
 
     def progress(self, stage: str, done: int, total: int, preview: Tensor | None = None) -> None:
         """Move the bar of the node, draw a preview if the server wants one, write a status line."""

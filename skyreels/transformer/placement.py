@@ -204,8 +204,7 @@ def _load(
         count = SLOTS if copies.runs_beside and least_bytes(sizes, SLOTS) <= budget else 1
         resident = choose_resident(sizes, budget, count)
         largest = max(size for index, size in enumerate(sizes) if index not in resident)
-        with torch.inference_mode(False):
-            slots = [torch.empty(largest, dtype=torch.uint8, device=device) for _ in range(count)]
+        slots = [torch.empty(largest, dtype=torch.uint8, device=device) for _ in range(count)]
     stack.callback(onload(kept, device))
     for index in sorted(resident):
         runtime.check_interrupt()

@@ -5,6 +5,7 @@ what waits for what shows in the clocks: a copy into a slot that is still read i
 """
 
 from contextlib import contextmanager
+from typing import ClassVar
 
 import torch
 from comfyui_skyreels.skyreels import streaming
@@ -21,7 +22,7 @@ class Stream:
         self.clock = max(self.clock, stream.clock)
 
     def synchronize(self):
-        Machine.log.append("host waits for a stream")
+        Machine.waits.append("a stream")
 
 
 class Event:
@@ -32,7 +33,7 @@ class Event:
         self.time = stream.clock
 
     def synchronize(self):
-        Machine.log.append("host waits for an event")
+        Machine.waits.append(self.time)
 
 
 class Machine:
@@ -42,16 +43,18 @@ class Machine:
         compute: the stream that blocks run on.
         bytes_per_s: of the link.
         readers: storage of a slot -> when the last block that used it ended.
-        log: bytes copied, and waits of the host.
+        copied: bytes, copy by copy.
+        waits: of the host: the time of the event, or "a stream".
     """
 
-    log: list = []  # noqa: RUF012 - of one test
+    copied: ClassVar[list[int]] = []
+    waits: ClassVar[list[float | str]] = []
 
     def __init__(self, bytes_per_s=1.0):
         self.compute, self.bytes_per_s = Stream(), bytes_per_s
         self.stall = 0.0
         self.readers: dict[int, float] = {}
-        Machine.log = []
+        Machine.copied, Machine.waits = [], []
 
     def install(self, monkeypatch):
         @contextmanager
@@ -91,4 +94,4 @@ class TimedCopies(streaming.CudaCopies):
         assert self._stream.clock >= read_until, "a block that still runs would be overwritten"
         super()._copy(target, source)
         self._stream.clock += target.nbytes / self.machine.bytes_per_s
-        Machine.log.append(target.nbytes)
+        Machine.copied.append(target.nbytes)

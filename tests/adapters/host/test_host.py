@@ -152,6 +152,101 @@ def test_a_model_near_the_limit_runs_whole_or_streamed(comfy, on_gpu, model, mon
             model.module(**tiny.inputs(model.module.config), run_block=run_block)
 
 
+@pytest.fixture
+def driver(monkeypatch):
+    """The CUDA driver's list of page-locked memory: address -> bytes."""
+    locked: dict[int, int] = {}
+
+    def register(address, num_bytes, flags):
+        locked[address] = num_bytes
+        return 0
+
+    def unregister(address):
+        del locked[address]
+        return 0
+
+    cudart = SimpleNamespace(cudaHostRegister=register, cudaHostUnregister=unregister)
+    monkeypatch.setattr(torch.cuda, "cudart", lambda: cudart)
+    return locked
+
+
+@pytest.fixture
+def budget(comfy, monkeypatch, driver):
+    """The pinned-memory budget of ComfyUI 0.33, beside another model's pins."""
+    import sys
+
+    management = sys.modules["comfy.model_management"]
+    spare = [0]  # what other models would give up
+
+    def pin_memory(tensor):
+        torch.cuda.cudart().cudaHostRegister(tensor.data_ptr(), tensor.nbytes, 1)
+        management.TOTAL_PINNED_MEMORY += tensor.nbytes
+        return True
+
+    def unpin_memory(tensor):
+        torch.cuda.cudart().cudaHostUnregister(tensor.data_ptr())
+        management.TOTAL_PINNED_MEMORY -= tensor.nbytes
+        return True
+
+    def ensure_pin_registerable(size, evict_active=True):
+        shortfall = management.TOTAL_PINNED_MEMORY + size - management.MAX_PINNED_MEMORY
+        freed = min(max(0, shortfall), spare[0])
+        spare[0] -= freed
+        management.TOTAL_PINNED_MEMORY -= freed
+        return freed >= shortfall
+
+    for function in (pin_memory, unpin_memory, ensure_pin_registerable):
+        monkeypatch.setattr(management, function.__name__, function, raising=False)
+    monkeypatch.setattr(management, "MAX_PINNED_MEMORY", 100 * 4096.0, raising=False)
+    monkeypatch.setattr(management, "TOTAL_PINNED_MEMORY", 60 * 4096, raising=False)
+    return SimpleNamespace(management=management, spare=spare)
+
+
+def test_what_is_page_locked_counts_against_comfyuis_own_limit(on_gpu, budget, driver):
+    memory = torch.empty(30 * 4096, dtype=torch.uint8)
+    assert on_gpu.pinnable_bytes() == 40 * 4096
+    on_gpu.pin(memory)
+    assert budget.management.TOTAL_PINNED_MEMORY == 90 * 4096
+    assert on_gpu.pinnable_bytes() == 10 * 4096
+    with pytest.raises(RuntimeError, match="no more than 0.0 GB may still be page-locked"):
+        on_gpu.pin(torch.empty(11 * 4096, dtype=torch.uint8))
+    assert driver == {memory.data_ptr(): memory.nbytes}
+    on_gpu.unpin(memory)
+    assert budget.management.TOTAL_PINNED_MEMORY == 60 * 4096
+    assert driver == {}
+
+
+def test_other_models_give_up_pinned_memory_that_they_do_not_use(on_gpu, budget):
+    budget.spare[0] = 20 * 4096
+    on_gpu.pin(torch.empty(50 * 4096, dtype=torch.uint8))
+    assert budget.management.TOTAL_PINNED_MEMORY == 100 * 4096
+
+
+def test_nothing_is_page_locked_if_comfyui_was_told_so(on_gpu, budget, driver):
+    budget.management.MAX_PINNED_MEMORY = -1
+    assert on_gpu.pinnable_bytes() == 0
+    with pytest.raises(RuntimeError, match="--disable-pinned-memory"):
+        on_gpu.pin(torch.empty(4096, dtype=torch.uint8))
+    assert driver == {}
+
+
+def test_a_comfyui_that_cannot_pin_a_piece_is_not_taken_to_have(on_gpu, budget, monkeypatch):
+    monkeypatch.setattr(budget.management, "pin_memory", lambda tensor: False)
+    with pytest.raises(RuntimeError, match="could not pin"):
+        on_gpu.pin(torch.empty(4096, dtype=torch.uint8))
+
+
+def test_where_comfyui_has_no_such_budget_a_share_of_main_memory_is_used(on_gpu, driver):
+    before = on_gpu.pinnable_bytes()
+    memory = torch.empty(4096, dtype=torch.uint8)
+    on_gpu.pin(memory)
+    assert on_gpu.pinnable_bytes() == before - 4096
+    assert driver == {memory.data_ptr(): 4096}
+    on_gpu.unpin(memory)
+    assert driver == {}
+    assert on_gpu.pinnable_bytes() == before
+
+
 def test_reserved_memory_is_not_counted_as_free(comfy):
     comfy.reserved_bytes = GIB
     assert host.ComfyRuntime().free_bytes() == comfy.free_bytes - GIB

@@ -170,17 +170,13 @@ def test_small_device_streams_the_blocks_that_do_not_fit(machine, monkeypatch, b
     assert torch.equal(result, model.denoise(*inputs))
     streamed = sum(sizes) - sizes[0]
     ahead = slots * max(sizes)
-    assert 2 * streamed - 10_000 <= sum(filter(as_bytes, machine.log)) <= 2 * streamed + ahead
+    assert 2 * streamed - 10_000 <= sum(machine.copied) <= 2 * streamed + ahead
     assert runtime.locked == []
-
-
-def as_bytes(entry):
-    return entry if isinstance(entry, int) else 0
 
 
 class InOrder(CopiesInOrder):
     def __init__(self, machine):
-        self.log = machine.log
+        self.log = machine.copied
 
     def bring(self, slot, pairs):
         super().bring(slot, pairs)
@@ -199,11 +195,26 @@ def test_streamed_run_equals_the_resident_run_bit_for_bit(machine, precision, sh
     runtime = Locking(int(kept + least + share * (sum(sizes) - least)), lockable)
     with torch.inference_mode(), placed(model, runtime, 0) as run_block:
         results = [model.denoise(*inputs, run_block=run_block) for _ in range(2)]
-    assert sum(map(as_bytes, machine.log)) >= (1 - share) * sum(sizes)
+    assert sum(machine.copied) >= (1 - share) * sum(sizes)
     assert [p.data_ptr() for p in model.parameters()] == pointers
     with torch.inference_mode():
         expected = model.denoise(*inputs)
     assert all(torch.equal(result, expected) for result in results)
+
+
+@pytest.mark.parametrize(("made", "run"), [(True, True), (False, True), (False, False)])
+@pytest.mark.parametrize("lockable", [2**40, 0])
+def test_weights_of_inference_mode_are_streamed_in_it_and_others_in_both(
+    machine, made, run, lockable
+):
+    with torch.inference_mode(made):
+        model = tiny.transformer()
+    kept, sizes = away_bytes(model)
+    with torch.inference_mode(run), torch.no_grad():
+        inputs = denoise_inputs(model)
+        with placed(model, Locking(kept + least_bytes(sizes), lockable), 0) as run_block:
+            result = model.denoise(*inputs, run_block=run_block)
+        assert torch.equal(result, model.denoise(*inputs))
 
 
 def in_precision(precision):
@@ -331,7 +342,7 @@ def test_what_cannot_be_page_locked_goes_through_a_ring_and_that_is_said_once(
     (said,) = [r.getMessage() for r in caplog.records if "page-locked" in r.getMessage()]
     assert "out of memory" in said
     assert "a ring of 0.0 MB, slower" in said
-    assert max(map(as_bytes, machine.log)) <= 4096
+    assert max(machine.copied) <= 4096
 
 
 def test_without_page_locked_memory_copies_are_pageable(machine, monkeypatch, caplog):
