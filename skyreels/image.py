@@ -8,6 +8,7 @@ from torch import Tensor
 
 from .config import TEMPORAL_COMPRESSION
 from .errors import DependencyError, OptionError, ShapeError
+from .ladder import retried
 from .latents import (
     ImageConditioning,
     check_size,
@@ -180,8 +181,12 @@ def encode_image(
     runtime.check_interrupt()
     with runtime.place(vae, num_bytes), torch.inference_mode(), on_device(vae, runtime.device):
         runtime.progress("encode", 0, 1)
-        vae_latents = vae.encode(
-            video.to(runtime.device, weight.dtype), check=runtime.check_interrupt
+        vae_latents = retried(
+            lambda: vae.encode(
+                video.to(runtime.device, weight.dtype), check=runtime.check_interrupt
+            ),
+            runtime,
+            num_bytes,
         )
     runtime.progress("encode", 1, 1)
     latents = to_model_space(vae_latents.float()).cpu() * settings.latent_strength

@@ -7,12 +7,16 @@ of a run. A rung is a way to do the work that needs less memory than the one abo
 import gc
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
 from .errors import OutOfRoomError
 
+if TYPE_CHECKING:
+    from .runtime import Runtime
+
+T = TypeVar("T")
 RungT = TypeVar("RungT")
 
 #: how libraries say that they could not allocate; "can't allocate" is torch's own on a CPU
@@ -31,6 +35,27 @@ def release(device: torch.device) -> None:
     gc.collect()  # frames of an error may be in a cycle
     if device.type == "cuda":
         torch.cuda.empty_cache()
+
+
+def retried(function: Callable[[], T], runtime: "Runtime", num_bytes: int) -> T:
+    """Call a function that has no rung of its own, and once more if memory ran out.
+
+    Args:
+        function: without effects until it returns.
+        runtime: whose device ran out; other models are asked to leave it.
+        num_bytes: that the function needs there.
+
+    Returns:
+        Its result.
+    """
+    try:
+        return function()
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+    release(runtime.device)  # outside of the handler, see below
+    runtime.make_room(num_bytes)
+    return function()
 
 
 @contextmanager

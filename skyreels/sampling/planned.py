@@ -12,14 +12,14 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .. import outcomes
 from ..errors import OutOfRoomError
-from ..ladder import descending, is_out_of_memory, release
+from ..ladder import descending, is_out_of_memory
 from ..offload import onload_bytes
 from ..plan import (
     Choice,
@@ -46,8 +46,6 @@ from ..transformer.placement import loop_tensors
 from .settings import OnStep, Velocity
 
 logger = logging.getLogger("skyreels.sampling.planned")
-
-T = TypeVar("T")
 
 #: fewer steps are mostly warming up
 MIN_STEPS_TO_LEARN = 3
@@ -109,17 +107,6 @@ class PlannedRun:
 
     def __post_init__(self) -> None:
         self.marks = Marks(self.runtime.device)
-
-    def again(self, function: Callable[[], T]) -> T:
-        """Call a function that has no rung of its own, and once more if memory ran out."""
-        try:
-            return function()
-        except Exception as error:
-            if not is_out_of_memory(error):
-                raise
-        release(self.runtime.device)
-        self.runtime.make_room(self.plan.peak_bytes["condition"])
-        return function()
 
     def bytes_on(self, rung: Rung) -> int:
         """Bytes to keep free beside the weights on a rung; asked when no weight is on the device.

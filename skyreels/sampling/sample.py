@@ -19,6 +19,7 @@ from torch import Tensor
 
 from ..config import CHUNKINGS, NUM_TRAIN_TIMESTEPS, Chunking, Guidance
 from ..errors import OptionError, ShapeError
+from ..ladder import retried
 from ..latents import (
     ImageConditioning,
     latent_shape,
@@ -260,7 +261,7 @@ def _denoise(
         attention = _choose_attention(transformer, image, prompts, settings, runtime)
         run = start_run(transformer, _job(transformer, image, prompts, settings), needed, runtime,
                         "exact" if settings.attention == "exact" else "fast")  # fmt: skip
-        lookup = run.again(
+        lookup = retried(
             partial(
                 precompute,
                 transformer,
@@ -269,7 +270,9 @@ def _denoise(
                 torch.tensor([guidance.guidance_scale * NUM_TRAIN_TIMESTEPS]),
                 attention=attention,
                 runtime=runtime,
-            )
+            ),
+            runtime,
+            run.plan.peak_bytes["condition"],
         )
         image_latents = image.padded().to(device)
         rope = rope_table(

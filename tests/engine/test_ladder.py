@@ -10,6 +10,7 @@ import torch
 from comfyui_skyreels.skyreels import ladder
 from comfyui_skyreels.skyreels.config import VAEConfig
 from comfyui_skyreels.skyreels.errors import OutOfRoomError
+from comfyui_skyreels.skyreels.image import encode_image
 from comfyui_skyreels.skyreels.runtime import TorchRuntime
 from comfyui_skyreels.skyreels.vae.model import VideoVAE
 from comfyui_skyreels.skyreels.vae.tiling import LADDER, decode_frames
@@ -122,3 +123,25 @@ def test_what_the_failed_call_held_is_free_before_the_next():
     with ladder.descending([1, 2], enter, torch.device("cpu"), lambda *_: None) as work:
         assert work() == 2
     assert alive == [False]
+
+
+def test_a_picture_whose_encoding_runs_out_of_memory_is_encoded_again(vae, monkeypatch):
+    encode, calls, asked = vae.encode, [], []
+
+    def once(video, **kwargs):
+        calls.append(video)
+        if len(calls) == 1:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return encode(video, **kwargs)
+
+    runtime = TorchRuntime()
+    runtime.make_room = asked.append
+    image = torch.rand(1, 16, 16, 3, generator=torch.Generator().manual_seed(0))
+    size = {"width": 16, "height": 16, "num_frames": 5}
+    expected = encode_image(vae, image, **size, runtime=runtime)
+    asked.clear()
+    monkeypatch.setattr(vae, "encode", once)
+    got = encode_image(vae, image, **size, runtime=runtime)
+    assert torch.equal(got.image_latents, expected.image_latents)
+    assert torch.equal(*calls)
+    assert len(asked) == 2  # as it began, and before it was repeated
