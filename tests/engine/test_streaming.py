@@ -264,6 +264,17 @@ def test_blocks_that_come_early_are_kept_over_evaluations_that_are_skipped(machi
     streamed.close()
 
 
+def test_nothing_is_copied_into_memory_that_was_in_use_when_it_was_allocated(machine):
+    block = [torch.ones(128)]
+    slot = torch.empty(padded_bytes(block), dtype=torch.uint8)
+    machine.compute_for(3.0, slot)
+    stream = BlockStream([block], [slot], machine.open_copies())
+    stream.start()
+    stream.run(0, lambda: None)
+    assert machine.compute.clock == pytest.approx(3.0 + 512 / 100)
+    stream.close()
+
+
 @pytest.mark.parametrize("background", [False, True])
 def test_a_block_that_fails_leaves_the_weights_at_home_and_the_stream_usable(machine, background):
     streamed = Streamed(machine, [128] * 4, in_background=background)
@@ -361,5 +372,6 @@ def test_what_is_not_page_locked_goes_through_the_ring(machine, lockable, monkey
     streamed.play([*range(4)] * 2)
     streamed.close()
     assert max(machine.copied) <= 1024
+    assert len(machine.left) == 2  # one is filled while the other leaves
     # a piece waits until the last one but one has left; the host waits once a block, and at the end
     assert len(machine.waits) == len(machine.copied) + 7 + 1

@@ -34,6 +34,7 @@ class Event:
 
     def synchronize(self):
         Machine.waits.append(self.time)
+        Machine.host = max(Machine.host, self.time)
 
 
 class Machine:
@@ -43,18 +44,22 @@ class Machine:
         compute: the stream that blocks run on.
         bytes_per_s: of the link.
         readers: storage of a slot -> when the last block that used it ended.
+        left: storage of a buffer of the ring -> when the last copy from it ended.
+        host: the time that the host has seen pass.
         copied: bytes, copy by copy.
         waits: of the host: the time of the event, or "a stream".
     """
 
     copied: ClassVar[list[int]] = []
     waits: ClassVar[list[float | str]] = []
+    host: ClassVar[float] = 0.0
 
     def __init__(self, bytes_per_s=1.0):
         self.compute, self.bytes_per_s = Stream(), bytes_per_s
         self.stall = 0.0
         self.readers: dict[int, float] = {}
-        Machine.copied, Machine.waits = [], []
+        self.left: dict[int, float] = {}
+        Machine.copied, Machine.waits, Machine.host = [], [], 0.0
 
     def install(self, monkeypatch):
         @contextmanager
@@ -94,4 +99,9 @@ class TimedCopies(streaming.CudaCopies):
         assert self._stream.clock >= read_until, "a block that still runs would be overwritten"
         super()._copy(target, source)
         self._stream.clock += target.nbytes / self.machine.bytes_per_s
+        buffer = source.untyped_storage().data_ptr()
+        if any(buffer == ring.data_ptr() for ring, _ in self._ring):
+            was_read = self.machine.left.get(buffer, 0.0)
+            assert Machine.host >= was_read, "what still leaves the ring would be overwritten"
+            self.machine.left[buffer] = self._stream.clock
         Machine.copied.append(target.nbytes)

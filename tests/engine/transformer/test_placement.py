@@ -148,6 +148,7 @@ class Locking(SmallDevice):
         self.locked.append(memory.data_ptr())
 
     def unpin(self, memory):
+        assert Machine.waits[-1:] == ["a stream"], "copies may be under way"
         self.lockable += memory.nbytes
         self.locked.remove(memory.data_ptr())
 
@@ -255,6 +256,15 @@ def test_blocks_that_left_while_room_was_made_are_brought_back(visits, monkeypat
     runtime.make_room = lambda num_bytes: gone.update(map(id, left))
     with placed(model, runtime, 0):
         assert gone <= visits.tensors("in")
+
+
+def test_a_tensor_that_is_not_contiguous_is_not_streamed(visits):
+    model = tiny.transformer()
+    layer = model.single_blocks[0].linear1
+    layer.weight.data = layer.weight.data.T.contiguous().T
+    kept, away = placement._split(model, torch.device("cpu"))
+    assert any(tensor is layer.weight for tensor in kept)
+    assert all(tensor.is_contiguous() for tensors in away.values() for tensor in tensors)
 
 
 def test_too_little_room_says_how_much_and_what_helps(visits):
@@ -441,19 +451,33 @@ def test_the_chunking_is_the_fastest_that_fits_beside_the_weights(room):
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-def test_streamed_run_on_the_gpu_equals_the_resident_run():
+@pytest.mark.parametrize("way", ["page-locked", "ring", "pageable"])
+def test_streamed_run_on_the_gpu_equals_the_resident_run(monkeypatch, way):
+    if way == "pageable":
+        monkeypatch.setattr(streaming, "RING_BYTES", ())
     model = tiny.transformer()
     inputs = {k: v.cuda() for k, v in tiny.inputs(model.config).items()}
     rope = rope_table((3, 3, 5), model.config, device="cuda")
     pointers = [p.data_ptr() for p in model.parameters()]
-    runtime = TorchRuntime("cuda")
-    results = []
-    for free in (10**9, 0):
-        runtime.free_bytes = lambda free=free: (
-            offload.RESERVE_BYTES
-            + (free or max(map(weight_bytes, model.blocks)) + weight_bytes(model) // 2)
-        )
+    kept, away = placement._split(model, torch.device("cuda:0"))
+    kept = sum(tensor.nbytes for tensor in kept) + offload.RESERVE_BYTES
+    sizes = [padded_bytes(block) for block in away.values()]
+    results, locked = [], []
+    for room in (2 * sum(sizes), least_bytes(sizes)):
+        runtime = TorchRuntime("cuda")
+        runtime.free_bytes = lambda room=room: kept + room
+        if way != "page-locked":
+            runtime.pin = refuse_to_pin
         with torch.inference_mode(), placed(model, runtime, 0) as run_block:
-            results.append(model(**inputs, rope=rope, run_block=run_block).cpu())
-    assert torch.equal(*results)
+            locked.append(runtime.pinned_bytes)
+            for _ in range(3):
+                results.append(model(**inputs, rope=rope, run_block=run_block).cpu())
+        assert runtime.pinned_bytes == 0
+    assert locked[0] == 0
+    assert (locked[1] > 0) == (way == "page-locked")
+    assert all(torch.equal(result, results[0]) for result in results)
     assert [p.data_ptr() for p in model.parameters()] == pointers
+
+
+def refuse_to_pin(memory):
+    raise RuntimeError("refused")
