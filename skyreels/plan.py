@@ -45,6 +45,9 @@ from .vae.tiling import SMALLEST, choose_tiling, count_decodes, largest_tile, ti
 #: hidden-sized tensors that a double and a single block move beside products and attention
 #: (tests/engine/test_budget.py counts them), in 16 bits and where inputs are rounded to 8
 MOVED_TENSORS = {False: (13.2, 9.1), True: (19.7, 17.2)}
+#: pairs of prompt and step whose text and modulation are kept; with 256 tokens of text each, 256
+#: are about 1 GB. Others are computed when they are looked up
+MAX_KEPT = 256
 #: of one measured run in the next correction, so that a single odd one weighs half
 CORRECTION_WEIGHT = 0.5
 #: a correction beyond these is no property of the device: it was shared, suspended or swapping
@@ -409,7 +412,8 @@ def plan_run(
         resident = choose_resident(blocks, max(budget, least_bytes(blocks, slots)), slots)
     away = [size for index, size in enumerate(blocks) if index not in resident]
     stay = sum(blocks) - sum(away)
-    text = job.num_evaluations * job.text_tokens * config.hidden_size * weights.dtype.itemsize
+    kept = min(job.num_evaluations, MAX_KEPT)
+    text = kept * job.text_tokens * config.hidden_size * weights.dtype.itemsize
     peak_bytes = {
         "condition": weights.conditioners + text,
         "sample": weights.outside + stay + slots * max(away, default=0) + num_bytes,
@@ -716,7 +720,8 @@ def rates_needed(gemms: Iterable[str]) -> list[str]:
     Returns:
         Of transformer/rates.py.
     """
-    return [*(f"GEMM {gemm}" for gemm in gemms), "attention exact", "memory", "link"]
+    # the longest first, which brings the clocks of an idle card up
+    return ["attention exact", *(f"GEMM {gemm}" for gemm in gemms), "memory", "link"]
 
 
 #: how a checkpoint names the dtype of most of its numbers -> precision, see `weights_as`

@@ -28,7 +28,7 @@ from ..latents import (
     to_vae_space,
 )
 from ..offload import weight_bytes
-from ..plan import Job, Rung, activation_bytes, weights_of
+from ..plan import MAX_KEPT, Job, Rung, activation_bytes, weights_of
 from ..runtime import Runtime
 from ..text.embeds import PromptEmbeds, check_prompt_embeds
 from ..transformer.attention import Attention, choose_attention, sdpa, trial_bytes
@@ -36,7 +36,7 @@ from ..transformer.layers import rope_table
 from ..transformer.model import RunBlock, SkyReelsTransformer
 from ..transformer.placement import placed
 from .planned import start_run
-from .precompute import MAX_KEPT, StepLookup, precompute
+from .precompute import StepLookup, precompute
 from .resume import SaveStep, fingerprint_run, resume_run
 from .settings import OnStep, SamplingSettings, Velocity, euler
 from .step_cache import OFF, CacheConfig, cache_bytes, start_cache

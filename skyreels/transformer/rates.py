@@ -35,6 +35,8 @@ NAMES = (
     "link",
 )
 HEADS, HEAD_DIM = 24, 128
+#: of the work on a GPU, where once takes less than a millisecond
+REPEATS = 5
 
 
 class _Size(NamedTuple):
@@ -115,13 +117,19 @@ def _measure(name: str, device: torch.device) -> float | None:
         return None
     work, amount = made
     if device.type == "cuda":
-        seconds = dispatch.median_ms({name: work}, device)[name] / 1e3
+        milliseconds = dispatch.median_ms({name: partial(_repeat, work)}, device)[name]
+        seconds = milliseconds / 1e3 / REPEATS
     else:
         seconds = min(_clock(work) for _ in range(3))
     del work, made
     if device.type == "cuda":
         torch.cuda.empty_cache()
     return amount / seconds if seconds > 0 else None
+
+
+def _repeat(work: Callable[[], object]) -> None:
+    for _ in range(REPEATS):
+        work()
 
 
 def _clock(work: Callable[[], object]) -> float:
