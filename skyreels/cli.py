@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from .config import TILINGS, TRANSFORMER_PRECISIONS
+from .config import DECODE_MODES, TRANSFORMER_PRECISIONS
 from .errors import OptionError, SkyReelsError
 from .interrupt import remembered_interrupt
 from .sampling.step_cache import CACHES
@@ -143,7 +143,7 @@ def build_parser() -> argparse.ArgumentParser:
     generate.add_argument("--latent-strength", type=float, default=1.0, metavar="S")
     generate.add_argument("--precision", choices=TRANSFORMER_PRECISIONS, default="auto")
     generate.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
-    generate.add_argument("--decode", choices=("auto", "full", *TILINGS), default="auto")
+    generate.add_argument("--decode", choices=DECODE_MODES, default="auto")
     generate.add_argument(
         "--attention", choices=MODES, default="exact", help="fast uses 8 bits on a GPU"
     )

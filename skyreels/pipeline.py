@@ -40,7 +40,7 @@ def image_to_video(
         height: multiple of 16.
         num_frames: 4k + 1.
         image_settings: see `ImageSettings`.
-        decode: "auto", "full" or a name of config.TILINGS.
+        decode: one of config.DECODE_MODES.
         runtime: its device computes; it gets the progress and may interrupt.
 
     Returns:

@@ -8,7 +8,7 @@ The choice follows these rules. Weights keep the precision that was asked for; "
 file's own and never one that changes numbers. Everything stays on the device if it fits, with the
 largest chunks that then fit; else blocks are streamed, and the smallest chunks leave the most room
 for those that stay. A twentieth of the free memory, at least RESERVE_BYTES, is left. The decode is
-the least divided one that fits.
+the best that fits: in one pass, without seams, in tiles (vae/tiling.py).
 """
 
 import math
@@ -38,9 +38,9 @@ from .transformer.quant import (
     is_quantizable,
 )
 from .transformer.rates import known_rates, rates
-from .vae.budget import MEMORY_MARGIN, decode_bytes
-from .vae.model import VideoVAE, level_factors
-from .vae.tiling import SMALLEST, choose_tiling, count_decodes, largest_tile, tiling_name
+from .vae.budget import MEMORY_MARGIN
+from .vae.model import VideoVAE
+from .vae.tiling import DecodePlan, choose_decode, last_rung, plan_bytes, plan_flop
 
 #: hidden-sized tensors that a double and a single block move beside products and attention
 #: (tests/engine/test_budget.py counts them), in 16 bits and where inputs are rounded to 8
@@ -180,7 +180,7 @@ class Choice:
 
     Attributes:
         attention: "exact" or "fast".
-        decode: "auto", "full" or a name of config.TILINGS.
+        decode: a name of config.DECODE_MODES.
         is_resident: True refuses to stream, False streams everything; None is what fits.
     """
 
@@ -506,21 +506,20 @@ def _plan_decode(machine: Machine, job: Job, mode: str) -> tuple[str, int, float
     assert job.vae is not None
     shape, dtype = job.latent_shape, job.vae_dtype
     vae = vae_bytes(job.vae, dtype)
-    free = machine.free_bytes - vae  # `decode_bytes` has a margin of its own
-    fits, tiling = True, None if mode == "full" else TILINGS.get(mode)
-    if mode == "auto":
+    free = machine.free_bytes - vae  # `plan_bytes` has a margin of its own
+    decode, fits = DecodePlan(mode, TILINGS.get(mode)), True
+    if mode in ("auto", "synced"):
         try:
-            tiling = choose_tiling(job.vae, shape, free, dtype)
+            decode, _ = choose_decode(job.vae, shape, free, dtype, mode)
         except OutOfRoomError:
-            fits, tiling = False, SMALLEST
-        mode = tiling_name(tiling)
-    needed = decode_bytes(job.vae, largest_tile(shape, tiling), dtype)
+            decode, fits = last_rung(mode), False
+    needed = plan_bytes(decode, job.vae, shape, dtype)
     rate = machine.rates.get("convolution", 0.0)
     seconds = None
     if rate:
-        work = decode_flop(job.vae, largest_tile(shape, tiling)) * count_decodes(shape, tiling)
-        seconds = machine.corrections.get(f"decode {mode}", 1.0) * work / rate
-    return mode, vae + int(needed / MEMORY_MARGIN), seconds, fits and needed <= free
+        factor = machine.corrections.get(f"decode {decode}", 1.0)
+        seconds = factor * plan_flop(decode, job.vae, shape) / rate
+    return str(decode), vae + int(needed / MEMORY_MARGIN), seconds, fits and needed <= free
 
 
 def vae_dtype(device: torch.device) -> torch.dtype:
@@ -534,34 +533,6 @@ def vae_bytes(config: VAEConfig, dtype: torch.dtype) -> int:
     with torch.device("meta"):
         vae = VideoVAE(config)
     return sum(tensor.numel() for tensor in module_tensors(vae)) * dtype.itemsize
-
-
-def decode_flop(config: VAEConfig, latent_shape: torch.Size) -> float:
-    """Operations of the convolutions of one decoder call.
-
-    Args:
-        config: of the VAE.
-        latent_shape: [B, 16, T, h, w] of that call.
-
-    Returns:
-        FLOP; attention in the middle, a twentieth more, is left out.
-    """
-    batch, latents, frames, height, width = latent_shape
-    channels = config.block_out_channels[::-1]
-    area = batch * height * width
-    per_voxel = latents * channels[0] + 4 * channels[0] ** 2
-    products = per_voxel * frames * area
-    previous = channels[0]
-    for level, wide in enumerate(channels):
-        in_resnets = previous * wide + wide**2 + config.layers_per_block * 2 * wide**2
-        products += in_resnets * frames * area
-        time_, rows, columns = level_factors(level, len(channels))
-        frames, area = (frames - 1) * time_ + 1, area * rows * columns
-        if (time_, rows, columns) != (1, 1, 1):
-            products += wide**2 * frames * area
-        previous = wide
-    products += previous * config.out_channels * frames * area
-    return 2.0 * 27 * products
 
 
 # --- which one ----------------------------------------------------------------------------------

@@ -13,6 +13,20 @@ from support.checkout import Checkout, parameters
 
 ROOT = Path(__file__).resolve().parent.parent
 STATE_NUMBERS = itertools.count()
+#: files of more than ten seconds
+LONGEST = (
+    "engine/test_builtin.py", "engine/transformer/test_attention.py",
+    "engine/kernels/test_kernels.py", "engine/transformer/test_quant.py",
+    "client/test_hostile.py", "client/test_lost_runs.py", "adapters/remote/test_nodes.py",
+    "adapters/remote/test_batch.py", "engine/test_gpu_check.py", "engine/weights/test_load.py",
+    "test_package.py", "adapters/local/test_nodes.py", "adapters/test_contract.py",
+    "adapters/remote/test_outputs.py", "client/test_faults.py", "client/test_wiro_cli.py",
+    "client/test_websocket.py", "engine/test_cli.py", "train/test_train.py",
+    "engine/vae/test_vae.py", "adapters/remote/test_models.py", "adapters/remote/test_page.py",
+    "engine/vae/test_tiling.py", "client/test_schedules.py", "client/test_transport.py",
+    "test_layout.py", "client/test_downloads.py", "client/test_acceptance.py",
+    "engine/sampling/test_step_cache.py", "engine/sampling/test_sample.py",
+)  # fmt: skip
 if "PYTEST_XDIST_WORKER" in os.environ:
     # threads of several processes that wait for one another on the same cores are slower than one
     os.environ["OMP_NUM_THREADS"] = "1"  # of the programs that tests start
@@ -26,9 +40,10 @@ def pytest_configure(config) -> None:
 
 
 def pytest_collection_modifyitems(items) -> None:
-    """Files with slow tests come first, so that no worker is alone with one at the end."""
-    slow = {item.path for item in items if item.get_closest_marker("slow")}
-    items.sort(key=lambda item: item.path not in slow)
+    """Start the longest files first, so that no worker is alone with one at the end."""
+    starts = {name: index for index, name in enumerate(LONGEST)}
+    folder = ROOT / "tests"
+    items.sort(key=lambda item: starts.get(item.path.relative_to(folder).as_posix(), len(LONGEST)))
 
 
 @pytest.fixture(autouse=True)

@@ -3,6 +3,7 @@
 import ast
 import importlib.metadata
 import json
+import os
 import re
 import subprocess
 import sys
@@ -10,6 +11,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from support.forked import forks
 from support.project import PYPROJECT, ROOT
 
 LARGEST_ZIP_BYTES = 12_000_000
@@ -123,8 +125,7 @@ def test_the_console_commands_run_and_answer_wrong_usage_with_2(name):
     code = f"import sys; from {module} import {function}; sys.exit({function}())"
 
     def run(*arguments: str) -> subprocess.CompletedProcess:
-        command = [sys.executable, "-c", code, *arguments]
-        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+        return forks("torch").run(["-c", code, *arguments], {**os.environ})
 
     shown = run("--help")
     assert (shown.returncode, shown.stderr) == (0, "")
@@ -217,8 +218,7 @@ def two_folders(archive, tmp_path_factory) -> tuple[str, str]:
 
 def load(tmp_path: Path, *loads: str, has_server: bool) -> dict:
     arguments = [str(ROOT / "tests"), str(tmp_path), str(has_server), *loads]
-    command = [sys.executable, "-c", LOAD, *arguments]
-    run = subprocess.run(command, capture_output=True, text=True, check=False)
+    run = forks("torch").run(["-c", LOAD, *arguments], {**os.environ})
     assert run.returncode == 0, run.stderr
     return json.loads(run.stdout)
 

@@ -4,7 +4,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ...skyreels.config import TILINGS
+from ...skyreels.config import DECODE_MODES
 from ...skyreels.vae.tiling import decode_frames, explicit_tiling
 from .. import host
 from . import convert
@@ -13,9 +13,8 @@ from . import convert
 class SkyReelsVAEDecode:
     CATEGORY = "SkyReels/video"
     DESCRIPTION = (
-        "Decodes latents, ours or core's, to frames. auto uses the largest pieces that fit: the "
-        "whole clip, else spatial tiles over the whole length (no seam in time), else shorter "
-        "windows."
+        "Decodes latents, ours or core's, to frames. auto takes the best that fits: the whole clip "
+        "in one pass, else synced (a few frames at a time, without seams), else tiles."
     )
     FUNCTION = "decode"
     RETURN_TYPES = ("IMAGE",)
@@ -34,12 +33,12 @@ class SkyReelsVAEDecode:
                     {"tooltip": "HunyuanVideo latents [1, 16, T, h, w], from any sampler."},
                 ),
                 "mode": (
-                    ["auto", "full", *TILINGS],
+                    list(DECODE_MODES),
                     {
                         "default": "auto",
-                        "tooltip": "For 960x544x97 in bf16: full needs 68 GB, tiled 10 GB, "
-                        "tiled-tencent (64-frame windows) 8 GB, tiled-diffusers (16-frame "
-                        "windows, may flicker) 3 GB.",
+                        "tooltip": "For 960x544x97 in bf16: full needs 38 GB, synced 9 GB or, in "
+                        "strips, 5 GB, tiled 10 GB, tiled-tencent (64-frame windows) 8 GB, "
+                        "tiled-diffusers (16-frame windows, may flicker) 3 GB.",
                     },
                 ),
             },

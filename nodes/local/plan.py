@@ -6,10 +6,10 @@ import torch
 
 from ...skyreels.builtin import BUILTIN_FOLDER, BUILTIN_NAME
 from ...skyreels.config import (
+    DECODE_MODES,
     MAX_FRAMES,
     MAX_SIZE,
     SIZE_MULTIPLE,
-    TILINGS,
     TRANSFORMER_PRECISIONS,
     TransformerConfig,
     VAEConfig,
@@ -90,7 +90,7 @@ class SkyReelsPlan:
                     {"default": "exact", "tooltip": "As in SkyReels Sampler."},
                 ),
                 "decode": (
-                    ["auto", "full", *TILINGS],
+                    list(DECODE_MODES),
                     {"default": "auto", "tooltip": "As in SkyReels VAE Decode."},
                 ),
             },

@@ -152,16 +152,27 @@ def quantize_rows(x: Tensor, act_format: QuantFormat) -> QuantizedActivation:
     return QuantizedActivation(*_call["quantize_rows"](x, *act_format))
 
 
-def group_moments(x: Tensor, groups: int) -> tuple[Tensor, Tensor]:
-    """Mean and variance of each group of channels; [B, C, T, H, W] -> twice [B, groups] float32."""
-    mean, variance = _call["group_moments"](x, groups)
+def channel_moments(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and variance of each channel, twice [B, C]; see `reference.channel_moments`."""
+    mean, variance = _call["channel_moments"](x)
     return mean, variance
 
 
-def group_norm_silu(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
-    """SiLU of x * scale + shift; x [B, C, T, H, W], scale and shift [B, C, 1, 1, 1] float32."""
-    active: Tensor = _call["group_norm_silu"](x, scale, shift)
-    return active
+def norm_silu_pad_(
+    x: Tensor, scale: Tensor | None, shift: Tensor | None, out: Tensor, front: int
+) -> None:
+    """What a causal convolution reads, into `out`; see `reference.norm_silu_pad_`."""
+    _call["norm_silu_pad_"](x, scale, shift, out, front)
+
+
+def residual_add_(x: Tensor, branch: Tensor, bias: Tensor) -> None:
+    """Add branch and bias to x, in place; see `reference.residual_add_`."""
+    _call["residual_add_"](x, branch, bias)
+
+
+def interleave_(x: Tensor, bias: Tensor, out: Tensor) -> None:
+    """An enlarged clip from all copies of its pixels, into `out`; see `reference.interleave_`."""
+    _call["interleave_"](x, bias, out)
 
 
 def rescale_(

@@ -33,6 +33,8 @@ KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 #: 32 float32 registers in each thread of 32 warps
 MAX_WIDTH = 32_768
 MAX_HADAMARD_BLOCK = 256
+#: of a clip: a tile is a pixel with all its channels
+MAX_CHANNELS = 4096
 HEAD_DIMS = (16, 32, 64, 128, 256)
 #: tokens that plain torch works on at a time: float32 copies of a whole clip would take gigabytes
 PIECE_TOKENS = 4096
@@ -95,6 +97,15 @@ def _head_limits(args: Args) -> str:
     return ""
 
 
+def _clip_limits(args: Args, place: int = 0) -> str:
+    channels = args[0].shape[1]
+    if channels > MAX_CHANNELS:
+        return f"{channels} channels are more than {MAX_CHANNELS}"
+    # the others are copied where they are laid out otherwise
+    is_dense = args[place][:1].is_contiguous(memory_format=torch.channels_last_3d)
+    return "" if is_dense else "the clip is not laid out with adjacent channels"
+
+
 def _tokens(draw: Draw, count: int) -> list[Tensor]:
     return [2 * draw(2, 4, _WIDTH)[:, 1:] + 1, *(draw(2, 3, _WIDTH) for _ in range(count - 1))]
 
@@ -117,6 +128,33 @@ def _rescale_samples(draw: Draw) -> list[Args]:
         (acc, act_scale, scale, bias, out, False),
         (acc, act_scale, scale[0], None, out, True),
         (acc, act_scale, None, None, out, False),
+    ]
+
+
+def _clip(x: Tensor) -> Tensor:
+    """A clip [B, C, T, H, W] whose channels are adjacent."""
+    return x.contiguous(memory_format=torch.channels_last_3d)
+
+
+def _padding_samples(draw: Draw) -> list[Args]:
+    """The start of a clip, a later piece, and one that is not normalised."""
+    x, out = _clip(draw(2, 8, 4, 5, 7))[:, :, 1:], _clip(draw(2, 8, 5, 7, 9))
+    scale, shift = draw(2, 2, 8, 1, 1, 1).float()
+    return [
+        (x, scale, shift, out, 2),
+        (x, scale, shift, out[:, :, 2:], 0),
+        (x, None, None, out[:, :, :4], 1),
+    ]
+
+
+def _interleaving_samples(draw: Draw) -> list[Args]:
+    """In time and space from the clip's first frame and from a later one, and in space alone."""
+    both, space, bias = _clip(draw(2, 64, 3, 4, 6)), _clip(draw(2, 32, 3, 4, 6)), draw(8)
+    out = _clip(draw(2, 8, 7, 6, 10))
+    return [
+        (both, bias, out[:, :, :5]),
+        (both, bias, out[:, :, 1:]),
+        (space, bias, out[:, :, 2:5]),
     ]
 
 
@@ -186,19 +224,40 @@ OPERATORS = {
         _token_limits,
         _FORMATS,
     ),
-    "group_moments": Operator(
-        "(Tensor x, int groups) -> (Tensor, Tensor)",
-        reference.group_moments,
-        lambda draw: [(3 * draw(2, 8, 3, 5, 7) + 1, 4)],
-        _no_limits,
+    "channel_moments": Operator(
+        "(Tensor x) -> (Tensor, Tensor)",
+        reference.channel_moments,
+        lambda draw: [(_clip(3 * draw(2, 8, 3, 5, 7) + 1),)],
+        _clip_limits,
         is_tokenwise=False,
+        module="video",
     ),
-    "group_norm_silu": Operator(
-        "(Tensor x, Tensor scale, Tensor shift) -> Tensor",
-        reference.group_norm_silu,
-        lambda draw: [(draw(2, 8, 4, 5, 7)[:, :, 1:], *draw(2, 2, 8, 1, 1, 1).float())],
-        _no_limits,
+    "norm_silu_pad_": Operator(
+        "(Tensor x, Tensor? scale, Tensor? shift, Tensor(a!) out, int front) -> ()",
+        reference.norm_silu_pad_,
+        _padding_samples,
+        partial(_clip_limits, place=3),
+        writes=3,
         is_tokenwise=False,
+        module="video",
+    ),
+    "residual_add_": Operator(
+        "(Tensor(a!) x, Tensor branch, Tensor bias) -> ()",
+        reference.residual_add_,
+        lambda draw: [(*(_clip(draw(2, 8, 4, 5, 7))[:, :, 1:] for _ in range(2)), draw(8))],
+        _clip_limits,
+        writes=0,
+        is_tokenwise=False,
+        module="video",
+    ),
+    "interleave_": Operator(
+        "(Tensor x, Tensor bias, Tensor(a!) out) -> ()",
+        reference.interleave_,
+        _interleaving_samples,
+        partial(_clip_limits, place=2),
+        writes=2,
+        is_tokenwise=False,
+        module="video",
     ),
 }
 #: what follows a GEMM whose accumulator goes through memory; quant.py reports it where it is needed
@@ -241,6 +300,8 @@ def _define(name: str, row: Operator) -> Callable[..., Any]:
     plain = in_pieces(row.reference) if row.is_tokenwise else row.reference
     _library.impl(name, plain, "CompositeExplicitAutograd")
     _library.impl(name, dispatcher(name, plain), "CUDA")
+    if row.writes is not None:
+        _library.impl(name, lambda *_: None, "Meta")
     operator = getattr(getattr(torch.ops, NAMESPACE), name).default
 
     def call(*args: Any) -> Any:

@@ -184,36 +184,96 @@ def gelu_quantize(x: Tensor, dtype: torch.dtype, hadamard_block: int) -> tuple[T
     return quantize_rows(gelu(_upcast(x)), dtype, hadamard_block)
 
 
-def group_moments(x: Tensor, groups: int) -> tuple[Tensor, Tensor]:
-    """Mean and variance (divided by the count) of each group of channels.
+def channel_moments(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and variance (divided by the count) of each channel.
 
     Args:
         x: [B, C, T, H, W].
-        groups: number of groups, which divides C.
 
     Returns:
-        Twice [B, groups], float32.
+        Twice [B, C]: float64, or float32 on devices that have no float64 (MPS, Arc).
     """
-    grouped = torch.unflatten(_upcast(x), 1, (groups, -1))
-    variance, mean = torch.var_mean(grouped, dim=(2, 3, 4, 5), correction=0)
-    return mean, variance
+    dtype = torch.float64 if x.device.type in ("cpu", "cuda", "meta") else torch.float32
+    means, variances = [], []
+    for frame in x.unbind(2):  # a wide copy of a clip would take gigabytes
+        wide = frame.to(torch.promote_types(x.dtype, torch.float32))
+        pivot = wide.mean((2, 3), keepdim=True)
+        centred = wide - pivot
+        offset = centred.mean((2, 3)).to(dtype)  # what the rounding of the pivot left
+        means.append(pivot[..., 0, 0].to(dtype) + offset)
+        variances.append(centred.square_().mean((2, 3)).to(dtype) - offset.square())
+    by_frame = torch.stack(means)
+    mean = by_frame.mean(0)
+    return mean, torch.stack(variances).mean(0) + (by_frame - mean).square_().mean(0)
 
 
-def group_norm_silu(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
-    """SiLU of x * scale + shift, what a GroupNorm with known statistics comes down to.
+def norm_silu_pad_(
+    x: Tensor, scale: Tensor | None, shift: Tensor | None, out: Tensor, front: int
+) -> None:
+    """What a causal convolution reads: SiLU of x * scale + shift, with replicated borders.
+
+    A GroupNorm with known statistics comes down to x * scale + shift.
 
     Args:
         x: [B, C, T, H, W].
-        scale: [B, C, 1, 1, 1] float32.
-        shift: [B, C, 1, 1, 1] float32.
-
-    Returns:
-        [B, C, T, H, W] in x's dtype.
+        scale: [B, C, 1, 1, 1] float32 or float64; None copies x as it is.
+        shift: likewise.
+        out: [B, C, front + T, H + 2 * side, W + 2 * side], every element of which is written.
+        front: copies of the first frame before it.
 
     Source: GroupNorm arXiv:1803.08494; SiLU arXiv:1702.03118.
     """
-    copied = x.to(torch.promote_types(x.dtype, torch.float32), copy=True)
-    return F.silu(copied.mul_(scale).add_(shift), inplace=True).to(x.dtype)
+    height, width = x.shape[3:]
+    side = (out.shape[4] - width) // 2
+    inner = out[..., side : side + height, side : side + width]
+    for index, frame in enumerate(x.unbind(2), front):  # wide copies of one frame at a time
+        target = inner[:, :, index]
+        if scale is None or shift is None:
+            target.copy_(frame)
+        elif scale.dtype == out.dtype:
+            torch.addcmul(shift[:, :, 0], frame, scale[:, :, 0], out=target)
+            F.silu(target, inplace=True)
+        else:
+            wide = torch.addcmul(shift[:, :, 0], frame.to(scale.dtype), scale[:, :, 0])
+            target.copy_(F.silu(wide, inplace=True))
+    written = out[:, :, front:]
+    if side:
+        written[..., side:-side, :side] = written[..., side:-side, side : side + 1]
+        written[..., side:-side, -side:] = written[..., side:-side, -side - 1 : -side]
+        written[..., :side, :] = written[..., side : side + 1, :]
+        written[..., -side:, :] = written[..., -side - 1 : -side, :]
+    out[:, :, :front] = out[:, :, front : front + 1]
+
+
+def residual_add_(x: Tensor, branch: Tensor, bias: Tensor) -> None:
+    """Add to x in place; x and branch [B, C, T, H, W], bias [C]."""
+    wide = bias[:, None, None].to(torch.promote_types(x.dtype, torch.float32))
+    for frame, addend in zip(x.unbind(2), branch.unbind(2), strict=True):
+        frame.copy_((addend + wide).add_(frame))
+
+
+def interleave_(x: Tensor, bias: Tensor, out: Tensor) -> None:
+    """An enlarged clip from the convolution that computes all copies of a pixel (`fold_taps`).
+
+    Args:
+        x: [B, copies * C, T, H + 1, W + 1]; copies is 4, of a pixel (two in height, two in width,
+            width innermost), or 8 where every frame has two too, outermost.
+        bias: [C], added.
+        out: [B, C, T', 2 * H, 2 * W]; T' is T with 4 copies, 2 * T with 8, and 2 * T - 1 with 8
+            where x begins with the clip's first frame, which is not repeated.
+    """
+    copies = x.shape[1] // out.shape[1]
+    height, width = x.shape[3] - 1, x.shape[4] - 1
+    by_copy = torch.unflatten(x, 1, (copies // 4, 2, 2, out.shape[1]))
+    wide = bias[:, None, None].to(torch.promote_types(x.dtype, torch.float32))
+    first = copies // 4 * x.shape[2] - out.shape[2]
+    for index, frame in enumerate(out.unbind(2), first):
+        source, copy = divmod(index, copies // 4)
+        for row in range(2):
+            for column in range(2):
+                part = by_copy[:, copy, row, column, :, source]
+                part = part[..., row : row + height, column : column + width]
+                frame[..., row::2, column::2] = part + wide
 
 
 def rescale_(

@@ -161,7 +161,7 @@ def _work(
     if kind == "convolution":
         channels, frames, height, width = size.conv
         dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-        x = draw(1, *size.conv, dtype=dtype)
+        x = draw(1, *size.conv, dtype=dtype).contiguous(memory_format=torch.channels_last_3d)
         weight = draw(channels, channels, 3, 3, 3, dtype=dtype)
         products = 27 * channels**2 * (frames - 2) * (height - 2) * (width - 2)
         return partial(F.conv3d, x, weight), 2.0 * products

@@ -1,4 +1,13 @@
-"""The peak memory of a decode, predicted from shapes alone."""
+"""The peak memory and the operations of a decode, predicted from shapes alone.
+
+The peak adds up what is alive at the first resnet and the upsampler of each level and in the
+attention: whole clips, and the piece being worked on. Tests compare it with the storages that
+model.py allocates on shape-only tensors; MEMORY_MARGIN covers what those do not show.
+"""
+
+import math
+from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 
@@ -7,18 +16,59 @@ from . import model as vae_model
 
 #: covers convolution workspaces and the allocator's rounding
 MEMORY_MARGIN = 1.25
+#: frames that a synced decode works on at once, at most
+_STREAMED_FRAMES = 2
+
+
+class _Clip(NamedTuple):
+    """Numbers of a clip in a layer."""
+
+    batch: int
+    frames: int
+    height: int
+    width: int
+
+    @property
+    def pixels(self) -> int:
+        return self.batch * self.frames * self.height * self.width
+
+    def enlarged(self, factors: tuple[int, int, int]) -> "_Clip":
+        return _Clip(
+            self.batch,
+            (self.frames - 1) * factors[0] + 1,
+            self.height * factors[1],
+            self.width * factors[2],
+        )
+
+
+class _Level(NamedTuple):
+    """One level of the decoder: channels before and in it, and by what it enlarges."""
+
+    before: int
+    channels: int
+    factors: tuple[int, int, int]
+
+
+class _Split(NamedTuple):
+    """The parts of a synced decode: its levels at low and at high resolution.
+
+    Attributes:
+        low: those up to the step to high resolution, which is of the other part.
+        high: the others; the first may stand for that step alone.
+        starts_with_step: whether it does.
+        coarse: the clip between both.
+    """
+
+    low: list[_Level]
+    high: list[_Level]
+    starts_with_step: bool
+    coarse: _Clip
 
 
 def decode_bytes(config: VAEConfig, latent_shape: torch.Size, dtype: torch.dtype) -> int:
     """Estimate the peak bytes of one VideoVAE.decode call, beside the weights.
 
-    Walks the decoder and adds up what is alive at the first resnet and the upsampler of each level
-    and in the attention: whole inputs and outputs, and the piece being worked on. Tests compare it
-    with the storages that model.py allocates on shape-only tensors; MEMORY_MARGIN covers what
-    those do not show. Counted that way at full size in bf16, 97 frames, without the margin: 1072
-    bytes per output pixel and frame for 544x960 in one pass (54.3 GB), 1293 for a 256 px tile
-    (8.2 GB), 1958 for such a tile in a 17-frame window (2.2 GB). Encoding a clip of that size takes
-    less: the encoder is the narrower half.
+    Encoding a clip of that size takes less: the encoder is the narrower half.
 
     Args:
         config: of the VAE.
@@ -28,33 +78,227 @@ def decode_bytes(config: VAEConfig, latent_shape: torch.Size, dtype: torch.dtype
     Returns:
         Bytes, MEMORY_MARGIN included.
     """
-    item = dtype.itemsize
-    batch, _, frames, height, width = latent_shape
-    area = batch * height * width
+    clip = _clip_of(latent_shape)
+    levels = _levels(config)
+    piece = vae_model.PIECE_ELEMENTS
+    elements = max(_level_elements(levels, clip, piece), default=0)
+    peak = max(_middle_bytes(config, clip, dtype), elements * dtype.itemsize)
+    return int((peak + folded_bytes(config, dtype)) * MEMORY_MARGIN)
+
+
+def synced_bytes(
+    config: VAEConfig, latent_shape: torch.Size, dtype: torch.dtype, strips: int
+) -> int:
+    """Estimate the peak bytes of VideoVAE.iter_synced, beside the weights.
+
+    Args:
+        config: of the VAE.
+        latent_shape: [1, 16, T, h, w].
+        dtype: the compute dtype.
+        strips: in how many the rows are decoded.
+
+    Returns:
+        Bytes, MEMORY_MARGIN included.
+    """
+    latents = _clip_of(latent_shape)
+    low, high, is_step, coarse = _split(config, latents)
+    piece = vae_model.SYNCED_PIECE_ELEMENTS
+    elements = max(_level_elements(low, latents, piece), default=0)
+    peak = max(_middle_bytes(config, latents, dtype), elements * dtype.itemsize)
+    kept = high[0].before * coarse.pixels
+    peak = max(peak, 2 * kept * dtype.itemsize)
+    starts, length = vae_model.sample_starts(coarse.frames, strips)
+    sample = coarse._replace(batch=len(starts), frames=length)
+    gathered = kept + max(_level_elements(high, sample, piece, starts_with_step=is_step))
+    top, bottom = max(
+        vae_model.strip_rows(coarse.height, strips), key=lambda strip: strip[1] - strip[0]
+    )
+    halo = _halo_rows(config, high, is_step)
+    strip = coarse._replace(frames=1, height=min(coarse.height, bottom - top + 2 * halo))
+    streamed = kept + _stream_elements(config, high, strip, starts_with_step=is_step)
+    peak = max(peak, max(gathered, streamed) * dtype.itemsize)
+    return int((peak + folded_bytes(config, dtype)) * MEMORY_MARGIN)
+
+
+def decode_flop(config: VAEConfig, latent_shape: torch.Size) -> float:
+    """Operations of the convolutions of one VideoVAE.decode call.
+
+    Args:
+        config: of the VAE.
+        latent_shape: [B, 16, T, h, w] of the latents in that call; see `largest_tile`.
+
+    Returns:
+        FLOP; attention in the middle, a twentieth more, is left out.
+    """
+    latents = _clip_of(latent_shape)
+    products, clip = _level_products(config, _levels(config), latents)
+    products += _first_products(config, latents) + _last_products(config, clip)
+    return 2.0 * products
+
+
+def synced_flop(config: VAEConfig, latent_shape: torch.Size, strips: int) -> float:
+    """Operations of the convolutions of VideoVAE.iter_synced: of the sample and of all strips too.
+
+    Args:
+        config: of the VAE.
+        latent_shape: [1, 16, T, h, w].
+        strips: in how many the rows are decoded.
+
+    Returns:
+        FLOP, as of `decode_flop`.
+    """
+    latents = _clip_of(latent_shape)
+    low, high, is_step, coarse = _split(config, latents)
+    products = _first_products(config, latents) + _level_products(config, low, latents)[0]
+    starts, length = vae_model.sample_starts(coarse.frames, strips)
+    sample = coarse._replace(batch=len(starts), frames=length)
+    products += _level_products(config, high, sample, starts_with_step=is_step)[0]
+    halo = _halo_rows(config, high, is_step)
+    for top, bottom in vae_model.strip_rows(coarse.height, strips):
+        rows = min(coarse.height, bottom + halo) - max(0, top - halo)
+        strip = coarse._replace(height=rows)
+        of_strip, clip = _level_products(config, high, strip, starts_with_step=is_step)
+        products += of_strip + _last_products(config, clip)
+    return 2.0 * products
+
+
+def folded_bytes(config: VAEConfig, dtype: torch.dtype) -> int:
+    """Bytes of the weights that `VideoVAE.folded` makes for a run: 62 MB in bf16."""
+    total = 0
+    for level in _levels(config):
+        if level.factors[1] > 1:
+            total += level.channels**2 * _folded_taps(level.factors)
+    return total * dtype.itemsize
+
+
+def _clip_of(latent_shape: torch.Size) -> _Clip:
+    return _Clip(latent_shape[0], *latent_shape[2:])
+
+
+def _levels(config: VAEConfig) -> list[_Level]:
     channels = config.block_out_channels[::-1]
-    tokens = frames * area * channels[0]
-    scores = min(vae_model.SCORE_BYTES, 4 * area * height * width * frames)
-    peak = 7 * tokens * item + 3 * scores  # norm, q, k, v, out and what an unfused kernel writes
-    previous = channels[0]
-    for level, width_out in enumerate(channels):
-        inputs, outputs = previous * frames * area, width_out * frames * area
-        shortcut = outputs if previous != width_out else 0
-        first = (inputs + outputs) * item + _piece_bytes(previous, frames, area, item)
-        second = (inputs + outputs + shortcut) * item + _piece_bytes(width_out, frames, area, item)
-        time, rows, columns = vae_model.level_factors(level, len(channels))
-        frames, area = (frames - 1) * time + 1, area * rows * columns
-        enlarged = 0
-        if (time, rows, columns) != (1, 1, 1):
-            enlarged = (outputs + width_out * frames * area) * item
-            enlarged += _piece_bytes(width_out, frames, area, item)
-        peak = max(peak, first, second, enlarged)
-        previous = width_out
-    return int(peak * MEMORY_MARGIN)
+    return [
+        _Level(channels[max(i - 1, 0)], width, vae_model.level_factors(i, len(channels)))
+        for i, width in enumerate(channels)
+    ]
 
 
-def _piece_bytes(channels: int, frames: int, area: int, item: int) -> int:
-    """Bytes of the temporaries of one convolution at one piece of its input."""
-    step = max(1, vae_model.PIECE_ELEMENTS // (channels * area))
-    if step >= frames:
-        return channels * (2 * frames + 2) * area * item  # normalised, padded
-    return channels * area * (step + 2) * (4 + item)  # normalised in fp32, cast or padded
+def _split(config: VAEConfig, latents: _Clip) -> _Split:
+    levels = _levels(config)
+    count = max(0, len(levels) - 2)
+    low, high = levels[:count], levels[count:]
+    if low:
+        step = low[-1]
+        low[-1] = step._replace(factors=(1, 1, 1))
+        high = [_Level(step.channels, step.channels, step.factors), *high]
+    coarse = latents
+    for level in low:
+        coarse = coarse.enlarged(level.factors)
+    return _Split(low, high, bool(low), coarse)
+
+
+def _folded_taps(factors: tuple[int, int, int]) -> int:
+    """Copies of a pixel times taps of each: both are two along an enlarged axis."""
+    return math.prod(4 if factor > 1 else 3 for factor in factors)
+
+
+def _first_products(config: VAEConfig, latents: _Clip) -> int:
+    """Multiplications of the first convolution and those in the middle."""
+    wide = config.block_out_channels[-1]
+    return 27 * (config.latent_channels * wide + 4 * wide**2) * latents.pixels
+
+
+def _last_products(config: VAEConfig, clip: _Clip) -> int:
+    return 27 * config.block_out_channels[0] * config.out_channels * clip.pixels
+
+
+def _level_products(
+    config: VAEConfig, levels: list[_Level], clip: _Clip, *, starts_with_step: bool = False
+) -> tuple[int, _Clip]:
+    """Multiplications of the convolutions of some levels, and the clip that these make."""
+    products = 0
+    for index, (before, channels, factors) in enumerate(levels):
+        if not (starts_with_step and index == 0):
+            inner = before * channels + channels**2 * (2 * config.layers_per_block + 1)
+            shortcut = before * channels if before != channels else 0
+            products += (27 * inner + shortcut) * clip.pixels
+        enlarged = clip.enlarged(factors)
+        if factors[1] > 1:  # folded; the copies are computed on one row and column more
+            edged = clip._replace(height=clip.height + 1, width=clip.width + 1)
+            products += _folded_taps(factors) * channels**2 * edged.pixels
+        elif factors[0] > 1:
+            products += 27 * channels**2 * enlarged.pixels
+        clip = enlarged
+    return products, clip
+
+
+def _middle_bytes(config: VAEConfig, clip: _Clip, dtype: torch.dtype) -> int:
+    """Of the attention: the clip, and its norm with wide copies or q, k, v, out and scores."""
+    item, wide = dtype.itemsize, torch.promote_types(dtype, torch.float32).itemsize
+    tokens = config.block_out_channels[-1] * clip.pixels
+    scores = 4 * clip.batch * (clip.height * clip.width) ** 2 * clip.frames
+    scores = min(vae_model.SCORE_BYTES, scores)  # written thrice where no kernel is fused
+    return tokens * item + max(tokens * (2 * wide + item), 4 * tokens * item + 3 * scores)
+
+
+def _level_elements(
+    levels: list[_Level], clip: _Clip, piece: int, *, starts_with_step: bool = False
+) -> Iterator[int]:
+    """Elements alive where a level needs most, breadth-first; the first may be its step alone."""
+    for index, (before, channels, factors) in enumerate(levels):
+        inputs, outputs = before * clip.pixels, channels * clip.pixels
+        if not (starts_with_step and index == 0):
+            into, of = (_piece_elements(c, clip, piece) for c in (before, channels))
+            yield max(max(inputs, outputs) + into, 2 * outputs + of)
+            if before == channels:
+                yield inputs + outputs + into
+        if factors != (1, 1, 1):
+            clip = clip.enlarged(factors)
+            enlarged = channels * clip.pixels
+            yield outputs + enlarged + min(enlarged, max(piece, enlarged // clip.frames)) // 2
+
+
+def _piece_elements(channels: int, clip: _Clip, piece: int) -> int:
+    """Elements of one convolution's temporaries: a padded piece, the one before, the result."""
+    frame = channels * clip.pixels // clip.frames
+    step = min(clip.frames, max(1, piece // frame))
+    following = min(step, clip.frames - step)
+    padded = _padded(channels, clip)
+    first = padded * (step + 2) + frame * step
+    if not following:
+        return first
+    return max(first, padded * (step + 2 + following + 2) + frame * following)
+
+
+def _padded(channels: int, clip: _Clip) -> int:
+    return channels * clip.batch * (clip.height + 2) * (clip.width + 2)
+
+
+def _halo_rows(config: VAEConfig, levels: list[_Level], starts_with_step: bool) -> int:
+    """As `Decoder.halo_rows`."""
+    rows = 1
+    for index, level in reversed(list(enumerate(levels))):
+        if level.factors != (1, 1, 1):
+            rows = -(-(rows + 1) // level.factors[1])
+        if not (starts_with_step and index == 0):
+            rows += 2 * (config.layers_per_block + 1)
+    return rows
+
+
+def _stream_elements(
+    config: VAEConfig, levels: list[_Level], clip: _Clip, *, starts_with_step: bool
+) -> int:
+    """Elements alive in a depth-first decode: the frames every convolution keeps, and the work."""
+    kept, work = 0, 0
+    for index, (before, channels, factors) in enumerate(levels):
+        frames = 1 if index == 0 else _STREAMED_FRAMES
+        if not (starts_with_step and index == 0):
+            into, of = _padded(before, clip), _padded(channels, clip)
+            kept += 2 * into + 2 * of * (2 * config.layers_per_block + 1)
+            # the frames, padded, kept anew, convolved, and the residual
+            work = max(work, into * (frames + (frames + 2)) + 2 * of * frames)
+        if factors != (1, 1, 1):
+            kept += (1 if factors[0] > 1 else 2) * _padded(channels, clip)
+            clip = clip.enlarged(factors)
+            work = max(work, 2 * _STREAMED_FRAMES * _padded(channels, clip))
+    return kept + 2 * _padded(levels[-1].channels, clip) + work

@@ -4,17 +4,23 @@ Every 3x3x3 convolution pads two frames in front and none behind (replicate), so
 on its own and earlier frames; only GroupNorm, whose statistics run over all frames handed in, looks
 ahead. Parameter names are those of diffusers' AutoencoderKLHunyuanVideo.
 
-Activations at full resolution are what fills a card, so layers walk through time in pieces: a
-piece is normalised, padded and convolved while only the layer's input and output exist whole. The
-result is the same (GroupNorm statistics are taken over all pieces first), and no operator ever
-sees more than 2^31 elements, the limit of CUDA's padding and upsampling kernels.
+A clip goes through the layers as a list of pieces in time, whose channels are adjacent in memory
+(channels_last_3d). A layer takes pieces off one list and puts its own on another; a `ConvStream`
+keeps the frames that the convolution of the next piece reads again. GroupNorm is a scale and a
+shift per channel, once the moments of all pieces are known: normalising, SiLU and padding are one
+step (`kernels.norm_silu_pad_`). No operator sees more than 2^31 elements.
 
 Source: HunyuanVideo (arXiv 2412.03603), section 4.1; diffusers 0.42.1
 models/autoencoders/autoencoder_kl_hunyuan_video.py is the reference the tests compare with.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import compress, pairwise
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -23,17 +29,32 @@ from torch import Tensor, nn
 from .. import kernels
 from ..config import SPATIAL_COMPRESSION, TEMPORAL_COMPRESSION, VAEConfig
 from ..errors import ShapeError
-from ..kernels import reference
 from ..runtime import never_interrupt
 
 Check = Callable[[], None]
 Factors = tuple[int, int, int]
+#: a clip [B, C, T, H, W], cut along T
+Pieces = list[Tensor]
+#: scale and shift of a GroupNorm with known statistics, each [B, C, 1, 1, 1]
+Affine = tuple[Tensor, Tensor]
+#: which of the three taps of a convolution are summed: [copy][tap][old tap]
+Taps = tuple[tuple[tuple[int, int, int], ...], ...]
 
-#: elements of a layer's input worked on at once: 0.5 GiB in bf16
-PIECE_ELEMENTS = 2**28
+#: elements of the largest piece a layer takes or makes: 1 GiB in bf16
+PIECE_ELEMENTS = 2**29
+#: the same where memory is short: four frames at the lower resolution of a synced decode
+SYNCED_PIECE_ELEMENTS = 2**26
 #: bytes the fp32 attention scores may take where no fused kernel exists (head dim 512 has few)
 SCORE_BYTES = 2**29
 NORM_EPS = 1e-6
+_LAYOUT = torch.channels_last_3d
+
+#: the first copy of a pixel reads (one before, itself, itself), the second (itself, itself, one
+#: after)
+_SPACE_TAPS: Taps = (((1, 0, 0), (0, 1, 1)), ((1, 1, 0), (0, 0, 1)))
+#: of a frame, which reads nothing later: (before, before, itself) and (before, itself, itself)
+_TIME_TAPS: Taps = (((1, 1, 0), (0, 0, 1)), ((1, 0, 0), (0, 1, 1)))
+_SAME_TAPS: Taps = (((1, 0, 0), (0, 1, 0), (0, 0, 1)),)
 
 
 class CausalConv3d(nn.Module):
@@ -45,8 +66,8 @@ class CausalConv3d(nn.Module):
         kernel_size: along each of the three axes.
         stride: steps in (time, height, width).
         upsample: nearest-neighbour factors in (time, height, width), applied before the
-            convolution. In time the first frame is not repeated: T frames become
-            (T - 1) * factor + 1.
+            convolution; height and width are enlarged together. In time the first frame is not
+            repeated: T frames become (T - 1) * factor + 1.
     """
 
     def __init__(
@@ -60,119 +81,248 @@ class CausalConv3d(nn.Module):
         super().__init__()
         self.kernel_size, self.stride, self.upsample = kernel_size, stride, upsample
         self.conv = nn.Conv3d(in_channels, out_channels, kernel_size, stride)
+        #: the weight of `fold_taps`, while a run lasts
+        self.folded: Tensor | None = None
 
-    def forward(
-        self, hidden: Tensor, norm: nn.GroupNorm | None = None, add_to: Tensor | None = None
-    ) -> Tensor:
-        """Convolve `hidden`, after GroupNorm and SiLU if `norm` is given.
+    @property
+    def is_folded(self) -> bool:
+        """Whether enlarging is part of the convolution."""
+        return self.upsample[1] > 1
 
-        Args:
-            hidden: [B, C, T, H, W].
-            norm: applied to `hidden` first, then SiLU.
-            add_to: [B, C', T', H', W'], a residual to which the result is added in place.
-
-        Returns:
-            [B, C', T', H', W']; `add_to` itself if that was given.
-        """
-        batch, channels, frames, height, width = hidden.shape
-        time_up, time_stride = self.upsample[0], self.stride[0]
-        frames_out = (frames - 1) * time_up // time_stride + 1
-        rows, columns = height * self.upsample[1], width * self.upsample[2]
-        step = max(1, PIECE_ELEMENTS // (batch * channels * rows * columns * time_stride))
-        whole = step >= frames_out
-        statistics = None if whole or norm is None else group_statistics(hidden, norm)
-        out = add_to
-        for start in range(0, frames_out, step):
-            stop = min(start + step, frames_out)
-            # positions in the upsampled clip that outputs start..stop read; < 0 is padding
-            first = start * time_stride - (self.kernel_size - 1)
-            last = (stop - 1) * time_stride
-            source = [_ceil_div(frame, time_up) for frame in range(max(first, 0), last + 1)]
-            piece = hidden[:, :, source[0] : source[-1] + 1]
-            if norm is not None:
-                piece = norm_silu(piece, norm, statistics)
-            piece = self._enlarge_and_pad(piece, [s - source[0] for s in source], max(-first, 0))
-            result = self.conv(piece)
-            del piece
-            if add_to is not None:
-                add_to[:, :, start:stop] += result
-            elif whole:
-                out = result
-            else:
-                if out is None:
-                    out = result.new_empty((*result.shape[:2], frames_out, *result.shape[3:]))
-                out[:, :, start:stop] = result
-            del result  # or it would live on beside the next piece
-        assert out is not None
-        return out
-
-    def _enlarge_and_pad(self, piece: Tensor, source: list[int], front: int) -> Tensor:
-        if self.upsample[0] > 1:
-            piece = piece.index_select(2, torch.tensor(source, device=piece.device))
-        if self.upsample[1:] != (1, 1):
-            scale = [1.0, float(self.upsample[1]), float(self.upsample[2])]
-            piece = F.interpolate(piece, scale_factor=scale, mode="nearest")
-        if self.kernel_size > 1:
-            side = self.kernel_size // 2
-            piece = F.pad(piece, (side, side, side, side, front, 0), mode="replicate")
-        return piece
+    def fold(self) -> Tensor:
+        """The weight that computes every copy of a pixel from the pixels themselves."""
+        return fold_taps(self.conv.weight, in_time=self.upsample[0] > 1)
 
 
-def group_statistics(hidden: Tensor, norm: nn.GroupNorm) -> tuple[Tensor, Tensor]:
-    """GroupNorm of the whole clip as one scale and one shift per channel, read piece by piece.
+def fold_taps(weight: Tensor, *, in_time: bool) -> Tensor:
+    """Weights for a clip whose pixels would be repeated, to be used on the clip as it is.
 
-    Per-piece means and variances are merged in float64 (Chan's parallel formula), so the result
-    does not depend on where the pieces end by more than fp32 rounding.
+    Where pixels are repeated, several taps of a convolution read the same one. Their sums are two
+    taps instead of three along each enlarged axis, one set for each copy of a pixel: a third of the
+    work. Sums are float32 (of float64 weights float64) and rounded once.
 
     Args:
-        hidden: [B, C, T, H, W].
-        norm: gives the groups, the weights and eps.
+        weight: [C', C, 3, 3, 3].
+        in_time: whether frames are repeated too, besides rows and columns.
 
     Returns:
-        scale and shift, each [B, C, 1, 1, 1] float32; normalised = hidden * scale + shift.
+        [copies * C', C, 2 or 3, 2, 2], the copies in the order of `kernels.interleave_`.
     """
-    batch, channels, frames, height, width = hidden.shape
-    step = max(1, PIECE_ELEMENTS // (2 * batch * channels * height * width))
-    # a few numbers per piece, on the CPU where the device may have no float64 (MPS, Arc)
-    has_float64 = hidden.device.type in ("cuda", "cpu", "meta")
-    device = hidden.device if has_float64 else torch.device("cpu")
-    mean = torch.zeros(batch, norm.num_groups, dtype=torch.float64, device=device)
-    spread = torch.zeros_like(mean)  # sum of squared deviations, in units of one frame
-    seen = 0
-    moments = kernels.group_moments if _is_fused(hidden.device) else reference.group_moments
-    for piece in torch.split(hidden, step, dim=2):
-        count = piece.shape[2]
-        piece_mean, piece_var = moments(piece, norm.num_groups)
-        delta = piece_mean.to(device).double() - mean
-        between = delta.square() * (seen * count / (seen + count))
-        spread += piece_var.to(device).double() * count + between
-        seen += count
-        mean += delta * (count / seen)
-    per_group = channels // norm.num_groups
-    scale = (spread / frames + norm.eps).rsqrt().repeat_interleave(per_group, dim=1)
-    scale = scale * norm.weight.to(device).double()
-    shift = norm.bias.to(device).double() - mean.repeat_interleave(per_group, dim=1) * scale
-    scale, shift = (x.float().to(hidden.device) for x in (scale, shift))
-    return scale[..., None, None, None], shift[..., None, None, None]
+    wide = weight.to(torch.promote_types(weight.dtype, torch.float32))
+    for taps in (_SPACE_TAPS, _SPACE_TAPS, _TIME_TAPS if in_time else _SAME_TAPS):
+        # the last axis becomes copies and taps; the next turn finds the axis before it there
+        wide = _fold_last(wide, taps).movedim(-1, -3)
+    return wide.flatten(0, 3).to(weight.dtype).contiguous(memory_format=_LAYOUT)
 
 
-def norm_silu(
-    piece: Tensor, norm: nn.GroupNorm, statistics: tuple[Tensor, Tensor] | None
-) -> Tensor:
-    """GroupNorm then SiLU of a piece [B, C, t, H, W]; without statistics the piece is the clip."""
-    is_fused = _is_fused(piece.device)
-    if statistics is None and not is_fused:
-        normed: Tensor = norm(piece)
-        return F.silu(normed, inplace=True)
-    scale, shift = statistics or group_statistics(piece, norm)
-    if is_fused:
-        return kernels.group_norm_silu(piece, scale, shift)
-    return reference.group_norm_silu(piece, scale, shift)
+def _fold_last(weight: Tensor, taps: Taps) -> Tensor:
+    """[..., 3] -> [copies, ..., taps]: sums of the weights that read the same pixel."""
+    old = weight.unbind(-1)
+    copies = [
+        torch.stack([torch.stack(list(compress(old, tap))).sum(0) for tap in copy], -1)
+        for copy in taps
+    ]
+    return torch.stack(copies)
 
 
-def _is_fused(device: torch.device) -> bool:
-    """Whether the normalisation runs in kernels here; plain torch shows tests its temporaries."""
-    return kernels.is_fused("group_norm_silu", device)
+class ConvStream:
+    """A convolution on its way through a clip, which is given to it piece by piece.
+
+    Args:
+        layer: the convolution.
+        affine: of the GroupNorm before it, which SiLU follows; None for neither.
+        keeps_copies: of the frames that the next piece reads again, where memory is short; else
+            the whole piece that they are part of is kept, which saves copying them.
+    """
+
+    def __init__(
+        self, layer: CausalConv3d, affine: Affine | None = None, *, keeps_copies: bool = False
+    ) -> None:
+        self.layer, self.affine, self.keeps_copies = layer, affine, keeps_copies
+        self._halo: Tensor | None = None  # padded frames that the next piece's outputs read too
+
+    def __call__(self, piece: Tensor, *, with_bias: bool = True) -> Tensor | None:
+        """Convolve the next frames.
+
+        Args:
+            piece: [B, C, t, H, W].
+            with_bias: False where the caller adds the bias itself.
+
+        Returns:
+            [B, C', t', H', W']; None if a stride in time has no output yet.
+        """
+        layer = self.layer
+        weight, bias = layer.conv.weight, layer.conv.bias if with_bias else None
+        if layer.kernel_size == 1:
+            return F.conv3d(piece, weight, bias)
+        if layer.is_folded:
+            return self._enlarge(piece)
+        if layer.upsample[0] > 1:
+            piece = piece.repeat_interleave(2, 2)[:, :, self._halo is None :]
+        padded = self._pad(piece, layer.kernel_size, layer.stride[0])
+        if padded.shape[2] < layer.kernel_size:
+            return None
+        return F.conv3d(padded, weight, bias, layer.stride)
+
+    def _enlarge(self, piece: Tensor) -> Tensor:
+        """Enlarge the next frames and convolve them, in one convolution."""
+        layer, weight = self.layer, self.layer.folded
+        if weight is None:
+            weight = layer.fold()
+        assert layer.conv.bias is not None
+        batch, _, frames, height, width = piece.shape
+        time = layer.upsample[0]
+        is_first = self._halo is None and time > 1
+        shape = (batch, layer.conv.out_channels, frames * time - is_first, 2 * height, 2 * width)
+        out = torch.empty(shape, dtype=piece.dtype, device=piece.device, memory_format=_LAYOUT)
+        start = 0
+        for half in torch.split(
+            piece, max(1, frames // 2), 2
+        ):  # all copies take as much as the result
+            stop = start + half.shape[2] * time - (is_first and start == 0)
+            copies = F.conv3d(self._pad(half, weight.shape[2], 1), weight)
+            kernels.interleave_(copies, layer.conv.bias, out[:, :, start:stop])
+            del copies
+            start = stop
+        return out
+
+    def _pad(self, piece: Tensor, taps: int, stride: int) -> Tensor:
+        """What the convolution reads: kept frames, then the piece, normalised and padded."""
+        batch, channels, frames, height, width = piece.shape
+        kept = taps - 1 if self._halo is None else self._halo.shape[2]
+        shape = (batch, channels, kept + frames, height + 2, width + 2)
+        padded = torch.empty(shape, dtype=piece.dtype, device=piece.device, memory_format=_LAYOUT)
+        scale, shift = self.affine or (None, None)
+        if self._halo is None:
+            kernels.norm_silu_pad_(piece, scale, shift, padded, kept)
+        else:
+            padded[:, :, :kept] = self._halo
+            self._halo = None
+            kernels.norm_silu_pad_(piece, scale, shift, padded[:, :, kept:], 0)
+        used = max(0, (kept + frames - taps) // stride + 1) * stride
+        self._halo = padded[:, :, used:]
+        if self.keeps_copies:
+            self._halo = self._halo.clone()
+        return padded
+
+
+class Moments:
+    """Mean and variance of every channel of a clip, gathered piece by piece.
+
+    They are merged in float64 (Chan's parallel formula), so the result does not depend on where
+    the pieces end by more than the rounding of a piece's own.
+    """
+
+    def __init__(self) -> None:
+        self._parts: list[tuple[int, Tensor, Tensor]] = []
+
+    def add(self, piece: Tensor) -> None:
+        """Take in [B, C, t, H, W]."""
+        self._parts.append((piece.shape[2], *kernels.channel_moments(piece)))
+        self._like = piece[:0]
+
+    def affine(self, norm: nn.GroupNorm, bias: Tensor | None, *, is_one_clip: bool) -> Affine:
+        """A GroupNorm of the clip as one scale and one shift per channel.
+
+        Args:
+            norm: gives the groups, the weights and eps.
+            bias: [C], added to the clip before it is normalised.
+            is_one_clip: whether the whole batch has one mean and variance.
+
+        Returns:
+            scale and shift, each [B, C, 1, 1, 1] in float32 (of float64 clips float64);
+            normalised = clip * scale + shift.
+        """
+        # a few numbers, on the CPU where the device has no float64 (MPS, Arc)
+        means = torch.stack([mean for _, mean, _ in self._parts])
+        variances = torch.stack([variance for _, _, variance in self._parts])
+        device = means.device if means.dtype == torch.float64 else torch.device("cpu")
+        means, variances = means.to(device).double(), variances.to(device).double()
+        frames = [count for count, _, _ in self._parts]
+        share = torch.tensor(frames, dtype=torch.float64, device=device)[:, None, None]
+        share = share / sum(frames)
+        mean = (means * share).sum(0)
+        variance = ((variances + (means - mean).square()) * share).sum(0)
+        weight, shift = (each.to(device).double() for each in (norm.weight, norm.bias))
+        offset = 0.0 if bias is None else bias.to(device).double()
+        groups = (norm.num_groups, -1)
+        mean = torch.unflatten(mean + offset, 1, groups)
+        variance = torch.unflatten(variance, 1, groups)
+        axes = (0, 2) if is_one_clip else (2,)
+        centre = mean.mean(axes, keepdim=True)
+        spread = (variance + (mean - centre).square()).mean(axes, keepdim=True)
+        scale = ((spread + norm.eps).rsqrt().expand(mean.shape)).flatten(1) * weight
+        shift = shift + (offset - centre.expand(mean.shape).flatten(1)) * scale
+        dtype = torch.promote_types(self._like.dtype, torch.float32)
+        scale, shift = (x.to(self._like.device, dtype) for x in (scale, shift))
+        return scale[..., None, None, None], shift[..., None, None, None]
+
+
+#: the affine of every norm, for clips of a batch of one
+Frozen = dict[nn.GroupNorm, Affine]
+
+
+@dataclass
+class Walk:
+    """One run of a network over a clip.
+
+    Attributes:
+        check: called between layers and pieces; may raise to stop.
+        piece_elements: elements of the largest piece where memory is short, else None.
+        recorded: takes the affine of every norm, where a later run uses them.
+        is_one_clip: whether GroupNorm treats the whole batch as one clip.
+    """
+
+    check: Check
+    piece_elements: int | None = None
+    recorded: "Frozen | None" = None
+    is_one_clip: bool = False
+
+    def affine(self, norm: nn.GroupNorm, moments: Moments, bias: Tensor | None = None) -> Affine:
+        """The norm of a clip with these moments."""
+        affine = moments.affine(norm, bias, is_one_clip=self.is_one_clip)
+        if self.recorded is not None:
+            self.recorded[norm] = (affine[0][:1], affine[1][:1])
+        return affine
+
+    def measure(self, norm: nn.GroupNorm, clip: Iterable[Tensor]) -> Affine:
+        """The norm of a clip that is there."""
+        moments = Moments()
+        for piece in clip:
+            self.check()
+            moments.add(piece)
+        return self.affine(norm, moments)
+
+    def cut(self, clip: Pieces, growth: int = 1) -> Pieces:
+        """The same clip in pieces that are small enough even after they grow by a factor."""
+        limit = PIECE_ELEMENTS if self.piece_elements is None else self.piece_elements
+        cut: Pieces = []
+        for piece in clip:
+            frames = max(1, limit // max(1, growth * piece[:, :, 0].numel()))
+            cut += torch.split(piece, frames, 2)
+        return cut
+
+    def stream(self, layer: CausalConv3d, affine: Affine | None = None) -> ConvStream:
+        """A layer on its way through a clip."""
+        return ConvStream(layer, affine, keeps_copies=self.piece_elements is not None)
+
+    def convolve(
+        self, layer: CausalConv3d, clip: Pieces, affine: Affine | None = None
+    ) -> Iterator[Tensor]:
+        """Yield what a layer makes of a clip, whose pieces are taken off the list."""
+        stream = self.stream(layer, affine)
+        for piece in consume(clip):
+            self.check()
+            result = stream(piece)
+            if result is not None:
+                yield result
+
+
+def consume(pieces: Pieces) -> Iterator[Tensor]:
+    """Yield pieces while taking them off the list, so that each can be freed after its use."""
+    pieces.reverse()
+    while pieces:
+        yield pieces.pop()
 
 
 class ResnetBlock(nn.Module):
@@ -190,12 +340,63 @@ class ResnetBlock(nn.Module):
             else None
         )
 
-    def forward(self, hidden: Tensor) -> Tensor:
-        """[B, C, T, H, W] -> [B, C', T, H, W]; in place where C = C'."""
-        branch = self.conv1(hidden, norm=self.norm1)
-        residual = hidden if self.conv_shortcut is None else self.conv_shortcut(hidden)
-        out: Tensor = self.conv2(branch, norm=self.norm2, add_to=residual)
-        return out
+    @property
+    def bias(self) -> Tensor:
+        """[C'], of the last convolution and the shortcut, added with the residual."""
+        bias = self.conv2.conv.bias
+        assert bias is not None
+        if self.conv_shortcut is not None:
+            assert self.conv_shortcut.conv.bias is not None
+            bias = bias + self.conv_shortcut.conv.bias
+        return bias
+
+    def shortcut(self, piece: Tensor) -> Tensor:
+        """What the convolutions' result is added to, without a bias."""
+        if self.conv_shortcut is None:
+            return piece
+        return F.conv3d(piece, self.conv_shortcut.conv.weight)
+
+    def forward(self, clip: Pieces, walk: Walk) -> Pieces:
+        """Pieces [B, C, t, H, W] -> [B, C', t, H, W]; in place where C = C'."""
+        clip[:] = walk.cut(clip)
+        first = walk.stream(self.conv1, walk.measure(self.norm1, clip))
+        moments, branch, residual = Moments(), [], []
+        for piece in consume(clip):
+            walk.check()
+            # its bias is not added: the second norm knows it
+            convolved = first(piece, with_bias=False)
+            assert convolved is not None
+            moments.add(convolved)
+            branch.append(convolved)
+            residual.append(self.shortcut(piece))
+            del piece, convolved
+        del first  # with the frames that it keeps
+        affine = walk.affine(self.norm2, moments, self.conv1.conv.bias)
+        second, bias = walk.stream(self.conv2, affine), self.bias
+        for piece, part in zip(residual, consume(branch), strict=True):
+            walk.check()
+            convolved = second(part, with_bias=False)
+            assert convolved is not None
+            kernels.residual_add_(piece, convolved, bias)
+            del part, convolved
+        return residual
+
+    def stream(self, frozen: Frozen) -> Callable[[Tensor], Tensor]:
+        """The same with known norms, frames by frames: [B, C, t, H, W] -> [B, C', t, H, W]."""
+        first = ConvStream(self.conv1, frozen[self.norm1], keeps_copies=True)
+        second = ConvStream(self.conv2, frozen[self.norm2], keeps_copies=True)
+        bias = self.bias
+
+        def push(frames: Tensor) -> Tensor:
+            branch = first(frames, with_bias=False)
+            assert branch is not None
+            branch = second(branch, with_bias=False)
+            assert branch is not None
+            residual = self.shortcut(frames)
+            kernels.residual_add_(residual, branch, bias)
+            return residual
+
+        return push
 
 
 class CausalAttention(nn.Module):
@@ -209,15 +410,20 @@ class CausalAttention(nn.Module):
         self.to_v = nn.Linear(channels, channels)
         self.to_out = nn.ModuleList([nn.Linear(channels, channels)])
 
-    def forward(self, hidden: Tensor, check: Check) -> Tensor:
-        """[B, C, T, h, w] -> the same tensor, attention added."""
-        frames, height, width = hidden.shape[2:]
-        tokens = self.group_norm(hidden).flatten(2).transpose(1, 2)
-        query, key, value = self.to_q(tokens), self.to_k(tokens), self.to_v(tokens)
-        del tokens
-        out = frame_causal_attention(query, key, value, height * width, check=check)
-        out = self.to_out[0](out).transpose(1, 2)
-        return hidden.add_(out.unflatten(2, (frames, height, width)))
+    def forward(self, clip: Pieces, walk: Walk) -> Pieces:
+        """Pieces [B, C, t, h, w] -> one piece [B, C, T, h, w], attention added."""
+        hidden = clip[0] if len(clip) == 1 else torch.cat(clip, 2).contiguous(memory_format=_LAYOUT)
+        scale, shift = (x.flatten(1)[:, None] for x in walk.measure(self.group_norm, clip))
+        clip.clear()
+        tokens = hidden.permute(0, 2, 3, 4, 1).flatten(1, 3)
+        normed = torch.addcmul(shift, tokens.to(scale.dtype), scale).to(tokens.dtype)
+        query, key, value = self.to_q(normed), self.to_k(normed), self.to_v(normed)
+        del normed
+        per_frame = hidden.shape[3] * hidden.shape[4]
+        out = frame_causal_attention(query, key, value, per_frame, check=walk.check)
+        del query, key, value
+        out = self.to_out[0](out).unflatten(1, hidden.shape[2:]).permute(0, 4, 1, 2, 3)
+        return [hidden.add_(out)]
 
 
 def frame_causal_attention(
@@ -267,14 +473,12 @@ class MidBlock(nn.Module):
         self.resnets = nn.ModuleList([ResnetBlock(channels, channels, groups) for _ in range(2)])
         self.attentions = nn.ModuleList([CausalAttention(channels, groups)])
 
-    def forward(self, hidden: Tensor, check: Check) -> Tensor:
-        """[B, C, T, h, w] -> [B, C, T, h, w]."""
-        check()
-        hidden = self.resnets[0](hidden)
-        hidden = self.attentions[0](hidden, check)
-        check()
-        out: Tensor = self.resnets[1](hidden)
-        return out
+    def forward(self, clip: Pieces, walk: Walk) -> Pieces:
+        """Pieces [B, C, t, h, w] -> [B, C, t, h, w]."""
+        clip = self.resnets[0](clip, walk)
+        clip = self.attentions[0](clip, walk)
+        clip = self.resnets[1](walk.cut(clip), walk)
+        return clip
 
 
 class Resample(nn.Module):
@@ -286,10 +490,15 @@ class Resample(nn.Module):
         super().__init__()
         self.conv = CausalConv3d(channels, channels, stride=stride, upsample=upsample)
 
-    def forward(self, hidden: Tensor) -> Tensor:
-        """[B, C, T, H, W] -> [B, C, T', H', W']."""
-        out: Tensor = self.conv(hidden)
-        return out
+    def forward(self, clip: Pieces, walk: Walk) -> Pieces:
+        """Pieces [B, C, t, H, W] -> [B, C, t', H', W']."""
+        cut = walk.cut(clip, math.prod(self.conv.upsample))
+        clip.clear()
+        return list(walk.convolve(self.conv, cut))
+
+    def stream(self, frozen: Frozen) -> ConvStream:
+        """The same, frames by frames; it has no norm."""
+        return ConvStream(self.conv, keeps_copies=True)
 
 
 class Level(nn.Module):
@@ -318,12 +527,12 @@ class Level(nn.Module):
         if upsample != (1, 1, 1):
             self.upsamplers.append(Resample(out_channels, upsample=upsample))
 
-    def forward(self, hidden: Tensor, check: Check) -> Tensor:
-        """[B, C, T, H, W] -> [B, C', T', H', W']."""
+    def forward(self, clip: Pieces, walk: Walk) -> Pieces:
+        """Pieces [B, C, t, H, W] -> [B, C', t', H', W']."""
         for block in (*self.resnets, *self.downsamplers, *self.upsamplers):
-            check()
-            hidden = block(hidden)
-        return hidden
+            walk.check()
+            clip = block(clip, walk)
+        return clip
 
 
 def level_factors(level: int, num_levels: int) -> Factors:
@@ -367,14 +576,15 @@ class Encoder(nn.Module):
         self.conv_norm_out = nn.GroupNorm(groups, channels[-1], eps=NORM_EPS)
         self.conv_out = CausalConv3d(channels[-1], 2 * config.latent_channels)
 
-    def forward(self, video: Tensor, check: Check) -> Tensor:
+    def forward(self, video: Tensor, walk: Walk) -> Tensor:
         """[B, 3, F, H, W] -> [B, 32, T, h, w]."""
-        hidden = self.conv_in(video)
+        growth = -(-self.conv_in.conv.out_channels // video.shape[1])
+        clip = list(walk.convolve(self.conv_in, walk.cut([_laid_out(video)], growth)))
         for block in self.down_blocks:
-            hidden = block(hidden, check)
-        hidden = self.mid_block(hidden, check)
-        out: Tensor = self.conv_out(hidden, norm=self.conv_norm_out)
-        return out
+            clip = block(clip, walk)
+        clip = self.mid_block(clip, walk)
+        affine = walk.measure(self.conv_norm_out, clip)
+        return torch.cat(list(walk.convolve(self.conv_out, clip, affine)), 2)
 
 
 class Decoder(nn.Module):
@@ -400,13 +610,104 @@ class Decoder(nn.Module):
         self.conv_norm_out = nn.GroupNorm(groups, channels[-1], eps=NORM_EPS)
         self.conv_out = CausalConv3d(channels[-1], config.out_channels)
 
-    def forward(self, latents: Tensor, check: Check) -> Tensor:
-        """[B, 16, T, h, w] -> [B, 3, F, H, W]."""
-        hidden = self.mid_block(self.conv_in(latents), check)
-        for block in self.up_blocks:
-            hidden = block(hidden, check)
-        out: Tensor = self.conv_out(hidden, norm=self.conv_norm_out)
-        return out
+    def forward(self, latents: Tensor, walk: Walk) -> Iterator[Tensor]:
+        """[B, 16, T, h, w] -> [B, 3, F, H, W], yielded piece by piece."""
+        clip = self.coarse(latents, walk)
+        clip, affine = self._features(clip, walk)
+        yield from walk.convolve(self.conv_out, clip, affine)
+
+    def coarse(self, latents: Tensor, walk: Walk) -> Pieces:
+        """The part at low resolution: pieces [B, C, T, rows, columns] of `coarse_shape`."""
+        growth = -(-self.conv_in.conv.out_channels // latents.shape[1])
+        clip = list(walk.convolve(self.conv_in, walk.cut([_laid_out(latents)], growth)))
+        clip = self.mid_block(clip, walk)
+        return self._through(self._blocks[: self._num_coarse], clip, walk)
+
+    def gather(self, sample: Tensor, walk: Walk) -> Frozen:
+        """The norms of the part at high resolution, from parts of a clip.
+
+        Args:
+            sample: [N, C, t, rows, columns], N parts of what `coarse` returns.
+            walk: how.
+
+        Returns:
+            What `stream` takes.
+        """
+        frozen: Frozen = {}
+        walk = replace(walk, recorded=frozen, is_one_clip=True)
+        self._features(walk.cut([sample]), walk)
+        return frozen
+
+    def stream(self, frozen: Frozen, check: Check) -> Callable[[Tensor], Iterator[Tensor]]:
+        """The part at high resolution with known norms, in the memory that a few frames take.
+
+        Args:
+            frozen: from `gather`.
+            check: called between layers; may raise to stop.
+
+        Returns:
+            A function that takes the next frames [1, C, t, rows, columns] of what `coarse` returns
+            and yields the frames [1, 3, f, H, W] that they complete.
+        """
+        streams: list[Any] = [b.stream(frozen) for b in self._blocks[self._num_coarse :]]
+        affine = frozen[self.conv_norm_out]
+        return partial(
+            _push, [*streams, ConvStream(self.conv_out, affine, keeps_copies=True)], check
+        )
+
+    @property
+    def halo_rows(self) -> int:
+        """Rows of what `coarse` returns beside a strip that reach into its pixels.
+
+        With known norms nothing else does. At full size 6, which are 24 rows of pixels.
+        """
+        rows = self.conv_out.kernel_size // 2
+        for block in reversed(self._blocks[self._num_coarse :]):
+            if isinstance(block, Resample):
+                rows = -(-(rows + 1) // block.conv.upsample[1])
+            else:
+                rows += 2
+        return rows
+
+    @property
+    def _blocks(self) -> list[Any]:
+        levels: list[Any] = list(self.up_blocks)
+        return [block for level in levels for block in (*level.resnets, *level.upsamplers)]
+
+    @property
+    def _num_coarse(self) -> int:
+        """How many of these are at low resolution: all but those of the last two levels.
+
+        The step between both parts makes pixels, so it is of the part at high resolution.
+        """
+        levels: list[Any] = list(self.up_blocks)[:-2]
+        blocks = sum(len(level.resnets) + len(level.upsamplers) for level in levels)
+        return blocks - len(levels[-1].upsamplers) if levels else 0
+
+    def _features(self, clip: Pieces, walk: Walk) -> tuple[Pieces, Affine]:
+        """What the last convolution reads, and its norm."""
+        clip = self._through(self._blocks[self._num_coarse :], clip, walk)
+        return clip, walk.measure(self.conv_norm_out, clip)
+
+    @staticmethod
+    def _through(blocks: list[Any], clip: Pieces, walk: Walk) -> Pieces:
+        for block in blocks:
+            walk.check()
+            clip = block(clip, walk)
+        return clip
+
+
+def _push(streams: list[Any], check: Check, frames: Tensor) -> Iterator[Tensor]:
+    """Put frames through layers one after the other, in single frames where they are enlarged."""
+    for index, stream in enumerate(streams):
+        check()
+        enlarges = isinstance(stream, ConvStream) and stream.layer.upsample != (1, 1, 1)
+        if enlarges and frames.shape[2] > 1:
+            for frame in torch.split(frames, 1, 2):
+                yield from _push(streams[index:], check, frame)
+            return
+        frames = stream(frames)
+    yield frames
 
 
 class VideoVAE(nn.Module):
@@ -438,8 +739,9 @@ class VideoVAE(nn.Module):
             ShapeError: the clip breaks one of these rules.
         """
         check_video_shape(video.shape, self.config.in_channels)
-        moments: Tensor = self.quant_conv(self.encoder(video.to(self.quant_conv.weight), check))
-        return moments[:, : self.config.latent_channels]
+        hidden = self.encoder(video.to(self.quant_conv.weight), Walk(check))
+        moments: Tensor = self.quant_conv(hidden)
+        return moments[:, : self.config.latent_channels].contiguous()
 
     @torch.no_grad()
     def decode(self, vae_latents: Tensor, *, check: Check = never_interrupt) -> Tensor:
@@ -456,10 +758,146 @@ class VideoVAE(nn.Module):
         Raises:
             ShapeError: not 5-D, or not the latent channels of this VAE.
         """
+        pieces = list(self.iter_decode(vae_latents, check=check))
+        return pieces[0] if len(pieces) == 1 else _joined(pieces)
+
+    @torch.no_grad()
+    def iter_decode(
+        self, vae_latents: Tensor, *, check: Check = never_interrupt
+    ) -> Iterator[Tensor]:
+        """Decode all latents in one pass and yield the frames in order, as soon as they are final.
+
+        Args:
+            vae_latents: as for `decode`.
+            check: called between blocks and pieces; may raise to stop.
+
+        Yields:
+            [B, 3, f, H, W], about -1 to 1, not clamped, in memory [f, H, W, 3].
+
+        Raises:
+            ShapeError: not 5-D, or not the latent channels of this VAE.
+        """
         check_latent_shape(vae_latents.shape, self.config.latent_channels)
         latents = self.post_quant_conv(vae_latents.to(self.post_quant_conv.weight))
-        video: Tensor = self.decoder(latents, check)
-        return video
+        with self.folded():
+            yield from self.decoder(latents, Walk(check))
+
+    @torch.no_grad()
+    def iter_synced(
+        self, vae_latents: Tensor, strips: int = 1, *, check: Check = never_interrupt
+    ) -> Iterator[tuple[int, int, Tensor]]:
+        """Decode in the memory that a few frames take, with norms taken from a part of the clip.
+
+        The part at low resolution is exact. The GroupNorms of the last two levels would need the
+        whole clip; they get the statistics of `sample_starts`, which stay the same for all frames,
+        so there are no seams. With strips, rows are decoded one strip after the other, with the
+        rows beside it that it depends on: the result is the same.
+
+        Args:
+            vae_latents: [1, 16, T, h, w]; as for `decode`.
+            strips: how many.
+            check: called between layers; may raise to stop.
+
+        Yields:
+            First frame, first row, and [1, 3, f, rows, W], about -1 to 1, not clamped, in memory
+            [f, rows, W, 3].
+
+        Raises:
+            ShapeError: not 5-D, or not the latent channels of this VAE.
+        """
+        check_latent_shape(vae_latents.shape, self.config.latent_channels)
+        walk = Walk(check, piece_elements=SYNCED_PIECE_ELEMENTS)
+        latents = self.post_quant_conv(vae_latents.to(self.post_quant_conv.weight))
+        with self.folded():
+            pieces = self.decoder.coarse(latents, walk)
+            coarse = pieces[0] if len(pieces) == 1 else _joined(pieces)
+            pieces.clear()
+            frames, rows = coarse.shape[2:4]
+            starts, length = sample_starts(frames, strips)
+            sample = torch.cat([coarse[:, :, start : start + length] for start in starts])
+            frozen = self.decoder.gather(_laid_out(sample), walk)
+            del sample
+            scale = SPATIAL_COMPRESSION * vae_latents.shape[3] // rows
+            halo = self.decoder.halo_rows
+            for top, bottom in strip_rows(rows, strips):
+                above = max(0, top - halo)
+                push = self.decoder.stream(frozen, check)
+                start = 0
+                for index in range(frames):
+                    piece = coarse[:, :, index : index + 1, above : min(rows, bottom + halo)]
+                    for out in push(_owned(piece)):
+                        inner = out[..., (top - above) * scale : (bottom - above) * scale, :]
+                        yield start, top * scale, inner
+                        start += out.shape[2]
+
+    @contextmanager
+    def folded(self) -> Iterator[None]:
+        """Fold the weights of the upsamplers once for all decodes inside the block.
+
+        They are 4.5 % of the decoder's (62 MB in bf16) and gone afterwards, so that a VAE which is
+        moved or cast between runs needs no care.
+        """
+        layers = [
+            layer
+            for layer in self.decoder.modules()
+            if isinstance(layer, CausalConv3d) and layer.is_folded and layer.folded is None
+        ]
+        try:
+            for layer in layers:
+                layer.folded = layer.fold()
+            yield
+        finally:
+            for layer in layers:
+                layer.folded = None
+
+
+def sample_starts(frames: int, strips: int) -> tuple[list[int], int]:
+    """The frames at low resolution whose statistics stand for those of all in a synced decode.
+
+    Whole frames of a few moments: a video is alike over time, while its regions differ. (The same
+    share of the clip in tiles or in rows costs 5 to 15 dB, see tests/bench/LOG.md.)
+
+    Args:
+        frames: at low resolution.
+        strips: more than one where memory is short.
+
+    Returns:
+        The first frame of each window, and the length of a window.
+    """
+    length = min(2, frames)
+    windows = min(1 if strips > 1 else 2, frames // length)
+    return [(2 * i + 1) * (frames - length) // (2 * windows) for i in range(windows)], length
+
+
+def strip_rows(rows: int, strips: int) -> list[tuple[int, int]]:
+    """Where each of some strips of about equal height begins and ends; no more than rows."""
+    strips = min(strips, rows)
+    edges = [rows * i // strips for i in range(strips + 1)]
+    return list(pairwise(edges))
+
+
+def _owned(piece: Tensor) -> Tensor:
+    """A copy with adjacent channels, as layers overwrite what they are given."""
+    return torch.empty_like(piece, memory_format=_LAYOUT).copy_(piece)
+
+
+def _laid_out(clip: Tensor) -> Tensor:
+    """The clip with adjacent channels."""
+    return clip.contiguous(memory_format=_LAYOUT)
+
+
+def _joined(pieces: Pieces) -> Tensor:
+    """Pieces as one clip in their layout; each is freed once it is copied."""
+    batch, channels, _, height, width = pieces[0].shape
+    shape = (batch, channels, sum(piece.shape[2] for piece in pieces), height, width)
+    like = pieces[0]
+    out = torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=_LAYOUT)
+    del like
+    start = 0
+    for piece in consume(pieces):
+        out[:, :, start : start + piece.shape[2]] = piece
+        start += piece.shape[2]
+    return out
 
 
 def check_video_shape(shape: torch.Size, channels: int) -> None:
@@ -495,7 +933,3 @@ def _check_five(shape: torch.Size, channels: int, what: str, layout: str) -> Non
 
 def _nearest(value: int, multiple: int) -> int:
     return (value + multiple // 2) // multiple * multiple
-
-
-def _ceil_div(value: int, divisor: int) -> int:
-    return -(-value // divisor)

@@ -6,41 +6,81 @@ overlap, a linear ramp leads from the earlier to the later one. Blends are fp32 
 wherever both sides agree the result is exactly that value.
 
 Every window is decoded alone: causal padding and GroupNorm statistics start afresh. Seams in time
-are therefore the visible ones, and whole-time spatial tiles come before windows in `choose_tiling`.
+are therefore the visible ones, and whole-time spatial tiles come before windows in `choose_decode`.
 
 Source: the geometry is diffusers 0.42.1 models/autoencoders/autoencoder_kl_hunyuan_video.py and
 Tencent/HunyuanVideo hyvideo/vae/autoencoder_kl_causal_3d.py, which share it.
 """
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+import math
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass
+from functools import partial
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from .. import outcomes
-from ..config import SPATIAL_COMPRESSION, TEMPORAL_COMPRESSION, TILINGS, Tiling, VAEConfig
+from ..config import (
+    DECODE_MODES,
+    SPATIAL_COMPRESSION,
+    TEMPORAL_COMPRESSION,
+    TILINGS,
+    Tiling,
+    VAEConfig,
+)
 from ..errors import OptionError, OutOfRoomError, ShapeError
 from ..ladder import descending
 from ..offload import on_device
 from ..runtime import Runtime
-from .budget import decode_bytes
+from .budget import decode_bytes, decode_flop, synced_bytes, synced_flop
+from .frames import FrameWriter
 from .model import VideoVAE
 
 logger = logging.getLogger("skyreels.vae.tiling")
 
 #: whole-time tiles, largest first; a 64 px overlap is the reference's, smaller tiles afford less
 _SPATIAL_SIZES = ((512, 448), (448, 384), (384, 320), (320, 256), (256, 192), (192, 144), (128, 96))
-SMALLEST = Tiling(128, 128, 16, 96, 96, 12)
-#: what "auto" chooses from, the least divided first
-LADDER: tuple[Tiling | None, ...] = (
-    None,
-    *(Tiling(tile, tile, 0, stride, stride, 0) for tile, stride in _SPATIAL_SIZES),
-    TILINGS["tiled-tencent"],
-    TILINGS["tiled-diffusers"],
-    SMALLEST,
+_SMALLEST = Tiling(128, 128, 16, 96, 96, 12)
+#: of a synced decode; more of them save little, as each has the same rows beside it
+STRIPS = (1, 2, 4, 8)
+
+
+@dataclass(frozen=True)
+class DecodePlan:
+    """How a clip is decoded; its text names it for people and in the file of outcomes.
+
+    Attributes:
+        mode: "full", "synced" or, with tiles, any name.
+        tiling: the tiles, None without.
+        strips: in how many a synced decode does the rows.
+    """
+
+    mode: str
+    tiling: Tiling | None = None
+    strips: int = 1
+
+    def __str__(self) -> str:
+        if self.tiling is None:
+            return self.mode if self.strips == 1 else f"{self.mode} in {self.strips} strips"
+        for name, known in TILINGS.items():
+            if known == self.tiling:
+                return name
+        frames = self.tiling.tile_sample_min_num_frames
+        window = f", {frames} frames" if frames else ""
+        return f"tiles of {self.tiling.tile_sample_min_width} px{window}"
+
+
+#: what "auto" chooses from, the best first: exact, without seams, then the least divided in tiles
+LADDER = (
+    DecodePlan("full"),
+    *(DecodePlan("synced", strips=strips) for strips in STRIPS),
+    *(DecodePlan("tiled", Tiling(t, t, 0, s, s, 0)) for t, s in _SPATIAL_SIZES),
+    *(DecodePlan("tiled", TILINGS[name]) for name in ("tiled-tencent", "tiled-diffusers")),
+    DecodePlan("tiled", _SMALLEST),
 )
 
 
@@ -65,10 +105,11 @@ def decode_frames(
     Args:
         vae: on any device; back there afterwards.
         vae_latents: [1, 16, T, h, w], VAE space (unscaled); not changed.
-        mode: "auto" makes room for whole-clip tiles of 256 pixels and picks the largest tiles that
-            then fit, "full" decodes in one pass, or a name in config.TILINGS.
+        mode: one of config.DECODE_MODES. "auto" makes room for a synced decode and takes the best
+            that then fits (`choose_decode`), "full" decodes in one pass, "synced" with norms from a
+            part of the clip (`VideoVAE.iter_synced`), the others in the tiles of config.TILINGS.
         tiling: explicit tiles; they override `mode`.
-        runtime: progress "decode" in tiles; asked for an interrupt between the layers of a tile.
+        runtime: progress "decode" in tiles or frames; asked for an interrupt between layers.
 
     Returns:
         [F, H, W, 3] float32 in [0, 1], contiguous, on runtime.offload_device; F = 4 * (T - 1) + 1.
@@ -76,78 +117,97 @@ def decode_frames(
     Raises:
         OptionError: unknown mode.
         ShapeError: latents of another shape.
-        OutOfRoomError: "auto", and not even the smallest tiles fit.
+        OutOfRoomError: "auto" and "synced", and nothing fits.
 
-    If memory runs out, "auto" decodes again with smaller tiles and remembers them.
+    If memory runs out, these two decode again with less, and remember with what.
     """
-    if mode not in ("auto", "full", *TILINGS):
-        valid = ", ".join(("auto", "full", *TILINGS))
-        raise OptionError(f'Decode mode "{mode}" does not exist: use one of {valid}.')
+    if mode not in DECODE_MODES:
+        raise OptionError(
+            f'Decode mode "{mode}" does not exist: use one of {", ".join(DECODE_MODES)}.'
+        )
     _check_latents(vae_latents)
-    frames, height, width = _output_size(vae_latents)
-    is_auto = mode == "auto" and tiling is None
-    if tiling is None:
-        # "auto" makes room for the reference's tiles: making room for a decode in one pass would
-        # offload every other model for a little speed
-        tiling = TILINGS["tiled" if is_auto else mode] if mode != "full" else None
-    largest = largest_tile(vae_latents.shape, tiling)
     dtype = next(vae.parameters()).dtype
-    num_bytes = decode_bytes(vae.config, largest, dtype)
+    shape, chooses = vae_latents.shape, tiling is None and mode in ("auto", "synced")
+    # "auto" makes room for a synced decode: making room for one in a single pass would offload
+    # every other model for a little speed
+    plan = DecodePlan("tiled", tiling) if tiling else DecodePlan(mode, TILINGS.get(mode))
+    if chooses:
+        plan = DecodePlan("synced")
+    frames, height, width = _output_size(vae_latents)
     device = outcomes.device_key(runtime.device)
-    work = f"decode {frames} frames of {width}x{height}, {vae.config.block_out_channels}, {dtype}"
+    channels = vae.config.block_out_channels
+    work = f"decode {frames} frames of {width}x{height} {mode}, {channels}, {dtype}"
 
-    def on_fall(failed: Tiling | None, rung: Tiling | None) -> None:
+    def on_fall(failed: DecodePlan, rung: DecodePlan) -> None:
         runtime.check_interrupt()
-        runtime.progress("decode", 0, count_decodes(vae_latents.shape, rung))
+        runtime.progress("decode", 0, _total(rung, shape))
         free = runtime.free_bytes()
         outcomes.remember_rung(runtime.state_folder, device, work, str(rung), free)
         logger.warning(
             "Memory ran out in a decode with %s (%.1f GB are free now): it is repeated with %s.",
-            tiling_name(failed), free / 1e9, tiling_name(rung),
+            failed, free / 1e9, rung,
         )  # fmt: skip
 
-    @contextmanager
-    def on_rung(tiling: Tiling | None) -> Iterator[Callable[[], Tensor]]:
-        yield lambda: _decode_clip(vae, vae_latents, tiling, runtime)
+    def on_rung(rung: DecodePlan) -> nullcontext[Callable[[], Tensor]]:
+        return nullcontext(partial(_decode_clip, vae, vae_latents, rung, runtime))
 
-    with runtime.place(vae, num_bytes), on_device(vae, runtime.device):
-        rungs: Sequence[Tiling | None] = [tiling]
-        if is_auto:
+    num_bytes = plan_bytes(plan, vae.config, shape, dtype)
+    with runtime.place(vae, num_bytes), on_device(vae, runtime.device), vae.folded():
+        rungs = [plan]
+        if chooses:
             free = _free_beside_the_clip(vae_latents, runtime)
-            tiling = choose_tiling(vae.config, vae_latents.shape, free, dtype)
-            rungs = LADDER[LADDER.index(tiling) :]
-            names = list(map(str, rungs))
-            folder = runtime.state_folder
+            plan, _ = choose_decode(vae.config, shape, free, dtype, mode)
+            rungs = rungs_from(plan, vae.config, shape, dtype, mode)
+            names, folder = list(map(str, rungs)), runtime.state_folder
             rungs = rungs[outcomes.first_rung(folder, device, work, names, runtime.free_bytes()) :]
         with descending(rungs, on_rung, runtime.device, on_fall) as decode:
             clip: Tensor = decode()
             return clip
 
 
-def _decode_clip(
-    vae: VideoVAE, vae_latents: Tensor, tiling: Tiling | None, runtime: Runtime
-) -> Tensor:
-    """[F, H, W, 3] in [0, 1]; the VAE is on the device."""
-    frames, height, width = _output_size(vae_latents)
-    clip: Tensor | None = None
-    done = 0
-    for chunk in iter_decode(vae, vae_latents, tiling, runtime=runtime):
-        images = chunk[0].permute(1, 2, 3, 0).add_(1).mul_(0.5).clamp_(0, 1)
-        if not bool(images.sum().isfinite()):
-            dtype = str(next(vae.parameters()).dtype).removeprefix("torch.")
-            raise OptionError(
-                f"The decoded frames contain NaN: load the VAE in bf16 or fp32 instead of {dtype}, "
-                "and check the latents."
-            )
-        if images.shape[0] == frames:
-            return images
-        if clip is None:
-            clip = torch.empty(frames, height, width, 3, device=images.device)
-        clip[done : done + images.shape[0]] = images
-        done += images.shape[0]
-    assert clip is not None
-    assert done == frames
-    return clip
+def _decode_clip(vae: VideoVAE, vae_latents: Tensor, plan: DecodePlan, runtime: Runtime) -> Tensor:
+    """[F, H, W, 3] in [0, 1] on the offload device; the VAE is on the device."""
+    writer = FrameWriter(*_output_size(vae_latents), runtime.offload_device)
+    for images, start, top in _decode(vae, vae_latents, plan, runtime):
+        writer.write(images, start, top)
+    return writer.finish()
+
+
+def _decode(
+    vae: VideoVAE, vae_latents: Tensor, plan: DecodePlan, runtime: Runtime
+) -> Iterator[tuple[Tensor, int, int]]:
+    """Yield final frames [f, rows, W, 3] on the device, with their first frame and row."""
+    start = 0
+    if plan.mode == "synced":
+        total, done = _total(plan, vae_latents.shape), 0
+        synced = vae.iter_synced(vae_latents, plan.strips, check=runtime.check_interrupt)
+        for start, top, piece in synced:
+            done += piece.shape[2]
+            yield _images(piece), start, top
+            runtime.progress("decode", done, total)
+    elif plan.tiling is None:
+        for piece in vae.iter_decode(vae_latents, check=runtime.check_interrupt):
+            yield _images(piece), start, 0
+            start += piece.shape[2]
+        runtime.progress("decode", 1, 1)
+    else:
+        chunks = iter_decode(vae, vae_latents, plan.tiling, runtime=runtime, device=runtime.device)
+        for chunk in chunks:
+            frames = chunk.shape[2]
+            yield _images(chunk), start, 0
+            start += frames
+
+
+def _images(clip: Tensor) -> Tensor:
+    """[1, 3, f, H, W] -> [f, H, W, 3] float32, contiguous; a view where memory is in that order."""
+    return clip[0].permute(1, 2, 3, 0).float().contiguous()
+
+
+def _total(plan: DecodePlan, latent_shape: torch.Size) -> int:
+    """The total that progress reports: the frames of every strip, or decoder calls."""
+    if plan.mode != "synced":
+        return count_decodes(latent_shape, plan.tiling)
+    return plan.strips * ((latent_shape[2] - 1) * TEMPORAL_COMPRESSION + 1)
 
 
 def _free_beside_the_clip(vae_latents: Tensor, runtime: Runtime) -> int:
@@ -160,22 +220,29 @@ def _free_beside_the_clip(vae_latents: Tensor, runtime: Runtime) -> int:
 
 
 def iter_decode(
-    vae: Decoder, vae_latents: Tensor, tiling: Tiling | None, *, runtime: Runtime
+    vae: Decoder,
+    vae_latents: Tensor,
+    tiling: Tiling | None,
+    *,
+    runtime: Runtime,
+    device: torch.device | None = None,
 ) -> Iterator[Tensor]:
     """Decode a clip and yield its frames, in order, as soon as they are final.
 
     With windows in time only the overlap with the next window is held back; without them the clip
-    is assembled once and yielded whole. The caller owns each chunk and may overwrite it.
+    is assembled once and yielded whole. The caller owns each chunk and may overwrite it. Tiles are
+    blended and assembled on runtime.device.
 
     Args:
         vae: already on `runtime.device`.
         vae_latents: [1, 16, T, h, w], VAE space (unscaled); not changed.
         tiling: windows and tiles; None decodes everything in one pass.
         runtime: as for `decode_frames`.
+        device: of the frames; None is runtime.offload_device.
 
     Returns:
-        Iterator of [1, 3, f, H, W] float32, about -1 to 1, not clamped, on runtime.offload_device;
-        the memory of a chunk is ordered [f, H, W, 3].
+        Iterator of [1, 3, f, H, W] float32, about -1 to 1, not clamped; the memory of a chunk is
+        ordered [f, H, W, 3].
 
     Raises:
         ShapeError: latents are not 5-D, or contain more than one clip. Raised by the call, before
@@ -185,12 +252,20 @@ def iter_decode(
     Source: diffusers 0.42.1 AutoencoderKLHunyuanVideo._temporal_tiled_decode.
     """
     _check_latents(vae_latents)
-    return _windows(vae, vae_latents, tiling, runtime)
+    target = runtime.offload_device if device is None else device
+    return _moved(_windows(vae, vae_latents, tiling, runtime), target)
+
+
+def _moved(windows: Iterator[Tensor], target: torch.device) -> Iterator[Tensor]:
+    for frames in windows:
+        yield frames.to(target).permute(3, 0, 1, 2)[None]
+        del frames  # or it would live on beside the next window
 
 
 def _windows(
     vae: Decoder, vae_latents: Tensor, tiling: Tiling | None, runtime: Runtime
 ) -> Iterator[Tensor]:
+    """Yield frames [f, H, W, 3] where they were decoded."""
     starts, length = window_starts(vae_latents.shape[2], tiling)
     total = count_decodes(vae_latents.shape, tiling)
     done = 0
@@ -199,10 +274,7 @@ def _windows(
         nonlocal done
         runtime.check_interrupt()
         decoded = vae.decode(latents, check=runtime.check_interrupt)
-        frames = torch.empty(
-            decoded[0].permute(1, 2, 3, 0).shape, device=runtime.offload_device, dtype=torch.float32
-        )
-        frames.copy_(decoded[0].permute(1, 2, 3, 0))
+        frames = _images(decoded)
         done += 1
         runtime.progress("decode", done, total)
         return frames
@@ -222,7 +294,7 @@ def _windows(
             final = frames[: stride + (start == 0)]
             tail = _tail(frames, tiling.tile_sample_min_num_frames - stride, dim=0)
         del frames
-        yield final.permute(3, 0, 1, 2)[None]
+        yield final
         del final
 
 
@@ -340,44 +412,107 @@ def largest_tile(latent_shape: torch.Size, tiling: Tiling | None) -> torch.Size:
     return torch.Size((batch, channels, frames, height, width))
 
 
-def choose_tiling(
-    config: VAEConfig, latent_shape: torch.Size, free_bytes: int, dtype: torch.dtype
-) -> Tiling | None:
-    """The least divided decode that fits: full, whole-time tiles, 64/48 windows, 16/12 windows.
+def plan_bytes(
+    plan: DecodePlan, config: VAEConfig, latent_shape: torch.Size, dtype: torch.dtype
+) -> int:
+    """The peak bytes that a decode takes beside the weights, predicted; see budget.py."""
+    if plan.mode == "synced":
+        return synced_bytes(config, latent_shape, dtype, plan.strips)
+    num_bytes = decode_bytes(config, largest_tile(latent_shape, plan.tiling), dtype)
+    if count_decodes(latent_shape, plan.tiling) > 1:  # assembled and blended beside the tile
+        window = torch.empty(latent_shape, device="meta")[:, :, : _window_length(plan.tiling)]
+        num_bytes += 2 * 4 * 3 * math.prod(_output_size(window))
+    return num_bytes
+
+
+def plan_flop(plan: DecodePlan, config: VAEConfig, latent_shape: torch.Size) -> float:
+    """FLOP of a decode's convolutions; tiles at the edges count as whole ones. See budget.py."""
+    if plan.mode == "synced":
+        return synced_flop(config, latent_shape, plan.strips)
+    tile = decode_flop(config, largest_tile(latent_shape, plan.tiling))
+    return count_decodes(latent_shape, plan.tiling) * tile
+
+
+def _window_length(tiling: Tiling | None) -> int | None:
+    frames = 0 if tiling is None else tiling.tile_sample_min_num_frames
+    return frames // TEMPORAL_COMPRESSION + 1 if frames else None
+
+
+def choose_decode(
+    config: VAEConfig,
+    latent_shape: torch.Size,
+    free_bytes: int,
+    dtype: torch.dtype,
+    mode: str = "auto",
+) -> tuple[DecodePlan, int]:
+    """The best decode that fits, and the bytes it is predicted to take.
+
+    In order: in one pass, which is exact; synced, in as few strips as possible, which has no seams;
+    then the least divided in tiles: whole-time tiles, 64/48 windows, 16/12 windows.
 
     Args:
         config: of the VAE.
         latent_shape: [1, 16, T, h, w].
         free_bytes: bytes the decoder may take beside its weights.
         dtype: the decoder's compute dtype.
+        mode: "auto", or "synced" for the first such decode that fits.
 
     Returns:
-        The tiling, or None for a full decode.
+        The plan, and bytes.
 
     Raises:
-        OutOfRoomError: not even 128 px tiles in 16-frame windows fit.
+        OutOfRoomError: nothing fits.
     """
-    for tiling in LADDER:
-        needed = decode_bytes(config, largest_tile(latent_shape, tiling), dtype)
+    for plan in _ladder(mode):
+        needed = plan_bytes(plan, config, latent_shape, dtype)
         if needed <= free_bytes:
-            return tiling
+            return plan, needed
+    what = f"in {STRIPS[-1]} strips" if mode == "synced" else "in the smallest tiles"
     raise OutOfRoomError(
-        f"Decoding these latents in the smallest tiles needs {needed / 1e6:,.0f} MB beside the "
+        f"Decoding these latents {what} needs {needed / 1e6:,.0f} MB beside the "
         f"weights, and {max(free_bytes, 0) / 1e6:,.0f} MB are free: unload other models, use a "
         "bf16 or fp16 VAE, or close other programs that use this device."
     )
 
 
-def tiling_name(tiling: Tiling | None) -> str:
-    """A name for people: the mode's, or the size of its tiles and windows."""
-    if tiling is None:
-        return "full"
-    for name, known in TILINGS.items():
-        if known == tiling:
-            return name
-    frames = tiling.tile_sample_min_num_frames
-    window = f", {frames} frames" if frames else ""
-    return f"tiles of {tiling.tile_sample_min_width} px{window}"
+def rungs_from(
+    plan: DecodePlan,
+    config: VAEConfig,
+    latent_shape: torch.Size,
+    dtype: torch.dtype,
+    mode: str = "auto",
+) -> list[DecodePlan]:
+    """A plan, and what to try if memory runs out in it.
+
+    Args:
+        plan: of `choose_decode`.
+        config: of the VAE.
+        latent_shape: [1, 16, T, h, w].
+        dtype: the decoder's compute dtype.
+        mode: as for `choose_decode`.
+
+    Returns:
+        The plan, then those below it on the ladder that take less than all before them: a clip in
+        large tiles can take more than a synced decode, and would run out again.
+    """
+    ladder = _ladder(mode)
+    rungs = [plan]
+    least = plan_bytes(plan, config, latent_shape, dtype)
+    for rung in ladder[ladder.index(plan) + 1 :]:
+        needed = plan_bytes(rung, config, latent_shape, dtype)
+        if needed < least:
+            rungs.append(rung)
+            least = needed
+    return rungs
+
+
+def last_rung(mode: str) -> DecodePlan:
+    """What `choose_decode` tries last."""
+    return _ladder(mode)[-1]
+
+
+def _ladder(mode: str) -> list[DecodePlan]:
+    return [plan for plan in LADDER if mode in ("auto", plan.mode)]
 
 
 def explicit_tiling(

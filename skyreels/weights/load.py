@@ -11,10 +11,12 @@ pickle that only torch reads.
 """
 
 import json
+import logging
 import math
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import lru_cache
 from os import PathLike
 from pathlib import Path
 from typing import IO, TypeVar
@@ -25,6 +27,7 @@ from torch import Tensor, nn
 from ..config import TRANSFORMER_PRECISIONS, VAE_PRECISIONS, TransformerConfig, VAEConfig
 from ..errors import CheckpointError, OptionError
 from ..kernels import QuantFormat
+from ..kernels.dispatch import is_passing
 from ..runtime import Runtime
 from ..transformer.model import SkyReelsTransformer
 from ..transformer.quant import (
@@ -48,6 +51,8 @@ from .inspect import (
     require,
 )
 from .keymaps import HALF_SWAPPED, transformer_sources, vae_sources
+
+logger = logging.getLogger("skyreels.weights.load")
 
 _FLOAT_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -95,11 +100,28 @@ def load_transformer(
     else:
         compute_dtype = _FLOAT_DTYPES.get(precision, torch.bfloat16)
     weight_format = _weight_format(precision, config)
+    keep_8bit = precision not in _FLOAT_DTYPES
+    if keep_8bit and not (has_float8 := holds_float8(runtime.device)) and precision == "fp8":
+        raise OptionError(
+            f"Precision fp8 needs a device that holds float8 numbers, and {runtime.device} does "
+            "not: choose int8 or bf16."
+        )
+    float8 = [entry for entry in info.tensors.values() if entry.dtype in FLOAT8_DTYPES]
+    if keep_8bit and float8 and not has_float8:
+        keep_8bit = False
+        logger.warning(
+            "%s stores weights in fp8, which %s cannot hold: they are dequantized to bfloat16 "
+            "while loading and take %.1f GB instead of %.1f GB.",
+            info.path.name,
+            runtime.device,
+            2e-9 * sum(entry.num_bytes for entry in float8),
+            1e-9 * sum(entry.num_bytes for entry in float8),
+        )
     return _assemble(
         info,
         lambda: SkyReelsTransformer(config),
         lambda name: transformer_sources(name, info.layout),
-        keep_8bit=precision not in _FLOAT_DTYPES,
+        keep_8bit=keep_8bit,
         storage=lambda name: weight_format if is_quantizable(name, config.num_layers) else None,
         compute_dtype=compute_dtype,
         runtime=runtime,
@@ -138,6 +160,18 @@ def load_vae(path: str | PathLike[str], *, precision: str = "auto", runtime: Run
         compute_dtype=_FLOAT_DTYPES[precision],
         runtime=runtime,
     )
+
+
+@lru_cache
+def holds_float8(device: torch.device) -> bool:
+    """Whether float8 weights can be on a device: MPS and some older GPUs refuse them."""
+    try:
+        torch.zeros(1, dtype=torch.float8_e4m3fn).to(device).to(torch.bfloat16)
+    except (RuntimeError, TypeError, NotImplementedError) as error:
+        if is_passing(error):
+            raise
+        return False
+    return True
 
 
 def _weight_format(precision: str, config: TransformerConfig) -> QuantFormat | None:

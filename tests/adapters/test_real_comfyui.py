@@ -277,6 +277,22 @@ def test_models_that_were_replaced_are_let_go(server):
     assert max(counts[2:]) <= counts[1]
 
 
+def test_ten_runs_that_alternate_with_another_model_leave_memory_where_it_was(server):
+    def used(run: int) -> tuple[int, int]:
+        name = ("local_bf16", "quick_start")[run % 2]
+        prompt = small_prompt(name, seed=run)
+        (decode,) = (k for k, n in prompt.items() if n["class_type"] == "SkyReelsVAEDecode")
+        prompt["memory"] = {"class_type": "TestMemory", "inputs": {"after": [decode, 0]}}
+        result = server.result(server.queue(prompt))
+        assert result["status"]["status_str"] == "success"
+        return tuple(map(int, result["outputs"]["memory"]["text"]))
+
+    runs = [used(run) for run in range(10)]
+    for kind in range(2):  # of all tensors, of the process
+        before, after = (max(run[kind] for run in part) for part in (runs[2:6], runs[6:]))
+        assert after <= 1.01 * before, runs
+
+
 # --- remote -------------------------------------------------------------------------------------
 
 

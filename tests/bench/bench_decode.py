@@ -3,10 +3,12 @@
     python tests/bench/bench_decode.py
     python tests/bench/bench_decode.py --device cuda --dtype bfloat16 --full-size \\
         --frames 97 --height 544 --width 960
+    python tests/bench/bench_decode.py --beside-diffusers --repeats 7
 
 Without options a small VAE decodes a small clip, so that it also runs on a CPU. The counts (decoder
 calls, FLOPs, peak bytes) are always those of the full-size decoder at 97x544x960 in bf16, on
-shape-only tensors. Ends with one line of JSON.
+shape-only tensors. With --beside-diffusers a VAE of a quarter of the width decodes 17 frames of
+256x256 in one pass, ours and diffusers' in turns. Ends with one line of JSON.
 """
 
 import argparse
@@ -27,17 +29,18 @@ from comfyui_skyreels.skyreels.config import TILINGS, Tiling, VAEConfig
 from comfyui_skyreels.skyreels.runtime import TorchRuntime
 from comfyui_skyreels.skyreels.vae.model import VideoVAE
 from comfyui_skyreels.skyreels.vae.tiling import (
+    DecodePlan,
     count_decodes,
-    decode_bytes,
     decode_frames,
     largest_tile,
+    plan_bytes,
     tile_starts,
     window_starts,
 )
 from support.peak import PeakBytes
 
 ROOT = Path(__file__).resolve().parents[2]
-MODES = ("full", *TILINGS)
+MODES = ("full", "synced", *TILINGS)
 FULL_SIZE = torch.Size((1, 16, 25, 68, 120))
 
 
@@ -59,6 +62,13 @@ def count_full_size(mode: str) -> dict[str, float]:
     tiling = TILINGS.get(mode)
     with torch.device("meta"):
         vae = VideoVAE(VAEConfig()).bfloat16()
+    if mode == "synced":
+        latents = torch.empty(FULL_SIZE, device="meta", dtype=torch.bfloat16)
+        with FlopCounterMode(display=False) as counter, PeakBytes() as memory:
+            for piece in vae.iter_synced(latents):
+                del piece
+        estimate = plan_bytes(DecodePlan(mode), vae.config, FULL_SIZE, torch.bfloat16)
+        return _counts(1, counter.get_total_flops(), memory.peak, estimate)
     flops = peak = 0
     for (frames, height, width), calls in tile_shapes(FULL_SIZE, tiling).items():
         latents = torch.empty(1, 16, frames, height, width, device="meta", dtype=torch.bfloat16)
@@ -66,9 +76,13 @@ def count_full_size(mode: str) -> dict[str, float]:
             vae.decode(latents)
         flops += calls * counter.get_total_flops()
         peak = max(peak, memory.peak)
-    estimate = decode_bytes(vae.config, largest_tile(FULL_SIZE, tiling), torch.bfloat16)
+    estimate = plan_bytes(DecodePlan(mode, tiling), vae.config, FULL_SIZE, torch.bfloat16)
+    return _counts(count_decodes(FULL_SIZE, tiling), flops, peak, estimate)
+
+
+def _counts(calls: int, flops: int, peak: int, estimate: int) -> dict[str, float]:
     return {
-        "calls": count_decodes(FULL_SIZE, tiling),
+        "calls": calls,
         "tflop": round(flops / 1e12, 1),
         "peak_gb": round(peak / 1e9, 2),
         "estimate_gb": round(estimate / 1e9, 2),
@@ -105,6 +119,31 @@ def time_mode(vae: VideoVAE, latents: torch.Tensor, mode: str, repeats: int) -> 
     return result
 
 
+@torch.inference_mode()
+def beside_diffusers(repeats: int) -> dict[str, float]:
+    """Median seconds of a decode in one pass by both, in turns, after one of each."""
+    from diffusers import AutoencoderKLHunyuanVideo
+
+    config = VAEConfig(block_out_channels=(32, 64, 128, 128))
+    ours = VideoVAE(config).eval()
+    theirs = AutoencoderKLHunyuanVideo(block_out_channels=config.block_out_channels).eval()
+    theirs.load_state_dict(ours.state_dict())
+    theirs.use_framewise_decoding = False
+    latents = torch.randn(1, 16, 5, 32, 32)
+    taken: dict[str, list[float]] = {"ours": [], "diffusers": []}
+    for turn in range(repeats + 1):
+        for name, decode in (("ours", ours.decode), ("diffusers", theirs.decode)):
+            start = time.perf_counter()
+            decode(latents)
+            if turn:
+                taken[name].append(time.perf_counter() - start)
+    seconds = {name: statistics.median(each) for name, each in taken.items()}
+    return {
+        **{name: round(value, 3) for name, value in seconds.items()},
+        "ratio": round(seconds["ours"] / seconds["diffusers"], 3),
+    }
+
+
 def commit() -> str:
     command = ["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"]
     return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
@@ -120,9 +159,14 @@ def main() -> None:
     parser.add_argument("--width", type=int, default=264)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--modes", nargs="+", default=MODES, choices=MODES)
+    parser.add_argument("--beside-diffusers", action="store_true")
     options = parser.parse_args()
 
     torch.manual_seed(0)
+    if options.beside_diffusers:
+        found = beside_diffusers(options.repeats)
+        print(json.dumps({"bench": "decode beside diffusers", "commit": commit(), **found}))
+        return
     small = VAEConfig(block_out_channels=(8, 8, 16, 16), layers_per_block=1, norm_num_groups=4)
     config = VAEConfig() if options.full_size else small
     vae = VideoVAE(config).to(options.device, getattr(torch, options.dtype)).eval()

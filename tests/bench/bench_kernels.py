@@ -46,8 +46,10 @@ def cases(tokens: int, dtype: torch.dtype, width: int = WIDTH) -> list[Case]:
         Case("qk_norm_rope_", (1, tokens, 3, heads, dim), dtype, image_tokens=tokens - text),
         *(Case("quantize_rows", row, dtype, *f) for f in formats),
         *(Case("gelu_quantize", inner, dtype, *f) for f in formats),
-        Case("group_moments", clip, dtype, groups=32),
-        Case("group_norm_silu", clip, dtype),
+        Case("channel_moments", clip, dtype),
+        Case("norm_silu_pad_", clip, dtype, front=2),
+        Case("residual_add_", clip, dtype),
+        Case("interleave_", (*clip[:3], clip[3] // 2, clip[4] // 2), dtype, copies=4),
     ]
 
 
@@ -71,7 +73,9 @@ def _outputs(function: Callable, args: tuple) -> list[torch.Tensor]:
 
 
 def _shortened(case: Case) -> Case:
-    if case.operator.startswith("group"):
+    if case.operator == "interleave_":
+        return case._replace(shape=(1, 128, 2, 20, 32))
+    if len(case.shape) == 5 and case.operator != "qk_norm_rope_":
         return case._replace(shape=(1, 128, 2, 40, 64))
     tokens = min(ERROR_TOKENS, case.shape[1])
     return case._replace(

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from bench_attention import Unavailable
 from comfyui_skyreels.skyreels import offload
 from comfyui_skyreels.skyreels.config import CHUNKINGS, TransformerConfig
-from comfyui_skyreels.skyreels.kernels import reference
+from comfyui_skyreels.skyreels.kernels import dispatch, reference
 from comfyui_skyreels.skyreels.latents import ImageConditioning
 from comfyui_skyreels.skyreels.plan import (
     Job,
@@ -34,7 +34,7 @@ from comfyui_skyreels.skyreels.sampling.sample import sample
 from comfyui_skyreels.skyreels.sampling.settings import SamplingSettings, get_sigmas
 from comfyui_skyreels.skyreels.streaming import CudaCopies, least_bytes, padded_bytes
 from comfyui_skyreels.skyreels.text.embeds import PromptEmbeds
-from comfyui_skyreels.skyreels.transformer import attention, placement
+from comfyui_skyreels.skyreels.transformer import attention, placement, quant
 from comfyui_skyreels.skyreels.transformer.attention import Attention, choose_attention
 from comfyui_skyreels.skyreels.transformer.attention_quality import draw
 from comfyui_skyreels.skyreels.transformer.layers import rope_table
@@ -201,6 +201,8 @@ def exact(context: Context) -> None:
     rounds = Rounds(context)
     whole = partial(bench.denoise)
     mine = measured_peak(context, bench, "whole")
+    if hasattr(torch._C, "_get_sdp_priority_order"):  # what other models get from now on
+        context.emit("torch's order of kernels", str(torch._C._get_sdp_priority_order()))
     twins = []
     with context.attempt("diffusers"):
         twins.append(diffusers_twin(bench.model))
@@ -346,21 +348,15 @@ def forced(context: Context, bench: Bench) -> dict[str, tuple[Attention, dict]]:
 
 
 @torch.inference_mode()
-def in_8_bits(context: Context, precision: str, between: Callable[[], None] = lambda: None) -> None:
-    """Predictions with 8-bit linear layers, with exact and with each 8-bit attention.
-
-    Args:
-        between: is called between the first and the second round.
-    """
+def in_8_bits(context: Context, precision: str, *, with_8_bit_attention: bool) -> None:
+    """Predictions with 8-bit linear layers and exact attention, then with each 8-bit attention."""
     bench = prepare(context)
     truth = bench.denoise()
     to_8bit(bench.model, precision)
     context.tidy()
-    modes: dict[str, tuple[Attention, dict]] = {"exact attention": (bench.exact, {})}
     rounds = Rounds(context)
 
-    def measure(kind: str) -> None:
-        function, details = modes[kind]
+    def measure(kind: str, function: Attention, **details: object) -> None:
         name = f"{precision}, {kind}"
         output = rounds.time(name, partial(bench.denoise, function), **details)
         if output is not None:
@@ -369,31 +365,28 @@ def in_8_bits(context: Context, precision: str, between: Callable[[], None] = la
 
     with context.attempt(precision):
         bench.denoise()  # compiles, and tries its products
-    measure("exact attention")
-    with context.attempt("8-bit attention"):
-        modes |= forced(context, bench)
-    for kind in list(modes)[1:]:
-        measure(kind)
-    between()
-    for kind in modes if context.full else ():
-        measure(kind)
+    for name, text in dispatch.report(quant.decisions(context.device)).items():
+        context.emit(f"{name}: chosen", text)
+    for _ in range(2):
+        measure("exact attention", bench.exact)
+    if with_8_bit_attention:
+        with context.attempt("8-bit attention"):
+            for kind, (function, details) in forced(context, bench).items():
+                measure(kind, function, **details)
 
 
 def fp8(context: Context) -> None:
-    """fp8 linear layers; and, in a process of its own, what cuBLAS says of odd addresses."""
-
-    def probe() -> None:
-        if context.is_cuda:
-            context.run_child("alignment", 20)
-        else:
-            context.skip("alignment", "only CUDA has rowwise products of float8 here")
-
-    in_8_bits(context, "fp8", probe)
+    """fp8 linear layers; in a process of its own, what cuBLAS says of odd addresses."""
+    if context.is_cuda:
+        context.run_child("alignment", 20)
+    else:
+        context.skip("alignment", "only CUDA has rowwise products of float8 here")
+    in_8_bits(context, "fp8", with_8_bit_attention=True)
 
 
 def int8(context: Context) -> None:
     """int8 linear layers."""
-    in_8_bits(context, "int8")
+    in_8_bits(context, "int8", with_8_bit_attention=False)
 
 
 @torch.inference_mode()

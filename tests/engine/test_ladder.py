@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 import weakref
 from contextlib import contextmanager
 
@@ -13,7 +14,15 @@ from comfyui_skyreels.skyreels.errors import OutOfRoomError
 from comfyui_skyreels.skyreels.image import encode_image
 from comfyui_skyreels.skyreels.runtime import TorchRuntime
 from comfyui_skyreels.skyreels.vae.model import VideoVAE
-from comfyui_skyreels.skyreels.vae.tiling import LADDER, decode_frames
+from comfyui_skyreels.skyreels.vae.tiling import (
+    LADDER,
+    STRIPS,
+    DecodePlan,
+    choose_decode,
+    decode_frames,
+    plan_bytes,
+    rungs_from,
+)
 from support import tiny
 
 FULL = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
@@ -30,23 +39,37 @@ def latents():
     return torch.randn(1, 16, 9, 4, 3, generator=torch.Generator().manual_seed(0))
 
 
-def out_of_memory_above(monkeypatch, vae, frames):
-    """Refuse decodes of more latent frames than these; the list grows with each decode."""
-    decode, made = vae.decode, []
+def out_of_memory_above(monkeypatch, vae, frames, strips=math.inf):
+    """Refuse decodes of more latent frames than these, and synced ones in fewer strips.
 
-    def limited(latents, **kwargs):
-        made.append(latents.shape[2])
-        if latents.shape[2] > frames:
-            raise FULL
-        return decode(latents, **kwargs)
+    Returns:
+        Latent frames of each decode, which grows with them.
+    """
+    made = []
 
-    monkeypatch.setattr(vae, "decode", limited)
+    def limit(name, refuses):
+        true = getattr(vae, name)
+
+        def limited(latents, *args, **kwargs):
+            made.append(latents.shape[2])
+            pieces = true(latents, *args, **kwargs)
+            yield next(pieces)
+            if refuses(latents, *args):  # in the middle of the work
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+            yield from pieces
+
+        monkeypatch.setattr(vae, name, limited)
+
+    limit("iter_decode", lambda latents: latents.shape[2] > frames)
+    limit("iter_synced", lambda latents, count: count < strips)
     return made
 
 
 def test_a_decode_that_runs_out_of_memory_is_repeated_in_smaller_pieces(
-    vae, latents, monkeypatch, tmp_path, caplog
+    vae, monkeypatch, tmp_path, caplog
 ):
+    # so long that short windows take less than a synced decode, which keeps something of each frame
+    latents = torch.randn(1, 16, 33, 16, 16, generator=torch.Generator().manual_seed(0))
     made = out_of_memory_above(monkeypatch, vae, 5)
     totals = []
     runtime = TorchRuntime(
@@ -58,8 +81,10 @@ def test_a_decode_that_runs_out_of_memory_is_repeated_in_smaller_pieces(
     assert "with full" in told[0]
     assert "repeated with tiled-diffusers" in told[-1]
     falls = len(told)
-    assert made[:falls] == [9] * falls
-    assert totals[-1] == 3
+    assert "with synced (" in told[-1]
+    assert made[:falls] == [33] * falls
+    assert max(made[falls:]) == 5
+    assert totals[-1] == 11
 
     made.clear()  # the next decode of that size begins there
     caplog.clear()
@@ -81,7 +106,68 @@ def test_a_decode_that_never_fits_ends(vae, latents, monkeypatch):
     made = out_of_memory_above(monkeypatch, vae, 0)
     with pytest.raises(torch.OutOfMemoryError):
         decode_frames(vae, latents, "auto", runtime=TorchRuntime())
-    assert len(made) == len(LADDER)
+    shape = latents.shape
+    plan, _ = choose_decode(vae.config, shape, TorchRuntime().free_bytes(), torch.float32)
+    assert len(made) == len(rungs_from(plan, vae.config, shape, torch.float32)) > 2
+
+
+def test_a_synced_decode_is_repeated_in_strips_from_its_start(
+    vae, latents, monkeypatch, tmp_path, caplog
+):
+    strips = plan_bytes(DecodePlan("synced", strips=2), vae.config, latents.shape, torch.float32)
+
+    class Small(TorchRuntime):
+        def free_bytes(self):
+            return strips + 4 * 3 * 33 * 32 * 24  # and the clip
+
+    totals = []
+    runtime = Small(on_progress=lambda *report: totals.append(report[2]))
+    expected = decode_frames(vae, latents, "synced", runtime=runtime)
+    assert set(totals) == {2 * 33}
+    made = out_of_memory_above(monkeypatch, vae, 9, strips=2)
+    runtime = TorchRuntime(state_folder=tmp_path)
+    got = decode_frames(vae, latents, "synced", runtime=runtime)
+    assert torch.equal(got, expected)
+    assert made == [9, 9]
+    [told] = [r.getMessage() for r in caplog.records if r.levelno == logging.WARNING]
+    assert "with synced (" in told
+    assert "repeated with synced in 2 strips" in told
+
+    made.clear()  # the next decode of that size begins there
+    caplog.clear()
+    assert torch.equal(decode_frames(vae, latents, "synced", runtime=runtime), expected)
+    assert made == [9]
+    assert caplog.records == []
+
+
+def test_a_synced_decode_is_never_replaced_by_tiles(vae, latents, monkeypatch):
+    made = out_of_memory_above(monkeypatch, vae, 5)
+    with pytest.raises(torch.OutOfMemoryError):
+        decode_frames(vae, latents, "synced", runtime=TorchRuntime())
+    assert set(made) == {9}
+
+
+def test_the_ladder_goes_from_one_pass_to_no_seams_to_tiles():
+    strips = [plan.strips for plan in LADDER if plan.mode == "synced"]
+    assert [plan.mode for plan in LADDER] == ["full"] + ["synced"] * 4 + ["tiled"] * 10
+    assert strips == list(STRIPS)
+    names = list(map(str, LADDER))
+    assert len(set(names)) == len(names)  # they are remembered by name
+    assert names[:3] == ["full", "synced", "synced in 2 strips"]
+    assert names[-2:] == ["tiled-diffusers", "tiles of 128 px, 16 frames"]
+
+
+@pytest.mark.parametrize("first", range(len(LADDER)))
+def test_below_a_plan_are_those_that_take_less_than_all_before(first):
+    shape, dtype = torch.Size((1, 16, 25, 68, 120)), torch.bfloat16
+    rungs = rungs_from(LADDER[first], VAEConfig(), shape, dtype)
+    needed = {plan: plan_bytes(plan, VAEConfig(), shape, dtype) for plan in LADDER}
+    taken = [needed[rung] for rung in rungs]
+    assert rungs[0] == LADDER[first]
+    assert taken == sorted(set(taken), reverse=True)
+    for place in range(first, len(LADDER)):
+        least = min(needed[plan] for plan in LADDER[first : place + 1])
+        assert min(needed[rung] for rung in rungs if LADDER.index(rung) <= place) == least
 
 
 @pytest.mark.parametrize(

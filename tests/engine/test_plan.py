@@ -7,7 +7,15 @@ from functools import lru_cache
 import pytest
 import torch
 from comfyui_skyreels.skyreels import plan as planning
-from comfyui_skyreels.skyreels.config import CHUNKINGS, TransformerConfig, VAEConfig
+from comfyui_skyreels.skyreels.config import (
+    CHUNKINGS,
+    DECODE_MODES,
+    TILINGS,
+    Tiling,
+    TransformerConfig,
+    VAEConfig,
+)
+from comfyui_skyreels.skyreels.errors import OutOfRoomError
 from comfyui_skyreels.skyreels.outcomes import device_key, remember
 from comfyui_skyreels.skyreels.plan import (
     Choice,
@@ -15,7 +23,6 @@ from comfyui_skyreels.skyreels.plan import (
     Rung,
     block_seconds,
     bytes_on,
-    decode_flop,
     expectation,
     kind_of_work,
     learn,
@@ -40,7 +47,15 @@ from comfyui_skyreels.skyreels.transformer.quant import (
     is_quantizable,
 )
 from comfyui_skyreels.skyreels.transformer.rates import NAMES, rates
+from comfyui_skyreels.skyreels.vae.budget import MEMORY_MARGIN
 from comfyui_skyreels.skyreels.vae.model import VideoVAE
+from comfyui_skyreels.skyreels.vae.tiling import (
+    DecodePlan,
+    choose_decode,
+    iter_decode,
+    plan_bytes,
+    plan_flop,
+)
 from support import tiny
 from support.cards import CARDS, card
 from support.peak import PeakBytes
@@ -197,18 +212,76 @@ def test_the_predicted_peak_of_a_decode_is_what_shapes_take(size):
     assert 0.95 <= plan.peak_bytes["decode"] / (counted.peak + weights) <= 1.10
 
 
-def test_the_work_of_a_decode_is_that_of_its_convolutions():
+@pytest.mark.parametrize(("gigabytes", "decode"), [(24, "synced"), (8, "synced in 2 strips")])
+def test_the_predicted_peak_of_a_synced_decode_is_what_shapes_take(meta_vae, gigabytes, decode):
+    plan = plan_run(card("RTX 4090", gigabytes), JOB, weights_as(CONFIG, "bf16", "auto"))
+    assert plan.decode == decode
+    strips = int(decode.split()[2]) if " " in decode else 1
+    latents = torch.empty(JOB.latent_shape, device="meta", dtype=torch.bfloat16)
+    with PeakBytes() as counted:
+        decode_shapes(meta_vae, DecodePlan("synced", strips=strips), latents)
+    weights = sum(p.nbytes for p in meta_vae.parameters())
+    assert 0.95 <= plan.peak_bytes["decode"] / (counted.peak + weights) <= 1.10
+
+
+@pytest.mark.parametrize("mode", DECODE_MODES)
+@pytest.mark.parametrize("gigabytes", [3, 8, 24, 80])
+def test_a_decode_is_planned_as_it_is_chosen_in_a_run(mode, gigabytes):
+    machine, vae_bytes = card("RTX 4090", gigabytes), planning.vae_bytes(JOB.vae, JOB.vae_dtype)
+    weights = weights_as(CONFIG, "bf16", "auto")
+    plan = plan_run(machine, JOB, weights, Choice(decode=mode))
+    chosen = DecodePlan(mode, TILINGS.get(mode))
+    if mode in ("auto", "synced"):
+        free = machine.free_bytes - vae_bytes
+        try:
+            chosen, _ = choose_decode(JOB.vae, JOB.latent_shape, free, JOB.vae_dtype, mode)
+        except OutOfRoomError:
+            assert not plan.fits
+            return
+    needed = plan_bytes(chosen, JOB.vae, JOB.latent_shape, JOB.vae_dtype)
+    assert plan.decode == str(chosen)
+    assert plan.peak_bytes["decode"] == vae_bytes + int(needed / MEMORY_MARGIN)
+    if needed > machine.free_bytes - vae_bytes:
+        assert not plan.fits
+
+
+@pytest.fixture(scope="module")
+def meta_vae():
+    with torch.device("meta"):
+        return VideoVAE(VAEConfig()).bfloat16()
+
+
+def decode_shapes(vae, plan, latents):
+    """Run a plan on shape-only tensors."""
+    if plan.mode == "synced":
+        pieces = vae.iter_synced(latents, plan.strips)
+    else:
+        runtime, meta = TorchRuntime(), torch.device("meta")
+        pieces = iter_decode(vae, latents, plan.tiling, runtime=runtime, device=meta)
+    for piece in pieces:
+        del piece
+
+
+@pytest.mark.parametrize(
+    "plan",
+    [
+        DecodePlan("full"),
+        DecodePlan("synced"),
+        DecodePlan("synced", strips=2),
+        DecodePlan("synced", strips=4),
+        DecodePlan("tiled", Tiling(128, 128, 0, 128, 128, 0)),  # two, none cut off at an edge
+    ],
+    ids=str,
+)
+def test_the_work_of_a_decode_is_that_of_its_convolutions(meta_vae, plan):
     from torch.utils.flop_counter import FlopCounterMode
 
-    config = VAEConfig()
-    with torch.device("meta"):
-        vae = VideoVAE(config).bfloat16()
-        latents = torch.empty(1, 16, 5, 16, 16, dtype=torch.bfloat16)
+    latents = torch.empty(1, 16, 5, 16, 32, dtype=torch.bfloat16, device="meta")
     with FlopCounterMode(display=False) as counter:
-        vae.decode(latents)
+        decode_shapes(meta_vae, plan, latents)
     counts = counter.get_flop_counts()["Global"]
     convolutions = sum(n for name, n in counts.items() if "convolution" in str(name))
-    assert decode_flop(config, latents.shape) == pytest.approx(convolutions, rel=0.02)
+    assert plan_flop(plan, meta_vae.config, latents.shape) == pytest.approx(convolutions, rel=0.001)
 
 
 # --- what is chosen -----------------------------------------------------------------------------

@@ -69,16 +69,16 @@ class Step(NamedTuple):
 
 #: the most valuable first
 STEPS = (
-    Step("environment", 30, "gpu_steps:environment"),
-    Step("exact", 85, "gpu_model_steps:exact"),
-    Step("fp8", 60, "gpu_model_steps:fp8"),
-    Step("attention", 60, "gpu_steps:attention"),
-    Step("int8", 45, "gpu_model_steps:int8"),
+    Step("environment", 20, "gpu_steps:environment"),
+    Step("exact", 100, "gpu_model_steps:exact"),
+    Step("fp8", 75, "gpu_model_steps:fp8"),
+    Step("attention", 40, "gpu_steps:attention"),
+    Step("int8", 40, "gpu_model_steps:int8"),
     Step("vae", 75, "gpu_vae_steps:vae"),
-    Step("rates", 45, "gpu_steps:rates"),
+    Step("rates", 30, "gpu_steps:rates"),
     Step("memory", 75, "gpu_check:process_memory"),
-    Step("accuracy", 30, "gpu_model_steps:accuracy"),
-    Step("yardstick", 45, "gpu_steps:yardstick"),
+    Step("accuracy", 40, "gpu_model_steps:accuracy"),
+    Step("yardstick", 50, "gpu_steps:yardstick"),
     Step("plan", 30, "gpu_model_steps:plan"),
 )
 #: parts of steps that may break the CUDA context, or whose memory is measured as a whole

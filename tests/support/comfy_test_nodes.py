@@ -1,7 +1,10 @@
 """Nodes for the real-ComfyUI tests: CONDITIONING without 9 GB of encoders, a census, a failure."""
 
 import asyncio
+import contextlib
+import ctypes
 import gc
+import os
 
 import torch
 
@@ -40,6 +43,33 @@ class TestLiveModels:
         return {"ui": {"text": [str(live)]}, "result": ()}
 
 
+class TestMemory:
+    """Bytes of all tensors that are alive in the process, and of its resident memory."""
+
+    CATEGORY = "tests"
+    FUNCTION = "count"
+    RETURN_TYPES = ()
+    OUTPUT_NODE = True
+
+    @classmethod
+    def INPUT_TYPES(cls):
+        return {"required": {"after": ("IMAGE", {})}}
+
+    def count(self, after):
+        gc.collect()
+        storages = {}
+        for thing in gc.get_objects():
+            if isinstance(thing, torch.Tensor) and thing.device.type == "cpu":
+                storage = thing.untyped_storage()
+                storages[storage.data_ptr()] = storage.nbytes()
+        with contextlib.suppress(AttributeError, OSError):  # what is free goes back: glibc only
+            ctypes.CDLL(None).malloc_trim(0)
+        with open("/proc/self/statm", encoding="ascii") as statm:
+            resident = int(statm.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+        text = [str(sum(storages.values())), str(resident)]
+        return {"ui": {"text": text}, "result": ()}
+
+
 class TestFailsLater:
     """Raises after a while, beside other nodes that wait."""
 
@@ -60,5 +90,6 @@ class TestFailsLater:
 NODE_CLASS_MAPPINGS = {
     "TestConditioning": TestConditioning,
     "TestLiveModels": TestLiveModels,
+    "TestMemory": TestMemory,
     "TestFailsLater": TestFailsLater,
 }

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from comfyui_skyreels.skyreels.kernels import reference
+from comfyui_skyreels.skyreels.kernels import operators, reference
 from torch import Tensor
 
 FP8, INT8 = torch.float8_e4m3fn, torch.int8
@@ -24,7 +24,8 @@ class Case(NamedTuple):
     to: torch.dtype | None = None
     hadamard_block: int = 0
     image_tokens: int = 0
-    groups: int = 4
+    front: int = 0
+    copies: int = 8
 
     def __str__(self) -> str:
         said = [self.operator, "x".join(map(str, self.shape)), str(self.dtype)[6:]]
@@ -35,6 +36,8 @@ class Case(NamedTuple):
             )
         if self.operator == "qk_norm_rope_":
             said.append(f"image-{self.image_tokens}")
+        if self.operator in ("norm_silu_pad_", "interleave_"):
+            said.append(f"front-{self.front} copies-{self.copies}")
         return " ".join(said)
 
 
@@ -55,11 +58,8 @@ def inputs(case: Case, device: torch.device | str = "cpu") -> tuple:
         qkv = joined[..., : 3 * heads * dim].unflatten(-1, (3, heads, dim))
         angles = wide(case.image_tokens, dim // 2)
         return qkv, *(1 + 0.2 * draw(4, dim)), torch.polar(torch.ones_like(angles), angles)
-    if case.operator == "group_moments":
-        return 0.5 * draw(batch, tokens, rest[0] + 1, *rest[1:])[:, :, 1:] + 2, case.groups
-    if case.operator == "group_norm_silu":
-        scale, shift = draw(2, batch, tokens, 1, 1, 1).float()
-        return draw(batch, tokens, rest[0] + 1, *rest[1:])[:, :, 1:], scale, shift
+    if len(case.shape) == 5:
+        return _clip_inputs(case, draw)
     width = rest[0]
     spread = wide(batch, tokens + 1, 1).exp()
     x = (wide(batch, tokens + 1, width) * spread).to(case.dtype)[:, 1:]
@@ -75,6 +75,28 @@ def inputs(case: Case, device: torch.device | str = "cpu") -> tuple:
     if case.operator == "gated_residual_sum":
         return x, y, draw(batch, tokens + 1, width)[:, 1:], gate
     return x, y, gate, shift, scale, *rounding
+
+
+def _clip_inputs(case: Case, draw: Callable[..., Tensor]) -> tuple:
+    """A clip with adjacent channels, without its first frame; and where the result goes."""
+    batch, channels, frames, height, width = case.shape
+
+    def clip(*shape: int) -> Tensor:
+        return draw(*shape).contiguous(memory_format=torch.channels_last_3d)
+
+    x = 0.5 * clip(batch, channels, frames + 1, height, width)[:, :, 1:] + 2
+    if case.operator == "channel_moments":
+        return (x,)
+    if case.operator == "residual_add_":
+        return x, clip(batch, channels, frames + 2, height, width)[:, :, 2:], draw(channels)
+    if case.operator == "norm_silu_pad_":
+        scale, shift = draw(2, batch, channels, 1, 1, 1).float()
+        out = clip(batch, channels, case.front + frames + 1, height + 2, width + 2)[:, :, 1:]
+        return x, scale, shift, out, case.front
+    of_copies = clip(batch, case.copies * channels, frames + 1, height + 1, width + 1)[:, :, 1:]
+    frames_out = case.copies // 4 * frames - case.front
+    out = clip(batch, channels, frames_out + 1, 2 * height, 2 * width)[:, :, 1:]
+    return of_copies, draw(channels), out
 
 
 def hash_of(case: Case) -> int:
@@ -113,15 +135,23 @@ def _eager_residual_norm(x, y, gate, shift, scale):
     return total, _eager_norm(total, shift, scale)
 
 
-def _eager_group_norm_silu(x, scale, shift):
-    return F.silu(x * scale.to(x.dtype) + shift.to(x.dtype))
+def _eager_norm_silu_pad(x, scale, shift, out, front):
+    active = F.silu(x * scale.to(x.dtype) + shift.to(x.dtype))
+    out.copy_(F.pad(active, (1, 1, 1, 1, front, 0), mode="replicate"))
 
 
-def _eager_moments(x, groups):
-    variance, mean = torch.var_mean(
-        x.unflatten(1, (groups, -1)), dim=(2, 3, 4, 5), correction=0
-    )  # fmt: skip
+def _eager_channel_moments(x):
+    variance, mean = torch.var_mean(x, dim=(2, 3, 4), correction=0)
     return mean, variance
+
+
+def _eager_residual_add(x, branch, bias):
+    x += branch + bias[:, None, None, None]
+
+
+def _eager_interleave(x, bias, out):
+    reference.interleave_(x, torch.zeros_like(bias), out)
+    out += bias[:, None, None, None]
 
 
 def _eager_residual_norm_quantize(x, y, gate, shift, scale, to, block):
@@ -141,8 +171,10 @@ EAGER: dict[str, Callable] = {
     "qk_norm_rope_": _eager_qk,
     "gelu_quantize": lambda x, to, block: _eager_quantize(F.gelu(x, approximate="tanh"), to, block),
     "quantize_rows": _eager_quantize,
-    "group_moments": _eager_moments,
-    "group_norm_silu": _eager_group_norm_silu,
+    "channel_moments": _eager_channel_moments,
+    "norm_silu_pad_": _eager_norm_silu_pad,
+    "residual_add_": _eager_residual_add,
+    "interleave_": _eager_interleave,
 }
 
 
@@ -151,8 +183,9 @@ def results(function: Callable, case: Case, args: tuple) -> list[Tensor]:
     and turned back."""
     args = tuple(_copy(a) if isinstance(a, Tensor) else a for a in args)
     returned = function(*args)
-    if returned is None:  # in place
-        returned = args[0]
+    writes = operators.OPERATORS[case.operator].writes
+    if writes is not None:
+        returned = args[writes]
     outputs = [returned] if isinstance(returned, Tensor) else list(returned)
     if case.to is not None:
         scale = outputs.pop().double()
@@ -213,10 +246,16 @@ SMALL = [
     Case("qk_norm_rope_", (2, 4, 3, 3, 32), image_tokens=4),
     Case("qk_norm_rope_", (2, 3, 3, 5, 256), HALF, image_tokens=1),
     Case("qk_norm_rope_", (1, 2, 3, 1, 128), torch.float32, image_tokens=1),
-    Case("group_norm_silu", (2, 8, 3, 5, 7)),
-    Case("group_norm_silu", (1, 3, 2, 49, 51)),
-    Case("group_norm_silu", (2, 4, 1, 4, 4), torch.float32),
-    Case("group_moments", (2, 8, 3, 5, 7)),
-    Case("group_moments", (1, 4, 3, 111, 107)),
-    Case("group_moments", (2, 4, 1, 9, 9), torch.float32, groups=2),
+    Case("norm_silu_pad_", (2, 8, 3, 5, 7), front=2),
+    Case("norm_silu_pad_", (1, 3, 2, 5, 4)),
+    Case("norm_silu_pad_", (1, 512, 1, 3, 9), HALF, front=1),
+    Case("norm_silu_pad_", (2, 4, 1, 1, 1), torch.float32, front=2),
+    Case("channel_moments", (2, 8, 3, 5, 7)),
+    Case("channel_moments", (1, 300, 3, 40, 50)),
+    Case("channel_moments", (2, 4, 1, 9, 9), torch.float32),
+    Case("residual_add_", (2, 8, 3, 5, 7)),
+    Case("residual_add_", (1, 96, 2, 5, 13), torch.float32),
+    Case("interleave_", (2, 8, 3, 4, 5)),
+    Case("interleave_", (1, 12, 2, 3, 5), front=1),
+    Case("interleave_", (1, 128, 2, 2, 40), HALF, copies=4),
 ]  # fmt: skip

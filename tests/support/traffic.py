@@ -20,11 +20,12 @@ class Traffic(TorchDispatchMode):
     the products and attentions, which are `.products`. Views cost nothing.
 
     attention: what the code under test calls for attention, by name of the operator.
+    write_only: operators that do not read the tensor they write to.
     """
 
-    def __init__(self, attention: str = "attention"):
+    def __init__(self, attention: str = "attention", write_only: frozenset[str] = frozenset()):
         super().__init__()
-        self.attention = attention
+        self.attention, self.write_only = attention, write_only
         self.bytes = self.kernels = self.products = 0
         self.by_name: dict[str, int] = {}
 
@@ -49,6 +50,8 @@ class Traffic(TorchDispatchMode):
             self.products += 1
             return result
         moved = sum(map(_bytes, inputs)) + sum(map(_bytes, outputs or changes))
+        if name in self.write_only:
+            moved -= sum(map(_bytes, changes))
         self.bytes += moved
         self.by_name[name] = self.by_name.get(name, 0) + moved
         return result

@@ -18,8 +18,6 @@ from .common import launch, narrow
 
 #: elements one thread holds; 16 bytes of bf16 are loaded at a time, so four loads are in flight
 ELEMENTS_PER_THREAD = 32
-#: elements of a channel that one program reduces to a mean and a spread
-MOMENT_BLOCK, MOMENT_STEPS = 2048, 16
 #: smallest scale: its reciprocal must be finite. Rows below 1e-34 round to zeros
 _SMALLEST_SCALE = tl.constexpr(2.0**-120)
 _EPS = tl.constexpr(EPS)
@@ -225,61 +223,6 @@ def _qk_norm_rope_kernel(
         tl.store(tile + part * part_stride, rotated, mask=inside)
 
 
-@triton.jit
-def _group_norm_silu_kernel(
-    x,
-    scale,
-    shift,
-    out,
-    batch_stride,
-    channel_stride,
-    size,
-    channels: tl.constexpr,
-    block: tl.constexpr,
-):
-    image = tl.program_id(1).to(tl.int64)  # one channel of one clip
-    index = tl.program_id(0).to(tl.int64) * block + tl.arange(0, block)
-    inside = index < size
-    source = x + (image // channels) * batch_stride + (image % channels) * channel_stride
-    values = tl.load(source + index, mask=inside, other=0.0).to(tl.float32)
-    values = values * tl.load(scale + image) + tl.load(shift + image)
-    values = values / (1.0 + tl.exp2(-1.4426950408889634 * values))
-    tl.store(out + image * size + index, narrow(values, out.dtype.element_ty), mask=inside)
-
-
-@triton.jit
-def _moments_kernel(
-    x,
-    mean,
-    spread,
-    batch_stride,
-    channel_stride,
-    size,
-    channels: tl.constexpr,
-    block: tl.constexpr,
-    steps: tl.constexpr,
-):
-    image = tl.program_id(1).to(tl.int64)
-    first = tl.program_id(0).to(tl.int64) * (block * steps)
-    source = x + (image // channels) * batch_stride + (image % channels) * channel_stride
-    # deviations from some value of the run: a mean far from zero would cancel the digits of squares
-    pivot = tl.load(source + first).to(tl.float32)
-    sums = tl.zeros((block,), tl.float32)
-    squares = tl.zeros((block,), tl.float32)
-    for step in range(steps):
-        index = first + step * block + tl.arange(0, block)
-        inside = index < size
-        values = tl.load(source + index, mask=inside, other=0.0).to(tl.float32)
-        values = tl.where(inside, values - pivot, 0.0)
-        sums += values
-        squares += values * values
-    count = tl.minimum(size - first, block * steps).to(tl.float32)
-    offset = tl.sum(sums, axis=0) / count
-    target = image * tl.num_programs(0) + tl.program_id(0)
-    tl.store(mean + target, pivot + offset)
-    tl.store(spread + target, tl.sum(squares, axis=0) - offset * offset * count)
-
-
 def _warps(elements: int) -> int:
     return max(1, min(32, elements // (32 * ELEMENTS_PER_THREAD)))
 
@@ -479,64 +422,3 @@ def qk_norm_rope_(
         dim=dim,
         num_warps=_warps(heads_block * dim),
     )
-
-
-def _images(x: Tensor) -> tuple[Tensor, int]:
-    """The clip with dense channels, and the size of one channel."""
-    channel = x[0, 0]
-    return (x if channel.is_contiguous() else x.contiguous()), channel.numel()
-
-
-def group_norm_silu(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
-    """`reference.group_norm_silu`."""
-    batch, channels = x.shape[:2]
-    x, size = _images(x)
-    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    block = min(4096, triton.next_power_of_2(size))
-    launch(
-        _group_norm_silu_kernel,
-        (triton.cdiv(size, block), batch * channels),
-        x,
-        scale.float().contiguous(),
-        shift.float().contiguous(),
-        out,
-        x.stride(0),
-        x.stride(1),
-        size,
-        channels=channels,
-        block=block,
-        num_warps=_warps(block),
-    )
-    return out
-
-
-def group_moments(x: Tensor, groups: int) -> tuple[Tensor, Tensor]:
-    """`reference.group_moments`; the parts of a group are merged in float64."""
-    batch, channels = x.shape[:2]
-    x, size = _images(x)
-    run = MOMENT_BLOCK * MOMENT_STEPS
-    runs = triton.cdiv(size, run)
-    mean = torch.empty(batch, channels, runs, dtype=torch.float32, device=x.device)
-    spread = torch.empty_like(mean)
-    launch(
-        _moments_kernel,
-        (runs, batch * channels),
-        x,
-        mean,
-        spread,
-        x.stride(0),
-        x.stride(1),
-        size,
-        channels=channels,
-        block=MOMENT_BLOCK,
-        steps=MOMENT_STEPS,
-        num_warps=_warps(MOMENT_BLOCK),
-    )
-    counts = torch.full((runs,), float(run), dtype=torch.float64, device=x.device)
-    counts[-1] = size - (runs - 1) * run
-    counts = counts.expand(batch, groups, channels // groups, runs).flatten(2)
-    means, spreads = (t.double().reshape(counts.shape) for t in (mean, spread))
-    total = counts[0, 0].sum()
-    centre = (means * counts).sum(-1, keepdim=True) / total
-    variance = (spreads + (means - centre).square() * counts).sum(-1) / total
-    return centre[..., 0].float(), variance.float()

@@ -16,6 +16,7 @@ from comfyui_skyreels.nodes.remote import account, inputs, live_tasks, routes, s
 from comfyui_skyreels.nodes.remote import nodes as remote
 from comfyui_skyreels.nodes.remote import run as wiro_run
 from comfyui_skyreels.skyreels.errors import ShapeError
+from comfyui_skyreels.wiro_api import candidates, client
 from comfyui_skyreels.wiro_api.errors import (
     AuthError,
     BalanceError,
@@ -34,6 +35,14 @@ from support.host import ExecutionBlocker, InterruptProcessingException
 from support.wiro_server import KEY, SECRET, STATES
 
 PROMPT = "a woman smiles"
+
+
+@pytest.fixture(autouse=True)
+def quick_looks(monkeypatch):
+    """The loopback service knows at once what has become of a Run or a stop."""
+    monkeypatch.setattr(client, "STOP_WAIT_S", 0.1)
+    looks = tuple(moment / 10 for moment in candidates.RECONCILE_AT_S)
+    monkeypatch.setattr(candidates, "RECONCILE_AT_S", looks)
 
 
 def run_node(cls, **inputs):
@@ -330,8 +339,6 @@ def test_cancel_waits_for_an_answer_that_is_on_its_way_and_stops_what_it_names(c
 
 
 def test_cancel_of_a_lost_run_stops_no_task_of_another_picture(comfy, wiro, monkeypatch):
-    from comfyui_skyreels.wiro_api import candidates
-
     monkeypatch.setattr(candidates, "RECONCILE_AT_S", (0.1, 0.3, 60.0))
     wiro.states, wiro.steps_by_itself = ("task_start", "task_postprocess_end"), False
     wiro.fail("Run", "reset")
@@ -352,8 +359,6 @@ def test_cancel_of_a_lost_run_stops_no_task_of_another_picture(comfy, wiro, monk
 
 
 def test_of_a_batch_no_node_gets_the_video_of_another_picture(comfy, wiro, monkeypatch):
-    from comfyui_skyreels.wiro_api import candidates
-
     monkeypatch.setattr(candidates, "RECONCILE_AT_S", (0.1, 0.3, 0.6))
     wiro.fail("Run", "reset", ("silent", 1.5), "lost")
     pictures = [picture().roll(number, dims=2) for number in range(3)]

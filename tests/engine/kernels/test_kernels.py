@@ -149,15 +149,27 @@ def test_operators_that_round_equal_the_plain_ones_followed_by_rounding(to):
     same(rows, plain)
 
 
-def test_group_norm_from_moments_is_torchs_own():
+def test_group_norm_from_the_moments_of_channels_is_torchs_own():
     x, groups = 2 * draw(2, 8, 3, 4, 5) + 1, 4
     weight, bias = draw(2, 8)
-    mean, variance = kernels.group_moments(x, groups)
+    mean, variance = (each.unflatten(1, (groups, -1)) for each in kernels.channel_moments(x))
+    centre = mean.mean(-1, keepdim=True)
+    variance = (variance + (mean - centre).square()).mean(-1)
     factor = (variance + 1e-6).rsqrt().repeat_interleave(2, 1) * weight
-    addend = bias - mean.repeat_interleave(2, 1) * factor
+    addend = bias - centre[..., 0].repeat_interleave(2, 1) * factor
     wide = (each[..., None, None, None] for each in (factor, addend))
     expected = F.silu(F.group_norm(x, groups, weight, bias, 1e-6))
-    assert error([kernels.group_norm_silu(x, *wide)], [expected]) <= 1e-13
+    out = torch.empty(2, 8, 5, 6, 7, dtype=DOUBLE)
+    kernels.norm_silu_pad_(x, *wide, out, 2)
+    assert error([out], [F.pad(expected, (1, 1, 1, 1, 2, 0), mode="replicate")]) <= 1e-13
+
+
+def test_moments_are_good_far_from_zero():
+    """A single pass over sums and squares in float32 would keep no digit of this variance."""
+    x = (draw(1, 4, 3, 40, 50) + 3000).float()
+    variance, mean = torch.var_mean(x.double(), dim=(2, 3, 4), correction=0)
+    ours = kernels.channel_moments(x)
+    assert error(list(ours), [mean, variance]) <= 1e-6
 
 
 # --- 8-bit products ------------------------------------------------------------------------------
@@ -231,9 +243,9 @@ def test_operators_keep_their_schema_and_promise_the_shapes_they_give(case):
 @pytest.mark.parametrize("case", [case for case in EACH if case.to is None], ids=str)
 def test_results_have_the_dtype_of_the_activations(case):
     returned = operators.CALLS[case.operator](*inputs(case))
-    if case.operator == "group_moments":
-        assert all(each.dtype == torch.float32 for each in returned)
-    elif case.operator != "qk_norm_rope_":
+    if case.operator == "channel_moments":
+        assert all(each.dtype == torch.float64 for each in returned)
+    elif operators.OPERATORS[case.operator].writes is None:
         for each in [returned] if isinstance(returned, torch.Tensor) else returned:
             assert each.dtype == case.dtype
 
@@ -282,7 +294,7 @@ def test_long_clips_go_through_plain_torch_in_pieces_with_the_same_result(case, 
 
     pieces = results(_plain(case.operator, counted), case, args)
     assert all(torch.equal(a, b) for a, b in zip(whole, pieces, strict=True))
-    if not case.operator.startswith("group"):
+    if operators.OPERATORS[case.operator].is_tokenwise:
         assert max(tokens) <= 2 and sum(tokens) == case.shape[1]
 
 
@@ -454,7 +466,7 @@ def test_a_device_that_cannot_run_kernels_takes_the_reference_and_says_why_once(
 
 def test_a_cpu_says_what_it_runs_without_a_warning(caplog):
     report = report_of(torch.device("cpu"))
-    assert len(report) == 11
+    assert len(report) == 13
     assert all("not for cpu" in line for line in report.values())
     assert caplog.messages == []
 
@@ -559,7 +571,9 @@ def test_a_turing_gpu_is_tested_in_float16_and_leaves_bfloat16_to_torch(simulate
         (("qk_norm_rope_", torch.zeros(1, 2, 3, 16, 16).transpose(3, 4)), "16 elements apart"),
         (("gated_residual", torch.zeros(1, 0, 8)), "empty"),
         (("quantize_rows", torch.zeros(1, 2, 512), INT8, 256), ""),
-        (("group_norm_silu", torch.zeros(1, 4, 1, 8, 100_000)), ""),
+        (("channel_moments", torch.zeros(1, 100_000, 1, 1, 8)), "100000 channels are more than"),
+        (("channel_moments", torch.zeros(1, 4, 1, 8, 10)), "adjacent channels"),
+        (("channel_moments", torch.zeros(1, 1, 1, 8, 100_000)), ""),
     ],
 )
 def test_arguments_that_a_kernel_does_not_take_are_named(args, reason):
@@ -588,7 +602,7 @@ def test_the_vae_uses_the_fused_steps_where_they_are_and_decodes_the_same(simula
     with Seen() as seen:
         fused = vae.decode(latents)
     names = {name.partition("::")[2] for name in seen.names}
-    assert {"group_moments", "group_norm_silu"} <= names
+    assert {"channel_moments", "norm_silu_pad_", "residual_add_", "interleave_"} <= names
     assert error([fused.double()], [plain.double()]) <= 1e-5
 
 

@@ -1,10 +1,12 @@
 """Which attention runs where and why, what is refused, and the arithmetic of the one in 8 bits."""
 
+import contextlib
 import importlib.machinery
 import importlib.util
 import json
 import logging
 import os
+import subprocess
 import sys
 import types
 from dataclasses import replace
@@ -29,6 +31,7 @@ from comfyui_skyreels.skyreels.transformer import attention, attention_quality, 
 from comfyui_skyreels.skyreels.transformer.attention import choose_attention, sdpa
 from support import tiny
 from support.forked import forks
+from support.project import ROOT
 from torch.nn.attention import SDPBackend
 from torch.overrides import TorchFunctionMode
 
@@ -205,6 +208,70 @@ def test_each_gpu_gets_its_kernels_in_order_and_torchs_flags_come_back(machine, 
     names = {CUDNN: "cuDNN", FLASH: "flash", EFFICIENT: "memory-efficient"}
     assert choice.name == names[order[0]]
     assert relative_l2(got, sdpa(query, key, value)) < 1e-5
+
+
+@pytest.mark.parametrize("pin", ["", "cudnn", "flash"])
+def test_torch_keeps_its_own_order_of_kernels_for_the_rest_of_the_process(monkeypatch, pin):
+    """Torch orders its kernels at the first attention on a GPU, cuDNN first on sm90; an order that
+    was set for a call is taken back after it, to what stood there before."""
+    state = {"order": ["flash", "efficient", "cudnn"], "is_ordered": False}
+    ran = []
+
+    @contextlib.contextmanager
+    def sdpa_kernel(kernels, set_priority=False):
+        before = state["order"]
+        if set_priority:
+            state["order"] = ["ours"]
+        yield
+        if set_priority:
+            state["order"] = before
+
+    def run(query, key, value):
+        if not state["is_ordered"]:
+            state.update(is_ordered=True, order=["cudnn", "flash", "efficient"])
+        ran.append(query)
+        return query
+
+    class OnGPU:
+        device, shape = torch.device("cuda:0"), (1, 1, 8, 64)
+        element_size = staticmethod(lambda: 2)
+
+        def __getitem__(self, part):
+            return "a few"
+
+    monkeypatch.setattr(attention, "sdpa_kernel", sdpa_kernel)
+    monkeypatch.setattr(attention, "_ordered", [])
+    monkeypatch.setattr(attention.F, "scaled_dot_product_attention", run)
+    query = OnGPU()
+    attend = attention._exact(DEVICES["sm90"], torch.bfloat16, pin).impl
+    for _ in range(2):
+        assert attend(query, query, query) is query
+    assert state["order"] == ["cudnn", "flash", "efficient"]
+    assert [each for each in ran if each is not query] == ([] if pin else ["a few"])
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_on_a_gpu_torch_orders_its_kernels_as_it_would_without_us():
+    script = """
+import sys, torch
+query = torch.zeros(1, 1, 256, 64, device="cuda", dtype=torch.bfloat16)
+if sys.argv[1] == "ours":
+    sys.path.insert(0, "tests")
+    import comfyui_skyreels
+    from comfyui_skyreels.skyreels.transformer.attention import choose_attention
+    choose_attention("cuda").impl(query, query, query)
+torch.nn.functional.scaled_dot_product_attention(query, query, query)
+print(torch._C._get_sdp_priority_order())
+"""
+    orders = [
+        subprocess.run(
+            [sys.executable, "-c", script, whose],
+            cwd=ROOT, capture_output=True, text=True, check=True,
+        ).stdout
+        for whose in ("torch", "ours")
+    ]  # fmt: skip
+    assert orders[0] == orders[1]
 
 
 @pytest.mark.parametrize("name", ["sm80", "sm90", "sm120"])

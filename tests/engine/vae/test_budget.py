@@ -1,11 +1,13 @@
-"""The predicted peak of a decode against what the full-size VAE allocates."""
+"""What a decode by the full-size VAE computes, moves and keeps, on shape-only tensors."""
 
 import pytest
 import torch
 from comfyui_skyreels.skyreels.config import VAEConfig
-from comfyui_skyreels.skyreels.vae.budget import decode_bytes
+from comfyui_skyreels.skyreels.vae.budget import decode_bytes, synced_bytes
 from comfyui_skyreels.skyreels.vae.model import VideoVAE
 from support.peak import PeakBytes
+from support.traffic import Traffic
+from torch.utils.flop_counter import FlopCounterMode
 
 FULL_SIZE = torch.Size((1, 16, 25, 68, 120))  # 97 x 544 x 960
 
@@ -14,6 +16,53 @@ FULL_SIZE = torch.Size((1, 16, 25, 68, 120))  # 97 x 544 x 960
 def meta_vae():
     with torch.device("meta"):
         return VideoVAE(VAEConfig()).bfloat16()
+
+
+@pytest.fixture(scope="module")
+def counted(meta_vae):
+    """FLOPs, bytes and peak of a decode of the whole clip."""
+    traffic = Traffic(write_only=frozenset({"norm_silu_pad_", "interleave_", "copy_"}))
+    with FlopCounterMode(display=False) as flops, traffic, PeakBytes() as memory:
+        meta_vae.decode(torch.empty(FULL_SIZE, device="meta", dtype=torch.bfloat16))
+    return flops.get_flop_counts()["Global"], traffic, memory.peak
+
+
+def test_enlarging_is_part_of_the_convolutions(counted):
+    """663 TFLOP; 858 without."""
+    flops, _, _ = counted
+    assert flops[torch.ops.aten.convolution] <= 670e12
+
+
+def test_passes_between_convolutions_move_less_than_a_terabyte(counted):
+    """768 GB, of which halos that pieces have in common are 123; attention is counted apart."""
+    _, traffic, _ = counted
+    attention = {"_safe_softmax", "mul", "_to_copy"}
+    moved = {name: size for name, size in traffic.by_name.items() if name not in attention}
+    assert sum(moved.values()) <= 0.9e12
+    assert not {"replication_pad3d", "upsample_nearest3d", "native_group_norm"} & set(moved)
+
+
+def test_a_clip_is_decoded_whole_in_32_gigabytes(counted):
+    """29.2 GB: the clip as the last level gets it, 25.9, and what its pieces need."""
+    _, _, peak = counted
+    assert peak <= 30e9
+
+
+@pytest.mark.parametrize(("strips", "gib"), [(1, 9), (2, 4)])
+def test_a_synced_decode_fits_cards_that_a_whole_one_does_not(meta_vae, strips, gib):
+    """6.7 and 3.8 GiB."""
+    latents = torch.empty(FULL_SIZE, device="meta", dtype=torch.bfloat16)
+    frames = 0
+    with FlopCounterMode(display=False) as flops, PeakBytes() as memory:
+        for _, _, piece in meta_vae.iter_synced(latents, strips):
+            frames += piece.shape[2]
+    assert frames == strips * 97
+    assert memory.peak <= gib * 2**30
+    estimate = synced_bytes(meta_vae.config, FULL_SIZE, torch.bfloat16, strips)
+    assert 1.2 * memory.peak <= estimate <= 1.6 * memory.peak
+    # a tenth is for the sample; rows beside strips are computed twice
+    convolution = flops.get_flop_counts()["Global"][torch.ops.aten.convolution]
+    assert convolution <= (730e12 if strips == 1 else 750e12)
 
 
 @pytest.mark.parametrize(

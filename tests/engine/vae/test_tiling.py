@@ -5,18 +5,20 @@ from dataclasses import replace
 
 import pytest
 import torch
-from comfyui_skyreels.skyreels.config import TILINGS, Tiling, VAEConfig
+from comfyui_skyreels.skyreels.config import DECODE_MODES, TILINGS, Tiling, VAEConfig
 from comfyui_skyreels.skyreels.errors import OptionError, OutOfRoomError, ShapeError
 from comfyui_skyreels.skyreels.runtime import TorchRuntime
 from comfyui_skyreels.skyreels.vae import tiling as tiling_module
 from comfyui_skyreels.skyreels.vae.budget import decode_bytes
 from comfyui_skyreels.skyreels.vae.model import VideoVAE
 from comfyui_skyreels.skyreels.vae.tiling import (
-    choose_tiling,
+    DecodePlan,
+    choose_decode,
     count_decodes,
     decode_frames,
     iter_decode,
     largest_tile,
+    plan_bytes,
     tile_starts,
     window_starts,
 )
@@ -307,7 +309,7 @@ def test_between_windows_only_the_overlap_is_held(stride):
 # frames
 
 
-@pytest.mark.parametrize("mode", ["auto", "full", *TILINGS])
+@pytest.mark.parametrize("mode", DECODE_MODES)
 def test_every_mode_gives_float32_frames_between_0_and_1(vae, mode):
     frames = decode_frames(vae, 3 * latents(7, 2, 3), mode, runtime=TorchRuntime())
     assert frames.shape == (25, 16, 24, 3)
@@ -388,45 +390,43 @@ def test_an_interrupt_passes_through_and_the_next_decode_is_bit_identical(vae, w
 @pytest.mark.parametrize(
     ("free_gib", "expected"),
     [
-        (80, None),
-        (60, Tiling(512, 512, 0, 448, 448, 0)),
-        (30, Tiling(448, 448, 0, 384, 384, 0)),
-        (16, Tiling(320, 320, 0, 256, 256, 0)),
-        (10, TILINGS["tiled"]),
-        (7, Tiling(192, 192, 0, 144, 144, 0)),
-        (3.5, Tiling(128, 128, 0, 96, 96, 0)),
-        (3.2, TILINGS["tiled-diffusers"]),
-        (1, Tiling(128, 128, 16, 96, 96, 12)),
+        (36, DecodePlan("full")),
+        (35, DecodePlan("synced")),
+        (9, DecodePlan("synced")),
+        (8, DecodePlan("synced", strips=2)),
+        (4.8, DecodePlan("synced", strips=2)),
+        (4.7, DecodePlan("tiled", Tiling(128, 128, 0, 96, 96, 0))),
+        (4, DecodePlan("tiled", TILINGS["tiled-diffusers"])),
+        (1, DecodePlan("tiled", Tiling(128, 128, 16, 96, 96, 12))),
     ],
 )
-def test_auto_divides_no_more_than_memory_forces(free_gib, expected):
-    assert choose_tiling(VAEConfig(), FULL_SIZE, int(free_gib * GIB), torch.bfloat16) == expected
+def test_auto_takes_seams_only_where_nothing_without_them_fits(free_gib, expected):
+    free = int(free_gib * GIB)
+    plan, num_bytes = choose_decode(VAEConfig(), FULL_SIZE, free, torch.bfloat16)
+    assert plan == expected
+    assert num_bytes == plan_bytes(plan, VAEConfig(), FULL_SIZE, torch.bfloat16) <= free
 
 
 def test_long_clips_fall_back_to_tencent_windows_before_diffusers_ones():
     shape = torch.Size((1, 16, 201, 68, 120))
-    chosen = choose_tiling(VAEConfig(), shape, 8 * GIB, torch.bfloat16)
-    assert chosen == TILINGS["tiled-tencent"]
+    chosen, _ = choose_decode(VAEConfig(), shape, 8 * GIB, torch.bfloat16)
+    assert chosen.tiling == TILINGS["tiled-tencent"]
 
 
-def test_more_memory_never_means_a_larger_number_of_decodes():
-    previous = None
-    for free in range(1, 80):
-        chosen = choose_tiling(VAEConfig(), FULL_SIZE, free * GIB, torch.bfloat16)
-        calls = count_decodes(FULL_SIZE, chosen)
-        assert decode_bytes(VAEConfig(), largest_tile(FULL_SIZE, chosen), torch.bfloat16) <= (
-            free * GIB
-        )
-        assert previous is None or calls <= previous
-        previous = calls
+def test_synced_takes_no_more_strips_than_memory_forces():
+    shape, dtype = FULL_SIZE, torch.bfloat16
+    assert choose_decode(VAEConfig(), shape, 80 * GIB, dtype, "synced")[0].strips == 1
+    assert choose_decode(VAEConfig(), shape, 6 * GIB, dtype, "synced")[0].strips == 2
+    with pytest.raises(OutOfRoomError, match="in 8 strips needs"):
+        choose_decode(VAEConfig(), shape, 3 * GIB, dtype, "synced")
 
 
 @pytest.mark.parametrize("free_bytes", [0, -5, 100 * 2**20])
 def test_too_little_memory_for_the_smallest_tiles_is_refused_with_both_numbers(free_bytes):
     with pytest.raises(OutOfRoomError) as error:
-        choose_tiling(VAEConfig(), FULL_SIZE, free_bytes, torch.bfloat16)
-    smallest = torch.Size((1, 16, 5, 16, 16))
-    needed = decode_bytes(VAEConfig(), smallest, torch.bfloat16)
+        choose_decode(VAEConfig(), FULL_SIZE, free_bytes, torch.bfloat16)
+    smallest = DecodePlan("tiled", Tiling(128, 128, 16, 96, 96, 12))
+    needed = plan_bytes(smallest, VAEConfig(), FULL_SIZE, torch.bfloat16)
     assert f"needs {needed / 1e6:,.0f} MB" in str(error.value)
     assert f"{max(free_bytes, 0) / 1e6:,.0f} MB are free" in str(error.value)
     assert "unload other models" in str(error.value)
@@ -447,9 +447,9 @@ def test_auto_asks_the_runtime_for_free_memory_less_the_clip(vae):
     runtime = Small(on_progress=lambda *report: totals.append(report[2]))
     decode_frames(vae, vae_latents, "auto", runtime=runtime)
     assert totals == [1]
-    runtime.room -= 1  # one byte short of a full decode: three 16-frame windows
+    runtime.room -= 1  # one byte short of a full decode: frame by frame
     decode_frames(vae, vae_latents, "auto", runtime=runtime)
-    assert totals == [1, 3, 3, 3]
+    assert totals == [1] + 17 * [33]
 
 
 # refusals
@@ -458,7 +458,7 @@ def test_auto_asks_the_runtime_for_free_memory_less_the_clip(vae):
 def test_an_unknown_mode_is_refused_with_the_list(vae):
     with pytest.raises(OptionError) as error:
         decode_frames(vae, latents(1, 2, 2), "fast", runtime=TorchRuntime())
-    for word in ("fast", "auto", "full", *TILINGS):
+    for word in ("fast", *DECODE_MODES):
         assert word in str(error.value)
 
 

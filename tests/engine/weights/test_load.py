@@ -14,6 +14,7 @@ from comfyui_skyreels.skyreels.runtime import TorchRuntime
 from comfyui_skyreels.skyreels.transformer.model import SkyReelsTransformer
 from comfyui_skyreels.skyreels.transformer.quant import QuantLinear, dequantize, quantize
 from comfyui_skyreels.skyreels.vae.model import VideoVAE
+from comfyui_skyreels.skyreels.weights import load
 from comfyui_skyreels.skyreels.weights.inspect import inspect
 from comfyui_skyreels.skyreels.weights.keymaps import PREFIXES, transformer_sources, vae_sources
 from comfyui_skyreels.skyreels.weights.load import load_transformer, load_vae
@@ -233,6 +234,58 @@ def test_fp8_file_in_another_precision_is_widened(tmp_path, state):
     stored, meant = scaled_fp8(state, "v0", per_row=False)
     path = tiny.save(tmp_path / "x.safetensors", stored)
     assert_same(load_transformer(path, precision="fp32", runtime=RUNTIME), meant)
+
+
+@pytest.mark.parametrize("dtype", [E4M3, torch.float8_e5m2])
+@pytest.mark.parametrize("precision", ["auto", "int8"])
+def test_a_device_without_float8_gets_none_and_is_told_once(
+    tmp_path, state, monkeypatch, caplog, dtype, precision
+):
+    stored = {k: v.to(dtype) if in_8_bits(k, v) else v.bfloat16() for k, v in state.items()}
+    path = tiny.save(tmp_path / "x.safetensors", stored)
+    monkeypatch.setattr(load, "holds_float8", lambda device: False)
+    loaded = load_transformer(path, precision=precision, runtime=RUNTIME)
+    dtypes = {tensor.dtype for tensor in loaded.state_dict().values()}
+    assert dtypes == {torch.bfloat16} | (
+        {torch.int8, torch.float32} if precision == "int8" else set()
+    )
+    if precision == "auto":
+        wide = {k: v.bfloat16() for k, v in stored.items()}
+        assert_same(loaded, wide)
+    (message,) = caplog.messages
+    assert "fp8, which cpu cannot hold: they are dequantized to bfloat16" in message
+    with pytest.raises(OptionError, match="choose int8 or bf16"):
+        load_transformer(path, precision="fp8", runtime=RUNTIME)
+
+
+@pytest.mark.parametrize(
+    ("error", "holds"),
+    [
+        (TypeError("Trying to convert Float8_e4m3fn to the MPS backend"), False),
+        (RuntimeError("float8 is not supported"), False),
+        (torch.OutOfMemoryError("CUDA out of memory"), None),
+        (None, True),
+    ],
+)
+def test_whether_a_device_holds_float8_is_tried_and_a_full_one_is_no_answer(
+    monkeypatch, error, holds
+):
+    class Numbers:
+        def to(self, *where):
+            if error is not None:
+                raise error
+            return self
+
+    load.holds_float8.cache_clear()
+    monkeypatch.setattr(load.torch, "zeros", lambda *args, **options: Numbers())
+    try:
+        if holds is None:
+            with pytest.raises(torch.OutOfMemoryError):
+                load.holds_float8(torch.device("mps"))
+        else:
+            assert load.holds_float8(torch.device("mps")) == holds
+    finally:
+        load.holds_float8.cache_clear()
 
 
 @pytest.mark.parametrize(("precision", "bound"), [("fp8", 0.03), ("int8", 0.01)])

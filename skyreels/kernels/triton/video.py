@@ -1,0 +1,280 @@
+"""The video VAE's operators of reference.py in Triton, for clips whose channels are adjacent.
+
+A tile is a few neighbouring pixels with all their channels, so that every load and store is of
+adjacent numbers. Where a pixel lies outside of the frame its neighbour is read, which the cache
+has. Numbers of frames and pixels are not specialised on: a clip has pieces of several lengths.
+"""
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .common import launch, narrow
+
+#: elements of a tile, of which each thread of four warps holds 32
+TILE = 4096
+WARPS = 4
+#: tiles that one program of the moments reads
+MOMENT_TILES = 32
+_SIZES = ["front", "height", "width", "size", "first"]
+
+
+@triton.jit(do_not_specialize=_SIZES)
+def _norm_silu_pad_kernel(
+    x,
+    scale,
+    shift,
+    out,
+    x_batch,
+    out_batch,
+    front,
+    height,
+    width,
+    side: tl.constexpr,
+    channels: tl.constexpr,
+    block: tl.constexpr,
+    pixels: tl.constexpr,
+):
+    batch = tl.program_id(1).to(tl.int64)
+    rows, columns = height + 2 * side, width + 2 * side
+    parts = (columns + pixels - 1) // pixels
+    row = tl.program_id(0) // parts
+    column = (tl.program_id(0) % parts) * pixels + tl.arange(0, pixels)
+    channel = tl.arange(0, block)
+    inside = (column < columns)[:, None] & (channel < channels)[None]
+    frame = tl.maximum(row // rows - front, 0).to(tl.int64)
+    source_row = tl.minimum(tl.maximum(row % rows - side, 0), height - 1)
+    source_column = tl.minimum(tl.maximum(column - side, 0), width - 1)
+    source = x + batch * x_batch + (frame * height + source_row) * width * channels
+    at = source_column[:, None] * channels + channel[None]
+    values = tl.load(source + at, mask=inside, other=0.0).to(tl.float32)
+    if scale is not None:
+        known = channel < channels
+        factor = tl.load(scale + batch * channels + channel, mask=known, other=0.0)
+        addend = tl.load(shift + batch * channels + channel, mask=known, other=0.0)
+        values = values * factor[None] + addend[None]
+        values = values / (1.0 + tl.exp2(-1.4426950408889634 * values))
+    target = out + batch * out_batch + row.to(tl.int64) * columns * channels
+    at = column[:, None] * channels + channel[None]
+    tl.store(target + at, narrow(values, out.dtype.element_ty), mask=inside)
+
+
+@triton.jit(do_not_specialize=_SIZES)
+def _channel_moments_kernel(
+    x,
+    mean,
+    spread,
+    x_batch,
+    size,
+    channels: tl.constexpr,
+    block: tl.constexpr,
+    pixels: tl.constexpr,
+    steps: tl.constexpr,
+):
+    run, batch = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
+    first = run * pixels * steps
+    channel = tl.arange(0, block)
+    known = channel < channels
+    source = x + batch * x_batch + first * channels
+    # deviations from the run's first pixel: a mean far from zero would cancel the digits of squares
+    pivot = tl.load(source + channel, mask=known, other=0.0).to(tl.float32)
+    sums = tl.zeros((pixels, block), tl.float32)
+    squares = tl.zeros((pixels, block), tl.float32)
+    for step in range(steps):
+        pixel = step * pixels + tl.arange(0, pixels)
+        inside = (first + pixel < size)[:, None] & known[None]
+        at = pixel[:, None] * channels + channel[None]
+        values = tl.load(source + at, mask=inside, other=0.0).to(tl.float32)
+        values = tl.where(inside, values - pivot[None], 0.0)
+        sums += values
+        squares += values * values
+    count = tl.minimum(size - first, pixels * steps).to(tl.float32)
+    offset = tl.sum(sums, axis=0) / count
+    target = (batch * tl.num_programs(0) + run) * channels + channel
+    tl.store(mean + target, pivot + offset, mask=known)
+    tl.store(spread + target, tl.sum(squares, axis=0) - offset * offset * count, mask=known)
+
+
+@triton.jit(do_not_specialize=_SIZES)
+def _residual_add_kernel(
+    x,
+    branch,
+    bias,
+    x_batch,
+    branch_batch,
+    size,
+    channels: tl.constexpr,
+    block: tl.constexpr,
+    pixels: tl.constexpr,
+):
+    batch = tl.program_id(1).to(tl.int64)
+    first = tl.program_id(0).to(tl.int64) * pixels
+    pixel, channel = tl.arange(0, pixels), tl.arange(0, block)
+    known = channel < channels
+    inside = (first + pixel < size)[:, None] & known[None]
+    at = first * channels + pixel[:, None] * channels + channel[None]
+    values = tl.load(x + batch * x_batch + at, mask=inside, other=0.0).to(tl.float32)
+    addend = tl.load(branch + batch * branch_batch + at, mask=inside, other=0.0).to(tl.float32)
+    constant = tl.load(bias + channel, mask=known, other=0.0).to(tl.float32)
+    values = (addend + constant[None]) + values
+    tl.store(x + batch * x_batch + at, narrow(values, x.dtype.element_ty), mask=inside)
+
+
+@triton.jit(do_not_specialize=_SIZES)
+def _interleave_kernel(
+    x,
+    bias,
+    out,
+    x_batch,
+    out_batch,
+    first,
+    height,
+    width,
+    times: tl.constexpr,
+    channels: tl.constexpr,
+    block: tl.constexpr,
+    pixels: tl.constexpr,
+):
+    batch = tl.program_id(1).to(tl.int64)
+    columns = 2 * width
+    parts = (columns + pixels - 1) // pixels
+    row = tl.program_id(0) // parts
+    column = (tl.program_id(0) % parts) * pixels + tl.arange(0, pixels)
+    channel = tl.arange(0, block)
+    known = channel < channels
+    inside = (column < columns)[:, None] & known[None]
+    frame, y = row // (2 * height) + first, row % (2 * height)
+    copy = (frame % times) * 4 + (y % 2) * 2
+    source_row = ((frame // times).to(tl.int64) * (height + 1) + y // 2 + y % 2) * (width + 1)
+    source = x + batch * x_batch + (source_row * (4 * times) + copy) * channels
+    at = ((column // 2 + column % 2) * (4 * times) + column % 2)[:, None] * channels + channel[None]
+    values = tl.load(source + at, mask=inside, other=0.0).to(tl.float32)
+    constant = tl.load(bias + channel, mask=known, other=0.0).to(tl.float32)
+    values += constant[None]
+    target = out + batch * out_batch + row.to(tl.int64) * columns * channels
+    at = column[:, None] * channels + channel[None]
+    tl.store(target + at, narrow(values, out.dtype.element_ty), mask=inside)
+
+
+def _tile(channels: int) -> dict[str, int]:
+    """Shape of a tile."""
+    block = triton.next_power_of_2(channels)
+    return {"channels": channels, "block": block, "pixels": max(1, TILE // block)}
+
+
+def _channels_last(x: Tensor) -> Tensor:
+    """The clip with adjacent channels and dense frames, or a copy that has them."""
+    return x if is_channels_last(x) else x.contiguous(memory_format=torch.channels_last_3d)
+
+
+def is_channels_last(x: Tensor) -> bool:
+    """Whether a clip [B, C, T, H, W] is [B][T, H, W, C] in memory, T to C without gaps."""
+    _, channels, _, height, width = x.shape
+    strides = (1, height * width * channels, width * channels, channels)
+    return all(
+        size == 1 or stride == expected
+        for size, stride, expected in zip(x.shape[1:], x.stride()[1:], strides, strict=True)
+    )
+
+
+def norm_silu_pad_(
+    x: Tensor, scale: Tensor | None, shift: Tensor | None, out: Tensor, front: int
+) -> None:
+    """`reference.norm_silu_pad_`; `out` has adjacent channels."""
+    x = _channels_last(x)
+    batch, channels, _, height, width = x.shape
+    tile: Any = _tile(channels)
+    parts = triton.cdiv(out.shape[4], tile["pixels"])
+    launch(
+        _norm_silu_pad_kernel,
+        (out.shape[2] * out.shape[3] * parts, batch),
+        x,
+        None if scale is None else scale.float().contiguous(),
+        None if shift is None else shift.float().contiguous(),
+        out,
+        x.stride(0),
+        out.stride(0),
+        front,
+        height,
+        width,
+        side=(out.shape[4] - width) // 2,
+        num_warps=WARPS,
+        **tile,
+    )
+
+
+def channel_moments(x: Tensor) -> tuple[Tensor, Tensor]:
+    """`reference.channel_moments`; runs of pixels are merged in float64."""
+    x = _channels_last(x)
+    batch, channels = x.shape[:2]
+    size = x[0, 0].numel()
+    tile: Any = _tile(channels)
+    run = tile["pixels"] * MOMENT_TILES
+    runs = triton.cdiv(size, run)
+    means = torch.empty(batch, runs, channels, dtype=torch.float32, device=x.device)
+    spreads = torch.empty_like(means)
+    launch(
+        _channel_moments_kernel,
+        (runs, batch),
+        x,
+        means,
+        spreads,
+        x.stride(0),
+        size,
+        steps=MOMENT_TILES,
+        num_warps=WARPS,
+        **tile,
+    )
+    # every run but the last has as many pixels
+    shares = torch.full((runs, 1), run / size, dtype=torch.float64, device=x.device)
+    shares[-1] = 1 - (runs - 1) * run / size
+    wide = means.double()
+    mean = (wide * shares).sum(1)
+    between = (wide - mean[:, None]).square_().mul_(shares).sum(1)
+    return mean, spreads.sum(1, dtype=torch.float64).div_(size).add_(between)
+
+
+def residual_add_(x: Tensor, branch: Tensor, bias: Tensor) -> None:
+    """`reference.residual_add_`; x has adjacent channels."""
+    branch = _channels_last(branch)
+    batch, channels = x.shape[:2]
+    size = x[0, 0].numel()
+    tile: Any = _tile(channels)
+    launch(
+        _residual_add_kernel,
+        (triton.cdiv(size, tile["pixels"]), batch),
+        x,
+        branch,
+        bias.contiguous(),
+        x.stride(0),
+        branch.stride(0),
+        size,
+        num_warps=WARPS,
+        **tile,
+    )
+
+
+def interleave_(x: Tensor, bias: Tensor, out: Tensor) -> None:
+    """`reference.interleave_`; `out` has adjacent channels."""
+    x = _channels_last(x)
+    batch, channels, frames, rows, columns = out.shape
+    times = x.shape[1] // channels // 4
+    tile: Any = _tile(channels)
+    launch(
+        _interleave_kernel,
+        (frames * rows * triton.cdiv(columns, tile["pixels"]), batch),
+        x,
+        bias.contiguous(),
+        out,
+        x.stride(0),
+        out.stride(0),
+        times * x.shape[2] - frames,
+        rows // 2,
+        columns // 2,
+        times=times,
+        num_warps=WARPS,
+        **tile,
+    )
