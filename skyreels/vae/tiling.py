@@ -157,7 +157,8 @@ def decode_frames(
         if chooses:
             free = _free_beside_the_clip(vae_latents, runtime)
             plan, _ = choose_decode(vae.config, shape, free, dtype, mode)
-            rungs = rungs_from(plan, vae.config, shape, dtype, mode)
+            ladder = _ladder(mode)
+            rungs = ladder[ladder.index(plan) :]
             names, folder = list(map(str, rungs)), runtime.state_folder
             rungs = rungs[outcomes.first_rung(folder, device, work, names, runtime.free_bytes()) :]
         with descending(rungs, on_rung, runtime.device, on_fall) as decode:
@@ -473,37 +474,6 @@ def choose_decode(
         f"weights, and {max(free_bytes, 0) / 1e6:,.0f} MB are free: unload other models, use a "
         "bf16 or fp16 VAE, or close other programs that use this device."
     )
-
-
-def rungs_from(
-    plan: DecodePlan,
-    config: VAEConfig,
-    latent_shape: torch.Size,
-    dtype: torch.dtype,
-    mode: str = "auto",
-) -> list[DecodePlan]:
-    """A plan, and what to try if memory runs out in it.
-
-    Args:
-        plan: of `choose_decode`.
-        config: of the VAE.
-        latent_shape: [1, 16, T, h, w].
-        dtype: the decoder's compute dtype.
-        mode: as for `choose_decode`.
-
-    Returns:
-        The plan, then those below it on the ladder that take less than all before them: a clip in
-        large tiles can take more than a synced decode, and would run out again.
-    """
-    ladder = _ladder(mode)
-    rungs = [plan]
-    least = plan_bytes(plan, config, latent_shape, dtype)
-    for rung in ladder[ladder.index(plan) + 1 :]:
-        needed = plan_bytes(rung, config, latent_shape, dtype)
-        if needed < least:
-            rungs.append(rung)
-            least = needed
-    return rungs
 
 
 def last_rung(mode: str) -> DecodePlan:

@@ -18,10 +18,8 @@ from comfyui_skyreels.skyreels.vae.tiling import (
     LADDER,
     STRIPS,
     DecodePlan,
-    choose_decode,
     decode_frames,
     plan_bytes,
-    rungs_from,
 )
 from support import tiny
 
@@ -66,10 +64,8 @@ def out_of_memory_above(monkeypatch, vae, frames, strips=math.inf):
 
 
 def test_a_decode_that_runs_out_of_memory_is_repeated_in_smaller_pieces(
-    vae, monkeypatch, tmp_path, caplog
+    vae, latents, monkeypatch, tmp_path, caplog
 ):
-    # so long that short windows take less than a synced decode, which keeps something of each frame
-    latents = torch.randn(1, 16, 33, 16, 16, generator=torch.Generator().manual_seed(0))
     made = out_of_memory_above(monkeypatch, vae, 5)
     totals = []
     runtime = TorchRuntime(
@@ -81,10 +77,10 @@ def test_a_decode_that_runs_out_of_memory_is_repeated_in_smaller_pieces(
     assert "with full" in told[0]
     assert "repeated with tiled-diffusers" in told[-1]
     falls = len(told)
-    assert "with synced (" in told[-1]
-    assert made[:falls] == [33] * falls
+    assert made[:falls] == [9] * falls
+    assert falls == len(LADDER) - 2
     assert max(made[falls:]) == 5
-    assert totals[-1] == 11
+    assert totals[-1] == 3
 
     made.clear()  # the next decode of that size begins there
     caplog.clear()
@@ -106,9 +102,7 @@ def test_a_decode_that_never_fits_ends(vae, latents, monkeypatch):
     made = out_of_memory_above(monkeypatch, vae, 0)
     with pytest.raises(torch.OutOfMemoryError):
         decode_frames(vae, latents, "auto", runtime=TorchRuntime())
-    shape = latents.shape
-    plan, _ = choose_decode(vae.config, shape, TorchRuntime().free_bytes(), torch.float32)
-    assert len(made) == len(rungs_from(plan, vae.config, shape, torch.float32)) > 2
+    assert len(made) == len(LADDER)
 
 
 def test_a_synced_decode_is_repeated_in_strips_from_its_start(
@@ -144,7 +138,7 @@ def test_a_synced_decode_is_never_replaced_by_tiles(vae, latents, monkeypatch):
     made = out_of_memory_above(monkeypatch, vae, 5)
     with pytest.raises(torch.OutOfMemoryError):
         decode_frames(vae, latents, "synced", runtime=TorchRuntime())
-    assert set(made) == {9}
+    assert made == [9] * len(STRIPS)
 
 
 def test_the_ladder_goes_from_one_pass_to_no_seams_to_tiles():
@@ -155,19 +149,6 @@ def test_the_ladder_goes_from_one_pass_to_no_seams_to_tiles():
     assert len(set(names)) == len(names)  # they are remembered by name
     assert names[:3] == ["full", "synced", "synced in 2 strips"]
     assert names[-2:] == ["tiled-diffusers", "tiles of 128 px, 16 frames"]
-
-
-@pytest.mark.parametrize("first", range(len(LADDER)))
-def test_below_a_plan_are_those_that_take_less_than_all_before(first):
-    shape, dtype = torch.Size((1, 16, 25, 68, 120)), torch.bfloat16
-    rungs = rungs_from(LADDER[first], VAEConfig(), shape, dtype)
-    needed = {plan: plan_bytes(plan, VAEConfig(), shape, dtype) for plan in LADDER}
-    taken = [needed[rung] for rung in rungs]
-    assert rungs[0] == LADDER[first]
-    assert taken == sorted(set(taken), reverse=True)
-    for place in range(first, len(LADDER)):
-        least = min(needed[plan] for plan in LADDER[first : place + 1])
-        assert min(needed[rung] for rung in rungs if LADDER.index(rung) <= place) == least
 
 
 @pytest.mark.parametrize(
