@@ -11,6 +11,7 @@ from .local.decode import SkyReelsVAEDecode
 from .local.extend import SkyReelsExtendVideo
 from .local.image import SkyReelsImageConditioning
 from .local.loaders import SkyReelsTransformerLoader, SkyReelsVAELoader
+from .local.plan import SkyReelsPlan
 from .local.sampler import SkyReelsSampler, SkyReelsScheduler
 from .local.text import SkyReelsTextEncode, SkyReelsTextEncoderLoader
 from .remote import autocollect, routes
@@ -29,6 +30,7 @@ NODE_CLASS_MAPPINGS = {
     "SkyReelsSampler": SkyReelsSampler,
     "SkyReelsVAEDecode": SkyReelsVAEDecode,
     "SkyReelsExtendVideo": SkyReelsExtendVideo,
+    "SkyReelsPlan": SkyReelsPlan,
     "WiroRemoteI2V": WiroRemoteI2V,
     "WiroRunModel": WiroRunModel,
     "WiroTaskResult": WiroTaskResult,
@@ -47,6 +49,7 @@ NODE_DISPLAY_NAME_MAPPINGS = {
     "SkyReelsSampler": "SkyReels Sampler",
     "SkyReelsVAEDecode": "SkyReels VAE Decode",
     "SkyReelsExtendVideo": "SkyReels Extend Video",
+    "SkyReelsPlan": "SkyReels Plan",
     "WiroRemoteI2V": "Wiro Remote I2V",
     "WiroRunModel": "Wiro Run Model",
     "WiroTaskResult": "Wiro Task Result",

@@ -42,7 +42,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         The exit code: 0 done, 1 an error that was explained, 2 wrong usage, 130 interrupted.
     """
     arguments = build_parser().parse_args(argv)
-    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+    # on a terminal over the progress bar, which is drawn again
+    line = "\r\033[K%(message)s" if sys.stderr.isatty() else "%(message)s"
+    logging.basicConfig(level=logging.WARNING, format=line, stream=sys.stderr)
     try:
         result = arguments.run(arguments)
     except SkyReelsError as error:
@@ -193,6 +195,15 @@ def build_parser() -> argparse.ArgumentParser:
         "doctor", help="devices, kernels and why each is used or not, versions, weights found"
     )
     doctor.set_defaults(run=run_doctor)
+    doctor.add_argument(
+        "--plan", action="store_true", help="what a clip would take here, in each mode"
+    )
+    for option, default in (("width", 960), ("height", 544), ("frames", 97), ("steps", 30)):
+        doctor.add_argument(
+            f"--{option}", type=int, default=default, help=f"of that clip, default {default}"
+        )
+    doctor.add_argument("--cfg", type=float, default=6.0, help="of that clip, default 6")
+    doctor.add_argument("--device", default="auto", help="of that clip: auto, cpu, cuda or cuda:N")
     doctor.add_argument("--json", action="store_true")
     return parser
 
@@ -265,6 +276,7 @@ def _generate(
     from .config import Guidance
     from .extend import extend_video
     from .image import ImageSettings
+    from .outcomes import user_folder
     from .pipeline import image_to_video
     from .runtime import TorchRuntime
     from .sampling.settings import SamplingSettings, get_sigmas
@@ -285,7 +297,12 @@ def _generate(
         noise_augmentation=arguments.noise_augmentation,
         latent_strength=arguments.latent_strength,
     )
-    runtime = TorchRuntime(pick_device(arguments.device), on_progress=report, on_check=check)
+    runtime = TorchRuntime(
+        pick_device(arguments.device),
+        on_progress=report,
+        on_check=check,
+        state_folder=user_folder(),
+    )
     if not is_builtin:  # minutes before they are loaded
         check_transformer(arguments.transformer)
         check_vae(arguments.vae)
@@ -293,6 +310,7 @@ def _generate(
     chosen = {
         "skyreels.sampling.step_cache": arguments.cache != "off",
         "skyreels.transformer.attention": arguments.attention != "exact",
+        "skyreels.sampling.planned": True,  # what is expected, and what happened
     }
     for name, is_chosen in chosen.items():
         logging.getLogger(name).setLevel(logging.INFO if is_chosen else logging.NOTSET)
@@ -471,14 +489,45 @@ def run_inspect(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def run_doctor(arguments: argparse.Namespace) -> dict[str, Any]:
-    """`doctor`: what is installed and what is used."""
+    """`doctor`: what is installed and what is used; with --plan, what a clip would take."""
     from .doctor import examine
 
-    findings = examine()
+    findings: dict[str, Any] = dict(examine())
     if not arguments.json:
         for section, values in findings.items():
             say(section)
             width = max(map(len, values))
             for name, text in values.items():
                 say(f"  {name:{width}}  {text}")
+    if arguments.plan:
+        findings["plan"] = _plan(arguments)
     return findings
+
+
+def _plan(arguments: argparse.Namespace) -> dict[str, Any]:
+    from .config import MAX_STEPS
+    from .doctor import plan_here
+    from .latents import check_size
+    from .outcomes import user_folder
+    from .plan import Job, vae_dtype
+    from .runtime import TorchRuntime
+
+    check_size(arguments.width, arguments.height, arguments.frames)
+    if not 1 <= arguments.steps <= MAX_STEPS:
+        raise OptionError(f"{arguments.steps} steps are not within 1..{MAX_STEPS}: use 30.")
+    runtime = TorchRuntime(pick_device(arguments.device), state_folder=user_folder())
+    job = Job(
+        width=arguments.width,
+        height=arguments.height,
+        num_frames=arguments.frames,
+        num_steps=arguments.steps,
+        num_guided=arguments.steps if arguments.cfg > 1 else 0,
+        vae_dtype=vae_dtype(runtime.device),
+    )
+    found = plan_here(runtime, job)
+    if not arguments.json:
+        for stored, each in found.items():
+            say(f"plan, for a file in {stored}")
+            for line in each.text.splitlines():
+                say(f"  {line}")
+    return {stored: each.to_json() for stored, each in found.items()}

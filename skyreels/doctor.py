@@ -7,14 +7,17 @@ the exception, as only an import shows whether it loads; on a GPU the self-tests
 import importlib.metadata
 import os
 import platform
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from .config import TransformerConfig
 from .errors import SkyReelsError
 from .kernels import dispatch, operators
-from .runtime import TorchRuntime
+from .plan import STORED, Job, Preflight, preflight
+from .runtime import Runtime, TorchRuntime
 from .transformer import attention, linear, quant
 from .weights.inspect import FAMILY_NAMES, inspect
 
@@ -131,22 +134,56 @@ def _reports(device: torch.device) -> dict[str, str]:
     )
 
 
-def _weights() -> dict[str, str]:
-    checkout = Path(os.environ.get("COMFYUI_DIR", Path.home() / "ComfyUI"))
+def plan_here(runtime: Runtime, job: Job) -> dict[str, Preflight]:
+    """What a clip would take here, with each kind of transformer that is found.
+
+    Args:
+        runtime: whose device is probed.
+        job: what is made.
+
+    Returns:
+        Precision of the file -> plans; those of the published bf16 file if there is none.
+    """
+    stored: dict[str, TransformerConfig] = {}
+    for path in _weight_paths():
+        try:
+            info = inspect(path)
+        except (SkyReelsError, OSError):
+            continue  # told by `examine`
+        if isinstance(info.config, TransformerConfig) and info.variant == "skyreels-i2v":
+            stored.setdefault(STORED.get(next(iter(info.dtypes)), "bf16"), info.config)
+    return {
+        precision: preflight(runtime, replace(job, config=config), precision)
+        for precision, config in (stored or {"bf16": TransformerConfig()}).items()
+    }
+
+
+def _checkout() -> Path:
+    return Path(os.environ.get("COMFYUI_DIR", Path.home() / "ComfyUI"))
+
+
+def _weight_paths() -> dict[Path, str]:
+    """Each checkpoint among ComfyUI's models, and its name below them."""
     found = {}
     for folder in MODEL_FOLDERS:
-        root = checkout / "models" / folder
+        root = _checkout() / "models" / folder
         # shards are one checkpoint, which their folder stands for
         indices = {path.parent for path in root.rglob("*.safetensors.index.json")}
         files = {path for path in root.rglob("*.safetensors") if path.parent not in indices}
         for path in sorted(files | indices):
-            name = f"{folder}/{path.relative_to(root).as_posix()}"
-            try:
-                info = inspect(path)
-            except (SkyReelsError, OSError) as error:
-                found[name] = str(error)
-                continue
-            kind = FAMILY_NAMES[info.family] + (f" ({info.variant})" if info.variant else "")
-            dtypes = "/".join(info.dtypes)
-            found[name] = f"{kind}, {dtypes}, {info.num_bytes / 1e9:.1f} GB"
-    return found or {"none": f"no .safetensors under {checkout.name}/models; the built-in works"}
+            found[path] = f"{folder}/{path.relative_to(root).as_posix()}"
+    return found
+
+
+def _weights() -> dict[str, str]:
+    found = {}
+    for path, name in _weight_paths().items():
+        try:
+            info = inspect(path)
+        except (SkyReelsError, OSError) as error:
+            found[name] = str(error)
+            continue
+        kind = FAMILY_NAMES[info.family] + (f" ({info.variant})" if info.variant else "")
+        dtypes = "/".join(info.dtypes)
+        found[name] = f"{kind}, {dtypes}, {info.num_bytes / 1e9:.1f} GB"
+    return found or {"none": f"no .safetensors under {_checkout().name}/models; the built-in works"}

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from .config import TEMPORAL_COMPRESSION
 from .errors import DependencyError, OptionError, ShapeError
+from .ladder import retried
 from .latents import (
     ImageConditioning,
     check_size,
@@ -182,11 +183,14 @@ def encode_image(
     runtime.check_interrupt()
     with runtime.place(vae, least), torch.inference_mode(), on_device(vae, runtime.device):
         runtime.progress("encode", 0, 1)
-        video = video.to(runtime.device, weight.dtype)
-        if needed > least and needed > runtime.free_bytes():
-            vae_latents = encode_streamed(vae, video, check=runtime.check_interrupt)
-        else:
-            vae_latents = vae.encode(video, check=runtime.check_interrupt)
+
+        def encode() -> Tensor:
+            moved = video.to(runtime.device, weight.dtype)
+            if needed > least and needed > runtime.free_bytes():
+                return encode_streamed(vae, moved, check=runtime.check_interrupt)
+            return vae.encode(moved, check=runtime.check_interrupt)
+
+        vae_latents = retried(encode, runtime, least)
     runtime.progress("encode", 1, 1)
     latents = to_model_space(vae_latents.float()).cpu() * settings.latent_strength
     return ImageConditioning(latents, width, height, num_frames)

@@ -15,6 +15,13 @@ from torch import Tensor, nn
 
 #: left free for kernels, workspaces and fragmentation
 RESERVE_BYTES = 512 * 1024**2
+#: of the free memory, if that is more
+RESERVE_SHARE = 0.05
+
+
+def reserve_bytes(free_bytes: int) -> int:
+    """Bytes of a device that a plan leaves free, of those that are free now."""
+    return max(RESERVE_BYTES, int(RESERVE_SHARE * free_bytes))
 
 
 def module_tensors(module: nn.Module) -> list[Tensor]:

@@ -7,6 +7,7 @@ reports progress to it and gives it a chance to stop. ComfyUI's version lives in
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
 from typing import Protocol
 
 import torch
@@ -29,6 +30,8 @@ class Runtime(Protocol):
     """Where compute runs."""
     offload_device: torch.device
     """Where idle weights rest."""
+    state_folder: Path | None
+    """Where runs leave what they learned about the device (outcomes.py); None: nowhere."""
 
     def free_bytes(self) -> int:
         """Bytes that can be allocated on `device` right now."""
@@ -44,6 +47,13 @@ class Runtime(Protocol):
         There is room for the weights that are missing there and for activation_bytes, as far as the
         host can make it. A host with a memory manager loads the module through it if both fit;
         weights still missing inside the block are streamed by the engine.
+        """
+        ...
+
+    def stream(self, module: nn.Module) -> None:
+        """Take a module that was placed off `device`: it does not fit whole after all.
+
+        Called inside of `place`; the engine then brings what it needs.
         """
         ...
 
@@ -104,10 +114,12 @@ class TorchRuntime:
         *,
         on_progress: Callable[[str, int, int, Tensor | None], None] = ignore_progress,
         on_check: Callable[[], None] = never_interrupt,
+        state_folder: Path | None = None,
     ) -> None:
         # as tensors name it: "cuda" becomes "cuda:0"
         self.device = torch.empty(0, device=device).device
         self.offload_device = torch.device("cpu")
+        self.state_folder = state_folder
         #: page-locked by `pin`
         self.pinned_bytes = 0
         self._on_progress = on_progress
@@ -119,7 +131,7 @@ class TorchRuntime:
             free, _ = torch.cuda.mem_get_info(self.device)
             cached = torch.cuda.memory_reserved(self.device)
             return free + cached - torch.cuda.memory_allocated(self.device)
-        return _free_host_bytes()
+        return free_host_bytes()
 
     def make_room(self, num_bytes: int) -> None:
         """Give torch's cached blocks back to the driver if they are needed."""
@@ -131,6 +143,9 @@ class TorchRuntime:
         """Make room for a module and its activations; nothing moves."""
         self.make_room(missing_bytes(module, self.device) + activation_bytes)
         yield
+
+    def stream(self, module: nn.Module) -> None:
+        """Do nothing: `place` has moved nothing."""
 
     def pinnable_bytes(self) -> int:
         """A share of main memory, less what is page-locked already."""
@@ -176,12 +191,12 @@ def check_pinnable(num_bytes: int, limit: int) -> None:
     """
     if num_bytes > limit:
         raise RuntimeError(f"no more than {limit / 1e9:.1f} GB may still be page-locked")
-    free = _free_host_bytes()
+    free = free_host_bytes()
     if free < FREE_HOST_BYTES:
         raise RuntimeError(f"only {free / 1e9:.1f} GB of main memory are free")
 
 
-def _free_host_bytes() -> int:
+def free_host_bytes() -> int:
     """Available main memory."""
     return _host_bytes("MemAvailable", "available")
 

@@ -29,10 +29,10 @@ LAYERS = [
     {"extend"},
     {"builtin", "doctor", "pipeline"},
     {"sampling", "weights"},
-    {"image", "media", "text"},
+    {"image", "media", "plan", "text"},
     {"transformer", "vae"},
     {"kernels", "latents", "runtime"},
-    {"config", "interrupt", "offload", "streaming"},
+    {"config", "interrupt", "ladder", "offload", "outcomes", "streaming"},
     {"errors"},
 ]
 

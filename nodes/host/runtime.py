@@ -18,6 +18,7 @@ from ...skyreels.offload import (
     weight_bytes,
 )
 from ...skyreels.runtime import check_pinnable, pinnable_limit
+from .files import state_folder
 from .server import show_on_node
 
 logger = logging.getLogger("skyreels.nodes.host.runtime")
@@ -65,6 +66,7 @@ class ComfyRuntime:
         self.offload_device = mm.unet_offload_device()
         if self.offload_device.type != "cpu":  # --highvram keeps models where they compute
             self.offload_device = torch.device("cpu")
+        self.state_folder = state_folder()
         self._previewer = _previewer(self.device) if with_preview else None
         self._models = {model.module: model for model in models}
         self._in_use: list[Any] = []
@@ -75,6 +77,15 @@ class ComfyRuntime:
         if self.device.type == "privateuseone":  # DirectML does not report it: try, and see
             return UNKNOWN_BYTES
         return int(self._mm.get_free_memory(self.device) - self._mm.extra_reserved_memory())
+
+    def reclaimable_bytes(self) -> int:
+        """Bytes of the compute device that loaded models take and would give back."""
+        loaded = self._mm.current_loaded_models
+        return sum(model.model_loaded_memory() for model in loaded if model.device == self.device)
+
+    def say(self, text: str) -> None:
+        """Write lines on the node."""
+        show_on_node(text, self._unique_id)
 
     def make_room(self, num_bytes: int) -> None:
         """Let ComfyUI unload other models until num_bytes are free."""
@@ -103,7 +114,7 @@ class ComfyRuntime:
                     weight_bytes(module) / 1e9,
                     activation_bytes / 1e9,
                 )
-                self._mm.unload_all_models()
+                self.stream(module)
             else:
                 self._mm.load_models_gpu(
                     [model.patcher], memory_required=activation_bytes, force_full_load=True
@@ -111,6 +122,10 @@ class ComfyRuntime:
             yield
         finally:
             self._in_use.remove(model.patcher)
+
+    def stream(self, module: nn.Module) -> None:
+        """Let everything leave the device; the engine brings what it needs of the module."""
+        self._mm.unload_all_models()
 
     def _fits(self, num_bytes: int) -> bool:
         if self.device.type == "cpu":
@@ -161,14 +176,11 @@ class ComfyRuntime:
             image = self._previewer.decode_latent_to_preview_image("JPEG", preview)
         self._bar.update_absolute(done, max(1, total), image)
         start, first = self._started[stage]
-        self._say(status_line(stage, done, total, (now - start) / max(1, done - first)))
+        self.say(status_line(stage, done, total, (now - start) / max(1, done - first)))
 
     def check_interrupt(self) -> None:
         """Raise ComfyUI's own exception if the user pressed Cancel."""
         self._mm.throw_exception_if_processing_interrupted()
-
-    def _say(self, text: str) -> None:
-        show_on_node(text, self._unique_id)
 
 
 def status_line(stage: str, done: int, total: int, seconds_each: float) -> str:

@@ -20,16 +20,13 @@ from torch import Tensor
 from ..kernels import dispatch
 from ..kernels.dispatch import BYTE_ALIGNMENT
 from ..offload import on_device
+from ..plan import MAX_KEPT
 from ..runtime import Runtime
 from ..text.embeds import PromptEmbeds
 from ..transformer.attention import Attention
 from ..transformer.model import RunBlock, SkyReelsTransformer, StepModulation
 
 logger = logging.getLogger("skyreels.sampling.precompute")
-
-#: pairs of prompt and step that are kept; with 256 tokens of text each, 256 are about 1 GB. Others
-#: are computed when they are looked up.
-MAX_KEPT = 256
 
 #: lookup(prompt, timestep, run_block): text and modulation of one model evaluation, on the device.
 #: prompt: its index among the prompts. timestep: 0..1000, exactly representable in float32; a

@@ -9,7 +9,8 @@ runs: sigmas and timesteps stay on the CPU, where a scalar multiplies a tensor o
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -18,6 +19,7 @@ from torch import Tensor
 
 from ..config import CHUNKINGS, NUM_TRAIN_TIMESTEPS, Chunking, Guidance
 from ..errors import OptionError, ShapeError
+from ..ladder import retried
 from ..latents import (
     ImageConditioning,
     latent_shape,
@@ -26,13 +28,15 @@ from ..latents import (
     to_vae_space,
 )
 from ..offload import weight_bytes
+from ..plan import MAX_KEPT, Job, Rung, activation_bytes, weights_of
 from ..runtime import Runtime
 from ..text.embeds import PromptEmbeds, check_prompt_embeds
-from ..transformer.attention import FAST_BYTES, Attention, choose_attention, sdpa, trial_bytes
+from ..transformer.attention import Attention, choose_attention, sdpa, trial_bytes
 from ..transformer.layers import rope_table
 from ..transformer.model import RunBlock, SkyReelsTransformer
-from ..transformer.placement import choose_chunking, placed, sampling_bytes
-from .precompute import MAX_KEPT, StepLookup, precompute
+from ..transformer.placement import placed
+from .planned import start_run
+from .precompute import StepLookup, precompute
 from .resume import SaveStep, fingerprint_run, resume_run
 from .settings import OnStep, SamplingSettings, Velocity, euler
 from .step_cache import OFF, CacheConfig, cache_bytes, start_cache
@@ -248,42 +252,78 @@ def _denoise(
     device, sigmas = runtime.device, settings.sigmas[first_step:]
     guidance, is_euler = settings.guidance, settings.solver is euler
     needed = run_bytes(transformer, image, prompts, settings)
+    if not is_euler or (len(sigmas) - 1) * len(prompts) > MAX_KEPT:
+        # a timestep that is not kept, between two steps or late in a long run, is computed when it
+        # is looked up, and its weights need room
+        largest = max(weight_bytes(module) for module in transformer.conditioners)
+        needed = {name: num_bytes + largest for name, num_bytes in needed.items()}
     with runtime.place(transformer, needed["chunks"]), torch.inference_mode():
         attention = _choose_attention(transformer, image, prompts, settings, runtime)
-        lookup = precompute(
-            transformer,
-            prompts,
-            (sigmas[:-1] * NUM_TRAIN_TIMESTEPS).tolist(),
-            torch.tensor([guidance.guidance_scale * NUM_TRAIN_TIMESTEPS]),
-            attention=attention,
-            runtime=runtime,
-        )
-        chunking = choose_chunking(transformer, needed, runtime)
-        num_bytes = needed[chunking]
-        if not is_euler or (len(sigmas) - 1) * len(prompts) > MAX_KEPT:
-            # a timestep that is not kept, between two steps or late in a long run, is computed when
-            # it is looked up, and its weights need room
-            num_bytes += max(weight_bytes(module) for module in transformer.conditioners)
-        with placed(transformer, runtime, num_bytes) as run_block:
-            velocity = guided_velocity(
+        run = start_run(transformer, _job(transformer, image, prompts, settings), needed, runtime,
+                        "exact" if settings.attention == "exact" else "fast")  # fmt: skip
+        lookup = retried(
+            partial(
+                precompute,
                 transformer,
-                image.padded().to(device),
-                lookup,
-                settings.sigmas,
-                guidance,
-                rope=rope_table(
-                    transformer.token_grid(image.latent_shape),
-                    transformer.config,
-                    riflex_k=settings.riflex_k,
-                    device=device,
-                ),
-                run_block=run_block,
+                prompts,
+                (sigmas[:-1] * NUM_TRAIN_TIMESTEPS).tolist(),
+                torch.tensor([guidance.guidance_scale * NUM_TRAIN_TIMESTEPS]),
                 attention=attention,
-                chunking=CHUNKINGS[chunking],
-                cache=settings.cache,
-            )
-            sigmas = sigmas.to("cpu" if is_euler else device)
-            return settings.solver(velocity, latents.to(device), sigmas, on_step)
+                runtime=runtime,
+            ),
+            runtime,
+            run.plan.peak_bytes["condition"],
+        )
+        image_latents = image.padded().to(device)
+        rope = rope_table(
+            transformer.token_grid(image.latent_shape),
+            transformer.config,
+            riflex_k=settings.riflex_k,
+            device=device,
+        )
+
+        @contextmanager
+        def on_rung(rung: Rung) -> Iterator[Velocity]:
+            with placed(transformer, runtime, run.bytes_on(rung)) as run_block:
+                yield guided_velocity(
+                    transformer,
+                    image_latents,
+                    lookup,
+                    settings.sigmas,
+                    guidance,
+                    rope=rope,
+                    run_block=run_block,
+                    attention=attention,
+                    chunking=CHUNKINGS[rung.chunking],
+                    cache=settings.cache,
+                )
+
+        sigmas = sigmas.to("cpu" if is_euler else device)
+        with run.descending(on_rung) as velocity:
+            result = settings.solver(velocity, latents.to(device), sigmas, run.marking(on_step))
+            run.finish(is_alike=is_euler and settings.cache.kind == "off")
+        return result
+
+
+def _job(
+    transformer: SkyReelsTransformer,
+    image: ImageConditioning,
+    prompts: Sequence[PromptEmbeds],
+    settings: SamplingSettings,
+) -> Job:
+    guidance, num_steps = settings.guidance, settings.num_steps
+    in_window = (guidance.cfg_start <= step / num_steps < guidance.cfg_end
+                 for step in range(num_steps))  # fmt: skip
+    return Job(
+        width=image.width,
+        height=image.height,
+        num_frames=image.num_frames,
+        num_steps=num_steps,
+        num_guided=sum(in_window) if len(prompts) > 1 else 0,
+        text_tokens=max(embeds.prompt_embeds.shape[1] for embeds in prompts),
+        config=transformer.config,
+        vae=None,
+    )
 
 
 def _choose_attention(
@@ -337,10 +377,9 @@ def run_bytes(
     held = cache_bytes(
         settings.cache, config, image.latent_shape, num_image_tokens, len(prompts), dtype
     )
+    attention = "fast" if settings.attention == "fast" else "exact"
     tokens = num_tokens(transformer, image, prompts)
-    if settings.attention == "fast":
-        held += FAST_BYTES * tokens * config.hidden_size
-    return {name: held + sampling_bytes(config, tokens, dtype, name) for name in CHUNKINGS}
+    return activation_bytes(config, tokens, weights_of(transformer), attention, held)
 
 
 def _check_inputs(

@@ -34,8 +34,15 @@ from .model import RunBlock, SkyReelsTransformer
 logger = logging.getLogger("skyreels.transformer.placement")
 
 #: hidden-sized tensors alive at the peak of a block, counted on shape-only tensors at the full
-#: 51,256 x 3072 in bfloat16 (tests/engine/test_budget.py repeats the count), and a little more
+#: 51,256 x 3072 in bfloat16 (tests/engine/test_budget.py and test_plan.py repeat the count), and a
+#: little more
 PEAK_HIDDEN_TENSORS = {"whole": 8.8, "chunks": 6.2, "head groups": 4.6}
+#: the same where blocks are multiplied in 8 bits, or dequantized for it
+PEAK_IN_8_BITS = {
+    "fp8": {"whole": 9.6, "chunks": 7.6, "head groups": 4.6},
+    "int8": {"whole": 9.6, "chunks": 6.2, "head groups": 4.6},
+    "dequantized": {"whole": 8.8, "chunks": 7.6, "head groups": 4.6},
+}
 
 #: what must be left for "whole", which is hardly faster than "chunks"
 WHOLE_MARGIN_BYTES = 1024**3
@@ -47,14 +54,18 @@ KEPT_BYTES = 128 * 1024
 KEPT_SHARE = 1 / 16
 
 
-def _loop_tensors(transformer: SkyReelsTransformer, part: nn.Module | None = None) -> list[Tensor]:
+def loop_tensors(transformer: SkyReelsTransformer, part: nn.Module | None = None) -> list[Tensor]:
     """Tensors of the transformer, or of a part of it, that `denoise` needs: no conditioners."""
     excluded = {id(t) for module in transformer.conditioners for t in module_tensors(module)}
     return [t for t in module_tensors(part or transformer) if id(t) not in excluded]
 
 
 def sampling_bytes(
-    config: TransformerConfig, num_tokens: int, dtype: torch.dtype, chunking: str = "chunks"
+    config: TransformerConfig,
+    num_tokens: int,
+    dtype: torch.dtype,
+    chunking: str = "chunks",
+    gemm: str = "",
 ) -> int:
     """Peak bytes of one forward pass beyond the weights.
 
@@ -63,30 +74,31 @@ def sampling_bytes(
         num_tokens: image and text tokens of one branch; the branches run one after the other.
         dtype: of the activations.
         chunking: a name of config.CHUNKINGS.
+        gemm: of PEAK_IN_8_BITS, how blocks in 8 bits are multiplied; any other name is that of a
+            floating dtype.
 
     Returns:
         Bytes, a little more than was counted.
     """
     hidden = num_tokens * config.hidden_size * dtype.itemsize
-    return int(PEAK_HIDDEN_TENSORS[chunking] * hidden)
+    tensors = PEAK_IN_8_BITS.get(gemm, PEAK_HIDDEN_TENSORS)[chunking]
+    unpacked = 0
+    if gemm == "dequantized":  # the widest part of a weight in float32, and in the compute dtype
+        inner = int(config.hidden_size * config.mlp_ratio)
+        unpacked = inner * config.hidden_size * (torch.float32.itemsize + dtype.itemsize)
+    return int(tensors * hidden) + unpacked
 
 
-def choose_chunking(
-    transformer: SkyReelsTransformer, activation_bytes: Mapping[str, int], runtime: Runtime
-) -> str:
-    """The fastest chunking that leaves room for all weights of the loop, else the smallest.
+def choose_chunking(activation_bytes: Mapping[str, int], free: int) -> str:
+    """The fastest chunking that fits in `free` bytes, else the smallest.
 
     Args:
-        transformer: on any device.
         activation_bytes: of each chunking; names of config.CHUNKINGS, fastest first.
-        runtime: whose free memory counts.
+        free: bytes beside all weights of the loop.
 
     Returns:
         A name of config.CHUNKINGS.
     """
-    weights = onload_bytes(_loop_tensors(transformer), runtime.device) + RESERVE_BYTES
-    runtime.make_room(weights + activation_bytes["chunks"])
-    free = runtime.free_bytes() - weights
     for chunking, num_bytes in activation_bytes.items():
         margin = WHOLE_MARGIN_BYTES if chunking == "whole" else 0
         if num_bytes + margin <= free:
@@ -118,7 +130,7 @@ def placed(
     """
     device = runtime.device
     conditioners = {id(module): module_tensors(module) for module in transformer.conditioners}
-    missing = onload_bytes(_loop_tensors(transformer), device)
+    missing = onload_bytes(loop_tensors(transformer), device)
     runtime.make_room(missing + activation_bytes + RESERVE_BYTES)
     kept, away = _split(transformer, device)
     sizes = [padded_bytes(tensors) for tensors in away.values()]
@@ -164,13 +176,13 @@ def _split(
     """
     away: dict[nn.Module, list[Tensor]] = {}
     for block in transformer.blocks:
-        tensors = [t for t in _loop_tensors(transformer, block) if onload_bytes([t], device)]
+        tensors = [t for t in loop_tensors(transformer, block) if onload_bytes([t], device)]
         small = min(KEPT_BYTES, KEPT_SHARE * sum(t.nbytes for t in tensors))
         large = [t for t in tensors if t.nbytes > small and t.is_contiguous()]
         if large:
             away[block] = large
     in_blocks = {id(tensor) for tensors in away.values() for tensor in tensors}
-    return [t for t in _loop_tensors(transformer) if id(t) not in in_blocks], away
+    return [t for t in loop_tensors(transformer) if id(t) not in in_blocks], away
 
 
 def _load(

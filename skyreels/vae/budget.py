@@ -1,8 +1,8 @@
-"""The peak memory of a decode or encode, predicted from shapes alone.
+"""The peak memory of a decode or encode, and its operations, predicted from shapes alone.
 
-Adds up what is alive at the first resnet and the upsampler of each level and in the attention:
-whole clips, and the piece being worked on. Tests compare it with the storages that model.py
-allocates on shape-only tensors; MEMORY_MARGIN covers what those do not show.
+The peak adds up what is alive at the first resnet and the upsampler of each level and in the
+attention: whole clips, and the piece being worked on. Tests compare it with the storages that
+model.py allocates on shape-only tensors; MEMORY_MARGIN covers what those do not show.
 """
 
 import math
@@ -52,6 +52,22 @@ class _Level(NamedTuple):
     factors: tuple[int, int, int]
 
 
+class _Split(NamedTuple):
+    """The parts of a synced decode: its levels at low and at high resolution.
+
+    Attributes:
+        low: those up to the step to high resolution, which is of the other part.
+        high: the others; the first may stand for that step alone.
+        starts_with_step: whether it does.
+        coarse: the clip between both.
+    """
+
+    low: list[_Level]
+    high: list[_Level]
+    starts_with_step: bool
+    coarse: _Clip
+
+
 def decode_bytes(config: VAEConfig, latent_shape: torch.Size, dtype: torch.dtype) -> int:
     """Estimate the peak bytes of one VideoVAE.decode call, beside the weights.
 
@@ -85,24 +101,15 @@ def synced_bytes(
     Returns:
         Bytes, MEMORY_MARGIN included.
     """
-    latents, levels = _clip_of(latent_shape), _levels(config)
-    split, piece = max(0, len(levels) - 2), vae_model.SYNCED_PIECE_ELEMENTS
-    low, high = levels[:split], levels[split:]
-    # the step to high resolution belongs to the part there
-    step = low[-1] if low else None
-    low = [*low[:-1], low[-1]._replace(factors=(1, 1, 1))] if step else []
+    latents = _clip_of(latent_shape)
+    low, high, is_step, coarse = _split(config, latents)
+    piece = vae_model.SYNCED_PIECE_ELEMENTS
     elements = max(_level_elements(low, latents, piece), default=0)
     peak = max(_middle_bytes(config, latents, dtype), elements * dtype.itemsize)
-    coarse = latents
-    for level in low:
-        coarse = coarse.enlarged(level.factors)
-    if step is not None:
-        high = [_Level(step.channels, step.channels, step.factors), *high]
     kept = high[0].before * coarse.pixels
     peak = max(peak, 2 * kept * dtype.itemsize)
     starts, length = vae_model.sample_starts(coarse.frames, strips)
     sample = coarse._replace(batch=len(starts), frames=length)
-    is_step = step is not None
     gathered = kept + max(_level_elements(high, sample, piece, starts_with_step=is_step))
     top, bottom = max(
         vae_model.strip_rows(coarse.height, strips), key=lambda strip: strip[1] - strip[0]
@@ -164,12 +171,54 @@ def _encoded(clip: _Clip) -> _Clip:
     return _Clip(clip.batch, frames, height, width)
 
 
+def decode_flop(config: VAEConfig, latent_shape: torch.Size) -> float:
+    """Operations of the convolutions of one VideoVAE.decode call.
+
+    Args:
+        config: of the VAE.
+        latent_shape: [B, 16, T, h, w] of the latents in that call; see `largest_tile`.
+
+    Returns:
+        FLOP; attention in the middle, a twentieth more, is left out.
+    """
+    latents = _clip_of(latent_shape)
+    products, clip = _level_products(config, _levels(config), latents)
+    products += _first_products(config, latents) + _last_products(config, clip)
+    return 2.0 * products
+
+
+def synced_flop(config: VAEConfig, latent_shape: torch.Size, strips: int) -> float:
+    """Operations of the convolutions of VideoVAE.iter_synced: of the sample and of all strips too.
+
+    Args:
+        config: of the VAE.
+        latent_shape: [1, 16, T, h, w].
+        strips: in how many the rows are decoded.
+
+    Returns:
+        FLOP, as of `decode_flop`.
+    """
+    latents = _clip_of(latent_shape)
+    low, high, is_step, coarse = _split(config, latents)
+    products = _first_products(config, latents) + _level_products(config, low, latents)[0]
+    starts, length = vae_model.sample_starts(coarse.frames, strips)
+    sample = coarse._replace(batch=len(starts), frames=length)
+    products += _level_products(config, high, sample, starts_with_step=is_step)[0]
+    halo = _halo_rows(config, high, is_step)
+    for top, bottom in vae_model.strip_rows(coarse.height, strips):
+        rows = min(coarse.height, bottom + halo) - max(0, top - halo)
+        strip = coarse._replace(height=rows)
+        of_strip, clip = _level_products(config, high, strip, starts_with_step=is_step)
+        products += of_strip + _last_products(config, clip)
+    return 2.0 * products
+
+
 def folded_bytes(config: VAEConfig, dtype: torch.dtype) -> int:
     """Bytes of the weights that `VideoVAE.folded` makes for a run: 62 MB in bf16."""
     total = 0
     for level in _levels(config):
-        if level.factors[1] > 1:  # copies and taps of each enlarged axis
-            total += level.channels**2 * math.prod(4 if f > 1 else 3 for f in level.factors)
+        if level.factors[1] > 1:
+            total += level.channels**2 * _folded_taps(level.factors)
     return total * dtype.itemsize
 
 
@@ -183,6 +232,55 @@ def _levels(config: VAEConfig) -> list[_Level]:
         _Level(channels[max(i - 1, 0)], width, vae_model.level_factors(i, len(channels)))
         for i, width in enumerate(channels)
     ]
+
+
+def _split(config: VAEConfig, latents: _Clip) -> _Split:
+    levels = _levels(config)
+    count = max(0, len(levels) - 2)
+    low, high = levels[:count], levels[count:]
+    if low:
+        step = low[-1]
+        low[-1] = step._replace(factors=(1, 1, 1))
+        high = [_Level(step.channels, step.channels, step.factors), *high]
+    coarse = latents
+    for level in low:
+        coarse = coarse.enlarged(level.factors)
+    return _Split(low, high, bool(low), coarse)
+
+
+def _folded_taps(factors: tuple[int, int, int]) -> int:
+    """Copies of a pixel times taps of each: both are two along an enlarged axis."""
+    return math.prod(4 if factor > 1 else 3 for factor in factors)
+
+
+def _first_products(config: VAEConfig, latents: _Clip) -> int:
+    """Multiplications of the first convolution and those in the middle."""
+    wide = config.block_out_channels[-1]
+    return 27 * (config.latent_channels * wide + 4 * wide**2) * latents.pixels
+
+
+def _last_products(config: VAEConfig, clip: _Clip) -> int:
+    return 27 * config.block_out_channels[0] * config.out_channels * clip.pixels
+
+
+def _level_products(
+    config: VAEConfig, levels: list[_Level], clip: _Clip, *, starts_with_step: bool = False
+) -> tuple[int, _Clip]:
+    """Multiplications of the convolutions of some levels, and the clip that these make."""
+    products = 0
+    for index, (before, channels, factors) in enumerate(levels):
+        if not (starts_with_step and index == 0):
+            inner = before * channels + channels**2 * (2 * config.layers_per_block + 1)
+            shortcut = before * channels if before != channels else 0
+            products += (27 * inner + shortcut) * clip.pixels
+        enlarged = clip.enlarged(factors)
+        if factors[1] > 1:  # folded; the copies are computed on one row and column more
+            edged = clip._replace(height=clip.height + 1, width=clip.width + 1)
+            products += _folded_taps(factors) * channels**2 * edged.pixels
+        elif factors[0] > 1:
+            products += 27 * channels**2 * enlarged.pixels
+        clip = enlarged
+    return products, clip
 
 
 def _middle_bytes(config: VAEConfig, clip: _Clip, dtype: torch.dtype) -> int:
@@ -215,8 +313,12 @@ def _piece_elements(channels: int, clip: _Clip, piece: int) -> int:
     """Elements of one convolution's temporaries: a padded piece, the one before, the result."""
     frame = channels * clip.pixels // clip.frames
     step = min(clip.frames, max(1, piece // frame))
-    before = step + 2 if clip.frames > step else 0
-    return _padded(channels, clip) * (step + 2 + before) + frame * step
+    following = min(step, clip.frames - step)
+    padded = _padded(channels, clip)
+    first = padded * (step + 2) + frame * step
+    if not following:
+        return first
+    return max(first, padded * (step + 2 + following + 2) + frame * following)
 
 
 def _padded(channels: int, clip: _Clip) -> int:

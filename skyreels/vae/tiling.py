@@ -12,14 +12,18 @@ Source: the geometry is diffusers 0.42.1 models/autoencoders/autoencoder_kl_huny
 Tencent/HunyuanVideo hyvideo/vae/autoencoder_kl_causal_3d.py, which share it.
 """
 
+import logging
 import math
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from .. import outcomes
 from ..config import (
     DECODE_MODES,
     SPATIAL_COMPRESSION,
@@ -29,17 +33,55 @@ from ..config import (
     VAEConfig,
 )
 from ..errors import OptionError, OutOfRoomError, ShapeError
+from ..ladder import descending
 from ..offload import on_device
 from ..runtime import Runtime
-from .budget import decode_bytes, synced_bytes
+from .budget import decode_bytes, decode_flop, synced_bytes, synced_flop
 from .frames import FrameWriter
 from .model import VideoVAE
+
+logger = logging.getLogger("skyreels.vae.tiling")
 
 #: whole-time tiles, largest first; a 64 px overlap is the reference's, smaller tiles afford less
 _SPATIAL_SIZES = ((512, 448), (448, 384), (384, 320), (320, 256), (256, 192), (192, 144), (128, 96))
 _SMALLEST = Tiling(128, 128, 16, 96, 96, 12)
 #: of a synced decode; more of them save little, as each has the same rows beside it
 STRIPS = (1, 2, 4, 8)
+
+
+@dataclass(frozen=True)
+class DecodePlan:
+    """How a clip is decoded; its text names it for people and in the file of outcomes.
+
+    Attributes:
+        mode: "full", "synced" or, with tiles, any name.
+        tiling: the tiles, None without.
+        strips: in how many a synced decode does the rows.
+    """
+
+    mode: str
+    tiling: Tiling | None = None
+    strips: int = 1
+
+    def __str__(self) -> str:
+        if self.tiling is None:
+            return self.mode if self.strips == 1 else f"{self.mode} in {self.strips} strips"
+        for name, known in TILINGS.items():
+            if known == self.tiling:
+                return name
+        frames = self.tiling.tile_sample_min_num_frames
+        window = f", {frames} frames" if frames else ""
+        return f"tiles of {self.tiling.tile_sample_min_width} px{window}"
+
+
+#: what "auto" chooses from, the best first: exact, without seams, then the least divided in tiles
+LADDER = (
+    DecodePlan("full"),
+    *(DecodePlan("synced", strips=strips) for strips in STRIPS),
+    *(DecodePlan("tiled", Tiling(t, t, 0, s, s, 0)) for t, s in _SPATIAL_SIZES),
+    *(DecodePlan("tiled", TILINGS[name]) for name in ("tiled-tencent", "tiled-diffusers")),
+    DecodePlan("tiled", _SMALLEST),
+)
 
 
 class Decoder(Protocol):
@@ -76,6 +118,8 @@ def decode_frames(
         OptionError: unknown mode.
         ShapeError: latents of another shape.
         OutOfRoomError: "auto" and "synced", and nothing fits.
+
+    If memory runs out, these two decode again with less, and remember with what.
     """
     if mode not in DECODE_MODES:
         raise OptionError(
@@ -89,24 +133,54 @@ def decode_frames(
     plan = DecodePlan("tiled", tiling) if tiling else DecodePlan(mode, TILINGS.get(mode))
     if chooses:
         plan = DecodePlan("synced")
-    writer = FrameWriter(*_output_size(vae_latents), runtime.offload_device)
+    frames, height, width = _output_size(vae_latents)
+    device = outcomes.device_key(runtime.device)
+    channels = vae.config.block_out_channels
+    work = f"decode {frames} frames of {width}x{height} {mode}, {channels}, {dtype}"
+
+    def on_fall(failed: DecodePlan, rung: DecodePlan) -> None:
+        runtime.check_interrupt()
+        runtime.progress("decode", 0, _total(rung, shape))
+        free = runtime.free_bytes()
+        outcomes.remember_rung(runtime.state_folder, device, work, str(rung), free)
+        logger.warning(
+            "Memory ran out in a decode with %s (%.1f GB are free now): it is repeated with %s.",
+            failed, free / 1e9, rung,
+        )  # fmt: skip
+
+    def on_rung(rung: DecodePlan) -> nullcontext[Callable[[], Tensor]]:
+        return nullcontext(partial(_decode_clip, vae, vae_latents, rung, runtime))
+
     num_bytes = plan_bytes(plan, vae.config, shape, dtype)
     with runtime.place(vae, num_bytes), on_device(vae, runtime.device), vae.folded():
+        rungs = [plan]
         if chooses:
             free = _free_beside_the_clip(vae_latents, runtime)
             plan, _ = choose_decode(vae.config, shape, free, dtype, mode)
-        for images, start, top in _decode(vae, vae_latents, plan, runtime):
-            writer.write(images, start, top)
+            ladder = _ladder(mode)
+            rungs = ladder[ladder.index(plan) :]
+            names, folder = list(map(str, rungs)), runtime.state_folder
+            rungs = rungs[outcomes.first_rung(folder, device, work, names, runtime.free_bytes()) :]
+        with descending(rungs, on_rung, runtime.device, on_fall) as decode:
+            clip: Tensor = decode()
+            return clip
+
+
+def _decode_clip(vae: VideoVAE, vae_latents: Tensor, plan: DecodePlan, runtime: Runtime) -> Tensor:
+    """[F, H, W, 3] in [0, 1] on the offload device; the VAE is on the device."""
+    writer = FrameWriter(*_output_size(vae_latents), runtime.offload_device)
+    for images, start, top in _decode(vae, vae_latents, plan, runtime):
+        writer.write(images, start, top)
     return writer.finish()
 
 
 def _decode(
-    vae: VideoVAE, vae_latents: Tensor, plan: "DecodePlan", runtime: Runtime
+    vae: VideoVAE, vae_latents: Tensor, plan: DecodePlan, runtime: Runtime
 ) -> Iterator[tuple[Tensor, int, int]]:
     """Yield final frames [f, rows, W, 3] on the device, with their first frame and row."""
     start = 0
     if plan.mode == "synced":
-        total, done = _output_size(vae_latents)[0] * plan.strips, 0
+        total, done = _total(plan, vae_latents.shape), 0
         synced = vae.iter_synced(vae_latents, plan.strips, check=runtime.check_interrupt)
         for start, top, piece in synced:
             done += piece.shape[2]
@@ -128,6 +202,13 @@ def _decode(
 def _images(clip: Tensor) -> Tensor:
     """[1, 3, f, H, W] -> [f, H, W, 3] float32, contiguous; a view where memory is in that order."""
     return clip[0].permute(1, 2, 3, 0).float().contiguous()
+
+
+def _total(plan: DecodePlan, latent_shape: torch.Size) -> int:
+    """The total that progress reports: the frames of every strip, or decoder calls."""
+    if plan.mode != "synced":
+        return count_decodes(latent_shape, plan.tiling)
+    return plan.strips * ((latent_shape[2] - 1) * TEMPORAL_COMPRESSION + 1)
 
 
 def _free_beside_the_clip(vae_latents: Tensor, runtime: Runtime) -> int:
@@ -332,21 +413,6 @@ def largest_tile(latent_shape: torch.Size, tiling: Tiling | None) -> torch.Size:
     return torch.Size((batch, channels, frames, height, width))
 
 
-@dataclass(frozen=True)
-class DecodePlan:
-    """How a clip is decoded.
-
-    Attributes:
-        mode: "full", "synced" or, with tiles, any name.
-        tiling: the tiles, None without.
-        strips: in how many a synced decode does the rows.
-    """
-
-    mode: str
-    tiling: Tiling | None = None
-    strips: int = 1
-
-
 def plan_bytes(
     plan: DecodePlan, config: VAEConfig, latent_shape: torch.Size, dtype: torch.dtype
 ) -> int:
@@ -358,6 +424,14 @@ def plan_bytes(
         window = torch.empty(latent_shape, device="meta")[:, :, : _window_length(plan.tiling)]
         num_bytes += 2 * 4 * 3 * math.prod(_output_size(window))
     return num_bytes
+
+
+def plan_flop(plan: DecodePlan, config: VAEConfig, latent_shape: torch.Size) -> float:
+    """FLOP of a decode's convolutions; tiles at the edges count as whole ones. See budget.py."""
+    if plan.mode == "synced":
+        return synced_flop(config, latent_shape, plan.strips)
+    tile = decode_flop(config, largest_tile(latent_shape, plan.tiling))
+    return count_decodes(latent_shape, plan.tiling) * tile
 
 
 def _window_length(tiling: Tiling | None) -> int | None:
@@ -390,12 +464,7 @@ def choose_decode(
     Raises:
         OutOfRoomError: nothing fits.
     """
-    synced = [DecodePlan("synced", strips=strips) for strips in STRIPS]
-    tilings = [Tiling(t, t, 0, s, s, 0) for t, s in _SPATIAL_SIZES]
-    tilings += [TILINGS["tiled-tencent"], TILINGS["tiled-diffusers"], _SMALLEST]
-    tiled = [DecodePlan("tiled", tiling) for tiling in tilings]
-    ladder = synced if mode == "synced" else [DecodePlan("full"), *synced, *tiled]
-    for plan in ladder:
+    for plan in _ladder(mode):
         needed = plan_bytes(plan, config, latent_shape, dtype)
         if needed <= free_bytes:
             return plan, needed
@@ -405,6 +474,15 @@ def choose_decode(
         f"weights, and {max(free_bytes, 0) / 1e6:,.0f} MB are free: unload other models, use a "
         "bf16 or fp16 VAE, or close other programs that use this device."
     )
+
+
+def last_rung(mode: str) -> DecodePlan:
+    """What `choose_decode` tries last."""
+    return _ladder(mode)[-1]
+
+
+def _ladder(mode: str) -> list[DecodePlan]:
+    return [plan for plan in LADDER if mode in ("auto", plan.mode)]
 
 
 def explicit_tiling(

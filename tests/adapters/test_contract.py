@@ -17,6 +17,8 @@ TYPES = {"INT": int, "FLOAT": float, "STRING": str, "BOOLEAN": bool}
 CORE_SOCKETS = {"IMAGE", "MASK", "VIDEO", "AUDIO", "LATENT", "CONDITIONING", "SAMPLER", "SIGMAS"}
 #: nodes whose results lie in files that may be deleted
 WITH_FILES = {"WiroRemoteI2V", "WiroRunModel", "WiroTaskResult", "WiroCollect"}
+#: nodes whose results depend on the memory that is free
+WITH_MEMORY = {"SkyReelsPlan"}
 
 #: frozen: display name, inputs in order, outputs. New widgets only at the end of a list
 FROZEN = {
@@ -67,6 +69,12 @@ FROZEN = {
          "embedded_guidance", "shift", "negative", "overlap_frames", "color_match", "decode",
          "cache", "attention"],
         [("images", "IMAGE"), ("new_images", "IMAGE")],
+    ),
+    "SkyReelsPlan": (
+        "SkyReels Plan",
+        ["transformer", "width", "height", "num_frames", "steps", "cfg", "precision", "attention",
+         "decode"],
+        [("plan", "STRING")],
     ),
     "WiroRemoteI2V": (
         "Wiro Remote I2V",
@@ -170,7 +178,7 @@ def test_a_core_type_is_named_only_for_what_core_accepts(cls):
 @pytest.mark.parametrize("cls", NODES.values(), ids=NODES)
 def test_nodes_hold_no_state_and_are_cached_like_any_other(cls):
     assert "__init__" not in vars(cls)
-    assert hasattr(cls, "IS_CHANGED") is (cls.__name__ in WITH_FILES)
+    assert hasattr(cls, "IS_CHANGED") is (cls.__name__ in WITH_FILES | WITH_MEMORY)
     source = inspect.getsource(cls)
     assert not re.search(r"\bself\.\w+ =", source)
 

@@ -235,6 +235,18 @@ def test_cancel_in_mid_run_stops_at_once_and_the_next_run_is_good(server):
     assert again["status"]["status_str"] == "success"
 
 
+def test_the_plan_is_shown_each_time_it_is_queued(server):
+    inputs = {"transformer": BUILTIN_NAME, "width": 64, "height": 64, "num_frames": 17, "steps": 6,
+              "cfg": 6.0}  # fmt: skip
+    for _ in range(2):
+        result = server.result(
+            server.queue({"7": {"class_type": "SkyReelsPlan", "inputs": inputs}})
+        )
+        assert result["status"]["status_str"] == "success", result["status"]
+        (text,) = result["outputs"]["7"]["text"]
+        assert "17 frames of 64x64" in text
+
+
 def test_a_missing_file_is_answered_with_our_sentence_before_anything_runs(server):
     prompt = small_prompt("local_bf16", transformer="gone.safetensors")
     status, answer = server.post("/prompt", {"prompt": prompt})

@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from itertools import pairwise
 from typing import ClassVar
 
 import bench_attention
@@ -19,8 +20,20 @@ from bench_attention import Unavailable
 from comfyui_skyreels.skyreels import offload
 from comfyui_skyreels.skyreels.config import CHUNKINGS, TransformerConfig
 from comfyui_skyreels.skyreels.kernels import dispatch, reference
+from comfyui_skyreels.skyreels.latents import ImageConditioning
+from comfyui_skyreels.skyreels.plan import (
+    Job,
+    expectation,
+    machine_of,
+    plan_run,
+    rates_needed,
+    weights_of,
+)
 from comfyui_skyreels.skyreels.runtime import TorchRuntime
+from comfyui_skyreels.skyreels.sampling.sample import sample
+from comfyui_skyreels.skyreels.sampling.settings import SamplingSettings, get_sigmas
 from comfyui_skyreels.skyreels.streaming import CudaCopies, least_bytes, padded_bytes
+from comfyui_skyreels.skyreels.text.embeds import PromptEmbeds
 from comfyui_skyreels.skyreels.transformer import attention, placement, quant
 from comfyui_skyreels.skyreels.transformer.attention import Attention, choose_attention
 from comfyui_skyreels.skyreels.transformer.attention_quality import draw
@@ -420,7 +433,7 @@ def _whole_process(context: Context, precision: str) -> None:
     peak = torch.cuda.max_memory_allocated()
     free, total = torch.cuda.mem_get_info()
     activations = placement.sampling_bytes(
-        bench.model.config, bench.tokens, torch.bfloat16, "whole"
+        bench.model.config, bench.tokens, torch.bfloat16, "whole", precision
     )
     planned = weights + activations + offload.RESERVE_BYTES
     context.emit(f"{precision}: weights", weights / 1e9, "GB")
@@ -569,6 +582,63 @@ def in_8_bits_streamed(context: Context, precision: str) -> bool:
         with placed(bench.model, Cramped(context.device, room, kept), 0) as run_block:
             outputs.append(bench.denoise(run_block=run_block).cpu())
     return torch.equal(*outputs)
+
+
+# --- plan ---------------------------------------------------------------------------------------
+
+
+def plan(context: Context) -> None:
+    """What a run is expected to take beside what it takes: a fifth of the blocks, all resident.
+
+    The planner knows its probe alone, as nothing is remembered here.
+    """
+    config, (width, height, num_frames) = tiny.TRANSFORMER, (64, 64, 9)
+    if context.full:
+        config = TransformerConfig(num_layers=4, num_single_layers=8)
+        width, height, num_frames = 960, 544, 97
+    device = context.device
+    model = build(config, device)
+    generator = torch.Generator().manual_seed(0)
+    latents = torch.randn(1, 16, 1, height // 8, width // 8, generator=generator)
+    image = ImageConditioning(latents, width, height, num_frames)
+    prompt, negative = (
+        PromptEmbeds(
+            torch.randn(1, TEXT_TOKENS, config.text_embed_dim, generator=generator),
+            torch.randn(1, config.pooled_projection_dim, generator=generator),
+        )
+        for _ in range(2)
+    )
+    marks: list[float] = []
+
+    def report(*_: object) -> None:
+        if context.is_cuda:
+            torch.cuda.synchronize()
+        marks.append(time.perf_counter())
+
+    runtime = TorchRuntime(device, on_progress=report)
+    weights = weights_of(model)
+    loaded = sum(tensor.nbytes for tensor in placement.loop_tensors(model))
+    job = Job(width, height, num_frames, 4, 4, TEXT_TOKENS, config=config, vae=None)
+    machine = machine_of(runtime, rates_needed([weights.gemm]), loaded_bytes=loaded)
+    for name, rate in machine.rates.items():
+        context.emit(f"probe: {name}", rate / 1e12, "T/s")
+    expected = plan_run(machine, job, weights)
+    context.emit("plan: said", expectation(expected, job))
+    others = torch.cuda.memory_allocated() - loaded if context.is_cuda else 0
+    settings = SamplingSettings(sigmas=get_sigmas(job.num_steps))
+    sample(model, image, prompt, negative, settings, runtime=runtime)
+    # the first step also compiles, and tries kernels
+    step_s = statistics.median(later - earlier for earlier, later in pairwise(marks[1:]))
+    planned_s, planned_bytes = expected.seconds["step"], expected.peak_bytes["sample"]
+    context.emit("a step: time", step_s, "s")
+    context.emit("sampling: planned", planned_bytes / 1e9, "GB")
+    if planned_s is not None:
+        context.emit("a step: planned", planned_s, "s")
+        context.emit("a step: time over planned", step_s / planned_s)
+    if context.is_cuda:
+        peak = torch.cuda.max_memory_allocated() - others
+        context.emit("sampling: peak", peak / 1e9, "GB")
+        context.emit("sampling: peak over planned", peak / planned_bytes)
 
 
 # --- accuracy -----------------------------------------------------------------------------------

@@ -74,11 +74,12 @@ STEPS = (
     Step("fp8", 75, "gpu_model_steps:fp8"),
     Step("attention", 40, "gpu_steps:attention"),
     Step("int8", 40, "gpu_model_steps:int8"),
-    Step("vae", 90, "gpu_vae_steps:vae"),
+    Step("vae", 75, "gpu_vae_steps:vae"),
     Step("rates", 30, "gpu_steps:rates"),
     Step("memory", 75, "gpu_check:process_memory"),
     Step("accuracy", 40, "gpu_model_steps:accuracy"),
-    Step("yardstick", 65, "gpu_steps:yardstick"),
+    Step("yardstick", 50, "gpu_steps:yardstick"),
+    Step("plan", 30, "gpu_model_steps:plan"),
 )
 #: parts of steps that may break the CUDA context, or whose memory is measured as a whole
 CHILDREN = {
@@ -131,6 +132,10 @@ BOUNDS = (
     Bound("accuracy", "fp8, *: error", "<=", 0.08),
     Bound("accuracy", "int8, *: error", "<=", 0.08),
     Bound("yardstick", "*: told", ">=", 75.0, "full"),
+    Bound("plan", "a step: time over planned", "<=", 1.15, "full"),
+    Bound("plan", "a step: time over planned", ">=", 0.85, "full"),
+    Bound("plan", "sampling: peak over planned", "<=", 1.05, "full"),
+    Bound("plan", "sampling: peak over planned", ">=", 0.90, "full"),
     Bound("planted miss", "planted: value", "<=", 1.0),
 )
 

@@ -54,6 +54,8 @@ class Host:
     previews: list[Any] = field(default_factory=list)
     loaded: list[Any] = field(default_factory=list)
     loads: list[dict[str, Any]] = field(default_factory=list)
+    #: loaded models of other nodes, each with `device` and `model_loaded_memory()`
+    others: list[Any] = field(default_factory=list)
     asked: list[tuple[int, list[Any]]] = field(default_factory=list)
     reserved_bytes: int = 0
     events: list[tuple[str, dict[str, Any]]] = field(default_factory=list)
@@ -190,6 +192,7 @@ def stand_ins(host: Host) -> dict[str, ModuleType]:
         host.loads.append(options)
 
     management.load_models_gpu = load_models_gpu
+    management.current_loaded_models = host.others
     management.unload_all_models = host.loaded.clear
 
     bar = type("ProgressBar", (ProgressBar,), {"host": host})

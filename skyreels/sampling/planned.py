@@ -1,0 +1,256 @@
+"""A run's plan at work: said before it, kept to when memory runs out, compared with what happened.
+
+A step that runs out of memory is repeated one rung down, from the latents it began with: it is a
+function of them, so the result is that of the rung, and up to rounding that of every other. A step
+cache begins empty on the new rung, which costs time and no accuracy.
+"""
+
+import logging
+import statistics
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import outcomes
+from ..errors import OutOfRoomError
+from ..ladder import descending, is_out_of_memory
+from ..offload import onload_bytes
+from ..plan import (
+    Choice,
+    Job,
+    Machine,
+    Plan,
+    Rung,
+    Weights,
+    account,
+    bytes_on,
+    expectation,
+    kind_of_work,
+    learn,
+    machine_of,
+    plan_run,
+    rates_needed,
+    rungs,
+    weights_of,
+    why_not,
+)
+from ..runtime import Runtime
+from ..transformer.model import SkyReelsTransformer
+from ..transformer.placement import loop_tensors
+from .settings import OnStep, Velocity
+
+logger = logging.getLogger("skyreels.sampling.planned")
+
+#: fewer steps are mostly warming up
+MIN_STEPS_TO_LEARN = 3
+
+
+class Marks:
+    """When the steps of a run ended, on the device, without making the host wait for it."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._marks: list[Any] = []
+
+    def mark(self) -> None:
+        """Note this moment of the device's work."""
+        if self._device.type != "cuda":
+            self._marks.append(time.perf_counter())
+            return
+        make_event: Any = torch.cuda.Event  # untyped in torch
+        event = make_event(enable_timing=True)
+        event.record(torch.cuda.current_stream(self._device))
+        self._marks.append(event)
+
+    def seconds(self) -> list[float]:
+        """Seconds between the marks; waits for the device."""
+        pairs = pairwise(self._marks)
+        if self._device.type != "cuda":
+            return [later - earlier for earlier, later in pairs]
+        torch.cuda.synchronize(self._device)
+        return [earlier.elapsed_time(later) / 1e3 for earlier, later in pairs]
+
+
+@dataclass
+class PlannedRun:
+    """One run and its plan; made by `start_run`.
+
+    Attributes:
+        transformer: that denoises.
+        runtime: where.
+        machine: the runtime's device as it was at the start.
+        job: what is made.
+        weights: of the transformer.
+        plan: what was chosen and is expected.
+        needed: bytes beside the weights, of each chunking.
+        work: name under which the rung is remembered.
+        others: bytes on the device that belong to others.
+    """
+
+    transformer: SkyReelsTransformer
+    runtime: Runtime
+    machine: Machine
+    job: Job
+    weights: Weights
+    plan: Plan
+    needed: Mapping[str, int]
+    work: str
+    others: int
+    marks: Marks = field(init=False)
+    falls: int = 0
+
+    def __post_init__(self) -> None:
+        self.marks = Marks(self.runtime.device)
+
+    def bytes_on(self, rung: Rung) -> int:
+        """Bytes to keep free beside the weights on a rung; asked when no weight is on the device.
+
+        Args:
+            rung: that is about to be placed.
+
+        Returns:
+            As planned, or what is left of that.
+        """
+        if not self.falls and not rung.spare:
+            return self.plan.activation_bytes
+        if rung.spare:  # also of the weights that a host loaded fewer may stay
+            self.runtime.stream(self.transformer)
+        loaded = _loaded_bytes(self.transformer, self.runtime.device)
+        free = self.runtime.free_bytes() + loaded
+        return bytes_on(rung, self.plan, self.weights, free, self.needed)
+
+    @contextmanager
+    def descending(
+        self, enter: Callable[[Rung], AbstractContextManager[Velocity]]
+    ) -> Iterator[Velocity]:
+        """The velocity on the planned rung, and further down whenever memory runs out.
+
+        Args:
+            enter: places the weights for a rung and gives the velocity.
+
+        Yields:
+            The velocity; a call that runs out of memory is repeated with the same latents.
+
+        Raises:
+            OutOfRoomError: memory ran out on the last rung.
+        """
+        ladder = rungs(self.plan.chunking, self.machine.streams)
+        folder, device = self.runtime.state_folder, outcomes.device_key(self.runtime.device)
+        names = list(map(str, ladder))
+        first = outcomes.first_rung(folder, device, self.work, names, self.machine.free_bytes)
+        if first:
+            logger.info("Memory ran out here before: begins with %s.", names[first])
+
+        def on_fall(failed: Rung, rung: Rung) -> None:
+            self.runtime.check_interrupt()
+            self.falls += 1
+            free = self.runtime.free_bytes()
+            outcomes.remember_rung(folder, device, self.work, str(rung), free)
+            logger.warning(
+                "Memory ran out with activations %s (%.1f GB are free now): the step is repeated "
+                "with %s.", failed, free / 1e9, rung,
+            )  # fmt: skip
+
+        self.marks.mark()
+        with descending(ladder[first:], enter, self.runtime.device, on_fall) as velocity:
+            try:
+                yield velocity
+            except Exception as error:
+                if not is_out_of_memory(error):
+                    raise
+                reason = why_not(self.machine, self.job, self.weights)
+                raise OutOfRoomError(
+                    f"Memory ran out in a step, also with {names[-1]}: another program may have "
+                    f"taken it. {reason}"
+                ) from error
+
+    def marking(self, on_step: OnStep) -> OnStep:
+        """The same function, noting when steps end."""
+
+        def marked(step: int, latents: Tensor, denoised: Tensor) -> None:
+            self.marks.mark()
+            on_step(step, latents, denoised)
+
+        return marked
+
+    def finish(self, *, is_alike: bool) -> None:
+        """Say what happened beside what was expected, and remember it.
+
+        Args:
+            is_alike: every step does the same work, so that one is like the next run's.
+        """
+        seconds = self.marks.seconds()
+        if not seconds:
+            return
+        step_s = statistics.median(seconds)
+        peak = None
+        if self.runtime.device.type == "cuda":
+            peak = torch.cuda.max_memory_allocated(self.runtime.device) - self.others
+        logger.info(account(self.plan, step_s, len(seconds), peak))
+        is_alike &= self.job.num_guided in (0, self.job.num_steps)
+        if is_alike and not self.falls and len(seconds) >= MIN_STEPS_TO_LEARN:
+            kind = kind_of_work(self.weights, self.plan.attention)
+            learn(self.runtime, self.machine, self.plan, kind, step_s)
+
+
+def _loaded_bytes(transformer: SkyReelsTransformer, device: torch.device) -> int:
+    """Bytes of the weights of the loop that are on a device."""
+    loop = loop_tensors(transformer)
+    return sum(tensor.nbytes for tensor in loop) - onload_bytes(loop, device)
+
+
+def start_run(
+    transformer: SkyReelsTransformer,
+    job: Job,
+    needed: Mapping[str, int],
+    runtime: Runtime,
+    attention: str,
+) -> PlannedRun:
+    """Plan a run with the memory that is free now, and say what it will take.
+
+    Args:
+        transformer: on any device.
+        job: what is made.
+        needed: bytes beside the weights, of each chunking.
+        runtime: where; it has made room.
+        attention: "exact" or "fast", for people and for predictions.
+
+    Returns:
+        The run.
+
+    Raises:
+        OutOfRoomError: not even the smallest plan fits.
+    """
+    device = runtime.device
+    weights = weights_of(transformer)
+    loaded = _loaded_bytes(transformer, device)
+    runtime.make_room(weights.loop - loaded + needed["chunks"])
+    is_cuda = device.type == "cuda"
+    names = rates_needed([weights.gemm])
+    machine = machine_of(runtime, names, loaded_bytes=loaded, can_probe=is_cuda)
+    plan = plan_run(machine, job, weights, Choice(attention), needed)
+    if machine.streams and not plan.fits:
+        raise OutOfRoomError(why_not(machine, job, weights))
+    logger.info(expectation(plan, job))
+    others = 0
+    if is_cuda:
+        torch.cuda.reset_peak_memory_stats(device)
+        others = torch.cuda.memory_allocated(device) - loaded
+    work = f"sample {job.tokens} tokens, {kind_of_work(weights, attention)}, {len(weights.blocks)}"
+    return PlannedRun(
+        transformer=transformer,
+        runtime=runtime,
+        machine=machine,
+        job=job,
+        weights=weights,
+        plan=plan,
+        needed=needed,
+        work=f"{work} blocks of {max(weights.blocks)} bytes",
+        others=others,
+    )
