@@ -23,6 +23,7 @@ from torch import nn
 from . import outcomes
 from .config import CHUNKINGS, MAX_TEXT_TOKENS, TILINGS, TransformerConfig, VAEConfig
 from .errors import OutOfRoomError
+from .kernels.dispatch import DeviceInfo, describe
 from .latents import latent_shape, nearest_frames
 from .offload import module_tensors, reserve_bytes, weight_bytes
 from .outcomes import device_key
@@ -72,7 +73,7 @@ class Machine:
             "convolution" (FLOP/s), "memory" and "link" (bytes/s). Times that need a missing one
             are unknown.
         corrections: kind of work -> seconds measured over seconds predicted, of earlier runs.
-        capability: compute capability of an NVIDIA GPU.
+        info: what the dispatcher knows of the device.
         streams: whether weights can rest elsewhere than on the device.
     """
 
@@ -82,8 +83,13 @@ class Machine:
     ram_bytes: int
     rates: Mapping[str, float] = field(default_factory=dict)
     corrections: Mapping[str, float] = field(default_factory=dict)
-    capability: tuple[int, int] | None = None
+    info: DeviceInfo = DeviceInfo("cpu")  # noqa: RUF009 - frozen
     streams: bool = True
+
+    @property
+    def capability(self) -> tuple[int, int] | None:
+        """Compute capability of an NVIDIA GPU."""
+        return self.info.capability
 
     @property
     def usable_bytes(self) -> int:
@@ -657,14 +663,11 @@ def machine_of(
     corrections = outcomes.recall(runtime.state_folder, device_key(device), "corrections")
     low, high = CORRECTION_LIMITS
     free = runtime.free_bytes() + loaded_bytes
-    name, total, capability = device.type, free, None
+    info, total = describe(device), free
     if device.type == "cuda":
-        properties = torch.cuda.get_device_properties(device)
-        name, total = properties.name, properties.total_memory
-        if torch.version.hip is None:
-            capability = (properties.major, properties.minor)
+        total = torch.cuda.get_device_properties(device).total_memory
     return Machine(
-        name=name,
+        name=info.name or info.type,
         total_bytes=total,
         free_bytes=free,
         ram_bytes=free_host_bytes(),
@@ -674,7 +677,7 @@ def machine_of(
             for kind, factor in corrections.items()
             if isinstance(factor, int | float) and low <= factor <= high
         },
-        capability=capability,
+        info=info,
         streams=device.type != runtime.offload_device.type,
     )
 

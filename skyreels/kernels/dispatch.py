@@ -279,7 +279,7 @@ def probe(
 def median_ms(
     contenders: Mapping[str, Callable[[], object]], device: torch.device, rounds: int = 3
 ) -> dict[str, float]:
-    """Time calls on a CUDA device, after one to warm up: what the device does, not the launches.
+    """Time calls, after one to warm up: on a CUDA device what it does, not the launches.
 
     In a run the host launches kernels long before the device gets to them, but a call that is timed
     alone waits for its launches: on an H100, 8-bit GEMMs that take 0.2 ms seemed to take 0.6. So
@@ -291,23 +291,28 @@ def median_ms(
     """
     event: Any = torch.cuda.Event  # untyped in torch, like the other
     hold: Any = torch.cuda._sleep
+    is_cuda = device.type == "cuda"
     times: dict[str, list[float]] = {name: [] for name in contenders}
     launch_s = dict.fromkeys(contenders, 0.0)
     with current_device(device):
         for round_ in range(rounds + 1):
             for name, function in contenders.items():
-                start, end = (event(enable_timing=True) for _ in range(2))
-                least, most = HOLD_SECONDS
-                hold_s = min(max(2 * launch_s[name], least), most)
-                hold(int(hold_s * HOLD_CLOCK_HZ))
-                start.record()
+                if is_cuda:
+                    start, end = (event(enable_timing=True) for _ in range(2))
+                    least, most = HOLD_SECONDS
+                    hold_s = min(max(2 * launch_s[name], least), most)
+                    hold(int(hold_s * HOLD_CLOCK_HZ))
+                    start.record()
                 began = time.perf_counter()
                 function()
                 launch_s[name] = time.perf_counter() - began
-                end.record()
-                end.synchronize()
+                milliseconds = 1e3 * launch_s[name]
+                if is_cuda:
+                    end.record()
+                    end.synchronize()
+                    milliseconds = start.elapsed_time(end)
                 if round_:
-                    times[name].append(start.elapsed_time(end))
+                    times[name].append(milliseconds)
     return {name: statistics.median(values) for name, values in times.items()}
 
 

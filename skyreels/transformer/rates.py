@@ -5,7 +5,6 @@ is remembered (outcomes.py) until the device, the driver or torch change.
 """
 
 import logging
-import time
 from collections.abc import Callable, Iterable
 from functools import partial
 from typing import NamedTuple
@@ -116,26 +115,18 @@ def _measure(name: str, device: torch.device) -> float | None:
     if made is None:
         return None
     work, amount = made
-    if device.type == "cuda":
-        milliseconds = dispatch.median_ms({name: partial(_repeat, work)}, device)[name]
-        seconds = milliseconds / 1e3 / REPEATS
-    else:
-        seconds = min(_clock(work) for _ in range(3))
+    repeats = REPEATS if device.type == "cuda" else 1
+    milliseconds = dispatch.median_ms({name: partial(_repeat, work, repeats)}, device)[name]
+    seconds = milliseconds / 1e3 / repeats
     del work, made
     if device.type == "cuda":
         torch.cuda.empty_cache()
     return amount / seconds if seconds > 0 else None
 
 
-def _repeat(work: Callable[[], object]) -> None:
-    for _ in range(REPEATS):
+def _repeat(work: Callable[[], object], repeats: int) -> None:
+    for _ in range(repeats):
         work()
-
-
-def _clock(work: Callable[[], object]) -> float:
-    started = time.perf_counter()
-    work()
-    return time.perf_counter() - started
 
 
 def _work(

@@ -1,5 +1,6 @@
 """Graphics cards as the planner sees them, with rates measured, or published and marked so."""
 
+from comfyui_skyreels.skyreels.kernels.dispatch import DeviceInfo
 from comfyui_skyreels.skyreels.plan import Machine
 
 #: rates of an H100: measured, tests/bench/LOG.md; of the others: published dense rates, of which
@@ -32,5 +33,5 @@ def card(name: str, gigabytes: int) -> Machine:
         free_bytes=total - CONTEXT_BYTES,
         ram_bytes=64 * 2**30,
         rates=rates,
-        capability=capability,
+        info=DeviceInfo("cuda", name, capability),
     )

@@ -1,6 +1,7 @@
 """One dispatcher for every fast path: its parts exist once, and a new kernel is one table row."""
 
 import ast
+import contextlib
 import subprocess
 import sys
 from dataclasses import replace
@@ -142,7 +143,9 @@ def test_the_timer_sees_what_the_device_does_and_not_how_long_launches_take(
     monkeypatch.setattr(dispatch, "time", SimpleNamespace(perf_counter=lambda: queue.host))
     few = lambda: queue.launch(2e-4, launch_s)  # noqa: E731
     many = lambda: [queue.launch(1e-4 / launches, launch_s) for _ in range(launches)]  # noqa: E731
-    times = dispatch.median_ms({"few launches": few, "many launches": many}, CPU)
+    monkeypatch.setattr(dispatch, "current_device", lambda device: contextlib.nullcontext())
+    gpu = torch.device("cuda:0")
+    times = dispatch.median_ms({"few launches": few, "many launches": many}, gpu)
     assert times == pytest.approx({"few launches": 0.2, "many launches": 0.1})
 
 
