@@ -20,14 +20,16 @@ T = TypeVar("T")
 RungT = TypeVar("RungT")
 
 #: how libraries say that they could not allocate; "can't allocate" is torch's own on a CPU
-_WORDS = ("out of memory", "outofmemory", "alloc_failed", "can't allocate memory")
+MEMORY_WORDS = ("out of memory", "outofmemory", "alloc_failed", "can't allocate memory")
 
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an error says that memory could not be allocated."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
-    return isinstance(error, RuntimeError) and any(words in str(error).lower() for words in _WORDS)
+    return isinstance(error, RuntimeError) and any(
+        words in str(error).lower() for words in MEMORY_WORDS
+    )
 
 
 def release(device: torch.device) -> None:

@@ -32,6 +32,7 @@ import torch
 from torch import Tensor
 
 from ..errors import OptionError
+from ..ladder import MEMORY_WORDS
 
 logger = logging.getLogger("skyreels.kernels.dispatch")
 
@@ -48,7 +49,7 @@ BYTE_ALIGNMENT = 16
 HOLD_SECONDS = (1e-3, 5e-2)
 HOLD_CLOCK_HZ = 3e9
 #: how torch, cuBLAS, cuDNN and the driver report an error that passes: no memory, device in use
-_PASSING = ("out of memory", "alloc_failed", "outofmemory", "busy or unavailable")
+_PASSING = (*MEMORY_WORDS, "busy or unavailable")
 #: errors after which nothing runs on the device in this process any more
 _STICKY = (
     "illegal memory access",

@@ -2,8 +2,8 @@
 
 Only what `SkyReelsTransformer.denoise` needs counts as the weights of the loop (9.06 G of 12.82 G
 parameters). A transformer whose loop does not fit the device is streamed: its small layers and as
-many blocks as fit stay there for the whole run, the others are loaded for their own forward pass
-only (block swap). The next block is not prefetched while one computes.
+many blocks as fit stay there for the whole run, the others arrive in slots while the blocks before
+them compute (streaming.py).
 """
 
 import logging
