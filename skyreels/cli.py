@@ -246,7 +246,7 @@ def run_generate(arguments: argparse.Namespace) -> dict[str, Any]:
     if is_builtin:
         say(BUILTIN_NOTICE)
     with remembered_interrupt() as check:
-        with progress_bar() as report:
+        with _chosen_options_logged(arguments), progress_bar() as report:
             frames = _generate(arguments, image, (width, height, num_frames), report, check)
         check()
     write_frames(arguments.out, frames)
@@ -263,6 +263,24 @@ def run_generate(arguments: argparse.Namespace) -> dict[str, Any]:
         "seed": arguments.seed,
         "elapsed_s": round(seconds, 3),
     }
+
+
+@contextlib.contextmanager
+def _chosen_options_logged(arguments: argparse.Namespace) -> Iterator[None]:
+    """An option that was chosen logs what it did, in this run alone."""
+    names = ["skyreels.sampling.planned"]  # what is expected, and what happened
+    if arguments.cache != "off":
+        names.append("skyreels.sampling.step_cache")
+    if arguments.attention != "exact":
+        names.append("skyreels.transformer.attention")
+    levels = {name: logging.getLogger(name).level for name in names}
+    try:
+        for name in names:
+            logging.getLogger(name).setLevel(logging.INFO)
+        yield
+    finally:
+        for name, level in levels.items():
+            logging.getLogger(name).setLevel(level)
 
 
 def _generate(
@@ -306,14 +324,6 @@ def _generate(
     if not is_builtin:  # minutes before they are loaded
         check_transformer(arguments.transformer)
         check_vae(arguments.vae)
-    # an option that was chosen logs what it did
-    chosen = {
-        "skyreels.sampling.step_cache": arguments.cache != "off",
-        "skyreels.transformer.attention": arguments.attention != "exact",
-        "skyreels.sampling.planned": True,  # what is expected, and what happened
-    }
-    for name, is_chosen in chosen.items():
-        logging.getLogger(name).setLevel(logging.INFO if is_chosen else logging.NOTSET)
     prompt, negative = _encode_prompts(arguments, runtime)
     precision = arguments.precision
     if is_builtin:

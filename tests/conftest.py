@@ -1,6 +1,7 @@
 """The fixtures of all tests; `comfyui_skyreels.py` beside it is the pack, loaded by path."""
 
 import itertools
+import logging
 import os
 import sys
 from pathlib import Path
@@ -49,6 +50,20 @@ def pytest_collection_modifyitems(items) -> None:
 @pytest.fixture(autouse=True)
 def seeded() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def levels_kept():
+    """What one test makes our loggers say is not said in the next."""
+    loggers = [
+        logger
+        for name, logger in logging.root.manager.loggerDict.items()
+        if name.startswith(("skyreels", "wiro_api", "comfyui_skyreels"))
+        and isinstance(logger, logging.Logger)
+    ]
+    levels = {logger.name: logger.level for logger in loggers}
+    yield
+    assert {logger.name: logger.level for logger in loggers} == levels
 
 
 @pytest.fixture(autouse=True)
