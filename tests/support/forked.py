@@ -130,6 +130,8 @@ def become(command: list[str], env: dict[str, str], files: list[str]) -> None:
         os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
     os.environ.clear()
     os.environ.update(env)
+    # also where the tests run in the background, which ignores it
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     kind, what, *arguments = command
     sys.argv = [kind, *arguments]
     if kind == "-m":
