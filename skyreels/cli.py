@@ -6,6 +6,7 @@ everything meant for people goes to standard error.
 
 import argparse
 import contextlib
+import functools
 import json
 import logging
 import re
@@ -108,6 +109,7 @@ def say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)  # noqa: T201
 
 
+@functools.cache
 def build_parser() -> argparse.ArgumentParser:
     """All commands and options."""
     parser = _Parser(prog="python -m skyreels", description="SkyReels-V1 image-to-video.")

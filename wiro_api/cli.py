@@ -6,6 +6,7 @@ an argument: arguments are seen by every program on the machine.
 """
 
 import argparse
+import functools
 import json
 import os
 import sys
@@ -108,6 +109,7 @@ class _Parser(argparse.ArgumentParser):
         super().error(message)
 
 
+@functools.cache
 def build_parser() -> argparse.ArgumentParser:
     """All commands and options."""
     parser = _Parser(prog="python -m wiro_api", description="Models on wiro.ai.")
