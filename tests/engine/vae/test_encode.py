@@ -60,7 +60,7 @@ def test_a_length_that_the_vae_cannot_take_is_refused(vae):
         encode_streamed(vae, clip(6), check=never_interrupt)
 
 
-@pytest.mark.parametrize("frames", [1, 5, 33, 97])
+@pytest.mark.parametrize("frames", [1, 5, 13, 97])
 def test_memory_is_planned_a_little_above_what_is_counted(frames):
     """At 960x544 in bf16: 97 frames take 26.2 GiB whole, 5.7 GiB in pieces."""
     with torch.device("meta"):
