@@ -236,7 +236,7 @@ def run_generate(arguments: argparse.Namespace) -> dict[str, Any]:
     from .builtin import BUILTIN_NOTICE, example_image
     from .extend import check_clip
     from .latents import check_size
-    from .media import read_clip, read_image, write_frames
+    from .media import read_clip, read_image
 
     if arguments.extend is not None:
         image = read_clip(arguments.extend)
@@ -247,21 +247,22 @@ def run_generate(arguments: argparse.Namespace) -> dict[str, Any]:
         image = read_image(arguments.image) if arguments.image else example_image()
     if is_builtin:
         say(BUILTIN_NOTICE)
-    with remembered_interrupt() as check:
-        with _chosen_options_logged(arguments), progress_bar() as report:
-            frames = _generate(arguments, image, (width, height, num_frames), report, check)
-        check()
-    write_frames(arguments.out, frames)
+    with (
+        remembered_interrupt() as check,
+        _chosen_options_logged(arguments),
+        progress_bar() as report,
+    ):
+        count = _generate(arguments, image, (width, height, num_frames), report, check)
     if arguments.resume is not None:
         arguments.resume.unlink(missing_ok=True)  # the video is safe
     seconds = time.perf_counter() - start
-    say(f"{arguments.out}: {len(frames)} frames of {width}x{height} in {seconds:.1f} s")
+    say(f"{arguments.out}: {count} frames of {width}x{height} in {seconds:.1f} s")
     return {
         "file": str(arguments.out),
         "model": "built-in" if is_builtin else str(arguments.transformer),
         "width": width,
         "height": height,
-        "frames": len(frames),
+        "frames": count,
         "seed": arguments.seed,
         "elapsed_s": round(seconds, 3),
     }
@@ -291,15 +292,23 @@ def _generate(
     size: tuple[int, int, int],
     report: Any,
     check: Callable[[], None],
-) -> "Tensor":
+) -> int:
+    """Make the clip and write it, frame by frame as it is decoded.
+
+    Returns:
+        The number of frames in the file.
+    """
     from .builtin import builtin_transformer, builtin_vae
     from .config import Guidance
-    from .extend import extend_video
+    from .extend import Continuation, extend_latents
     from .image import ImageSettings
+    from .media import open_frames
     from .outcomes import user_folder
-    from .pipeline import image_to_video
+    from .pipeline import image_to_latents
     from .runtime import TorchRuntime
     from .sampling.settings import SamplingSettings, get_sigmas
+    from .vae.frames import FrameSink
+    from .vae.tiling import decode_into
     from .weights.load import check_transformer, check_vae, load_transformer, load_vae
 
     is_builtin = arguments.transformer is None
@@ -336,13 +345,22 @@ def _generate(
         vae = load_vae(arguments.vae, runtime=runtime)
     width, height, num_frames = size
     inputs = (transformer, vae, image, prompt, negative, settings)
-    options: Any = {
-        "image_settings": image_settings, "decode": arguments.decode, "runtime": runtime,
-    }  # fmt: skip
-    if arguments.extend is not None:
+    options: Any = {"image_settings": image_settings, "runtime": runtime}
+    extend = None
+    if arguments.extend is None:
+        options |= {"width": width, "height": height, "num_frames": num_frames}
+        vae_latents = image_to_latents(*inputs, **options)
+    else:
         extend = _extend_settings(arguments, num_frames)
-        return extend_video(*inputs, extend=extend, **options)[0]
-    return image_to_video(*inputs, width=width, height=height, num_frames=num_frames, **options)
+        vae_latents = extend_latents(*inputs, extend=extend, **options)
+        num_frames += len(image) - extend.overlap_frames
+    with open_frames(arguments.out, num_frames, height, width) as file:
+        sink: FrameSink = file
+        if extend is not None:
+            sink = Continuation(image, extend, file, check=runtime.check_interrupt)
+        decode_into(sink, vae, vae_latents, arguments.decode, runtime=runtime)
+        check()
+    return num_frames
 
 
 def riflex_k(arguments: argparse.Namespace) -> int:

@@ -10,12 +10,14 @@ from .config import SIZE_MULTIPLE, TEMPORAL_COMPRESSION
 from .errors import ShapeError
 from .image import ImageSettings
 from .latents import check_size, nearest_frames
-from .pipeline import image_to_video
-from .runtime import Runtime
+from .pipeline import image_to_latents
+from .runtime import Runtime, never_interrupt
 from .sampling.settings import SamplingSettings
 from .text.embeds import PromptEmbeds
 from .transformer.model import SkyReelsTransformer
+from .vae.frames import FrameSink
 from .vae.model import VideoVAE
+from .vae.tiling import decode_frames
 
 #: fewest frames of a clip to continue: less is a picture, or hardly more
 MIN_CLIP_FRAMES = 5
@@ -94,8 +96,55 @@ def extend_video(
         ShapeError: a clip that is too short, or of a size that the model cannot generate.
         SkyReelsError: see `image_to_video`.
     """
+    vae_latents = extend_latents(
+        transformer,
+        vae,
+        clip,
+        prompt,
+        negative,
+        settings,
+        extend=extend,
+        image_settings=image_settings,
+        runtime=runtime,
+    )
+    new = decode_frames(vae, vae_latents, decode, runtime=runtime)
+    clip = clip[..., :3].to(new.device, torch.float32)
+    if extend.color_match:
+        match_colors(new, clip[-extend.overlap_frames :], check=runtime.check_interrupt)
+    joined = join_clips(clip, new, extend.overlap_frames)
+    return joined, joined[len(clip) :]
+
+
+def extend_latents(
+    transformer: SkyReelsTransformer,
+    vae: VideoVAE,
+    clip: Tensor,
+    prompt: PromptEmbeds,
+    negative: PromptEmbeds | None,
+    settings: SamplingSettings,
+    *,
+    extend: ExtendSettings = ExtendSettings(),
+    image_settings: ImageSettings = ImageSettings(),  # noqa: B008 - frozen
+    runtime: Runtime,
+) -> Tensor:
+    """The same up to the decode; a `Continuation` does what comes after it, frame by frame.
+
+    Args:
+        transformer: as for `extend_video`, and all the others.
+        vae: encodes the last frames.
+        clip: to continue.
+        prompt: what happens next.
+        negative: what to avoid.
+        settings: of the run.
+        extend: length, overlap.
+        image_settings: of the prefix.
+        runtime: where.
+
+    Returns:
+        [1, 16, T, h, w] float32 on the CPU, VAE space: the new clip, the overlap included.
+    """
     check_clip(clip, extend)
-    new = image_to_video(
+    return image_to_latents(
         transformer,
         vae,
         clip[-extend.overlap_frames :],
@@ -106,14 +155,71 @@ def extend_video(
         height=clip.shape[1],
         num_frames=extend.num_frames,
         image_settings=replace(image_settings, prefix_frames=extend.overlap_frames),
-        decode=decode,
         runtime=runtime,
     )
-    clip = clip[..., :3].to(new.device, torch.float32)
-    if extend.color_match:
-        match_colors(new, clip[-extend.overlap_frames :], check=runtime.check_interrupt)
-    joined = join_clips(clip, new, extend.overlap_frames)
-    return joined, joined[len(clip) :]
+
+
+class Continuation:
+    """A sink for the new frames that hands on the whole which `extend_video` would return.
+
+    Only the overlap is held back: its frames show how the colours differ.
+
+    Args:
+        clip: [F, H, W, 3 or 4] float in 0..1, that is continued.
+        extend: overlap, colours.
+        sink: gets the frames of the clip, then the new ones.
+        check: called before each frame; may raise to stop.
+    """
+
+    def __init__(
+        self,
+        clip: Tensor,
+        extend: ExtendSettings,
+        sink: FrameSink,
+        *,
+        check: Callable[[], None] = never_interrupt,
+    ) -> None:
+        self._clip = clip
+        self._extend = extend
+        self._sink = sink
+        self._check = check
+        self._held: list[Tensor] | None = []
+        self._change: tuple[Tensor, Tensor] | None = None
+
+    def restart(self) -> None:
+        """Begin with the clip, up to the overlap."""
+        self._held, self._change = [], None
+        self._sink.restart()
+        for frame in self._clip[: -self._extend.overlap_frames]:
+            self._check()
+            self._sink.write(frame[None, ..., :3].to("cpu", torch.float32))
+
+    def write(self, frames: Tensor) -> None:
+        """Take new frames; those of the overlap are handed on when all of them are there."""
+        for frame in frames:
+            if self._held is None:
+                self._hand_on(frame)
+                continue
+            self._held.append(frame.clone())  # not the memory of all that came with it
+            if len(self._held) == self._extend.overlap_frames:
+                self._join()
+
+    def _join(self) -> None:
+        assert self._held is not None
+        new, self._held = torch.stack(self._held), None
+        overlap = self._clip[-len(new) :, ..., :3].to(new.device, torch.float32)
+        if self._extend.color_match:
+            self._change = _color_change(new, overlap)
+        for index, frame in enumerate(new):
+            self._hand_on(frame, overlap[index], _fade(index, len(new)))
+
+    def _hand_on(self, frame: Tensor, before: Tensor | None = None, weight: float = 1.0) -> None:
+        self._check()
+        if self._change is not None:
+            frame = _recolored(frame, *self._change)
+        if before is not None:
+            frame = torch.lerp(before, frame, weight)
+        self._sink.write(frame[None])
 
 
 def check_clip(clip: Tensor, extend: ExtendSettings) -> None:
@@ -156,10 +262,15 @@ def join_clips(clip: Tensor, new: Tensor, overlap_frames: int) -> Tensor:
     joined[:start] = clip[:start]
     joined[start:] = new
     for index in range(overlap_frames):
-        # neither end is wholly one of the two: the step to a frame that is belongs to the fade
-        weight = (index + 1) / (overlap_frames + 1)
+        weight = _fade(index, overlap_frames)
         joined[start + index] = torch.lerp(clip[start + index], new[index], weight)
     return joined
+
+
+def _fade(index: int, overlap_frames: int) -> float:
+    """Share of the new clip in a frame of the overlap."""
+    # neither end is wholly one of the two: the step to a frame that is belongs to the fade
+    return (index + 1) / (overlap_frames + 1)
 
 
 def match_colors(new: Tensor, reference: Tensor, *, check: Callable[[], None]) -> None:
@@ -176,15 +287,24 @@ def match_colors(new: Tensor, reference: Tensor, *, check: Callable[[], None]) -
 
     Source: Reinhard et al., Color Transfer between Images, 2001, with linear RGB for its space.
     """
+    scale, shift = _color_change(new[: len(reference)], reference)
+    for frame in new:
+        check()
+        frame.copy_(_recolored(frame, scale, shift))
+
+
+def _color_change(own: Tensor, reference: Tensor) -> tuple[Tensor, Tensor]:
+    """Scale and shift [3] that give frames the statistics of others that show the same."""
     mean, deviation = _color_statistics(reference)
-    own_mean, own_deviation = _color_statistics(new[: len(reference)])
+    own_mean, own_deviation = _color_statistics(own)
     contrast = (deviation / own_deviation.clamp_min(FLAT)).clamp(1 / MAX_CONTRAST, MAX_CONTRAST)
     is_flat = torch.minimum(deviation, own_deviation) < FLAT
     scale = torch.where(is_flat, 1.0, contrast).float()
-    shift = (mean - own_mean * scale).float()
-    for frame in new:
-        check()
-        frame.copy_(_to_srgb(_to_linear(frame) * scale + shift))
+    return scale, (mean - own_mean * scale).float()
+
+
+def _recolored(frame: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+    return _to_srgb(_to_linear(frame) * scale + shift)
 
 
 def _color_statistics(frames: Tensor) -> tuple[Tensor, Tensor]:

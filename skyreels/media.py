@@ -5,14 +5,17 @@ colours are converted to BT.709 and tagged so. A file appears under its name onl
 complete: it is written as `<name>.<process>.part` beside it and renamed.
 """
 
+import contextlib
 import importlib.util
 import logging
 import os
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from fractions import Fraction
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -251,10 +254,25 @@ def write_video(
         DependencyError: PyAV, or H.264 in it, is missing.
     """
     _check_frames(frames)
-    if frames.shape[1] % 2 or frames.shape[2] % 2:
+    _, height, width, _ = frames.shape
+    _check_video(height, width, fps)
+    with _complete_file(Path(path)) as part, _explained(path):
+        video = _VideoFile(part, height, width, fps)
+        try:
+            for pixels in _chunks_of_bytes(frames):
+                check()
+                video.put_pixels(pixels)
+            video.finish()
+        finally:
+            video.close()
+
+
+def _check_video(height: int, width: int, fps: int | float) -> None:
+    """Refuse what cannot be written as a video, and a PyAV that cannot write it."""
+    if height % 2 or width % 2:
         raise ShapeError(
-            f"Frames are {frames.shape[2]}x{frames.shape[1]} pixels, and yuv420p video needs an "
-            "even width and height: crop one pixel."
+            f"Frames are {width}x{height} pixels, and yuv420p video needs an even width and "
+            "height: crop one pixel."
         )
     if not 0 < fps <= 1000:
         raise OptionError(f"{fps} frames per second is not within 0..1000: use 24.")
@@ -266,29 +284,62 @@ def write_video(
         raise DependencyError(
             f"PyAV {av.__version__} was built without libx264: pip install --force-reinstall av."
         )
-    with _complete_file(Path(path)) as part:
+
+
+class _VideoFile:
+    """A video that is being written."""
+
+    def __init__(self, part: Path, height: int, width: int, fps: int | float) -> None:
+        import av
+
         options = {"movflags": "+faststart"}
-        with av.open(str(part), "w", format="mp4", options=options) as container:
-            _encode(container, frames, fps, check)
+        self._container: Any = av.open(str(part), "w", format="mp4", options=options)
+        rate = Fraction(fps).limit_denominator(1001)
+        options = {"crf": str(VIDEO_CRF)}
+        self._stream = self._container.add_stream("libx264", rate=rate, options=options)
+        self._stream.height, self._stream.width = height, width
+        self._stream.pix_fmt = "yuv420p"
+        context = self._stream.codec_context
+        context.color_primaries = context.color_trc = context.colorspace = _BT709
+        context.color_range = 1  # limited, as players expect
 
+    def put(self, frames: Tensor) -> None:
+        for pixels in _chunks_of_bytes(frames):
+            self.put_pixels(pixels)
 
-def _encode(container: Any, frames: Tensor, fps: int | float, check: Callable[[], None]) -> None:
-    from av import VideoFrame
+    def put_pixels(self, pixels: np.ndarray) -> None:
+        from av import VideoFrame
 
-    rate = Fraction(fps).limit_denominator(1001)
-    stream = container.add_stream("libx264", rate=rate, options={"crf": str(VIDEO_CRF)})
-    stream.height, stream.width = frames.shape[1:3]
-    stream.pix_fmt = "yuv420p"
-    context = stream.codec_context
-    context.color_primaries = context.color_trc = context.colorspace = _BT709
-    context.color_range = 1  # limited, as players expect
-    for pixels in _chunks_of_bytes(frames):
-        check()
         for image in pixels:
             frame = VideoFrame.from_ndarray(image, format="rgb24")
             frame = frame.reformat(format="yuv420p", dst_colorspace="ITU709")
-            container.mux(stream.encode(frame))
-    container.mux(stream.encode(None))
+            self._container.mux(self._stream.encode(frame))
+
+    def finish(self) -> None:
+        self._container.mux(self._stream.encode(None))
+        self._container.close()
+
+    def close(self) -> None:
+        self._container.close()
+
+
+class _ArrayFile:
+    """An .npy file that is being written: the bytes of `write_npy`."""
+
+    def __init__(self, part: Path, shape: tuple[int, ...]) -> None:
+        self._file = part.open("wb")
+        header = {"descr": "<f4", "fortran_order": False, "shape": shape}
+        np.lib.format.write_array_header_1_0(self._file, header)
+
+    def put(self, frames: Tensor) -> None:
+        pixels = frames.detach().to("cpu", torch.float32).contiguous().numpy()
+        self._file.write(pixels.astype("<f4", copy=False).data)
+
+    def finish(self) -> None:
+        self._file.close()
+
+    def close(self) -> None:
+        self._file.close()
 
 
 def write_npy(path: str | os.PathLike[str], frames: Tensor) -> None:
@@ -299,8 +350,129 @@ def write_npy(path: str | os.PathLike[str], frames: Tensor) -> None:
         OptionError: the path cannot be written.
     """
     _check_frames(frames)
-    with _complete_file(Path(path)) as part, part.open("wb") as file:
+    with _complete_file(Path(path)) as part, _explained(path), part.open("wb") as file:
         np.save(file, frames.detach().to("cpu", torch.float32).contiguous().numpy())
+
+
+@contextmanager
+def open_frames(
+    path: str | os.PathLike[str],
+    num_frames: int,
+    height: int,
+    width: int,
+    fps: int | float = FRAMES_PER_SECOND,
+) -> Iterator["FrameFile"]:
+    """Write a clip while it is made: the file that `write_frames` would make of all its frames.
+
+    The file appears under its name when the block ends without an error.
+
+    Args:
+        path: see `write_frames`.
+        num_frames: that will come.
+        height: in pixels; even for a video.
+        width: in pixels; even for a video.
+        fps: frames per second of a video.
+
+    Yields:
+        What takes the frames.
+
+    Raises:
+        SkyReelsError: as `write_frames`.
+    """
+    check_output(path)
+    path = Path(path)
+    begin: Callable[[Path], _Writer]
+    if path.suffix.lower() == ".mp4":
+        _check_video(height, width, fps)
+        begin = partial(_VideoFile, height=height, width=width, fps=fps)
+    else:
+        begin = partial(_ArrayFile, shape=(num_frames, height, width, 3))
+    with _complete_file(path) as part:
+        file = FrameFile(path, partial(begin, part))
+        try:
+            yield file
+            file.finish(num_frames)
+        finally:
+            file.close()
+
+
+class _Writer(Protocol):
+    """A file that takes frames until `finish`; `close` comes last in any case."""
+
+    def put(self, frames: Tensor) -> None: ...
+
+    def finish(self) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class FrameFile:
+    """A clip on its way to a file; a thread writes, one group of frames behind the caller.
+
+    So two groups of frames exist at a time: one that is written and one that is made.
+
+    Args:
+        path: for messages.
+        begin: opens the file anew.
+    """
+
+    def __init__(self, path: Path, begin: Callable[[], _Writer]) -> None:
+        self._path = path
+        self._begin = begin
+        self._thread = ThreadPoolExecutor(1, "frames")
+        self._writing: Future[None] | None = None
+        self._writer: _Writer | None = None
+        self._count = 0
+
+    def restart(self) -> None:
+        """Begin the file anew."""
+        self._wait()
+        self._close()
+        self._count = 0
+        with _explained(self._path):
+            self._writer = self._begin()
+
+    def write(self, frames: Tensor) -> None:
+        """Take the next frames, once those before are written.
+
+        Args:
+            frames: [f, H, W, 3] float in [0, 1], not changed afterwards.
+
+        Raises:
+            OptionError: those before could not be written.
+        """
+        self._wait()
+        assert self._writer is not None  # restarted first
+        self._count += len(frames)
+        self._writing = self._thread.submit(self._writer.put, frames)
+
+    def finish(self, num_frames: int) -> None:
+        """Complete the file; so many frames must have come.
+
+        Raises:
+            OptionError: the last frames could not be written.
+        """
+        self._wait()
+        assert self._writer is not None and self._count == num_frames
+        with _explained(self._path):
+            self._writer.finish()
+
+    def close(self) -> None:
+        """Stop writing, so that the file can be renamed or removed."""
+        self._thread.shutdown(wait=True)
+        self._close()
+
+    def _wait(self) -> None:
+        writing, self._writing = self._writing, None
+        if writing is not None:
+            with _explained(self._path):
+                writing.result()
+
+    def _close(self) -> None:
+        """An unfinished file is removed or begun anew: why it cannot be completed is of no use."""
+        if self._writer is not None:
+            with contextlib.suppress(OSError, ValueError):
+                self._writer.close()
 
 
 def _check_frames(frames: Tensor) -> None:
@@ -337,13 +509,22 @@ def _complete_file(path: Path, *, keep: bool = True) -> Iterator[Path]:
     """
     part = path.with_name(f"{path.name}.{os.getpid()}.part")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        part.open("wb").close()
+        with _explained(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            part.open("wb").close()
         yield part
         if keep:
-            os.replace(part, path)
-    except (OSError, ValueError) as error:
-        raise OptionError(f"{path} cannot be written ({error}): choose another place.") from error
+            with _explained(path):
+                os.replace(part, path)
     finally:
         if os.path.isfile(part):  # the block failed or was stopped
             part.unlink()
+
+
+@contextmanager
+def _explained(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Errors of writing as a sentence."""
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        raise OptionError(f"{path} cannot be written ({error}): choose another place.") from error

@@ -49,6 +49,54 @@ def image_to_video(
     Raises:
         SkyReelsError: see the functions called.
     """
+    vae_latents = image_to_latents(
+        transformer,
+        vae,
+        image,
+        prompt,
+        negative,
+        settings,
+        width=width,
+        height=height,
+        num_frames=num_frames,
+        image_settings=image_settings,
+        runtime=runtime,
+    )
+    return decode_frames(vae, vae_latents, decode, runtime=runtime)
+
+
+def image_to_latents(
+    transformer: SkyReelsTransformer,
+    vae: VideoVAE,
+    image: Tensor,
+    prompt: PromptEmbeds,
+    negative: PromptEmbeds | None,
+    settings: SamplingSettings,
+    *,
+    width: int = 960,
+    height: int = 544,
+    num_frames: int = 97,
+    image_settings: ImageSettings = ImageSettings(),  # noqa: B008 - frozen
+    runtime: Runtime,
+) -> Tensor:
+    """The same up to the decode, for a caller who takes the frames as they come (`decode_into`).
+
+    Args:
+        transformer: as for `image_to_video`, and all the others.
+        vae: encodes the picture.
+        image: the picture.
+        prompt: what happens.
+        negative: what to avoid.
+        settings: of the run.
+        width: in pixels.
+        height: in pixels.
+        num_frames: 4k + 1.
+        image_settings: of the picture.
+        runtime: where.
+
+    Returns:
+        [1, 16, T, h, w] float32 on the CPU, VAE space.
+    """
     conditioning = encode_image(
         vae,
         image,
@@ -59,5 +107,4 @@ def image_to_video(
         seed=settings.seed,
         runtime=runtime,
     )
-    vae_latents = sample(transformer, conditioning, prompt, negative, settings, runtime=runtime)
-    return decode_frames(vae, vae_latents, decode, runtime=runtime)
+    return sample(transformer, conditioning, prompt, negative, settings, runtime=runtime)

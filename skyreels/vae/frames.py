@@ -1,6 +1,9 @@
 """Decoded frames on their way to main memory, copied while the device works on the next ones."""
 
-from typing import Any
+import math
+from collections.abc import Callable
+from functools import partial
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -12,8 +15,24 @@ from ..kernels import dispatch
 STAGING_BYTES = 64 * 2**20
 
 
+class FrameSink(Protocol):
+    """Takes the frames of a clip as they become final."""
+
+    def restart(self) -> None:
+        """Forget what came before: the first frame comes next. Called before it, too."""
+        ...
+
+    def write(self, frames: Tensor) -> None:
+        """Take the next frames.
+
+        Args:
+            frames: [f, H, W, 3] float32 in [0, 1] in main memory, not changed afterwards.
+        """
+        ...
+
+
 class FrameWriter:
-    """Fills the tensor that a decode returns.
+    """Fills the tensor that a decode returns, or hands frames to a sink in order.
 
     The result itself is ordinary memory: page-locked memory is scarce, and would stay so for as
     long as somebody holds the frames.
@@ -23,11 +42,22 @@ class FrameWriter:
         height: in pixels.
         width: in pixels.
         offload_device: where the clip goes.
+        sink: gets the frames; the clip is then held only where frames arrive in parts.
     """
 
-    def __init__(self, frames: int, height: int, width: int, offload_device: torch.device) -> None:
+    def __init__(
+        self,
+        frames: int,
+        height: int,
+        width: int,
+        offload_device: torch.device,
+        sink: FrameSink | None = None,
+    ) -> None:
         self._shape = (frames, height, width, 3)
         self._offload_device = offload_device
+        self._sink = sink
+        self._rows = [0] * frames  # that have arrived, of each frame
+        self._handed = 0  # frames that the sink has
         self._clip: Tensor | None = None
         self._written = 0
         self._slots: list[_Slot] | None = None
@@ -45,41 +75,76 @@ class FrameWriter:
         """
         images.add_(1).mul_(0.5).clamp_(0, 1)
         self._written += images.numel()
-        if images.device == self._offload_device and images.shape == self._shape:
+        if images.device == self._offload_device and (
+            images.shape == self._shape or self._is_handed_on(images)
+        ):
             _check(images.sum())
-            self._clip = images
+            self._clip = None if self._sink else images
+            self._landed(images, start)
             return
-        if self._clip is None:
-            self._clip = torch.empty(self._shape, device=self._offload_device)
-        target = self._clip[start : start + len(images), top : top + images.shape[1]]
         if images.is_cuda and self._slots is None:
             self._slots = _page_locked_slots(images.device)
         if images.is_cuda and self._slots:
             step = max(1, STAGING_BYTES // images[0].nbytes)
-            for part, place in zip(
-                torch.split(images, step), torch.split(target, step), strict=True
-            ):
+            for index, part in enumerate(torch.split(images, step)):
+                first = start + index * step
+                place = self._place(part, first, top)
                 slot = self._slots.pop(0)
                 slot.flush()
-                slot.start(part, place)
+                slot.start(part, place, partial(self._landed, place, first))
                 self._slots.append(slot)
             return
         _check(images.sum())
-        target.copy_(images)
+        place = self._place(images, start, top)
+        place.copy_(images)
+        self._landed(place, start)
 
-    def finish(self) -> Tensor:
+    def finish(self) -> Tensor | None:
         """Wait for the last copies.
 
         Returns:
-            [F, H, W, 3] float32 in [0, 1], contiguous, on the offload device.
+            [F, H, W, 3] float32 in [0, 1], contiguous, on the offload device; None where a sink
+            has the frames.
 
         Raises:
             OptionError: NaN among the frames.
         """
         for slot in self._slots or ():
             slot.flush()
-        assert self._clip is not None and self._written == self._clip.numel()
-        return self._clip
+        assert self._written == math.prod(self._shape)
+        assert self._handed == (self._shape[0] if self._sink else 0)
+        return None if self._sink else self._clip
+
+    def _is_handed_on(self, images: Tensor) -> bool:
+        """Whether these frames are whole and go to a sink, past the clip."""
+        return self._sink is not None and images.shape[1] == self._shape[1]
+
+    def _place(self, images: Tensor, start: int, top: int) -> Tensor:
+        """Memory for some frames, or rows of them."""
+        if self._is_handed_on(images):
+            return torch.empty(images.shape, device=self._offload_device)
+        if self._clip is None:
+            self._clip = torch.empty(self._shape, device=self._offload_device)
+        return self._clip[start : start + len(images), top : top + images.shape[1]]
+
+    def _landed(self, images: Tensor, start: int) -> None:
+        """Hand on what has become whole, some frames at a time."""
+        if self._sink is None:
+            return
+        for index in range(start, start + len(images)):
+            self._rows[index] += images.shape[1]
+        ready, height = self._handed, self._shape[1]
+        while ready < len(self._rows) and self._rows[ready] == height:
+            ready += 1
+        if not self._is_handed_on(images):
+            assert self._clip is not None
+            images, start = self._clip, 0
+        assert start <= self._handed  # whole frames come in order
+        step = max(1, STAGING_BYTES // images[0].nbytes)
+        while self._handed < ready:
+            first = self._handed
+            self._handed = min(first + step, ready)
+            self._sink.write(images[first - start : self._handed - start])
 
 
 class _Slot:
@@ -91,25 +156,26 @@ class _Slot:
         event: Any = torch.cuda.Event  # untyped in torch
         self._ready = event(blocking=True)
         self._device = device
-        self._target: Tensor | None = None
+        self._coming: tuple[Tensor, Callable[[], None]] | None = None
         self._size = 0
 
-    def start(self, images: Tensor, target: Tensor) -> None:
+    def start(self, images: Tensor, target: Tensor, on_landed: Callable[[], None]) -> None:
         if images.numel() > self._staging.numel():  # a single frame may be larger
             self._staging = torch.empty(images.numel(), pin_memory=True)
         self._size = images.numel()
         self._staging[: self._size].view(images.shape).copy_(images, non_blocking=True)
         self._sum.copy_(images.sum(), non_blocking=True)
         self._ready.record(torch.cuda.current_stream(self._device))
-        self._target = target
+        self._coming = target, on_landed
 
     def flush(self) -> None:
-        if self._target is None:
+        if self._coming is None:
             return
+        (target, on_landed), self._coming = self._coming, None
         self._ready.synchronize()
         _check(self._sum)
-        self._target.copy_(self._staging[: self._size].view(self._target.shape))
-        self._target = None
+        target.copy_(self._staging[: self._size].view(target.shape))
+        on_landed()
 
 
 def _page_locked_slots(device: torch.device) -> list[_Slot]:

@@ -37,7 +37,7 @@ from ..ladder import descending
 from ..offload import on_device
 from ..runtime import Runtime
 from .budget import decode_bytes, decode_flop, synced_bytes, synced_flop
-from .frames import FrameWriter
+from .frames import FrameSink, FrameWriter
 from .model import VideoVAE
 
 logger = logging.getLogger("skyreels.vae.tiling")
@@ -121,6 +121,48 @@ def decode_frames(
 
     If memory runs out, these two decode again with less, and remember with what.
     """
+    clip = _decode_on_rungs(vae, vae_latents, mode, tiling, runtime, None)
+    assert clip is not None
+    return clip
+
+
+def decode_into(
+    sink: FrameSink,
+    vae: VideoVAE,
+    vae_latents: Tensor,
+    mode: str = "auto",
+    *,
+    tiling: Tiling | None = None,
+    runtime: Runtime,
+) -> None:
+    """Decode a clip and hand its frames on, in order, as they become final.
+
+    In one pass, synced or in windows of time, whole frames arrive one group after the other and
+    the clip is never held. In strips of rows they are whole when the last strip is decoded.
+
+    Args:
+        sink: gets the frames that `decode_frames` would return; restarted for each decode.
+        vae: as for `decode_frames`.
+        vae_latents: as for `decode_frames`.
+        mode: as for `decode_frames`.
+        tiling: as for `decode_frames`.
+        runtime: as for `decode_frames`.
+
+    Raises:
+        SkyReelsError: as `decode_frames`.
+    """
+    _decode_on_rungs(vae, vae_latents, mode, tiling, runtime, sink)
+
+
+def _decode_on_rungs(
+    vae: VideoVAE,
+    vae_latents: Tensor,
+    mode: str,
+    tiling: Tiling | None,
+    runtime: Runtime,
+    sink: FrameSink | None,
+) -> Tensor | None:
+    """The clip, or None where a sink has its frames."""
     if mode not in DECODE_MODES:
         raise OptionError(
             f'Decode mode "{mode}" does not exist: use one of {", ".join(DECODE_MODES)}.'
@@ -148,8 +190,8 @@ def decode_frames(
             failed, free / 1e9, rung,
         )  # fmt: skip
 
-    def on_rung(rung: DecodePlan) -> nullcontext[Callable[[], Tensor]]:
-        return nullcontext(partial(_decode_clip, vae, vae_latents, rung, runtime))
+    def on_rung(rung: DecodePlan) -> nullcontext[Callable[[], Tensor | None]]:
+        return nullcontext(partial(_decode_clip, vae, vae_latents, rung, runtime, sink))
 
     num_bytes = plan_bytes(plan, vae.config, shape, dtype)
     with runtime.place(vae, num_bytes), on_device(vae, runtime.device), vae.folded():
@@ -162,13 +204,21 @@ def decode_frames(
             names, folder = list(map(str, rungs)), runtime.state_folder
             rungs = rungs[outcomes.first_rung(folder, device, work, names, runtime.free_bytes()) :]
         with descending(rungs, on_rung, runtime.device, on_fall) as decode:
-            clip: Tensor = decode()
+            clip: Tensor | None = decode()
             return clip
 
 
-def _decode_clip(vae: VideoVAE, vae_latents: Tensor, plan: DecodePlan, runtime: Runtime) -> Tensor:
-    """[F, H, W, 3] in [0, 1] on the offload device; the VAE is on the device."""
-    writer = FrameWriter(*_output_size(vae_latents), runtime.offload_device)
+def _decode_clip(
+    vae: VideoVAE,
+    vae_latents: Tensor,
+    plan: DecodePlan,
+    runtime: Runtime,
+    sink: FrameSink | None = None,
+) -> Tensor | None:
+    """[F, H, W, 3] in [0, 1] on the offload device, or in a sink; the VAE is on the device."""
+    if sink is not None:
+        sink.restart()
+    writer = FrameWriter(*_output_size(vae_latents), runtime.offload_device, sink)
     for images, start, top in _decode(vae, vae_latents, plan, runtime):
         writer.write(images, start, top)
     return writer.finish()

@@ -14,9 +14,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from comfyui_skyreels.skyreels import cli
-from comfyui_skyreels.skyreels.builtin import BUILTIN_NOTICE
+from comfyui_skyreels.skyreels import cli, media, outcomes
+from comfyui_skyreels.skyreels.builtin import (
+    BUILTIN_NOTICE,
+    builtin_text_encoder,
+    builtin_transformer,
+    builtin_vae,
+    example_image,
+)
 from comfyui_skyreels.skyreels.config import TransformerConfig
+from comfyui_skyreels.skyreels.pipeline import image_to_video
+from comfyui_skyreels.skyreels.runtime import TorchRuntime
+from comfyui_skyreels.skyreels.sampling.settings import SamplingSettings, get_sigmas
+from comfyui_skyreels.skyreels.text.encode import DEFAULT_NEGATIVE_PROMPT, encode_prompt
 from comfyui_skyreels.skyreels.transformer.model import SkyReelsTransformer
 from comfyui_skyreels.skyreels.vae.model import VideoVAE
 from PIL import Image
@@ -24,6 +34,7 @@ from support import tiny
 
 pytestmark = pytest.mark.usefixtures("fast_convolutions")
 ROOT = Path(__file__).resolve().parents[2]
+RUNTIME = TorchRuntime()
 FAST = ["--prompt", "a red circle moves left", "--steps", "2"]
 
 
@@ -418,7 +429,7 @@ class Dropped:
 
 @pytest.mark.skipif(os.name == "nt", reason="signals")
 @pytest.mark.parametrize("swallow", [in_a_destructor, in_a_callback, under_a_bare_except])
-@pytest.mark.parametrize("place", ["builtin.builtin_text_encoder", "pipeline.image_to_video"])
+@pytest.mark.parametrize("place", ["builtin.builtin_text_encoder", "pipeline.image_to_latents"])
 def test_an_interrupt_that_is_swallowed_on_the_way_stops_all_the_same(
     swallow, place, capsys, monkeypatch, tmp_path
 ):
@@ -441,6 +452,116 @@ def test_an_interrupt_that_is_swallowed_on_the_way_stops_all_the_same(
     assert "Interrupted" in err
     assert "Traceback" not in err
     assert list(tmp_path.iterdir()) == []
+
+
+# --- frames go to the file as they become final --------------------------------------------------
+
+
+class Watched:
+    """Counts the frames that a file was given and that still exist."""
+
+    def __init__(self, monkeypatch) -> None:
+        self.alive = self.most = 0
+        self.starts: list[int] = []
+        self.groups: list[int] = []
+        write, restart = media.FrameFile.write, media.FrameFile.restart
+
+        def watched_write(file, frames):
+            self.alive += len(frames)
+            self.most = max(self.most, self.alive)
+            self.groups.append(len(frames))
+            weakref.finalize(frames, self.gone, len(frames))
+            write(file, frames)
+
+        def watched_restart(file):
+            self.starts.append(len(self.groups))
+            restart(file)
+
+        monkeypatch.setattr(media.FrameFile, "write", watched_write)
+        monkeypatch.setattr(media.FrameFile, "restart", watched_restart)
+
+    def gone(self, frames: int) -> None:
+        self.alive -= frames
+
+
+@pytest.mark.parametrize(("decode", "held"), [("synced", 24), ("tiled-diffusers", 36)])
+def test_of_a_long_clip_only_a_few_frames_are_held(capsys, tmp_path, monkeypatch, decode, held):
+    watched = Watched(monkeypatch)
+    size = ["--width", "16", "--height", "16", "--frames", "97", "--decode", decode]
+    out_file = tmp_path / "clip.npy"
+    assert run(capsys, "generate", *FAST, *size, "--out", out_file)[0] == 0
+    assert sum(watched.groups) == 97
+    assert watched.most <= held
+    assert len(np.load(out_file)) == 97
+
+
+@pytest.mark.parametrize("decode", ["full", "synced", "tiled", "tiled-diffusers"])
+def test_the_file_holds_the_frames_that_a_library_user_gets(capsys, tmp_path, decode):
+    size = {"width": 32, "height": 48, "num_frames": 21}
+    frames = image_to_video(
+        builtin_transformer(runtime=RUNTIME), builtin_vae(runtime=RUNTIME), example_image(),
+        *(encode_prompt(builtin_text_encoder(runtime=RUNTIME), text, fps_prefix=first,
+                        runtime=RUNTIME) for text, first in ((FAST[1], True),
+                                                             (DEFAULT_NEGATIVE_PROMPT, False))),
+        SamplingSettings(seed=0, sigmas=get_sigmas(2, 7.0), riflex_k=0), **size, decode=decode,
+        runtime=RUNTIME,
+    )  # fmt: skip
+    options = ["--width", "32", "--height", "48", "--frames", "21", "--decode", decode]
+    for name in ("a.npy", "a.mp4"):
+        assert run(capsys, "generate", *FAST, *options, "--out", tmp_path / name)[0] == 0
+        media.write_frames(tmp_path / f"whole{name[1:]}", frames)
+        written, whole = (tmp_path / name).read_bytes(), (tmp_path / f"whole{name[1:]}")
+        assert written == whole.read_bytes()
+
+
+def test_a_decode_that_runs_out_of_memory_begins_the_file_anew(capsys, tmp_path, monkeypatch):
+    iter_decode, refused = VideoVAE.iter_decode, []
+
+    def limited(vae, latents, **options):
+        pieces = iter_decode(vae, latents, **options)
+        yield next(pieces)[:, :, :1]  # in the middle of the work
+        refused.append(1)
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    size = ["--width", "32", "--height", "32", "--frames", "17"]
+    expected, out_file = tmp_path / "synced.npy", tmp_path / "auto.npy"
+    command = ["generate", *FAST, *size]
+    assert run(capsys, *command, "--decode", "synced", "--out", expected)[0] == 0
+    watched = Watched(monkeypatch)
+    monkeypatch.setattr(VideoVAE, "iter_decode", limited)
+    monkeypatch.setattr(outcomes, "user_folder", lambda: tmp_path / "state")
+    assert run(capsys, *command, "--decode", "auto", "--out", out_file)[0] == 0
+    assert refused == [1]
+    assert watched.starts == [0, 1]
+    assert out_file.read_bytes() == expected.read_bytes()
+
+
+@pytest.mark.parametrize(
+    "stop", [KeyboardInterrupt(), OSError(5, "broken"), torch.OutOfMemoryError("CUDA")]
+)
+def test_a_decode_that_ends_early_leaves_the_old_file_and_the_saved_steps(
+    capsys, tmp_path, monkeypatch, stop
+):
+    iter_decode = VideoVAE.iter_decode
+
+    def ends(vae, latents, **options):
+        yield next(iter_decode(vae, latents, **options))[:, :, :1]
+        raise stop
+
+    state, out_file = tmp_path / "state", tmp_path / "x.mp4"
+    out_file.write_bytes(b"old")
+    size = ["--width", "32", "--height", "32", "--frames", "5", "--decode", "full"]
+    command = ["generate", *FAST, *size, "--resume", state, "--out", out_file]
+    with monkeypatch.context() as patch:
+        patch.setattr(VideoVAE, "iter_decode", ends)
+        code, _, err = run(capsys, *command)
+    assert code == (130 if isinstance(stop, KeyboardInterrupt) else 1)
+    assert "Traceback" not in err
+    assert "cannot be written" not in err  # it was the decode
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["state", "x.mp4"]
+    assert out_file.read_bytes() == b"old"
+    assert run(capsys, *command)[0] == 0
+    assert [path.name for path in tmp_path.iterdir()] == ["x.mp4"]
 
 
 # --- what a careless or unlucky person meets -----------------------------------------------------
@@ -488,7 +609,7 @@ def test_weights_are_looked_at_before_minutes_of_text_encoding(capsys, tmp_path,
 
 
 def test_a_run_that_fails_after_sampling_is_continued(capsys, tmp_path, monkeypatch):
-    from comfyui_skyreels.skyreels import pipeline
+    from comfyui_skyreels.skyreels.vae import tiling
 
     size = ["--width", "32", "--height", "32", "--frames", "5"]
     state, out_file = tmp_path / "state", tmp_path / "x.npy"
@@ -498,10 +619,11 @@ def test_a_run_that_fails_after_sampling_is_continued(capsys, tmp_path, monkeypa
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(pipeline, "decode_frames", fail)
+        patch.setattr(tiling, "decode_into", fail)
         code, _, err = run(capsys, *command)
     assert code == 130
     assert f"continues from {state}" in err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["state"]
     assert run(capsys, *command)[0] == 0
     assert not state.exists()
     whole = np.load(out_file)

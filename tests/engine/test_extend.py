@@ -9,8 +9,10 @@ from comfyui_skyreels.skyreels import builtin
 from comfyui_skyreels.skyreels.config import Guidance
 from comfyui_skyreels.skyreels.errors import ShapeError
 from comfyui_skyreels.skyreels.extend import (
+    Continuation,
     ExtendSettings,
     check_clip,
+    extend_latents,
     extend_video,
     join_clips,
     match_colors,
@@ -22,6 +24,7 @@ from comfyui_skyreels.skyreels.sampling.settings import SamplingSettings, get_si
 from comfyui_skyreels.skyreels.text.embeds import PromptEmbeds
 from comfyui_skyreels.skyreels.text.encode import DEFAULT_NEGATIVE_PROMPT, encode_prompt
 from comfyui_skyreels.skyreels.vae.model import VideoVAE
+from comfyui_skyreels.skyreels.vae.tiling import decode_into
 from support import tiny
 from support.memory import reused_memory
 
@@ -70,6 +73,49 @@ def test_the_new_frames_are_those_of_a_video_that_starts_with_the_last_ones(mode
     assert torch.equal(joined[: 11 - overlap], clip[:-overlap])
     assert torch.equal(joined[11:], expected[overlap:])
     assert torch.equal(new, joined[11:])
+
+
+class Collected:
+    def __init__(self) -> None:
+        self.frames = [torch.zeros(99, 16, 32, 3)]  # forgotten at the start
+        self.starts = 0
+
+    def restart(self) -> None:
+        self.frames.clear()
+        self.starts += 1
+
+    def write(self, frames: torch.Tensor) -> None:
+        self.frames.append(frames)
+
+
+@pytest.mark.parametrize("color_match", [True, False])
+@pytest.mark.parametrize("overlap", [1, 5])
+def test_frame_by_frame_the_whole_is_the_same(model, overlap, color_match):
+    settings = ExtendSettings(9, overlap, color_match)
+    joined, _ = extend(model, extend=settings, decode="tiled-diffusers")
+    latents = extend_latents(*model, SETTINGS, extend=settings, runtime=RUNTIME)
+    collected = Collected()
+    sink = Continuation(model[2], settings, collected)
+    for starts in (1, 2):  # also when the decode is repeated
+        decode_into(sink, model[1], latents, "tiled-diffusers", runtime=RUNTIME)
+        assert torch.equal(torch.cat(collected.frames), joined)
+        assert collected.starts == starts
+
+
+def test_a_stop_between_the_frames_of_a_continuation_passes_through(model):
+    calls = []
+
+    def check() -> None:
+        calls.append(1)
+        if len(calls) == 12:  # the second new frame
+            raise KeyboardInterrupt
+
+    collected = Collected()
+    sink = Continuation(model[2], AS_THEY_COME, collected, check=check)
+    sink.restart()
+    with pytest.raises(KeyboardInterrupt):
+        sink.write(random_clip(9))
+    assert len(torch.cat(collected.frames)) == 11
 
 
 def test_a_seed_gives_the_same_frames_and_another_seed_others(model):

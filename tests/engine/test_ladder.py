@@ -13,12 +13,14 @@ from comfyui_skyreels.skyreels.config import VAEConfig
 from comfyui_skyreels.skyreels.errors import OutOfRoomError
 from comfyui_skyreels.skyreels.image import encode_image
 from comfyui_skyreels.skyreels.runtime import TorchRuntime
+from comfyui_skyreels.skyreels.vae import frames, tiling
 from comfyui_skyreels.skyreels.vae.model import VideoVAE
 from comfyui_skyreels.skyreels.vae.tiling import (
     LADDER,
     STRIPS,
     DecodePlan,
     decode_frames,
+    decode_into,
     plan_bytes,
 )
 from support import tiny
@@ -132,6 +134,46 @@ def test_a_synced_decode_is_repeated_in_strips_from_its_start(
     assert torch.equal(decode_frames(vae, latents, "synced", runtime=runtime), expected)
     assert made == [9]
     assert caplog.records == []
+
+
+class Sink:
+    """Remembers frames, and when they came."""
+
+    def __init__(self, clock) -> None:
+        self.clock, self.groups, self.times = clock, [], []
+
+    def restart(self) -> None:
+        self.groups.clear()
+        self.times.clear()
+
+    def write(self, frames: torch.Tensor) -> None:
+        assert frames.dtype == torch.float32
+        self.groups.append(frames)
+        self.times.append(self.clock())
+
+
+@pytest.mark.parametrize("plan", [p for p in LADDER if p.mode == "synced"] + [LADDER[0]], ids=str)
+def test_frames_are_handed_on_in_order_as_they_become_final(vae, latents, plan):
+    done = [0]
+    runtime = TorchRuntime(on_progress=lambda *report: done.append(report[1]))
+    sink = Sink(lambda: len(done))
+    expected = tiling._decode_clip(vae, latents, plan, TorchRuntime())
+    assert tiling._decode_clip(vae, latents, plan, runtime, sink) is None
+    assert torch.equal(torch.cat(sink.groups), expected)
+    if plan.mode == "synced":  # a group for every report of the last strip
+        reports = len(done) - 1
+        assert len(sink.groups) == reports // plan.strips
+        assert sink.times[0] == 1 + reports - len(sink.groups)
+        assert sink.times == sorted(set(sink.times))
+
+
+def test_a_synced_decode_in_parts_hands_on_what_was_not_handed_on_before(vae, latents, monkeypatch):
+    expected = decode_frames(vae, latents, "synced", runtime=TorchRuntime())
+    monkeypatch.setattr(frames, "STAGING_BYTES", 2 * 4 * 3 * 32 * 24)
+    sink = Sink(int)
+    decode_into(sink, vae, latents, "synced", runtime=TorchRuntime())
+    assert torch.equal(torch.cat(sink.groups), expected)
+    assert max(map(len, sink.groups)) == 2
 
 
 def test_a_synced_decode_is_never_replaced_by_tiles(vae, latents, monkeypatch):

@@ -4,6 +4,7 @@ import logging
 import os
 import struct
 import sys
+import weakref
 import zlib
 
 import numpy as np
@@ -397,3 +398,71 @@ def test_without_pyav_a_clip_is_answered_with_the_command_that_installs_it(tmp_p
     monkeypatch.setitem(sys.modules, "av", None)
     with pytest.raises(DependencyError, match="pip install av"):
         video.read_clip(path)
+
+
+# --- files that are written while their frames are made
+
+
+@pytest.mark.parametrize("name", ["a.mp4", "a.npy"])
+def test_frames_that_come_in_groups_make_the_same_file(tmp_path, name):
+    frames = clip(frames=13)
+    (tmp_path / "whole").mkdir()
+    video.write_frames(tmp_path / "whole" / name, frames)
+    with video.open_frames(tmp_path / name, 13, 32, 48) as file:
+        file.restart()
+        file.write(frames[5:9])  # forgotten
+        file.restart()
+        for group in frames.split([1, 4, 8]):
+            file.write(group)
+        assert not (tmp_path / name).exists()
+    assert (tmp_path / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == [name, "whole"]
+
+
+@pytest.mark.parametrize("error", [Stopped(), KeyboardInterrupt(), OSError("of a decode")])
+@pytest.mark.parametrize("name", ["a.mp4", "a.npy"])
+def test_a_clip_that_is_not_completed_leaves_the_old_file_and_no_part(tmp_path, name, error):
+    (tmp_path / name).write_bytes(b"old")
+    out = video.open_frames(tmp_path / name, 5, 32, 48)
+    with pytest.raises(type(error)) as caught, out as file:
+        file.restart()
+        file.write(clip()[:3])
+        raise error
+    assert caught.value is error
+    assert [entry.name for entry in tmp_path.iterdir()] == [name]
+    assert (tmp_path / name).read_bytes() == b"old"
+
+
+def test_what_the_thread_cannot_write_is_raised_at_the_next_frames_and_leaves_no_part(
+    tmp_path, monkeypatch
+):
+    def fail(self, frames):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(video._ArrayFile, "put", fail)
+    out = video.open_frames(tmp_path / "a.npy", 5, 32, 48)
+    with pytest.raises(OptionError, match=r"a\.npy cannot be written .*No space left"), out as file:
+        file.restart()
+        file.write(clip()[:3])
+        file.write(clip()[3:])
+        pytest.fail("was not told")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_at_most_two_groups_of_frames_exist(tmp_path, monkeypatch):
+    alive = most = 0
+
+    def gone() -> None:
+        nonlocal alive
+        alive -= 1
+
+    with video.open_frames(tmp_path / "a.npy", 40, 32, 48) as file:
+        file.restart()
+        for _ in range(10):
+            group = clip(frames=4)
+            weakref.finalize(group, gone)
+            alive += 1
+            most = max(most, alive)
+            file.write(group)
+            del group
+    assert most <= 3  # one is written and one is made; a thread lets go of its last one late
