@@ -11,7 +11,6 @@ for those that stay. A twentieth of the free memory, at least RESERVE_BYTES, is 
 the best that fits: in one pass, without seams, in tiles (vae/tiling.py).
 """
 
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import lru_cache
@@ -25,7 +24,7 @@ from .config import CHUNKINGS, MAX_TEXT_TOKENS, TILINGS, TransformerConfig, VAEC
 from .errors import OutOfRoomError
 from .kernels.dispatch import DeviceInfo, describe
 from .latents import latent_shape, nearest_frames
-from .offload import module_tensors, reserve_bytes, weight_bytes
+from .offload import module_tensors, reserve_bytes, weight_bytes, with_reserve
 from .outcomes import device_key
 from .runtime import Runtime, free_host_bytes
 from .streaming import SLOTS, choose_resident, least_bytes, simulate
@@ -590,18 +589,13 @@ def why_not(machine: Machine, job: Job, weights: Weights) -> str:
     stage, needed = max(least.peak_bytes.items(), key=lambda item: item[1])
     verb = {"condition": "prepare", "sample": "sample", "decode": "decode"}[stage]
     device = f"{machine.free_bytes / 1e9:.1f} GB of {machine.name} are free"
-    helps = [f"{_bigger(needed) / 1e9:.1f} GB of free memory (close other programs)"]
+    helps = [f"{with_reserve(needed) / 1e9:.1f} GB of free memory (close other programs)"]
     helps += _smaller_jobs(machine, job, weights)
     return (
         f"To {verb} {job} takes at least {needed / 1e9:.1f} GB and {device}, of which "
         f"{(machine.free_bytes - machine.usable_bytes) / 1e9:.1f} GB are left to the driver. What "
         f"would work: {'; '.join(helps)}."
     )
-
-
-def _bigger(needed: int) -> int:
-    """Free memory whose usable part is `needed`."""
-    return max(needed + reserve_bytes(0), math.ceil(needed / 0.95))
 
 
 def smallest(job: Job, weights: Weights, machine: Machine) -> Plan:

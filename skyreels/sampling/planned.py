@@ -20,7 +20,7 @@ from torch import Tensor
 from .. import outcomes
 from ..errors import OutOfRoomError
 from ..ladder import descending, is_out_of_memory
-from ..offload import onload_bytes
+from ..offload import onload_bytes, with_reserve
 from ..plan import (
     Choice,
     Job,
@@ -230,7 +230,7 @@ def start_run(
     device = runtime.device
     weights = weights_of(transformer)
     loaded = _loaded_bytes(transformer, device)
-    runtime.make_room(weights.loop - loaded + needed["chunks"])
+    runtime.make_room(with_reserve(weights.loop + needed["chunks"]) - loaded)
     is_cuda = device.type == "cuda"
     names = rates_needed([weights.gemm])
     machine = machine_of(runtime, names, loaded_bytes=loaded, can_probe=is_cuda)
