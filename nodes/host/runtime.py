@@ -133,9 +133,13 @@ class ComfyRuntime:
         return num_bytes <= self.free_bytes()
 
     def _load(self, model: LoadedModel, activation_bytes: int) -> bool:
-        """Load all of a model; False if memory ran out, as another program may take what is free.
+        """Load all of a model; whether that went well.
 
-        ComfyUI has then taken off what it had loaded.
+        Another program may take what was free a moment ago. ComfyUI then takes off what it has
+        loaded.
+
+        Returns:
+            False if memory ran out.
         """
         try:
             self._mm.load_models_gpu(

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from ..config import MAX_TEXT_TOKENS
 from ..errors import OutOfRoomError, TextError
+from ..ladder import retried
 from ..offload import missing_bytes, on_device, weight_bytes
 from ..runtime import Runtime
 from .embeds import PromptEmbeds, warn_truncated, with_fps_prefix
@@ -84,7 +85,12 @@ def encode_prompt(
 
     runtime.check_interrupt()
     with torch.inference_mode(False), torch.no_grad():
-        states = _language_states(encoder, text, runtime)
+        states = retried(
+            partial(_language_states, encoder, text, runtime),
+            runtime,
+            weight_bytes(encoder.llm),
+            "Encoding the text",
+        )
         runtime.check_interrupt()
         pooled = _pooled_state(encoder, text, runtime)
     embeds = PromptEmbeds(states.float().cpu(), pooled.float().cpu())

@@ -735,9 +735,7 @@ def managed(checkout, tmp_path_factory) -> dict[str, dict]:
     folder = tmp_path_factory.mktemp("managed")
     flags = [*FLAGS, *(SPARING_NOW if has_dynamic_memory(checkout) else ())]
     command = [checkout.python(), SUPPORT / "comfy_memory.py", checkout.folder, ROOT, folder]
-    run = subprocess.run(
-        [*map(str, command), *flags], capture_output=True, text=True, check=False
-    )
+    run = subprocess.run([*map(str, command), *flags], capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr[-4000:]
     found = json.loads(run.stdout.splitlines()[-1])
     assert found["--lowvram"]["state"] == "LOW_VRAM"

@@ -16,7 +16,7 @@ from comfyui_skyreels.skyreels.config import (
     VAEConfig,
 )
 from comfyui_skyreels.skyreels.errors import OutOfRoomError
-from comfyui_skyreels.skyreels.outcomes import device_key, remember
+from comfyui_skyreels.skyreels.outcomes import corrections, device_key, learn, remember
 from comfyui_skyreels.skyreels.plan import (
     Choice,
     Job,
@@ -25,7 +25,6 @@ from comfyui_skyreels.skyreels.plan import (
     bytes_on,
     expectation,
     kind_of_work,
-    learn,
     machine_of,
     plan_run,
     plans,
@@ -462,16 +461,15 @@ def test_what_a_run_took_corrects_the_next_prediction(tmp_path):
         machine = replace(machine, free_bytes=10**12, streams=True)
         plan = plan_run(machine, JOB, weights)
         truth = truth or 1.4 * plan.seconds["step"]
-        learn(runtime, machine, plan, kind, truth)
+        ratio = truth / plan.seconds["step"] * machine.corrections.get(kind, 1.0)
+        learn(tmp_path, key, kind, ratio)
     assert plan.seconds["step"] == pytest.approx(truth, rel=0.01)
 
 
 @pytest.mark.parametrize("factor", [0.01, 100.0])
 def test_a_run_that_was_disturbed_teaches_nothing(tmp_path, factor):
-    runtime = TorchRuntime(state_folder=tmp_path)
-    machine, weights = card("H100", 80), weights_as(CONFIG, "bf16", "auto")
-    plan = plan_run(machine, JOB, weights)
-    learn(runtime, machine, plan, kind_of_work(weights, "exact"), factor * plan.seconds["step"])
+    learn(tmp_path, "card", "GEMM bf16, attention exact", factor)
+    assert corrections(tmp_path, "card") == {}
     assert not (tmp_path / "plan.json").exists()
 
 

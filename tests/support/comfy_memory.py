@@ -305,12 +305,11 @@ if __name__ == "__main__":
     sys.path.insert(0, checkout)
     sys.path.append(str(pack / "tests"))  # behind ComfyUI's own `tests`
     card.install()
+    import comfyui_skyreels  # noqa: F401
+    import folder_paths
     from comfy import cli_args
     from comfy import model_management as mm
     from comfy import model_patcher as patcher
-
-    import comfyui_skyreels  # noqa: F401
-    import folder_paths
 
     folder_paths.set_user_directory(base)
     print(json.dumps({flags: in_a_process(flags) for flags in flag_sets}))  # noqa: T201
