@@ -160,11 +160,13 @@ def decode_frames(
     with runtime.place(vae, num_bytes), on_device(vae, runtime.device), vae.folded():
         if chooses:
             free = _free_beside_the_clip(vae_latents, runtime)
-            plan, _ = choose_decode(vae.config, shape, free, dtype, mode)
+            plan, num_bytes = choose_decode(vae.config, shape, free, dtype, mode)
             ladder = _ladder(mode)
             rungs = ladder[ladder.index(plan) :]
             names, folder = list(map(str, rungs)), runtime.state_folder
             rungs = rungs[outcomes.first_rung(folder, device, work, names, runtime.free_bytes()) :]
+            if rungs[0] != plan:
+                num_bytes = plan_bytes(rungs[0], vae.config, shape, dtype)
         with descending(rungs, on_rung, runtime.device, on_fall) as decode:
             try:
                 begin = _begin(runtime.device)
@@ -174,7 +176,7 @@ def decode_frames(
                     raise
             else:
                 if not falls:
-                    _compare(rungs[0], vae, shape, runtime, begin)
+                    _compare(rungs[0], num_bytes, vae, shape, runtime, begin)
                 return clip
         # outside of the handler, as the error's frames hold what the decode had
         release(runtime.device)
@@ -193,6 +195,7 @@ def _begin(device: torch.device) -> tuple[float, int]:
 
 def _compare(
     plan: DecodePlan,
+    num_bytes: int,
     vae: VideoVAE,
     latent_shape: torch.Size,
     runtime: Runtime,
@@ -212,7 +215,7 @@ def _compare(
     predicted_s = None
     if isinstance(rate, int | float) and rate > 0:
         predicted_s = plan_flop(plan, vae.config, latent_shape) / rate
-    predicted = plan_bytes(plan, vae.config, latent_shape, dtype) / MEMORY_MARGIN
+    predicted = num_bytes / MEMORY_MARGIN
     expected_s = None if predicted_s is None else predicted_s * factors.get(kind, 1.0)
     expected = int(predicted * factors.get(f"{kind}, peak", 1.0))
     frames = (latent_shape[2] - 1) * TEMPORAL_COMPRESSION + 1
