@@ -190,7 +190,7 @@ def encode_image(
                 return encode_streamed(vae, moved, check=runtime.check_interrupt)
             return vae.encode(moved, check=runtime.check_interrupt)
 
-        vae_latents = retried(encode, runtime, least)
+        vae_latents = retried(encode, runtime, least, "Encoding the picture")
     runtime.progress("encode", 1, 1)
     latents = to_model_space(vae_latents.float()).cpu() * settings.latent_strength
     return ImageConditioning(latents, width, height, num_frames)

@@ -39,25 +39,34 @@ def release(device: torch.device) -> None:
         torch.cuda.empty_cache()
 
 
-def retried(function: Callable[[], T], runtime: "Runtime", num_bytes: int) -> T:
+def retried(function: Callable[[], T], runtime: "Runtime", num_bytes: int, what: str) -> T:
     """Call a function that has no rung of its own, and once more if memory ran out.
 
     Args:
         function: without effects until it returns.
         runtime: whose device ran out; other models are asked to leave it.
         num_bytes: that the function needs there.
+        what: it does, as "Encoding the picture".
 
     Returns:
         Its result.
+
+    Raises:
+        OutOfRoomError: memory ran out again.
     """
-    try:
-        return function()
-    except Exception as error:
-        if not is_out_of_memory(error):
-            raise
-    release(runtime.device)  # outside of the handler, see below
-    runtime.make_room(num_bytes)
-    return function()
+    for _ in range(2):
+        try:
+            return function()
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+        release(runtime.device)  # outside of the handler, see below
+        runtime.make_room(num_bytes)
+    raise OutOfRoomError(
+        f"{what} needs about {num_bytes / 1e9:.1f} GB beside what is there, and "
+        f"{max(0, runtime.free_bytes()) / 1e9:.1f} GB of {runtime.device} are free: close other "
+        "programs that use it, or use a smaller size or fewer frames."
+    )
 
 
 @contextmanager

@@ -5,6 +5,7 @@ nothing, and a cancelled or failed run finds every weight where it was.
 """
 
 import ctypes
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from mmap import PAGESIZE
@@ -22,6 +23,11 @@ RESERVE_SHARE = 0.05
 def reserve_bytes(free_bytes: int) -> int:
     """Bytes of a device that a plan leaves free, of those that are free now."""
     return max(RESERVE_BYTES, int(RESERVE_SHARE * free_bytes))
+
+
+def with_reserve(num_bytes: int) -> int:
+    """Free bytes of a device of which `num_bytes` may be used, see `reserve_bytes`."""
+    return max(num_bytes + RESERVE_BYTES, math.ceil(num_bytes / (1 - RESERVE_SHARE)))
 
 
 def module_tensors(module: nn.Module) -> list[Tensor]:

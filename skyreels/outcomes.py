@@ -29,6 +29,11 @@ MAX_ENTRIES, MAX_DEVICES = 64, 8
 #: with this much more free memory than a rung was left with, the rung above is tried again
 MORE_FREE = 1.02
 
+#: of one measured run in the next correction, so that a single odd one weighs half
+CORRECTION_WEIGHT = 0.5
+#: a correction beyond these is no property of the device: it was shared, suspended or swapping
+CORRECTION_LIMITS = (0.25, 8.0)
+
 #: problems that were told
 _told: set[str] = set()
 
@@ -115,6 +120,77 @@ def remember(folder: Path | None, device: str, group: str, values: dict[str, Any
         _tell(f"{path} cannot be written ({error.strerror}): plans are not remembered.")
         with suppress(OSError):
             part.unlink(missing_ok=True)
+
+
+def corrections(folder: Path | None, device: str) -> dict[str, float]:
+    """How far predictions were off on a device: kind of work -> measured over predicted.
+
+    Args:
+        folder: of the file; None remembers nothing.
+        device: from `device_key`.
+
+    Returns:
+        Those that `learn` could have left there.
+    """
+    low, high = CORRECTION_LIMITS
+    return {
+        kind: float(factor)
+        for kind, factor in recall(folder, device, "corrections").items()
+        if isinstance(factor, int | float) and low <= factor <= high
+    }
+
+
+def learn(folder: Path | None, device: str, kind: str, ratio: float) -> None:
+    """Remember how far a prediction was off, to correct the next.
+
+    Args:
+        folder: of the file; None remembers nothing.
+        device: from `device_key`.
+        kind: of work; what is corrected together.
+        ratio: measured over predicted, the prediction without a correction.
+    """
+    old = corrections(folder, device).get(kind, ratio)
+    factor = old + CORRECTION_WEIGHT * (ratio - old)
+    low, high = CORRECTION_LIMITS
+    if low <= factor <= high:
+        remember(folder, device, "corrections", {kind: round(factor, 4)})
+
+
+def account(
+    what: str, seconds: float, expected_s: float | None, peak: int | None, expected_peak: int
+) -> str:
+    """What happened beside what was expected, as one line.
+
+    Args:
+        what: was done, as "Sampled 30 steps of"; a time follows.
+        seconds: that it took.
+        expected_s: that were predicted; None if they were not.
+        peak: most bytes on the device beside what others hold; None if unknown.
+        expected_peak: predicted bytes.
+
+    Returns:
+        For people.
+    """
+    line = f"{what} {in_seconds(seconds)}"
+    if expected_s is not None:
+        line += f" (expected {in_seconds(expected_s)})"
+    if peak is not None:
+        line += f"; peak {in_bytes(peak)} (expected {in_bytes(expected_peak)})"
+    return line + "."
+
+
+def in_bytes(num_bytes: int) -> str:
+    """A size for people, in GB or MB."""
+    return f"{num_bytes / 1e9:.1f} GB" if num_bytes >= 1e8 else f"{num_bytes / 1e6:.0f} MB"
+
+
+def in_seconds(value: float) -> str:
+    """A time for people, in seconds, minutes or hours."""
+    if value >= 7200:
+        return f"{value / 3600:.1f} h"
+    if value >= 100:
+        return f"{value / 60:.1f} min"
+    return f"{value:.1f} s" if value >= 1 else f"{value:.2g} s"
 
 
 def first_rung(

@@ -11,7 +11,6 @@ for those that stay. A twentieth of the free memory, at least RESERVE_BYTES, is 
 the best that fits: in one pass, without seams, in tiles (vae/tiling.py).
 """
 
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import lru_cache
@@ -25,8 +24,8 @@ from .config import CHUNKINGS, MAX_TEXT_TOKENS, TILINGS, TransformerConfig, VAEC
 from .errors import OutOfRoomError
 from .kernels.dispatch import DeviceInfo, describe
 from .latents import latent_shape, nearest_frames
-from .offload import module_tensors, reserve_bytes, weight_bytes
-from .outcomes import device_key
+from .offload import module_tensors, reserve_bytes, weight_bytes, with_reserve
+from .outcomes import device_key, in_bytes, in_seconds
 from .runtime import Runtime, free_host_bytes
 from .streaming import SLOTS, choose_resident, least_bytes, simulate
 from .transformer.attention import FAST_BYTES
@@ -41,7 +40,14 @@ from .transformer.quant import (
 from .transformer.rates import known_rates, rates
 from .vae.budget import MEMORY_MARGIN
 from .vae.model import VideoVAE
-from .vae.tiling import DecodePlan, choose_decode, last_rung, plan_bytes, plan_flop
+from .vae.tiling import (
+    DecodePlan,
+    choose_decode,
+    kind_of_decode,
+    last_rung,
+    plan_bytes,
+    plan_flop,
+)
 
 #: hidden-sized tensors that a double and a single block move beside products and attention
 #: (tests/engine/test_budget.py counts them), in 16 bits and where inputs are rounded to 8
@@ -49,10 +55,6 @@ MOVED_TENSORS = {False: (13.2, 9.1), True: (19.7, 17.2)}
 #: pairs of prompt and step whose text and modulation are kept; with 256 tokens of text each, 256
 #: are about 1 GB. Others are computed when they are looked up
 MAX_KEPT = 256
-#: of one measured run in the next correction, so that a single odd one weighs half
-CORRECTION_WEIGHT = 0.5
-#: a correction beyond these is no property of the device: it was shared, suspended or swapping
-CORRECTION_LIMITS = (0.25, 8.0)
 #: frames that are tried, largest first, to find a clip that fits
 SHORTER = (0.75, 0.5, 0.25, 0.0)
 
@@ -420,9 +422,11 @@ def plan_run(
     stay = sum(blocks) - sum(away)
     kept = min(job.num_evaluations, MAX_KEPT)
     text = kept * job.text_tokens * config.hidden_size * weights.dtype.itemsize
+    sampling = weights.outside + stay + slots * max(away, default=0) + num_bytes
+    kind = f"{kind_of_work(weights, choice.attention)}, peak"
     peak_bytes = {
         "condition": weights.conditioners + text,
-        "sample": weights.outside + stay + slots * max(away, default=0) + num_bytes,
+        "sample": int(machine.corrections.get(kind, 1.0) * sampling),
     }
     seconds = _sampling_seconds(machine, job, weights, choice.attention, resident, slots)
     decode = ""
@@ -520,12 +524,14 @@ def _plan_decode(machine: Machine, job: Job, mode: str) -> tuple[str, int, float
         except OutOfRoomError:
             decode, fits = last_rung(mode), False
     needed = plan_bytes(decode, job.vae, shape, dtype)
+    kind = kind_of_decode(decode, dtype)
     rate = machine.rates.get("convolution", 0.0)
     seconds = None
     if rate:
-        factor = machine.corrections.get(f"decode {decode}", 1.0)
+        factor = machine.corrections.get(kind, 1.0)
         seconds = factor * plan_flop(decode, job.vae, shape) / rate
-    return str(decode), vae + int(needed / MEMORY_MARGIN), seconds, fits and needed <= free
+    taken = int(machine.corrections.get(f"{kind}, peak", 1.0) * needed / MEMORY_MARGIN)
+    return str(decode), vae + taken, seconds, fits and max(needed, taken) <= free
 
 
 def vae_dtype(device: torch.device) -> torch.dtype:
@@ -584,14 +590,27 @@ def multiplies(machine: Machine, precision: str) -> bool:
     return machine.capability is None or machine.capability >= needed
 
 
-def why_not(machine: Machine, job: Job, weights: Weights) -> str:
-    """What is missing, the least that works, and what would help, in two sentences."""
-    least = smallest(job, weights, machine)
+def why_not(machine: Machine, job: Job, weights: Weights, choice: Choice = Choice()) -> str:
+    """What is missing, the least that works, and what would help, in two sentences.
+
+    What the user fixed is kept; what could be chosen instead is named.
+
+    Args:
+        machine: where.
+        job: what does not fit.
+        weights: of the transformer.
+        choice: what the user fixed.
+
+    Returns:
+        For people.
+    """
+    least = smallest(job, weights, machine, choice)
     stage, needed = max(least.peak_bytes.items(), key=lambda item: item[1])
     verb = {"condition": "prepare", "sample": "sample", "decode": "decode"}[stage]
     device = f"{machine.free_bytes / 1e9:.1f} GB of {machine.name} are free"
-    helps = [f"{_bigger(needed) / 1e9:.1f} GB of free memory (close other programs)"]
-    helps += _smaller_jobs(machine, job, weights)
+    helps = [f"{with_reserve(needed) / 1e9:.1f} GB of free memory (close other programs)"]
+    helps += _other_choices(machine, job, weights, choice)
+    helps += _smaller_jobs(machine, job, weights, choice)
     return (
         f"To {verb} {job} takes at least {needed / 1e9:.1f} GB and {device}, of which "
         f"{(machine.free_bytes - machine.usable_bytes) / 1e9:.1f} GB are left to the driver. What "
@@ -599,17 +618,26 @@ def why_not(machine: Machine, job: Job, weights: Weights) -> str:
     )
 
 
-def _bigger(needed: int) -> int:
-    """Free memory whose usable part is `needed`."""
-    return max(needed + reserve_bytes(0), math.ceil(needed / 0.95))
-
-
-def smallest(job: Job, weights: Weights, machine: Machine) -> Plan:
+def smallest(job: Job, weights: Weights, machine: Machine, choice: Choice = Choice()) -> Plan:
     """The plan that takes the least memory, whether it fits or not."""
-    return plan_run(replace(machine, free_bytes=0), job, weights)
+    return plan_run(replace(machine, free_bytes=0), job, weights, choice)
 
 
-def _smaller_jobs(machine: Machine, job: Job, weights: Weights) -> list[str]:
+def _other_choices(machine: Machine, job: Job, weights: Weights, choice: Choice) -> list[str]:
+    """Of what the user fixed, what would fit if it were left to the planner."""
+    others = {
+        "exact attention": replace(choice, attention="exact"),
+        "decode auto": replace(choice, decode="auto"),
+        "weights that are streamed": replace(choice, is_resident=None),
+    }
+    return [
+        name
+        for name, other in others.items()
+        if other != choice and _fits(machine, job, weights, other)
+    ]
+
+
+def _smaller_jobs(machine: Machine, job: Job, weights: Weights, choice: Choice) -> list[str]:
     """Clips, and a precision, that would fit."""
     found = []
     others = {
@@ -622,19 +650,19 @@ def _smaller_jobs(machine: Machine, job: Job, weights: Weights) -> list[str]:
         ],
     }
     for name, jobs in others.items():
-        fitting = [each for each in jobs if each != job and _fits(machine, each, weights)]
+        fitting = [each for each in jobs if each != job and _fits(machine, each, weights, choice)]
         if fitting:
             found.append(f"{name}, such as {fitting[0]}")
     for precision in STORAGE_DTYPES:
         if weights.gemm in ("bf16", "fp32") and multiplies(machine, precision):
             other = weights_as(job.config, weights.gemm, precision)
-            if other.loop < weights.loop and _fits(machine, job, other):
+            if other.loop < weights.loop and _fits(machine, job, other, choice):
                 found.append(f"precision {precision} (not exact)")
     return found
 
 
-def _fits(machine: Machine, job: Job, weights: Weights) -> bool:
-    return plan_run(machine, job, weights).fits
+def _fits(machine: Machine, job: Job, weights: Weights, choice: Choice) -> bool:
+    return plan_run(machine, job, weights, choice).fits
 
 
 def _multiple(pixels: float) -> int:
@@ -660,9 +688,7 @@ def machine_of(
     """
     device = runtime.device
     found = rates(runtime, names) if can_probe else known_rates(runtime)
-    corrections = outcomes.recall(runtime.state_folder, device_key(device), "corrections")
-    low, high = CORRECTION_LIMITS
-    free = runtime.free_bytes() + loaded_bytes
+    free = max(0, runtime.free_bytes() + loaded_bytes)  # a host may reserve more than is free
     info, total = describe(device), free
     if device.type == "cuda":
         total = torch.cuda.get_device_properties(device).total_memory
@@ -672,11 +698,7 @@ def machine_of(
         free_bytes=free,
         ram_bytes=free_host_bytes(),
         rates=found,
-        corrections={
-            kind: float(factor)
-            for kind, factor in corrections.items()
-            if isinstance(factor, int | float) and low <= factor <= high
-        },
+        corrections=outcomes.corrections(runtime.state_folder, device_key(device)),
         info=info,
         streams=device.type != runtime.offload_device.type,
     )
@@ -695,7 +717,8 @@ def rates_needed(gemms: Iterable[str]) -> list[str]:
         Of transformer/rates.py.
     """
     # the longest first, which brings the clocks of an idle card up
-    return ["attention exact", *(f"GEMM {gemm}" for gemm in gemms), "memory", "link"]
+    gemms = (f"GEMM {gemm}" for gemm in gemms)
+    return ["attention exact", *gemms, "memory", "link", "convolution"]
 
 
 #: how a checkpoint names the dtype of most of its numbers -> precision, see `weights_as`
@@ -768,7 +791,7 @@ def preflight(
     """
     weights = weights_as(job.config, stored, precision)
     gemms = {weights_as(job.config, stored, each).gemm for each in ("auto", "fp8", "int8")}
-    names = [*rates_needed(sorted({weights.gemm, *gemms})), "convolution"]
+    names = rates_needed(sorted({weights.gemm, *gemms}))
     machine = machine_of(runtime, names, loaded_bytes=reclaimable)
     chosen = plan_run(machine, job, weights, choice)
     modes = plans(machine, job, stored, choice)
@@ -781,7 +804,7 @@ def preflight(
         *table(modes, chosen),
     ]
     if not chosen.fits:
-        lines.append(why_not(machine, job, weights))
+        lines.append(why_not(machine, job, weights, choice))
     if weights.total > machine.ram_bytes:
         lines.append(
             f"The weights take {weights.total / 1e9:.1f} GB of main memory, more than is free: "
@@ -861,66 +884,12 @@ def expectation(plan: Plan, job: Job) -> str:
     step = plan.seconds.get("step")
     time_ = "time not known yet"
     if step is not None:
-        time_ = f"{job.num_steps} steps of about {_seconds(step)}"
+        time_ = f"{job.num_steps} steps of about {in_seconds(step)}"
     return (
         f"Plan for {job}: {plan.precision} ({exact}), {plan.attention} attention, activations "
-        f"{plan.chunking}, {plan.placement}; {time_}; peak {_size(plan.peak_bytes['sample'])} "
-        f"of {_size(plan.free_bytes)} free."
+        f"{plan.chunking}, {plan.placement}; {time_}; peak {in_bytes(plan.peak_bytes['sample'])} "
+        f"of {in_bytes(plan.free_bytes)} free."
     )
-
-
-def account(plan: Plan, step_s: float, num_steps: int, peak: int | None) -> str:
-    """What happened beside what was expected, as one line.
-
-    Args:
-        plan: what was expected.
-        step_s: median seconds of a step.
-        num_steps: that were run.
-        peak: most bytes on the device beside what others hold; None if unknown.
-
-    Returns:
-        For people.
-    """
-    line = f"Sampled {num_steps} steps of {_seconds(step_s)}"
-    if (expected := plan.seconds.get("step")) is not None:
-        line += f" (expected {_seconds(expected)})"
-    if peak is not None:
-        line += f"; peak {_size(peak)} (expected {_size(plan.peak_bytes['sample'])})"
-    return line + "."
-
-
-def learn(runtime: Runtime, machine: Machine, plan: Plan, kind: str, step_s: float) -> None:
-    """Remember how far a prediction of a step was off, to correct the next.
-
-    Args:
-        runtime: whose state folder and device.
-        machine: that the plan was made for.
-        plan: with its prediction.
-        kind: from `kind_of_work`.
-        step_s: seconds that a step took.
-    """
-    expected, stall = plan.seconds.get("step"), plan.seconds.get("stall")
-    if expected is None or stall is None or stall > 0.1 * expected or expected <= 0:
-        return  # a slow link says nothing about the device
-    old = machine.corrections.get(kind, 1.0)
-    now = step_s / expected * old
-    factor = now if kind not in machine.corrections else old + CORRECTION_WEIGHT * (now - old)
-    low, high = CORRECTION_LIMITS
-    if low <= factor <= high:
-        values = {kind: round(factor, 4)}
-        outcomes.remember(runtime.state_folder, device_key(runtime.device), "corrections", values)
-
-
-def _size(num_bytes: int) -> str:
-    return f"{num_bytes / 1e9:.1f} GB" if num_bytes >= 1e8 else f"{num_bytes / 1e6:.0f} MB"
-
-
-def _seconds(value: float) -> str:
-    if value >= 7200:
-        return f"{value / 3600:.1f} h"
-    if value >= 100:
-        return f"{value / 60:.1f} min"
-    return f"{value:.1f} s" if value >= 1 else f"{value:.2g} s"
 
 
 # --- for people ---------------------------------------------------------------------------------
@@ -940,7 +909,7 @@ def table(found: Sequence[Plan], chosen: Plan) -> list[str]:
     for plan in found:
         away = plan.streamed_bytes
         seconds = [_known(plan.seconds.get(name)) for name in ("step", "total")]
-        peaks = [_size(plan.peak_bytes.get(name, 0)) for name in ("sample", "decode")]
+        peaks = [in_bytes(plan.peak_bytes.get(name, 0)) for name in ("sample", "decode")]
         rows.append(
             [
                 "->" if plan == chosen else "" if plan.fits else "no",
@@ -957,4 +926,4 @@ def table(found: Sequence[Plan], chosen: Plan) -> list[str]:
 
 
 def _known(seconds: float | None) -> str:
-    return "?" if seconds is None else _seconds(seconds)
+    return "?" if seconds is None else in_seconds(seconds)

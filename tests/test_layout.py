@@ -237,6 +237,7 @@ def test_repository_holds_no_private_path(texts):
 FOREIGN = {
     "autoencoder_kl_causal_3d.py",
     "autoencoder_kl_hunyuan_video.py",
+    "cli_args.py",
     "comfy/ldm/hunyuan_video/model.py",
     "convert_hunyuan_video_to_diffusers.py",
     "main.py",

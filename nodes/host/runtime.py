@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ...skyreels.ladder import is_out_of_memory
 from ...skyreels.offload import (
     RESERVE_BYTES,
     missing_bytes,
@@ -80,17 +81,19 @@ class ComfyRuntime:
 
     def reclaimable_bytes(self) -> int:
         """Bytes of the compute device that loaded models take and would give back."""
-        loaded = self._mm.current_loaded_models
-        return sum(model.model_loaded_memory() for model in loaded if model.device == self.device)
+        # one whose handle is gone while its module lives cannot be asked, and cannot be unloaded
+        loaded = [each for each in self._mm.current_loaded_models if each.model is not None]
+        return sum(each.model_loaded_memory() for each in loaded if each.device == self.device)
 
     def say(self, text: str) -> None:
         """Write lines on the node."""
         show_on_node(text, self._unique_id)
 
     def make_room(self, num_bytes: int) -> None:
-        """Let ComfyUI unload other models until num_bytes are free."""
+        """Let ComfyUI unload other models until `free_bytes` are num_bytes."""
         in_use = [self._mm.LoadedModel(patcher) for patcher in self._in_use]
-        self._mm.free_memory(num_bytes, self.device, in_use)
+        # it unloads no more than it is asked for, of a large model too
+        self._mm.free_memory(num_bytes + self._mm.extra_reserved_memory(), self.device, in_use)
 
     @contextmanager
     def place(self, module: nn.Module, activation_bytes: int) -> Iterator[None]:
@@ -106,7 +109,7 @@ class ComfyRuntime:
             return
         self._in_use.append(model.patcher)
         try:
-            if not self._fits(num_bytes):
+            if not (self._fits(num_bytes) and self._load(model, activation_bytes)):
                 logger.info(
                     "%s (%.1f GB) and %.1f GB of activations do not fit the card together: it is "
                     "streamed in parts.",
@@ -115,23 +118,38 @@ class ComfyRuntime:
                     activation_bytes / 1e9,
                 )
                 self.stream(module)
-            else:
-                self._mm.load_models_gpu(
-                    [model.patcher], memory_required=activation_bytes, force_full_load=True
-                )
             yield
         finally:
             self._in_use.remove(model.patcher)
 
     def stream(self, module: nn.Module) -> None:
         """Let everything leave the device; the engine brings what it needs of the module."""
-        self._mm.unload_all_models()
+        self._mm.free_memory(UNKNOWN_BYTES, self.device)  # other devices keep what they have
 
     def _fits(self, num_bytes: int) -> bool:
         if self.device.type == "cpu":
             return True
         self.make_room(num_bytes)
         return num_bytes <= self.free_bytes()
+
+    def _load(self, model: LoadedModel, activation_bytes: int) -> bool:
+        """Load all of a model; whether that went well.
+
+        Another program may take what was free a moment ago. ComfyUI then takes off what it has
+        loaded.
+
+        Returns:
+            False if memory ran out.
+        """
+        try:
+            self._mm.load_models_gpu(
+                [model.patcher], memory_required=activation_bytes, force_full_load=True
+            )
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            return False
+        return True
 
     def pinnable_bytes(self) -> int:
         """What is left of ComfyUI's own limit; of a share of main memory where it has none."""

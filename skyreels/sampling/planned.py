@@ -20,7 +20,7 @@ from torch import Tensor
 from .. import outcomes
 from ..errors import OutOfRoomError
 from ..ladder import descending, is_out_of_memory
-from ..offload import onload_bytes
+from ..offload import onload_bytes, with_reserve
 from ..plan import (
     Choice,
     Job,
@@ -28,11 +28,9 @@ from ..plan import (
     Plan,
     Rung,
     Weights,
-    account,
     bytes_on,
     expectation,
     kind_of_work,
-    learn,
     machine_of,
     plan_run,
     rates_needed,
@@ -164,7 +162,8 @@ class PlannedRun:
             except Exception as error:
                 if not is_out_of_memory(error):
                     raise
-                reason = why_not(self.machine, self.job, self.weights)
+                choice = Choice(self.plan.attention)
+                reason = why_not(self.machine, self.job, self.weights, choice)
                 raise OutOfRoomError(
                     f"Memory ran out in a step, also with {names[-1]}: another program may have "
                     f"taken it. {reason}"
@@ -189,14 +188,26 @@ class PlannedRun:
         if not seconds:
             return
         step_s = statistics.median(seconds)
-        peak = None
-        if self.runtime.device.type == "cuda":
-            peak = torch.cuda.max_memory_allocated(self.runtime.device) - self.others
-        logger.info(account(self.plan, step_s, len(seconds), peak))
+        device, peak = self.runtime.device, None
+        if device.type == "cuda":
+            peak = torch.cuda.max_memory_allocated(device) - self.others
+        expected, stall = self.plan.seconds["step"], self.plan.seconds["stall"]
+        expected_peak = self.plan.peak_bytes["sample"]
+        what = f"Sampled {len(seconds)} steps of"
+        logger.info(outcomes.account(what, step_s, expected, peak, expected_peak))
+        if self.falls:
+            return
+        folder, key = self.runtime.state_folder, outcomes.device_key(device)
+        kind = kind_of_work(self.weights, self.plan.attention)
+        corrections = self.machine.corrections
+        if peak is not None:
+            ratio = peak / expected_peak * corrections.get(f"{kind}, peak", 1.0)
+            outcomes.learn(folder, key, f"{kind}, peak", ratio)
         is_alike &= self.job.num_guided in (0, self.job.num_steps)
-        if is_alike and not self.falls and len(seconds) >= MIN_STEPS_TO_LEARN:
-            kind = kind_of_work(self.weights, self.plan.attention)
-            learn(self.runtime, self.machine, self.plan, kind, step_s)
+        is_alike &= len(seconds) >= MIN_STEPS_TO_LEARN
+        # a slow link says nothing about the device
+        if is_alike and expected and stall is not None and stall <= 0.1 * expected:
+            outcomes.learn(folder, key, kind, step_s / expected * corrections.get(kind, 1.0))
 
 
 def _loaded_bytes(transformer: SkyReelsTransformer, device: torch.device) -> int:
@@ -230,13 +241,13 @@ def start_run(
     device = runtime.device
     weights = weights_of(transformer)
     loaded = _loaded_bytes(transformer, device)
-    runtime.make_room(weights.loop - loaded + needed["chunks"])
+    runtime.make_room(with_reserve(weights.loop + needed["chunks"]) - loaded)
     is_cuda = device.type == "cuda"
     names = rates_needed([weights.gemm])
     machine = machine_of(runtime, names, loaded_bytes=loaded, can_probe=is_cuda)
     plan = plan_run(machine, job, weights, Choice(attention), needed)
     if machine.streams and not plan.fits:
-        raise OutOfRoomError(why_not(machine, job, weights))
+        raise OutOfRoomError(why_not(machine, job, weights, Choice(attention)))
     logger.info(expectation(plan, job))
     others = 0
     if is_cuda:

@@ -273,6 +273,7 @@ def _denoise(
             ),
             runtime,
             run.plan.peak_bytes["condition"],
+            "Preparing the text for every step",
         )
         image_latents = image.padded().to(device)
         rope = rope_table(

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from ..config import MAX_TEXT_TOKENS
 from ..errors import OutOfRoomError, TextError
+from ..ladder import retried
 from ..offload import missing_bytes, on_device, weight_bytes
 from ..runtime import Runtime
 from .embeds import PromptEmbeds, warn_truncated, with_fps_prefix
@@ -84,7 +85,12 @@ def encode_prompt(
 
     runtime.check_interrupt()
     with torch.inference_mode(False), torch.no_grad():
-        states = _language_states(encoder, text, runtime)
+        states = retried(
+            partial(_language_states, encoder, text, runtime),
+            runtime,
+            weight_bytes(encoder.llm),
+            "Encoding the text",
+        )
         runtime.check_interrupt()
         pooled = _pooled_state(encoder, text, runtime)
     embeds = PromptEmbeds(states.float().cpu(), pooled.float().cpu())
@@ -176,7 +182,8 @@ def _fits(llm: Any, runtime: Runtime) -> bool:
     if not missing_bytes(llm, runtime.device):
         return True
     total = weight_bytes(llm)
-    runtime.make_room(total)
+    whole = int(1.1 * total)  # activations of 351 tokens are small beside the weights
+    runtime.make_room(whole)
     free = runtime.free_bytes()
     in_layers = sum(weight_bytes(layer) for layer in llm.layers)
     least = total - in_layers + in_layers // len(llm.layers)
@@ -185,7 +192,7 @@ def _fits(llm: Any, runtime: Runtime) -> bool:
             f"The text encoder needs {least / 1e9:.1f} GB on {runtime.device} even layer by layer, "
             f"and {free / 1e9:.1f} GB are free: close other programs, or encode on the CPU."
         )
-    return free >= total * 1.1  # activations of 351 tokens are small beside the weights
+    return free >= whole
 
 
 def _cache_key(fingerprint: str, text: str) -> str:

@@ -14,7 +14,8 @@ Tencent/HunyuanVideo hyvideo/vae/autoencoder_kl_causal_3d.py, which share it.
 
 import logging
 import math
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -33,10 +34,10 @@ from ..config import (
     VAEConfig,
 )
 from ..errors import OptionError, OutOfRoomError, ShapeError
-from ..ladder import descending
+from ..ladder import descending, is_out_of_memory, release
 from ..offload import on_device
 from ..runtime import Runtime
-from .budget import decode_bytes, decode_flop, synced_bytes, synced_flop
+from .budget import MEMORY_MARGIN, decode_bytes, decode_flop, synced_bytes, synced_flop
 from .frames import FrameSink, FrameWriter
 from .model import VideoVAE
 
@@ -117,9 +118,10 @@ def decode_frames(
     Raises:
         OptionError: unknown mode.
         ShapeError: latents of another shape.
-        OutOfRoomError: "auto" and "synced", and nothing fits.
+        OutOfRoomError: nothing fits, or memory ran out; the message names what would fit.
 
-    If memory runs out, these two decode again with less, and remember with what.
+    If memory runs out, "auto" and "synced" decode again with less, and remember with what; a mode
+    or tiles that were asked for are never replaced.
     """
     clip = _decode_on_rungs(vae, vae_latents, mode, tiling, runtime, None)
     assert clip is not None
@@ -177,10 +179,12 @@ def _decode_on_rungs(
         plan = DecodePlan("synced")
     frames, height, width = _output_size(vae_latents)
     device = outcomes.device_key(runtime.device)
-    channels = vae.config.block_out_channels
+    channels, falls = vae.config.block_out_channels, 0
     work = f"decode {frames} frames of {width}x{height} {mode}, {channels}, {dtype}"
 
     def on_fall(failed: DecodePlan, rung: DecodePlan) -> None:
+        nonlocal falls
+        falls += 1
         runtime.check_interrupt()
         runtime.progress("decode", 0, _total(rung, shape))
         free = runtime.free_bytes()
@@ -193,19 +197,119 @@ def _decode_on_rungs(
     def on_rung(rung: DecodePlan) -> nullcontext[Callable[[], Tensor | None]]:
         return nullcontext(partial(_decode_clip, vae, vae_latents, rung, runtime, sink))
 
+    rungs = [plan]
     num_bytes = plan_bytes(plan, vae.config, shape, dtype)
     with runtime.place(vae, num_bytes), on_device(vae, runtime.device), vae.folded():
-        rungs = [plan]
         if chooses:
             free = _free_beside_the_clip(vae_latents, runtime)
-            plan, _ = choose_decode(vae.config, shape, free, dtype, mode)
+            plan, num_bytes = choose_decode(vae.config, shape, free, dtype, mode)
             ladder = _ladder(mode)
             rungs = ladder[ladder.index(plan) :]
             names, folder = list(map(str, rungs)), runtime.state_folder
             rungs = rungs[outcomes.first_rung(folder, device, work, names, runtime.free_bytes()) :]
+            if rungs[0] != plan:
+                num_bytes = plan_bytes(rungs[0], vae.config, shape, dtype)
         with descending(rungs, on_rung, runtime.device, on_fall) as decode:
-            clip: Tensor | None = decode()
-            return clip
+            try:
+                begin = _begin(runtime.device)
+                clip: Tensor | None = decode()
+            except Exception as error:
+                if not is_out_of_memory(error):
+                    raise
+            else:
+                if not falls:
+                    _compare(rungs[0], num_bytes, vae, shape, runtime, begin, is_alone=sink is None)
+                return clip
+        # outside of the handler, as the error's frames hold what the decode had
+        release(runtime.device)
+        free = _free_beside_the_clip(vae_latents, runtime)
+        raise OutOfRoomError(what_fits(rungs, vae.config, shape, free, dtype))
+
+
+def _begin(device: torch.device) -> tuple[float, int]:
+    """The time, and the bytes on a GPU, before a decode."""
+    if device.type != "cuda":
+        return time.perf_counter(), 0
+    torch.cuda.synchronize(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    return time.perf_counter(), torch.cuda.memory_allocated(device)
+
+
+def _compare(
+    plan: DecodePlan,
+    num_bytes: int,
+    vae: VideoVAE,
+    latent_shape: torch.Size,
+    runtime: Runtime,
+    begin: tuple[float, int],
+    *,
+    is_alone: bool,
+) -> None:
+    """Say what a decode took beside what was expected, and remember how far that was off.
+
+    The clip is in main memory, so the device has finished. The time of a decode that was not alone
+    is no measure: what took its frames may have been slower.
+    """
+    seconds, device, peak = time.perf_counter() - begin[0], runtime.device, None
+    dtype = next(vae.parameters()).dtype
+    if device.type == "cuda":
+        peak = torch.cuda.max_memory_allocated(device) - begin[1]
+    folder, key = runtime.state_folder, outcomes.device_key(device)
+    kind, factors = kind_of_decode(plan, dtype), outcomes.corrections(folder, key)
+    rate = outcomes.recall(folder, key, "rates").get("convolution")
+    predicted_s = None
+    if isinstance(rate, int | float) and rate > 0:
+        predicted_s = plan_flop(plan, vae.config, latent_shape) / rate
+    predicted = num_bytes / MEMORY_MARGIN
+    expected_s = None if predicted_s is None else predicted_s * factors.get(kind, 1.0)
+    expected = int(predicted * factors.get(f"{kind}, peak", 1.0))
+    frames = (latent_shape[2] - 1) * TEMPORAL_COMPRESSION + 1
+    what = f"Decoded {frames} frames with {plan} in"
+    logger.info(outcomes.account(what, seconds, expected_s, peak, expected))
+    if predicted_s is not None and is_alone:
+        outcomes.learn(folder, key, kind, seconds / predicted_s)
+    if peak is not None:
+        outcomes.learn(folder, key, f"{kind}, peak", peak / predicted)
+
+
+def kind_of_decode(plan: DecodePlan, dtype: torch.dtype) -> str:
+    """Name of what is corrected together, see `outcomes.learn`."""
+    return f"decode {plan}, {str(dtype).removeprefix('torch.')}"
+
+
+def what_fits(
+    tried: Sequence[DecodePlan],
+    config: VAEConfig,
+    shape: torch.Size,
+    free: int,
+    dtype: torch.dtype,
+) -> str:
+    """Why a decode ended, and the best that would fit, in two sentences.
+
+    Args:
+        tried: what ran out of memory, the last one last.
+        config: of the VAE.
+        shape: [1, 16, T, h, w] of the latents.
+        free: bytes that a decoder may take beside its weights.
+        dtype: the decoder's compute dtype.
+
+    Returns:
+        For people.
+    """
+    failed = tried[-1]
+    needed = plan_bytes(failed, config, shape, dtype)
+    sizes = [(plan_bytes(plan, config, shape, dtype), plan) for plan in LADDER if plan not in tried]
+    fitting = [(size, plan) for size, plan in sizes if size < needed and size <= free]
+    advice = "close other programs that use it, or use fewer frames or a smaller size"
+    if fitting:
+        size, plan = fitting[0]
+        names = [name for name, tiling in TILINGS.items() if tiling == plan.tiling]
+        name = plan.mode if plan.tiling is None else (*names, "auto")[0]
+        advice = f"choose {name}, as {plan} needs {size / 1e9:.2f} GB, or {advice}"
+    return (
+        f"Memory ran out in a decode with {failed}: it needs about {needed / 1e9:.2f} GB beside "
+        f"the weights, and {max(0, free) / 1e9:.2f} GB of the device are free. To go on, {advice}."
+    )
 
 
 def _decode_clip(

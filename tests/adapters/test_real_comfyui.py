@@ -689,6 +689,138 @@ def test_killed_in_mid_task_and_queued_again_it_goes_on(server):
     assert same == [task], "one Run"
 
 
+# --- its memory manager -------------------------------------------------------------------------
+
+#: options that both versions have, and for the CPU; the current one has two more
+SPARING = ("--reserve-vram", "1", "--cache-none", "--disable-smart-memory")
+SPARING_NOW = ("--disable-dynamic-vram", "--disable-pinned-memory")
+
+
+def test_with_sparing_options_a_clip_is_made_and_nothing_stays(checkout, tmp_path):
+    """The built-in model, from text to video."""
+    (tmp_path / "custom_nodes").mkdir()
+    (tmp_path / "custom_nodes" / PACK).symlink_to(ROOT)
+    (tmp_path / "custom_nodes" / "test_nodes.py").symlink_to(SUPPORT / "comfy_test_nodes.py")
+    (tmp_path / "input").mkdir()
+    flags = [*SPARING, *(SPARING_NOW if has_dynamic_memory(checkout) else ())]
+    with WiroServer() as wiro:
+        server = Server(checkout, tmp_path, wiro, *flags)
+        try:
+            server.wait_until_ready()
+            result = server.result(server.queue(small_prompt("quick_start")))
+            assert result["status"]["status_str"] == "success", result["status"]
+            assert len(saved_videos(server, result)) == 1
+            picture = {"width": 16, "height": 16, "batch_size": 1, "color": 0}
+            census = {
+                "1": {"class_type": "EmptyImage", "inputs": picture},
+                "2": {"class_type": "TestLiveModels", "inputs": {"after": ["1", 0]}},
+            }
+            counted = server.result(server.queue(census))
+            assert counted["outputs"]["2"]["text"] == ["0"]
+        finally:
+            server.stop()
+
+
+def has_dynamic_memory(checkout: Checkout) -> bool:
+    return "--disable-dynamic-vram" in (checkout.folder / "comfy" / "cli_args.py").read_text()
+
+
+GIB = 2**30
+FLAGS = ("", "--lowvram", "--reserve-vram 1", "--disable-smart-memory", "--cache-none", "--novram")
+
+
+@pytest.fixture(scope="module")
+def managed(checkout, tmp_path_factory) -> dict[str, dict]:
+    """What comfy_memory.py found on its made-up card, with each set of options."""
+    folder = tmp_path_factory.mktemp("managed")
+    flags = [*FLAGS, *(SPARING_NOW if has_dynamic_memory(checkout) else ())]
+    command = [checkout.python(), SUPPORT / "comfy_memory.py", checkout.folder, ROOT, folder]
+    run = subprocess.run([*map(str, command), *flags], capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr[-4000:]
+    found = json.loads(run.stdout.splitlines()[-1])
+    assert found["--lowvram"]["state"] == "LOW_VRAM"
+    assert found["--reserve-vram 1"]["reserved"] == GIB
+    assert not found["--disable-smart-memory"]["smart"]
+    return found
+
+
+@pytest.fixture(params=[*FLAGS, *SPARING_NOW])
+def memory(managed, request) -> dict:
+    if request.param not in managed:
+        pytest.skip("this version of ComfyUI has no such option")
+    return managed[request.param]
+
+
+def test_what_is_reserved_for_others_is_not_free(memory):
+    assert memory["free"] == 12 * GIB - memory["reserved"]
+
+
+def test_a_model_that_has_room_once_others_leave_is_not_streamed(memory):
+    found = memory["room"]
+    whole = 0 if memory["state"] == "NO_VRAM" else 8 * GIB  # told to keep none on the card
+    assert (found["resident"], found["again"]) == (whole, whole)
+    assert found["room"] >= 2.5 * GIB  # activations, and a reserve; what is reserved is apart
+
+
+def test_our_model_gives_way_and_comes_back(memory):
+    if memory["state"] == "NO_VRAM":
+        pytest.skip("no model stays on the card")
+    assert memory["room"]["given"] >= 7 * GIB
+    assert memory["room"]["other"] >= 5 * GIB
+    assert memory["dynamic"]["before"] == 8 * GIB
+    assert memory["dynamic"]["after"] <= GIB
+    assert memory["asked"]["free"] >= 10 * GIB
+
+
+def test_for_a_model_that_is_streamed_all_others_leave(memory):
+    assert memory["streamed"] == {"used": 0, "free": 8 * GIB - memory["reserved"]}
+
+
+@pytest.mark.parametrize("size", ["small", "large"])
+def test_text_encoder_and_vae_stay_beside_a_run_only_if_there_is_room(memory, size):
+    found = memory[size]
+    assert found["room"] >= 3.5 * GIB
+    if memory["state"] == "NO_VRAM":
+        assert found["sampling"] == found["beside"] == 0
+        return
+    assert found["sampling"] == 8 * GIB
+    assert found["decoding"] == GIB
+    if size == "small":
+        assert found["beside"] <= GIB / 2
+    else:
+        assert found["beside"] == (5 * GIB if memory["smart"] else 0)
+
+
+def test_ten_runs_in_turns_with_another_model_leave_the_card_as_it_was(memory):
+    used = memory["ten"]["used"]
+    assert max(used[2:]) <= 1.01 * max(used[:2])
+    assert memory["ten"]["after"] == 0
+
+
+def test_memory_that_another_program_takes_while_a_model_loads_does_not_end_the_run(memory):
+    assert memory["shrinks"]["inside"] == 0
+    assert memory["shrinks"]["again"] == (0 if memory["state"] == "NO_VRAM" else 8 * GIB)
+
+
+def test_models_whose_outputs_are_dropped_leave_the_card(memory):
+    found = memory["let go"]
+    assert found["reclaimable"] == 0  # a module whose handle is gone cannot be unloaded
+    assert (found["used"], found["listed"]) == (0, 0)
+
+
+def test_what_we_page_lock_counts_against_comfyuis_limit(managed, checkout):
+    for flags, found in managed.items():
+        pins = found["pins"]
+        if flags == "--disable-pinned-memory":
+            assert pins["before"] == 0
+            assert "--disable-pinned-memory" in pins["refused"]
+            continue
+        assert (pins["taken"], pins["locked"]) == (16 * 4096, 16 * 4096)
+        assert pins["after"] == pins["before"]
+        if has_dynamic_memory(checkout):
+            assert pins["counted"] == 16 * 4096
+
+
 # --- inside the process -------------------------------------------------------------------------
 
 

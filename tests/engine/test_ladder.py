@@ -5,13 +5,22 @@ import logging
 import math
 import weakref
 from contextlib import contextmanager
+from dataclasses import replace
 
 import pytest
 import torch
-from comfyui_skyreels.skyreels import ladder
-from comfyui_skyreels.skyreels.config import VAEConfig
+from comfyui_skyreels.skyreels import ladder, outcomes
+from comfyui_skyreels.skyreels.config import TILINGS, VAEConfig
 from comfyui_skyreels.skyreels.errors import OutOfRoomError
 from comfyui_skyreels.skyreels.image import encode_image
+from comfyui_skyreels.skyreels.plan import (
+    Choice,
+    Job,
+    machine_of,
+    plan_run,
+    vae_bytes,
+    weights_as,
+)
 from comfyui_skyreels.skyreels.runtime import TorchRuntime
 from comfyui_skyreels.skyreels.vae import frames, tiling
 from comfyui_skyreels.skyreels.vae.model import VideoVAE
@@ -22,8 +31,10 @@ from comfyui_skyreels.skyreels.vae.tiling import (
     decode_frames,
     decode_into,
     plan_bytes,
+    plan_flop,
 )
 from support import tiny
+from support.cards import card
 
 FULL = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
 SMALL = VAEConfig(block_out_channels=(4, 4, 8, 8), layers_per_block=1, norm_num_groups=2)
@@ -95,14 +106,33 @@ def test_a_decode_that_runs_out_of_memory_is_repeated_in_smaller_pieces(
 
 def test_a_mode_that_was_asked_for_is_not_replaced_by_another(vae, latents, monkeypatch):
     made = out_of_memory_above(monkeypatch, vae, 5)
-    with pytest.raises(torch.OutOfMemoryError):
+    with pytest.raises(OutOfRoomError) as caught:
         decode_frames(vae, latents, "full", runtime=TorchRuntime())
     assert made == [9]
+    text = str(caught.value)
+    needed = plan_bytes(DecodePlan("full"), SMALL, latents.shape, torch.float32)
+    assert f"with full: it needs about {needed / 1e9:.2f} GB" in text
+    assert "GB of the device are free" in text
+    assert "choose synced, as synced needs" in text
+
+
+@pytest.mark.parametrize(
+    ("plan", "free", "advice"),
+    [
+        (DecodePlan("full"), 10**10, "choose synced, as synced needs"),
+        (DecodePlan("full"), 1000, "To go on, close other programs"),
+        (DecodePlan("synced", strips=8), 10**10, "To go on, choose"),
+        (DecodePlan("tiled", TILINGS["tiled-diffusers"]), 10**10, "choose auto, as tiles of 128"),
+    ],
+)
+def test_the_error_of_a_decode_names_a_mode_that_takes_less_and_fits(plan, free, advice):
+    shape = torch.Size((1, 16, 25, 68, 120))
+    assert advice in tiling.what_fits([plan], VAEConfig(), shape, free, torch.bfloat16)
 
 
 def test_a_decode_that_never_fits_ends(vae, latents, monkeypatch):
     made = out_of_memory_above(monkeypatch, vae, 0)
-    with pytest.raises(torch.OutOfMemoryError):
+    with pytest.raises(OutOfRoomError, match="tiles of 128 px.*To go on, close other programs"):
         decode_frames(vae, latents, "auto", runtime=TorchRuntime())
     assert len(made) == len(LADDER)
 
@@ -178,7 +208,7 @@ def test_a_synced_decode_in_parts_hands_on_what_was_not_handed_on_before(vae, la
 
 def test_a_synced_decode_is_never_replaced_by_tiles(vae, latents, monkeypatch):
     made = out_of_memory_above(monkeypatch, vae, 5)
-    with pytest.raises(torch.OutOfMemoryError):
+    with pytest.raises(OutOfRoomError, match="with synced in 8 strips: it needs"):
         decode_frames(vae, latents, "synced", runtime=TorchRuntime())
     assert made == [9] * len(STRIPS)
 
@@ -254,3 +284,61 @@ def test_a_picture_whose_encoding_runs_out_of_memory_is_encoded_again(vae, monke
     assert torch.equal(got.image_latents, expected.image_latents)
     assert torch.equal(*calls)
     assert len(asked) == 2  # as it began, and before it was repeated
+
+
+@pytest.mark.parametrize("times", [1, 2])
+def test_what_has_no_rung_is_tried_twice_and_then_told_with_numbers(times):
+    calls, asked = [], []
+
+    def work():
+        calls.append(1)
+        if len(calls) <= times:
+            raise FULL
+        return "done"
+
+    runtime = TorchRuntime()
+    runtime.make_room = asked.append
+    if times == 1:
+        assert ladder.retried(work, runtime, 3 * 10**9, "Encoding the text") == "done"
+        assert asked == [3 * 10**9]
+        return
+    with pytest.raises(OutOfRoomError, match=r"Encoding the text needs about 3\.0 GB .* are free"):
+        ladder.retried(work, runtime, 3 * 10**9, "Encoding the text")
+    assert len(calls) == 2
+
+
+def test_a_decode_teaches_the_next_prediction_of_its_kind(vae, latents, tmp_path, caplog):
+    runtime = TorchRuntime(state_folder=tmp_path)
+    key, plan = outcomes.device_key(runtime.device), DecodePlan("full")
+    kind = tiling.kind_of_decode(plan, torch.float32)
+    caplog.set_level(logging.INFO)
+    decode_frames(vae, latents, "full", runtime=runtime)
+    assert "expected" not in caplog.text  # its rate is not known
+    assert not (tmp_path / "plan.json").exists()
+    outcomes.remember(tmp_path, key, "rates", {"convolution": 1e9})
+    moments = iter([0.0, 2.0 * plan_flop(plan, SMALL, latents.shape) / 1e9])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tiling.time, "perf_counter", lambda: next(moments))
+        decode_frames(vae, latents, "full", runtime=runtime)
+    assert "Decoded 33 frames with full in" in caplog.text
+    assert outcomes.corrections(tmp_path, key) == {kind: pytest.approx(2.0, rel=1e-3)}
+    job = Job(24, 32, 33, vae=SMALL, vae_dtype=torch.float32)
+    machine = machine_of(runtime, can_probe=False)
+    planned = plan_run(machine, job, weights_as(job.config, "bf16", "auto"), Choice(decode="full"))
+    raw = plan_flop(plan, SMALL, latents.shape) / 1e9
+    assert planned.seconds["decode"] == pytest.approx(2 * raw, rel=1e-3)
+
+
+def test_a_peak_that_was_measured_is_expected_next_time():
+    job, weights = Job(), weights_as(Job().config, "bf16", "auto")
+    machine = card("RTX 4090", 24)
+    plain = plan_run(machine, job, weights)
+    decode = f"decode {plain.decode}, bfloat16, peak"
+    sampling = "GEMM bf16, attention exact, peak"
+    machine = replace(machine, corrections={decode: 1.2, sampling: 1.1})
+    plan = plan_run(machine, job, weights)
+    vae = vae_bytes(job.vae, job.vae_dtype)
+    assert plan.peak_bytes["decode"] - vae == pytest.approx(
+        1.2 * (plain.peak_bytes["decode"] - vae), rel=1e-6
+    )
+    assert plan.peak_bytes["sample"] == pytest.approx(1.1 * plain.peak_bytes["sample"], rel=1e-6)

@@ -1,11 +1,14 @@
 """Weights are on a device only while they are used; their memory in whole pages."""
 
+import os
+import sys
 from mmap import PAGESIZE
 
 import pytest
 import torch
 from comfyui_skyreels.skyreels import offload, runtime
 from comfyui_skyreels.skyreels.runtime import TorchRuntime
+from support.forked import forks
 
 GB = 1_000_000_000
 
@@ -134,3 +137,50 @@ def test_an_error_that_was_handled_is_not_reported_by_the_next_kernel(driver):
     with pytest.raises(RuntimeError, match=r"out of memory \(2\)"):
         offload.page_lock(torch.empty(4096, dtype=torch.uint8))
     assert driver.launched == 1  # it took the error with it
+
+
+#: what a system with 8 MB of page-lockable memory does; the driver's call is the system's own
+LITTLE = """
+import ctypes, os, resource
+import torch
+from comfyui_skyreels.skyreels import runtime
+from types import SimpleNamespace
+
+libc = ctypes.CDLL(None, use_errno=True)
+register = lambda address, size, flags: libc.mlock(ctypes.c_void_p(address), ctypes.c_size_t(size))
+unregister = lambda address: 0
+torch.cuda.cudart = lambda: SimpleNamespace(
+    cudaHostRegister=register, cudaHostUnregister=unregister
+)
+def check_error(code):
+    if code:
+        raise RuntimeError("CUDA error: out of memory")
+def no_kernel(*shape, device):
+    raise RuntimeError("CUDA error: out of memory")
+torch.cuda.check_error = check_error
+runtime._host_bytes = lambda line, attribute: 2**36
+gpu = runtime.TorchRuntime()
+gpu.device = torch.device("cuda:0")
+pieces = [torch.zeros(2**20, dtype=torch.uint8) for _ in range(12)]
+resource.setrlimit(resource.RLIMIT_MEMLOCK, (8_000_000, 8_000_000))
+if os.getuid() == 0:
+    os.setuid(65534)  # the limit is not for root
+torch.zeros = no_kernel
+refused = 0
+for piece in pieces:
+    try:
+        gpu.pin(piece)
+    except RuntimeError as error:
+        assert "out of memory" in str(error)
+        refused += 1
+print(gpu.pinned_bytes, refused)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the limit is Linux's")
+def test_with_8_mb_that_may_be_page_locked_no_more_is_and_the_rest_is_refused():
+    run = forks("torch").run(["-c", LITTLE], {**os.environ})
+    assert run.returncode == 0, run.stderr
+    pinned, refused = map(int, run.stdout.split())
+    assert 0 < pinned <= 8_000_000
+    assert pinned + refused * 2**20 == 12 * 2**20

@@ -16,7 +16,7 @@ from comfyui_skyreels.skyreels.config import (
     VAEConfig,
 )
 from comfyui_skyreels.skyreels.errors import OutOfRoomError
-from comfyui_skyreels.skyreels.outcomes import device_key, remember
+from comfyui_skyreels.skyreels.outcomes import corrections, device_key, learn, remember
 from comfyui_skyreels.skyreels.plan import (
     Choice,
     Job,
@@ -25,7 +25,6 @@ from comfyui_skyreels.skyreels.plan import (
     bytes_on,
     expectation,
     kind_of_work,
-    learn,
     machine_of,
     plan_run,
     plans,
@@ -402,6 +401,55 @@ def test_a_machine_that_cannot_stream_needs_room_for_everything():
     assert (plan.streamed_bytes, plan.fits) == (0, False)
 
 
+def test_what_was_asked_for_is_kept_and_what_could_be_chosen_instead_is_named():
+    machine, weights = card("RTX 4090", 16), weights_as(CONFIG, "bf16", "auto")
+    choice = Choice(decode="full")
+    plan = plan_run(machine, JOB, weights, choice)
+    assert (plan.decode, plan.fits) == ("full", False)
+    text = why_not(machine, JOB, weights, choice)
+    assert f"To decode {JOB} takes at least {plan.peak_bytes['decode'] / 1e9:.1f} GB" in text
+    assert "decode auto" in text
+    resident = Choice(is_resident=True)
+    assert not plan_run(machine, JOB, weights, resident).fits
+    assert "weights that are streamed" in why_not(machine, JOB, weights, resident)
+
+
+def test_fast_attention_that_does_not_fit_is_told_that_exact_does():
+    weights, fast = weights_as(CONFIG, "bf16", "auto"), Choice("fast")
+    needed = [smallest(JOB, weights, card("RTX 4090", 8), each).peak for each in (Choice(), fast)]
+    machine = replace(card("RTX 4090", 8), free_bytes=int(sum(needed) / 2) + 512 * 2**20)
+    assert plan_run(machine, JOB, weights).fits
+    assert not plan_run(machine, JOB, weights, fast).fits
+    assert "exact attention" in why_not(machine, JOB, weights, fast)
+
+
+def test_a_host_that_reserves_more_than_is_free_leaves_nothing():
+    runtime = TorchRuntime()
+    runtime.free_bytes = lambda: -(2 * 10**9)
+    machine = machine_of(runtime, can_probe=False)
+    assert machine.free_bytes == 0
+    text = why_not(machine, JOB, weights_as(CONFIG, "bf16", "auto"))
+    assert "and 0.0 GB of" in text
+    assert machine_of(runtime, loaded_bytes=3 * 10**9, can_probe=False).free_bytes == 10**9
+
+
+def test_main_memory_that_is_short_for_the_weights_is_told_before_the_run(monkeypatch):
+    monkeypatch.setattr(planning, "free_host_bytes", lambda: 8 * 10**9)
+    monkeypatch.setattr(planning, "rates", lambda runtime, names: {})
+    text = planning.preflight(TorchRuntime(), JOB, "bf16").text
+    assert "The weights take 25.6 GB of main memory, more than is free" in text
+
+
+def test_what_another_gpu_taught_is_not_used(tmp_path, monkeypatch):
+    runtime = TorchRuntime(state_folder=tmp_path)
+    key = device_key(runtime.device)
+    learn(tmp_path, key, "GEMM bf16, attention exact", 2.0)
+    remember(tmp_path, key, "rates", {"memory": 5e12})
+    assert machine_of(runtime, can_probe=False).corrections
+    monkeypatch.setattr(planning, "device_key", lambda device: key + ", after an update")
+    assert machine_of(runtime, can_probe=False).corrections == {}
+
+
 # --- rungs --------------------------------------------------------------------------------------
 
 
@@ -462,16 +510,15 @@ def test_what_a_run_took_corrects_the_next_prediction(tmp_path):
         machine = replace(machine, free_bytes=10**12, streams=True)
         plan = plan_run(machine, JOB, weights)
         truth = truth or 1.4 * plan.seconds["step"]
-        learn(runtime, machine, plan, kind, truth)
+        ratio = truth / plan.seconds["step"] * machine.corrections.get(kind, 1.0)
+        learn(tmp_path, key, kind, ratio)
     assert plan.seconds["step"] == pytest.approx(truth, rel=0.01)
 
 
 @pytest.mark.parametrize("factor", [0.01, 100.0])
 def test_a_run_that_was_disturbed_teaches_nothing(tmp_path, factor):
-    runtime = TorchRuntime(state_folder=tmp_path)
-    machine, weights = card("H100", 80), weights_as(CONFIG, "bf16", "auto")
-    plan = plan_run(machine, JOB, weights)
-    learn(runtime, machine, plan, kind_of_work(weights, "exact"), factor * plan.seconds["step"])
+    learn(tmp_path, "card", "GEMM bf16, attention exact", factor)
+    assert corrections(tmp_path, "card") == {}
     assert not (tmp_path / "plan.json").exists()
 
 

@@ -73,6 +73,12 @@ class Host:
         path.mkdir(parents=True, exist_ok=True)
         return path
 
+    def free_memory(self, num_bytes: int, device: torch.device, keep_loaded: Any = ()) -> None:
+        """Models leave only for more than any device has; what was asked for is noted."""
+        self.asked.append((num_bytes, list(keep_loaded)))
+        if num_bytes >= 2**50:
+            self.loaded[:] = [model for model in self.loaded if model in keep_loaded]
+
     def check(self) -> None:
         self.checks += 1
         if self.is_cancelled:  # the first asker clears the flag
@@ -182,9 +188,7 @@ def stand_ins(host: Host) -> dict[str, ModuleType]:
     management.get_torch_device = management.unet_offload_device = lambda: cpu
     management.get_free_memory = lambda device: host.free_bytes
     management.LoadedModel = lambda patcher: patcher
-    management.free_memory = lambda num_bytes, device, keep_loaded=(): host.asked.append(
-        (num_bytes, list(keep_loaded))
-    )
+    management.free_memory = host.free_memory
     management.extra_reserved_memory = lambda: host.reserved_bytes
 
     def load_models_gpu(models: list[Any], **options: Any) -> None:
@@ -193,7 +197,6 @@ def stand_ins(host: Host) -> dict[str, ModuleType]:
 
     management.load_models_gpu = load_models_gpu
     management.current_loaded_models = host.others
-    management.unload_all_models = host.loaded.clear
 
     bar = type("ProgressBar", (ProgressBar,), {"host": host})
     modules["comfy.utils"].ProgressBar = bar  # type: ignore[attr-defined]

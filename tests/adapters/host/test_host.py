@@ -273,3 +273,36 @@ def test_an_unreadable_model_folder_does_not_take_the_node_away(comfy, monkeypat
     monkeypatch.setattr(os, "scandir", refuse)
     assert host.model_folders(("diffusers",), "config.json") == {}
     assert "Permission denied" in caplog.text
+
+
+def test_room_is_made_for_what_is_reserved_too_or_a_model_that_fits_would_be_streamed(
+    comfy, on_gpu, model
+):
+    comfy.reserved_bytes = GIB
+    on_gpu.make_room(5 * GIB)
+    assert comfy.asked[-1] == (6 * GIB, [])
+
+
+def test_a_load_that_runs_out_of_memory_is_streamed_instead(comfy, on_gpu, model, monkeypatch):
+    def fail(models, **options):
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr(on_gpu._mm, "load_models_gpu", fail)
+    comfy.loaded.append("somebody else's")
+    with on_gpu.place(model.module, GIB):
+        assert comfy.loaded == []
+
+
+def test_any_other_error_of_a_load_is_raised(comfy, on_gpu, model, monkeypatch):
+    def fail(models, **options):
+        raise RuntimeError("CUDA error: misaligned address")
+
+    monkeypatch.setattr(on_gpu._mm, "load_models_gpu", fail)
+    with pytest.raises(RuntimeError, match="misaligned"), on_gpu.place(model.module, GIB):
+        pass
+
+
+def test_a_loaded_model_whose_handle_is_gone_gives_nothing_back(comfy):
+    runtime = host.ComfyRuntime()
+    comfy.others.append(SimpleNamespace(device=runtime.device, model=None))
+    assert runtime.reclaimable_bytes() == 0

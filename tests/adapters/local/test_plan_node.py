@@ -1,5 +1,6 @@
 """SkyReels Plan: the table on the node, from a header alone."""
 
+from functools import partial
 from types import SimpleNamespace
 
 import comfyui_skyreels
@@ -37,9 +38,11 @@ def test_the_text_is_on_the_node_and_in_its_output(comfy):
 
 def test_memory_of_models_that_would_be_unloaded_counts_as_free(comfy):
     comfy.free_bytes = 10**9
-    cpu = torch.device("cpu")
-    comfy.others.append(SimpleNamespace(device=cpu, model_loaded_memory=lambda: 3 * 10**9))
-    comfy.others.append(SimpleNamespace(device="cuda:1", model_loaded_memory=lambda: 9 * 10**9))
+    for device, gigabytes in ((torch.device("cpu"), 3), ("cuda:1", 9)):
+        loaded = SimpleNamespace(
+            device=device, model="a patcher", model_loaded_memory=partial(int, gigabytes * 10**9)
+        )
+        comfy.others.append(loaded)
     assert "of 4.0 GB free" in plan()["result"][0]
 
 
