@@ -177,4 +177,4 @@ TILINGS: dict[str, Tiling] = {
     "tiled-diffusers": Tiling(tile_sample_min_num_frames=16, tile_sample_stride_num_frames=12),
 }
 #: how a clip is decoded; new ones go to the end, as nodes list them in this order
-DECODE_MODES = ("auto", "full", *TILINGS, "synced")
+DECODE_MODES = ("auto", "full", *TILINGS, "synced", "exact")

@@ -26,7 +26,7 @@ from .kernels.dispatch import DeviceInfo, describe
 from .latents import latent_shape, nearest_frames
 from .offload import module_tensors, reserve_bytes, weight_bytes, with_reserve
 from .outcomes import device_key, in_bytes, in_seconds
-from .runtime import Runtime, free_host_bytes
+from .runtime import FREE_HOST_BYTES, Runtime, free_host_bytes
 from .streaming import SLOTS, choose_resident, least_bytes, simulate
 from .transformer.attention import FAST_BYTES
 from .transformer.model import SkyReelsTransformer
@@ -41,6 +41,7 @@ from .transformer.rates import known_rates, rates
 from .vae.budget import MEMORY_MARGIN
 from .vae.model import VideoVAE
 from .vae.tiling import (
+    CHOOSING_MODES,
     DecodePlan,
     choose_decode,
     kind_of_decode,
@@ -518,9 +519,11 @@ def _plan_decode(machine: Machine, job: Job, mode: str) -> tuple[str, int, float
     vae = vae_bytes(job.vae, dtype)
     free = machine.free_bytes - vae  # `plan_bytes` has a margin of its own
     decode, fits = DecodePlan(mode, TILINGS.get(mode)), True
-    if mode in ("auto", "synced"):
+    if mode in CHOOSING_MODES:
         try:
-            decode, _ = choose_decode(job.vae, shape, free, dtype, mode)
+            decode, _ = choose_decode(
+                job.vae, shape, free, dtype, mode, host_bytes=_host_bytes(machine)
+            )
         except OutOfRoomError:
             decode, fits = last_rung(mode), False
     needed = plan_bytes(decode, job.vae, shape, dtype)
@@ -532,6 +535,13 @@ def _plan_decode(machine: Machine, job: Job, mode: str) -> tuple[str, int, float
         seconds = factor * plan_flop(decode, job.vae, shape) / rate
     taken = int(machine.corrections.get(f"{kind}, peak", 1.0) * needed / MEMORY_MARGIN)
     return str(decode), vae + taken, seconds, fits and max(needed, taken) <= free
+
+
+def _host_bytes(machine: Machine) -> int | None:
+    """Main memory for a clip between layers; None where the device's is the same."""
+    if machine.info.type in ("cpu", "mps"):
+        return None
+    return machine.ram_bytes - FREE_HOST_BYTES
 
 
 def vae_dtype(device: torch.device) -> torch.dtype:

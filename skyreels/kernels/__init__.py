@@ -170,9 +170,21 @@ def residual_add_(x: Tensor, branch: Tensor, bias: Tensor) -> None:
     _call["residual_add_"](x, branch, bias)
 
 
+def residual_add_moments_(x: Tensor, branch: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+    """`residual_add_`, and `channel_moments` of the sum without reading it again."""
+    mean, variance = _call["residual_add_moments_"](x, branch, bias)
+    return mean, variance
+
+
 def interleave_(x: Tensor, bias: Tensor, out: Tensor) -> None:
     """An enlarged clip from all copies of its pixels, into `out`; see `reference.interleave_`."""
     _call["interleave_"](x, bias, out)
+
+
+def interleave_moments_(x: Tensor, bias: Tensor, out: Tensor) -> tuple[Tensor, Tensor]:
+    """`interleave_`, and `channel_moments` of `out` without reading it again."""
+    mean, variance = _call["interleave_moments_"](x, bias, out)
+    return mean, variance
 
 
 def rescale_(

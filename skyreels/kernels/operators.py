@@ -59,7 +59,7 @@ class Operator(NamedTuple):
             number of tokens, strided views.
         limits: why the kernel does not take these arguments; empty if it does.
         formats: 8-bit dtypes of the result; these operators take (dtype, hadamard_block) last.
-        writes: place of the argument that is written to; None where results are returned.
+        writes: place of the argument that is written to; None where all results are returned.
         is_tokenwise: tokens do not depend on each other, so that plain torch may go by pieces.
         module: in `triton/`, that has the kernel.
     """
@@ -145,6 +145,10 @@ def _padding_samples(draw: Draw) -> list[Args]:
         (x, scale, shift, out[:, :, 2:], 0),
         (x, None, None, out[:, :, :4], 1),
     ]
+
+
+def _adding_samples(draw: Draw) -> list[Args]:
+    return [(*(_clip(draw(2, 8, 4, 5, 7))[:, :, 1:] for _ in range(2)), draw(8))]
 
 
 def _interleaving_samples(draw: Draw) -> list[Args]:
@@ -244,7 +248,16 @@ OPERATORS = {
     "residual_add_": Operator(
         "(Tensor(a!) x, Tensor branch, Tensor bias) -> ()",
         reference.residual_add_,
-        lambda draw: [(*(_clip(draw(2, 8, 4, 5, 7))[:, :, 1:] for _ in range(2)), draw(8))],
+        _adding_samples,
+        _clip_limits,
+        writes=0,
+        is_tokenwise=False,
+        module="video",
+    ),
+    "residual_add_moments_": Operator(
+        "(Tensor(a!) x, Tensor branch, Tensor bias) -> (Tensor, Tensor)",
+        reference.residual_add_moments_,
+        _adding_samples,
         _clip_limits,
         writes=0,
         is_tokenwise=False,
@@ -253,6 +266,15 @@ OPERATORS = {
     "interleave_": Operator(
         "(Tensor x, Tensor bias, Tensor(a!) out) -> ()",
         reference.interleave_,
+        _interleaving_samples,
+        partial(_clip_limits, place=2),
+        writes=2,
+        is_tokenwise=False,
+        module="video",
+    ),
+    "interleave_moments_": Operator(
+        "(Tensor x, Tensor bias, Tensor(a!) out) -> (Tensor, Tensor)",
+        reference.interleave_moments_,
         _interleaving_samples,
         partial(_clip_limits, place=2),
         writes=2,
@@ -301,7 +323,8 @@ def _define(name: str, row: Operator) -> Callable[..., Any]:
     _library.impl(name, plain, "CompositeExplicitAutograd")
     _library.impl(name, dispatcher(name, plain), "CUDA")
     if row.writes is not None:
-        _library.impl(name, lambda *_: None, "Meta")
+        shapes = (lambda *_: None) if row.schema.endswith("()") else partial(_moment_shapes, row)
+        _library.impl(name, shapes, "Meta")
     operator = getattr(getattr(torch.ops, NAMESPACE), name).default
 
     def call(*args: Any) -> Any:
@@ -310,6 +333,13 @@ def _define(name: str, row: Operator) -> Callable[..., Any]:
         return operator(*args)
 
     return call
+
+
+def _moment_shapes(row: Operator, *args: Any) -> tuple[Tensor, Tensor]:
+    """Of the moments of what an operator writes."""
+    assert row.writes is not None
+    like = args[row.writes].new_empty(args[row.writes].shape[:2], dtype=torch.float64)
+    return like, torch.empty_like(like)
 
 
 def dispatcher(name: str, plain: Callable[..., Any]) -> Callable[..., Any]:
@@ -492,9 +522,9 @@ def _outputs(
     """Results of a call on copies of the arguments, which keep their strides."""
     args = tuple(_copy(a, device) if isinstance(a, Tensor) else a for a in args)
     returned = function(*args)
-    if row.writes is not None:
-        returned = args[row.writes]
-    outputs = [returned] if isinstance(returned, Tensor) else list(returned)
+    outputs = [] if row.writes is None else [args[row.writes]]
+    if returned is not None:
+        outputs += [returned] if isinstance(returned, Tensor) else list(returned)
     if row.formats != (None,):
         scale = outputs.pop()
         outputs[-1] = outputs[-1].float() * scale

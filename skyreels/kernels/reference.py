@@ -5,6 +5,7 @@ to the dtype of the activations. Functions work in place only where the name end
 """
 
 import math
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -193,18 +194,29 @@ def channel_moments(x: Tensor) -> tuple[Tensor, Tensor]:
     Returns:
         Twice [B, C]: float64, or float32 on devices that have no float64 (MPS, Arc).
     """
-    dtype = torch.float64 if x.device.type in ("cpu", "cuda", "meta") else torch.float32
-    means, variances = [], []
-    for frame in x.unbind(2):  # a wide copy of a clip would take gigabytes
-        wide = frame.to(torch.promote_types(x.dtype, torch.float32))
-        pivot = wide.mean((2, 3), keepdim=True)
-        centred = wide - pivot
-        offset = centred.mean((2, 3)).to(dtype)  # what the rounding of the pivot left
-        means.append(pivot[..., 0, 0].to(dtype) + offset)
-        variances.append(centred.square_().mean((2, 3)).to(dtype) - offset.square())
-    by_frame = torch.stack(means)
-    mean = by_frame.mean(0)
-    return mean, torch.stack(variances).mean(0) + (by_frame - mean).square_().mean(0)
+    return _merged(
+        [_frame_moments(frame) for frame in x.unbind(2)]
+    )  # frames: wide copies are large
+
+
+def _frame_moments(frame: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and variance of each channel of [B, C, H, W], twice [B, C]; see `channel_moments`."""
+    dtype = torch.float64 if frame.device.type in ("cpu", "cuda", "meta") else torch.float32
+    wide = frame.to(torch.promote_types(frame.dtype, torch.float32))
+    pivot = wide.mean((2, 3), keepdim=True)
+    centred = wide - pivot
+    offset = centred.mean((2, 3)).to(dtype)  # what the rounding of the pivot left
+    return (
+        pivot[..., 0, 0].to(dtype) + offset,
+        centred.square_().mean((2, 3)).to(dtype) - offset.square(),
+    )
+
+
+def _merged(parts: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    """Moments of parts of one size as those of the whole (Chan et al.), twice [B, C]."""
+    means, variances = (torch.stack(each) for each in zip(*parts, strict=True))
+    mean = means.mean(0)
+    return mean, variances.mean(0) + (means - mean).square_().mean(0)
 
 
 def norm_silu_pad_(
@@ -247,9 +259,20 @@ def norm_silu_pad_(
 
 def residual_add_(x: Tensor, branch: Tensor, bias: Tensor) -> None:
     """Add to x in place; x and branch [B, C, T, H, W], bias [C]."""
+    for _ in _added(x, branch, bias):
+        pass
+
+
+def residual_add_moments_(x: Tensor, branch: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+    """`residual_add_`, and `channel_moments` of what it leaves in x."""
+    return _merged([_frame_moments(frame) for frame in _added(x, branch, bias)])
+
+
+def _added(x: Tensor, branch: Tensor, bias: Tensor) -> Iterator[Tensor]:
+    """Add to x, and yield each frame after it."""
     wide = bias[:, None, None].to(torch.promote_types(x.dtype, torch.float32))
     for frame, addend in zip(x.unbind(2), branch.unbind(2), strict=True):
-        frame.copy_((addend + wide).add_(frame))
+        yield frame.copy_((addend + wide).add_(frame))
 
 
 def interleave_(x: Tensor, bias: Tensor, out: Tensor) -> None:
@@ -262,6 +285,17 @@ def interleave_(x: Tensor, bias: Tensor, out: Tensor) -> None:
         out: [B, C, T', 2 * H, 2 * W]; T' is T with 4 copies, 2 * T with 8, and 2 * T - 1 with 8
             where x begins with the clip's first frame, which is not repeated.
     """
+    for _ in _interleaved(x, bias, out):
+        pass
+
+
+def interleave_moments_(x: Tensor, bias: Tensor, out: Tensor) -> tuple[Tensor, Tensor]:
+    """`interleave_`, and `channel_moments` of what it leaves in `out`."""
+    return _merged([_frame_moments(frame) for frame in _interleaved(x, bias, out)])
+
+
+def _interleaved(x: Tensor, bias: Tensor, out: Tensor) -> Iterator[Tensor]:
+    """Fill `out`, and yield each of its frames after it."""
     copies = x.shape[1] // out.shape[1]
     height, width = x.shape[3] - 1, x.shape[4] - 1
     by_copy = torch.unflatten(x, 1, (copies // 4, 2, 2, out.shape[1]))
@@ -274,6 +308,7 @@ def interleave_(x: Tensor, bias: Tensor, out: Tensor) -> None:
                 part = by_copy[:, copy, row, column, :, source]
                 part = part[..., row : row + height, column : column + width]
                 frame[..., row::2, column::2] = part + wide
+        yield frame
 
 
 def rescale_(

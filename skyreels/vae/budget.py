@@ -13,6 +13,7 @@ import torch
 
 from ..config import SPATIAL_COMPRESSION, TEMPORAL_COMPRESSION, VAEConfig
 from . import model as vae_model
+from .store import CHUNK_BYTES
 
 #: covers convolution workspaces and the allocator's rounding
 MEMORY_MARGIN = 1.25
@@ -119,6 +120,71 @@ def synced_bytes(
     streamed = kept + _stream_elements(config, high, strip, starts_with_step=is_step)
     peak = max(peak, max(gathered, streamed) * dtype.itemsize)
     return int((peak + folded_bytes(config, dtype)) * MEMORY_MARGIN)
+
+
+def exact_bytes(
+    config: VAEConfig, latent_shape: torch.Size, dtype: torch.dtype, piece_elements: int
+) -> int:
+    """Estimate the peak bytes of VideoVAE.iter_exact on the device, beside the weights.
+
+    Args:
+        config: of the VAE.
+        latent_shape: [1, 16, T, h, w].
+        dtype: the compute dtype.
+        piece_elements: of the largest piece of a clip.
+
+    Returns:
+        Bytes, MEMORY_MARGIN included.
+    """
+    latents = _clip_of(latent_shape)
+    low, high, is_step, coarse = _split(config, latents)
+    piece = min(piece_elements, vae_model.SYNCED_PIECE_ELEMENTS)
+    elements = max(_level_elements(low, latents, piece), default=0)
+    elements = max(elements, *_stored_work(high, coarse, piece_elements, starts_with_step=is_step))
+    # of the attention where no kernel is fused: the clip, q, k, v and out, and wide copies of three
+    wide = torch.promote_types(dtype, torch.float32).itemsize
+    middle = config.block_out_channels[-1] * latents.pixels * (5 * dtype.itemsize + 3 * wide)
+    scores = 4 * latents.batch * (latents.height * latents.width) ** 2 * latents.frames
+    middle += min(vae_model.SCORE_BYTES, scores) * 5 // 4
+    peak = max(middle, _middle_bytes(config, latents, dtype), elements * dtype.itemsize)
+    return int((peak + folded_bytes(config, dtype)) * MEMORY_MARGIN)
+
+
+def stored_bytes(
+    config: VAEConfig, latent_shape: torch.Size, dtype: torch.dtype, piece_elements: int
+) -> int:
+    """Most bytes of the main memory that VideoVAE.iter_exact keeps pieces in.
+
+    Args:
+        config: of the VAE.
+        latent_shape: [1, 16, T, h, w].
+        dtype: the compute dtype.
+        piece_elements: of the largest piece of a clip.
+
+    Returns:
+        Bytes, of whole chunks.
+    """
+    _, high, is_step, clip = _split(config, _clip_of(latent_shape))
+    step, read, most = clip.frames, 0, 0
+    for index, (before, channels, factors) in enumerate(high):
+        if not (is_step and index == 0):
+            step = min(step, max(1, piece_elements * clip.frames // (before * clip.pixels)))
+            # two clips of the level's width, or the one it reads while that leaves
+            most = max(most, read, 2 * _chunk_bytes(channels, clip, step, dtype))
+        if factors != (1, 1, 1):
+            clip = clip.enlarged(factors)
+            step = max(1, piece_elements * clip.frames // (channels * clip.pixels))
+        read = _chunk_bytes(channels, clip, min(step, clip.frames), dtype)
+        most = max(most, read)
+    return most
+
+
+def _chunk_bytes(channels: int, clip: _Clip, step: int, dtype: torch.dtype) -> int:
+    """Bytes of the chunks for a clip in pieces of some frames, of which the first may be one."""
+    frame = channels * clip.pixels // clip.frames * dtype.itemsize
+    pieces, rest = divmod(clip.frames - 1, step)
+    chunks = [-(-frame * frames // CHUNK_BYTES) for frames in (1, step, rest)]
+    return (chunks[0] + pieces * chunks[1] + chunks[2]) * CHUNK_BYTES
 
 
 def encode_bytes(config: VAEConfig, video_shape: torch.Size, dtype: torch.dtype) -> int:
@@ -323,6 +389,37 @@ def _piece_elements(channels: int, clip: _Clip, piece: int) -> int:
 
 def _padded(channels: int, clip: _Clip) -> int:
     return channels * clip.batch * (clip.height + 2) * (clip.width + 2)
+
+
+def _stored_work(
+    levels: list[_Level], clip: _Clip, piece: int, *, starts_with_step: bool
+) -> Iterator[int]:
+    """Elements on the device in an exact decode where a level works on a piece from the store.
+
+    Two pieces of each clip that is read come and two leave, besides what the convolution has.
+
+    Yields:
+        For the first and the other resnets and for the step of each level.
+    """
+    before_step = levels[0].before * clip.pixels if starts_with_step else 0
+    for index, (before, channels, factors) in enumerate(levels):
+        if not (starts_with_step and index == 0):
+            into, of = (width * clip.pixels // clip.frames for width in (before, channels))
+            step = min(clip.frames, max(1, piece // into))
+            two = min(2, -(-clip.frames // step))
+            halo = step + 4 if two == 2 else step + 2
+            yield two * into * step + _padded(before, clip) * halo + (1 + two) * of * step
+            yield (1 + 3 * two) * of * step + _padded(channels, clip) * halo
+        if factors != (1, 1, 1):
+            small, clip = clip, clip.enlarged(factors)
+            frame = channels * small.pixels // small.frames
+            large = channels * clip.pixels // clip.frames
+            step = min(small.frames, max(1, piece // (large * factors[0])))
+            result = large * step * factors[0]
+            read = before_step if index == 0 else 2 * frame * step
+            yield (
+                read + _padded(channels, small) * 5 + result * 3 + result // (2 if step > 1 else 1)
+            )
 
 
 def _halo_rows(config: VAEConfig, levels: list[_Level], starts_with_step: bool) -> int:

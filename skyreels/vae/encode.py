@@ -19,6 +19,7 @@ from .model import (
     SYNCED_PIECE_ELEMENTS,
     CausalConv3d,
     Check,
+    Clip,
     ConvStream,
     Frozen,
     Level,
@@ -65,7 +66,7 @@ def encode_streamed(vae: VideoVAE, video: Tensor, *, check: Check) -> Tensor:
         clip = _stream([*begin, *level.resnets, *level.downsamplers], clip, check)
         begin = []
     walk = Walk(check, piece_elements=SYNCED_PIECE_ELEMENTS)
-    hidden = encoder.from_level(STREAMED_LEVELS, clip, walk)
+    hidden = encoder.from_level(STREAMED_LEVELS, Clip(clip), walk)
     moments: Tensor = vae.quant_conv(hidden)
     return moments[:, : vae.config.latent_channels].contiguous()
 

@@ -6,21 +6,22 @@ ahead. Parameter names are those of diffusers' AutoencoderKLHunyuanVideo.
 
 A clip goes through the layers as a list of pieces in time, whose channels are adjacent in memory
 (channels_last_3d). A layer takes pieces off one list and puts its own on another; a `ConvStream`
-keeps the frames that the convolution of the next piece reads again. GroupNorm is a scale and a
-shift per channel, once the moments of all pieces are known: normalising, SiLU and padding are one
-step (`kernels.norm_silu_pad_`). No operator sees more than 2^31 elements.
+keeps the frames that the convolution of the next piece reads again. Between two layers the pieces
+may lie in main memory (store.py). GroupNorm is a scale and a shift per channel, once the moments of
+all pieces are known, which the layer before takes while it makes them: normalising, SiLU and
+padding are one step (`kernels.norm_silu_pad_`). No operator sees more than 2^31 elements.
 
 Source: HunyuanVideo (arXiv 2412.03603), section 4.1; diffusers 0.42.1
 models/autoencoders/autoencoder_kl_hunyuan_video.py is the reference the tests compare with.
 """
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import compress, pairwise
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -30,6 +31,7 @@ from .. import kernels
 from ..config import SPATIAL_COMPRESSION, TEMPORAL_COMPRESSION, VAEConfig
 from ..errors import ShapeError
 from ..runtime import never_interrupt
+from .store import Store
 
 Check = Callable[[], None]
 Factors = tuple[int, int, int]
@@ -44,6 +46,8 @@ Taps = tuple[tuple[tuple[int, int, int], ...], ...]
 PIECE_ELEMENTS = 2**29
 #: the same where memory is short: four frames at the lower resolution of a synced decode
 SYNCED_PIECE_ELEMENTS = 2**26
+#: the same of an exact decode out of main memory: two frames of the last level's input at 544x960
+STORED_PIECE_ELEMENTS = 2**28
 #: bytes the fp32 attention scores may take where no fused kernel exists (head dim 512 has few)
 SCORE_BYTES = 2**29
 NORM_EPS = 1e-6
@@ -141,30 +145,35 @@ class ConvStream:
         self.layer, self.affine, self.keeps_copies = layer, affine, keeps_copies
         self._halo: Tensor | None = None  # padded frames that the next piece's outputs read too
 
-    def __call__(self, piece: Tensor, *, with_bias: bool = True) -> Tensor | None:
+    def __call__(
+        self, piece: Tensor, *, with_bias: bool = True, moments: "Moments | None" = None
+    ) -> Tensor | None:
         """Convolve the next frames.
 
         Args:
             piece: [B, C, t, H, W].
             with_bias: False where the caller adds the bias itself.
+            moments: takes in the result.
 
         Returns:
             [B, C', t', H', W']; None if a stride in time has no output yet.
         """
         layer = self.layer
-        weight, bias = layer.conv.weight, layer.conv.bias if with_bias else None
-        if layer.kernel_size == 1:
-            return F.conv3d(piece, weight, bias)
         if layer.is_folded:
-            return self._enlarge(piece)
-        if layer.upsample[0] > 1:
-            piece = piece.repeat_interleave(2, 2)[:, :, self._halo is None :]
-        padded = self._pad(piece, layer.kernel_size, layer.stride[0])
-        if padded.shape[2] < layer.kernel_size:
-            return None
-        return F.conv3d(padded, weight, bias, layer.stride)
+            return self._enlarge(piece, moments)
+        weight, bias = layer.conv.weight, layer.conv.bias if with_bias else None
+        if layer.kernel_size > 1:
+            if layer.upsample[0] > 1:
+                piece = piece.repeat_interleave(2, 2)[:, :, self._halo is None :]
+            piece = self._pad(piece, layer.kernel_size, layer.stride[0])
+            if piece.shape[2] < layer.kernel_size:
+                return None
+        out = F.conv3d(piece, weight, bias, layer.stride)
+        if moments is not None:
+            moments.add(out)
+        return out
 
-    def _enlarge(self, piece: Tensor) -> Tensor:
+    def _enlarge(self, piece: Tensor, moments: "Moments | None") -> Tensor:
         """Enlarge the next frames and convolve them, in one convolution."""
         layer, weight = self.layer, self.layer.folded
         if weight is None:
@@ -181,7 +190,12 @@ class ConvStream:
         ):  # all copies take as much as the result
             stop = start + half.shape[2] * time - (is_first and start == 0)
             copies = F.conv3d(self._pad(half, weight.shape[2], 1), weight)
-            kernels.interleave_(copies, layer.conv.bias, out[:, :, start:stop])
+            target = out[:, :, start:stop]
+            if moments is None:
+                kernels.interleave_(copies, layer.conv.bias, target)
+            else:
+                found = kernels.interleave_moments_(copies, layer.conv.bias, target)
+                moments.take(target, found)
             del copies
             start = stop
         return out
@@ -218,8 +232,12 @@ class Moments:
 
     def add(self, piece: Tensor) -> None:
         """Take in [B, C, t, H, W]."""
-        self._parts.append((piece.shape[2], *kernels.channel_moments(piece)))
-        self._like = piece[:0]
+        self.take(piece, kernels.channel_moments(piece))
+
+    def take(self, piece: Tensor, found: tuple[Tensor, Tensor]) -> None:
+        """Take in a piece whose mean and variance of each channel are known."""
+        self._parts.append((piece.shape[2], *found))
+        self._like = torch.empty(0, dtype=piece.dtype, device=piece.device)
 
     def affine(self, norm: nn.GroupNorm, bias: Tensor | None, *, is_one_clip: bool) -> Affine:
         """A GroupNorm of the clip as one scale and one shift per channel.
@@ -260,6 +278,20 @@ class Moments:
 
 #: the affine of every norm, for clips of a batch of one
 Frozen = dict[nn.GroupNorm, Affine]
+PieceT = TypeVar("PieceT")
+
+
+@dataclass
+class Clip:
+    """A clip [B, C, T, H, W] between two layers.
+
+    Attributes:
+        pieces: cut along T; tensors, or what a store made of them.
+        moments: of all pieces; None where the layer that made them took none.
+    """
+
+    pieces: list[Any] = field(default_factory=list)
+    moments: Moments | None = None
 
 
 @dataclass
@@ -271,12 +303,14 @@ class Walk:
         piece_elements: elements of the largest piece where memory is short, else None.
         recorded: takes the affine of every norm, where a later run uses them.
         is_one_clip: whether GroupNorm treats the whole batch as one clip.
+        store: where pieces lie between layers; None for on the device.
     """
 
     check: Check
     piece_elements: int | None = None
     recorded: "Frozen | None" = None
     is_one_clip: bool = False
+    store: Store | None = None
 
     def affine(self, norm: nn.GroupNorm, moments: Moments, bias: Tensor | None = None) -> Affine:
         """The norm of a clip with these moments."""
@@ -285,40 +319,71 @@ class Walk:
             self.recorded[norm] = (affine[0][:1], affine[1][:1])
         return affine
 
-    def measure(self, norm: nn.GroupNorm, clip: Iterable[Tensor]) -> Affine:
+    def measure(self, norm: nn.GroupNorm, clip: Clip) -> Affine:
         """The norm of a clip that is there."""
-        moments = Moments()
-        for piece in clip:
-            self.check()
-            moments.add(piece)
+        moments = clip.moments
+        if moments is None:
+            moments = Moments()
+            for piece in clip.pieces:
+                for part in self.cut(piece):
+                    self.check()
+                    moments.add(part)
         return self.affine(norm, moments)
 
-    def cut(self, clip: Pieces, growth: int = 1) -> Pieces:
-        """The same clip in pieces that are small enough even after they grow by a factor."""
+    def cut(self, piece: Tensor, growth: int = 1) -> Pieces:
+        """The same frames in pieces that are small enough even after they grow by a factor."""
         limit = PIECE_ELEMENTS if self.piece_elements is None else self.piece_elements
-        cut: Pieces = []
-        for piece in clip:
-            frames = max(1, limit // max(1, growth * piece[:, :, 0].numel()))
-            cut += torch.split(piece, frames, 2)
-        return cut
+        frames = max(1, limit // max(1, growth * piece[:, :, 0].numel()))
+        return list(torch.split(piece, frames, 2))
+
+    def put(self, clip: Clip, piece: Tensor) -> None:
+        """Put a piece at the end of a clip."""
+        if self.store is None:
+            clip.pieces.append(piece)
+        else:
+            clip.pieces += map(self.store.put, self.cut(piece))
+
+    def take(self, clip: Clip, growth: int = 1) -> Iterator[Tensor]:
+        """Yield a clip in pieces as `cut` makes them, and take them off it as it goes on."""
+        pieces = consume(clip.pieces) if self.store is None else self.store.take(clip.pieces)
+        for piece in pieces:
+            parts = self.cut(piece, growth)
+            del piece
+            for part in consume(parts):
+                self.check()
+                yield part
+                del part
 
     def stream(self, layer: CausalConv3d, affine: Affine | None = None) -> ConvStream:
         """A layer on its way through a clip."""
         return ConvStream(layer, affine, keeps_copies=self.piece_elements is not None)
 
     def convolve(
-        self, layer: CausalConv3d, clip: Pieces, affine: Affine | None = None
+        self,
+        layer: CausalConv3d,
+        clip: Clip,
+        affine: Affine | None = None,
+        moments: Moments | None = None,
     ) -> Iterator[Tensor]:
-        """Yield what a layer makes of a clip, whose pieces are taken off the list."""
+        """Yield what a layer makes of a clip, whose pieces are taken off it.
+
+        Args:
+            layer: the convolution.
+            clip: what it reads.
+            affine: of the norm before it.
+            moments: take in what is yielded.
+        """
         stream = self.stream(layer, affine)
-        for piece in consume(clip):
-            self.check()
-            result = stream(piece)
-            if result is not None:
-                yield result
+        for piece in self.take(clip, math.prod(layer.upsample)):
+            made = stream(piece, moments=moments)
+            del piece
+            if made is not None:
+                given = [made]
+                del made
+                yield given.pop()  # whoever takes it may free it
 
 
-def consume(pieces: Pieces) -> Iterator[Tensor]:
+def consume(pieces: list[PieceT]) -> Iterator[PieceT]:
     """Yield pieces while taking them off the list, so that each can be freed after its use."""
     pieces.reverse()
     while pieces:
@@ -356,30 +421,33 @@ class ResnetBlock(nn.Module):
             return piece
         return F.conv3d(piece, self.conv_shortcut.conv.weight)
 
-    def forward(self, clip: Pieces, walk: Walk) -> Pieces:
+    def forward(self, clip: Clip, walk: Walk, *, measures: bool = False) -> Clip:
         """Pieces [B, C, t, H, W] -> [B, C', t, H, W]; in place where C = C'."""
-        clip[:] = walk.cut(clip)
         first = walk.stream(self.conv1, walk.measure(self.norm1, clip))
-        moments, branch, residual = Moments(), [], []
-        for piece in consume(clip):
-            walk.check()
+        moments, branch = Moments(), Clip()
+        residual = Clip(list(clip.pieces) if self.conv_shortcut is None else [])
+        for piece in walk.take(clip):
             # its bias is not added: the second norm knows it
-            convolved = first(piece, with_bias=False)
+            convolved = first(piece, with_bias=False, moments=moments)
             assert convolved is not None
-            moments.add(convolved)
-            branch.append(convolved)
-            residual.append(self.shortcut(piece))
-            del piece, convolved
+            walk.put(branch, convolved)
+            del convolved
+            if self.conv_shortcut is not None:
+                walk.put(residual, self.shortcut(piece))
+            del piece
         del first  # with the frames that it keeps
         affine = walk.affine(self.norm2, moments, self.conv1.conv.bias)
         second, bias = walk.stream(self.conv2, affine), self.bias
-        for piece, part in zip(residual, consume(branch), strict=True):
-            walk.check()
-            convolved = second(part, with_bias=False)
+        result = Clip(moments=Moments() if measures else None)
+        parts = walk.take(branch)
+        for piece in walk.take(residual):
+            convolved = second(next(parts), with_bias=False)
             assert convolved is not None
-            kernels.residual_add_(piece, convolved, bias)
-            del part, convolved
-        return residual
+            _add(piece, convolved, bias, result.moments)
+            del convolved
+            walk.put(result, piece)
+            del piece
+        return result
 
     def stream(self, frozen: Frozen) -> Callable[[Tensor], Tensor]:
         """The same with known norms, frames by frames: [B, C, t, H, W] -> [B, C', t, H, W]."""
@@ -399,6 +467,14 @@ class ResnetBlock(nn.Module):
         return push
 
 
+def _add(piece: Tensor, branch: Tensor, bias: Tensor, moments: Moments | None) -> None:
+    """Add to a piece in place; moments take in the sum."""
+    if moments is None:
+        kernels.residual_add_(piece, branch, bias)
+    else:
+        moments.take(piece, kernels.residual_add_moments_(piece, branch, bias))
+
+
 class CausalAttention(nn.Module):
     """Single-head attention in which a token sees its own and earlier frames. Works in place."""
 
@@ -410,11 +486,10 @@ class CausalAttention(nn.Module):
         self.to_v = nn.Linear(channels, channels)
         self.to_out = nn.ModuleList([nn.Linear(channels, channels)])
 
-    def forward(self, clip: Pieces, walk: Walk) -> Pieces:
+    def forward(self, clip: Clip, walk: Walk) -> Clip:
         """Pieces [B, C, t, h, w] -> one piece [B, C, T, h, w], attention added."""
-        hidden = clip[0] if len(clip) == 1 else torch.cat(clip, 2).contiguous(memory_format=_LAYOUT)
         scale, shift = (x.flatten(1)[:, None] for x in walk.measure(self.group_norm, clip))
-        clip.clear()
+        hidden = _whole(clip)
         tokens = hidden.permute(0, 2, 3, 4, 1).flatten(1, 3)
         normed = torch.addcmul(shift, tokens.to(scale.dtype), scale).to(tokens.dtype)
         query, key, value = self.to_q(normed), self.to_k(normed), self.to_v(normed)
@@ -423,7 +498,7 @@ class CausalAttention(nn.Module):
         out = frame_causal_attention(query, key, value, per_frame, check=walk.check)
         del query, key, value
         out = self.to_out[0](out).unflatten(1, hidden.shape[2:]).permute(0, 4, 1, 2, 3)
-        return [hidden.add_(out)]
+        return Clip([hidden.add_(out)])
 
 
 def frame_causal_attention(
@@ -473,11 +548,11 @@ class MidBlock(nn.Module):
         self.resnets = nn.ModuleList([ResnetBlock(channels, channels, groups) for _ in range(2)])
         self.attentions = nn.ModuleList([CausalAttention(channels, groups)])
 
-    def forward(self, clip: Pieces, walk: Walk) -> Pieces:
+    def forward(self, clip: Clip, walk: Walk) -> Clip:
         """Pieces [B, C, t, h, w] -> [B, C, t, h, w]."""
-        clip = self.resnets[0](clip, walk)
+        clip = self.resnets[0](clip, walk, measures=True)
         clip = self.attentions[0](clip, walk)
-        clip = self.resnets[1](walk.cut(clip), walk)
+        clip = self.resnets[1](clip, walk, measures=True)
         return clip
 
 
@@ -490,11 +565,13 @@ class Resample(nn.Module):
         super().__init__()
         self.conv = CausalConv3d(channels, channels, stride=stride, upsample=upsample)
 
-    def forward(self, clip: Pieces, walk: Walk) -> Pieces:
+    def forward(self, clip: Clip, walk: Walk, *, measures: bool = False) -> Clip:
         """Pieces [B, C, t, H, W] -> [B, C, t', H', W']."""
-        cut = walk.cut(clip, math.prod(self.conv.upsample))
-        clip.clear()
-        return list(walk.convolve(self.conv, cut))
+        result = Clip(moments=Moments() if measures else None)
+        for piece in walk.convolve(self.conv, clip, moments=result.moments):
+            walk.put(result, piece)
+            del piece
+        return result
 
     def stream(self, frozen: Frozen) -> ConvStream:
         """The same, frames by frames; it has no norm."""
@@ -527,12 +604,29 @@ class Level(nn.Module):
         if upsample != (1, 1, 1):
             self.upsamplers.append(Resample(out_channels, upsample=upsample))
 
-    def forward(self, clip: Pieces, walk: Walk) -> Pieces:
+    def forward(self, clip: Clip, walk: Walk) -> Clip:
         """Pieces [B, C, t, H, W] -> [B, C', t', H', W']."""
-        for block in (*self.resnets, *self.downsamplers, *self.upsamplers):
-            walk.check()
-            clip = block(clip, walk)
-        return clip
+        return _through([*self.resnets, *self.downsamplers, *self.upsamplers], clip, walk)
+
+
+def _through(blocks: list[Any], clip: Clip, walk: Walk, *, measures: bool = True) -> Clip:
+    """A clip through resnets and steps between resolutions.
+
+    Args:
+        blocks: in order.
+        clip: what the first reads.
+        walk: how.
+        measures: whether a norm follows.
+
+    Returns:
+        What the last one makes, with its moments where a norm follows.
+    """
+    for index, block in enumerate(blocks):
+        walk.check()
+        is_last = index + 1 == len(blocks)
+        before_norm = measures if is_last else isinstance(blocks[index + 1], ResnetBlock)
+        clip = block(clip, walk, measures=before_norm)
+    return clip
 
 
 def level_factors(level: int, num_levels: int) -> Factors:
@@ -578,17 +672,21 @@ class Encoder(nn.Module):
 
     def forward(self, video: Tensor, walk: Walk) -> Tensor:
         """[B, 3, F, H, W] -> [B, 32, T, h, w]."""
-        growth = -(-self.conv_in.conv.out_channels // video.shape[1])
-        clip = list(walk.convolve(self.conv_in, walk.cut([_laid_out(video)], growth)))
-        return self.from_level(0, clip, walk)
+        return self.from_level(0, _first(self.conv_in, video, walk), walk)
 
-    def from_level(self, level: int, clip: Pieces, walk: Walk) -> Tensor:
+    def from_level(self, level: int, clip: Clip, walk: Walk) -> Tensor:
         """This level and all after it: pieces [B, C, t, H, W] -> [B, 32, T, h, w]."""
         for block in self.down_blocks[level:]:
             clip = block(clip, walk)
         clip = self.mid_block(clip, walk)
         affine = walk.measure(self.conv_norm_out, clip)
         return torch.cat(list(walk.convolve(self.conv_out, clip, affine)), 2)
+
+
+def _first(layer: CausalConv3d, clip: Tensor, walk: Walk) -> Clip:
+    """What the first convolution of a network makes of its input."""
+    growth = -(-layer.conv.out_channels // clip.shape[1])
+    return Clip(list(walk.convolve(layer, Clip(walk.cut(_laid_out(clip), growth)))))
 
 
 class Decoder(nn.Module):
@@ -616,16 +714,19 @@ class Decoder(nn.Module):
 
     def forward(self, latents: Tensor, walk: Walk) -> Iterator[Tensor]:
         """[B, 16, T, h, w] -> [B, 3, F, H, W], yielded piece by piece."""
-        clip = self.coarse(latents, walk)
-        clip, affine = self._features(clip, walk)
+        yield from self.fine(self.coarse(latents, walk), walk)
+
+    def fine(self, coarse: Clip, walk: Walk) -> Iterator[Tensor]:
+        """The part at high resolution: what `coarse` returns -> [B, 3, f, H, W], piece by piece."""
+        clip, affine = self._features(coarse, walk)
         yield from walk.convolve(self.conv_out, clip, affine)
 
-    def coarse(self, latents: Tensor, walk: Walk) -> Pieces:
-        """The part at low resolution: pieces [B, C, T, rows, columns] of `coarse_shape`."""
-        growth = -(-self.conv_in.conv.out_channels // latents.shape[1])
-        clip = list(walk.convolve(self.conv_in, walk.cut([_laid_out(latents)], growth)))
-        clip = self.mid_block(clip, walk)
-        return self._through(self._blocks[: self._num_coarse], clip, walk)
+    def coarse(self, latents: Tensor, walk: Walk) -> Clip:
+        """The part at low resolution: pieces [B, C, t, rows, columns]."""
+        clip = self.mid_block(_first(self.conv_in, latents, walk), walk)
+        blocks = self._blocks
+        ends = self._num_coarse == len(blocks) or isinstance(blocks[self._num_coarse], ResnetBlock)
+        return _through(blocks[: self._num_coarse], clip, walk, measures=ends)
 
     def gather(self, sample: Tensor, walk: Walk) -> Frozen:
         """The norms of the part at high resolution, from parts of a clip.
@@ -639,7 +740,7 @@ class Decoder(nn.Module):
         """
         frozen: Frozen = {}
         walk = replace(walk, recorded=frozen, is_one_clip=True)
-        self._features(walk.cut([sample]), walk)
+        self._features(Clip([sample]), walk)
         return frozen
 
     def stream(self, frozen: Frozen, check: Check) -> Callable[[Tensor], Iterator[Tensor]]:
@@ -688,17 +789,10 @@ class Decoder(nn.Module):
         blocks = sum(len(level.resnets) + len(level.upsamplers) for level in levels)
         return blocks - len(levels[-1].upsamplers) if levels else 0
 
-    def _features(self, clip: Pieces, walk: Walk) -> tuple[Pieces, Affine]:
+    def _features(self, clip: Clip, walk: Walk) -> tuple[Clip, Affine]:
         """What the last convolution reads, and its norm."""
-        clip = self._through(self._blocks[self._num_coarse :], clip, walk)
+        clip = _through(self._blocks[self._num_coarse :], clip, walk)
         return clip, walk.measure(self.conv_norm_out, clip)
-
-    @staticmethod
-    def _through(blocks: list[Any], clip: Pieces, walk: Walk) -> Pieces:
-        for block in blocks:
-            walk.check()
-            clip = block(clip, walk)
-        return clip
 
 
 def _push(streams: list[Any], check: Check, frames: Tensor) -> Iterator[Tensor]:
@@ -762,8 +856,7 @@ class VideoVAE(nn.Module):
         Raises:
             ShapeError: not 5-D, or not the latent channels of this VAE.
         """
-        pieces = list(self.iter_decode(vae_latents, check=check))
-        return pieces[0] if len(pieces) == 1 else _joined(pieces)
+        return _whole(Clip(list(self.iter_decode(vae_latents, check=check))))
 
     @torch.no_grad()
     def iter_decode(
@@ -785,6 +878,41 @@ class VideoVAE(nn.Module):
         latents = self.post_quant_conv(vae_latents.to(self.post_quant_conv.weight))
         with self.folded():
             yield from self.decoder(latents, Walk(check))
+
+    @torch.no_grad()
+    def iter_exact(
+        self,
+        vae_latents: Tensor,
+        store: Store,
+        piece_elements: int = STORED_PIECE_ELEMENTS,
+        *,
+        check: Check = never_interrupt,
+    ) -> Iterator[Tensor]:
+        """Decode in one pass with the clip between layers in a store, and yield frames in order.
+
+        The layers see the pieces that `iter_decode` shows them, if smaller ones, and norms are
+        those of the whole clip: the result is the same. Only the part at high resolution uses the
+        store; what is before it is small.
+
+        Args:
+            vae_latents: [1, 16, T, h, w]; as for `decode`.
+            store: what keeps the pieces; the caller closes it.
+            piece_elements: of the largest piece of a clip, at least one frame.
+            check: called between blocks and pieces; may raise to stop.
+
+        Yields:
+            As `iter_decode`.
+
+        Raises:
+            ShapeError: not 5-D, or not the latent channels of this VAE.
+        """
+        check_latent_shape(vae_latents.shape, self.config.latent_channels)
+        walk = Walk(check, piece_elements=min(piece_elements, SYNCED_PIECE_ELEMENTS))
+        latents = self.post_quant_conv(vae_latents.to(self.post_quant_conv.weight))
+        with self.folded():
+            coarse = self.decoder.coarse(latents, walk)
+            walk = Walk(check, piece_elements=piece_elements, store=store)
+            yield from self.decoder.fine(coarse, walk)
 
     @torch.no_grad()
     def iter_synced(
@@ -813,9 +941,7 @@ class VideoVAE(nn.Module):
         walk = Walk(check, piece_elements=SYNCED_PIECE_ELEMENTS)
         latents = self.post_quant_conv(vae_latents.to(self.post_quant_conv.weight))
         with self.folded():
-            pieces = self.decoder.coarse(latents, walk)
-            coarse = pieces[0] if len(pieces) == 1 else _joined(pieces)
-            pieces.clear()
+            coarse = _whole(self.decoder.coarse(latents, walk))
             frames, rows = coarse.shape[2:4]
             starts, length = sample_starts(frames, strips)
             sample = torch.cat([coarse[:, :, start : start + length] for start in starts])
@@ -890,8 +1016,11 @@ def _laid_out(clip: Tensor) -> Tensor:
     return clip.contiguous(memory_format=_LAYOUT)
 
 
-def _joined(pieces: Pieces) -> Tensor:
-    """Pieces as one clip in their layout; each is freed once it is copied."""
+def _whole(clip: Clip) -> Tensor:
+    """All pieces as one in their layout, taken off the clip; each is freed once it is copied."""
+    pieces: Pieces = clip.pieces
+    if len(pieces) == 1:
+        return pieces.pop()
     batch, channels, _, height, width = pieces[0].shape
     shape = (batch, channels, sum(piece.shape[2] for piece in pieces), height, width)
     like = pieces[0]

@@ -36,18 +36,27 @@ from ..config import (
 from ..errors import OptionError, OutOfRoomError, ShapeError
 from ..ladder import descending, is_out_of_memory, release
 from ..offload import on_device
-from ..runtime import Runtime
-from .budget import MEMORY_MARGIN, decode_bytes, decode_flop, synced_bytes, synced_flop
+from ..runtime import FREE_HOST_BYTES, Runtime, free_host_bytes
+from .budget import (
+    MEMORY_MARGIN,
+    decode_bytes,
+    decode_flop,
+    exact_bytes,
+    stored_bytes,
+    synced_bytes,
+    synced_flop,
+)
 from .frames import FrameSink, FrameWriter
-from .model import VideoVAE
+from .model import STORED_PIECE_ELEMENTS, VideoVAE
+from .store import host_store
 
 logger = logging.getLogger("skyreels.vae.tiling")
 
 #: whole-time tiles, largest first; a 64 px overlap is the reference's, smaller tiles afford less
 _SPATIAL_SIZES = ((512, 448), (448, 384), (384, 320), (320, 256), (256, 192), (192, 144), (128, 96))
 _SMALLEST = Tiling(128, 128, 16, 96, 96, 12)
-#: of a synced decode; more of them save little, as each has the same rows beside it
-STRIPS = (1, 2, 4, 8)
+#: of a synced decode; 4 and 8 take as much memory as 2, of which the sample of the norms has most
+STRIPS = (1, 2)
 
 
 @dataclass(frozen=True)
@@ -55,16 +64,20 @@ class DecodePlan:
     """How a clip is decoded; its text names it for people and in the file of outcomes.
 
     Attributes:
-        mode: "full", "synced" or, with tiles, any name.
+        mode: "full", "synced", "exact" or, with tiles, any name.
         tiling: the tiles, None without.
         strips: in how many a synced decode does the rows.
+        piece_elements: of the largest piece of a clip that an exact decode keeps in main memory.
     """
 
     mode: str
     tiling: Tiling | None = None
     strips: int = 1
+    piece_elements: int = STORED_PIECE_ELEMENTS
 
     def __str__(self) -> str:
+        if self.piece_elements < STORED_PIECE_ELEMENTS:
+            return f"{self.mode} in 1/{STORED_PIECE_ELEMENTS // self.piece_elements} pieces"
         if self.tiling is None:
             return self.mode if self.strips == 1 else f"{self.mode} in {self.strips} strips"
         for name, known in TILINGS.items():
@@ -75,6 +88,8 @@ class DecodePlan:
         return f"tiles of {self.tiling.tile_sample_min_width} px{window}"
 
 
+#: modes that choose, and decode again with less where memory runs out
+CHOOSING_MODES = ("auto", "synced", "exact")
 #: what "auto" chooses from, the best first: exact, without seams, then the least divided in tiles
 LADDER = (
     DecodePlan("full"),
@@ -82,6 +97,11 @@ LADDER = (
     *(DecodePlan("tiled", Tiling(t, t, 0, s, s, 0)) for t, s in _SPATIAL_SIZES),
     *(DecodePlan("tiled", TILINGS[name]) for name in ("tiled-tencent", "tiled-diffusers")),
     DecodePlan("tiled", _SMALLEST),
+)
+#: what "exact" chooses from: the clip on the device, or in main memory
+EXACT_LADDER = (
+    DecodePlan("full"),
+    *(DecodePlan("exact", piece_elements=STORED_PIECE_ELEMENTS // part) for part in (1, 2)),
 )
 
 
@@ -108,7 +128,9 @@ def decode_frames(
         vae_latents: [1, 16, T, h, w], VAE space (unscaled); not changed.
         mode: one of config.DECODE_MODES. "auto" makes room for a synced decode and takes the best
             that then fits (`choose_decode`), "full" decodes in one pass, "synced" with norms from a
-            part of the clip (`VideoVAE.iter_synced`), the others in the tiles of config.TILINGS.
+            part of the clip (`VideoVAE.iter_synced`), "exact" as "full" but, where that does not
+            fit, with the clip in main memory between layers (`VideoVAE.iter_exact`), the others in
+            the tiles of config.TILINGS.
         tiling: explicit tiles; they override `mode`.
         runtime: progress "decode" in tiles or frames; asked for an interrupt between layers.
 
@@ -120,8 +142,8 @@ def decode_frames(
         ShapeError: latents of another shape.
         OutOfRoomError: nothing fits, or memory ran out; the message names what would fit.
 
-    If memory runs out, "auto" and "synced" decode again with less, and remember with what; a mode
-    or tiles that were asked for are never replaced.
+    If memory runs out, "auto", "synced" and "exact" decode again with less, and remember with what;
+    another mode or tiles that were asked for are never replaced.
     """
     clip = _decode_on_rungs(vae, vae_latents, mode, tiling, runtime, None)
     assert clip is not None
@@ -171,12 +193,12 @@ def _decode_on_rungs(
         )
     _check_latents(vae_latents)
     dtype = next(vae.parameters()).dtype
-    shape, chooses = vae_latents.shape, tiling is None and mode in ("auto", "synced")
+    shape, chooses = vae_latents.shape, tiling is None and mode in CHOOSING_MODES
     # "auto" makes room for a synced decode: making room for one in a single pass would offload
     # every other model for a little speed
     plan = DecodePlan("tiled", tiling) if tiling else DecodePlan(mode, TILINGS.get(mode))
     if chooses:
-        plan = DecodePlan("synced")
+        plan = DecodePlan("exact" if mode == "exact" else "synced")
     frames, height, width = _output_size(vae_latents)
     device = outcomes.device_key(runtime.device)
     channels, falls = vae.config.block_out_channels, 0
@@ -202,7 +224,9 @@ def _decode_on_rungs(
     with runtime.place(vae, num_bytes), on_device(vae, runtime.device), vae.folded():
         if chooses:
             free = _free_beside_the_clip(vae_latents, runtime)
-            plan, num_bytes = choose_decode(vae.config, shape, free, dtype, mode)
+            plan, num_bytes = choose_decode(
+                vae.config, shape, free, dtype, mode, host_bytes=_host_bytes(vae_latents, runtime)
+            )
             ladder = _ladder(mode)
             rungs = ladder[ladder.index(plan) :]
             names, folder = list(map(str, rungs)), runtime.state_folder
@@ -340,10 +364,19 @@ def _decode(
             done += piece.shape[2]
             yield _images(piece), start, top
             runtime.progress("decode", done, total)
-    elif plan.tiling is None:
+    elif plan.mode == "full":
         for piece in vae.iter_decode(vae_latents, check=runtime.check_interrupt):
             yield _images(piece), start, 0
             start += piece.shape[2]
+        runtime.progress("decode", 1, 1)
+    elif plan.mode == "exact":
+        with host_store(runtime) as store:
+            pieces = vae.iter_exact(
+                vae_latents, store, plan.piece_elements, check=runtime.check_interrupt
+            )
+            for piece in pieces:
+                yield _images(piece), start, 0
+                start += piece.shape[2]
         runtime.progress("decode", 1, 1)
     else:
         chunks = iter_decode(vae, vae_latents, plan.tiling, runtime=runtime, device=runtime.device)
@@ -372,6 +405,13 @@ def _free_beside_the_clip(vae_latents: Tensor, runtime: Runtime) -> int:
         frames, height, width = _output_size(vae_latents)
         free_bytes -= 4 * 3 * frames * height * width
     return free_bytes
+
+
+def _host_bytes(vae_latents: Tensor, runtime: Runtime) -> int | None:
+    """Main memory that a clip between layers may take; None where the device's is the same."""
+    if runtime.device.type in ("cpu", "mps"):
+        return None
+    return free_host_bytes() - FREE_HOST_BYTES - 4 * 3 * math.prod(_output_size(vae_latents))
 
 
 def iter_decode(
@@ -573,11 +613,22 @@ def plan_bytes(
     """The peak bytes that a decode takes beside the weights, predicted; see budget.py."""
     if plan.mode == "synced":
         return synced_bytes(config, latent_shape, dtype, plan.strips)
+    if plan.mode == "exact":
+        return exact_bytes(config, latent_shape, dtype, plan.piece_elements)
     num_bytes = decode_bytes(config, largest_tile(latent_shape, plan.tiling), dtype)
     if count_decodes(latent_shape, plan.tiling) > 1:  # assembled and blended beside the tile
         window = torch.empty(latent_shape, device="meta")[:, :, : _window_length(plan.tiling)]
         num_bytes += 2 * 4 * 3 * math.prod(_output_size(window))
     return num_bytes
+
+
+def plan_host_bytes(
+    plan: DecodePlan, config: VAEConfig, latent_shape: torch.Size, dtype: torch.dtype
+) -> int:
+    """The main memory that a decode keeps the clip in, beside the frames; 0 without."""
+    if plan.mode != "exact":
+        return 0
+    return stored_bytes(config, latent_shape, dtype, plan.piece_elements)
 
 
 def plan_flop(plan: DecodePlan, config: VAEConfig, latent_shape: torch.Size) -> float:
@@ -599,18 +650,28 @@ def choose_decode(
     free_bytes: int,
     dtype: torch.dtype,
     mode: str = "auto",
+    *,
+    host_bytes: int | None = None,
 ) -> tuple[DecodePlan, int]:
     """The best decode that fits, and the bytes it is predicted to take.
 
     In order: in one pass, which is exact; synced, in as few strips as possible, which has no seams;
     then the least divided in tiles: whole-time tiles, 64/48 windows, 16/12 windows.
 
+    "auto" does not keep the clip in main memory, although that would be exact: for 97 frames of
+    544x960 in bf16 it page-locks 26 GB there, which text encoder and transformer of the next run
+    may need, and moves about 320 GB over the link, which takes longer than the computation on a
+    slow one. A synced decode differs by less than 8-bit pictures show (60 dB on the built-in
+    model). Who wants every bit says "exact".
+
     Args:
         config: of the VAE.
         latent_shape: [1, 16, T, h, w].
         free_bytes: bytes the decoder may take beside its weights.
         dtype: the decoder's compute dtype.
-        mode: "auto", or "synced" for the first such decode that fits.
+        mode: "auto", or "synced" or "exact" for the first such decode that fits.
+        host_bytes: of main memory that an exact decode may keep the clip in; None where the device
+            has no memory of its own.
 
     Returns:
         The plan, and bytes.
@@ -620,9 +681,19 @@ def choose_decode(
     """
     for plan in _ladder(mode):
         needed = plan_bytes(plan, config, latent_shape, dtype)
+        stored = plan_host_bytes(plan, config, latent_shape, dtype)
+        if host_bytes is None:
+            needed += stored
+        elif stored > host_bytes and needed <= free_bytes:
+            raise OutOfRoomError(
+                f"An exact decode of these latents keeps {stored / 1e9:.1f} GB in main memory, of "
+                f"which {max(host_bytes, 0) / 1e9:.1f} GB may be used: close other programs, or "
+                'decode with mode "synced", which has no seams either and needs no such memory.'
+            )
         if needed <= free_bytes:
             return plan, needed
-    what = f"in {STRIPS[-1]} strips" if mode == "synced" else "in the smallest tiles"
+    names = {"synced": f"in {STRIPS[-1]} strips", "exact": "in one pass"}
+    what = names.get(mode, "in the smallest tiles")
     raise OutOfRoomError(
         f"Decoding these latents {what} needs {needed / 1e6:,.0f} MB beside the "
         f"weights, and {max(free_bytes, 0) / 1e6:,.0f} MB are free: unload other models, use a "
@@ -636,6 +707,8 @@ def last_rung(mode: str) -> DecodePlan:
 
 
 def _ladder(mode: str) -> list[DecodePlan]:
+    if mode == "exact":
+        return list(EXACT_LADDER)
     return [plan for plan in LADDER if mode in ("auto", plan.mode)]
 
 

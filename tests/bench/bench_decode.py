@@ -20,14 +20,17 @@ import sys
 import time
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from comfyui_skyreels.skyreels.config import TILINGS, Tiling, VAEConfig
 from comfyui_skyreels.skyreels.runtime import TorchRuntime
 from comfyui_skyreels.skyreels.vae.model import VideoVAE
+from comfyui_skyreels.skyreels.vae.store import HostStore
 from comfyui_skyreels.skyreels.vae.tiling import (
     DecodePlan,
     count_decodes,
@@ -40,7 +43,7 @@ from comfyui_skyreels.skyreels.vae.tiling import (
 from support.peak import PeakBytes
 
 ROOT = Path(__file__).resolve().parents[2]
-MODES = ("full", "synced", *TILINGS)
+MODES = ("full", "synced", "exact", *TILINGS)
 FULL_SIZE = torch.Size((1, 16, 25, 68, 120))
 
 
@@ -62,10 +65,14 @@ def count_full_size(mode: str) -> dict[str, float]:
     tiling = TILINGS.get(mode)
     with torch.device("meta"):
         vae = VideoVAE(VAEConfig()).bfloat16()
-    if mode == "synced":
+    if mode in ("synced", "exact"):
         latents = torch.empty(FULL_SIZE, device="meta", dtype=torch.bfloat16)
+        store = HostStore(torch.device("meta"), _uncounted)
         with FlopCounterMode(display=False) as counter, PeakBytes() as memory:
-            for piece in vae.iter_synced(latents):
+            decoded: Any = (
+                vae.iter_synced(latents) if mode == "synced" else vae.iter_exact(latents, store)
+            )
+            for piece in decoded:
                 del piece
         estimate = plan_bytes(DecodePlan(mode), vae.config, FULL_SIZE, torch.bfloat16)
         return _counts(1, counter.get_total_flops(), memory.peak, estimate)
@@ -78,6 +85,12 @@ def count_full_size(mode: str) -> dict[str, float]:
         peak = max(peak, memory.peak)
     estimate = plan_bytes(DecodePlan(mode, tiling), vae.config, FULL_SIZE, torch.bfloat16)
     return _counts(count_decodes(FULL_SIZE, tiling), flops, peak, estimate)
+
+
+def _uncounted(num_bytes: int) -> torch.Tensor:
+    """Main memory, of which the peak on the device has nothing."""
+    with _disable_current_modes():
+        return torch.empty(num_bytes, dtype=torch.uint8, device="meta")
 
 
 def _counts(calls: int, flops: int, peak: int, estimate: int) -> dict[str, float]:

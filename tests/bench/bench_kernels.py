@@ -49,8 +49,10 @@ def cases(tokens: int, dtype: torch.dtype, width: int = WIDTH) -> list[Case]:
         Case("channel_moments", clip, dtype),
         Case("norm_silu_pad_", clip, dtype, front=2),
         Case("residual_add_", clip, dtype),
-        Case("interleave_", (*clip[:3], clip[3] // 2, clip[4] // 2), dtype, copies=4),
-    ]
+        Case("residual_add_moments_", clip, dtype),
+        *(Case(name, (*clip[:3], clip[3] // 2, clip[4] // 2), dtype, copies=4)
+          for name in ("interleave_", "interleave_moments_")),
+    ]  # fmt: skip
 
 
 def moved_bytes(case: Case, args: tuple, outputs: list[torch.Tensor]) -> int:
@@ -73,7 +75,7 @@ def _outputs(function: Callable, args: tuple) -> list[torch.Tensor]:
 
 
 def _shortened(case: Case) -> Case:
-    if case.operator == "interleave_":
+    if case.operator in ("interleave_", "interleave_moments_"):
         return case._replace(shape=(1, 128, 2, 20, 32))
     if len(case.shape) == 5 and case.operator != "qk_norm_rope_":
         return case._replace(shape=(1, 128, 2, 40, 64))

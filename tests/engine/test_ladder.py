@@ -40,6 +40,13 @@ FULL = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
 SMALL = VAEConfig(block_out_channels=(4, 4, 8, 8), layers_per_block=1, norm_num_groups=2)
 
 
+class Steady(TorchRuntime):
+    """As much free memory whatever else runs on this machine: more than before forgets a rung."""
+
+    def free_bytes(self):
+        return 64 * 10**9
+
+
 @pytest.fixture(scope="module")
 def vae():
     return tiny.randomize(VideoVAE(SMALL))
@@ -81,11 +88,9 @@ def test_a_decode_that_runs_out_of_memory_is_repeated_in_smaller_pieces(
 ):
     made = out_of_memory_above(monkeypatch, vae, 5)
     totals = []
-    runtime = TorchRuntime(
-        state_folder=tmp_path, on_progress=lambda *report: totals.append(report[2])
-    )
+    runtime = Steady(state_folder=tmp_path, on_progress=lambda *report: totals.append(report[2]))
     got = decode_frames(vae, latents, "auto", runtime=runtime)
-    assert torch.equal(got, decode_frames(vae, latents, "tiled-diffusers", runtime=TorchRuntime()))
+    assert torch.equal(got, decode_frames(vae, latents, "tiled-diffusers", runtime=Steady()))
     told = [r.getMessage() for r in caplog.records if r.levelno == logging.WARNING]
     assert "with full" in told[0]
     assert "repeated with tiled-diffusers" in told[-1]
@@ -107,7 +112,7 @@ def test_a_decode_that_runs_out_of_memory_is_repeated_in_smaller_pieces(
 def test_a_mode_that_was_asked_for_is_not_replaced_by_another(vae, latents, monkeypatch):
     made = out_of_memory_above(monkeypatch, vae, 5)
     with pytest.raises(OutOfRoomError) as caught:
-        decode_frames(vae, latents, "full", runtime=TorchRuntime())
+        decode_frames(vae, latents, "full", runtime=Steady())
     assert made == [9]
     text = str(caught.value)
     needed = plan_bytes(DecodePlan("full"), SMALL, latents.shape, torch.float32)
@@ -133,7 +138,7 @@ def test_the_error_of_a_decode_names_a_mode_that_takes_less_and_fits(plan, free,
 def test_a_decode_that_never_fits_ends(vae, latents, monkeypatch):
     made = out_of_memory_above(monkeypatch, vae, 0)
     with pytest.raises(OutOfRoomError, match="tiles of 128 px.*To go on, close other programs"):
-        decode_frames(vae, latents, "auto", runtime=TorchRuntime())
+        decode_frames(vae, latents, "auto", runtime=Steady())
     assert len(made) == len(LADDER)
 
 
@@ -151,7 +156,7 @@ def test_a_synced_decode_is_repeated_in_strips_from_its_start(
     expected = decode_frames(vae, latents, "synced", runtime=runtime)
     assert set(totals) == {2 * 33}
     made = out_of_memory_above(monkeypatch, vae, 9, strips=2)
-    runtime = TorchRuntime(state_folder=tmp_path)
+    runtime = Steady(state_folder=tmp_path)
     got = decode_frames(vae, latents, "synced", runtime=runtime)
     assert torch.equal(got, expected)
     assert made == [9, 9]
@@ -185,9 +190,9 @@ class Sink:
 @pytest.mark.parametrize("plan", [p for p in LADDER if p.mode == "synced"] + [LADDER[0]], ids=str)
 def test_frames_are_handed_on_in_order_as_they_become_final(vae, latents, plan):
     done = [0]
-    runtime = TorchRuntime(on_progress=lambda *report: done.append(report[1]))
+    runtime = Steady(on_progress=lambda *report: done.append(report[1]))
     sink = Sink(lambda: len(done))
-    expected = tiling._decode_clip(vae, latents, plan, TorchRuntime())
+    expected = tiling._decode_clip(vae, latents, plan, Steady())
     assert tiling._decode_clip(vae, latents, plan, runtime, sink) is None
     assert torch.equal(torch.cat(sink.groups), expected)
     if plan.mode == "synced":  # a group for every report of the last strip
@@ -198,24 +203,24 @@ def test_frames_are_handed_on_in_order_as_they_become_final(vae, latents, plan):
 
 
 def test_a_synced_decode_in_parts_hands_on_what_was_not_handed_on_before(vae, latents, monkeypatch):
-    expected = decode_frames(vae, latents, "synced", runtime=TorchRuntime())
+    expected = decode_frames(vae, latents, "synced", runtime=Steady())
     monkeypatch.setattr(frames, "STAGING_BYTES", 2 * 4 * 3 * 32 * 24)
     sink = Sink(int)
-    decode_into(sink, vae, latents, "synced", runtime=TorchRuntime())
+    decode_into(sink, vae, latents, "synced", runtime=Steady())
     assert torch.equal(torch.cat(sink.groups), expected)
     assert max(map(len, sink.groups)) == 2
 
 
 def test_a_synced_decode_is_never_replaced_by_tiles(vae, latents, monkeypatch):
     made = out_of_memory_above(monkeypatch, vae, 5)
-    with pytest.raises(OutOfRoomError, match="with synced in 8 strips: it needs"):
-        decode_frames(vae, latents, "synced", runtime=TorchRuntime())
+    with pytest.raises(OutOfRoomError, match="with synced in 2 strips: it needs"):
+        decode_frames(vae, latents, "synced", runtime=Steady())
     assert made == [9] * len(STRIPS)
 
 
 def test_the_ladder_goes_from_one_pass_to_no_seams_to_tiles():
     strips = [plan.strips for plan in LADDER if plan.mode == "synced"]
-    assert [plan.mode for plan in LADDER] == ["full"] + ["synced"] * 4 + ["tiled"] * 10
+    assert [plan.mode for plan in LADDER] == ["full"] + ["synced"] * 2 + ["tiled"] * 10
     assert strips == list(STRIPS)
     names = list(map(str, LADDER))
     assert len(set(names)) == len(names)  # they are remembered by name
@@ -273,7 +278,7 @@ def test_a_picture_whose_encoding_runs_out_of_memory_is_encoded_again(vae, monke
             raise torch.OutOfMemoryError("CUDA out of memory.")
         return encode(video, **kwargs)
 
-    runtime = TorchRuntime()
+    runtime = Steady()
     runtime.make_room = asked.append
     image = torch.rand(1, 16, 16, 3, generator=torch.Generator().manual_seed(0))
     size = {"width": 16, "height": 16, "num_frames": 5}
@@ -296,7 +301,7 @@ def test_what_has_no_rung_is_tried_twice_and_then_told_with_numbers(times):
             raise FULL
         return "done"
 
-    runtime = TorchRuntime()
+    runtime = Steady()
     runtime.make_room = asked.append
     if times == 1:
         assert ladder.retried(work, runtime, 3 * 10**9, "Encoding the text") == "done"
@@ -308,7 +313,7 @@ def test_what_has_no_rung_is_tried_twice_and_then_told_with_numbers(times):
 
 
 def test_a_decode_teaches_the_next_prediction_of_its_kind(vae, latents, tmp_path, caplog):
-    runtime = TorchRuntime(state_folder=tmp_path)
+    runtime = Steady(state_folder=tmp_path)
     key, plan = outcomes.device_key(runtime.device), DecodePlan("full")
     kind = tiling.kind_of_decode(plan, torch.float32)
     caplog.set_level(logging.INFO)

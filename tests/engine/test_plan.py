@@ -49,6 +49,7 @@ from comfyui_skyreels.skyreels.transformer.rates import NAMES, rates
 from comfyui_skyreels.skyreels.vae.budget import MEMORY_MARGIN
 from comfyui_skyreels.skyreels.vae.model import VideoVAE
 from comfyui_skyreels.skyreels.vae.tiling import (
+    CHOOSING_MODES,
     DecodePlan,
     choose_decode,
     iter_decode,
@@ -230,10 +231,12 @@ def test_a_decode_is_planned_as_it_is_chosen_in_a_run(mode, gigabytes):
     weights = weights_as(CONFIG, "bf16", "auto")
     plan = plan_run(machine, JOB, weights, Choice(decode=mode))
     chosen = DecodePlan(mode, TILINGS.get(mode))
-    if mode in ("auto", "synced"):
+    if mode in CHOOSING_MODES:
         free = machine.free_bytes - vae_bytes
         try:
-            chosen, _ = choose_decode(JOB.vae, JOB.latent_shape, free, JOB.vae_dtype, mode)
+            chosen, _ = choose_decode(
+                JOB.vae, JOB.latent_shape, free, JOB.vae_dtype, mode, host_bytes=machine.ram_bytes
+            )
         except OutOfRoomError:
             assert not plan.fits
             return

@@ -36,7 +36,7 @@ class Case(NamedTuple):
             )
         if self.operator == "qk_norm_rope_":
             said.append(f"image-{self.image_tokens}")
-        if self.operator in ("norm_silu_pad_", "interleave_"):
+        if self.operator in ("norm_silu_pad_", "interleave_", "interleave_moments_"):
             said.append(f"front-{self.front} copies-{self.copies}")
         return " ".join(said)
 
@@ -87,7 +87,7 @@ def _clip_inputs(case: Case, draw: Callable[..., Tensor]) -> tuple:
     x = 0.5 * clip(batch, channels, frames + 1, height, width)[:, :, 1:] + 2
     if case.operator == "channel_moments":
         return (x,)
-    if case.operator == "residual_add_":
+    if case.operator in ("residual_add_", "residual_add_moments_"):
         return x, clip(batch, channels, frames + 2, height, width)[:, :, 2:], draw(channels)
     if case.operator == "norm_silu_pad_":
         scale, shift = draw(2, batch, channels, 1, 1, 1).float()
@@ -154,6 +154,16 @@ def _eager_interleave(x, bias, out):
     out += bias[:, None, None, None]
 
 
+def _eager_residual_add_moments(x, branch, bias):
+    _eager_residual_add(x, branch, bias)
+    return _eager_channel_moments(x)
+
+
+def _eager_interleave_moments(x, bias, out):
+    _eager_interleave(x, bias, out)
+    return _eager_channel_moments(out)
+
+
 def _eager_residual_norm_quantize(x, y, gate, shift, scale, to, block):
     total, normed = _eager_residual_norm(x, y, gate, shift, scale)
     return total, *_eager_quantize(normed, to, block)
@@ -174,7 +184,9 @@ EAGER: dict[str, Callable] = {
     "channel_moments": _eager_channel_moments,
     "norm_silu_pad_": _eager_norm_silu_pad,
     "residual_add_": _eager_residual_add,
+    "residual_add_moments_": _eager_residual_add_moments,
     "interleave_": _eager_interleave,
+    "interleave_moments_": _eager_interleave_moments,
 }
 
 
@@ -184,9 +196,9 @@ def results(function: Callable, case: Case, args: tuple) -> list[Tensor]:
     args = tuple(_copy(a) if isinstance(a, Tensor) else a for a in args)
     returned = function(*args)
     writes = operators.OPERATORS[case.operator].writes
-    if writes is not None:
-        returned = args[writes]
-    outputs = [returned] if isinstance(returned, Tensor) else list(returned)
+    outputs = [] if writes is None else [args[writes]]
+    if returned is not None:
+        outputs += [returned] if isinstance(returned, Tensor) else list(returned)
     if case.to is not None:
         scale = outputs.pop().double()
         outputs[-1] = reference.hadamard_rotate(outputs[-1].double() * scale, case.hadamard_block)
@@ -255,7 +267,13 @@ SMALL = [
     Case("channel_moments", (2, 4, 1, 9, 9), torch.float32),
     Case("residual_add_", (2, 8, 3, 5, 7)),
     Case("residual_add_", (1, 96, 2, 5, 13), torch.float32),
+    Case("residual_add_moments_", (2, 8, 3, 5, 7)),
+    Case("residual_add_moments_", (1, 96, 2, 5, 13), torch.float32),
+    Case("residual_add_moments_", (1, 300, 3, 40, 50)),
     Case("interleave_", (2, 8, 3, 4, 5)),
     Case("interleave_", (1, 12, 2, 3, 5), front=1),
     Case("interleave_", (1, 128, 2, 2, 40), HALF, copies=4),
+    Case("interleave_moments_", (2, 8, 3, 4, 5)),
+    Case("interleave_moments_", (1, 12, 2, 3, 5), torch.float32, front=1),
+    Case("interleave_moments_", (1, 512, 1, 2, 200), HALF, copies=4),
 ]  # fmt: skip

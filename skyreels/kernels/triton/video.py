@@ -103,24 +103,49 @@ def _residual_add_kernel(
     x,
     branch,
     bias,
+    mean,
+    spread,
     x_batch,
     branch_batch,
     size,
     channels: tl.constexpr,
     block: tl.constexpr,
     pixels: tl.constexpr,
+    steps: tl.constexpr,
 ):
     batch = tl.program_id(1).to(tl.int64)
-    first = tl.program_id(0).to(tl.int64) * pixels
-    pixel, channel = tl.arange(0, pixels), tl.arange(0, block)
+    first = tl.program_id(0).to(tl.int64) * pixels * steps
+    channel = tl.arange(0, block)
     known = channel < channels
-    inside = (first + pixel < size)[:, None] & known[None]
-    at = first * channels + pixel[:, None] * channels + channel[None]
-    values = tl.load(x + batch * x_batch + at, mask=inside, other=0.0).to(tl.float32)
-    addend = tl.load(branch + batch * branch_batch + at, mask=inside, other=0.0).to(tl.float32)
     constant = tl.load(bias + channel, mask=known, other=0.0).to(tl.float32)
-    values = (addend + constant[None]) + values
-    tl.store(x + batch * x_batch + at, narrow(values, x.dtype.element_ty), mask=inside)
+    target = x + batch * x_batch + first * channels
+    source = branch + batch * branch_batch + first * channels
+    pivot = tl.zeros((block,), tl.float32)
+    if mean is not None:
+        # deviations from about the first pixel of the sum, see the kernel of the moments
+        pivot = tl.load(target + channel, mask=known, other=0.0).to(tl.float32)
+        pivot += tl.load(source + channel, mask=known, other=0.0).to(tl.float32) + constant
+        tl.debug_barrier()  # no thread overwrites it before all have read it
+    sums = tl.zeros((pixels, block), tl.float32)
+    squares = tl.zeros((pixels, block), tl.float32)
+    for step in range(steps):
+        pixel = step * pixels + tl.arange(0, pixels)
+        inside = (first + pixel < size)[:, None] & known[None]
+        at = pixel[:, None] * channels + channel[None]
+        values = tl.load(target + at, mask=inside, other=0.0).to(tl.float32)
+        addend = tl.load(source + at, mask=inside, other=0.0).to(tl.float32)
+        rounded = narrow((addend + constant[None]) + values, x.dtype.element_ty)
+        tl.store(target + at, rounded, mask=inside)
+        if mean is not None:
+            values = tl.where(inside, rounded.to(tl.float32) - pivot[None], 0.0)
+            sums += values
+            squares += values * values
+    if mean is not None:
+        count = tl.minimum(size - first, pixels * steps).to(tl.float32)
+        offset = tl.sum(sums, axis=0) / count
+        at = (batch * tl.num_programs(0) + tl.program_id(0)) * channels + channel
+        tl.store(mean + at, pivot + offset, mask=known)
+        tl.store(spread + at, tl.sum(squares, axis=0) - offset * offset * count, mask=known)
 
 
 @triton.jit(do_not_specialize=_SIZES)
@@ -128,6 +153,8 @@ def _interleave_kernel(
     x,
     bias,
     out,
+    mean,
+    spread,
     x_batch,
     out_batch,
     first,
@@ -137,26 +164,47 @@ def _interleave_kernel(
     channels: tl.constexpr,
     block: tl.constexpr,
     pixels: tl.constexpr,
+    steps: tl.constexpr,
 ):
     batch = tl.program_id(1).to(tl.int64)
     columns = 2 * width
-    parts = (columns + pixels - 1) // pixels
+    parts = (columns + pixels * steps - 1) // (pixels * steps)
     row = tl.program_id(0) // parts
-    column = (tl.program_id(0) % parts) * pixels + tl.arange(0, pixels)
+    start = (tl.program_id(0) % parts) * pixels * steps
     channel = tl.arange(0, block)
     known = channel < channels
-    inside = (column < columns)[:, None] & known[None]
+    constant = tl.load(bias + channel, mask=known, other=0.0).to(tl.float32)
     frame, y = row // (2 * height) + first, row % (2 * height)
     copy = (frame % times) * 4 + (y % 2) * 2
     source_row = ((frame // times).to(tl.int64) * (height + 1) + y // 2 + y % 2) * (width + 1)
     source = x + batch * x_batch + (source_row * (4 * times) + copy) * channels
-    at = ((column // 2 + column % 2) * (4 * times) + column % 2)[:, None] * channels + channel[None]
-    values = tl.load(source + at, mask=inside, other=0.0).to(tl.float32)
-    constant = tl.load(bias + channel, mask=known, other=0.0).to(tl.float32)
-    values += constant[None]
     target = out + batch * out_batch + row.to(tl.int64) * columns * channels
-    at = column[:, None] * channels + channel[None]
-    tl.store(target + at, narrow(values, out.dtype.element_ty), mask=inside)
+    pivot = tl.zeros((block,), tl.float32)
+    if mean is not None:
+        # deviations from about the first pixel, see the kernel of the moments; `start` is even
+        nearest = (start // 2) * (4 * times) * channels + channel
+        pivot = tl.load(source + nearest, mask=known, other=0.0).to(tl.float32) + constant
+    sums = tl.zeros((pixels, block), tl.float32)
+    squares = tl.zeros((pixels, block), tl.float32)
+    for step in range(steps):
+        column = start + step * pixels + tl.arange(0, pixels)
+        inside = (column < columns)[:, None] & known[None]
+        pixel = (column // 2 + column % 2) * (4 * times) + column % 2
+        at = pixel[:, None] * channels + channel[None]
+        values = tl.load(source + at, mask=inside, other=0.0).to(tl.float32)
+        rounded = narrow(values + constant[None], out.dtype.element_ty)
+        at = column[:, None] * channels + channel[None]
+        tl.store(target + at, rounded, mask=inside)
+        if mean is not None:
+            values = tl.where(inside, rounded.to(tl.float32) - pivot[None], 0.0)
+            sums += values
+            squares += values * values
+    if mean is not None:
+        count = tl.minimum(columns - start, pixels * steps).to(tl.float32)
+        offset = tl.sum(sums, axis=0) / count
+        at = (batch * tl.num_programs(0) + tl.program_id(0)) * channels + channel
+        tl.store(mean + at, pivot + offset, mask=known)
+        tl.store(spread + at, tl.sum(squares, axis=0) - offset * offset * count, mask=known)
 
 
 def _tile(channels: int) -> dict[str, int]:
@@ -206,52 +254,84 @@ def norm_silu_pad_(
     )
 
 
+class _Runs:
+    """Moments of runs of neighbouring pixels, one run a program, which are merged in float64.
+
+    Args:
+        clip: that the runs are of, [B, C, T, H, W].
+        length: pixels after which a run ends early: the clip's, or those of a row.
+        pixels: of a tile; MOMENT_TILES of these are a run.
+    """
+
+    def __init__(self, clip: Tensor, length: int, pixels: int) -> None:
+        self._size, self._length, self._run = clip[0, 0].numel(), length, pixels * MOMENT_TILES
+        self.count = self._size // length * triton.cdiv(length, self._run)
+        shape = (clip.shape[0], self.count, clip.shape[1])
+        self.means = torch.empty(shape, dtype=torch.float32, device=clip.device)
+        self.spreads = torch.empty_like(self.means)
+
+    def merged(self) -> tuple[Tensor, Tensor]:
+        """Mean and variance of the clip's channels, twice [B, C] (Chan et al.)."""
+        start = torch.arange(0, self._length, self._run, device=self.means.device)
+        counts = (self._length - start).clamp_(max=self._run).double()
+        shares = (counts / self._size).repeat(self._size // self._length)[:, None]
+        wide = self.means.double()
+        mean = (wide * shares).sum(1)
+        between = (wide - mean[:, None]).square_().mul_(shares).sum(1)
+        return mean, self.spreads.sum(1, dtype=torch.float64).div_(self._size).add_(between)
+
+
 def channel_moments(x: Tensor) -> tuple[Tensor, Tensor]:
     """`reference.channel_moments`; runs of pixels are merged in float64."""
     x = _channels_last(x)
     batch, channels = x.shape[:2]
     size = x[0, 0].numel()
     tile: Any = _tile(channels)
-    run = tile["pixels"] * MOMENT_TILES
-    runs = triton.cdiv(size, run)
-    means = torch.empty(batch, runs, channels, dtype=torch.float32, device=x.device)
-    spreads = torch.empty_like(means)
+    runs = _Runs(x, size, tile["pixels"])
     launch(
         _channel_moments_kernel,
-        (runs, batch),
+        (runs.count, batch),
         x,
-        means,
-        spreads,
+        runs.means,
+        runs.spreads,
         x.stride(0),
         size,
         steps=MOMENT_TILES,
         num_warps=WARPS,
         **tile,
     )
-    # every run but the last has as many pixels
-    shares = torch.full((runs, 1), run / size, dtype=torch.float64, device=x.device)
-    shares[-1] = 1 - (runs - 1) * run / size
-    wide = means.double()
-    mean = (wide * shares).sum(1)
-    between = (wide - mean[:, None]).square_().mul_(shares).sum(1)
-    return mean, spreads.sum(1, dtype=torch.float64).div_(size).add_(between)
+    return runs.merged()
 
 
 def residual_add_(x: Tensor, branch: Tensor, bias: Tensor) -> None:
     """`reference.residual_add_`; x has adjacent channels."""
+    _residual_add(x, branch, bias, None)
+
+
+def residual_add_moments_(x: Tensor, branch: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+    """`reference.residual_add_moments_`; x has adjacent channels."""
+    runs = _Runs(x, x[0, 0].numel(), _tile(x.shape[1])["pixels"])
+    _residual_add(x, branch, bias, runs)
+    return runs.merged()
+
+
+def _residual_add(x: Tensor, branch: Tensor, bias: Tensor, runs: _Runs | None) -> None:
     branch = _channels_last(branch)
     batch, channels = x.shape[:2]
     size = x[0, 0].numel()
     tile: Any = _tile(channels)
     launch(
         _residual_add_kernel,
-        (triton.cdiv(size, tile["pixels"]), batch),
+        (triton.cdiv(size, tile["pixels"]) if runs is None else runs.count, batch),
         x,
         branch,
         bias.contiguous(),
+        None if runs is None else runs.means,
+        None if runs is None else runs.spreads,
         x.stride(0),
         branch.stride(0),
         size,
+        steps=1 if runs is None else MOMENT_TILES,
         num_warps=WARPS,
         **tile,
     )
@@ -259,22 +339,37 @@ def residual_add_(x: Tensor, branch: Tensor, bias: Tensor) -> None:
 
 def interleave_(x: Tensor, bias: Tensor, out: Tensor) -> None:
     """`reference.interleave_`; `out` has adjacent channels."""
+    _interleave(x, bias, out, None)
+
+
+def interleave_moments_(x: Tensor, bias: Tensor, out: Tensor) -> tuple[Tensor, Tensor]:
+    """`reference.interleave_moments_`; `out` has adjacent channels."""
+    runs = _Runs(out, out.shape[4], _tile(out.shape[1])["pixels"])
+    _interleave(x, bias, out, runs)
+    return runs.merged()
+
+
+def _interleave(x: Tensor, bias: Tensor, out: Tensor, runs: _Runs | None) -> None:
     x = _channels_last(x)
     batch, channels, frames, rows, columns = out.shape
     times = x.shape[1] // channels // 4
     tile: Any = _tile(channels)
+    programs = frames * rows * triton.cdiv(columns, tile["pixels"])
     launch(
         _interleave_kernel,
-        (frames * rows * triton.cdiv(columns, tile["pixels"]), batch),
+        (programs if runs is None else runs.count, batch),
         x,
         bias.contiguous(),
         out,
+        None if runs is None else runs.means,
+        None if runs is None else runs.spreads,
         x.stride(0),
         out.stride(0),
         times * x.shape[2] - frames,
         rows // 2,
         columns // 2,
         times=times,
+        steps=1 if runs is None else MOMENT_TILES,
         num_warps=WARPS,
         **tile,
     )

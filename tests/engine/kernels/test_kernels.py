@@ -169,7 +169,28 @@ def test_moments_are_good_far_from_zero():
     x = (draw(1, 4, 3, 40, 50) + 3000).float()
     variance, mean = torch.var_mean(x.double(), dim=(2, 3, 4), correction=0)
     ours = kernels.channel_moments(x)
-    assert error(list(ours), [mean, variance]) <= 1e-6
+    assert error(list(ours), [mean, variance]) <= 1e-7
+
+
+@pytest.mark.parametrize("offset", [0, 3e3, 1e6])
+def test_moments_of_wide_numbers_are_exact_from_whatever_makes_them(offset):
+    """Bar: 1e-8 of the variance, also where it is a 1e-12th of the squared mean."""
+
+    def right(clip):
+        centred = clip - offset
+        variance, mean = torch.var_mean(centred, dim=(2, 3, 4), correction=0)
+        return [mean + offset, variance]
+
+    def clip(*shape):
+        return draw(*shape).contiguous(memory_format=torch.channels_last_3d)
+
+    x = clip(2, 4, 3, 20, 25) + offset
+    assert error(list(kernels.channel_moments(x)), right(x)) <= 1e-8
+    found = kernels.residual_add_moments_(x, clip(2, 4, 3, 20, 25), draw(4))
+    assert error(list(found), right(x)) <= 1e-8
+    copies, out = clip(1, 32, 2, 11, 13) + offset, clip(1, 4, 3, 20, 24)
+    found = kernels.interleave_moments_(copies, draw(4), out)
+    assert error(list(found), right(out)) <= 1e-8
 
 
 # --- 8-bit products ------------------------------------------------------------------------------
@@ -243,7 +264,7 @@ def test_operators_keep_their_schema_and_promise_the_shapes_they_give(case):
 @pytest.mark.parametrize("case", [case for case in EACH if case.to is None], ids=str)
 def test_results_have_the_dtype_of_the_activations(case):
     returned = operators.CALLS[case.operator](*inputs(case))
-    if case.operator == "channel_moments":
+    if "moments" in case.operator:
         assert all(each.dtype == torch.float64 for each in returned)
     elif operators.OPERATORS[case.operator].writes is None:
         for each in [returned] if isinstance(returned, torch.Tensor) else returned:
@@ -464,7 +485,7 @@ def test_a_device_that_cannot_run_kernels_takes_the_reference_and_says_why_once(
 
 def test_a_cpu_says_what_it_runs_without_a_warning(caplog):
     report = report_of(torch.device("cpu"))
-    assert len(report) == 13
+    assert len(report) == 15
     assert all("not for cpu" in line for line in report.values())
     assert caplog.messages == []
 
@@ -600,7 +621,10 @@ def test_the_vae_uses_the_fused_steps_where_they_are_and_decodes_the_same(simula
     with Seen() as seen:
         fused = vae.decode(latents)
     names = {name.partition("::")[2] for name in seen.names}
-    assert {"channel_moments", "norm_silu_pad_", "residual_add_", "interleave_"} <= names
+    assert {
+        "channel_moments", "norm_silu_pad_", "residual_add_", "residual_add_moments_",
+        "interleave_moments_",
+    } <= names  # fmt: skip
     assert error([fused.double()], [plain.double()]) <= 1e-5
 
 
