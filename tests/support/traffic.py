@@ -49,7 +49,9 @@ class Traffic(TorchDispatchMode):
         if name in PRODUCTS or name == self.attention:
             self.products += 1
             return result
-        moved = sum(map(_bytes, inputs)) + sum(map(_bytes, outputs or changes))
+        returned = {tensor.untyped_storage()._cdata for tensor in outputs}
+        written = [c for c in changes if c.untyped_storage()._cdata not in returned]
+        moved = sum(map(_bytes, [*inputs, *outputs, *written]))
         if name in self.write_only:
             moved -= sum(map(_bytes, changes))
         self.bytes += moved
