@@ -10,6 +10,7 @@ from comfyui_skyreels.skyreels import kernels
 from comfyui_skyreels.skyreels.kernels import QuantFormat, QuantizedActivation, dispatch
 from comfyui_skyreels.skyreels.kernels.dispatch import DeviceInfo
 from comfyui_skyreels.skyreels.transformer import linear as linear_module
+from comfyui_skyreels.skyreels.transformer import quant
 from comfyui_skyreels.skyreels.transformer.linear import (
     gelu_epilogue,
     linear,
@@ -53,6 +54,10 @@ def on_gpu(monkeypatch, caplog):
     for name, empty in (("_decisions", {}), ("_waits", {}), ("_logged", set())):
         monkeypatch.setattr(dispatch, name, empty)
     monkeypatch.setattr(dispatch, "describe", lambda device: H100)
+    # a CPU takes minutes for what is timed on a GPU
+    monkeypatch.setattr(
+        quant, "time_gemms", lambda names, **_: dict.fromkeys([*names, quant.DEQUANTIZED], 1.0)
+    )
 
     def set_up(operator):
         calls = []
