@@ -62,6 +62,17 @@ def _norm_silu_pad_kernel(
     tl.store(target + at, narrow(values, out.dtype.element_ty), mask=inside)
 
 
+@triton.jit
+def _store_moments(mean, spread, pivot, sums, squares, count, known):
+    """Store mean and summed squared deviation of each channel of a run of `count` pixels.
+
+    sums, squares: [pixels, channels] of the deviations from the pivot, and of their squares.
+    """
+    offset = tl.sum(sums, axis=0) / count.to(tl.float32)
+    tl.store(mean, pivot + offset, mask=known)
+    tl.store(spread, tl.sum(squares, axis=0) - offset * offset * count.to(tl.float32), mask=known)
+
+
 @triton.jit(do_not_specialize=_SIZES)
 def _channel_moments_kernel(
     x,
@@ -91,11 +102,9 @@ def _channel_moments_kernel(
         values = tl.where(inside, values - pivot[None], 0.0)
         sums += values
         squares += values * values
-    count = tl.minimum(size - first, pixels * steps).to(tl.float32)
-    offset = tl.sum(sums, axis=0) / count
-    target = (batch * tl.num_programs(0) + run) * channels + channel
-    tl.store(mean + target, pivot + offset, mask=known)
-    tl.store(spread + target, tl.sum(squares, axis=0) - offset * offset * count, mask=known)
+    count = tl.minimum(size - first, pixels * steps)
+    at = (batch * tl.num_programs(0) + run) * channels + channel
+    _store_moments(mean + at, spread + at, pivot, sums, squares, count, known)
 
 
 @triton.jit(do_not_specialize=_SIZES)
@@ -141,11 +150,9 @@ def _residual_add_kernel(
             sums += values
             squares += values * values
     if mean is not None:
-        count = tl.minimum(size - first, pixels * steps).to(tl.float32)
-        offset = tl.sum(sums, axis=0) / count
+        count = tl.minimum(size - first, pixels * steps)
         at = (batch * tl.num_programs(0) + tl.program_id(0)) * channels + channel
-        tl.store(mean + at, pivot + offset, mask=known)
-        tl.store(spread + at, tl.sum(squares, axis=0) - offset * offset * count, mask=known)
+        _store_moments(mean + at, spread + at, pivot, sums, squares, count, known)
 
 
 @triton.jit(do_not_specialize=_SIZES)
@@ -200,11 +207,9 @@ def _interleave_kernel(
             sums += values
             squares += values * values
     if mean is not None:
-        count = tl.minimum(columns - start, pixels * steps).to(tl.float32)
-        offset = tl.sum(sums, axis=0) / count
+        count = tl.minimum(columns - start, pixels * steps)
         at = (batch * tl.num_programs(0) + tl.program_id(0)) * channels + channel
-        tl.store(mean + at, pivot + offset, mask=known)
-        tl.store(spread + at, tl.sum(squares, axis=0) - offset * offset * count, mask=known)
+        _store_moments(mean + at, spread + at, pivot, sums, squares, count, known)
 
 
 def _tile(channels: int) -> dict[str, int]:
