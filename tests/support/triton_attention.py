@@ -4,8 +4,8 @@
     python -m support.triton_attention compile 80 90    (from tests/, without it)
 
 `interpret` prints one JSON line, a list of {case, to_reference, to_exact, finite}, with relative
-L2 errors; `compile` one of {kernel, capability, tile, shared, registers, stack, local} for head
-dimension 128 at the model's length: stack and local are the bytes that spilled registers take.
+L2 errors; `compile` one of {kernel, capability, tile, threads} for head dimension 128 at the
+model's length, and what support/triton_record.py says of each.
 """
 
 import json
@@ -91,10 +91,8 @@ def launches(tile: kernels.Tile) -> list[tuple]:
 
 def compile_for(capabilities: list[int]) -> list[dict]:
     """Resources of every kernel with every tile on every kind of GPU."""
-    import triton
-    from triton.backends.compiler import GPUTarget
-
-    from support.triton_compile import resources, source
+    from support.triton_compile import source
+    from support.triton_record import compiled
 
     rows = []
     for capability in capabilities:
@@ -103,18 +101,10 @@ def compile_for(capabilities: list[int]) -> list[dict]:
                 named = dict(zip(kernel.arg_names, args, strict=True))
                 constants = {p.name: named[p.name] for p in kernel.params if p.is_constexpr}
                 runtime = args[: len(args) - len(constants)]  # constants come last
-                compiled = triton.compile(
-                    source(kernel, runtime, constants), target=GPUTarget("cuda", capability, 32),
-                    options=options,
-                )  # fmt: skip
-                ptx = compiled.asm["ptx"]
-                rows.append({
-                    "kernel": kernel.fn.__name__, "capability": capability, "tile": index,
-                    "threads": 32 * options["num_warps"], "shared": compiled.metadata.shared,
-                    **resources(compiled.asm["cubin"]),
-                    "int8_products": ptx.count(".s32.s8.s8"),
-                    "e4m3_products": ptx.count(".e4m3.e4m3"),
-                })  # fmt: skip
+                took = compiled(source(kernel, runtime, constants), capability, options)
+                rows.append({"kernel": kernel.fn.__name__, "capability": capability,
+                             "tile": index, "threads": 32 * options["num_warps"],
+                             **took})  # fmt: skip
     return rows
 
 

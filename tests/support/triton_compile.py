@@ -4,28 +4,24 @@
 
 The operators are called on shape-only tensors, their launches recorded and compiled ahead of time,
 so what is compiled is what would run. Prints one JSON line, a list of {operator, to, capability,
-warps, shared, registers, stack, local}; stack and local are the bytes that spilled registers take.
+warps} and what support/triton_record.py says of each.
 """
 
 import json
-import re
-import subprocess
 import sys
-import tempfile
-from pathlib import Path
 
 import torch
-import triton
 from comfyui_skyreels.skyreels.kernels import operators
 from comfyui_skyreels.skyreels.kernels.dispatch import short
-from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+
+from support.triton_record import compiled
 
 TYPES = {
     torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32", torch.int8: "*i8",
-    torch.float8_e4m3fn: "*fp8e4nv",
+    torch.int32: "*i32", torch.float8_e4m3fn: "*fp8e4nv",
 }  # fmt: skip
-CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+CAPABILITIES = [80, 86, 89, 90, 120]
 
 
 def launches(name: str, to: torch.dtype | None) -> list[tuple]:
@@ -80,20 +76,8 @@ def source(kernel, args: tuple, constants: dict) -> ASTSource:
     return ASTSource(kernel, ordered, fixed, attributes)
 
 
-def resources(cubin: bytes) -> dict[str, int]:
-    """What the assembler says the kernel takes."""
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "kernel.cubin"
-        path.write_bytes(cubin)
-        text = subprocess.run(
-            [CUOBJDUMP, "--dump-resource-usage", path], capture_output=True, text=True, check=True
-        ).stdout
-    found = dict(re.findall(r"\b(REG|STACK|LOCAL):(\d+)", text))
-    return {"registers": int(found["REG"]), "stack": int(found["STACK"]),
-            "local": int(found["LOCAL"])}  # fmt: skip
-
-
-def main(capabilities: list[int]) -> None:
+def compile_for(capabilities: list[int]) -> list[dict]:
+    """A row for every operator, format and GPU."""
     rows = []
     for name, row in operators.OPERATORS.items():
         for to in row.formats:
@@ -101,17 +85,12 @@ def main(capabilities: list[int]) -> None:
                 for capability in capabilities:
                     if to == torch.float8_e4m3fn and capability < 89:
                         continue
-                    compiled = triton.compile(
-                        source(kernel, args, constants),
-                        target=GPUTarget("cuda", capability, 32),
-                        options={"num_warps": warps, "enable_fp_fusion": True},
-                    )
-                    rows.append({"operator": name, "to": short(to),
-                                 "capability": capability, "warps": warps,
-                                 "shared": compiled.metadata.shared,
-                                 **resources(compiled.asm["cubin"])})  # fmt: skip
-    print(json.dumps(rows))
+                    options = {"num_warps": warps, "enable_fp_fusion": True}
+                    took = compiled(source(kernel, args, constants), capability, options)
+                    rows.append({"operator": name, "to": short(to), "capability": capability,
+                                 "warps": warps, **took})  # fmt: skip
+    return rows
 
 
 if __name__ == "__main__":
-    main([int(each) for each in sys.argv[1:]] or [80, 86, 89, 90, 120])
+    print(json.dumps(compile_for([int(each) for each in sys.argv[1:]] or CAPABILITIES)))

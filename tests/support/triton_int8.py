@@ -4,18 +4,16 @@
     python -m support.triton_int8 compile 80 90    (from tests/, without it)
 
 `interpret` prints one JSON line: what the self-test says, which rows one NaN spoils, and a list of
-{case, error, kept} with relative L2 errors; `compile` a list of {capability, add, even, out,
-shared, registers, stack, local, wgmma}: stack and local are the bytes that spilled registers take.
+{case, error, kept} with relative L2 errors; `compile` a list of {capability, add, even, out} and
+what support/triton_record.py says of each.
 """
 
 import json
 import sys
 
 import torch
-import triton
 from comfyui_skyreels.skyreels.kernels.triton import int8 as kernels
 from comfyui_skyreels.skyreels.transformer import quant
-from triton.backends.compiler import GPUTarget
 
 from support.triton_versions import mend_interpreter
 
@@ -70,7 +68,8 @@ def interpret() -> dict:
 
 def compile_for(capabilities: list[int]) -> list[dict]:
     """With scales and bias, with the sum, and at a depth that masks loads; wide results too."""
-    from support.triton_compile import resources, source
+    from support.triton_compile import source
+    from support.triton_record import compiled
 
     rows = []
     meta = torch.device("meta")
@@ -91,16 +90,11 @@ def compile_for(capabilities: list[int]) -> list[dict]:
             constants = {"per_channel": True, "add": add, "even": even, "group": kernels.GROUP,
                          "block_m": tile.block_m, "block_n": tile.block_n,
                          "block_k": tile.block_k}  # fmt: skip
-            compiled = triton.compile(
-                source(kernels._int8_linear_kernel, args, constants),
-                target=GPUTarget("cuda", capability, 32),
-                options={"num_warps": tile.num_warps, "num_stages": tile.num_stages,
-                         "enable_fp_fusion": True},
-            )  # fmt: skip
+            options = {"num_warps": tile.num_warps, "num_stages": tile.num_stages,
+                       "enable_fp_fusion": True}  # fmt: skip
+            kernel = source(kernels._int8_linear_kernel, args, constants)
             rows.append({"capability": capability, "add": add, "even": even, "out": str(dtype),
-                         "shared": compiled.metadata.shared,
-                         "wgmma": "wgmma.mma_async" in compiled.asm["ptx"],
-                         **resources(compiled.asm["cubin"])})  # fmt: skip
+                         **compiled(kernel, capability, options)})  # fmt: skip
     return rows
 
 

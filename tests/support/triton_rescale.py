@@ -4,18 +4,16 @@
     python -m support.triton_rescale compile 80 90    (from tests/, without it)
 
 `interpret` prints one JSON line: what the self-test says, and a list of {case, error, neighbours}
-with relative L2 errors; `compile` a list of {capability, codes, registers, stack, local} at the
-model's width: stack and local are the bytes that spilled registers take.
+with relative L2 errors; `compile` a list of {capability, codes} at the model's width and what
+support/triton_record.py says of each.
 """
 
 import json
 import sys
 
 import torch
-import triton
 from comfyui_skyreels.skyreels.kernels import operators, reference
 from comfyui_skyreels.skyreels.kernels.triton import int8 as kernels
-from triton.backends.compiler import GPUTarget
 
 from support.triton_versions import mend_interpreter
 
@@ -57,7 +55,8 @@ def interpret() -> dict:
 
 def compile_for(capabilities: list[int]) -> list[dict]:
     """Both kinds of product, with everything that a projection of the model asks for."""
-    from support.triton_compile import resources, source
+    from support.triton_compile import source
+    from support.triton_record import compiled
 
     rows = []
     width = 12_288
@@ -71,26 +70,18 @@ def compile_for(capabilities: list[int]) -> list[dict]:
         codes = torch.empty(1024, width, dtype=dtype, device=meta)
         args = (codes, *vectors, bias, out, 1024, width, width)
         for capability in capabilities:
-            compiled = triton.compile(
-                source(kernels._rescale_kernel, args, constants),
-                target=GPUTarget("cuda", capability, 32),
-                options={"num_warps": kernels.RESCALE_WARPS, "enable_fp_fusion": True},
-            )
+            options = {"num_warps": kernels.RESCALE_WARPS, "enable_fp_fusion": True}
+            kernel = source(kernels._rescale_kernel, args, constants)
             rows.append({"capability": capability, "codes": str(dtype)}
-                        | resources(compiled.asm["cubin"]))  # fmt: skip
+                        | compiled(kernel, capability, options))  # fmt: skip
     return rows
 
 
 def main(mode: str, *capabilities: str) -> None:
     torch.manual_seed(0)
     torch.set_grad_enabled(False)
-    if mode == "interpret":
-        print(json.dumps(interpret()))
-        return
-    from support import triton_compile
-
-    triton_compile.TYPES[torch.int32] = "*i32"
-    print(json.dumps(compile_for(list(map(int, capabilities)))))
+    found = interpret() if mode == "interpret" else compile_for(list(map(int, capabilities)))
+    print(json.dumps(found))
 
 
 if __name__ == "__main__":

@@ -380,6 +380,24 @@ def test_every_kernel_compiles_for_every_architecture_without_spilled_registers(
     assert spilled == []
 
 
+WITH_A_WRONG_RECORD = """
+from support import triton_record, triton_rescale
+class Wrong(dict):
+    def get(self, key):
+        return {"registers": 1}
+triton_record._record = Wrong
+triton_rescale.compile_for([90])
+"""
+
+
+def test_a_kernel_that_compiles_to_something_else_than_was_recorded_is_found():
+    pytest.importorskip("triton")
+    environment = {**os.environ, "SKYREELS_COMPILE": "all"}
+    run = forks("torch").run(["-c", WITH_A_WRONG_RECORD], environment)
+    assert run.returncode != 0
+    assert "says {'registers': 1}: make that file again" in run.stderr
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 @pytest.mark.parametrize(

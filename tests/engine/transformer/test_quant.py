@@ -680,7 +680,7 @@ def test_the_int8_kernel_compiles_for_every_gpu_without_spilling():
     rows = run_kernel("int8", "compile", "80", "86", "89", "90", "120")
     assert len(rows) == 4 * 5
     assert all(row["stack"] == row["local"] == 0 for row in rows)
-    assert all(row["wgmma"] == (row["capability"] == 90) for row in rows)
+    assert all((row["wgmma"] > 0) == (row["capability"] == 90) for row in rows)
     assert all(row["shared"] <= (227 if row["capability"] == 90 else 99) * 1024 for row in rows)
 
 
