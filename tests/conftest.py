@@ -1,5 +1,6 @@
 """The fixtures of all tests; `comfyui_skyreels.py` beside it is the pack, loaded by path."""
 
+import gc
 import itertools
 import logging
 import os
@@ -38,6 +39,16 @@ os.environ.setdefault("TRANSFORMERS_OFFLINE", "1")
 
 def pytest_configure(config) -> None:
     config.option.loadscopereorder = False  # xdist would start the files with most tests first
+
+
+def pytest_collection_finish() -> None:
+    """What has been imported stays: no search for garbage need look through it again."""
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_unconfigure() -> None:
+    gc.unfreeze()
 
 
 def pytest_collection_modifyitems(items) -> None:

@@ -322,9 +322,10 @@ def _define(name: str, row: Operator) -> Callable[..., Any]:
     plain = in_pieces(row.reference) if row.is_tokenwise else row.reference
     _library.impl(name, plain, "CompositeExplicitAutograd")
     _library.impl(name, dispatcher(name, plain), "CUDA")
-    if row.writes is not None:
-        shapes = (lambda *_: None) if row.schema.endswith("()") else partial(_moment_shapes, row)
-        _library.impl(name, shapes, "Meta")
+    if row.schema.endswith("()"):
+        _library.impl(name, lambda *_: None, "Meta")
+    elif "moments" in name:
+        _library.impl(name, partial(_moment_shapes, row.writes or 0), "Meta")
     operator = getattr(getattr(torch.ops, NAMESPACE), name).default
 
     def call(*args: Any) -> Any:
@@ -335,10 +336,9 @@ def _define(name: str, row: Operator) -> Callable[..., Any]:
     return call
 
 
-def _moment_shapes(row: Operator, *args: Any) -> tuple[Tensor, Tensor]:
-    """Of the moments of what an operator writes."""
-    assert row.writes is not None
-    like = args[row.writes].new_empty(args[row.writes].shape[:2], dtype=torch.float64)
+def _moment_shapes(place: int, *args: Any) -> tuple[Tensor, Tensor]:
+    """Of the moments of an argument."""
+    like = args[place].new_empty(args[place].shape[:2], dtype=torch.float64)
     return like, torch.empty_like(like)
 
 
