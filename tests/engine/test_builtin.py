@@ -22,8 +22,8 @@ from train import data, measure
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("fast_convolutions")]
 RUNTIME = TorchRuntime()
 MAKERS = (builtin.builtin_transformer, builtin.builtin_vae)
-#: two of every verb, none of whose prompts was ever seen in training
-CASES = measure.held_out_cases(16, seed=2)
+#: one of every verb, none of whose prompts was ever seen in training
+CASES = measure.held_out_cases(8, seed=2)
 
 
 class Studio(quality.Studio):
@@ -84,8 +84,8 @@ def exact(studio) -> tuple[dict, list[torch.Tensor]]:
 
 def test_the_shape_does_as_told_and_the_picture_is_kept(exact):
     row, clips = exact
-    assert row["told"] >= 93  # one of 16 may fail
-    assert row["kept"] >= 92  # one of 14
+    assert row["told"] == 100
+    assert row["kept"] == 100
     assert row["first"] >= 24
     assert row["true"] >= 20
     assert all(clip.shape == (17, 64, 64, 3) for clip in clips)
@@ -95,7 +95,7 @@ def test_the_shape_does_as_told_and_the_picture_is_kept(exact):
     ("setting", "decibels"), [("fp8", 35), ("tiled 32/24", 26), ("12 steps", 26)]
 )
 def test_a_faster_setting_makes_nearly_the_same_clip(studio, exact, setting, decibels):
-    row, _, _ = quality.run_setting(studio, quality.SETTINGS[setting], CASES[:4], exact[1][:4])
+    row, _, _ = quality.run_setting(studio, quality.SETTINGS[setting], CASES[:2], exact[1][:2])
     assert row["told"] == 100
     assert row["exact"] >= decibels
 
@@ -124,7 +124,7 @@ def test_skipped_steps_save_passes_and_make_nearly_the_same_clip(
 ):
     clips = exact[1]
     assert exact[0]["forwards"] == 60
-    row, _, _ = quality.run_setting(studio, quality.SETTINGS[setting], CASES[:4], clips[:4])
+    row, _, _ = quality.run_setting(studio, quality.SETTINGS[setting], CASES[:2], clips[:2])
     assert row["told"] == 100
     assert row["forwards"] <= forwards
     assert row["exact"] >= decibels
