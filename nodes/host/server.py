@@ -44,6 +44,18 @@ def send_event(name: str, data: dict[str, Any], client: str | None = None) -> No
         server.send_sync(name, data, client)
 
 
+def shown_node(unique_id: str) -> tuple[str, str]:
+    """Where the page shows what happens in a running node.
+
+    Returns:
+        The id of a node in the page, "12:3" for one in a subgraph; the id of the prompt.
+    """
+    from comfy_execution.progress import get_progress_state
+
+    state = get_progress_state()
+    return str(state.dynprompt.get_display_node_id(unique_id)), str(state.prompt_id)
+
+
 class RemoteProgress:
     """Progress bar, status line and Cancel button of a node that waits for another machine."""
 
