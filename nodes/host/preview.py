@@ -29,9 +29,9 @@ MAX_BYTES = 36 * 1024
 #: of all frames of a clip; noise of this size fits MAX_BYTES at the last quality
 MAX_PIXELS = 2**18
 #: of JPEG, tried in turn until the file is small enough
-QUALITIES = (85, 70, 50, 30, 10)
-#: JPEG codes colours of 16 x 16 pixels together: frames that shared them would run into each other
-BLOCK = 16
+QUALITIES = (85, 70, 50, 30, 20, 10, 3)
+#: JPEG codes 8 x 8 pixels together: frames that shared them would run into each other
+BLOCK = 8
 
 
 class MovingPreview:
@@ -151,7 +151,7 @@ def contact_sheet(frames: Tensor) -> dict[str, Any]:
     sheet = Image.fromarray(cells.reshape(rows * cells.shape[1], -1, 3))
     for quality in QUALITIES:
         file = io.BytesIO()
-        sheet.save(file, "JPEG", quality=quality)
+        sheet.save(file, "JPEG", quality=quality, subsampling="4:4:4")  # a pixel is 8 of the video
         if file.tell() <= MAX_BYTES:
             break
     return {
