@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ...skyreels.config import FRAMES_PER_SECOND, TEMPORAL_COMPRESSION
 from ...skyreels.latents import latents_to_rgb
-from .server import prompt_client, send_event, shown_node
+from .server import page_address, prompt_client, send_event
 
 logger = logging.getLogger("skyreels.nodes.host.preview")
 
@@ -52,9 +52,8 @@ class MovingPreview:
     def __init__(
         self, unique_id: str, client: str, factors: Tensor, bias: Tensor, max_edge: int
     ) -> None:
-        self._client, self._factors, self._bias = client, factors, bias
-        node, prompt_id = shown_node(unique_id)
-        self._address = {"node": node, "prompt_id": prompt_id, "max_edge": max_edge}
+        self._unique_id, self._client, self._max_edge = unique_id, client, max_edge
+        self._factors, self._bias = factors, bias
         self._due_s = -math.inf
         self._has_failed = False
         self._thread: threading.Thread | None = None
@@ -73,11 +72,12 @@ class MovingPreview:
         self._due_s = now_s + PERIOD_S
         try:
             frames = latents_to_rgb(latents, self._factors, self._bias, MAX_PIXELS).cpu()
+            address = page_address(self._unique_id)
         except Exception:  # noqa: BLE001 - a preview never ends a run
             self._give_up()
             return
         self._thread = threading.Thread(
-            target=self._send, args=(frames,), name="skyreels preview", daemon=True
+            target=self._send, args=(frames, address), name="skyreels preview", daemon=True
         )
         self._thread.start()
 
@@ -88,9 +88,9 @@ class MovingPreview:
             self._thread.join()
         self._thread, self._stop_event = None, threading.Event()
 
-    def _send(self, frames: Tensor) -> None:
+    def _send(self, frames: Tensor, address: dict[str, str]) -> None:
         try:
-            clip = contact_sheet(frames) | self._address
+            clip = {**contact_sheet(frames), **address, "max_edge": self._max_edge}
             if not self._stop_event.is_set():
                 send_event("skyreels.preview", clip, self._client)
         except Exception:  # noqa: BLE001 - a preview never ends a run

@@ -245,7 +245,10 @@ def stand_ins(host: Host) -> dict[str, ModuleType]:
     graph_utils.ExecutionBlocker = ExecutionBlocker
     modules["comfy.cli_args"].args = _Arguments(host)  # type: ignore[attr-defined]
     modules["server"].PromptServer = SimpleNamespace(instance=PromptServer(host))  # type: ignore[attr-defined]
-    dynamic = SimpleNamespace(get_display_node_id=lambda node: node.partition(".")[0])
+    dynamic = SimpleNamespace(
+        get_display_node_id=lambda node: node.partition(".")[0],
+        get_node=lambda node: {"class_type": f"class of {node}"},
+    )
     state = SimpleNamespace(prompt_id="prompt 1", dynprompt=dynamic)
     modules["comfy_execution.progress"].get_progress_state = lambda: state  # type: ignore[attr-defined]
     utils: Any = modules["comfy_execution.utils"]

@@ -91,8 +91,9 @@ def test_an_estimate_reaches_the_page_of_the_prompt_and_names_the_node_that_it_s
     estimate = latents(height=1, width=1).repeat(1, 1, 1, 4, 6)  # flat: JPEG keeps it
     runtime.progress("sample", 1, 30, estimate)
     (clip,) = wait(comfy, 1)
-    assert (clip["node"], clip["prompt_id"], clip["max_edge"]) == ("12:3", "prompt 1", 512)
-    assert comfy.sent_to[[name for name, _ in comfy.events].index("skyreels.preview")] == "page"
+    assert comfy.sent_to == ["page", "page"]  # the line on the node, and the clip
+    assert (clip["node"], clip["class_type"]) == ("12:3", "class of 12:3")
+    assert (clip["prompt_id"], clip["max_edge"]) == ("prompt 1", 512)
     factors = torch.tensor([[0.01 * i, -0.02, 0.03] for i in range(16)])
     expected = latents_to_rgb(estimate, factors, torch.tensor([0.1, -0.2, 0.3]), 2**18).numpy()
     assert abs(cut(clip).astype(int) - expected.astype(int)).max() <= 6
@@ -128,7 +129,7 @@ def test_a_page_that_comes_later_does_not_get_the_clips_of_another(comfy):
     comfy.client = "another page"
     runtime.progress("sample", 1, 30, latents())
     wait(comfy, 1)
-    assert comfy.sent_to[[name for name, _ in comfy.events].index("skyreels.preview")] == "page"
+    assert sorted(comfy.sent_to) == ["another page", "page"]  # the line on the node, and the clip
 
 
 def test_there_is_at_most_one_a_second_and_it_is_of_the_latest_estimate(comfy, clock):
