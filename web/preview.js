@@ -10,7 +10,8 @@ const ENDS = ["execution_start", "execution_success", "execution_error", "execut
 
 let canvas = null; // where pictures are drawn
 let isShowing = false; // a picture of ours is being handed to the page
-let replaced = []; // addresses of pictures that the page shows no longer
+let handed = []; // addresses of pictures of ours that the page shows
+let replaced = []; // addresses that it shows no longer
 let hasComplained = false;
 
 async function open({ image }) {
@@ -36,7 +37,7 @@ function draw(sheet, clip, picture) {
 
 /** Hand a picture to the page as it gets its own, so that it is shown wherever those are. */
 function show({ node, prompt_id: job }, blob) {
-  const before = addresses();
+  const before = new Set([...addresses(), ...handed]);
   isShowing = true;
   try {
     api.dispatchCustomEvent(STILL, {
@@ -47,16 +48,17 @@ function show({ node, prompt_id: job }, blob) {
     isShowing = false;
   }
   release();
-  const now = new Set(addresses());
-  replaced = before.filter((address) => !now.has(address));
+  const now = addresses();
+  handed = now.filter((address) => handed.includes(address) || !before.has(address));
+  replaced = [...before].filter((address) => !now.includes(address));
   app.canvas?.setDirty(true, false);
 }
 
 function addresses() {
-  return Object.values(app.nodePreviewImages ?? {}).flat();
+  return [...new Set(Object.values(app.nodePreviewImages ?? {}).flat())];
 }
 
-// front ends before 1.30 never do; one picture later, as the last may still be loading
+// front ends such as 1.27 never do; one picture later, as the last may still be loading
 function release() {
   for (const address of replaced) URL.revokeObjectURL(address);
   replaced = [];
@@ -83,6 +85,7 @@ const player = createPlayer({
 function end(except = null) {
   player.stop(except);
   release();
+  handed = []; // the last one stays on the node, and is the page's from now on
 }
 
 app.registerExtension({
