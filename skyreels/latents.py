@@ -1,9 +1,11 @@
-"""Shapes and spaces of latents, legal sizes of clips, and the latents of a first image."""
+"""Shapes and spaces of latents, legal sizes of clips, first-image latents, and a quick preview."""
 
+import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from .config import (
     MAX_FRAMES,
@@ -58,6 +60,40 @@ def to_model_space(vae_latents: Tensor) -> Tensor:
 def to_vae_space(latents: Tensor) -> Tensor:
     """Scale the transformer's latents for the VAE."""
     return latents / SCALING_FACTOR
+
+
+def latents_to_rgb(latents: Tensor, factors: Tensor, bias: Tensor, max_pixels: int) -> Tensor:
+    """The latent frames of a clip as small pictures, by one linear map for every latent pixel.
+
+    A decode would take seconds; this is what a preview of every step can cost.
+
+    Args:
+        latents: [1, 16, T, h, w] on any device, model space.
+        factors: [16, 3], to RGB in [-1, 1]; of the host, which knows them for its own previews.
+        bias: [3].
+        max_pixels: of all frames together; above it they are scaled down alike.
+
+    Returns:
+        [T, H, W, 3] uint8 on the device of the latents; one frame for each latent frame, H W = h w
+        where max_pixels allows it.
+
+    Raises:
+        ShapeError: latents of another shape.
+    """
+    if latents.ndim != 5 or latents.shape[:2] != (1, factors.shape[0]):
+        raise ShapeError(
+            f"A preview is made of latents [1, {factors.shape[0]}, T, h, w]; got "
+            f"{list(latents.shape)}."
+        )
+    factors, bias = (part.to(latents.device, torch.float32) for part in (factors, bias))
+    frames = torch.einsum("cthw,cr->trhw", latents[0].float(), factors) + bias[:, None, None]
+    num_frames, _, height, width = frames.shape
+    scale = math.sqrt(max_pixels / (num_frames * height * width))
+    if scale < 1:
+        size = (max(1, int(height * scale)), max(1, int(width * scale)))
+        frames = F.interpolate(frames, size=size, mode="area")
+    levels = (frames + 1).mul(127.5).clamp(0, 255).round()
+    return levels.to(torch.uint8).permute(0, 2, 3, 1)
 
 
 def seeded_generator(seed: int) -> torch.Generator:

@@ -20,6 +20,7 @@ from ...skyreels.offload import (
 )
 from ...skyreels.runtime import check_pinnable, pinnable_limit
 from .files import state_folder
+from .preview import moving_preview
 from .server import show_on_node
 
 logger = logging.getLogger("skyreels.nodes.host.runtime")
@@ -69,6 +70,7 @@ class ComfyRuntime:
             self.offload_device = torch.device("cpu")
         self.state_folder = state_folder()
         self._previewer = _previewer(self.device) if with_preview else None
+        self._moving = moving_preview(self._previewer, unique_id) if with_preview else None
         self._models = {model.module: model for model in models}
         self._in_use: list[Any] = []
         self._pinned_bytes = 0
@@ -121,6 +123,8 @@ class ComfyRuntime:
             yield
         finally:
             self._in_use.remove(model.patcher)
+            if self._moving is not None:
+                self._moving.stop()
 
     def stream(self, module: nn.Module) -> None:
         """Let everything leave the device; the engine brings what it needs of the module."""
@@ -192,7 +196,9 @@ class ComfyRuntime:
         image = None
         if preview is not None and self._previewer is not None:
             image = self._previewer.decode_latent_to_preview_image("JPEG", preview)
-        self._bar.update_absolute(done, max(1, total), image)
+        self._bar.update_absolute(done, max(1, total), image)  # also checks for Cancel
+        if preview is not None and self._moving is not None:
+            self._moving.offer(preview)
         start, first = self._started[stage]
         self.say(status_line(stage, done, total, (now - start) / max(1, done - first)))
 

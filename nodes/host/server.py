@@ -44,6 +44,21 @@ def send_event(name: str, data: dict[str, Any], client: str | None = None) -> No
         server.send_sync(name, data, client)
 
 
+def page_address(unique_id: str) -> dict[str, str]:
+    """Where the page shows what happens in a running node.
+
+    Returns:
+        `node`, the id of a node in the page, "12:3" for one in a subgraph; its `class_type`, which
+        tells it from a node of another workflow; `prompt_id`.
+    """
+    from comfy_execution.progress import get_progress_state
+
+    state = get_progress_state()
+    node = state.dynprompt.get_display_node_id(unique_id)
+    class_type = state.dynprompt.get_node(node)["class_type"]
+    return {"node": node, "class_type": class_type, "prompt_id": state.prompt_id}
+
+
 class RemoteProgress:
     """Progress bar, status line and Cancel button of a node that waits for another machine."""
 

@@ -1,6 +1,8 @@
 """The package in a real ComfyUI: its server, its executor, its samplers, its memory manager."""
 
+import base64
 import contextlib
+import io
 import json
 import os
 import re
@@ -568,7 +570,7 @@ def test_a_file_that_could_act_is_handed_out_as_a_download(server):
 
 @pytest.fixture(scope="module")
 def open_server(checkout, tmp_path_factory):
-    """A server for several users and for pages of other sites, with our nodes alone."""
+    """A server for several users, for pages of other sites, with previews and our nodes alone."""
     base = tmp_path_factory.mktemp("open")
     (base / "custom_nodes").mkdir()
     (base / "custom_nodes" / PACK).symlink_to(ROOT)
@@ -578,7 +580,8 @@ def open_server(checkout, tmp_path_factory):
     )
     with WiroServer(pace_s=1.0, schema=True) as wiro:
         wiro.files["0.mp4"] = make_clip(5, 48, 32)
-        server = Server(checkout, base, wiro, "--multi-user", "--enable-cors-header")
+        flags = ("--multi-user", "--enable-cors-header", "--preview-method", "latent2rgb")
+        server = Server(checkout, base, wiro, *flags)
         try:
             server.wait_until_ready()
             yield server
@@ -634,6 +637,55 @@ def test_a_user_hears_of_and_changes_only_what_is_hers(open_server):
         assert server.post(of_anna, {}, **stranger)[0] == 403
     assert server.post(of_anna, {}, comfy_user=users["anna"])[0] == 200
     assert not server.wiro.tasks[ids["anna"]]["outputs"]
+
+
+def preview_clips(heard: list) -> list[dict]:
+    """The clips of moving previews among all that a page was told."""
+    texts = [each for each in heard if isinstance(each, str) and each]  # "" is the socket's end
+    told = [json.loads(each) for each in texts]
+    return [message["data"] for message in told if message["type"] == "skyreels.preview"]
+
+
+def sample_with_two_pages(server: Server, **headers: str) -> tuple[list[dict], list[dict]]:
+    """The clips that the page of a local run got, and those of a page beside it."""
+    own, other = [], []
+    pages = [listen(server, "page-that-ran", own), listen(server, "page-beside", other)]
+    try:
+        queued = server.queue(small_prompt("quick_start", steps=12), "page-that-ran", **headers)
+        result = server.result(queued)
+        assert result["status"]["status_str"] == "success", result["status"]
+        for _ in range(100):  # what was sent before the end is read a little later
+            if any(isinstance(each, str) and "execution_success" in each for each in own):
+                break
+            time.sleep(0.05)
+    finally:
+        for page in pages:
+            page.close()
+    return preview_clips(own), preview_clips(other)
+
+
+def test_a_sampled_clip_is_shown_moving_on_the_page_that_queued_it_and_on_no_other(open_server):
+    from PIL import Image
+
+    user = open_server.post("/users", {"username": "carla"})[1]
+    clips, beside = sample_with_two_pages(open_server, comfy_user=user)
+    assert beside == []
+    assert clips
+    prompt = small_prompt("quick_start")
+    (node,) = (k for k, n in prompt.items() if n["class_type"] == "SkyReelsSampler")
+    for clip in clips:
+        assert (clip["node"], clip["class_type"]) == (node, "SkyReelsSampler")
+        assert (clip["count"], clip["width"], clip["height"]) == (2, 6, 4)  # 5 frames of 48x32
+        with Image.open(io.BytesIO(base64.b64decode(clip["image"]))) as sheet:
+            sheet.load()
+            assert sheet.format == "JPEG"
+            assert sheet.size == (8 * clip["columns"], 8 * clip["rows"])
+        assert clip["columns"] * clip["rows"] >= clip["count"]
+        assert clip["max_edge"] == 512
+
+
+def test_without_a_preview_method_no_clips_are_sent(server):
+    assert sample_with_two_pages(server) == ([], [])
 
 
 def test_the_planted_key_is_nowhere_but_in_its_file(server):

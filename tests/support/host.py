@@ -33,6 +33,7 @@ MODULES = (
     "comfy_api.latest",
     "comfy_execution",
     "comfy_execution.graph_utils",
+    "comfy_execution.progress",
     "comfy_execution.utils",
 )
 
@@ -65,6 +66,8 @@ class Host:
     user: str = ""
     is_multi_user: bool = False
     sent_to: list[str | None] = field(default_factory=list)
+    #: as --preview-method, with its decoder at hand
+    preview_method: str = "latent2rgb"
     #: the prompt that runs, in API format
     graph: dict[str, Any] | None = None
 
@@ -154,6 +157,22 @@ class ProgressBar:
             self.host.previews.append(preview)
 
 
+class LatentPreviewer:
+    """Returns the shape of what it is asked to draw."""
+
+    def decode_latent_to_preview_image(self, kind: str, latents: torch.Tensor) -> Any:
+        return (kind, tuple(latents.shape), None)
+
+
+class Latent2RGBPreviewer(LatentPreviewer):
+    """The one that needs no decoder."""
+
+
+def get_previewer(method: str) -> LatentPreviewer | None:
+    """The previewer of a method, as `--preview-method` names it."""
+    return {"none": None, "latent2rgb": Latent2RGBPreviewer(), "taesd": LatentPreviewer()}[method]
+
+
 def stand_ins(host: Host) -> dict[str, ModuleType]:
     """Name -> module, to be put in sys.modules for a while."""
     modules = {name: ModuleType(name) for name in MODULES}
@@ -208,10 +227,16 @@ def stand_ins(host: Host) -> dict[str, ModuleType]:
         (),
         {"set_parameters": lambda self, shift: setattr(self, "shift", shift)},
     )
-    modules["comfy.latent_formats"].HunyuanVideo = type("HunyuanVideo", (), {})  # type: ignore[attr-defined]
-    modules["latent_preview"].get_previewer = lambda device, latent_format: SimpleNamespace(  # type: ignore[attr-defined]
-        decode_latent_to_preview_image=lambda kind, latents: (kind, tuple(latents.shape), None)
-    )
+    modules["comfy.latent_formats"].HunyuanVideo = type(  # type: ignore[attr-defined]
+        "HunyuanVideo",
+        (),
+        {"latent_rgb_factors": [[0.01 * i, -0.02, 0.03] for i in range(16)],
+         "latent_rgb_factors_bias": [0.1, -0.2, 0.3]},
+    )  # fmt: skip
+    preview: Any = modules["latent_preview"]
+    preview.MAX_PREVIEW_RESOLUTION = 512
+    preview.Latent2RGBPreviewer = Latent2RGBPreviewer
+    preview.get_previewer = lambda device, latent_format: get_previewer(host.preview_method)
     latest: Any = modules["comfy_api.latest"]
     latest.InputImpl = SimpleNamespace(
         VideoFromFile=VideoFromFile, VideoFromComponents=VideoFromComponents
@@ -220,6 +245,12 @@ def stand_ins(host: Host) -> dict[str, ModuleType]:
     graph_utils.ExecutionBlocker = ExecutionBlocker
     modules["comfy.cli_args"].args = _Arguments(host)  # type: ignore[attr-defined]
     modules["server"].PromptServer = SimpleNamespace(instance=PromptServer(host))  # type: ignore[attr-defined]
+    dynamic = SimpleNamespace(
+        get_display_node_id=lambda node: node.partition(".")[0],
+        get_node=lambda node: {"class_type": f"class of {node}"},
+    )
+    state = SimpleNamespace(prompt_id="prompt 1", dynprompt=dynamic)
+    modules["comfy_execution.progress"].get_progress_state = lambda: state  # type: ignore[attr-defined]
     utils: Any = modules["comfy_execution.utils"]
     context = SimpleNamespace(prompt_id="prompt 1", node_id="", list_index=None)
     utils.get_executing_context = lambda: None if host.graph is None else context

@@ -42,9 +42,10 @@ for (const base of ["", "comfy", "a/b/c"]) {
   test(`all modules load below ${base || "the root"} and share the page's own scripts`, async () => {
     const { app, api, own } = await serve(base);
     await own("skyreels.js");
+    await own("preview.js");
     await own("wiro.js");
     const names = app.asked.map((extension) => extension.name);
-    assert.deepEqual(names, ["skyreels.colors", "skyreels.wiro"]);
+    assert.deepEqual(names, ["skyreels.colors", "skyreels.preview", "skyreels.wiro"]);
     const { get, post, fileLink } = await own("wiro/server.mjs");
     api.base = `/${base}`;
     await get("account");
