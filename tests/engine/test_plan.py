@@ -6,7 +6,6 @@ from functools import lru_cache
 
 import pytest
 import torch
-from comfyui_skyreels.skyreels import plan as planning
 from comfyui_skyreels.skyreels.config import (
     CHUNKINGS,
     DECODE_MODES,
@@ -35,6 +34,7 @@ from comfyui_skyreels.skyreels.plan import (
     weights_of,
     why_not,
 )
+from comfyui_skyreels.skyreels.plan import predict as planning
 from comfyui_skyreels.skyreels.runtime import TorchRuntime
 from comfyui_skyreels.skyreels.streaming import SLOTS
 from comfyui_skyreels.skyreels.transformer.model import SkyReelsTransformer

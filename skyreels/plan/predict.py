@@ -19,28 +19,28 @@ from typing import Any
 import torch
 from torch import nn
 
-from . import outcomes
-from .config import CHUNKINGS, MAX_TEXT_TOKENS, TILINGS, TransformerConfig, VAEConfig
-from .errors import OutOfRoomError
-from .kernels.dispatch import DeviceInfo, describe
-from .latents import latent_shape, nearest_frames
-from .offload import module_tensors, reserve_bytes, weight_bytes, with_reserve
-from .outcomes import device_key, in_bytes, in_seconds
-from .runtime import FREE_HOST_BYTES, Runtime, free_host_bytes
-from .streaming import SLOTS, choose_resident, least_bytes, simulate
-from .transformer.attention import FAST_BYTES
-from .transformer.model import SkyReelsTransformer
-from .transformer.placement import choose_chunking, sampling_bytes
-from .transformer.quant import (
+from .. import outcomes
+from ..config import CHUNKINGS, MAX_TEXT_TOKENS, TILINGS, TransformerConfig, VAEConfig
+from ..errors import OutOfRoomError
+from ..kernels.dispatch import DeviceInfo, describe
+from ..latents import latent_shape, nearest_frames
+from ..offload import module_tensors, reserve_bytes, weight_bytes, with_reserve
+from ..outcomes import device_key, in_bytes, in_seconds
+from ..runtime import FREE_HOST_BYTES, Runtime, free_host_bytes
+from ..streaming import SLOTS, choose_resident, least_bytes, simulate
+from ..transformer.attention import FAST_BYTES
+from ..transformer.model import SkyReelsTransformer
+from ..transformer.placement import choose_chunking, sampling_bytes
+from ..transformer.quant import (
     CAPABILITIES,
     STORAGE_DTYPES,
     QuantLinear,
     is_quantizable,
 )
-from .transformer.rates import known_rates, rates
-from .vae.budget import MEMORY_MARGIN
-from .vae.model import VideoVAE
-from .vae.tiling import (
+from ..transformer.rates import known_rates, rates
+from ..vae.budget import MEMORY_MARGIN
+from ..vae.model import VideoVAE
+from ..vae.tiling import (
     CHOOSING_MODES,
     DecodePlan,
     choose_decode,
