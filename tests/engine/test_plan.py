@@ -15,28 +15,32 @@ from comfyui_skyreels.skyreels.config import (
     VAEConfig,
 )
 from comfyui_skyreels.skyreels.errors import OutOfRoomError
+from comfyui_skyreels.skyreels.offload import reserve_bytes
 from comfyui_skyreels.skyreels.outcomes import corrections, device_key, learn, remember
 from comfyui_skyreels.skyreels.plan import (
     Choice,
     Job,
     Rung,
+    activation_bytes,
     block_seconds,
     bytes_on,
     expectation,
+    inputs,
     kind_of_work,
     machine_of,
     plan_run,
     plans,
+    preflight,
     rungs,
     smallest,
     table,
+    vae_bytes,
     weights_as,
     weights_of,
     why_not,
 )
-from comfyui_skyreels.skyreels.plan import predict as planning
 from comfyui_skyreels.skyreels.runtime import TorchRuntime
-from comfyui_skyreels.skyreels.streaming import SLOTS
+from comfyui_skyreels.skyreels.streaming import SLOTS, least_bytes
 from comfyui_skyreels.skyreels.transformer.model import SkyReelsTransformer
 from comfyui_skyreels.skyreels.transformer.placement import sampling_bytes
 from comfyui_skyreels.skyreels.transformer.quant import (
@@ -227,12 +231,12 @@ def test_the_predicted_peak_of_a_synced_decode_is_what_shapes_take(meta_vae, gig
 @pytest.mark.parametrize("mode", DECODE_MODES)
 @pytest.mark.parametrize("gigabytes", [3, 8, 24, 80])
 def test_a_decode_is_planned_as_it_is_chosen_in_a_run(mode, gigabytes):
-    machine, vae_bytes = card("RTX 4090", gigabytes), planning.vae_bytes(JOB.vae, JOB.vae_dtype)
+    machine, vae = card("RTX 4090", gigabytes), vae_bytes(JOB.vae, JOB.vae_dtype)
     weights = weights_as(CONFIG, "bf16", "auto")
     plan = plan_run(machine, JOB, weights, Choice(decode=mode))
     chosen = DecodePlan(mode, TILINGS.get(mode))
     if mode in CHOOSING_MODES:
-        free = machine.free_bytes - vae_bytes
+        free = machine.free_bytes - vae
         try:
             chosen, _ = choose_decode(
                 JOB.vae, JOB.latent_shape, free, JOB.vae_dtype, mode, host_bytes=machine.ram_bytes
@@ -242,8 +246,8 @@ def test_a_decode_is_planned_as_it_is_chosen_in_a_run(mode, gigabytes):
             return
     needed = plan_bytes(chosen, JOB.vae, JOB.latent_shape, JOB.vae_dtype)
     assert plan.decode == str(chosen)
-    assert plan.peak_bytes["decode"] == vae_bytes + int(needed / MEMORY_MARGIN)
-    if needed > machine.free_bytes - vae_bytes:
+    assert plan.peak_bytes["decode"] == vae + int(needed / MEMORY_MARGIN)
+    if needed > machine.free_bytes - vae:
         assert not plan.fits
 
 
@@ -437,9 +441,9 @@ def test_a_host_that_reserves_more_than_is_free_leaves_nothing():
 
 
 def test_main_memory_that_is_short_for_the_weights_is_told_before_the_run(monkeypatch):
-    monkeypatch.setattr(planning, "free_host_bytes", lambda: 8 * 10**9)
-    monkeypatch.setattr(planning, "rates", lambda runtime, names: {})
-    text = planning.preflight(TorchRuntime(), JOB, "bf16").text
+    monkeypatch.setattr(inputs, "free_host_bytes", lambda: 8 * 10**9)
+    monkeypatch.setattr(inputs, "rates", lambda runtime, names: {})
+    text = preflight(TorchRuntime(), JOB, "bf16").text
     assert "The weights take 25.6 GB of main memory, more than is free" in text
 
 
@@ -449,7 +453,7 @@ def test_what_another_gpu_taught_is_not_used(tmp_path, monkeypatch):
     learn(tmp_path, key, "GEMM bf16, attention exact", 2.0)
     remember(tmp_path, key, "rates", {"memory": 5e12})
     assert machine_of(runtime, can_probe=False).corrections
-    monkeypatch.setattr(planning, "device_key", lambda device: key + ", after an update")
+    monkeypatch.setattr(inputs, "device_key", lambda device: key + ", after an update")
     assert machine_of(runtime, can_probe=False).corrections == {}
 
 
@@ -467,7 +471,7 @@ def test_the_ladder_goes_from_the_planned_chunks_to_everything_streamed():
 def test_each_rung_takes_less_than_the_one_above():
     machine, weights = card("RTX 4090", 24), weights_as(CONFIG, "bf16", "auto")
     plan = plan_run(machine, JOB, weights)
-    needed = planning.activation_bytes(CONFIG, JOB.tokens, weights, "exact")
+    needed = activation_bytes(CONFIG, JOB.tokens, weights, "exact")
     taken = []
     for rung in rungs(plan.chunking, streams=True):
         kept = bytes_on(rung, plan, weights, machine.free_bytes, needed)
@@ -480,13 +484,13 @@ def test_each_rung_takes_less_than_the_one_above():
 def test_a_rung_never_keeps_so_much_that_no_block_can_be_streamed():
     weights = weights_as(CONFIG, "bf16", "auto")
     plan = plan_run(card("RTX 4090", 24), JOB, weights)
-    needed = planning.activation_bytes(CONFIG, JOB.tokens, weights, "exact")
+    needed = activation_bytes(CONFIG, JOB.tokens, weights, "exact")
     free = int(3.2e9)  # another program has taken the rest
     for rung in (Rung("chunks"), Rung("head groups"), Rung("head groups", 1.0)):
         kept = bytes_on(rung, plan, weights, free, needed)
         assert kept >= needed[rung.chunking]
-        room = free - kept - weights.outside - planning.reserve_bytes(free)
-        assert kept == needed[rung.chunking] or room >= planning.least_bytes(weights.blocks, 1)
+        room = free - kept - weights.outside - reserve_bytes(free)
+        assert kept == needed[rung.chunking] or room >= least_bytes(weights.blocks, 1)
 
 
 # --- rates and corrections ----------------------------------------------------------------------
