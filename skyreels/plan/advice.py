@@ -1,16 +1,19 @@
 """What to do about a clip that does not fit."""
 
+from bisect import bisect_left
 from dataclasses import replace
 
 from ..latents import nearest_frames
-from ..offload import with_reserve
 from ..transformer.quant import STORAGE_DTYPES
+from ..vae.tiling import last_rung, plan_host_bytes
 from .inputs import AUTO, Choice, Job, Machine, multiplies
 from .predict import Plan, plan_run
 from .weights import Weights, weights_as
 
 #: of the frames, and of the sides, that are tried to find a clip that fits; 0 is a single frame
 SHARES = (0.75, 0.5, 0.25, 0.0)
+#: bytes of main memory that nothing here exceeds
+ENOUGH = 2**60
 
 
 def why_not(machine: Machine, job: Job, weights: Weights, choice: Choice = AUTO) -> str:
@@ -27,18 +30,52 @@ def why_not(machine: Machine, job: Job, weights: Weights, choice: Choice = AUTO)
     Returns:
         For people.
     """
+    helps = [*_other_choices(machine, job, weights, choice),
+             *_smaller_jobs(machine, job, weights, choice)]  # fmt: skip
+    richer = replace(machine, ram_bytes=ENOUGH)
+    if not _fits(machine, job, weights, choice) and _fits(richer, job, weights, choice):
+        assert job.vae is not None  # as only a decode keeps its clip in main memory
+        stored = plan_host_bytes(last_rung(choice.decode), job.vae, job.latent_shape, job.vae_dtype)
+        helps.insert(0, "more free main memory (close other programs)")
+        return (
+            f"To decode {job} keeps {stored / 1e9:.1f} GB in main memory beside the frames, and "
+            f"{machine.ram_bytes / 1e9:.1f} GB of it are free. What would work: {'; '.join(helps)}."
+        )
     least = smallest(job, weights, machine, choice)
     stage, needed = max(least.peak_bytes.items(), key=lambda item: item[1])
     verb = {"condition": "prepare", "sample": "sample", "decode": "decode"}[stage]
-    device = f"{machine.free_bytes / 1e9:.1f} GB of {machine.name} are free"
-    helps = [f"{with_reserve(needed) / 1e9:.1f} GB of free memory (close other programs)"]
-    helps += _other_choices(machine, job, weights, choice)
-    helps += _smaller_jobs(machine, job, weights, choice)
+    free = least_free_bytes(machine, job, weights, choice)
+    helps.insert(0, f"{free / 1e9:.1f} GB of free memory (close other programs)")
     return (
-        f"To {verb} {job} takes at least {needed / 1e9:.1f} GB and {device}, of which "
-        f"{(machine.free_bytes - machine.usable_bytes) / 1e9:.1f} GB stay in reserve. What "
-        f"would work: {'; '.join(helps)}."
+        f"To {verb} {job} takes at least {needed / 1e9:.1f} GB and {machine.free_bytes / 1e9:.1f} "
+        f"GB of {machine.name} are free, of which "
+        f"{(machine.free_bytes - machine.usable_bytes) / 1e9:.1f} GB stay in reserve. What would "
+        f"work: {'; '.join(helps)}."
     )
+
+
+def least_free_bytes(machine: Machine, job: Job, weights: Weights, choice: Choice = AUTO) -> int:
+    """Free bytes of a device with which a clip just fits, to a hundredth of a GB.
+
+    Args:
+        machine: the device, whatever is free on it now, with enough main memory.
+        job: what.
+        weights: of the transformer.
+        choice: what the user fixed.
+
+    Returns:
+        Bytes.
+    """
+    machine = replace(machine, ram_bytes=ENOUGH, rates={})  # times take longest to predict
+
+    def fits(hundredths: int) -> bool:
+        return _fits(replace(machine, free_bytes=hundredths * 10**7), job, weights, choice)
+
+    high = 1
+    while not fits(high):
+        high *= 2
+    found = bisect_left(range(high), True, lo=high // 2, key=fits)
+    return found * 10**7
 
 
 def smallest(job: Job, weights: Weights, machine: Machine, choice: Choice = AUTO) -> Plan:

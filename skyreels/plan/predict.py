@@ -21,21 +21,19 @@ from ..config import CHUNKINGS, TILINGS, TransformerConfig, VAEConfig
 from ..errors import OutOfRoomError
 from ..offload import module_tensors
 from ..outcomes import in_bytes, in_seconds
-from ..runtime import FREE_HOST_BYTES
 from ..streaming import SLOTS, choose_resident, least_bytes, simulate
 from ..transformer.attention import FAST_BYTES
 from ..transformer.placement import choose_chunking, sampling_bytes
 from ..transformer.quant import STORAGE_DTYPES
-from ..vae.budget import MEMORY_MARGIN
 from ..vae.model import VideoVAE
 from ..vae.tiling import (
     CHOOSING_MODES,
     DecodePlan,
     choose_decode,
-    kind_of_decode,
+    expected_decode,
     last_rung,
-    plan_bytes,
-    plan_flop,
+    room_bytes,
+    room_of,
 )
 from .inputs import AUTO, Choice, Job, Machine
 from .weights import Weights
@@ -274,33 +272,25 @@ def block_seconds(
 def _plan_decode(machine: Machine, job: Job, mode: str) -> tuple[str, int, float | None, bool]:
     """Mode, peak bytes and seconds of a decode, and whether it fits."""
     assert job.vae is not None
-    shape, dtype = job.latent_shape, job.vae_dtype
+    sizes = (job.vae, job.latent_shape)
+    dtype, corrections = job.vae_dtype, machine.corrections
     vae = vae_bytes(job.vae, dtype)
-    free = machine.free_bytes - vae  # `plan_bytes` has a margin of its own
-    decode, fits = DecodePlan(mode, TILINGS.get(mode)), True
+    device = torch.device(machine.info.type)
+    # `room_bytes` has a margin of its own: the reserve is not left beside it
+    free, host = room_of(device, machine.free_bytes - vae, machine.ram_bytes, job.latent_shape)
     if mode in CHOOSING_MODES:
         try:
             decode, _ = choose_decode(
-                job.vae, shape, free, dtype, mode, host_bytes=_host_bytes(machine)
+                *sizes, free, dtype, mode, host_bytes=host, corrections=corrections
             )
+            fits = True
         except OutOfRoomError:
             decode, fits = last_rung(mode), False
-    needed = plan_bytes(decode, job.vae, shape, dtype)
-    kind = kind_of_decode(decode, dtype)
-    rate = machine.rates.get("convolution", 0.0)
-    seconds = None
-    if rate:
-        factor = machine.corrections.get(kind, 1.0)
-        seconds = factor * plan_flop(decode, job.vae, shape) / rate
-    taken = int(machine.corrections.get(f"{kind}, peak", 1.0) * needed / MEMORY_MARGIN)
-    return str(decode), vae + taken, seconds, fits and max(needed, taken) <= free
-
-
-def _host_bytes(machine: Machine) -> int | None:
-    """Main memory for a clip between layers; None where the device's is the same."""
-    if machine.info.type in ("cpu", "mps"):
-        return None
-    return machine.ram_bytes - FREE_HOST_BYTES
+    else:
+        decode = DecodePlan(mode, TILINGS.get(mode))
+        fits = room_bytes(decode, *sizes, dtype, corrections) <= free
+    expected = expected_decode(decode, *sizes, dtype, machine.rates, corrections)
+    return str(decode), vae + expected.peak_bytes, expected.seconds, fits
 
 
 @lru_cache(maxsize=8)

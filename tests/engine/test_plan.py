@@ -1,6 +1,7 @@
 """What a plan predicts, beside what shape-only tensors take; and what it chooses."""
 
 import json
+import re
 from dataclasses import asdict, replace
 from functools import lru_cache
 
@@ -39,6 +40,7 @@ from comfyui_skyreels.skyreels.plan import (
     weights_of,
     why_not,
 )
+from comfyui_skyreels.skyreels.plan.advice import least_free_bytes
 from comfyui_skyreels.skyreels.runtime import TorchRuntime
 from comfyui_skyreels.skyreels.streaming import SLOTS, least_bytes
 from comfyui_skyreels.skyreels.transformer.model import SkyReelsTransformer
@@ -419,6 +421,30 @@ def test_what_was_asked_for_is_kept_and_what_could_be_chosen_instead_is_named():
     resident = Choice(is_resident=True)
     assert not plan_run(machine, JOB, weights, resident).fits
     assert "weights that are streamed" in why_not(machine, JOB, weights, resident)
+
+
+def test_main_memory_that_is_short_for_an_exact_decode_is_told_with_what_would_work():
+    machine, weights = card("RTX 4090", 24), weights_as(CONFIG, "bf16", "auto")
+    machine, choice = replace(machine, ram_bytes=16 * 2**30), Choice(decode="exact")
+    assert not plan_run(machine, JOB, weights, choice).fits
+    text = why_not(machine, JOB, weights, choice)
+    stored = re.search(r"keeps (2\d\.\d) GB in main memory .* 17\.2 GB of it are free", text)
+    assert "decode auto" in text
+    # what is named does work
+    bigger = replace(machine, ram_bytes=int((float(stored[1]) + 3) * 1e9))
+    assert plan_run(bigger, JOB, weights, choice).fits
+    frames = int(text.split("fewer frames, such as ")[1].split()[0])
+    assert plan_run(machine, replace(JOB, num_frames=frames), weights, choice).fits
+
+
+@pytest.mark.parametrize("decode", ["full", "tiled", "synced", "auto"])
+def test_the_free_memory_that_is_named_is_enough_and_no_more_than_that(decode):
+    machine, weights = card("RTX 4090", 4), weights_as(CONFIG, "bf16", "auto")
+    choice = Choice(decode=decode)
+    least = least_free_bytes(machine, JOB, weights, choice)
+    fits = [plan_run(replace(machine, free_bytes=least - less), JOB, weights, choice).fits
+            for less in (0, 2 * 10**7)]  # fmt: skip
+    assert fits == [True, False]
 
 
 def test_fast_attention_that_does_not_fit_is_told_that_exact_does():
