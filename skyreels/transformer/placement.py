@@ -66,22 +66,26 @@ def sampling_bytes(
     dtype: torch.dtype,
     chunking: str = "chunks",
     gemm: str = "",
+    *,
+    together: int = 1,
 ) -> int:
     """Peak bytes of one forward pass beyond the weights.
 
     Args:
         config: sizes of the network.
-        num_tokens: image and text tokens of one branch; the branches run one after the other.
+        num_tokens: image and text tokens of the longest branch.
         dtype: of the activations.
         chunking: a name of config.CHUNKINGS.
         gemm: of PEAK_IN_8_BITS, how blocks in 8 bits are multiplied; any other name is that of a
             floating dtype.
+        together: branches that run block by block, see `SkyReelsTransformer.denoise_together`. The
+            tokens of those that wait are in memory.
 
     Returns:
         Bytes, a little more than was counted.
     """
     hidden = num_tokens * config.hidden_size * dtype.itemsize
-    tensors = PEAK_IN_8_BITS.get(gemm, PEAK_HIDDEN_TENSORS)[chunking]
+    tensors = PEAK_IN_8_BITS.get(gemm, PEAK_HIDDEN_TENSORS)[chunking] + together - 1
     unpacked = 0
     if gemm == "dequantized":  # the widest part of a weight in float32, and in the compute dtype
         inner = int(config.hidden_size * config.mlp_ratio)
@@ -219,7 +223,7 @@ def _load(
     stream.start()
     num_bytes = sum(map(padded_bytes, blocks))
     logger.info(
-        "%d of %d blocks (%.1f GB a forward pass) are streamed.",
+        "%d of %d blocks (%.1f GB) are streamed.",
         len(streamed), len(away), num_bytes / 1e9,
     )  # fmt: skip
     return stream, {id(module): position for position, module in enumerate(streamed)}
