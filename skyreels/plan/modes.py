@@ -135,14 +135,14 @@ def table(found: Sequence[Plan], chosen: Plan) -> list[str]:
     """
     rows = [["", "precision", "streamed", "sampling", "a step", "decoding", "in pieces", "total"]]
     for plan in found:
-        away = plan.streamed_bytes
+        away = f"{plan.streamed_bytes / 1e9:.1f} GB" if plan.streamed_bytes else "nothing"
         seconds = [_or_unknown(plan.seconds.get(name)) for name in ("step", "total")]
         peaks = [in_bytes(plan.peak_bytes.get(name, 0)) for name in ("sample", "decode")]
         rows.append(
             [
                 "->" if plan == chosen else "" if plan.fits else "no",
                 plan.precision + ("" if plan.is_exact else ", not exact"),
-                f"{away / 1e9:.1f} GB" if away else "nothing",
+                f"{away} a step" if plan.interleaves else away,
                 *(peaks[0], seconds[0], peaks[1], plan.decode or "-", seconds[1]),
             ]
         )

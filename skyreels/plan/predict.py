@@ -7,13 +7,16 @@ remembered (outcomes.py). What a run then took corrects the next prediction of i
 The choice follows these rules. Weights keep the precision that was asked for; "auto" is the
 file's own and never one that changes numbers. Everything stays on the device if it fits, with the
 largest chunks that then fit; else blocks are streamed, and the smallest chunks leave the most room
-for those that stay. A twentieth of the free memory, at least RESERVE_BYTES, is left. The decode is
-the best that fits: in one pass, without seams, in tiles (vae/tiling.py).
+for those that stay. Where a step would wait for copies, each block that arrives runs for both
+branches of guidance if that is faster: half as much is copied, and one branch more is in memory.
+A twentieth of the free memory, at least RESERVE_BYTES, is left. The decode is the best that fits:
+in one pass, without seams, in tiles (vae/tiling.py).
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 
@@ -23,7 +26,7 @@ from ..offload import module_tensors
 from ..outcomes import in_bytes, in_seconds
 from ..streaming import SLOTS, choose_resident, least_bytes, simulate
 from ..transformer.attention import FAST_BYTES
-from ..transformer.placement import choose_chunking, sampling_bytes
+from ..transformer.placement import choose_chunking, sampling_bytes, waiting_bytes
 from ..transformer.quant import STORAGE_DTYPES
 from ..vae.model import VideoVAE
 from ..vae.tiling import (
@@ -42,6 +45,9 @@ from .weights import Weights
 #: (tests/engine/test_budget.py counts them), in 16 bits and where inputs are rounded to 8
 MOVED_TENSORS = {False: (13.2, 9.1), True: (19.7, 17.2)}
 
+#: of the time of a step, what running both branches block by block must save to be chosen
+LEAST_GAIN = 0.01
+
 #: pairs of prompt and step whose text and modulation are kept; with 256 tokens of text each, 256
 #: are about 1 GB. Others are computed when they are looked up
 MAX_KEPT = 256
@@ -58,7 +64,9 @@ class Plan:
         chunking: a name of config.CHUNKINGS.
         activation_bytes: of a forward pass, beside the weights.
         resident_bytes: of the blocks, those that stay on the device.
-        streamed_bytes: of the blocks, those copied in every forward pass.
+        streamed_bytes: of the blocks, those copied in every forward pass or, if `interleaves`, once
+            for both passes of a step.
+        interleaves: whether each block runs for both branches of guidance before the next one does.
         decode: mode or tiles of the decode; "" if none is planned.
         peak_bytes: stage ("condition", "sample", "decode") -> most bytes on the device.
         seconds: stage ("step", "stall", "sample", "decode", "total") -> seconds, None if unknown;
@@ -74,6 +82,7 @@ class Plan:
     activation_bytes: int
     resident_bytes: int
     streamed_bytes: int
+    interleaves: bool
     decode: str
     peak_bytes: Mapping[str, int]
     seconds: Mapping[str, float | None]
@@ -91,7 +100,8 @@ class Plan:
         if not self.streamed_bytes:
             return "all weights stay on the device"
         stay, away = self.resident_bytes / 1e9, self.streamed_bytes / 1e9
-        return f"{stay:.1f} GB of blocks stay on the device, {away:.1f} GB are streamed"
+        text = f"{stay:.1f} GB of blocks stay on the device, {away:.1f} GB are streamed"
+        return f"{text}, once for both predictions of a step" if self.interleaves else text
 
 
 def expectation(plan: Plan, job: Job) -> str:
@@ -164,30 +174,19 @@ def plan_run(
     chunking = choose_chunking(activations, usable - weights.loop)
     if choice.is_resident is False:
         chunking = "head groups"
-    num_bytes = activations[chunking]
-    budget = usable - num_bytes - weights.outside
-    blocks, slots = weights.blocks, SLOTS
-    if choice.is_resident is True or not machine.streams:
-        resident, fits = frozenset(range(len(blocks))), sum(blocks) <= budget
-    elif choice.is_resident is False:
-        least = least_bytes(blocks)
-        resident, fits = choose_resident(blocks, least), least <= budget
-    else:
-        slots = SLOTS if least_bytes(blocks) <= budget else 1  # as `placed`
-        fits = least_bytes(blocks, slots) <= budget
-        resident = choose_resident(blocks, max(budget, least_bytes(blocks, slots)), slots)
-    away = [size for index, size in enumerate(blocks) if index not in resident]
+    way = _fastest_way(machine, job, weights, choice, activations[chunking])
+    blocks, fits = weights.blocks, way.fits
+    away = [size for index, size in enumerate(blocks) if index not in way.resident]
     stay = sum(blocks) - sum(away)
     kept = min(job.num_evaluations, MAX_KEPT)
     text = kept * job.text_tokens * config.hidden_size * weights.dtype.itemsize
-    sampling = weights.outside + stay + slots * max(away, default=0) + num_bytes
+    sampling = weights.outside + stay + way.slots * max(away, default=0) + way.activation_bytes
     kind = f"{kind_of_work(weights, choice.attention)}, peak"
     peak_bytes = {
         "condition": weights.conditioners + text,
         "sample": int(machine.corrections.get(kind, 1.0) * sampling),
     }
-    seconds = _sampling_seconds(machine, job, weights, choice.attention, resident, slots)
-    decode = ""
+    seconds, decode = way.seconds, ""
     if job.vae is not None:
         decode, peak_bytes["decode"], seconds["decode"], decodes = _plan_decode(
             machine, job, choice.decode
@@ -201,15 +200,68 @@ def plan_run(
         is_exact=weights.is_exact and choice.attention == "exact",
         attention=choice.attention,
         chunking=chunking,
-        activation_bytes=num_bytes,
+        activation_bytes=way.activation_bytes,
         resident_bytes=stay,
         streamed_bytes=sum(away),
+        interleaves=way.interleaves,
         decode=decode,
         peak_bytes=peak_bytes,
         seconds=seconds,
         free_bytes=machine.free_bytes,
         fits=fits and peak_bytes["condition"] <= usable,
     )
+
+
+class _Way(NamedTuple):
+    """Which blocks stay while sampling, and what that takes; some attributes are the plan's."""
+
+    resident: frozenset[int]
+    slots: int
+    fits: bool
+    activation_bytes: int
+    interleaves: bool
+    seconds: dict[str, float | None]
+
+
+def _fastest_way(
+    machine: Machine, job: Job, weights: Weights, choice: Choice, num_bytes: int
+) -> _Way:
+    """One branch of guidance after the other or, if that is faster, both block by block."""
+    plain = _way(machine, job, weights, choice, num_bytes)
+    # a step cache decides after the first branch whether the second one runs
+    if not plain.seconds["stall"] or not job.num_guided or job.held_bytes:
+        return plain
+    num_bytes += waiting_bytes(job.config, job.tokens, weights.dtype)
+    both = _way(machine, job, weights, choice, num_bytes, interleaves=True)
+    plain_s, both_s = (way.seconds["sample"] or 0.0 for way in (plain, both))
+    return both if both.fits and both_s <= (1 - LEAST_GAIN) * plain_s else plain
+
+
+def _way(
+    machine: Machine,
+    job: Job,
+    weights: Weights,
+    choice: Choice,
+    num_bytes: int,
+    *,
+    interleaves: bool = False,
+) -> _Way:
+    budget = machine.usable_bytes - num_bytes - weights.outside
+    blocks, slots = weights.blocks, SLOTS
+    if choice.is_resident is True or not machine.streams:
+        resident, fits = frozenset(range(len(blocks))), sum(blocks) <= budget
+    elif choice.is_resident is False:
+        least = least_bytes(blocks)
+        resident, fits = choose_resident(blocks, least), least <= budget
+    else:
+        slots = SLOTS if least_bytes(blocks) <= budget else 1  # as `placed`
+        fits = least_bytes(blocks, slots) <= budget
+        resident = choose_resident(blocks, max(budget, least_bytes(blocks, slots)), slots)
+    compute = block_seconds(machine, job, weights, choice.attention)
+    seconds = _sampling_seconds(
+        machine, job, weights, resident, slots, compute, interleaves=interleaves
+    )
+    return _Way(resident, slots, fits, num_bytes, interleaves, seconds)
 
 
 def kind_of_work(weights: Weights, attention: str) -> str:
@@ -221,33 +273,35 @@ def _sampling_seconds(
     machine: Machine,
     job: Job,
     weights: Weights,
-    attention: str,
     resident: frozenset[int],
     slots: int,
+    compute: Sequence[float] | None,
+    *,
+    interleaves: bool,
 ) -> dict[str, float | None]:
     """Seconds of a step, of its stall and of all steps."""
-    compute = block_seconds(machine, job, weights, attention)
     link = machine.rates.get("link", 0.0)
     is_streamed = len(resident) < len(weights.blocks)
     if compute is None or (is_streamed and not link):
         return {"step": None, "stall": None, "sample": None}
-    # the first pass of a run has nothing to hide its first copies behind: taken from the second on
-    passes = [
-        simulate(weights.blocks, compute, resident, link or 1.0, slots, passes=count)
-        if is_streamed
-        else None
-        for count in (1, 2)
-    ]
-    stall = 0.0
-    if passes[0] is not None and passes[1] is not None:
-        stall = passes[1].stall_s - passes[0].stall_s
-    forward = sum(compute) + stall
-    each = job.num_evaluations / job.num_steps
-    return {
-        "step": each * forward,
-        "stall": each * stall,
-        "sample": job.num_evaluations * forward,
-    }
+
+    def stall_of(calls: int) -> float:
+        """Of a pass in which each block is called so often."""
+        if not is_streamed:
+            return 0.0
+        # the first pass of a run has nothing to hide its first copies behind: from the second on
+        block_s = [calls * seconds for seconds in compute]
+        once, twice = (
+            simulate(weights.blocks, block_s, resident, link, slots, passes=count)
+            for count in (1, 2)
+        )
+        return twice.stall_s - once.stall_s
+
+    together = job.num_guided if interleaves else 0  # steps
+    stall = (job.num_evaluations - 2 * together) * stall_of(1)
+    stall += together * stall_of(2) if together else 0.0
+    sample = job.num_evaluations * sum(compute) + stall
+    return {"step": sample / job.num_steps, "stall": stall / job.num_steps, "sample": sample}
 
 
 def block_seconds(

@@ -138,7 +138,7 @@ class PlannedRun:
         Raises:
             OutOfRoomError: memory ran out on the last rung.
         """
-        ladder = rungs(self.plan.chunking, self.machine.streams)
+        ladder = rungs(self.plan.chunking, self.machine.streams, interleaves=self.plan.interleaves)
         folder, device = self.runtime.state_folder, outcomes.device_key(self.runtime.device)
         names = list(map(str, ladder))
         first = outcomes.first_rung(folder, device, self.work, names, self.machine.free_bytes)

@@ -310,6 +310,7 @@ def _denoise(
                     attention=attention,
                     chunking=CHUNKINGS[rung.chunking],
                     cache=settings.cache,
+                    interleaves=rung.interleaves,
                 )
 
         sigmas = sigmas.to("cpu" if is_euler else device)
@@ -335,6 +336,7 @@ def _job(
         num_steps=num_steps,
         num_guided=sum(in_window) if len(prompts) > 1 else 0,
         text_tokens=max(embeds.prompt_embeds.shape[1] for embeds in prompts),
+        held_bytes=_held_bytes(transformer, image, prompts, settings),
         config=transformer.config,
         vae=None,
     )
@@ -386,14 +388,24 @@ def run_bytes(
     Returns:
         Bytes for each name in config.CHUNKINGS.
     """
-    config, dtype = transformer.config, transformer.compute_dtype
-    num_image_tokens = math.prod(transformer.token_grid(image.latent_shape))
-    held = cache_bytes(
-        settings.cache, config, image.latent_shape, num_image_tokens, len(prompts), dtype
-    )
+    held = _held_bytes(transformer, image, prompts, settings)
     attention = "fast" if settings.attention == "fast" else "exact"
     tokens = num_tokens(transformer, image, prompts)
-    return activation_bytes(config, tokens, weights_of(transformer), attention, held)
+    return activation_bytes(transformer.config, tokens, weights_of(transformer), attention, held)
+
+
+def _held_bytes(
+    transformer: SkyReelsTransformer,
+    image: ImageConditioning,
+    prompts: Sequence[PromptEmbeds],
+    settings: SamplingSettings,
+) -> int:
+    """What a step cache keeps through the run."""
+    shape, dtype = image.latent_shape, transformer.compute_dtype
+    num_image_tokens = math.prod(transformer.token_grid(shape))
+    return cache_bytes(
+        settings.cache, transformer.config, shape, num_image_tokens, len(prompts), dtype
+    )
 
 
 def _check_inputs(
