@@ -12,8 +12,9 @@ import logging
 import os
 import platform
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -140,6 +141,23 @@ def corrections(folder: Path | None, device: str) -> dict[str, float]:
     }
 
 
+def known_rates(folder: Path | None, device: str) -> dict[str, float]:
+    """What a device reaches, as transformer/rates.py measured it: name -> FLOP/s or bytes/s.
+
+    Args:
+        folder: of the file; None remembers nothing.
+        device: from `device_key`.
+
+    Returns:
+        Those that are numbers.
+    """
+    return {
+        name: float(rate)
+        for name, rate in recall(folder, device, "rates").items()
+        if isinstance(rate, int | float) and 0 < rate < float("inf")
+    }
+
+
 def learn(folder: Path | None, device: str, kind: str, ratio: float) -> None:
     """Remember how far a prediction was off, to correct the next.
 
@@ -156,27 +174,100 @@ def learn(folder: Path | None, device: str, kind: str, ratio: float) -> None:
         remember(folder, device, "corrections", {kind: round(factor, 4)})
 
 
-def account(
-    what: str, seconds: float, expected_s: float | None, peak: int | None, expected_peak: int
-) -> str:
-    """What happened beside what was expected, as one line.
+@dataclass(frozen=True)
+class Expected:
+    """What work is expected to take.
+
+    Attributes:
+        kind: of work; what is corrected together.
+        seconds: None if unknown.
+        peak_bytes: on the device, beside what others hold.
+        corrections: from `corrections`, with which these were corrected.
+    """
+
+    kind: str
+    seconds: float | None
+    peak_bytes: int
+    corrections: Mapping[str, float]
+
+    def account(self, what: str, seconds: float, peak: int | None) -> str:
+        """What happened beside what was expected, as one line.
+
+        Args:
+            what: was done, as "Sampled 30 steps of"; a time follows.
+            seconds: that it took.
+            peak: most bytes on the device, beside what others hold; None if unknown.
+
+        Returns:
+            For people.
+        """
+        line = f"{what} {in_seconds(seconds)}"
+        if self.seconds is not None:
+            line += f" (expected {in_seconds(self.seconds)})"
+        if peak is not None:
+            line += f"; peak {in_bytes(peak)} (expected {in_bytes(self.peak_bytes)})"
+        return line + "."
+
+    def learn(
+        self, folder: Path | None, device: str, *, seconds: float | None, peak: int | None
+    ) -> None:
+        """Remember how far this was off, to correct the next prediction of its kind.
+
+        Args:
+            folder: of the file; None remembers nothing.
+            device: from `device_key`.
+            seconds: that it took; None if they teach nothing.
+            peak: as for `account`.
+        """
+        measured = {
+            self.kind: (seconds, self.seconds),
+            peak_kind(self.kind): (peak, self.peak_bytes),
+        }
+        for kind, (value, expected) in measured.items():
+            if value is not None and expected:
+                learn(folder, device, kind, value / expected * self.corrections.get(kind, 1.0))
+
+
+def expect(
+    kind: str, seconds: float | None, peak_bytes: int, corrections: Mapping[str, float]
+) -> Expected:
+    """Correct a prediction by what earlier runs taught.
 
     Args:
-        what: was done, as "Sampled 30 steps of"; a time follows.
-        seconds: that it took.
-        expected_s: that were predicted; None if they were not.
-        peak: most bytes on the device beside what others hold; None if unknown.
-        expected_peak: predicted bytes.
+        kind: of work; what is corrected together.
+        seconds: predicted; None if unknown.
+        peak_bytes: predicted, beside what others hold.
+        corrections: from `corrections`.
 
     Returns:
-        For people.
+        The corrected one.
     """
-    line = f"{what} {in_seconds(seconds)}"
-    if expected_s is not None:
-        line += f" (expected {in_seconds(expected_s)})"
-    if peak is not None:
-        line += f"; peak {in_bytes(peak)} (expected {in_bytes(expected_peak)})"
-    return line + "."
+    if seconds is not None:
+        seconds *= corrections.get(kind, 1.0)
+    peak_bytes = int(peak_bytes * corrections.get(peak_kind(kind), 1.0))
+    return Expected(kind, seconds, peak_bytes, corrections)
+
+
+def peak_kind(kind: str) -> str:
+    """Under which the peak of a kind of work is corrected."""
+    return f"{kind}, peak"
+
+
+def watch_peak(device: torch.device, own_bytes: int = 0) -> Callable[[], int | None]:
+    """Count the most bytes on a device from now on.
+
+    Args:
+        device: whose memory is counted, by torch.
+        own_bytes: of what is there now, those that belong to the work; the others are not counted.
+
+    Returns:
+        A function that gives the count so far; None on a device that does not count.
+    """
+    if device.type != "cuda":
+        return lambda: None
+    torch.cuda.reset_peak_memory_stats(device)
+    others = torch.cuda.memory_allocated(device) - own_bytes
+    return lambda: torch.cuda.max_memory_allocated(device) - others
 
 
 def in_bytes(num_bytes: int) -> str:

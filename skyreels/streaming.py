@@ -5,6 +5,9 @@ slots, pieces of device memory that take turns: while one block computes, a copy
 next ones. A copy waits until the block that used its slot before is done, and a block waits for its
 copy; nothing else waits. `simulate` plays this without a device, from sizes and times alone.
 
+A block stays in its slot until another one runs. So both branches of guidance may run it, one right
+after the other, and it is copied once.
+
 A block is tensors to bring, then a module to run: which precision it is in does not matter here.
 """
 
@@ -348,7 +351,7 @@ class _Brought(NamedTuple):
 
     position: int
     slot: int
-    queued: "Future[None] | None"
+    queued: "Future[None] | None" = None
 
 
 class BlockStream:
@@ -356,10 +359,11 @@ class BlockStream:
 
     The first blocks of a forward pass are brought while the last ones of the pass before compute. A
     block that is not the next in order (evaluations may be skipped, or break off) is brought when
-    it is called, and the order goes on from there.
+    it is called, and the order goes on from there. A block that is called several times in a row is
+    brought once.
 
-    The host launches one streamed block while the one before it computes, and no more: whoever
-    cancels would wait for all that is launched.
+    The host launches one call of a streamed block while the one before it computes, and no more:
+    whoever cancels would wait for all that is launched.
 
     Args:
         blocks: tensors of each streamed block, in the order in which these run; contiguous.
@@ -391,7 +395,8 @@ class BlockStream:
         self._free = deque(range(len(slots)))
         self._coming: deque[_Brought] = deque()
         self._following = 0
-        self._last_slot: int | None = None
+        self._here: _Brought | None = None
+        self._num_slots, self._num_calls = len(slots), 0
 
     def start(self) -> None:
         """Bring the first blocks; whatever happens then, `close` comes last."""
@@ -399,6 +404,8 @@ class BlockStream:
 
     def run(self, position: int, function: Callable[..., Any], *args: Any) -> Any:
         """Call a function while the tensors of a block are on the device.
+
+        The block keeps its slot until another one is called.
 
         Args:
             position: index of the block among the streamed ones.
@@ -408,7 +415,7 @@ class BlockStream:
         Returns:
             What the function returns.
         """
-        slot = self._arrived_in(position)
+        slot = self._slot_of(position)
         block = self._blocks[position]
         try:
             for (tensor, _), view in zip(block, self._views[position][slot], strict=True):
@@ -418,11 +425,7 @@ class BlockStream:
             for tensor, home in block:
                 tensor.data = home
             self._copies.mark_used(slot)
-            self._free.append(slot)
-        self._fill()
-        if self._last_slot not in (None, slot):
-            self._copies.hold(self._last_slot)
-        self._last_slot = slot
+        self._wait_for_call_before()
         return result
 
     def close(self) -> None:
@@ -431,8 +434,28 @@ class BlockStream:
             self._thread.shutdown(wait=True, cancel_futures=True)
         self._copies.close()
 
-    def _arrived_in(self, position: int) -> int:
+    def _wait_for_call_before(self) -> None:
+        """Let the host wait until the call before the last one is computed."""
+        last, before = ((self._num_calls + number) % 2 for number in range(2))
+        self._copies.mark_used(self._num_slots + last)  # numbers beyond the slots mark calls
+        if self._num_calls:
+            self._copies.hold(self._num_slots + before)
+        self._num_calls += 1
+
+    def _slot_of(self, position: int) -> int:
         """The slot that a block is in, for what is computed from now on."""
+        if self._here is not None:
+            if self._here.position == position:
+                return self._here.slot
+            self._free.append(self._here.slot)
+            self._here = None
+            self._fill()
+        slot = self._arrived_in(position)
+        self._here = _Brought(position, slot)
+        return slot
+
+    def _arrived_in(self, position: int) -> int:
+        """The slot of a block that comes or is brought now, once the computation waits for it."""
         while self._coming and self._coming[0].position != position:
             self._free.append(self._next_slot())
         if not self._coming:

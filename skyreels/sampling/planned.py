@@ -88,7 +88,7 @@ class PlannedRun:
         plan: what was chosen and is expected.
         needed: bytes beside the weights, of each chunking.
         work: name under which the rung is remembered.
-        others: bytes on the device that belong to others.
+        peak: gives the most bytes on the device so far, see `outcomes.watch_peak`.
     """
 
     transformer: SkyReelsTransformer
@@ -99,7 +99,7 @@ class PlannedRun:
     plan: Plan
     needed: Mapping[str, int]
     work: str
-    others: int
+    peak: Callable[[], int | None]
     marks: Marks = field(init=False)
     falls: int = 0
 
@@ -138,7 +138,7 @@ class PlannedRun:
         Raises:
             OutOfRoomError: memory ran out on the last rung.
         """
-        ladder = rungs(self.plan.chunking, self.machine.streams)
+        ladder = rungs(self.plan.chunking, self.machine.streams, interleaves=self.plan.interleaves)
         folder, device = self.runtime.state_folder, outcomes.device_key(self.runtime.device)
         names = list(map(str, ladder))
         first = outcomes.first_rung(folder, device, self.work, names, self.machine.free_bytes)
@@ -187,27 +187,23 @@ class PlannedRun:
         seconds = self.marks.seconds()
         if not seconds:
             return
-        step_s = statistics.median(seconds)
-        device, peak = self.runtime.device, None
-        if device.type == "cuda":
-            peak = torch.cuda.max_memory_allocated(device) - self.others
-        expected, stall = self.plan.seconds["step"], self.plan.seconds["stall"]
-        expected_peak = self.plan.peak_bytes["sample"]
-        what = f"Sampled {len(seconds)} steps of"
-        logger.info(outcomes.account(what, step_s, expected, peak, expected_peak))
+        plan = self.plan
+        step_s, peak = statistics.median(seconds), self.peak()
+        expected = outcomes.Expected(
+            kind_of_work(self.weights, plan.attention),
+            plan.seconds["step"],
+            plan.peak_bytes["sample"],
+            self.machine.corrections,
+        )
+        logger.info(expected.account(f"Sampled {len(seconds)} steps of", step_s, peak))
         if self.falls:
             return
-        folder, key = self.runtime.state_folder, outcomes.device_key(device)
-        kind = kind_of_work(self.weights, self.plan.attention)
-        corrections = self.machine.corrections
-        if peak is not None:
-            ratio = peak / expected_peak * corrections.get(f"{kind}, peak", 1.0)
-            outcomes.learn(folder, key, f"{kind}, peak", ratio)
         is_alike &= self.job.num_guided in (0, self.job.num_steps)
         is_alike &= len(seconds) >= MIN_STEPS_TO_LEARN
         # a slow link says nothing about the device
-        if is_alike and expected and stall is not None and stall <= 0.1 * expected:
-            outcomes.learn(folder, key, kind, step_s / expected * corrections.get(kind, 1.0))
+        is_alike &= (plan.seconds["stall"] or 0.0) <= 0.1 * (plan.seconds["step"] or 0.0)
+        folder, key = self.runtime.state_folder, outcomes.device_key(self.runtime.device)
+        expected.learn(folder, key, seconds=step_s if is_alike else None, peak=peak)
 
 
 def _loaded_bytes(transformer: SkyReelsTransformer, device: torch.device) -> int:
@@ -242,17 +238,13 @@ def start_run(
     weights = weights_of(transformer)
     loaded = _loaded_bytes(transformer, device)
     runtime.make_room(with_reserve(weights.loop + needed["chunks"]) - loaded)
-    is_cuda = device.type == "cuda"
     names = rates_needed([weights.gemm])
-    machine = machine_of(runtime, names, loaded_bytes=loaded, can_probe=is_cuda)
+    can_probe = device.type == "cuda"
+    machine = machine_of(runtime, names, loaded_bytes=loaded, can_probe=can_probe)
     plan = plan_run(machine, job, weights, Choice(attention), needed)
     if machine.streams and not plan.fits:
         raise OutOfRoomError(why_not(machine, job, weights, Choice(attention)))
     logger.info(expectation(plan, job))
-    others = 0
-    if is_cuda:
-        torch.cuda.reset_peak_memory_stats(device)
-        others = torch.cuda.memory_allocated(device) - loaded
     work = f"sample {job.tokens} tokens, {kind_of_work(weights, attention)}, {len(weights.blocks)}"
     return PlannedRun(
         transformer=transformer,
@@ -263,5 +255,5 @@ def start_run(
         plan=plan,
         needed=needed,
         work=f"{work} blocks of {max(weights.blocks)} bytes",
-        others=others,
+        peak=outcomes.watch_peak(device, loaded),
     )

@@ -1,8 +1,8 @@
 """From noise to latents: guidance, bytes, and the run itself.
 
 Latents, sigmas, timesteps and everything guidance does are float32; only the transformer itself
-computes in the dtype of its weights. One branch of the guidance runs at a time: their texts have
-different lengths, and nothing is padded or masked.
+computes in the dtype of its weights. Of the two branches of guidance, one runs after the other, or
+one block of each in turn: their texts have different lengths, and nothing is padded or masked.
 
 The Euler loop reads nothing back from the device, so that the host can queue one step while another
 runs: sigmas and timesteps stay on the CPU, where a scalar multiplies a tensor of any device.
@@ -98,6 +98,7 @@ def guided_velocity(
     attention: Attention = sdpa,
     chunking: Chunking = CHUNKINGS["whole"],
     cache: CacheConfig = OFF,
+    interleaves: bool = False,
 ) -> Velocity:
     """The function a solver integrates.
 
@@ -113,23 +114,32 @@ def guided_velocity(
         attention: see transformer/attention.py.
         chunking: how much of a block is computed at a time.
         cache: which steps are skipped; with a cache, one call is one step.
+        interleaves: where a step needs both predictions, each block runs for both before the next
+            one does, which a cache cannot follow. The result is the same.
 
     Returns:
         The function, for the whole run.
     """
+    assert not (interleaves and cache.kind != "off")
     num_steps = len(sigmas) - 1
     schedule = sigmas[:-1].cpu()
     steps = start_cache(cache, num_steps, run_block, transformer.blocks)
 
-    def predict(latents: Tensor, timestep: float, branch: int, cached: RunBlock) -> Tensor:
-        return transformer.denoise(
+    def predict_each(
+        latents: Tensor, timestep: float, branches: Sequence[int], cached: RunBlock
+    ) -> list[Tensor]:
+        velocities = transformer.denoise_together(
             torch.cat([latents, image_latents], dim=1),
-            lookup(branch, timestep, run_block),
+            [lookup(branch, timestep, run_block) for branch in branches],
             rope=rope,
             attention=attention,
             run_block=cached,
             chunking=chunking,
-        ).float()
+        )
+        return [velocity.float() for velocity in velocities]
+
+    def predict(latents: Tensor, timestep: float, branch: int, cached: RunBlock) -> Tensor:
+        return predict_each(latents, timestep, [branch], cached)[0]
 
     def velocity(latents: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor | None]:
         sigma = sigma.to("cpu", torch.float32)
@@ -140,6 +150,9 @@ def guided_velocity(
         timestep = float(sigma * NUM_TRAIN_TIMESTEPS)
         in_window = guidance.cfg_start <= step / num_steps < guidance.cfg_end
         is_guided = guidance.true_cfg_scale > 1 and in_window
+        if is_guided and interleaves:
+            positive, negative = predict_each(latents, timestep, [0, 1], run_block)
+            return combine(positive, negative, guidance), negative
         steps.begin(step, latents, 2 if is_guided else 1)
         positive = steps.predict(0, partial(predict, latents, timestep, 0))
         if step == num_steps - 1:
@@ -297,6 +310,7 @@ def _denoise(
                     attention=attention,
                     chunking=CHUNKINGS[rung.chunking],
                     cache=settings.cache,
+                    interleaves=rung.interleaves,
                 )
 
         sigmas = sigmas.to("cpu" if is_euler else device)
@@ -322,6 +336,7 @@ def _job(
         num_steps=num_steps,
         num_guided=sum(in_window) if len(prompts) > 1 else 0,
         text_tokens=max(embeds.prompt_embeds.shape[1] for embeds in prompts),
+        held_bytes=_held_bytes(transformer, image, prompts, settings),
         config=transformer.config,
         vae=None,
     )
@@ -373,14 +388,24 @@ def run_bytes(
     Returns:
         Bytes for each name in config.CHUNKINGS.
     """
-    config, dtype = transformer.config, transformer.compute_dtype
-    num_image_tokens = math.prod(transformer.token_grid(image.latent_shape))
-    held = cache_bytes(
-        settings.cache, config, image.latent_shape, num_image_tokens, len(prompts), dtype
-    )
+    held = _held_bytes(transformer, image, prompts, settings)
     attention = "fast" if settings.attention == "fast" else "exact"
     tokens = num_tokens(transformer, image, prompts)
-    return activation_bytes(config, tokens, weights_of(transformer), attention, held)
+    return activation_bytes(transformer.config, tokens, weights_of(transformer), attention, held)
+
+
+def _held_bytes(
+    transformer: SkyReelsTransformer,
+    image: ImageConditioning,
+    prompts: Sequence[PromptEmbeds],
+    settings: SamplingSettings,
+) -> int:
+    """What a step cache keeps through the run."""
+    shape, dtype = image.latent_shape, transformer.compute_dtype
+    num_image_tokens = math.prod(transformer.token_grid(shape))
+    return cache_bytes(
+        settings.cache, transformer.config, shape, num_image_tokens, len(prompts), dtype
+    )
 
 
 def _check_inputs(

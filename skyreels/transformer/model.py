@@ -7,9 +7,13 @@ where cancelling and block swap happen.
 
 A prediction is made in two parts: `condition` sees text and time and no latents, and
 `denoise` does the rest. A run computes the first for all its steps at once (precompute.py).
+
+`denoise_together` makes several predictions block by block, so that a streamed block is brought
+once for all of them.
 """
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -228,35 +232,83 @@ class SkyReelsTransformer(nn.Module):
         chunking: Chunking = CHUNKINGS["whole"],
     ) -> Tensor:
         """One prediction from what `condition` returned; otherwise as `forward`."""
+        (velocity,) = self.denoise_together(
+            hidden_states,
+            [modulation],
+            rope=rope,
+            attention=attention,
+            run_block=run_block,
+            chunking=chunking,
+        )
+        return velocity
+
+    def denoise_together(
+        self,
+        hidden_states: Tensor,
+        modulations: Sequence[StepModulation],
+        *,
+        rope: Tensor | None = None,
+        attention: Attention = sdpa,
+        run_block: RunBlock = call,
+        chunking: Chunking = CHUNKINGS["whole"],
+    ) -> list[Tensor]:
+        """The predictions that `denoise` makes of each modulation, bit for bit.
+
+        Each block runs for all of them before the next one runs for any. Meanwhile the tokens of
+        all are in memory, but those of one are worked on at a time.
+
+        Args:
+            hidden_states: as for `forward`, for all.
+            modulations: of each prediction, from `condition`.
+            rope: as for `forward`.
+            attention: as for `forward`.
+            run_block: as for `forward`; a block is called once for each prediction, in a row.
+            chunking: as for `forward`.
+
+        Returns:
+            One velocity each, as `forward` does.
+        """
         self._check(hidden_states)
-        config = self.config
         grid = self.token_grid(hidden_states.shape)
         if rope is None:
-            rope = rope_table(grid, config, device=hidden_states.device)
-        img, txt = self.img_in(hidden_states.to(self.compute_dtype)), modulation.text
-        mods = iter(modulation.mods)
-        for block in self.double_blocks:
-            img, txt = run_block(block, img, txt, next(mods), rope, attention, chunking)
-        num_image_tokens = img.shape[1]
-        joined = torch.cat([img, txt], dim=1)
-        del img, txt
-        for block in self.single_blocks:
-            joined = run_block(block, joined, next(mods), rope, attention, chunking)
+            rope = rope_table(grid, self.config, device=hidden_states.device)
+        last = (rope, attention, chunking)
+        streams = [
+            (self.img_in(hidden_states.to(self.compute_dtype)), modulation.text)
+            for modulation in modulations
+        ]
+        num_image_tokens, num_double = math.prod(grid), len(self.double_blocks)
+        for index, block in enumerate(self.double_blocks):
+            for place, modulation in enumerate(modulations):
+                mods = modulation.mods[index]
+                streams[place] = run_block(block, *streams[place], mods, *last)
+        # each leaves its list before the next is made
+        joined = [torch.cat(streams.pop(0), dim=1) for _ in modulations]
+        for index, block in enumerate(self.single_blocks, start=num_double):
+            for place, modulation in enumerate(modulations):
+                joined[place] = run_block(block, joined[place], modulation.mods[index], *last)
+        return [
+            self._unpatch(
+                self.final_layer(joined.pop(0)[:, :num_image_tokens], *each.mods[-1]), grid
+            )
+            for each in modulations
+        ]
 
-        patches = self.final_layer(joined[:, :num_image_tokens], *next(mods))
+    def _unpatch(self, patches: Tensor, grid: tuple[int, int, int]) -> Tensor:
+        """[B, N, C * pt * ph * pw] -> [B, C, T, h, w]."""
         grid_t, grid_h, grid_w = grid
-        patch = config.patch_size
-        velocity: Tensor = rearrange(
+        patch = self.config.patch_size
+        latents: Tensor = rearrange(
             patches,
             "B (T y x) (C pt py px) -> B C (T pt) (y py) (x px)",
             T=grid_t,
             y=grid_h,
             x=grid_w,
-            pt=config.patch_size_t,
+            pt=self.config.patch_size_t,
             py=patch,
             px=patch,
         )
-        return velocity
+        return latents
 
     def _check(self, hidden_states: Tensor) -> None:
         channels = self.config.in_channels

@@ -71,7 +71,8 @@ def sampling_bytes(
 
     Args:
         config: sizes of the network.
-        num_tokens: image and text tokens of one branch; the branches run one after the other.
+        num_tokens: image and text tokens of one branch; where both run block by block, see
+            `waiting_bytes`.
         dtype: of the activations.
         chunking: a name of config.CHUNKINGS.
         gemm: of PEAK_IN_8_BITS, how blocks in 8 bits are multiplied; any other name is that of a
@@ -80,13 +81,27 @@ def sampling_bytes(
     Returns:
         Bytes, a little more than was counted.
     """
-    hidden = num_tokens * config.hidden_size * dtype.itemsize
+    hidden = waiting_bytes(config, num_tokens, dtype)
     tensors = PEAK_IN_8_BITS.get(gemm, PEAK_HIDDEN_TENSORS)[chunking]
     unpacked = 0
     if gemm == "dequantized":  # the widest part of a weight in float32, and in the compute dtype
         inner = int(config.hidden_size * config.mlp_ratio)
         unpacked = inner * config.hidden_size * (torch.float32.itemsize + dtype.itemsize)
     return int(tensors * hidden) + unpacked
+
+
+def waiting_bytes(config: TransformerConfig, num_tokens: int, dtype: torch.dtype) -> int:
+    """Bytes of a branch while a block runs for the other one: its tokens.
+
+    Args:
+        config: sizes of the network.
+        num_tokens: image and text tokens of the branch.
+        dtype: of the activations.
+
+    Returns:
+        Bytes.
+    """
+    return num_tokens * config.hidden_size * dtype.itemsize
 
 
 def choose_chunking(activation_bytes: Mapping[str, int], free: int) -> str:
@@ -219,7 +234,7 @@ def _load(
     stream.start()
     num_bytes = sum(map(padded_bytes, blocks))
     logger.info(
-        "%d of %d blocks (%.1f GB a forward pass) are streamed.",
+        "%d of %d blocks (%.1f GB) are streamed.",
         len(streamed), len(away), num_bytes / 1e9,
     )  # fmt: skip
     return stream, {id(module): position for position, module in enumerate(streamed)}

@@ -58,12 +58,8 @@ def known_rates(runtime: Runtime) -> dict[str, float]:
     Returns:
         Name -> FLOP/s or bytes/s.
     """
-    known = outcomes.recall(runtime.state_folder, outcomes.device_key(runtime.device), "rates")
-    return {name: float(rate) for name, rate in known.items() if _is_rate(name, rate)}
-
-
-def _is_rate(name: str, rate: object) -> bool:
-    return name in NAMES and isinstance(rate, int | float) and 0 < rate < float("inf")
+    known = outcomes.known_rates(runtime.state_folder, outcomes.device_key(runtime.device))
+    return {name: rate for name, rate in known.items() if name in NAMES}
 
 
 def rates(runtime: Runtime, names: Iterable[str]) -> dict[str, float]:

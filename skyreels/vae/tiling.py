@@ -15,10 +15,11 @@ Tencent/HunyuanVideo hyvideo/vae/autoencoder_kl_causal_3d.py, which share it.
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
+from types import MappingProxyType
 from typing import Protocol
 
 import torch
@@ -51,6 +52,9 @@ from .model import STORED_PIECE_ELEMENTS, VideoVAE
 from .store import host_store
 
 logger = logging.getLogger("skyreels.vae.tiling")
+
+#: corrections of a device that has decoded nothing yet
+NONE_YET: Mapping[str, float] = MappingProxyType({})
 
 #: whole-time tiles, largest first; a 64 px overlap is the reference's, smaller tiles afford less
 _SPATIAL_SIZES = ((512, 448), (448, 384), (384, 320), (320, 256), (256, 192), (192, 144), (128, 96))
@@ -199,8 +203,9 @@ def _decode_on_rungs(
     plan = DecodePlan("tiled", tiling) if tiling else DecodePlan(mode, TILINGS.get(mode))
     if chooses:
         plan = DecodePlan("exact" if mode == "exact" else "synced")
-    frames, height, width = _output_size(vae_latents)
-    device = outcomes.device_key(runtime.device)
+    frames, height, width = _output_size(vae_latents.shape)
+    folder, device = runtime.state_folder, outcomes.device_key(runtime.device)
+    rates, factors = outcomes.known_rates(folder, device), outcomes.corrections(folder, device)
     channels, falls = vae.config.block_out_channels, 0
     work = f"decode {frames} frames of {width}x{height} {mode}, {channels}, {dtype}"
 
@@ -210,7 +215,7 @@ def _decode_on_rungs(
         runtime.check_interrupt()
         runtime.progress("decode", 0, _total(rung, shape))
         free = runtime.free_bytes()
-        outcomes.remember_rung(runtime.state_folder, device, work, str(rung), free)
+        outcomes.remember_rung(folder, device, work, str(rung), free)
         logger.warning(
             "Memory ran out in a decode with %s (%.1f GB are free now): it is repeated with %s.",
             failed, free / 1e9, rung,
@@ -219,81 +224,81 @@ def _decode_on_rungs(
     def on_rung(rung: DecodePlan) -> nullcontext[Callable[[], Tensor | None]]:
         return nullcontext(partial(_decode_clip, vae, vae_latents, rung, runtime, sink))
 
-    rungs = [plan]
-    num_bytes = plan_bytes(plan, vae.config, shape, dtype)
+    rungs, config = [plan], vae.config
+    num_bytes = room_bytes(plan, config, shape, dtype, factors)
     with runtime.place(vae, num_bytes), on_device(vae, runtime.device), vae.folded():
         if chooses:
-            free = _free_beside_the_clip(vae_latents, runtime)
-            plan, num_bytes = choose_decode(
-                vae.config, shape, free, dtype, mode, host_bytes=_host_bytes(vae_latents, runtime)
-            )
-            ladder = _ladder(mode)
-            rungs = ladder[ladder.index(plan) :]
-            names, folder = list(map(str, rungs)), runtime.state_folder
+            rungs = _fitting_rungs(mode, config, shape, dtype, runtime)
+            names = list(map(str, rungs))
             rungs = rungs[outcomes.first_rung(folder, device, work, names, runtime.free_bytes()) :]
-            if rungs[0] != plan:
-                num_bytes = plan_bytes(rungs[0], vae.config, shape, dtype)
         with descending(rungs, on_rung, runtime.device, on_fall) as decode:
             try:
-                begin = _begin(runtime.device)
+                peak, begin = outcomes.watch_peak(runtime.device), _now(runtime.device)
                 clip: Tensor | None = decode()
             except Exception as error:
                 if not is_out_of_memory(error):
                     raise
             else:
+                # the clip is in main memory, so the device has finished
+                seconds, most = time.perf_counter() - begin, peak()
                 if not falls:
-                    _compare(rungs[0], num_bytes, vae, shape, runtime, begin, is_alone=sink is None)
+                    expected = expected_decode(rungs[0], config, shape, dtype, rates, factors)
+                    what = f"Decoded {frames} frames with {rungs[0]} in"
+                    logger.info(expected.account(what, seconds, most))
+                    # a sink that takes frames as they come may be slower than the device
+                    alone = seconds if sink is None else None
+                    expected.learn(folder, device, seconds=alone, peak=most)
                 return clip
         # outside of the handler, as the error's frames hold what the decode had
         release(runtime.device)
-        free = _free_beside_the_clip(vae_latents, runtime)
-        raise OutOfRoomError(what_fits(rungs, vae.config, shape, free, dtype))
+        free, _ = room_of(runtime.device, runtime.free_bytes(), 0, shape)
+        raise OutOfRoomError(what_fits(rungs, config, shape, free, dtype, factors))
 
 
-def _begin(device: torch.device) -> tuple[float, int]:
-    """The time, and the bytes on a GPU, before a decode."""
-    if device.type != "cuda":
-        return time.perf_counter(), 0
-    torch.cuda.synchronize(device)
-    torch.cuda.reset_peak_memory_stats(device)
-    return time.perf_counter(), torch.cuda.memory_allocated(device)
+def _fitting_rungs(
+    mode: str, config: VAEConfig, shape: torch.Size, dtype: torch.dtype, runtime: Runtime
+) -> list[DecodePlan]:
+    """The best decode that fits now, and those below it."""
+    device, folder = runtime.device, runtime.state_folder
+    free, host = room_of(device, runtime.free_bytes(), free_host_bytes(), shape)
+    factors = outcomes.corrections(folder, outcomes.device_key(device))
+    plan, _ = choose_decode(config, shape, free, dtype, mode, host_bytes=host, corrections=factors)
+    ladder = _ladder(mode)
+    return ladder[ladder.index(plan) :]
 
 
-def _compare(
-    plan: DecodePlan,
-    num_bytes: int,
-    vae: VideoVAE,
-    latent_shape: torch.Size,
-    runtime: Runtime,
-    begin: tuple[float, int],
-    *,
-    is_alone: bool,
-) -> None:
-    """Say what a decode took beside what was expected, and remember how far that was off.
-
-    The clip is in main memory, so the device has finished. The time of a decode that was not alone
-    is no measure: what took its frames may have been slower.
-    """
-    seconds, device, peak = time.perf_counter() - begin[0], runtime.device, None
-    dtype = next(vae.parameters()).dtype
+def _now(device: torch.device) -> float:
+    """Seconds at which the device has done what was asked of it so far."""
     if device.type == "cuda":
-        peak = torch.cuda.max_memory_allocated(device) - begin[1]
-    folder, key = runtime.state_folder, outcomes.device_key(device)
-    kind, factors = kind_of_decode(plan, dtype), outcomes.corrections(folder, key)
-    rate = outcomes.recall(folder, key, "rates").get("convolution")
-    predicted_s = None
-    if isinstance(rate, int | float) and rate > 0:
-        predicted_s = plan_flop(plan, vae.config, latent_shape) / rate
-    predicted = num_bytes / MEMORY_MARGIN
-    expected_s = None if predicted_s is None else predicted_s * factors.get(kind, 1.0)
-    expected = int(predicted * factors.get(f"{kind}, peak", 1.0))
-    frames = (latent_shape[2] - 1) * TEMPORAL_COMPRESSION + 1
-    what = f"Decoded {frames} frames with {plan} in"
-    logger.info(outcomes.account(what, seconds, expected_s, peak, expected))
-    if predicted_s is not None and is_alone:
-        outcomes.learn(folder, key, kind, seconds / predicted_s)
-    if peak is not None:
-        outcomes.learn(folder, key, f"{kind}, peak", peak / predicted)
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def expected_decode(
+    plan: DecodePlan,
+    config: VAEConfig,
+    latent_shape: torch.Size,
+    dtype: torch.dtype,
+    rates: Mapping[str, float],
+    corrections: Mapping[str, float],
+) -> outcomes.Expected:
+    """What a decode should take, beside the weights of the VAE.
+
+    Args:
+        plan: how it is decoded.
+        config: of the VAE.
+        latent_shape: [1, 16, T, h, w].
+        dtype: the decoder's compute dtype.
+        rates: of the device, see `outcomes.known_rates`.
+        corrections: of earlier decodes, see `outcomes.corrections`.
+
+    Returns:
+        Time and peak, corrected.
+    """
+    rate = rates.get("convolution")
+    seconds = plan_flop(plan, config, latent_shape) / rate if rate else None
+    num_bytes = int(plan_bytes(plan, config, latent_shape, dtype) / MEMORY_MARGIN)
+    return outcomes.expect(kind_of_decode(plan, dtype), seconds, num_bytes, corrections)
 
 
 def kind_of_decode(plan: DecodePlan, dtype: torch.dtype) -> str:
@@ -307,6 +312,7 @@ def what_fits(
     shape: torch.Size,
     free: int,
     dtype: torch.dtype,
+    corrections: Mapping[str, float] = NONE_YET,
 ) -> str:
     """Why a decode ended, and the best that would fit, in two sentences.
 
@@ -316,13 +322,18 @@ def what_fits(
         shape: [1, 16, T, h, w] of the latents.
         free: bytes that a decoder may take beside its weights.
         dtype: the decoder's compute dtype.
+        corrections: as for `room_bytes`.
 
     Returns:
         For people.
     """
+
+    def room(plan: DecodePlan) -> int:
+        return room_bytes(plan, config, shape, dtype, corrections)
+
     failed = tried[-1]
-    needed = plan_bytes(failed, config, shape, dtype)
-    sizes = [(plan_bytes(plan, config, shape, dtype), plan) for plan in LADDER if plan not in tried]
+    needed = room(failed)
+    sizes = [(room(plan), plan) for plan in LADDER if plan not in tried]
     fitting = [(size, plan) for size, plan in sizes if size < needed and size <= free]
     advice = "close other programs that use it, or use fewer frames or a smaller size"
     if fitting:
@@ -346,7 +357,7 @@ def _decode_clip(
     """[F, H, W, 3] in [0, 1] on the offload device, or in a sink; the VAE is on the device."""
     if sink is not None:
         sink.restart()
-    writer = FrameWriter(*_output_size(vae_latents), runtime.offload_device, sink)
+    writer = FrameWriter(*_output_size(vae_latents.shape), runtime.offload_device, sink)
     for images, start, top in _decode(vae, vae_latents, plan, runtime):
         writer.write(images, start, top)
     return writer.finish()
@@ -396,22 +407,6 @@ def _total(plan: DecodePlan, latent_shape: torch.Size) -> int:
     if plan.mode != "synced":
         return count_decodes(latent_shape, plan.tiling)
     return plan.strips * ((latent_shape[2] - 1) * TEMPORAL_COMPRESSION + 1)
-
-
-def _free_beside_the_clip(vae_latents: Tensor, runtime: Runtime) -> int:
-    """Free bytes of the device, less the clip itself where it comes out of the same memory."""
-    free_bytes = runtime.free_bytes()
-    if runtime.device.type == runtime.offload_device.type:
-        frames, height, width = _output_size(vae_latents)
-        free_bytes -= 4 * 3 * frames * height * width
-    return free_bytes
-
-
-def _host_bytes(vae_latents: Tensor, runtime: Runtime) -> int | None:
-    """Main memory that a clip between layers may take; None where the device's is the same."""
-    if runtime.device.type in ("cpu", "mps"):
-        return None
-    return free_host_bytes() - FREE_HOST_BYTES - 4 * 3 * math.prod(_output_size(vae_latents))
 
 
 def iter_decode(
@@ -500,7 +495,7 @@ def _decode_space(
     tops, lefts = tile_starts(latents.shape, tiling)
     if tiling is None or (len(tops) == 1 and len(lefts) == 1):
         return decode_tile(latents)
-    frames, height, width = _output_size(latents)
+    frames, height, width = _output_size(latents.shape)
     tile_h, stride_h = tiling.tile_sample_min_height, tiling.tile_sample_stride_height
     tile_w, stride_w = tiling.tile_sample_min_width, tiling.tile_sample_stride_width
     window: Tensor | None = None
@@ -617,9 +612,55 @@ def plan_bytes(
         return exact_bytes(config, latent_shape, dtype, plan.piece_elements)
     num_bytes = decode_bytes(config, largest_tile(latent_shape, plan.tiling), dtype)
     if count_decodes(latent_shape, plan.tiling) > 1:  # assembled and blended beside the tile
-        window = torch.empty(latent_shape, device="meta")[:, :, : _window_length(plan.tiling)]
+        frames = min(latent_shape[2], _window_length(plan.tiling) or latent_shape[2])
+        window = torch.Size((*latent_shape[:2], frames, *latent_shape[3:]))
         num_bytes += 2 * 4 * 3 * math.prod(_output_size(window))
     return num_bytes
+
+
+def room_bytes(
+    plan: DecodePlan,
+    config: VAEConfig,
+    latent_shape: torch.Size,
+    dtype: torch.dtype,
+    corrections: Mapping[str, float] = NONE_YET,
+) -> int:
+    """The free bytes, beside the weights, with which a decode is begun.
+
+    Args:
+        plan: how it is decoded.
+        config: of the VAE.
+        latent_shape: [1, 16, T, h, w].
+        dtype: the decoder's compute dtype.
+        corrections: of earlier decodes, see `outcomes.corrections`.
+
+    Returns:
+        What is predicted, with its margin, or what such a decode took before if that was more.
+    """
+    needed = plan_bytes(plan, config, latent_shape, dtype)
+    factor = corrections.get(outcomes.peak_kind(kind_of_decode(plan, dtype)), 1.0)
+    return max(needed, int(factor * needed / MEMORY_MARGIN))
+
+
+def room_of(
+    device: torch.device, free_bytes: int, free_host_bytes: int, latent_shape: torch.Size
+) -> tuple[int, int | None]:
+    """The memory that a decode may take.
+
+    Args:
+        device: where it runs.
+        free_bytes: of the device, beside the weights.
+        free_host_bytes: of main memory.
+        latent_shape: [1, 16, T, h, w].
+
+    Returns:
+        Bytes of the device, and of main memory beside the frames that end there; None where the
+        device has no memory of its own.
+    """
+    clip_bytes = 4 * 3 * math.prod(_output_size(latent_shape))
+    if device.type in ("cpu", "mps"):
+        return free_bytes - clip_bytes, None
+    return free_bytes, free_host_bytes - FREE_HOST_BYTES - clip_bytes
 
 
 def plan_host_bytes(
@@ -652,6 +693,7 @@ def choose_decode(
     mode: str = "auto",
     *,
     host_bytes: int | None = None,
+    corrections: Mapping[str, float] = NONE_YET,
 ) -> tuple[DecodePlan, int]:
     """The best decode that fits, and the bytes it is predicted to take.
 
@@ -672,15 +714,16 @@ def choose_decode(
         mode: "auto", or "synced" or "exact" for the first such decode that fits.
         host_bytes: of main memory that an exact decode may keep the clip in; None where the device
             has no memory of its own.
+        corrections: as for `room_bytes`.
 
     Returns:
-        The plan, and bytes.
+        The plan, and its `room_bytes`.
 
     Raises:
         OutOfRoomError: nothing fits.
     """
     for plan in _ladder(mode):
-        needed = plan_bytes(plan, config, latent_shape, dtype)
+        needed = room_bytes(plan, config, latent_shape, dtype, corrections)
         stored = plan_host_bytes(plan, config, latent_shape, dtype)
         if host_bytes is None:
             needed += stored
@@ -762,8 +805,8 @@ def _check_latents(vae_latents: Tensor) -> None:
         )
 
 
-def _output_size(latents: Tensor) -> tuple[int, int, int]:
-    frames, height, width = latents.shape[2:]
+def _output_size(latent_shape: torch.Size) -> tuple[int, int, int]:
+    frames, height, width = latent_shape[2:]
     return (
         (frames - 1) * TEMPORAL_COMPRESSION + 1,
         height * SPATIAL_COMPRESSION,

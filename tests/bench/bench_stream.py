@@ -3,11 +3,13 @@
     python tests/bench/bench_stream.py [--device cuda] [--blocks 12] [--runs 5]
 
 Simulated: the full-size model at 51,060 tokens, seconds of a block from tests/bench/LOG.md and
-published rates, on cards that leave so many bytes for blocks, over links of 25, 12 and 6 GB/s.
+published rates, on cards that leave so many bytes for blocks, over links of 25, 12 and 6 GB/s: with
+one branch of guidance after the other, and with both branches in each block that arrives.
 Measured on a GPU: the link from page-locked memory, through the ring and from pageable memory; then
-blocks of one matrix each, in twelve passes, resident and streamed, beside the simulator fed with
-the measured link and seconds. Measured without a GPU: what the stream itself takes of the host for
-each block. Prints a table, then one line of JSON.
+blocks of one matrix each, in twelve passes, resident and streamed, the latter one pass after the
+other and two at once, beside the simulator fed with the measured link and seconds. Measured without
+a GPU: what the stream itself takes of the host for each block. All seconds are those of one pass.
+Prints a table, then one line of JSON.
 """
 
 import argparse
@@ -64,8 +66,13 @@ def simulated(emit: Callable[[dict], None]) -> list[dict]:
                     played = simulate(
                         sizes, [block_s] * len(sizes), resident, link * 1e9, passes=EVALUATIONS
                     )
+                    both = simulate(
+                        sizes, [2 * block_s] * len(sizes), resident, link * 1e9,
+                        passes=EVALUATIONS // 2,
+                    )  # fmt: skip
                     computed = EVALUATIONS * len(sizes) * block_s
                     row[f"stall_at_{link}"] = round(played.stall_s / computed, 4)
+                    row[f"both_stall_at_{link}"] = round(both.stall_s / computed, 4)
                 rows.append(row)
                 emit(row)
     return rows
@@ -91,11 +98,14 @@ def stream_of(
     return stream
 
 
-def passes(stream: BlockStream, count: int, run: Callable[[int], object]) -> None:
-    """Some forward passes in a row."""
-    for _ in range(PASSES):
+def passes(
+    stream: BlockStream, count: int, run: Callable[[int], object], together: int = 1
+) -> None:
+    """Some forward passes in a row, so many of them block by block."""
+    for _ in range(PASSES // together):
         for position in range(count):
-            stream.run(position, run, position)
+            for _ in range(together):
+                stream.run(position, run, position)
 
 
 def nothing(position: int) -> None:
@@ -135,17 +145,20 @@ def run(
         with ExitStack() as stack:
             stream = stream_of(weights, where, way, stack)
             row = {"way": way, "resident_s": round(resident_s, 6)}
-            for name, block in (("copies_s", nothing), ("streamed_s", compute)):
-                function = partial(passes, stream, blocks, block)
+            for name, block, together in (
+                ("copies_s", nothing, 1), ("streamed_s", compute, 1), ("both_s", compute, 2),
+            ):  # fmt: skip
+                function = partial(passes, stream, blocks, block, together)
                 function()
                 taken = [timed(function, where) for _ in range(runs)]
                 row[name] = round(statistics.median(taken) / PASSES, 6)
         row["gb_per_s"] = round(total / row["copies_s"] / 1e9, 3)
-        played = simulate(
-            [total // blocks] * blocks, [resident_s / blocks] * blocks, frozenset(),
-            1e9 * row["gb_per_s"], passes=PASSES,
-        )  # fmt: skip
-        row["simulated_s"] = round(played.seconds / PASSES, 6)
+        for name, together in (("simulated_s", 1), ("simulated_both_s", 2)):
+            played = simulate(
+                [total // blocks] * blocks, [together * resident_s / blocks] * blocks, frozenset(),
+                1e9 * row["gb_per_s"], passes=PASSES // together,
+            )  # fmt: skip
+            row[name] = round(played.seconds / PASSES, 6)
         result["measured"].append(row)
         emit(row)
     return result
@@ -157,9 +170,14 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=5)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     result = run(**vars(parser.parse_args()))
-    print(f"{'speed':12} {'weights':8} {'card':14} {'streamed':>9}  stall at 25, 12, 6 GB/s")
+    heading = f"{'speed':12} {'weights':8} {'card':14} {'streamed':>9}  "
+    print(f"{heading}{'stall at 25, 12, 6 GB/s':30}with both branches in each block")
     for row in result["simulated"]:
-        stalls = "  ".join(f"{100 * row[f'stall_at_{link}']:7.2f} %" for link in LINKS_GB_PER_S)
+        stalls = "  ".join(
+            f"{100 * row[f'{kind}stall_at_{link}']:6.2f} %"
+            for kind in ("", "both_")
+            for link in LINKS_GB_PER_S
+        )
         print(
             f"{row['speed']:12} {row['weights']:8} {row['card']:14} {row['streamed_gb']:6.2f} GB  "
             f"{stalls}"
@@ -167,8 +185,9 @@ def main() -> None:
     for row in result["measured"]:
         print(
             f"{row['way']:12} {row['gb_per_s']:8.2f} GB/s  resident {1e3 * row['resident_s']:8.3f} "
-            f"ms  streamed {1e3 * row['streamed_s']:8.3f} ms  simulated "
-            f"{1e3 * row['simulated_s']:8.3f} ms"
+            f"ms  streamed {1e3 * row['streamed_s']:8.3f} ms (simulated "
+            f"{1e3 * row['simulated_s']:.3f})  both branches {1e3 * row['both_s']:8.3f} ms "
+            f"(simulated {1e3 * row['simulated_both_s']:.3f})"
         )
     print(json.dumps(result))
 

@@ -133,6 +133,26 @@ def test_the_report_has_a_table_of_every_step_of_that_run(gpu_check, report, tin
             assert line.count("|") == before.count("|")
 
 
+def test_the_streaming_step_streams_where_weights_are_told_to_be_elsewhere(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "tests/bench")
+    placement = importlib.import_module("comfyui_skyreels.skyreels.transformer.placement")
+    monkeypatch.setattr(
+        placement, "onload_bytes", lambda tensors, _: sum(t.nbytes for t in tensors)
+    )
+    monkeypatch.setattr(placement, "RESERVE_BYTES", 0)
+    records: list[dict] = []
+    make_context = importlib.import_module("gpu_steps").make_context
+    context = make_context("cpu", False, records.append, lambda *_: "ok")
+    importlib.import_module("gpu_model_steps").streaming(context)
+    assert [record for record in records if "problem" in record] == []
+    found = {record["name"]: record["value"] for record in records}
+    assert found["streaming: blocks"] > 0
+    equal = [name for name in found if name.endswith("equals resident")]
+    assert len(equal) == 4
+    assert all(found[name] is True for name in equal)
+    assert "branches of a short clip: at once over one by one" in found
+
+
 def test_what_was_not_measured_has_not_passed(gpu_check):
     problems = gpu_check.judge([FULL, *WELL])
     assert "exact: ours, whole: difference to diffusers: not measured" in problems

@@ -334,6 +334,31 @@ def test_a_decode_teaches_the_next_prediction_of_its_kind(vae, latents, tmp_path
     assert planned.seconds["decode"] == pytest.approx(2 * raw, rel=1e-3)
 
 
+@pytest.mark.parametrize(("factor", "rung"), [(0.5, "synced"), (1.2, "synced"), (1.4, "2 strips")])
+def test_a_peak_that_was_measured_decides_in_the_run_as_in_the_plan(
+    vae, latents, tmp_path, caplog, factor, rung
+):
+    """With memory for what shapes say, and a quarter more."""
+    synced = DecodePlan("synced")
+    needed = plan_bytes(synced, SMALL, latents.shape, torch.float32)
+
+    class Small(TorchRuntime):
+        def free_bytes(self):
+            return needed + 4 * 3 * 33 * 32 * 24  # and the clip
+
+    runtime = Small(state_folder=tmp_path)
+    key = outcomes.device_key(runtime.device)
+    kind = outcomes.peak_kind(tiling.kind_of_decode(synced, torch.float32))
+    outcomes.remember(tmp_path, key, "corrections", {kind: factor})
+    caplog.set_level(logging.INFO)
+    decode_frames(vae, latents, "synced", runtime=runtime)
+    assert f"{rung} in" in caplog.text
+    job = Job(24, 32, 33, vae=SMALL, vae_dtype=torch.float32)
+    machine = machine_of(runtime, loaded_bytes=vae_bytes(SMALL, torch.float32), can_probe=False)
+    weights = weights_as(job.config, "bf16", "auto")
+    assert plan_run(machine, job, weights, Choice(decode="synced")).decode.endswith(rung)
+
+
 def test_a_peak_that_was_measured_is_expected_next_time():
     job, weights = Job(), weights_as(Job().config, "bf16", "auto")
     machine = card("RTX 4090", 24)

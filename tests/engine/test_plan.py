@@ -1,12 +1,12 @@
 """What a plan predicts, beside what shape-only tensors take; and what it chooses."""
 
 import json
+import re
 from dataclasses import asdict, replace
 from functools import lru_cache
 
 import pytest
 import torch
-from comfyui_skyreels.skyreels import plan as planning
 from comfyui_skyreels.skyreels.config import (
     CHUNKINGS,
     DECODE_MODES,
@@ -16,27 +16,33 @@ from comfyui_skyreels.skyreels.config import (
     VAEConfig,
 )
 from comfyui_skyreels.skyreels.errors import OutOfRoomError
+from comfyui_skyreels.skyreels.offload import reserve_bytes
 from comfyui_skyreels.skyreels.outcomes import corrections, device_key, learn, remember
 from comfyui_skyreels.skyreels.plan import (
     Choice,
     Job,
     Rung,
+    activation_bytes,
     block_seconds,
     bytes_on,
     expectation,
+    inputs,
     kind_of_work,
     machine_of,
     plan_run,
     plans,
+    preflight,
     rungs,
     smallest,
     table,
+    vae_bytes,
     weights_as,
     weights_of,
     why_not,
 )
+from comfyui_skyreels.skyreels.plan.advice import least_free_bytes
 from comfyui_skyreels.skyreels.runtime import TorchRuntime
-from comfyui_skyreels.skyreels.streaming import SLOTS
+from comfyui_skyreels.skyreels.streaming import SLOTS, least_bytes
 from comfyui_skyreels.skyreels.transformer.model import SkyReelsTransformer
 from comfyui_skyreels.skyreels.transformer.placement import sampling_bytes
 from comfyui_skyreels.skyreels.transformer.quant import (
@@ -62,6 +68,8 @@ from support.peak import PeakBytes
 
 CONFIG = TransformerConfig()
 JOB = Job()
+#: so short that a block computes for less time than its copy takes
+SHORT = replace(JOB, width=480, height=272, num_frames=33)
 GIB = 2**30
 
 
@@ -103,8 +111,11 @@ def shape_only(precision, **blocks):
 
 
 @lru_cache
-def counted_activations(precision, size, chunking):
-    """Peak bytes that a forward pass allocates; one block of each kind shows it as well as all."""
+def counted_activations(precision, size, chunking, branches=1):
+    """Peak bytes that a forward pass allocates; one block of each kind shows it as well as all.
+
+    With two branches, that of a step whose blocks run for both.
+    """
     job = job_of(*size)
     model = shape_only(precision, num_layers=1, num_single_layers=1, num_refiner_layers=1)
     frames, rows, columns = model.token_grid(job.latent_shape)
@@ -116,8 +127,11 @@ def counted_activations(precision, size, chunking):
             "pooled_projections": torch.empty(1, 768),
             "rope": torch.empty(frames * rows * columns, 64, dtype=torch.complex64),
         }
+    options = {"attention": attention_shape, "chunking": CHUNKINGS[chunking]}
     with PeakBytes() as counted, torch.inference_mode():
-        model(**inputs, attention=attention_shape, chunking=CHUNKINGS[chunking])
+        latents, rope = inputs.pop("hidden_states"), inputs.pop("rope")
+        conditioned = [model.condition(**inputs, attention=attention_shape)] * branches
+        model.denoise_together(latents, conditioned, rope=rope, **options)
     return counted.peak
 
 
@@ -142,15 +156,23 @@ GRID = {
 }
 
 
+def with_link(machine, bytes_per_s):
+    return replace(machine, rates={**machine.rates, "link": bytes_per_s})
+
+
 def test_the_grid_is_large_enough():
     assert len(GRID) == 60
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp8", "int8", "dequantized"])
-def test_the_predicted_peak_of_sampling_is_what_shapes_take(precision):
+@pytest.mark.parametrize("link", [25e9, 0.1e9])
+def test_the_predicted_peak_of_sampling_is_what_shapes_take(precision, link):
     for gigabytes, _, size in (setting for setting in GRID if setting[1] == precision):
         stored = ("fp8", "auto") if precision == "dequantized" else ("bf16", precision)
-        plan = plan_run(card("RTX 4090", gigabytes), job_of(*size), weights_as(CONFIG, *stored))
+        machine = with_link(card("RTX 4090", gigabytes), link)
+        plan = plan_run(machine, job_of(*size), weights_as(CONFIG, *stored))
+        if link < 1e9:
+            assert plan.interleaves == (plan.streamed_bytes > 0)
         weights = plan.resident_bytes + plan.streamed_bytes
         if precision != "dequantized":
             blocks, outside = counted_weights(precision)
@@ -159,7 +181,7 @@ def test_the_predicted_peak_of_sampling_is_what_shapes_take(precision):
             blocks, outside = weights_as(CONFIG, *stored).blocks, counted_weights("bf16")[1]
         counted = outside + plan.resident_bytes
         counted += SLOTS * max(blocks) if plan.streamed_bytes else 0
-        counted += counted_activations(precision, size, plan.chunking)
+        counted += counted_activations(precision, size, plan.chunking, 1 + plan.interleaves)
         assert 0.95 <= plan.peak_bytes["sample"] / counted <= 1.10, (gigabytes, size)
 
 
@@ -227,12 +249,12 @@ def test_the_predicted_peak_of_a_synced_decode_is_what_shapes_take(meta_vae, gig
 @pytest.mark.parametrize("mode", DECODE_MODES)
 @pytest.mark.parametrize("gigabytes", [3, 8, 24, 80])
 def test_a_decode_is_planned_as_it_is_chosen_in_a_run(mode, gigabytes):
-    machine, vae_bytes = card("RTX 4090", gigabytes), planning.vae_bytes(JOB.vae, JOB.vae_dtype)
+    machine, vae = card("RTX 4090", gigabytes), vae_bytes(JOB.vae, JOB.vae_dtype)
     weights = weights_as(CONFIG, "bf16", "auto")
     plan = plan_run(machine, JOB, weights, Choice(decode=mode))
     chosen = DecodePlan(mode, TILINGS.get(mode))
     if mode in CHOOSING_MODES:
-        free = machine.free_bytes - vae_bytes
+        free = machine.free_bytes - vae
         try:
             chosen, _ = choose_decode(
                 JOB.vae, JOB.latent_shape, free, JOB.vae_dtype, mode, host_bytes=machine.ram_bytes
@@ -242,8 +264,8 @@ def test_a_decode_is_planned_as_it_is_chosen_in_a_run(mode, gigabytes):
             return
     needed = plan_bytes(chosen, JOB.vae, JOB.latent_shape, JOB.vae_dtype)
     assert plan.decode == str(chosen)
-    assert plan.peak_bytes["decode"] == vae_bytes + int(needed / MEMORY_MARGIN)
-    if needed > machine.free_bytes - vae_bytes:
+    assert plan.peak_bytes["decode"] == vae + int(needed / MEMORY_MARGIN)
+    if needed > machine.free_bytes - vae:
         assert not plan.fits
 
 
@@ -324,10 +346,68 @@ def test_streaming_at_full_length_costs_next_to_nothing(gigabytes):
 
 def test_a_slow_link_at_a_small_size_is_told_to_cost_time():
     job = replace(JOB, width=256, height=256, num_frames=17)
-    machine = card("RTX 4090", 8)
-    machine = replace(machine, rates={**machine.rates, "link": 3e9})
+    machine = with_link(card("RTX 4090", 8), 3e9)
     plan = plan_run(machine, job, weights_as(CONFIG, "bf16", "auto"))
     assert plan.seconds["stall"] > 0.5 * plan.seconds["step"]
+
+
+@pytest.mark.parametrize(
+    ("name", "gigabytes", "job", "link"),
+    [
+        ("H100", 8, JOB, 3e9),
+        ("RTX 4090", 8, SHORT, 12e9),
+        ("RTX 4090", 8, SHORT, 6e9),
+        ("RTX 3060", 12, replace(SHORT, num_frames=17), 3e9),
+    ],
+)
+def test_behind_a_slow_link_blocks_run_for_both_branches_which_costs_memory_and_saves_time(
+    name, gigabytes, job, link
+):
+    weights = weights_as(CONFIG, "bf16", "auto")
+    machine = with_link(card(name, gigabytes), link)
+    plan = plan_run(machine, job, weights)
+    plain = plan_run(machine, replace(job, held_bytes=1), weights)  # a cache runs them in turn
+    assert (plan.interleaves, plain.interleaves) == (True, False)
+    waiting = job.tokens * CONFIG.hidden_size * 2
+    assert plan.activation_bytes == plain.activation_bytes - 1 + waiting
+    assert plan.streamed_bytes >= plain.streamed_bytes
+    assert plan.seconds["step"] < 0.99 * plain.seconds["step"]
+    assert plan.seconds["stall"] < 0.5 * plain.seconds["stall"]
+    assert plan.fits
+    assert plan.peak <= 0.95 * machine.free_bytes
+    assert "once for both predictions of a step" in expectation(plan, job)
+    assert f"{plan.streamed_bytes / 1e9:.1f} GB a step" in table([plan], plan)[1]
+    assert "once for both" not in expectation(plain, job)
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [{"num_guided": 0}, {"held_bytes": 10**6}],  # one branch, or a cache that decides after one
+)
+def test_branches_run_in_turn_where_one_is_enough_or_decides(changed):
+    machine, weights = with_link(card("RTX 4090", 8), 6e9), weights_as(CONFIG, "bf16", "auto")
+    assert plan_run(machine, SHORT, weights).interleaves
+    assert not plan_run(machine, replace(SHORT, **changed), weights).interleaves
+
+
+def test_a_window_of_guidance_saves_in_its_steps_alone():
+    machine, weights = with_link(card("RTX 4090", 8), 6e9), weights_as(CONFIG, "bf16", "auto")
+    whole, half, none = (
+        plan_run(machine, replace(SHORT, num_guided=steps), weights) for steps in (30, 15, 0)
+    )
+    assert half.interleaves
+    sampling = [plan.seconds["sample"] for plan in (whole, half, none)]
+    # blocks of a step with one branch compute for half as long, in the plan with less room too
+    assert sampling[2] < sampling[1] < sampling[0]
+    assert sampling[1] == pytest.approx((sampling[0] + sampling[2]) / 2, rel=0.05)
+
+
+def test_where_copies_are_hidden_or_unknown_branches_run_in_turn():
+    weights = weights_as(CONFIG, "bf16", "auto")
+    for machine in (
+        card("RTX 4090", 12), card("RTX 4090", 24), replace(card("RTX 4090", 8), rates={}),
+    ):  # fmt: skip
+        assert not plan_run(machine, JOB, weights).interleaves
 
 
 @pytest.mark.parametrize("name", CARDS)
@@ -417,6 +497,30 @@ def test_what_was_asked_for_is_kept_and_what_could_be_chosen_instead_is_named():
     assert "weights that are streamed" in why_not(machine, JOB, weights, resident)
 
 
+def test_main_memory_that_is_short_for_an_exact_decode_is_told_with_what_would_work():
+    machine, weights = card("RTX 4090", 24), weights_as(CONFIG, "bf16", "auto")
+    machine, choice = replace(machine, ram_bytes=16 * 2**30), Choice(decode="exact")
+    assert not plan_run(machine, JOB, weights, choice).fits
+    text = why_not(machine, JOB, weights, choice)
+    stored = re.search(r"keeps (2\d\.\d) GB in main memory .* 17\.2 GB of it are free", text)
+    assert "decode auto" in text
+    # what is named does work
+    bigger = replace(machine, ram_bytes=int((float(stored[1]) + 3) * 1e9))
+    assert plan_run(bigger, JOB, weights, choice).fits
+    frames = int(text.split("fewer frames, such as ")[1].split()[0])
+    assert plan_run(machine, replace(JOB, num_frames=frames), weights, choice).fits
+
+
+@pytest.mark.parametrize("decode", ["full", "tiled", "synced", "auto"])
+def test_the_free_memory_that_is_named_is_enough_and_no_more_than_that(decode):
+    machine, weights = card("RTX 4090", 4), weights_as(CONFIG, "bf16", "auto")
+    choice = Choice(decode=decode)
+    least = least_free_bytes(machine, JOB, weights, choice)
+    fits = [plan_run(replace(machine, free_bytes=least - less), JOB, weights, choice).fits
+            for less in (0, 2 * 10**7)]  # fmt: skip
+    assert fits == [True, False]
+
+
 def test_fast_attention_that_does_not_fit_is_told_that_exact_does():
     weights, fast = weights_as(CONFIG, "bf16", "auto"), Choice("fast")
     needed = [smallest(JOB, weights, card("RTX 4090", 8), each).peak for each in (Choice(), fast)]
@@ -437,9 +541,9 @@ def test_a_host_that_reserves_more_than_is_free_leaves_nothing():
 
 
 def test_main_memory_that_is_short_for_the_weights_is_told_before_the_run(monkeypatch):
-    monkeypatch.setattr(planning, "free_host_bytes", lambda: 8 * 10**9)
-    monkeypatch.setattr(planning, "rates", lambda runtime, names: {})
-    text = planning.preflight(TorchRuntime(), JOB, "bf16").text
+    monkeypatch.setattr(inputs, "free_host_bytes", lambda: 8 * 10**9)
+    monkeypatch.setattr(inputs, "rates", lambda runtime, names: {})
+    text = preflight(TorchRuntime(), JOB, "bf16").text
     assert "The weights take 25.6 GB of main memory, more than is free" in text
 
 
@@ -449,7 +553,7 @@ def test_what_another_gpu_taught_is_not_used(tmp_path, monkeypatch):
     learn(tmp_path, key, "GEMM bf16, attention exact", 2.0)
     remember(tmp_path, key, "rates", {"memory": 5e12})
     assert machine_of(runtime, can_probe=False).corrections
-    monkeypatch.setattr(planning, "device_key", lambda device: key + ", after an update")
+    monkeypatch.setattr(inputs, "device_key", lambda device: key + ", after an update")
     assert machine_of(runtime, can_probe=False).corrections == {}
 
 
@@ -462,31 +566,39 @@ def test_the_ladder_goes_from_the_planned_chunks_to_everything_streamed():
                                    for n in (25, 50, 75, 100)),
     ]  # fmt: skip
     assert list(map(str, rungs("whole", streams=False))) == ["whole", "chunks", "head groups"]
+    below = rungs("head groups", streams=True)
+    both = rungs("head groups", streams=True, interleaves=True)
+    assert both[1:] == below
+    assert str(both[0]) == "head groups, both predictions at once"
 
 
-def test_each_rung_takes_less_than_the_one_above():
-    machine, weights = card("RTX 4090", 24), weights_as(CONFIG, "bf16", "auto")
+@pytest.mark.parametrize(("gigabytes", "link"), [(24, 25e9), (16, 0.1e9)])
+def test_each_rung_takes_less_than_the_one_above(gigabytes, link):
+    machine = with_link(card("RTX 4090", gigabytes), link)
+    weights = weights_as(CONFIG, "bf16", "auto")
     plan = plan_run(machine, JOB, weights)
-    needed = planning.activation_bytes(CONFIG, JOB.tokens, weights, "exact")
-    taken = []
-    for rung in rungs(plan.chunking, streams=True):
+    needed = activation_bytes(CONFIG, JOB.tokens, weights, "exact")
+    assert plan.interleaves == (link < 25e9)
+    waiting, taken = JOB.tokens * CONFIG.hidden_size * 2, []
+    for rung in rungs(plan.chunking, streams=True, interleaves=plan.interleaves):
         kept = bytes_on(rung, plan, weights, machine.free_bytes, needed)
         stay = min(sum(weights.blocks), machine.usable_bytes - kept - weights.outside)
-        taken.append(stay + needed[rung.chunking])
+        taken.append(stay + needed[rung.chunking] + waiting * rung.interleaves)
     assert taken == sorted(taken, reverse=True)
+    assert taken[0] > taken[1]
     assert taken[-1] <= 0.3 * taken[0]
 
 
 def test_a_rung_never_keeps_so_much_that_no_block_can_be_streamed():
     weights = weights_as(CONFIG, "bf16", "auto")
     plan = plan_run(card("RTX 4090", 24), JOB, weights)
-    needed = planning.activation_bytes(CONFIG, JOB.tokens, weights, "exact")
+    needed = activation_bytes(CONFIG, JOB.tokens, weights, "exact")
     free = int(3.2e9)  # another program has taken the rest
     for rung in (Rung("chunks"), Rung("head groups"), Rung("head groups", 1.0)):
         kept = bytes_on(rung, plan, weights, free, needed)
         assert kept >= needed[rung.chunking]
-        room = free - kept - weights.outside - planning.reserve_bytes(free)
-        assert kept == needed[rung.chunking] or room >= planning.least_bytes(weights.blocks, 1)
+        room = free - kept - weights.outside - reserve_bytes(free)
+        assert kept == needed[rung.chunking] or room >= least_bytes(weights.blocks, 1)
 
 
 # --- rates and corrections ----------------------------------------------------------------------

@@ -55,6 +55,25 @@ def test_streaming_every_block_costs_nothing_where_the_copies_are_faster(
         assert stall(sizes, block_s, gb_per_s) > 0.01
 
 
+@pytest.mark.parametrize("sizes", [FP8, BF16])
+@pytest.mark.parametrize("block_s", [H100_BF16, H100_8BIT, RTX4090_BF16, RTX4090_8BIT])
+@pytest.mark.parametrize("gb_per_s", [25, 12, 6, 3, 1])
+def test_blocks_that_run_for_both_branches_at_once_halve_the_copies_and_stall_less(
+    block_s, sizes, gb_per_s
+):
+    plain = simulate(sizes, [block_s] * 60, frozenset(), gb_per_s * 1e9, passes=PASSES)
+    both = simulate(sizes, [2 * block_s] * 60, frozenset(), gb_per_s * 1e9, passes=PASSES // 2)
+    assert 2 * both.copied_bytes == plain.copied_bytes
+    for played in (plain, both):
+        assert played.seconds - played.stall_s == pytest.approx(PASSES * 60 * block_s)
+    if gb_per_s >= 6:
+        assert both.stall_s <= 0.01 * PASSES * 60 * block_s
+    if plain.stall_s > 0.01 * PASSES * 60 * block_s:
+        assert both.stall_s < 0.5 * plain.stall_s
+    else:
+        assert both.stall_s <= plain.stall_s
+
+
 def test_where_a_pass_computes_for_less_time_than_its_copies_take_the_link_sets_the_pace():
     played = simulate(BF16, [H100_8BIT] * 60, frozenset(), 6e9, 2, passes=PASSES)
     assert sum(BF16) / 6e9 > 60 * H100_8BIT
@@ -154,6 +173,11 @@ def make_blocks(sizes):
     return [[torch.full((size,), float(number))] for number, size in enumerate(sizes)]
 
 
+def in_a_row(numbers, calls):
+    """Each of them as often as both branches of guidance call it, or one."""
+    return [number for number in numbers for _ in range(calls)]
+
+
 @pytest.fixture
 def machine(monkeypatch):
     return Machine(bytes_per_s=100.0).install(monkeypatch)
@@ -203,11 +227,16 @@ class Streamed:
 @pytest.mark.parametrize("sizes", [[128] * 6, [256, 256, 256, 128, 128, 128, 128], [128, 384] * 3])
 @pytest.mark.parametrize("slots", [1, 2, 3])
 @pytest.mark.parametrize("seconds", [0.5, 5.0, 12.0])
-def test_the_stream_takes_exactly_the_time_that_was_simulated(machine, sizes, slots, seconds):
+@pytest.mark.parametrize("calls", [1, 2])
+def test_the_stream_takes_exactly_the_time_that_was_simulated(
+    machine, sizes, slots, seconds, calls
+):
     streamed = Streamed(machine, sizes, slots)
-    streamed.play([*range(len(sizes))] * 3, seconds)
+    streamed.play(in_a_row(range(len(sizes)), calls) * 3, seconds)
     num_bytes = [4 * size for size in sizes]
-    expected = simulate(num_bytes, [seconds] * len(sizes), frozenset(), 100.0, slots, passes=3)
+    expected = simulate(
+        num_bytes, [calls * seconds] * len(sizes), frozenset(), 100.0, slots, passes=3
+    )
     assert machine.compute.clock == pytest.approx(expected.seconds)
     assert machine.stall == pytest.approx(expected.stall_s)
     assert expected.copied_bytes <= sum(machine.copied) <= expected.copied_bytes + slots * 4 * 384
@@ -225,14 +254,15 @@ def test_in_the_loop_nothing_is_allocated(machine, slots):
     assert machine.waits[-1] == "a stream"
 
 
-@pytest.mark.parametrize("slots", [2, 3])
-def test_the_host_waits_for_no_block_but_the_one_before(machine, slots):
+@pytest.mark.parametrize("slots", [1, 2, 3])
+@pytest.mark.parametrize("calls", [1, 2])
+def test_the_host_waits_for_no_call_but_the_one_before(machine, slots, calls):
     streamed = Streamed(machine, [128] * 5, slots)
     ended = []
-    for number in [*range(5)] * 3:
+    for number in in_a_row(range(5), calls) * 3:
         streamed.play([number], seconds=7.0)
         ended.append(machine.compute.clock)
-    # so the block that was launched just now still computes when the next one is launched
+    # so the call that was launched just now still computes when the next one is launched
     assert machine.waits == ended[:-1]
     streamed.close()
 
@@ -244,6 +274,8 @@ def test_the_host_waits_for_no_block_but_the_one_before(machine, slots):
     [
         [0, 1, 2, 3, 0, 1, 2, 3],
         [0, 0, 0, 1, 2, 3, 0, 1, 2, 3],  # a cache that runs the first block alone
+        [0, 0, 1, 1, 2, 2, 3, 3, 0, 0, 1, 2, 3],  # both branches, then one
+        [0, 0, 1, 1, 2, 0, 0, 1, 1, 2, 2, 3, 3],  # the second one broke off
         [0, 1, 2, 0, 1, 2, 3, 0],  # an evaluation that broke off
         [1, 2, 3, 1, 2, 3],
         [3, 2, 1, 0],
@@ -261,6 +293,16 @@ def test_blocks_that_come_early_are_kept_over_evaluations_that_are_skipped(machi
     copied = sum(machine.copied)
     streamed.play(range(4))
     assert sum(machine.copied) - copied == 4 * 512
+    streamed.close()
+
+
+@pytest.mark.parametrize("slots", [1, 2, 3])
+def test_a_block_that_is_called_several_times_in_a_row_is_brought_once(machine, slots):
+    streamed = Streamed(machine, [128] * 5, slots)
+    streamed.play([0] * 7)
+    assert machine.copied == [512] * slots
+    streamed.play(in_a_row(range(5), 2) * 2)
+    assert len(machine.copied) == slots + 9
     streamed.close()
 
 
@@ -283,10 +325,11 @@ def test_a_block_that_fails_leaves_the_weights_at_home_and_the_stream_usable(mac
         raise ZeroDivisionError
 
     streamed.play(range(2))
-    with pytest.raises(ZeroDivisionError):
-        streamed.stream.run(2, fail)
-    assert [block[0].data_ptr() for block in streamed.blocks] == streamed.homes
-    streamed.play([0, 1, 2, 3, 0])
+    for _ in range(2):
+        with pytest.raises(ZeroDivisionError):
+            streamed.stream.run(2, fail)
+        assert [block[0].data_ptr() for block in streamed.blocks] == streamed.homes
+        streamed.play([2, 0, 1, 2, 3, 0])
     streamed.close()
 
 

@@ -3,17 +3,19 @@
 import json
 import logging
 from contextlib import contextmanager
+from itertools import chain
 
 import pytest
 import torch
-from comfyui_skyreels.skyreels.config import CHUNKINGS, TransformerConfig
+from comfyui_skyreels.skyreels import outcomes
+from comfyui_skyreels.skyreels.config import CHUNKINGS, Guidance, TransformerConfig
 from comfyui_skyreels.skyreels.errors import OutOfRoomError
 from comfyui_skyreels.skyreels.latents import ImageConditioning
 from comfyui_skyreels.skyreels.runtime import TorchRuntime
 from comfyui_skyreels.skyreels.sampling import planned
 from comfyui_skyreels.skyreels.sampling.sample import sample
 from comfyui_skyreels.skyreels.sampling.settings import SamplingSettings, get_sigmas
-from comfyui_skyreels.skyreels.sampling.step_cache import CACHES
+from comfyui_skyreels.skyreels.sampling.step_cache import CACHES, CacheConfig
 from comfyui_skyreels.skyreels.transformer import placement
 from support import tiny
 from support.tiny import embeds
@@ -305,6 +307,117 @@ def test_a_cancel_while_the_run_goes_down_stops_it_and_frees_all(device, model, 
     with pytest.raises(StopError):
         run(model, conditioning, runtime)
     assert runtime.held == 0
+
+
+# --- both branches block by block, behind a slow link -------------------------------------------
+
+
+@pytest.fixture
+def slow_link(tmp_path):
+    """A file that knows rates of this machine, the link so slow that every copy is waited for."""
+
+    def remember(bytes_per_s=1e6):
+        rates = {"GEMM fp32": 1e12, "attention exact": 1e12, "memory": 1e12, "link": bytes_per_s}
+        outcomes.remember(tmp_path, outcomes.device_key(torch.device("cpu")), "rates", rates)
+
+    remember()
+    return remember
+
+
+@contextmanager
+def ran(model):
+    """Numbers of the blocks in the order in which they run."""
+    order = []
+    hooks = [
+        block.register_forward_hook(lambda *_, number=number: order.append(number))
+        for number, block in enumerate(model.blocks)
+    ]
+    try:
+        yield order
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+ONE, BOTH = list(range(10)), [number for number in range(10) for _ in range(2)]
+
+
+def test_behind_a_slow_link_both_branches_run_block_by_block_with_the_same_bits(
+    device, model, conditioning, slow_link, caplog
+):
+    caplog.set_level(logging.INFO)
+    runs = []
+    for link in (1e12, 1e6):
+        slow_link(link)
+        caplog.clear()
+        with ran(model) as order:
+            got = run(model, conditioning, runtime := device(1))
+        runs.append((got, order, "once for both predictions of a step" in caplog.text))
+        assert runtime.held == 0
+        assert 0 < runtime.most <= runtime.capacity
+    (plain, in_turn, told), (interleaved, together, told_too) = runs
+    assert torch.equal(plain, interleaved)
+    assert (in_turn, together) == (4 * (ONE + ONE), 4 * BOTH)
+    assert (told, told_too) == (False, True)
+
+
+@pytest.mark.parametrize(
+    ("settings", "steps"),
+    [
+        ({"guidance": Guidance(cfg_end=0.5)}, 2 * [BOTH] + 2 * [ONE]),
+        ({"guidance": Guidance(true_cfg_scale=1.0)}, 4 * [ONE]),
+        ({"cache": CacheConfig("first-block", 0.0)}, 8 * [ONE]),
+    ],
+)
+def test_blocks_run_for_both_branches_only_where_both_are_needed_and_no_cache_decides(
+    device, model, conditioning, slow_link, settings, steps
+):
+    with ran(model) as order:
+        run(model, conditioning, device(1), **settings)
+    assert order == list(chain(*steps))
+
+
+def test_memory_that_runs_out_with_both_branches_alive_costs_the_interleaving_first(
+    device, model, conditioning, slow_link, tmp_path, caplog
+):
+    slow_link(1e12)
+    plain = run(model, conditioning, device(1))
+    slow_link()
+    for falls in (1, 0):
+        caplog.clear()
+        with ran(model) as order, failing(model.single_blocks[2], {5} if falls else set()):
+            got = run(model, conditioning, device(1))
+        assert torch.equal(got, plain)
+        told = [r.getMessage() for r in caplog.records if r.levelno == logging.WARNING]
+        if falls:  # in the second branch of the third step
+            assert order == 2 * BOTH + BOTH[: BOTH.index(6) + 1] + 2 * (ONE + ONE)
+            assert "with activations head groups, both predictions at once" in told[0]
+            assert told[0].endswith("the step is repeated with head groups.")
+            assert rung_of(tmp_path) == "head groups"
+        else:  # the rung is remembered
+            assert order == 4 * (ONE + ONE)
+            assert told == []
+
+
+@pytest.mark.parametrize("stop_at", [1, 2, 3, 20, 37])
+def test_a_cancel_between_the_branches_of_a_block_stops_there_and_the_next_run_is_good(
+    device, model, conditioning, slow_link, stop_at
+):
+    class StopError(Exception):
+        pass
+
+    def check():
+        if stop_at is not None and len(order) == stop_at:
+            raise StopError
+
+    expected = run(model, conditioning, device(1))
+    runtime = device(1, on_check=check)
+    with ran(model) as order, pytest.raises(StopError):
+        run(model, conditioning, runtime)
+    assert order == (4 * BOTH)[:stop_at]
+    assert runtime.held == 0
+    stop_at = None
+    assert torch.equal(run(model, conditioning, runtime), expected)
 
 
 def test_too_little_memory_for_any_plan_is_refused_before_anything_is_brought(

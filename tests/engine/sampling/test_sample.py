@@ -44,6 +44,7 @@ def conditioning():
 
 PROMPT, NEGATIVE = embeds(7, 1), embeds(4, 2)
 SIGMAS = get_sigmas(4)
+ROPE = rope_table((3, 2, 3), tiny.TRANSFORMER)
 
 
 def run(model, conditioning, prompt=PROMPT, negative=NEGATIVE, runtime=RUNTIME, **settings):
@@ -330,6 +331,52 @@ def test_latents_that_are_not_finite_are_reported(conditioning):
         run(model, conditioning)
 
 
+# --- branches block by block ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("guidance", "alone"),
+    [
+        (Guidance(), 0),
+        (Guidance(guidance_rescale=0.5, cfg_zero_star=True), 0),
+        (Guidance(cfg_start=0.25, cfg_end=0.75), 2),
+        (Guidance(zero_init_steps=1, cfg_end=0.5), 2),
+    ],
+)
+def test_branches_run_block_by_block_where_both_are_needed_and_give_the_same_bits(
+    model, guidance, alone
+):
+    shape = (1, 16, 3, 4, 6)
+    generator = torch.Generator().manual_seed(3)
+    latents, image_latents = torch.randn(2, *shape, generator=generator)
+    with torch.inference_mode():
+        lookup = precompute(
+            model, [PROMPT, NEGATIVE], (SIGMAS[:-1] * 1000).tolist(), torch.tensor([1000.0]),
+            attention=torch.nn.functional.scaled_dot_product_attention, runtime=RUNTIME,
+        )  # fmt: skip
+
+        def made(interleaves):
+            """The result, and how often in a row the first block was called."""
+            calls = []
+
+            def run_block(block, *args):
+                calls.append(block is model.blocks[0])
+                return block(*args)
+
+            velocity = guided_velocity(
+                model, image_latents, lookup, SIGMAS, guidance, rope=ROPE, run_block=run_block,
+                interleaves=interleaves,
+            )  # fmt: skip
+            result = euler(velocity, latents, SIGMAS, lambda *_: None)
+            runs = "".join("x" if first else " " for first in calls).split()
+            return result, [len(run) for run in runs]
+
+        (plain, one_by_one), (interleaved, in_a_row) = made(False), made(True)
+    assert torch.equal(plain, interleaved)
+    assert set(one_by_one) == {1}
+    assert sorted(in_a_row) == [1] * alone + [2] * ((len(one_by_one) - alone) // 2)
+
+
 # --- a loop that waits for nothing ----------------------------------------------------------------
 
 META = torch.device("meta")
@@ -350,16 +397,21 @@ def precomputed_on_meta(model, sigmas=SIGMAS):
     return tiny.transformer().to(model.compute_dtype).to(META), lookup, runtime
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("dtype", "interleaves"),
+    [(torch.float32, False), (torch.bfloat16, False), (torch.bfloat16, True)],
+)
 @pytest.mark.parametrize("guidance", [Guidance(), REFINED, Guidance(zero_init_steps=1)])
-def test_the_euler_loop_reads_nothing_from_the_device_and_copies_once_a_forward(guidance, dtype):
+def test_the_euler_loop_reads_nothing_from_the_device_and_copies_once_a_forward(
+    guidance, dtype, interleaves
+):
     with torch.inference_mode():
         on_meta, lookup, _ = precomputed_on_meta(tiny.transformer().to(dtype))
         shape = (1, 16, 3, 4, 6)
         rope = rope_table(on_meta.token_grid(shape), on_meta.config, device=META)
         velocity = guided_velocity(
             on_meta, torch.empty(shape, device=META), lookup, SIGMAS, guidance, rope=rope,
-            run_block=call,
+            run_block=call, interleaves=interleaves,
         )  # fmt: skip
         steps, copied = [], []
 

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from comfyui_skyreels.skyreels.config import TransformerConfig
+from comfyui_skyreels.skyreels.config import CHUNKINGS, TransformerConfig
 from comfyui_skyreels.skyreels.errors import ShapeError
 from comfyui_skyreels.skyreels.transformer.layers import (
     intrinsic_frequency,
@@ -104,6 +104,31 @@ def test_every_block_goes_through_run_block():
     model(**tiny.inputs(model.config), run_block=run_block)
     everything = [*model.conditioners, *model.blocks]
     assert list(map(id, seen)) == list(map(id, everything))
+
+
+@pytest.mark.parametrize("chunking", CHUNKINGS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_predictions_made_together_are_those_made_one_after_the_other(chunking, dtype):
+    model = tiny.transformer().to(dtype)
+    latents = tiny.inputs(model.config)["hidden_states"]
+    branches = []
+    for text_tokens in (7, 4, 1):
+        inputs = tiny.inputs(model.config, text_tokens)
+        del inputs["hidden_states"]
+        branches.append(model.condition(**inputs))
+    seen = []
+
+    def run_block(block, *args):
+        seen.append(block)
+        return block(*args)
+
+    options = {"chunking": CHUNKINGS[chunking], "run_block": run_block}
+    expected = [model.denoise(latents, branch, **options) for branch in branches]
+    seen.clear()
+    together = model.denoise_together(latents, branches, **options)
+    assert all(torch.equal(*pair) for pair in zip(together, expected, strict=True))
+    assert [id(block) for block in seen] == [id(b) for b in model.blocks for _ in branches]
+    assert not torch.equal(*together[:2])
 
 
 def test_two_forwards_are_bit_identical():

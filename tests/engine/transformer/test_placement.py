@@ -89,9 +89,9 @@ def visits(monkeypatch):
     return log
 
 
-def denoise_inputs(model):
+def denoise_inputs(model, text_tokens=7):
     """Of `denoise`, made while everything is at hand."""
-    inputs = tiny.inputs(model.config)
+    inputs = tiny.inputs(model.config, text_tokens)
     latents = inputs.pop("hidden_states")
     return latents, model.condition(**inputs)
 
@@ -124,6 +124,11 @@ def away_bytes(model):
     """What is there for the whole run, and bytes of each block."""
     kept, away = placement._split(model, torch.device("cpu"))
     return sum(tensor.nbytes for tensor in kept), [padded_bytes(block) for block in away.values()]
+
+
+def away_tensors(model):
+    """Of each block."""
+    return placement._split(model, torch.device("cpu"))[1].values()
 
 
 @pytest.fixture
@@ -203,6 +208,30 @@ def test_streamed_run_equals_the_resident_run_bit_for_bit(machine, precision, sh
     assert all(torch.equal(result, expected) for result in results)
 
 
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16", "fp8", "int8", "weight-only fp8"])
+@pytest.mark.parametrize("lockable", [2**40, 0])
+def test_both_branches_share_each_streamed_block_and_equal_the_resident_ones(
+    machine, precision, lockable
+):
+    model = in_precision(precision)
+    kept, sizes = away_bytes(model)
+    (latents, positive), (_, negative) = denoise_inputs(model), denoise_inputs(model, 4)
+    branches, count = [positive, negative], 3
+    pointers = [p.data_ptr() for p in model.parameters()]
+    runtime = Locking(kept + least_bytes(sizes), lockable)
+    with torch.inference_mode(), placed(model, runtime, 0) as run_block:
+        results = [
+            model.denoise_together(latents, branches, run_block=run_block) for _ in range(count)
+        ]
+    assert [p.data_ptr() for p in model.parameters()] == pointers
+    streamed = sum(sum(t.nbytes for t in block) for block in away_tensors(model))
+    assert count * streamed <= sum(machine.copied) <= count * streamed + 2 * max(sizes)
+    with torch.inference_mode():
+        expected = [model.denoise(latents, branch) for branch in branches]
+    for result in results:
+        assert all(torch.equal(*pair) for pair in zip(result, expected, strict=True))
+
+
 @pytest.mark.parametrize(("made", "run"), [(True, True), (False, True), (False, False)])
 @pytest.mark.parametrize("lockable", [2**40, 0])
 def test_weights_of_inference_mode_are_streamed_in_it_and_others_in_both(
@@ -279,13 +308,15 @@ def test_too_little_room_says_how_much_and_what_helps(visits):
 
 @pytest.mark.parametrize("lockable", [2**40, 0])
 @pytest.mark.parametrize("stop_at", [1, 2, 5, 6, 9])
+@pytest.mark.parametrize("branches", [1, 2])
 def test_an_interrupt_stops_before_the_next_block_and_the_next_run_is_good(
-    machine, stop_at, lockable
+    machine, stop_at, lockable, branches
 ):
     model = tiny.transformer()
     kept, sizes = away_bytes(model)
     pointers = [p.data_ptr() for p in model.parameters()]
-    inputs = denoise_inputs(model)
+    latents, conditioning = denoise_inputs(model)
+    conditionings = [conditioning, denoise_inputs(model, 4)[1]][:branches]
     ran = []
 
     class StopError(Exception):
@@ -303,7 +334,9 @@ def test_an_interrupt_stops_before_the_next_block_and_the_next_run_is_good(
                 ran.append(module)
                 return result
 
-            return [model.denoise(*inputs, run_block=counted) for _ in range(3)]
+            return [
+                model.denoise_together(latents, conditionings, run_block=counted) for _ in range(3)
+            ]
 
     room = kept + least_bytes(sizes)
     stopped = Locking(room, lockable, on_check=check)
@@ -312,8 +345,9 @@ def test_an_interrupt_stops_before_the_next_block_and_the_next_run_is_good(
     assert len(ran) == stop_at
     assert stopped.locked == []
     assert [p.data_ptr() for p in model.parameters()] == pointers
-    expected = model.denoise(*inputs)
-    assert all(torch.equal(result, expected) for result in run_twice(Locking(room, lockable)))
+    expected = [model.denoise(latents, each) for each in conditionings]
+    for result in run_twice(Locking(room, lockable)):
+        assert all(torch.equal(*pair) for pair in zip(result, expected, strict=True))
 
 
 def test_a_step_cache_that_runs_the_first_block_alone_gets_it(machine):
@@ -472,6 +506,12 @@ def test_streamed_run_on_the_gpu_equals_the_resident_run(monkeypatch, way):
             locked.append(runtime.pinned_bytes)
             for _ in range(3):
                 results.append(model(**inputs, rope=rope, run_block=run_block).cpu())
+            latents, *others = inputs.values()
+            branch = model.condition(*others, run_block=run_block)
+            together = model.denoise_together(
+                latents, [branch, branch], rope=rope, run_block=run_block
+            )
+            results += [result.cpu() for result in together]
         assert runtime.pinned_bytes == 0
     assert locked[0] == 0
     assert (locked[1] > 0) == (way == "page-locked")
