@@ -28,6 +28,8 @@ from comfyui_skyreels.skyreels.vae.tiling import decode_into
 from support import tiny
 from support.memory import reused_memory
 
+pytestmark = pytest.mark.usefixtures("fast_convolutions")
+
 RUNTIME = TorchRuntime()
 SETTINGS = SamplingSettings(seed=3, sigmas=get_sigmas(2), guidance=Guidance(1.0))
 AS_THEY_COME = ExtendSettings(num_frames=9, color_match=False)

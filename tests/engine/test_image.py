@@ -13,6 +13,8 @@ from comfyui_skyreels.skyreels.vae.model import VideoVAE
 from PIL import Image
 from support import tiny
 
+pytestmark = pytest.mark.usefixtures("fast_convolutions")
+
 RUNTIME = TorchRuntime()
 
 

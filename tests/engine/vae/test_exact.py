@@ -27,6 +27,8 @@ from support import streams, tiny
 from support.peak import PeakBytes
 from torch.utils._python_dispatch import _disable_current_modes
 
+pytestmark = pytest.mark.usefixtures("fast_convolutions")
+
 CPU = torch.device("cpu")
 FULL_SIZE = torch.Size((1, 16, 25, 68, 120))  # 97 x 544 x 960
 

@@ -13,6 +13,8 @@ from comfyui_skyreels.skyreels.vae.model import VideoVAE, sample_starts, strip_r
 from comfyui_skyreels.skyreels.vae.tiling import decode_frames
 from support import tiny
 
+pytestmark = pytest.mark.usefixtures("fast_convolutions")
+
 RUNTIME = TorchRuntime()
 
 
@@ -51,7 +53,7 @@ def test_with_the_norms_of_the_whole_clip_it_is_the_decode_in_one_pass(vae64, si
     assert relative(synced(vae64, vae_latents), vae64.decode(vae_latents)) <= 1e-12
 
 
-@pytest.mark.parametrize("strips", [2, 3, 8])
+@pytest.mark.parametrize("strips", [2, 8])
 def test_strips_change_nothing(vae64, strips, monkeypatch):
     monkeypatch.setattr(model, "sample_starts", lambda frames, strips: ([1], 2))
     vae_latents = latents(3, 16, 2).double()
