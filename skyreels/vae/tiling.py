@@ -225,12 +225,11 @@ def _decode_on_rungs(
         return nullcontext(partial(_decode_clip, vae, vae_latents, rung, runtime, sink))
 
     rungs, config = [plan], vae.config
-    num_bytes = room_bytes(plan, config, shape, dtype, factors)
-    with runtime.place(vae, num_bytes), on_device(vae, runtime.device), vae.folded():
+    num_bytes = plan_bytes(plan, config, shape, dtype)
+    room = room_bytes(plan, num_bytes, dtype, factors)
+    with runtime.place(vae, room), on_device(vae, runtime.device), vae.folded():
         if chooses:
-            rungs = _fitting_rungs(mode, config, shape, dtype, runtime)
-            names = list(map(str, rungs))
-            rungs = rungs[outcomes.first_rung(folder, device, work, names, runtime.free_bytes()) :]
+            rungs, num_bytes = _fitting_rungs(mode, config, shape, dtype, runtime, work)
         with descending(rungs, on_rung, runtime.device, on_fall) as decode:
             try:
                 peak, begin = outcomes.watch_peak(runtime.device), _now(runtime.device)
@@ -242,7 +241,9 @@ def _decode_on_rungs(
                 # the clip is in main memory, so the device has finished
                 seconds, most = time.perf_counter() - begin, peak()
                 if not falls:
-                    expected = expected_decode(rungs[0], config, shape, dtype, rates, factors)
+                    expected = expected_decode(
+                        rungs[0], num_bytes, config, shape, dtype, rates=rates, corrections=factors
+                    )
                     what = f"Decoded {frames} frames with {rungs[0]} in"
                     logger.info(expected.account(what, seconds, most))
                     # a sink that takes frames as they come may be slower than the device
@@ -256,15 +257,22 @@ def _decode_on_rungs(
 
 
 def _fitting_rungs(
-    mode: str, config: VAEConfig, shape: torch.Size, dtype: torch.dtype, runtime: Runtime
-) -> list[DecodePlan]:
-    """The best decode that fits now, and those below it."""
-    device, folder = runtime.device, runtime.state_folder
-    free, host = room_of(device, runtime.free_bytes(), free_host_bytes(), shape)
-    factors = outcomes.corrections(folder, outcomes.device_key(device))
-    plan, _ = choose_decode(config, shape, free, dtype, mode, host_bytes=host, corrections=factors)
+    mode: str, config: VAEConfig, shape: torch.Size, dtype: torch.dtype, runtime: Runtime, work: str
+) -> tuple[list[DecodePlan], int]:
+    """The rungs from the best decode that fits now, or where such work ended; and its bytes."""
+    folder, device = runtime.state_folder, outcomes.device_key(runtime.device)
+    free, host = room_of(runtime.device, runtime.free_bytes(), free_host_bytes(), shape)
+    corrections = outcomes.corrections(folder, device)
+    plan, num_bytes = choose_decode(
+        config, shape, free, dtype, mode, host_bytes=host, corrections=corrections
+    )
     ladder = _ladder(mode)
-    return ladder[ladder.index(plan) :]
+    rungs = ladder[ladder.index(plan) :]
+    names = list(map(str, rungs))
+    rungs = rungs[outcomes.first_rung(folder, device, work, names, runtime.free_bytes()) :]
+    if rungs[0] != plan:
+        num_bytes = plan_bytes(rungs[0], config, shape, dtype)
+    return rungs, num_bytes
 
 
 def _now(device: torch.device) -> float:
@@ -276,9 +284,11 @@ def _now(device: torch.device) -> float:
 
 def expected_decode(
     plan: DecodePlan,
+    num_bytes: int,
     config: VAEConfig,
     latent_shape: torch.Size,
     dtype: torch.dtype,
+    *,
     rates: Mapping[str, float],
     corrections: Mapping[str, float],
 ) -> outcomes.Expected:
@@ -286,6 +296,7 @@ def expected_decode(
 
     Args:
         plan: how it is decoded.
+        num_bytes: its `plan_bytes`.
         config: of the VAE.
         latent_shape: [1, 16, T, h, w].
         dtype: the decoder's compute dtype.
@@ -297,8 +308,8 @@ def expected_decode(
     """
     rate = rates.get("convolution")
     seconds = plan_flop(plan, config, latent_shape) / rate if rate else None
-    num_bytes = int(plan_bytes(plan, config, latent_shape, dtype) / MEMORY_MARGIN)
-    return outcomes.expect(kind_of_decode(plan, dtype), seconds, num_bytes, corrections)
+    peak_bytes = int(num_bytes / MEMORY_MARGIN)
+    return outcomes.expect(kind_of_decode(plan, dtype), seconds, peak_bytes, corrections)
 
 
 def kind_of_decode(plan: DecodePlan, dtype: torch.dtype) -> str:
@@ -329,7 +340,7 @@ def what_fits(
     """
 
     def room(plan: DecodePlan) -> int:
-        return room_bytes(plan, config, shape, dtype, corrections)
+        return room_bytes(plan, plan_bytes(plan, config, shape, dtype), dtype, corrections)
 
     failed = tried[-1]
     needed = room(failed)
@@ -620,26 +631,23 @@ def plan_bytes(
 
 def room_bytes(
     plan: DecodePlan,
-    config: VAEConfig,
-    latent_shape: torch.Size,
+    num_bytes: int,
     dtype: torch.dtype,
-    corrections: Mapping[str, float] = NONE_YET,
+    corrections: Mapping[str, float],
 ) -> int:
     """The free bytes, beside the weights, with which a decode is begun.
 
     Args:
         plan: how it is decoded.
-        config: of the VAE.
-        latent_shape: [1, 16, T, h, w].
+        num_bytes: its `plan_bytes`.
         dtype: the decoder's compute dtype.
         corrections: of earlier decodes, see `outcomes.corrections`.
 
     Returns:
         What is predicted, with its margin, or what such a decode took before if that was more.
     """
-    needed = plan_bytes(plan, config, latent_shape, dtype)
     factor = corrections.get(outcomes.peak_kind(kind_of_decode(plan, dtype)), 1.0)
-    return max(needed, int(factor * needed / MEMORY_MARGIN))
+    return max(num_bytes, int(factor * num_bytes / MEMORY_MARGIN))
 
 
 def room_of(
@@ -717,13 +725,14 @@ def choose_decode(
         corrections: as for `room_bytes`.
 
     Returns:
-        The plan, and its `room_bytes`.
+        The plan, and its `plan_bytes`.
 
     Raises:
         OutOfRoomError: nothing fits.
     """
     for plan in _ladder(mode):
-        needed = room_bytes(plan, config, latent_shape, dtype, corrections)
+        num_bytes = plan_bytes(plan, config, latent_shape, dtype)
+        needed = room_bytes(plan, num_bytes, dtype, corrections)
         stored = plan_host_bytes(plan, config, latent_shape, dtype)
         if host_bytes is None:
             needed += stored
@@ -734,7 +743,7 @@ def choose_decode(
                 'decode with mode "synced", which has no seams either and needs no such memory.'
             )
         if needed <= free_bytes:
-            return plan, needed
+            return plan, num_bytes
     names = {"synced": f"in {STRIPS[-1]} strips", "exact": "in one pass"}
     what = names.get(mode, "in the smallest tiles")
     raise OutOfRoomError(
