@@ -43,6 +43,7 @@ from .budget import (
     decode_bytes,
     decode_flop,
     exact_bytes,
+    exact_seconds,
     stored_bytes,
     synced_bytes,
     synced_flop,
@@ -306,8 +307,14 @@ def expected_decode(
     Returns:
         Time and peak, corrected.
     """
-    rate = rates.get("convolution")
-    seconds = plan_flop(plan, config, latent_shape) / rate if rate else None
+    rate, link = rates.get("convolution"), rates.get("link")
+    seconds = None
+    if rate and plan.mode != "exact":
+        seconds = plan_flop(plan, config, latent_shape) / rate
+    elif rate and link:
+        seconds = exact_seconds(
+            config, latent_shape, dtype, plan.piece_elements, flop_per_s=rate, bytes_per_s=link
+        )
     peak_bytes = int(num_bytes / MEMORY_MARGIN)
     return outcomes.expect(kind_of_decode(plan, dtype), seconds, peak_bytes, corrections)
 
