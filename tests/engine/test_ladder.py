@@ -22,9 +22,10 @@ from comfyui_skyreels.skyreels.plan import (
     weights_as,
 )
 from comfyui_skyreels.skyreels.runtime import TorchRuntime
-from comfyui_skyreels.skyreels.vae import frames, tiling
-from comfyui_skyreels.skyreels.vae.model import VideoVAE
+from comfyui_skyreels.skyreels.vae import frames, store, tiling
+from comfyui_skyreels.skyreels.vae.model import STORED_PIECE_ELEMENTS, VideoVAE
 from comfyui_skyreels.skyreels.vae.tiling import (
+    EXACT_LADDER,
     LADDER,
     STRIPS,
     DecodePlan,
@@ -226,6 +227,109 @@ def test_the_ladder_goes_from_one_pass_to_no_seams_to_tiles():
     assert len(set(names)) == len(names)  # they are remembered by name
     assert names[:3] == ["full", "synced", "synced in 2 strips"]
     assert names[-2:] == ["tiled-diffusers", "tiles of 128 px, 16 frames"]
+
+
+class Locking(Steady):
+    """A host with page-locked memory, of which it gives so many chunks."""
+
+    def __init__(self, chunks=2**20, **kwargs):
+        super().__init__(**kwargs)
+        self.chunks, self.locked = chunks, []
+
+    def pinnable_bytes(self):
+        return 2**40
+
+    def pin(self, memory):
+        if len(self.locked) == self.chunks:
+            raise RuntimeError("no more than 0.0 GB may still be page-locked")
+        self.locked.append(memory)
+
+    def unpin(self, memory):
+        self.locked = [each for each in self.locked if each is not memory]
+
+
+@contextmanager
+def refusing(vae, refuses):
+    """Run out of memory in the last level, in walks that are refused."""
+
+    def check(block, args):
+        if refuses(args[1]):
+            raise FULL
+
+    hook = vae.decoder.up_blocks[-1].resnets[-1].register_forward_pre_hook(check)
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+def is_larger(walk):
+    """Than the smallest rung of an exact decode."""
+    return walk.store is None or walk.piece_elements == STORED_PIECE_ELEMENTS
+
+
+def test_an_exact_decode_that_runs_out_of_memory_goes_on_in_smaller_pieces(
+    vae, latents, tmp_path, caplog
+):
+    expected = decode_frames(vae, latents, "full", runtime=Steady())
+    runtime = Locking(state_folder=tmp_path)
+    with refusing(vae, is_larger):
+        got = decode_frames(vae, latents, "exact", runtime=runtime)
+        told = [r.getMessage() for r in caplog.records if "repeated with" in r.getMessage()]
+        assert [text.split("repeated with ")[1] for text in told] == [
+            "exact.", "exact in 1/2 pieces.",
+        ]  # fmt: skip
+        caplog.clear()  # the next decode of that size begins there
+        assert torch.equal(decode_frames(vae, latents, "exact", runtime=runtime), got)
+        assert "repeated with" not in caplog.text
+    assert (got - expected).abs().max() <= 1e-5
+    assert runtime.locked == []
+    runtime = Locking()
+    assert torch.equal(decode_frames(vae, latents, "exact", runtime=runtime), expected)
+
+
+def test_an_exact_decode_that_never_fits_says_which_mode_would(vae, latents):
+    runtime = Locking()
+    with (
+        refusing(vae, lambda walk: True),
+        pytest.raises(OutOfRoomError, match="exact in 1/2 pieces: it needs .* choose synced"),
+    ):
+        decode_frames(vae, latents, "exact", runtime=runtime)
+    assert runtime.locked == []
+
+
+def test_pages_that_cannot_be_locked_in_mid_decode_change_nothing(vae, latents, monkeypatch):
+    monkeypatch.setattr(tiling, "EXACT_LADDER", EXACT_LADDER[1:])
+    monkeypatch.setattr(store, "CHUNK_BYTES", 4096)
+    runtimes = [Locking(), Locking(chunks=3), Locking(chunks=0)]
+    first, *others = [decode_frames(vae, latents, "exact", runtime=each) for each in runtimes]
+    assert all(torch.equal(first, other) for other in others)
+    assert [each.locked for each in runtimes] == [[], [], []]
+
+
+@pytest.mark.parametrize(
+    "error", [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory: 8 bytes.")]
+)
+def test_main_memory_that_runs_out_in_an_exact_decode_is_named_and_nothing_stays_locked(
+    vae, latents, monkeypatch, caplog, error
+):
+    monkeypatch.setattr(tiling, "EXACT_LADDER", EXACT_LADDER[1:])
+    monkeypatch.setattr(store, "CHUNK_BYTES", 4096)
+    empty, runtime = torch.empty, Locking()
+    expected = decode_frames(vae, latents, "exact", runtime=runtime)
+
+    def limited(*size, **kwargs):
+        if size == (4096 + store.PAGESIZE,) and len(runtime.locked) == 5:
+            raise error
+        return empty(*size, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(store.torch, "empty", limited)
+        with pytest.raises(OutOfRoomError, match='Main memory ran out .* mode "synced"'):
+            decode_frames(vae, latents, "exact", runtime=runtime)
+    assert "repeated" not in caplog.text  # smaller pieces take as much of it
+    assert runtime.locked == []
+    assert torch.equal(decode_frames(vae, latents, "exact", runtime=runtime), expected)
 
 
 @pytest.mark.parametrize(
