@@ -408,16 +408,16 @@ def _decode(
                 start += piece.shape[2]
         runtime.progress("decode", 1, 1)
     else:
-        chunks = iter_decode(vae, vae_latents, plan.tiling, runtime=runtime, device=runtime.device)
-        for chunk in chunks:
-            frames = chunk.shape[2]
-            yield _images(chunk), start, 0
+        for images in _windows(vae, vae_latents, plan.tiling, runtime):
+            frames = len(images)
+            yield images, start, 0
             start += frames
+            del images  # or it would live on beside the next window
 
 
 def _images(clip: Tensor) -> Tensor:
-    """[1, 3, f, H, W] -> [f, H, W, 3] float32, contiguous; a view where memory is in that order."""
-    return clip[0].permute(1, 2, 3, 0).float().contiguous()
+    """[1, 3, f, H, W] -> [f, H, W, 3], contiguous; a view where memory is in that order."""
+    return clip[0].permute(1, 2, 3, 0).contiguous()
 
 
 def _total(plan: DecodePlan, latent_shape: torch.Size) -> int:
@@ -473,7 +473,7 @@ def _moved(windows: Iterator[Tensor], target: torch.device) -> Iterator[Tensor]:
 def _windows(
     vae: Decoder, vae_latents: Tensor, tiling: Tiling | None, runtime: Runtime
 ) -> Iterator[Tensor]:
-    """Yield frames [f, H, W, 3] where they were decoded."""
+    """Yield float32 frames [f, H, W, 3] where they were decoded."""
     starts, length = window_starts(vae_latents.shape[2], tiling)
     total = count_decodes(vae_latents.shape, tiling)
     done = 0
@@ -482,7 +482,7 @@ def _windows(
         nonlocal done
         runtime.check_interrupt()
         decoded = vae.decode(latents, check=runtime.check_interrupt)
-        frames = _images(decoded)
+        frames = _images(decoded).float()
         done += 1
         runtime.progress("decode", done, total)
         return frames

@@ -1,5 +1,6 @@
 """A decode that runs out of memory, and what counts as running out."""
 
+import copy
 import json
 import logging
 import math
@@ -11,7 +12,7 @@ import pytest
 import torch
 from comfyui_skyreels.skyreels import ladder, outcomes
 from comfyui_skyreels.skyreels.config import TILINGS, VAEConfig
-from comfyui_skyreels.skyreels.errors import OutOfRoomError
+from comfyui_skyreels.skyreels.errors import OptionError, OutOfRoomError
 from comfyui_skyreels.skyreels.image import encode_image
 from comfyui_skyreels.skyreels.plan import (
     Choice,
@@ -23,6 +24,7 @@ from comfyui_skyreels.skyreels.plan import (
 )
 from comfyui_skyreels.skyreels.runtime import TorchRuntime
 from comfyui_skyreels.skyreels.vae import frames, store, tiling
+from comfyui_skyreels.skyreels.vae.frames import FrameWriter
 from comfyui_skyreels.skyreels.vae.model import STORED_PIECE_ELEMENTS, VideoVAE
 from comfyui_skyreels.skyreels.vae.tiling import (
     EXACT_LADDER,
@@ -210,6 +212,45 @@ def test_a_synced_decode_in_parts_hands_on_what_was_not_handed_on_before(vae, la
     decode_into(sink, vae, latents, "synced", runtime=Steady())
     assert torch.equal(torch.cat(sink.groups), expected)
     assert max(map(len, sink.groups)) == 2
+
+
+@pytest.mark.parametrize("plan", [LADDER[2], LADDER[-1]], ids=str)
+def test_a_16_bit_decode_keeps_no_wider_clip_than_it_must(vae, latents, plan, monkeypatch):
+    """Parts of frames for a sink wait in 16 bits; what is shown is the same to the bit."""
+    narrow = copy.deepcopy(vae).bfloat16()
+    whole = tiling._decode_clip(narrow, latents, plan, Steady())
+    made, empty = [], torch.empty
+
+    def counted(*size, **kwargs):
+        made.append(empty(*size, **kwargs))
+        return made[-1]
+
+    monkeypatch.setattr(frames.torch, "empty", counted)
+    sink = Sink(int)
+    assert tiling._decode_clip(narrow, latents, plan, Steady(), sink) is None
+    assert torch.equal(torch.cat(sink.groups), whole)
+    held = [each for each in made if each.shape == whole.shape]
+    assert [each.dtype for each in held] == [torch.bfloat16] * (plan.strips > 1)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("rows", [4, 8])
+def test_frames_with_nan_are_refused_and_infinite_ones_shown_as_black_or_white(rows, dtype, value):
+    sink = Sink(int)
+    writer = FrameWriter(2, 8, 6, torch.device("cpu"), sink)
+    parts = [torch.zeros(2, rows, 6, 3, dtype=dtype) for _ in range(0, 8, rows)]
+    parts[-1][1, -1, -1, -1] = value
+    if math.isnan(value):
+        with pytest.raises(OptionError, match="NaN"):
+            for index, part in enumerate(parts):
+                writer.write(part, 0, index * rows)
+        return
+    for index, part in enumerate(parts):
+        writer.write(part, 0, index * rows)
+    shown = torch.cat(sink.groups)
+    assert shown[1, -1, -1, -1] == (value > 0)
+    assert (shown == 0.5).sum() == shown.numel() - 1
 
 
 def test_a_synced_decode_is_never_replaced_by_tiles(vae, latents, monkeypatch):
