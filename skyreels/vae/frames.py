@@ -58,19 +58,20 @@ class FrameWriter:
         self._shape = (frames, height, width, 3)
         self._offload_device = offload_device
         self._sink = sink
-        self._rows = [0] * frames  # that have arrived, of each frame
+        self._pixels = [0] * frames  # that have arrived, of each frame
         self._handed = 0  # frames that the sink has
         self._clip: Tensor | None = None
         self._written = 0
         self._slots: list[_Slot] | None = None
 
-    def write(self, images: Tensor, start: int, top: int = 0) -> None:
-        """Take some frames, or rows of them, that are final.
+    def write(self, images: Tensor, start: int, top: int = 0, left: int = 0) -> None:
+        """Take some frames, or parts of them, that are final.
 
         Args:
-            images: [f, rows, W, 3] float, about -1 to 1, on any device; may be overwritten.
+            images: [f, rows, columns, 3] float, about -1 to 1, on any device; may be overwritten.
             start: the first of these frames.
             top: the first of these rows.
+            left: the first of these columns.
 
         Raises:
             OptionError: NaN among these frames or, on a GPU, among earlier ones.
@@ -90,7 +91,7 @@ class FrameWriter:
             step = max(1, STAGING_BYTES // (4 * images[0].numel()))
             for index, part in enumerate(torch.split(images, step)):
                 first = start + index * step
-                place = self._place(part, first, top)
+                place = self._place(part, first, top, left)
                 ready = part if waits else _shown(part)
                 total = _sum(part.clamp(-1, 1) if waits else ready)  # infinite ones are shown as 1
                 slot = self._slots.pop(0)
@@ -98,7 +99,7 @@ class FrameWriter:
                 slot.start(ready, total, place, partial(self._landed, place, first))
                 self._slots.append(slot)
             return
-        place = self._place(images, start, top)
+        place = self._place(images, start, top, left)
         place.copy_(images)
         if not waits:
             place = _shown(place)
@@ -123,29 +124,30 @@ class FrameWriter:
 
     def _is_handed_on(self, images: Tensor) -> bool:
         """Whether these frames are whole and go to a sink, past the clip."""
-        return self._sink is not None and images.shape[1] == self._shape[1]
+        return self._sink is not None and images.shape[1:] == self._shape[1:]
 
     def _waits(self, images: Tensor) -> bool:
         """Whether these are parts of frames for a sink, which wait until they are whole."""
-        return self._sink is not None and images.shape[1] < self._shape[1]
+        return self._sink is not None and images.shape[1:] != self._shape[1:]
 
-    def _place(self, images: Tensor, start: int, top: int) -> Tensor:
-        """Memory for some frames, or rows of them."""
+    def _place(self, images: Tensor, start: int, top: int, left: int) -> Tensor:
+        """Memory for some frames, or parts of them."""
         if self._is_handed_on(images):
             return torch.empty(images.shape, device=self._offload_device)
         if self._clip is None:
             dtype = images.dtype if self._waits(images) else torch.float32
             self._clip = torch.empty(self._shape, device=self._offload_device, dtype=dtype)
-        return self._clip[start : start + len(images), top : top + images.shape[1]]
+        frames, rows, columns, _ = images.shape
+        return self._clip[start : start + frames, top : top + rows, left : left + columns]
 
     def _landed(self, images: Tensor, start: int) -> None:
         """Hand on what has become whole, some frames at a time."""
         if self._sink is None:
             return
         for index in range(start, start + len(images)):
-            self._rows[index] += images.shape[1]
-        ready, height = self._handed, self._shape[1]
-        while ready < len(self._rows) and self._rows[ready] == height:
+            self._pixels[index] += images.shape[1] * images.shape[2]
+        ready, whole = self._handed, self._shape[1] * self._shape[2]
+        while ready < len(self._pixels) and self._pixels[ready] == whole:
             ready += 1
         waits = self._waits(images)
         if waits:

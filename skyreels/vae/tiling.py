@@ -167,7 +167,8 @@ def decode_into(
     """Decode a clip and hand its frames on, in order, as they become final.
 
     In one pass, synced or in windows of time, whole frames arrive one group after the other and
-    the clip is never held. In strips of rows they are whole when the last strip is decoded.
+    the clip is never held. In strips of rows, or in tiles of the whole time, they are whole when
+    the last one is decoded.
 
     Args:
         sink: gets the frames that `decode_frames` would return; restarted for each decode.
@@ -376,26 +377,27 @@ def _decode_clip(
     if sink is not None:
         sink.restart()
     writer = FrameWriter(*_output_size(vae_latents.shape), runtime.offload_device, sink)
-    for images, start, top in _decode(vae, vae_latents, plan, runtime):
-        writer.write(images, start, top)
+    for images, *place in _decode(vae, vae_latents, plan, runtime):
+        writer.write(images, *place)
+        del images  # or it would live on beside the next ones
     return writer.finish()
 
 
 def _decode(
     vae: VideoVAE, vae_latents: Tensor, plan: DecodePlan, runtime: Runtime
-) -> Iterator[tuple[Tensor, int, int]]:
-    """Yield final frames [f, rows, W, 3] on the device, with their first frame and row."""
+) -> Iterator[tuple[Tensor, int, int, int]]:
+    """Yield final [f, rows, columns, 3] on the device, with their first frame, row and column."""
     start = 0
     if plan.mode == "synced":
         total, done = _total(plan, vae_latents.shape), 0
         synced = vae.iter_synced(vae_latents, plan.strips, check=runtime.check_interrupt)
         for start, top, piece in synced:
             done += piece.shape[2]
-            yield _images(piece), start, top
+            yield _images(piece), start, top, 0
             runtime.progress("decode", done, total)
     elif plan.mode == "full":
         for piece in vae.iter_decode(vae_latents, check=runtime.check_interrupt):
-            yield _images(piece), start, 0
+            yield _images(piece), start, 0, 0
             start += piece.shape[2]
         runtime.progress("decode", 1, 1)
     elif plan.mode == "exact":
@@ -404,13 +406,18 @@ def _decode(
                 vae_latents, store, plan.piece_elements, check=runtime.check_interrupt
             )
             for piece in pieces:
-                yield _images(piece), start, 0
+                yield _images(piece), start, 0, 0
                 start += piece.shape[2]
         runtime.progress("decode", 1, 1)
+    elif len(window_starts(vae_latents.shape[2], plan.tiling)[0]) == 1:
+        decode_tile = _tile_decoder(vae, vae_latents.shape, plan.tiling, runtime)
+        for images, top, left in _tiles(decode_tile, vae_latents, plan.tiling):
+            yield images, 0, top, left
+            del images
     else:
         for images in _windows(vae, vae_latents, plan.tiling, runtime):
             frames = len(images)
-            yield images, start, 0
+            yield images, start, 0, 0
             start += frames
             del images  # or it would live on beside the next window
 
@@ -470,12 +477,11 @@ def _moved(windows: Iterator[Tensor], target: torch.device) -> Iterator[Tensor]:
         del frames  # or it would live on beside the next window
 
 
-def _windows(
-    vae: Decoder, vae_latents: Tensor, tiling: Tiling | None, runtime: Runtime
-) -> Iterator[Tensor]:
-    """Yield float32 frames [f, H, W, 3] where they were decoded."""
-    starts, length = window_starts(vae_latents.shape[2], tiling)
-    total = count_decodes(vae_latents.shape, tiling)
+def _tile_decoder(
+    vae: Decoder, latent_shape: torch.Size, tiling: Tiling | None, runtime: Runtime
+) -> Callable[[Tensor], Tensor]:
+    """[1, 16, t, h, w] of a tile -> [f, H, W, 3] float32 where it was decoded; reports progress."""
+    total = count_decodes(latent_shape, tiling)
     done = 0
 
     def decode_tile(latents: Tensor) -> Tensor:
@@ -487,6 +493,15 @@ def _windows(
         runtime.progress("decode", done, total)
         return frames
 
+    return decode_tile
+
+
+def _windows(
+    vae: Decoder, vae_latents: Tensor, tiling: Tiling | None, runtime: Runtime
+) -> Iterator[Tensor]:
+    """Yield float32 frames [f, H, W, 3] where they were decoded."""
+    starts, length = window_starts(vae_latents.shape[2], tiling)
+    decode_tile = _tile_decoder(vae, vae_latents.shape, tiling, runtime)
     tail: Tensor | None = None
     for start in starts:
         frames = _decode_space(decode_tile, vae_latents[:, :, start : start + length], tiling)
@@ -510,13 +525,32 @@ def _decode_space(
     decode_tile: Callable[[Tensor], Tensor], latents: Tensor, tiling: Tiling | None
 ) -> Tensor:
     """Decode one window, [1, 16, T, h, w] -> [F, H, W, 3], in tiles where it exceeds one."""
+    size = _output_size(latents.shape)
+    window: Tensor | None = None
+    for images, top, left in _tiles(decode_tile, latents, tiling):
+        if images.shape[:3] == size:
+            return images
+        if window is None:
+            window = images.new_empty(*size, 3)
+        window[:, top : top + images.shape[1], left : left + images.shape[2]] = images
+        del images
+    assert window is not None
+    return window
+
+
+def _tiles(
+    decode_tile: Callable[[Tensor], Tensor], latents: Tensor, tiling: Tiling | None
+) -> Iterator[tuple[Tensor, int, int]]:
+    """Yield what is final of each tile, [F, rows, columns, 3], with its first row and column.
+
+    Between two tiles only what overlaps with later ones is held.
+    """
     tops, lefts = tile_starts(latents.shape, tiling)
     if tiling is None or (len(tops) == 1 and len(lefts) == 1):
-        return decode_tile(latents)
-    frames, height, width = _output_size(latents.shape)
+        yield decode_tile(latents), 0, 0
+        return
     tile_h, stride_h = tiling.tile_sample_min_height, tiling.tile_sample_stride_height
     tile_w, stride_w = tiling.tile_sample_min_width, tiling.tile_sample_stride_width
-    window: Tensor | None = None
     above: list[Tensor | None] = [None] * len(lefts)
     for top in tops:
         before: Tensor | None = None
@@ -529,13 +563,9 @@ def _decode_space(
                     _blend(previous, tile, dim)
             above[column] = _tail(tile, tile_h - stride_h, dim=1)
             before = _tail(tile, tile_w - stride_w, dim=2)
-            if window is None:
-                window = tile.new_empty(frames, height, width, 3)
-            y, x = top * SPATIAL_COMPRESSION, left * SPATIAL_COMPRESSION
-            window[:, y : y + stride_h, x : x + stride_w] = tile[:, :stride_h, :stride_w]
+            final = [tile[:, :stride_h, :stride_w]]
             del tile
-    assert window is not None
-    return window
+            yield final.pop(), top * SPATIAL_COMPRESSION, left * SPATIAL_COMPRESSION
 
 
 def _blend(previous: Tensor, tile: Tensor, dim: int) -> None:
@@ -629,7 +659,15 @@ def plan_bytes(
     if plan.mode == "exact":
         return exact_bytes(config, latent_shape, dtype, plan.piece_elements)
     num_bytes = decode_bytes(config, largest_tile(latent_shape, plan.tiling), dtype)
-    if count_decodes(latent_shape, plan.tiling) > 1:  # assembled and blended beside the tile
+    tiling = plan.tiling
+    tops, lefts = tile_starts(latent_shape, tiling)
+    if tiling is not None and len(window_starts(latent_shape[2], tiling)[0]) == 1:
+        if len(tops) * len(lefts) > 1:  # what overlaps: with the row above, and to the left
+            height, width = tiling.tile_sample_min_height, tiling.tile_sample_min_width
+            above = len(lefts) * width * (height - tiling.tile_sample_stride_height)
+            before = height * (width - tiling.tile_sample_stride_width)
+            num_bytes += 4 * 3 * _output_size(latent_shape)[0] * (above + before)
+    elif tiling is not None:  # windows are assembled, and blended, beside the tile
         frames = min(latent_shape[2], _window_length(plan.tiling) or latent_shape[2])
         window = torch.Size((*latent_shape[:2], frames, *latent_shape[3:]))
         num_bytes += 2 * 4 * 3 * math.prod(_output_size(window))
