@@ -37,7 +37,7 @@ class SkyReelsVAEDecode:
                     {
                         "default": "auto",
                         "tooltip": "For 960x544x97 in bf16: full needs 38 GB, synced 9 GB or, in "
-                        "strips, 5 GB, tiled 10 GB, tiled-tencent (64-frame windows) 8 GB, "
+                        "strips, 5 GB, tiled 9 GB, tiled-tencent (64-frame windows) 8 GB, "
                         "tiled-diffusers (16-frame windows, may flicker) 3 GB; exact (full "
                         "with the clip in main memory) 4 GB, and 26 GB there.",
                     },

@@ -35,6 +35,7 @@ from ..vae.tiling import (
     choose_decode,
     expected_decode,
     last_rung,
+    plan_bytes,
     room_bytes,
     room_of,
 )
@@ -334,16 +335,20 @@ def _plan_decode(machine: Machine, job: Job, mode: str) -> tuple[str, int, float
     free, host = room_of(device, machine.free_bytes - vae, machine.ram_bytes, job.latent_shape)
     if mode in CHOOSING_MODES:
         try:
-            decode, _ = choose_decode(
+            decode, num_bytes = choose_decode(
                 *sizes, free, dtype, mode, host_bytes=host, corrections=corrections
             )
             fits = True
         except OutOfRoomError:
             decode, fits = last_rung(mode), False
+            num_bytes = plan_bytes(decode, *sizes, dtype)
     else:
         decode = DecodePlan(mode, TILINGS.get(mode))
-        fits = room_bytes(decode, *sizes, dtype, corrections) <= free
-    expected = expected_decode(decode, *sizes, dtype, machine.rates, corrections)
+        num_bytes = plan_bytes(decode, *sizes, dtype)
+        fits = room_bytes(decode, num_bytes, dtype, corrections) <= free
+    expected = expected_decode(
+        decode, num_bytes, *sizes, dtype, rates=machine.rates, corrections=corrections
+    )
     return str(decode), vae + expected.peak_bytes, expected.seconds, fits
 
 

@@ -13,6 +13,7 @@ import torch
 
 from ..config import SPATIAL_COMPRESSION, TEMPORAL_COMPRESSION, VAEConfig
 from . import model as vae_model
+from .passes import Follower
 from .store import CHUNK_BYTES
 
 #: covers convolution workspaces and the allocator's rounding
@@ -137,17 +138,56 @@ def exact_bytes(
         Bytes, MEMORY_MARGIN included.
     """
     latents = _clip_of(latent_shape)
-    low, high, is_step, coarse = _split(config, latents)
     piece = min(piece_elements, vae_model.SYNCED_PIECE_ELEMENTS)
-    elements = max(_level_elements(low, latents, piece), default=0)
-    elements = max(elements, *_stored_work(high, coarse, piece_elements, starts_with_step=is_step))
-    # of the attention where no kernel is fused: the clip, q, k, v and out, and wide copies of three
+    elements = max(_level_elements(_split(config, latents).low, latents, piece), default=0)
+    elements = max(elements, _followed(config, latents, piece_elements).most)
+    # of the attention where no kernel is fused: the clip, q, k, v and out, and wide copies of k, v
+    # and the scaled k, of which the last is gone when the scores become a softmax; and of a few
+    # rows of q and of the result
     wide = torch.promote_types(dtype, torch.float32).itemsize
-    middle = config.block_out_channels[-1] * latents.pixels * (5 * dtype.itemsize + 3 * wide)
-    scores = 4 * latents.batch * (latents.height * latents.width) ** 2 * latents.frames
-    middle += min(vae_model.SCORE_BYTES, scores) * 5 // 4
-    peak = max(middle, _middle_bytes(config, latents, dtype), elements * dtype.itemsize)
+    width, frame = config.block_out_channels[-1], latents.height * latents.width
+    rows = min(frame, max(1, vae_model.SCORE_BYTES // (4 * latents.pixels)))
+    scores = 4 * rows * latents.pixels
+    clip = width * latents.pixels
+    middle = clip * (5 * dtype.itemsize + 2 * wide) + max(clip * wide + scores, 2 * scores)
+    middle += 3 * rows * width * wide
+    peak = max(middle, elements * dtype.itemsize)
     return int((peak + folded_bytes(config, dtype)) * MEMORY_MARGIN)
+
+
+def exact_seconds(
+    config: VAEConfig,
+    latent_shape: torch.Size,
+    dtype: torch.dtype,
+    piece_elements: int,
+    *,
+    flop_per_s: float,
+    bytes_per_s: float,
+) -> float:
+    """Time of VideoVAE.iter_exact, whose pieces go both ways over a link beside the computation.
+
+    A layer's way through the clip takes as long as the slowest of three: its convolutions, the
+    copies to the device and those to main memory.
+
+    Args:
+        config: of the VAE.
+        latent_shape: [1, 16, T, h, w].
+        dtype: the compute dtype.
+        piece_elements: of the largest piece of a clip.
+        flop_per_s: of convolutions.
+        bytes_per_s: of the link, in each direction.
+
+    Returns:
+        Seconds.
+    """
+    latents = _clip_of(latent_shape)
+    low = _split(config, latents).low
+    products = _first_products(config, latents) + _level_products(config, low, latents)[0]
+    seconds = 2.0 * products / flop_per_s
+    for each in _followed(config, latents, piece_elements).passes:
+        copied = max(each.coming, each.leaving) * dtype.itemsize / bytes_per_s
+        seconds += max(2.0 * each.products / flop_per_s, copied)
+    return seconds
 
 
 def stored_bytes(
@@ -391,35 +431,38 @@ def _padded(channels: int, clip: _Clip) -> int:
     return channels * clip.batch * (clip.height + 2) * (clip.width + 2)
 
 
-def _stored_work(
-    levels: list[_Level], clip: _Clip, piece: int, *, starts_with_step: bool
-) -> Iterator[int]:
-    """Elements on the device in an exact decode where a level works on a piece from the store.
-
-    Two pieces of each clip that is read come and two leave, besides what the convolution has.
-
-    Yields:
-        For the first and the other resnets and for the step of each level.
-    """
-    before_step = levels[0].before * clip.pixels if starts_with_step else 0
-    for index, (before, channels, factors) in enumerate(levels):
-        if not (starts_with_step and index == 0):
-            into, of = (width * clip.pixels // clip.frames for width in (before, channels))
-            step = min(clip.frames, max(1, piece // into))
-            two = min(2, -(-clip.frames // step))
-            halo = step + 4 if two == 2 else step + 2
-            yield two * into * step + _padded(before, clip) * halo + (1 + two) * of * step
-            yield (1 + 3 * two) * of * step + _padded(channels, clip) * halo
+def _followed(config: VAEConfig, latents: _Clip, piece_elements: int) -> Follower:
+    """The part of an exact decode at high resolution, which keeps its clip in main memory."""
+    _, high, is_step, clip = _split(config, latents)
+    follower = Follower(piece_elements)
+    frame = high[0].before * clip.pixels // clip.frames
+    step = max(1, min(piece_elements, vae_model.SYNCED_PIECE_ELEMENTS) // frame)
+    pieces = follower.begin(clip.frames, frame, step)
+    for index, (before, channels, factors) in enumerate(high):
+        into, of = (width * clip.pixels // clip.frames for width in (before, channels))
+        wide, padded = _padded(before, clip), _padded(channels, clip)
+        square = 27 * channels**2 * clip.pixels
+        if not (is_step and index == 0):
+            first = (27 * channels + (channels if before != channels else 0)) * before * clip.pixels
+            pieces = follower.resnet(pieces, (into, of), (wide, padded), (first, square))
+            for _ in range(config.layers_per_block):
+                pieces = follower.resnet(pieces, (of, of), (padded, padded), (square, square))
         if factors != (1, 1, 1):
             small, clip = clip, clip.enlarged(factors)
-            frame = channels * small.pixels // small.frames
             large = channels * clip.pixels // clip.frames
-            step = min(small.frames, max(1, piece // (large * factors[0])))
-            result = large * step * factors[0]
-            read = before_step if index == 0 else 2 * frame * step
-            yield (
-                read + _padded(channels, small) * 5 + result * 3 + result // (2 if step > 1 else 1)
-            )
+            if factors[1] > 1:
+                edged = small._replace(frames=1, height=small.height + 1, width=small.width + 1)
+                copies = math.prod(factors) * channels * edged.pixels
+                products = _folded_taps(factors) * channels**2 * edged.pixels * small.frames
+            else:
+                copies = factors[0] * of
+                products = 27 * channels**2 * clip.pixels
+            sizes = ((of, large), padded, copies)
+            pieces = follower.enlarge(pieces, *sizes, factors, products)
+    of = channels * clip.pixels // clip.frames
+    made = config.out_channels * clip.pixels // clip.frames
+    follower.last(pieces, (of, made), _padded(channels, clip), _last_products(config, clip))
+    return follower
 
 
 def _halo_rows(config: VAEConfig, levels: list[_Level], starts_with_step: bool) -> int:

@@ -21,7 +21,9 @@ from weakref import finalize
 import torch
 from torch import Tensor
 
+from ..errors import OutOfRoomError
 from ..kernels import dispatch
+from ..ladder import is_out_of_memory
 from ..runtime import Runtime
 from ..streaming import Copies, open_copies
 
@@ -192,11 +194,32 @@ class HostMemory:
     def __init__(self, runtime: Runtime) -> None:
         self._runtime = runtime
         self._locked: list[Tensor] = []
+        self._num_bytes = 0
         self._is_locking = runtime.pinnable_bytes() > 0
 
     def allocate(self, num_bytes: int) -> Tensor:
-        """[num_bytes] uint8 of new memory, in whole pages of its own."""
-        memory = torch.empty(num_bytes + PAGESIZE, dtype=torch.uint8)
+        """[num_bytes] uint8 of new memory, in whole pages of its own.
+
+        Args:
+            num_bytes: of the chunk.
+
+        Returns:
+            The chunk.
+
+        Raises:
+            OutOfRoomError: there is no more main memory.
+        """
+        try:
+            memory = torch.empty(num_bytes + PAGESIZE, dtype=torch.uint8)
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            raise OutOfRoomError(
+                f"Main memory ran out when {self._num_bytes / 1e9:.1f} GB of the clip were in it: "
+                'close other programs, or decode with mode "synced", which has no seams either and '
+                "keeps nothing there."
+            ) from error
+        self._num_bytes += num_bytes
         chunk = memory[-memory.data_ptr() % PAGESIZE :][:num_bytes]
         if self._is_locking:
             try:

@@ -43,6 +43,7 @@ from .budget import (
     decode_bytes,
     decode_flop,
     exact_bytes,
+    exact_seconds,
     stored_bytes,
     synced_bytes,
     synced_flop,
@@ -166,7 +167,8 @@ def decode_into(
     """Decode a clip and hand its frames on, in order, as they become final.
 
     In one pass, synced or in windows of time, whole frames arrive one group after the other and
-    the clip is never held. In strips of rows they are whole when the last strip is decoded.
+    the clip is never held. In strips of rows, or in tiles of the whole time, they are whole when
+    the last one is decoded.
 
     Args:
         sink: gets the frames that `decode_frames` would return; restarted for each decode.
@@ -225,12 +227,11 @@ def _decode_on_rungs(
         return nullcontext(partial(_decode_clip, vae, vae_latents, rung, runtime, sink))
 
     rungs, config = [plan], vae.config
-    num_bytes = room_bytes(plan, config, shape, dtype, factors)
-    with runtime.place(vae, num_bytes), on_device(vae, runtime.device), vae.folded():
+    num_bytes = plan_bytes(plan, config, shape, dtype)
+    room = room_bytes(plan, num_bytes, dtype, factors)
+    with runtime.place(vae, room), on_device(vae, runtime.device), vae.folded():
         if chooses:
-            rungs = _fitting_rungs(mode, config, shape, dtype, runtime)
-            names = list(map(str, rungs))
-            rungs = rungs[outcomes.first_rung(folder, device, work, names, runtime.free_bytes()) :]
+            rungs, num_bytes = _fitting_rungs(mode, config, shape, dtype, runtime, work)
         with descending(rungs, on_rung, runtime.device, on_fall) as decode:
             try:
                 peak, begin = outcomes.watch_peak(runtime.device), _now(runtime.device)
@@ -242,7 +243,9 @@ def _decode_on_rungs(
                 # the clip is in main memory, so the device has finished
                 seconds, most = time.perf_counter() - begin, peak()
                 if not falls:
-                    expected = expected_decode(rungs[0], config, shape, dtype, rates, factors)
+                    expected = expected_decode(
+                        rungs[0], num_bytes, config, shape, dtype, rates=rates, corrections=factors
+                    )
                     what = f"Decoded {frames} frames with {rungs[0]} in"
                     logger.info(expected.account(what, seconds, most))
                     # a sink that takes frames as they come may be slower than the device
@@ -256,15 +259,22 @@ def _decode_on_rungs(
 
 
 def _fitting_rungs(
-    mode: str, config: VAEConfig, shape: torch.Size, dtype: torch.dtype, runtime: Runtime
-) -> list[DecodePlan]:
-    """The best decode that fits now, and those below it."""
-    device, folder = runtime.device, runtime.state_folder
-    free, host = room_of(device, runtime.free_bytes(), free_host_bytes(), shape)
-    factors = outcomes.corrections(folder, outcomes.device_key(device))
-    plan, _ = choose_decode(config, shape, free, dtype, mode, host_bytes=host, corrections=factors)
+    mode: str, config: VAEConfig, shape: torch.Size, dtype: torch.dtype, runtime: Runtime, work: str
+) -> tuple[list[DecodePlan], int]:
+    """The rungs from the best decode that fits now, or where such work ended; and its bytes."""
+    folder, device = runtime.state_folder, outcomes.device_key(runtime.device)
+    free, host = room_of(runtime.device, runtime.free_bytes(), free_host_bytes(), shape)
+    corrections = outcomes.corrections(folder, device)
+    plan, num_bytes = choose_decode(
+        config, shape, free, dtype, mode, host_bytes=host, corrections=corrections
+    )
     ladder = _ladder(mode)
-    return ladder[ladder.index(plan) :]
+    rungs = ladder[ladder.index(plan) :]
+    names = list(map(str, rungs))
+    rungs = rungs[outcomes.first_rung(folder, device, work, names, runtime.free_bytes()) :]
+    if rungs[0] != plan:
+        num_bytes = plan_bytes(rungs[0], config, shape, dtype)
+    return rungs, num_bytes
 
 
 def _now(device: torch.device) -> float:
@@ -276,9 +286,11 @@ def _now(device: torch.device) -> float:
 
 def expected_decode(
     plan: DecodePlan,
+    num_bytes: int,
     config: VAEConfig,
     latent_shape: torch.Size,
     dtype: torch.dtype,
+    *,
     rates: Mapping[str, float],
     corrections: Mapping[str, float],
 ) -> outcomes.Expected:
@@ -286,6 +298,7 @@ def expected_decode(
 
     Args:
         plan: how it is decoded.
+        num_bytes: its `plan_bytes`.
         config: of the VAE.
         latent_shape: [1, 16, T, h, w].
         dtype: the decoder's compute dtype.
@@ -295,10 +308,16 @@ def expected_decode(
     Returns:
         Time and peak, corrected.
     """
-    rate = rates.get("convolution")
-    seconds = plan_flop(plan, config, latent_shape) / rate if rate else None
-    num_bytes = int(plan_bytes(plan, config, latent_shape, dtype) / MEMORY_MARGIN)
-    return outcomes.expect(kind_of_decode(plan, dtype), seconds, num_bytes, corrections)
+    rate, link = rates.get("convolution"), rates.get("link")
+    seconds = None
+    if rate and plan.mode != "exact":
+        seconds = plan_flop(plan, config, latent_shape) / rate
+    elif rate and link:
+        seconds = exact_seconds(
+            config, latent_shape, dtype, plan.piece_elements, flop_per_s=rate, bytes_per_s=link
+        )
+    peak_bytes = int(num_bytes / MEMORY_MARGIN)
+    return outcomes.expect(kind_of_decode(plan, dtype), seconds, peak_bytes, corrections)
 
 
 def kind_of_decode(plan: DecodePlan, dtype: torch.dtype) -> str:
@@ -329,7 +348,7 @@ def what_fits(
     """
 
     def room(plan: DecodePlan) -> int:
-        return room_bytes(plan, config, shape, dtype, corrections)
+        return room_bytes(plan, plan_bytes(plan, config, shape, dtype), dtype, corrections)
 
     failed = tried[-1]
     needed = room(failed)
@@ -358,26 +377,27 @@ def _decode_clip(
     if sink is not None:
         sink.restart()
     writer = FrameWriter(*_output_size(vae_latents.shape), runtime.offload_device, sink)
-    for images, start, top in _decode(vae, vae_latents, plan, runtime):
-        writer.write(images, start, top)
+    for images, *place in _decode(vae, vae_latents, plan, runtime):
+        writer.write(images, *place)
+        del images  # or it would live on beside the next ones
     return writer.finish()
 
 
 def _decode(
     vae: VideoVAE, vae_latents: Tensor, plan: DecodePlan, runtime: Runtime
-) -> Iterator[tuple[Tensor, int, int]]:
-    """Yield final frames [f, rows, W, 3] on the device, with their first frame and row."""
+) -> Iterator[tuple[Tensor, int, int, int]]:
+    """Yield final [f, rows, columns, 3] on the device, with their first frame, row and column."""
     start = 0
     if plan.mode == "synced":
         total, done = _total(plan, vae_latents.shape), 0
         synced = vae.iter_synced(vae_latents, plan.strips, check=runtime.check_interrupt)
         for start, top, piece in synced:
             done += piece.shape[2]
-            yield _images(piece), start, top
+            yield _images(piece), start, top, 0
             runtime.progress("decode", done, total)
     elif plan.mode == "full":
         for piece in vae.iter_decode(vae_latents, check=runtime.check_interrupt):
-            yield _images(piece), start, 0
+            yield _images(piece), start, 0, 0
             start += piece.shape[2]
         runtime.progress("decode", 1, 1)
     elif plan.mode == "exact":
@@ -386,20 +406,25 @@ def _decode(
                 vae_latents, store, plan.piece_elements, check=runtime.check_interrupt
             )
             for piece in pieces:
-                yield _images(piece), start, 0
+                yield _images(piece), start, 0, 0
                 start += piece.shape[2]
         runtime.progress("decode", 1, 1)
+    elif len(window_starts(vae_latents.shape[2], plan.tiling)[0]) == 1:
+        decode_tile = _tile_decoder(vae, vae_latents.shape, plan.tiling, runtime)
+        for images, top, left in _tiles(decode_tile, vae_latents, plan.tiling):
+            yield images, 0, top, left
+            del images
     else:
-        chunks = iter_decode(vae, vae_latents, plan.tiling, runtime=runtime, device=runtime.device)
-        for chunk in chunks:
-            frames = chunk.shape[2]
-            yield _images(chunk), start, 0
+        for images in _windows(vae, vae_latents, plan.tiling, runtime):
+            frames = len(images)
+            yield images, start, 0, 0
             start += frames
+            del images  # or it would live on beside the next window
 
 
 def _images(clip: Tensor) -> Tensor:
-    """[1, 3, f, H, W] -> [f, H, W, 3] float32, contiguous; a view where memory is in that order."""
-    return clip[0].permute(1, 2, 3, 0).float().contiguous()
+    """[1, 3, f, H, W] -> [f, H, W, 3], contiguous; a view where memory is in that order."""
+    return clip[0].permute(1, 2, 3, 0).contiguous()
 
 
 def _total(plan: DecodePlan, latent_shape: torch.Size) -> int:
@@ -452,23 +477,31 @@ def _moved(windows: Iterator[Tensor], target: torch.device) -> Iterator[Tensor]:
         del frames  # or it would live on beside the next window
 
 
-def _windows(
-    vae: Decoder, vae_latents: Tensor, tiling: Tiling | None, runtime: Runtime
-) -> Iterator[Tensor]:
-    """Yield frames [f, H, W, 3] where they were decoded."""
-    starts, length = window_starts(vae_latents.shape[2], tiling)
-    total = count_decodes(vae_latents.shape, tiling)
+def _tile_decoder(
+    vae: Decoder, latent_shape: torch.Size, tiling: Tiling | None, runtime: Runtime
+) -> Callable[[Tensor], Tensor]:
+    """[1, 16, t, h, w] of a tile -> [f, H, W, 3] float32 where it was decoded; reports progress."""
+    total = count_decodes(latent_shape, tiling)
     done = 0
 
     def decode_tile(latents: Tensor) -> Tensor:
         nonlocal done
         runtime.check_interrupt()
         decoded = vae.decode(latents, check=runtime.check_interrupt)
-        frames = _images(decoded)
+        frames = _images(decoded).float()
         done += 1
         runtime.progress("decode", done, total)
         return frames
 
+    return decode_tile
+
+
+def _windows(
+    vae: Decoder, vae_latents: Tensor, tiling: Tiling | None, runtime: Runtime
+) -> Iterator[Tensor]:
+    """Yield float32 frames [f, H, W, 3] where they were decoded."""
+    starts, length = window_starts(vae_latents.shape[2], tiling)
+    decode_tile = _tile_decoder(vae, vae_latents.shape, tiling, runtime)
     tail: Tensor | None = None
     for start in starts:
         frames = _decode_space(decode_tile, vae_latents[:, :, start : start + length], tiling)
@@ -492,13 +525,32 @@ def _decode_space(
     decode_tile: Callable[[Tensor], Tensor], latents: Tensor, tiling: Tiling | None
 ) -> Tensor:
     """Decode one window, [1, 16, T, h, w] -> [F, H, W, 3], in tiles where it exceeds one."""
+    size = _output_size(latents.shape)
+    window: Tensor | None = None
+    for images, top, left in _tiles(decode_tile, latents, tiling):
+        if images.shape[:3] == size:
+            return images
+        if window is None:
+            window = images.new_empty(*size, 3)
+        window[:, top : top + images.shape[1], left : left + images.shape[2]] = images
+        del images
+    assert window is not None
+    return window
+
+
+def _tiles(
+    decode_tile: Callable[[Tensor], Tensor], latents: Tensor, tiling: Tiling | None
+) -> Iterator[tuple[Tensor, int, int]]:
+    """Yield what is final of each tile, [F, rows, columns, 3], with its first row and column.
+
+    Between two tiles only what overlaps with later ones is held.
+    """
     tops, lefts = tile_starts(latents.shape, tiling)
     if tiling is None or (len(tops) == 1 and len(lefts) == 1):
-        return decode_tile(latents)
-    frames, height, width = _output_size(latents.shape)
+        yield decode_tile(latents), 0, 0
+        return
     tile_h, stride_h = tiling.tile_sample_min_height, tiling.tile_sample_stride_height
     tile_w, stride_w = tiling.tile_sample_min_width, tiling.tile_sample_stride_width
-    window: Tensor | None = None
     above: list[Tensor | None] = [None] * len(lefts)
     for top in tops:
         before: Tensor | None = None
@@ -511,13 +563,9 @@ def _decode_space(
                     _blend(previous, tile, dim)
             above[column] = _tail(tile, tile_h - stride_h, dim=1)
             before = _tail(tile, tile_w - stride_w, dim=2)
-            if window is None:
-                window = tile.new_empty(frames, height, width, 3)
-            y, x = top * SPATIAL_COMPRESSION, left * SPATIAL_COMPRESSION
-            window[:, y : y + stride_h, x : x + stride_w] = tile[:, :stride_h, :stride_w]
+            final = [tile[:, :stride_h, :stride_w]]
             del tile
-    assert window is not None
-    return window
+            yield final.pop(), top * SPATIAL_COMPRESSION, left * SPATIAL_COMPRESSION
 
 
 def _blend(previous: Tensor, tile: Tensor, dim: int) -> None:
@@ -611,7 +659,15 @@ def plan_bytes(
     if plan.mode == "exact":
         return exact_bytes(config, latent_shape, dtype, plan.piece_elements)
     num_bytes = decode_bytes(config, largest_tile(latent_shape, plan.tiling), dtype)
-    if count_decodes(latent_shape, plan.tiling) > 1:  # assembled and blended beside the tile
+    tiling = plan.tiling
+    tops, lefts = tile_starts(latent_shape, tiling)
+    if tiling is not None and len(window_starts(latent_shape[2], tiling)[0]) == 1:
+        if len(tops) * len(lefts) > 1:  # what overlaps: with the row above, and to the left
+            height, width = tiling.tile_sample_min_height, tiling.tile_sample_min_width
+            above = len(lefts) * width * (height - tiling.tile_sample_stride_height)
+            before = height * (width - tiling.tile_sample_stride_width)
+            num_bytes += 4 * 3 * _output_size(latent_shape)[0] * (above + before)
+    elif tiling is not None:  # windows are assembled, and blended, beside the tile
         frames = min(latent_shape[2], _window_length(plan.tiling) or latent_shape[2])
         window = torch.Size((*latent_shape[:2], frames, *latent_shape[3:]))
         num_bytes += 2 * 4 * 3 * math.prod(_output_size(window))
@@ -620,26 +676,23 @@ def plan_bytes(
 
 def room_bytes(
     plan: DecodePlan,
-    config: VAEConfig,
-    latent_shape: torch.Size,
+    num_bytes: int,
     dtype: torch.dtype,
-    corrections: Mapping[str, float] = NONE_YET,
+    corrections: Mapping[str, float],
 ) -> int:
     """The free bytes, beside the weights, with which a decode is begun.
 
     Args:
         plan: how it is decoded.
-        config: of the VAE.
-        latent_shape: [1, 16, T, h, w].
+        num_bytes: its `plan_bytes`.
         dtype: the decoder's compute dtype.
         corrections: of earlier decodes, see `outcomes.corrections`.
 
     Returns:
         What is predicted, with its margin, or what such a decode took before if that was more.
     """
-    needed = plan_bytes(plan, config, latent_shape, dtype)
     factor = corrections.get(outcomes.peak_kind(kind_of_decode(plan, dtype)), 1.0)
-    return max(needed, int(factor * needed / MEMORY_MARGIN))
+    return max(num_bytes, int(factor * num_bytes / MEMORY_MARGIN))
 
 
 def room_of(
@@ -717,13 +770,14 @@ def choose_decode(
         corrections: as for `room_bytes`.
 
     Returns:
-        The plan, and its `room_bytes`.
+        The plan, and its `plan_bytes`.
 
     Raises:
         OutOfRoomError: nothing fits.
     """
     for plan in _ladder(mode):
-        needed = room_bytes(plan, config, latent_shape, dtype, corrections)
+        num_bytes = plan_bytes(plan, config, latent_shape, dtype)
+        needed = room_bytes(plan, num_bytes, dtype, corrections)
         stored = plan_host_bytes(plan, config, latent_shape, dtype)
         if host_bytes is None:
             needed += stored
@@ -734,7 +788,7 @@ def choose_decode(
                 'decode with mode "synced", which has no seams either and needs no such memory.'
             )
         if needed <= free_bytes:
-            return plan, needed
+            return plan, num_bytes
     names = {"synced": f"in {STRIPS[-1]} strips", "exact": "in one pass"}
     what = names.get(mode, "in the smallest tiles")
     raise OutOfRoomError(

@@ -1,5 +1,6 @@
 """A decode that runs out of memory, and what counts as running out."""
 
+import copy
 import json
 import logging
 import math
@@ -11,7 +12,7 @@ import pytest
 import torch
 from comfyui_skyreels.skyreels import ladder, outcomes
 from comfyui_skyreels.skyreels.config import TILINGS, VAEConfig
-from comfyui_skyreels.skyreels.errors import OutOfRoomError
+from comfyui_skyreels.skyreels.errors import OptionError, OutOfRoomError
 from comfyui_skyreels.skyreels.image import encode_image
 from comfyui_skyreels.skyreels.plan import (
     Choice,
@@ -22,9 +23,11 @@ from comfyui_skyreels.skyreels.plan import (
     weights_as,
 )
 from comfyui_skyreels.skyreels.runtime import TorchRuntime
-from comfyui_skyreels.skyreels.vae import frames, tiling
-from comfyui_skyreels.skyreels.vae.model import VideoVAE
+from comfyui_skyreels.skyreels.vae import frames, store, tiling
+from comfyui_skyreels.skyreels.vae.frames import FrameWriter
+from comfyui_skyreels.skyreels.vae.model import STORED_PIECE_ELEMENTS, VideoVAE
 from comfyui_skyreels.skyreels.vae.tiling import (
+    EXACT_LADDER,
     LADDER,
     STRIPS,
     DecodePlan,
@@ -213,6 +216,45 @@ def test_a_synced_decode_in_parts_hands_on_what_was_not_handed_on_before(vae, la
     assert max(map(len, sink.groups)) == 2
 
 
+@pytest.mark.parametrize("plan", [LADDER[2], LADDER[-1]], ids=str)
+def test_a_16_bit_decode_keeps_no_wider_clip_than_it_must(vae, latents, plan, monkeypatch):
+    """Parts of frames for a sink wait in 16 bits; what is shown is the same to the bit."""
+    narrow = copy.deepcopy(vae).bfloat16()
+    whole = tiling._decode_clip(narrow, latents, plan, Steady())
+    made, empty = [], torch.empty
+
+    def counted(*size, **kwargs):
+        made.append(empty(*size, **kwargs))
+        return made[-1]
+
+    monkeypatch.setattr(frames.torch, "empty", counted)
+    sink = Sink(int)
+    assert tiling._decode_clip(narrow, latents, plan, Steady(), sink) is None
+    assert torch.equal(torch.cat(sink.groups), whole)
+    held = [each for each in made if each.shape == whole.shape]
+    assert [each.dtype for each in held] == [torch.bfloat16] * (plan.strips > 1)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("rows", [4, 8])
+def test_frames_with_nan_are_refused_and_infinite_ones_shown_as_black_or_white(rows, dtype, value):
+    sink = Sink(int)
+    writer = FrameWriter(2, 8, 6, torch.device("cpu"), sink)
+    parts = [torch.zeros(2, rows, 6, 3, dtype=dtype) for _ in range(0, 8, rows)]
+    parts[-1][1, -1, -1, -1] = value
+    if math.isnan(value):
+        with pytest.raises(OptionError, match="NaN"):
+            for index, part in enumerate(parts):
+                writer.write(part, 0, index * rows)
+        return
+    for index, part in enumerate(parts):
+        writer.write(part, 0, index * rows)
+    shown = torch.cat(sink.groups)
+    assert shown[1, -1, -1, -1] == (value > 0)
+    assert (shown == 0.5).sum() == shown.numel() - 1
+
+
 def test_a_synced_decode_is_never_replaced_by_tiles(vae, latents, monkeypatch):
     made = out_of_memory_above(monkeypatch, vae, 5)
     with pytest.raises(OutOfRoomError, match="with synced in 2 strips: it needs"):
@@ -228,6 +270,109 @@ def test_the_ladder_goes_from_one_pass_to_no_seams_to_tiles():
     assert len(set(names)) == len(names)  # they are remembered by name
     assert names[:3] == ["full", "synced", "synced in 2 strips"]
     assert names[-2:] == ["tiled-diffusers", "tiles of 128 px, 16 frames"]
+
+
+class Locking(Steady):
+    """A host with page-locked memory, of which it gives so many chunks."""
+
+    def __init__(self, chunks=2**20, **kwargs):
+        super().__init__(**kwargs)
+        self.chunks, self.locked = chunks, []
+
+    def pinnable_bytes(self):
+        return 2**40
+
+    def pin(self, memory):
+        if len(self.locked) == self.chunks:
+            raise RuntimeError("no more than 0.0 GB may still be page-locked")
+        self.locked.append(memory)
+
+    def unpin(self, memory):
+        self.locked = [each for each in self.locked if each is not memory]
+
+
+@contextmanager
+def refusing(vae, refuses):
+    """Run out of memory in the last level, in walks that are refused."""
+
+    def check(block, args):
+        if refuses(args[1]):
+            raise FULL
+
+    hook = vae.decoder.up_blocks[-1].resnets[-1].register_forward_pre_hook(check)
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+def is_larger(walk):
+    """Than the smallest rung of an exact decode."""
+    return walk.store is None or walk.piece_elements == STORED_PIECE_ELEMENTS
+
+
+def test_an_exact_decode_that_runs_out_of_memory_goes_on_in_smaller_pieces(
+    vae, latents, tmp_path, caplog
+):
+    expected = decode_frames(vae, latents, "full", runtime=Steady())
+    runtime = Locking(state_folder=tmp_path)
+    with refusing(vae, is_larger):
+        got = decode_frames(vae, latents, "exact", runtime=runtime)
+        told = [r.getMessage() for r in caplog.records if "repeated with" in r.getMessage()]
+        assert [text.split("repeated with ")[1] for text in told] == [
+            "exact.", "exact in 1/2 pieces.",
+        ]  # fmt: skip
+        caplog.clear()  # the next decode of that size begins there
+        assert torch.equal(decode_frames(vae, latents, "exact", runtime=runtime), got)
+        assert "repeated with" not in caplog.text
+    assert (got - expected).abs().max() <= 1e-5
+    assert runtime.locked == []
+    runtime = Locking()
+    assert torch.equal(decode_frames(vae, latents, "exact", runtime=runtime), expected)
+
+
+def test_an_exact_decode_that_never_fits_says_which_mode_would(vae, latents):
+    runtime = Locking()
+    with (
+        refusing(vae, lambda walk: True),
+        pytest.raises(OutOfRoomError, match="exact in 1/2 pieces: it needs .* choose synced"),
+    ):
+        decode_frames(vae, latents, "exact", runtime=runtime)
+    assert runtime.locked == []
+
+
+def test_pages_that_cannot_be_locked_in_mid_decode_change_nothing(vae, latents, monkeypatch):
+    monkeypatch.setattr(tiling, "EXACT_LADDER", EXACT_LADDER[1:])
+    monkeypatch.setattr(store, "CHUNK_BYTES", 4096)
+    runtimes = [Locking(), Locking(chunks=3), Locking(chunks=0)]
+    first, *others = [decode_frames(vae, latents, "exact", runtime=each) for each in runtimes]
+    assert all(torch.equal(first, other) for other in others)
+    assert [each.locked for each in runtimes] == [[], [], []]
+
+
+@pytest.mark.parametrize(
+    "error", [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory: 8 bytes.")]
+)
+def test_main_memory_that_runs_out_in_an_exact_decode_is_named_and_nothing_stays_locked(
+    vae, latents, monkeypatch, caplog, error
+):
+    monkeypatch.setattr(tiling, "EXACT_LADDER", EXACT_LADDER[1:])
+    monkeypatch.setattr(store, "CHUNK_BYTES", 4096)
+    empty, runtime = torch.empty, Locking()
+    expected = decode_frames(vae, latents, "exact", runtime=runtime)
+
+    def limited(*size, **kwargs):
+        if size == (4096 + store.PAGESIZE,) and len(runtime.locked) == 5:
+            raise error
+        return empty(*size, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(store.torch, "empty", limited)
+        with pytest.raises(OutOfRoomError, match='Main memory ran out .* mode "synced"'):
+            decode_frames(vae, latents, "exact", runtime=runtime)
+    assert "repeated" not in caplog.text  # smaller pieces take as much of it
+    assert runtime.locked == []
+    assert torch.equal(decode_frames(vae, latents, "exact", runtime=runtime), expected)
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from comfyui_skyreels.skyreels.errors import OutOfRoomError
 from comfyui_skyreels.skyreels.runtime import TorchRuntime
 from comfyui_skyreels.skyreels.vae import store as store_module
 from comfyui_skyreels.skyreels.vae import tiling
-from comfyui_skyreels.skyreels.vae.budget import exact_bytes, stored_bytes
+from comfyui_skyreels.skyreels.vae.budget import MEMORY_MARGIN, exact_bytes, stored_bytes
 from comfyui_skyreels.skyreels.vae.model import STORED_PIECE_ELEMENTS, VideoVAE
 from comfyui_skyreels.skyreels.vae.store import HostMemory, HostStore
 from comfyui_skyreels.skyreels.vae.tiling import (
@@ -20,7 +20,9 @@ from comfyui_skyreels.skyreels.vae.tiling import (
     DecodePlan,
     choose_decode,
     decode_frames,
+    expected_decode,
     plan_bytes,
+    plan_flop,
     plan_host_bytes,
 )
 from support import streams, tiny
@@ -248,6 +250,84 @@ def test_the_device_holds_a_few_pieces_and_the_estimates_cover_both_memories(met
     sizes = (meta_vae.config, shape, torch.bfloat16, STORED_PIECE_ELEMENTS)
     assert 1.2 * memory.peak <= exact_bytes(*sizes) <= 1.6 * memory.peak
     assert store.num_bytes <= stored_bytes(*sizes) <= 1.3 * store.num_bytes + 2**29
+
+
+SIZES = [(9, 34, 60), (5, 68, 120), (13, 45, 80), (9, 32, 32), (5, 32, 32), (2, 68, 120)]
+
+
+@pytest.fixture(scope="module")
+def walked(meta_vae):
+    """Peak and copied bytes of decodes in two sizes of pieces, counted on shape-only tensors."""
+    counted = {}
+    for size in SIZES:
+        for plan in EXACT_LADDER[1:]:
+            vae_latents = torch.empty(1, 16, *size, device="meta", dtype=torch.bfloat16)
+            store = HostStore(torch.device("meta"), nothing, CountedCopies)
+            with PeakBytes() as memory:
+                for piece in meta_vae.iter_exact(vae_latents, store, plan.piece_elements):
+                    del piece
+            copied = sorted(copies.num_bytes for copies in (store._up, store._down))
+            counted[size, plan] = memory.peak, copied
+    return counted
+
+
+class CountedCopies:
+    """Copies of nothing, by their size."""
+
+    def __init__(self, device):
+        self.num_bytes = 0
+
+    def bring(self, slot, parts):
+        self.num_bytes += sum(source.nbytes for _, source in parts)
+
+    def mark_used(self, slot):
+        pass
+
+    wait_for = hold = mark_used
+
+    def close(self):
+        pass
+
+
+@pytest.mark.parametrize("plan", EXACT_LADDER[1:], ids=str)
+@pytest.mark.parametrize("size", SIZES, ids=str)
+def test_the_predicted_peak_is_what_shapes_take(walked, size, plan):
+    peak, _ = walked[size, plan]
+    predicted = plan_bytes(plan, VAEConfig(), torch.Size((1, 16, *size)), torch.bfloat16)
+    assert 0.95 <= predicted / MEMORY_MARGIN / peak <= 1.10
+
+
+@pytest.mark.parametrize("plan", EXACT_LADDER[1:], ids=str)
+def test_on_a_slow_link_it_takes_as_long_as_the_copies_on_a_fast_one_as_the_products(walked, plan):
+    shape = torch.Size((1, 16, *SIZES[1]))
+    _, (leaving, coming) = walked[SIZES[1], plan]
+
+    def seconds(rate, link):
+        rates = {"convolution": rate, "link": link}
+        made = expected_decode(
+            plan, 0, VAEConfig(), shape, torch.bfloat16, rates=rates, corrections={}
+        )
+        return made.seconds
+
+    flop = plan_flop(plan, VAEConfig(), shape)
+    assert seconds(1e12, 1e18) == pytest.approx(flop / 1e12, rel=1e-3)
+    assert coming / 1e9 <= seconds(1e18, 1e9) <= (leaving + coming) / 1e9
+    assert seconds(1e12, 1e9) >= max(flop / 1e12, coming / 1e9)
+    assert seconds(1e12, 0.0) is None
+
+
+def test_at_full_size_a_slow_link_decides_and_a_fast_one_does_not():
+    """146 GB to main memory and 179 GB back, beside 663 TFLOP."""
+
+    def seconds(link):
+        rates = {"convolution": 198e12, "link": link}
+        exact = DecodePlan("exact")
+        sizes = (VAEConfig(), FULL_SIZE, torch.bfloat16)
+        return expected_decode(exact, 0, *sizes, rates=rates, corrections={}).seconds
+
+    assert seconds(53.5e9) == pytest.approx(4.7, rel=0.1)  # an H100
+    # some layers bring more than they put away, others less
+    assert 178.7 / 12 <= seconds(12e9) <= 1.25 * 178.7 / 12
 
 
 def test_auto_never_takes_it_and_its_rungs_save_memory():

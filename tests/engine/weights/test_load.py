@@ -1,10 +1,15 @@
 """Every format gives the same weights; what does not fit is refused before anything is read."""
 
+import io
 import json
 import math
 import os
+import queue
 import sys
+import threading
 from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
 
 import pytest
 import torch
@@ -508,6 +513,68 @@ def test_loading_reports_bytes_up_to_the_size_of_the_file(tmp_path, state):
     done = [done for _, done, _ in reports]
     assert done == sorted(done)
     assert done[-1] == reports[-1][2] == sum(t.numel() * t.itemsize for t in state.values())
+
+
+def test_a_file_on_a_slow_disk_shows_its_progress_and_can_be_cancelled(
+    tmp_path, state, monkeypatch
+):
+    """Every read waits until the test lets it go on, and then brings a thousand bytes."""
+    path = tiny.save(tmp_path / "x.safetensors", state)
+    done = []
+    load_transformer(path, runtime=TorchRuntime(on_progress=lambda *report: done.append(report[1])))
+    largest = max(later - earlier for earlier, later in pairwise(done))
+    waiting, gate, stopping = queue.Queue(), threading.Semaphore(0), threading.Event()
+
+    class SlowFile(io.FileIO):
+        def readinto(self, view):
+            waiting.put(self.name)
+            assert gate.acquire(timeout=60)
+            return super().readinto(view[:1000])
+
+    open_plain = Path.open
+
+    def open_slow(path, mode="r", buffering=-1, **kwargs):
+        if buffering == 0:
+            return SlowFile(path, mode)
+        return open_plain(path, mode, buffering, **kwargs)
+
+    class StopError(Exception):
+        pass
+
+    def check():
+        if stopping.is_set():
+            raise StopError
+
+    errors = []
+
+    def load():
+        try:
+            load_transformer(path, runtime=runtime)
+        except StopError as error:
+            errors.append(error)
+
+    done.clear()
+    runtime = TorchRuntime(on_progress=lambda *report: done.append(report[1]), on_check=check)
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "open", open_slow)
+        thread = threading.Thread(target=load, daemon=True)
+        thread.start()
+        reads = 100
+        for read in range(reads):
+            waiting.get(timeout=60)
+            assert done[-1] <= 1000 * read <= done[-1] + largest + 1000 * len(done)
+            gate.release()
+        waiting.get(timeout=60)
+        seen = len(done)
+        assert seen > 5
+        stopping.set()
+        gate.release(10**6)
+        thread.join(60)
+    assert not thread.is_alive()
+    assert len(errors) == 1
+    assert len(done) <= seen + 1  # the tensor that was being read, and no other
+    assert waiting.qsize() <= largest // 1000 + len(done)
+    assert_same(load_transformer(path, runtime=RUNTIME), state)
 
 
 # --- memory -------------------------------------------------------------------------------------
