@@ -12,6 +12,7 @@ import torch
 import triton
 from comfyui_skyreels.skyreels.kernels import operators, reference
 from comfyui_skyreels.skyreels.kernels.triton import norms as kernels
+from comfyui_skyreels.skyreels.kernels.triton import video
 from comfyui_skyreels.skyreels.kernels.triton.common import INTERPRETED
 
 from support.kernel_cases import EAGER, FP8, INT8, SMALL, error, inputs, results, truth
@@ -102,6 +103,7 @@ def empty() -> dict[str, list[int]]:
 def main() -> None:
     mend_interpreter()
     torch.set_grad_enabled(False)
+    video.MOMENT_TILES = 4  # the runs of a small clip are several, and seldom longer than its rows
     assert INTERPRETED.value, "set TRITON_INTERPRET=1"
     print(
         json.dumps(

@@ -42,8 +42,8 @@ clock that is off (`now=lambda: time.time() + 300`).
 """
 
 import argparse
-import email.parser
-import email.policy
+import email
+import email.message
 import gzip
 import hashlib
 import hmac
@@ -502,7 +502,7 @@ class WiroServer:
         with self._lock:
             refusal: Answer | None = None
             try:
-                body, files = _parse(headers.get("content-type", ""), raw)
+                body, files = parse_body(headers.get("content-type", ""), raw)
             except (ValueError, AttributeError):
                 body, files = {}, []
                 refusal = _refuse(0, "Request parameters are invalid.")
@@ -910,7 +910,7 @@ def _number(value: Any, default: float) -> float:
     return number if math.isfinite(number) else default
 
 
-def _parse(content_type: str, raw: bytes) -> tuple[dict[str, Any], list[Upload]]:
+def parse_body(content_type: str, raw: bytes) -> tuple[dict[str, Any], list[Upload]]:
     """Fields, and files as (parameter, filename, type, content)."""
     if content_type.startswith("application/json"):
         body = json.loads(raw or b"{}")
@@ -918,18 +918,23 @@ def _parse(content_type: str, raw: bytes) -> tuple[dict[str, Any], list[Upload]]
             raise ValueError("no object")
         return body, []
     head = f"Content-Type: {content_type}\r\n\r\n".encode()
-    message = email.parser.BytesParser(policy=email.policy.HTTP).parsebytes(head + raw)
+    parts = email.message_from_bytes(head + raw).get_payload()
     fields: dict[str, Any] = {}
     files = []
-    for part in message.iter_parts():
-        name = str(part.get_param("name", header="content-disposition"))
-        content = part.get_payload(decode=True)
-        assert isinstance(content, bytes)
-        if part.get_filename() is None:
-            fields[name] = content.decode()
+    for part in parts:
+        content, said = part.get_payload(decode=True), _disposition(part)
+        if "filename" in said:
+            files.append((said["name"], said["filename"], part.get_content_type(), content))
         else:
-            files.append((name, str(part.get_filename()), part.get_content_type(), content))
+            fields[said["name"]] = content.decode()
     return fields, files
+
+
+def _disposition(part: email.message.Message) -> dict[str, str]:
+    """Name and filename of a part, which browsers and requests write in quoted UTF-8."""
+    headers = {name.lower(): value for name, value in part.raw_items()}
+    said = headers["content-disposition"].encode("ascii", "surrogateescape").decode()
+    return dict(re.findall(r'\b(name|filename)="([^"]*)"', said))
 
 
 def make_video(

@@ -7,8 +7,6 @@ each Run is told before (see `FATES`).
 """
 
 import contextvars
-import email.parser
-import email.policy
 import heapq
 import json
 import random
@@ -20,6 +18,7 @@ from typing import Any
 import requests
 
 from .wiro_replies import URL, Reply, session_of, whole_body
+from .wiro_server import parse_body
 
 #: what becomes of a Run: (whether its end leaves, when it is carried out, what comes back)
 FATES = (
@@ -166,7 +165,9 @@ class Service:
         world.pause(dice.uniform(0.05, 1.0))
         if fate == "never left":
             raise requests.ConnectionError("refused")
-        parameters, files = _parse(request)
+        kind = request.headers["Content-Type"]
+        parameters, uploads = parse_body(kind, whole_body(request))
+        files = {name: content for name, _, _, content in uploads}
         sent = Sent(who, parameters, files, fate)
         self.runs.append(sent)
 
@@ -198,21 +199,3 @@ class Service:
 
 def _grant(**payload: Any) -> Reply:
     return 200, json.dumps({"result": True, "errors": [], **payload}).encode()
-
-
-def _parse(request: requests.PreparedRequest) -> tuple[Params, dict[str, bytes]]:
-    raw, kind = whole_body(request), request.headers["Content-Type"]
-    if kind == "application/json":
-        return json.loads(raw), {}
-    head = f"Content-Type: {kind}\r\n\r\n".encode()
-    message = email.parser.BytesParser(policy=email.policy.HTTP).parsebytes(head + raw)
-    fields: Params = {}
-    files = {}
-    for part in message.iter_parts():
-        name = str(part.get_param("name", header="content-disposition"))
-        content = part.get_payload(decode=True)
-        if part.get_filename() is None:
-            fields[name] = content.decode()
-        else:
-            files[name] = content
-    return fields, files
