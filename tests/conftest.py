@@ -94,6 +94,13 @@ def own_state(monkeypatch, tmp_path_factory) -> None:
 
 
 @pytest.fixture(scope="module")
+def few_objects():
+    """Where memory runs out often: each time, garbage is looked for among all objects."""
+    gc.collect()
+    gc.freeze()
+
+
+@pytest.fixture(scope="module")
 def fast_convolutions():
     """For modules that decode many small clips (support/convolutions.py)."""
     from support import convolutions

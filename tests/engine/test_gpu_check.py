@@ -15,7 +15,7 @@ from itertools import pairwise
 import pytest
 from support.project import ROOT
 
-pytestmark = pytest.mark.usefixtures("fast_convolutions")
+pytestmark = pytest.mark.usefixtures("fast_convolutions", "few_objects")
 FULL = {"run": {"size": "full", "device": "cuda", "steps": ["exact", "memory"]}}
 WELL = [{"step": step, "ended": "ok", "seconds": 1.0} for step in ("exact", "memory")]
 

@@ -39,7 +39,7 @@ from comfyui_skyreels.skyreels.vae.tiling import (
 from support import tiny
 from support.cards import card
 
-pytestmark = pytest.mark.usefixtures("fast_convolutions")
+pytestmark = pytest.mark.usefixtures("fast_convolutions", "few_objects")
 
 FULL = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
 SMALL = VAEConfig(block_out_channels=(4, 4, 8, 8), layers_per_block=1, norm_num_groups=2)

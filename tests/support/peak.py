@@ -56,7 +56,7 @@ def _run(func: Any, args: tuple, kwargs: dict) -> Any:
     """
     kind = _kind(func)
     tensors = list(_tensors((*args, *kwargs.values())))
-    if kind == "view" or any(each.device.type != "meta" for each in tensors):
+    if kind == "view" or not tensors or any(not each.is_meta for each in tensors):
         return func(*args, **kwargs)
     key = (func, _key(args), _key(tuple(sorted(kwargs.items()))))
     if key not in _returned:

@@ -20,6 +20,8 @@ from comfyui_skyreels.skyreels.transformer import placement
 from support import tiny
 from support.tiny import embeds
 
+pytestmark = pytest.mark.usefixtures("few_objects")
+
 PROMPT, NEGATIVE = embeds(7, 1), embeds(4, 2)
 #: several blocks of a kind, so that some can stay while others are streamed
 CONFIG = TransformerConfig(**{**tiny.TRANSFORMER.__dict__, "num_layers": 4, "num_single_layers": 6})
