@@ -10,7 +10,9 @@ import torch.nn.functional as F
 from support.checkout import Checkout, checkouts
 from support.convolutions import fast_convolutions
 from support.forked import forks
+from support.peak import PeakBytes
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
 
 
 def test_each_folder_of_the_variable_is_a_checkout():
@@ -57,3 +59,21 @@ def test_fast_convolutions_are_oneDNNs_and_torchs_own_to_the_last_digits(stride)
     assert (found - right).abs().max() <= 1e-6 * right.abs().max()
     assert ("aten::mkldnn_convolution" in names.seen) == torch.backends.mkldnn.is_available()
     assert F.conv3d is torch.conv3d
+
+
+def test_shapes_that_are_known_count_as_much_as_new_ones():
+    """Also for a counter around the one of bytes, which must see each operator."""
+    wide, high = torch.empty(3, 40, device="meta"), torch.empty(40, 5, device="meta")
+
+    def count() -> tuple[int, int]:
+        with FlopCounterMode(display=False) as flops, PeakBytes() as memory:
+            product = wide @ high
+            total = product + 1
+            del product, total
+        with PeakBytes() as alone:
+            product = wide @ high
+            (product + 1).mul_(2)
+        assert alone.peak == memory.peak
+        return flops.get_total_flops(), memory.peak
+
+    assert count() == count() == (2 * 3 * 40 * 5, 2 * 3 * 5 * 4)

@@ -137,7 +137,8 @@ def _eager_residual_norm(x, y, gate, shift, scale):
 
 def _eager_norm_silu_pad(x, scale, shift, out, front):
     active = F.silu(x * scale.to(x.dtype) + shift.to(x.dtype))
-    out.copy_(F.pad(active, (1, 1, 1, 1, front, 0), mode="replicate"))
+    # torch 2.5 pads no float16 on a CPU
+    out.copy_(F.pad(active.float(), (1, 1, 1, 1, front, 0), mode="replicate"))
 
 
 def _eager_channel_moments(x):

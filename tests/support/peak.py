@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode_stack
 
 
 class PeakBytes(TorchDispatchMode):
@@ -52,11 +52,13 @@ def _run(func: Any, args: tuple, kwargs: dict) -> Any:
     """What an operator returns, for shapes that it has seen without asking it.
 
     On shape-only tensors the operators are Python code of a millisecond; a clip of 97 frames takes
-    thousands of the same. Views are always asked.
+    thousands of the same. Views are always asked, and so is every operator that another counter
+    around this one would see.
     """
     kind = _kind(func)
     tensors = list(_tensors((*args, *kwargs.values())))
-    if kind == "view" or not tensors or any(not each.is_meta for each in tensors):
+    is_watched = bool(_get_current_dispatch_mode_stack())
+    if is_watched or kind == "view" or not tensors or not all(each.is_meta for each in tensors):
         return func(*args, **kwargs)
     key = (func, _key(args), _key(tuple(sorted(kwargs.items()))))
     if key not in _returned:

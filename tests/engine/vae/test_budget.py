@@ -32,7 +32,7 @@ def counted(meta_vae):
 def test_enlarging_is_part_of_the_convolutions(counted):
     """663 TFLOP; 858 without."""
     flops, _, _ = counted
-    assert flops[torch.ops.aten.convolution] <= 670e12
+    assert 655e12 <= flops[torch.ops.aten.convolution] <= 670e12
 
 
 def test_passes_between_convolutions_move_less_than_a_terabyte(counted):
@@ -43,8 +43,8 @@ def test_passes_between_convolutions_move_less_than_a_terabyte(counted):
     _, traffic, _ = counted
     attention = {"_safe_softmax", "mul", "_to_copy"}
     moved = {name: size for name, size in traffic.by_name.items() if name not in attention}
-    assert sum(moved.values()) <= 0.7e12
-    assert moved["channel_moments"] <= 55e9
+    assert 0.65e12 <= sum(moved.values()) <= 0.7e12
+    assert 50e9 <= moved["channel_moments"] <= 55e9
     assert not {"replication_pad3d", "upsample_nearest3d", "native_group_norm"} & set(moved)
 
 
@@ -68,7 +68,7 @@ def test_a_synced_decode_fits_cards_that_a_whole_one_does_not(meta_vae, strips, 
     assert 1.2 * memory.peak <= estimate <= 1.6 * memory.peak
     # a tenth is for the sample; rows beside strips are computed twice
     convolution = flops.get_flop_counts()["Global"][torch.ops.aten.convolution]
-    assert convolution <= (730e12 if strips == 1 else 750e12)
+    assert 715e12 <= convolution <= (730e12 if strips == 1 else 750e12)
 
 
 @pytest.mark.parametrize(
