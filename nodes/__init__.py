@@ -7,6 +7,7 @@ import logging
 from pathlib import Path
 
 from . import host
+from .local.core_model import SkyReelsCoreModel
 from .local.decode import SkyReelsVAEDecode
 from .local.extend import SkyReelsExtendVideo
 from .local.image import SkyReelsImageConditioning
@@ -31,6 +32,7 @@ NODE_CLASS_MAPPINGS = {
     "SkyReelsVAEDecode": SkyReelsVAEDecode,
     "SkyReelsExtendVideo": SkyReelsExtendVideo,
     "SkyReelsPlan": SkyReelsPlan,
+    "SkyReelsCoreModel": SkyReelsCoreModel,
     "WiroRemoteI2V": WiroRemoteI2V,
     "WiroRunModel": WiroRunModel,
     "WiroTaskResult": WiroTaskResult,
@@ -50,6 +52,7 @@ NODE_DISPLAY_NAME_MAPPINGS = {
     "SkyReelsVAEDecode": "SkyReels VAE Decode",
     "SkyReelsExtendVideo": "SkyReels Extend Video",
     "SkyReelsPlan": "SkyReels Plan",
+    "SkyReelsCoreModel": "SkyReels Core Model",
     "WiroRemoteI2V": "Wiro Remote I2V",
     "WiroRunModel": "Wiro Run Model",
     "WiroTaskResult": "Wiro Task Result",

@@ -3,6 +3,7 @@
 So the package imports, and its nodes can be listed and tested, without ComfyUI.
 """
 
+from .core_model import core_model
 from .files import (
     check_choice,
     input_file,
@@ -50,6 +51,7 @@ __all__ = [
     "blocked",
     "check_choice",
     "claim_server",
+    "core_model",
     "core_solver",
     "free_host_bytes",
     "input_file",

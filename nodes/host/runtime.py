@@ -51,10 +51,15 @@ class ComfyRuntime:
         unique_id: of the node that runs.
         *models: those that run, so that ComfyUI's memory manager can load them.
         with_preview: draw previews of the latents on the node.
+        device: that computes, if not the one ComfyUI prefers.
     """
 
     def __init__(
-        self, unique_id: str | None = None, *models: LoadedModel, with_preview: bool = False
+        self,
+        unique_id: str | None = None,
+        *models: LoadedModel,
+        with_preview: bool = False,
+        device: torch.device | None = None,
     ) -> None:
         import comfy.model_management as mm
         import comfy.utils
@@ -64,7 +69,7 @@ class ComfyRuntime:
         self._bar = comfy.utils.ProgressBar(1, node_id=unique_id)
         self._started: dict[str, tuple[float, int]] = {}
         # as weights name it: "mps" becomes "mps:0"
-        self.device = torch.empty(0, device=mm.get_torch_device()).device
+        self.device = torch.empty(0, device=device or mm.get_torch_device()).device
         self.offload_device = mm.unet_offload_device()
         if self.offload_device.type != "cpu":  # --highvram keeps models where they compute
             self.offload_device = torch.device("cpu")

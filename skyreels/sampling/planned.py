@@ -41,7 +41,7 @@ from ..plan import (
 from ..runtime import Runtime
 from ..transformer.model import SkyReelsTransformer
 from ..transformer.placement import loop_tensors
-from .settings import OnStep, Velocity
+from .settings import OnStep
 
 logger = logging.getLogger("skyreels.sampling.planned")
 
@@ -125,15 +125,15 @@ class PlannedRun:
 
     @contextmanager
     def descending(
-        self, enter: Callable[[Rung], AbstractContextManager[Velocity]]
-    ) -> Iterator[Velocity]:
+        self, enter: Callable[[Rung], AbstractContextManager[Callable[..., Any]]]
+    ) -> Iterator[Callable[..., Any]]:
         """The velocity on the planned rung, and further down whenever memory runs out.
 
         Args:
-            enter: places the weights for a rung and gives the velocity.
+            enter: places the weights for a rung and gives the velocity, or any other function.
 
         Yields:
-            The velocity; a call that runs out of memory is repeated with the same latents.
+            The velocity; a call that runs out of memory is repeated with the same arguments.
 
         Raises:
             OutOfRoomError: memory ran out on the last rung.

@@ -76,6 +76,7 @@ FROZEN = {
          "decode"],
         [("plan", "STRING")],
     ),
+    "SkyReelsCoreModel": ("SkyReels Core Model", ["model", "image"], [("model", "MODEL")]),
     "WiroRemoteI2V": (
         "Wiro Remote I2V",
         ["image", "prompt", "size", "fit", "num_frames", "steps", "cfg", "negative_prompt",

@@ -902,6 +902,26 @@ def test_every_sampler_gives_with_our_model_what_it_gives_with_cores(inside):
     assert {name: error for name, error in errors.items() if not error <= bounds[name]} == {}
 
 
+def test_cores_samplers_and_nodes_give_with_our_model_what_they_give_with_cores(inside):
+    errors = inside["bridge"]
+    assert {"KSampler", "single block skipped", "EasyCache"} <= errors.keys()
+    assert {name: error for name, error in errors.items() if not error <= 1e-5} == {}
+
+
+def test_as_a_core_model_our_weights_are_loaded_once_and_given_back(inside):
+    assert inside["bridge_listed"] == 1
+    assert inside["bridge_bytes"] == 0
+    assert inside["bridge_is_idle"]
+    assert not inside.get("bridge_shares_weights")  # a copy for another device has its own
+
+
+def test_what_a_core_model_of_ours_cannot_do_is_said(inside):
+    refusals = inside["bridge_refusals"]
+    assert "connect SkyReels Image Conditioning to `image`" in refusals["no picture"]
+    assert "cannot merge or save" in refusals["merged"]
+    assert "attn1_output_patch" in inside["bridge_unused"]
+
+
 @pytest.mark.parametrize("what", ["unfinished", "continued", "video_to_video"])
 def test_parts_of_a_schedule_give_what_they_give_in_core(inside, what):
     assert inside[f"{what}_relative_error"] <= 1e-4

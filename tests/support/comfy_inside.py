@@ -6,7 +6,10 @@
 The last line of the output is one JSON object.
 """
 
+import importlib
+import inspect
 import json
+import logging
 import sys
 from pathlib import Path
 
@@ -22,8 +25,13 @@ import comfy.latent_formats
 import comfy.sample
 import comfy.samplers
 import comfy.sd
+import comfy_extras.nodes_context_windows
+import comfy_extras.nodes_model_advanced
+import comfy_extras.nodes_model_merging
 import folder_paths
 import torch
+
+import nodes
 
 sys.path.append(str(pack / "tests"))  # behind ComfyUI's own `tests`
 
@@ -90,11 +98,11 @@ concat = image.image_latents / comfy.latent_formats.HunyuanVideo().scale_factor
 extra = {"guidance": 1.0, "concat_latent_image": concat}
 
 
-def core_samples(sampler, sigmas, *, start=None, add_noise=True):
+def core_samples(sampler, sigmas, *, start=None, add_noise=True, model=None, extra=extra):
     noise = torch.randn(image.latent_shape, generator=torch.manual_seed(3))
     with torch.inference_mode():
         return comfy.sample.sample_custom(
-            core_model,
+            core_model if model is None else model,
             noise if add_noise else torch.zeros_like(noise),
             6.0,
             sampler,
@@ -127,6 +135,110 @@ result["continued_relative_error"] = relative_error(rest["samples"], core_rest)
 again = node("SkyReelsSampler", **{**ours, "sigmas": low}, latent={"samples": reference})
 core_again = core_samples(euler, low, start=reference)
 result["video_to_video_relative_error"] = relative_error(again["samples"], core_again)
+
+# --- our model in core's samplers ---------------------------------------------------------------
+
+bridged = node("SkyReelsCoreModel", model=model, image=image)
+
+
+def bridge_error(change=lambda model: model, sampler=euler, **options):
+    """Relative difference of what a core sampler makes of our model and of core's."""
+    got = core_samples(sampler, sigmas, model=change(bridged), **{"extra": {}, **options})
+    return relative_error(got, core_samples(sampler, sigmas, model=change(core_model)))
+
+
+def execute(name, **inputs):
+    """A change of a model by a node of comfy_extras, whose default values are those of the node."""
+    module, class_name = name.split(".")
+    cls = getattr(importlib.import_module(f"comfy_extras.nodes_{module}"), class_name)
+    defaults = {i.id: i.default for i in cls.define_schema().inputs if hasattr(i, "default")}
+    wanted = inspect.signature(cls.execute).parameters
+    inputs = {k: v for k, v in {**defaults, **inputs}.items() if k in wanted}
+    return lambda model: cls.execute(**{**inputs, "model": model})[0]
+
+
+def shifted(model):
+    return comfy_extras.nodes_model_advanced.ModelSamplingSD3().patch(model, 3.0)[0]
+
+
+def ksampler(model):
+    inputs = {
+        "seed": 3, "steps": 3, "cfg": 6.0, "sampler_name": "euler", "scheduler": "simple",
+        "denoise": 1.0, "latent_image": {"samples": torch.zeros(image.latent_shape)},
+    }  # fmt: skip
+    if model.model is core_model.model:
+        made = [[[c[0][0], {**c[0][1], **extra}]] for c in (positive, negative)]
+    else:
+        made = [positive, negative]
+    conditioning = dict(zip(("positive", "negative"), made, strict=True))
+    with torch.inference_mode():
+        return nodes.KSampler().sample(model, **inputs, **conditioning)[0]["samples"]
+
+
+skip_layers = {"scale": 3.0, "start_percent": 0.0, "end_percent": 1.0}
+result["bridge"] = {
+    **{name: bridge_error(sampler=comfy.samplers.sampler_object(name))
+       for name in ("euler", "dpmpp_2m", "heun", "euler_ancestral")},
+    "picture in the conditioning": bridge_error(extra=extra),
+    "KSampler": relative_error(ksampler(bridged), ksampler(core_model)),
+    "another shift": relative_error(ksampler(shifted(bridged)), ksampler(shifted(core_model))),
+    "double block skipped": bridge_error(execute(
+        "slg.SkipLayerGuidanceDiT", double_layers="0", single_layers="", **skip_layers)),
+    "single block skipped": bridge_error(execute(
+        "slg.SkipLayerGuidanceDiT", double_layers="", single_layers="0", **skip_layers)),
+    "EasyCache": bridge_error(execute("easycache.EasyCacheNode", reuse_threshold=0.5,
+                                      start_percent=0.0, end_percent=1.0)),
+}  # fmt: skip
+
+windows = comfy_extras.nodes_context_windows.ContextWindowsManualNode
+if "cond_retain_index_list" in inspect.signature(windows.execute).parameters:
+    # before, core cut the latents into windows and left the picture whole
+    change = execute("context_windows.ContextWindowsManualNode", context_length=2,
+                     context_overlap=1, dim=2, context_schedule="standard_static")  # fmt: skip
+    result["bridge"]["context windows"] = bridge_error(change)
+
+
+def refusal(action):
+    try:
+        action()
+    except Exception as error:  # noqa: BLE001 - any is reported
+        return f"{type(error).__name__}: {error}"
+    return ""
+
+
+without = node("SkyReelsCoreModel", model=model)
+result["bridge_refusals"] = {
+    "no picture": refusal(lambda: core_samples(euler, sigmas, model=without, extra={})),
+    "merged": refusal(
+        lambda: comfy_extras.nodes_model_merging.ModelMergeSimple().merge(bridged, bridged, 0.5)
+    ),
+}
+
+messages = []
+watch = logging.Handler()
+watch.emit = lambda record: messages.append(record.getMessage())
+logging.getLogger("skyreels").addHandler(watch)
+hooked = bridged.clone()
+hooked.set_model_attn1_output_patch(lambda out, options: out)
+core_samples(euler, sigmas, model=hooked, extra={})
+result["bridge_unused"] = " ".join(messages)
+
+# the weights are seen once, and are idle afterwards
+listed = [each.model for each in comfy.model_management.current_loaded_models]
+result["bridge_listed"] = sum(each is model.patcher for each in listed)
+result["bridge_bytes"] = bridged.model_size()
+result["bridge_is_idle"] = bridged.model.diffusion_model._evaluator is None
+if hasattr(bridged, "deepclone_multigpu"):
+    copied = bridged.deepclone_multigpu(torch.device("cpu"))
+    samples = core_samples(euler, sigmas, model=copied, extra={})
+    result["bridge"]["a copy for another device"] = relative_error(
+        samples, core_samples(euler, sigmas)
+    )
+    theirs = copied.model.diffusion_model.source.module
+    result["bridge_shares_weights"] = bool(
+        {p.data_ptr() for p in theirs.parameters()}
+        & {p.data_ptr() for p in model.module.parameters()}
+    )
 
 # --- VAE ----------------------------------------------------------------------------------------
 
