@@ -14,7 +14,9 @@ from support.forked import forks
 ROOT = Path(__file__).resolve().parents[2]
 NODES = comfyui_skyreels.NODE_CLASS_MAPPINGS
 TYPES = {"INT": int, "FLOAT": float, "STRING": str, "BOOLEAN": bool}
-CORE_SOCKETS = {"IMAGE", "MASK", "VIDEO", "AUDIO", "LATENT", "CONDITIONING", "SAMPLER", "SIGMAS"}
+CORE_SOCKETS = {
+    "IMAGE", "MASK", "VIDEO", "AUDIO", "LATENT", "CONDITIONING", "SAMPLER", "SIGMAS", "MODEL",
+}  # fmt: skip
 #: nodes whose results lie in files that may be deleted
 WITH_FILES = {"WiroRemoteI2V", "WiroRunModel", "WiroTaskResult", "WiroCollect"}
 #: nodes whose results depend on the memory that is free
