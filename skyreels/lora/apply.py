@@ -134,6 +134,23 @@ def _acts(change: Change, blocks: Blocks | None) -> bool:
     return numbers is None or int(rest.partition(".")[0]) in numbers
 
 
+def acting_changes(applied: AppliedLora, config: TransformerConfig) -> list[Change]:
+    """The changes of a LoRA in the blocks where it is to act.
+
+    Args:
+        applied: a LoRA and its list of blocks.
+        config: of the transformer.
+
+    Returns:
+        Some or all of its changes.
+
+    Raises:
+        OptionError: the list names a block that is not there.
+    """
+    blocks = _check_blocks(applied.blocks, config)
+    return [change for change in applied.lora.changes if _acts(change, blocks)]
+
+
 # --- which changes ------------------------------------------------------------------------------
 
 #: changes of one parameter and their strengths, and what tells these apart from others
@@ -147,22 +164,21 @@ def _wanted(
     uses: dict[str, list[_Use]] = {}
     signatures: dict[str, _Signature] = {}
     for applied in loras:
-        blocks = _check_blocks(applied.blocks, transformer.config)
-        changed = [] if applied.strength == 0 else applied.lora.changes
-        acting = [change for change in changed if _acts(change, blocks)]
+        acting = acting_changes(applied, transformer.config)
+        acting = acting if applied.strength != 0 else []
         for change in acting:
             uses.setdefault(change.parameter, []).append((change, applied.strength))
+        signature = (applied.lora.digest, applied.strength)
         for name in dict.fromkeys(change.parameter for change in acting):
-            signature = (applied.lora.digest, applied.strength)
             signatures[name] = (*signatures.get(name, ()), signature)
     for name, of_parameter in uses.items():
-        if _is_quantized(transformer, name):
+        if is_quantized(transformer, name):
             _check_quantized(name, of_parameter, loras)
     return uses, signatures
 
 
-def _is_quantized(transformer: SkyReelsTransformer, parameter: str) -> bool:
-    """Whether a weight cannot hold a change: its layer is none of torch's own."""
+def is_quantized(transformer: SkyReelsTransformer, parameter: str) -> bool:
+    """Whether a change of a parameter goes beside it: a weight whose layer is none of torch's."""
     module, _, attribute = parameter.rpartition(".")
     layer = transformer.get_submodule(module)
     kinds = (nn.Linear, nn.Conv3d, nn.RMSNorm, nn.LayerNorm)
@@ -243,7 +259,7 @@ def _bases(
     transformer: SkyReelsTransformer, names: Sequence[str], state: dict[str, object]
 ) -> Iterator[tuple[str, Tensor | None]]:
     """Each parameter without any change; None where it is quantized and does not change."""
-    quantized = [name for name in names if _is_quantized(transformer, name)]
+    quantized = [name for name in names if is_quantized(transformer, name)]
     merged = [name for name in names if name not in quantized]
     changed = [name for name in merged if name in state]
     return chain(

@@ -72,7 +72,7 @@ class Lora:
         num_matched: tensors that act.
         ignored: names of tensors of text encoders and embeddings.
         unknown: names that are no module of the transformer.
-        skipped: sentences about modules that do not fit and are left out.
+        notes: about modules that do not fit and are left out, and a foreign base model.
     """
 
     path: Path
@@ -82,7 +82,7 @@ class Lora:
     num_matched: int
     ignored: tuple[str, ...] = field(repr=False)
     unknown: tuple[str, ...] = field(repr=False)
-    skipped: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
 
     @property
     def name(self) -> str:
@@ -158,8 +158,17 @@ def load_lora(path: str | os.PathLike[str], config: TransformerConfig) -> Lora:
         num_matched=len(names) - len(ignored) - len(unknown),
         ignored=tuple(ignored),
         unknown=tuple(unknown),
-        skipped=tuple(skipped),
+        notes=(*skipped, *_foreign_base(info.metadata)),
     )
+
+
+def _foreign_base(metadata: Mapping[str, str]) -> list[str]:
+    """Whether the metadata names another base: FLUX has layers of the same names and sizes."""
+    texts = [metadata.get(key, "") for key in ("modelspec.architecture", "ss_base_model_version")]
+    said = next((text for text in texts if text), "")
+    if not said or any(name in said.lower() for name in ("hunyuan", "hyv", "skyreels")):
+        return []
+    return [f"its metadata says that it was trained for {shown(said)}"]
 
 
 def _listed(names: Sequence[str]) -> str:

@@ -108,9 +108,7 @@ def letters(modules: list[Factors], prefix: str, middle: str = "") -> Tensors:
     return tensors
 
 
-def words(
-    modules: list[Factors], prefix: str, alpha: float | None, flat: bool = False
-) -> Tensors:
+def words(modules: list[Factors], prefix: str, alpha: float | None, flat: bool = False) -> Tensors:
     """lora_down and lora_up with an alpha: that times the rank, and the upper factor divided."""
     tensors = {}
     for name, up, down in modules:
