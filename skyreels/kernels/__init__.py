@@ -9,6 +9,7 @@ token, and returned as `QuantizedActivation`, which an 8-bit linear layer (quant
 of a tensor.
 """
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -197,6 +198,14 @@ def rescale_(
 ) -> None:
     """The epilogue of a GEMM whose accumulator went through memory; see `reference.rescale_`."""
     _call["rescale_"](acc, act_scale, scale, bias, out, add)
+
+
+def add_low_rank_(
+    x: Activation, down: Tensor, up: Tensor, segments: Sequence[int], out: Tensor
+) -> None:
+    """Add the side branch of a linear layer to `out`; see `reference.add_low_rank_`."""
+    tokens, act_scale = (x, None) if isinstance(x, Tensor) else x
+    _call["add_low_rank_"](tokens, act_scale, down, up, segments, out)
 
 
 def is_fused(name: str, device: torch.device) -> bool:

@@ -33,6 +33,10 @@ KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 #: 32 float32 registers in each thread of 32 warps
 MAX_WIDTH = 32_768
 MAX_HADAMARD_BLOCK = 256
+#: of a LoRA: 128 float32 registers in each thread of 8 warps for 128 tokens
+MAX_RANK = 128
+#: queries, keys, values, MLP
+MAX_SEGMENTS = 4
 #: of a clip: a tile is a pixel with all its channels
 MAX_CHANNELS = 4096
 HEAD_DIMS = (16, 32, 64, 128, 256)
@@ -129,6 +133,25 @@ def _rescale_samples(draw: Draw) -> list[Args]:
         (acc, act_scale, scale[0], None, out, True),
         (acc, act_scale, None, None, out, False),
     ]
+
+
+def _low_rank_samples(draw: Draw) -> list[Args]:
+    """Two segments of unequal rank, from activations in 16 bits and in int8."""
+    x, out = draw(2, 37, 1300)[:, :, :1184], draw(2, 37, 900)[:, :, 100:700]
+    last = (draw(24, 1184) / 64, draw(600, 16), [0, 256, 0, 8, 256, 600, 8, 24], out)
+    values = (40 * x.float()).clamp(-127, 127).to(torch.int8)
+    return [(x, None, *last), (values, draw(2, 37, 1).float().abs() / 40, *last)]
+
+
+def _low_rank_limits(args: Args) -> str:
+    x, _, down, up, segments, out = args
+    if up.shape[1] > MAX_RANK or len(segments) > 4 * MAX_SEGMENTS:
+        return f"rank {up.shape[1]} in {len(segments) // 4} segments is too much for it"
+    if any(tensor.stride(-1) != 1 for tensor in (x, down, up, out)):
+        return "the numbers of a row are not adjacent"
+    if down.dtype not in (torch.bfloat16, torch.float16):
+        return f"factors are {short(down.dtype)}"
+    return ""
 
 
 def _clip(x: Tensor) -> Tensor:
@@ -282,7 +305,8 @@ OPERATORS = {
         module="video",
     ),
 }
-#: what follows a GEMM whose accumulator goes through memory; quant.py reports it where it is needed
+#: what follows a GEMM of an 8-bit layer, where it is needed: its scales, if its accumulator goes
+#: through memory (quant.py reports it), and the side branch of a LoRA
 EPILOGUES = {
     "rescale_": Operator(
         "(Tensor acc, Tensor act_scale, Tensor? scale, Tensor? bias, Tensor(a!) out, bool add) "
@@ -295,6 +319,15 @@ EPILOGUES = {
         writes=4,
         is_tokenwise=False,
         module="int8",
+    ),
+    "add_low_rank_": Operator(
+        "(Tensor x, Tensor? act_scale, Tensor down, Tensor up, int[] segments, Tensor(a!) out) "
+        "-> ()",
+        reference.add_low_rank_,
+        _low_rank_samples,
+        _low_rank_limits,
+        writes=5,
+        module="low_rank",
     ),
 }
 

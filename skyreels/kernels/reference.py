@@ -5,7 +5,7 @@ to the dtype of the activations. Functions work in place only where the name end
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -344,6 +344,38 @@ def rescale_(
         scaled.add_(bias)
     if is_apart:
         out.add_(scaled) if add else out.copy_(scaled)
+
+
+def add_low_rank_(
+    x: Tensor,
+    act_scale: Tensor | None,
+    down: Tensor,
+    up: Tensor,
+    segments: Sequence[int],
+    out: Tensor,
+) -> None:
+    """The side branch of a linear layer: add (x @ down.T) @ up.T to out, segment by segment.
+
+    A segment is some output channels with some rows of `down`: queries, keys and values of a fused
+    projection may have factors of their own.
+
+    Args:
+        x: [..., K]; 8-bit numbers are exact in the dtype of `down`.
+        act_scale: [..., 1] float32, of an x in 8 bits; else None.
+        down: [R, K] in the dtype of the products.
+        up: [N, r], r at least the largest rank of a segment.
+        segments: of each four numbers: output channels, the first and the one after the last; rows
+            of `down`, likewise.
+        out: [..., N].
+    """
+    low, high = min(segments[2::4]), max(segments[3::4])
+    inner = x.to(down.dtype) @ down[low:high].T
+    if act_scale is not None:
+        inner = (inner * act_scale).to(down.dtype)
+    for place in range(0, len(segments), 4):
+        start, stop, first, last = segments[place : place + 4]
+        part = inner[..., first - low : last - low] @ up[start:stop, : last - first].T
+        out[..., start:stop] += part
 
 
 class ValueFormat(NamedTuple):

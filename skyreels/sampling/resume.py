@@ -18,8 +18,9 @@ from .settings import SamplingSettings
 
 logger = logging.getLogger("skyreels.sampling.resume")
 
-#: settings that do not decide the result of a run that can be resumed: its solver is Euler
-NOT_IN_FINGERPRINT = {"solver", "resume"}
+#: settings that do not decide the result of a run that can be resumed, as its solver is Euler; or
+#: that count only where they are used, so that files of earlier versions are still taken
+NOT_IN_FINGERPRINT = {"solver", "resume", "loras"}
 
 #: save(step, latents): keep the latents after `step` finished steps
 SaveStep = Callable[[int, Tensor], None]
@@ -69,6 +70,9 @@ def fingerprint_run(
             add(getattr(settings, each.name))
         if each.name == "guidance":
             add(0)  # an option that guidance had here, always off, in files of earlier versions
+    for applied in settings.loras:
+        if applied.strength != 0:
+            add((applied.lora.path.name, applied.lora.digest, applied.strength, applied.blocks))
     return digest.hexdigest()
 
 

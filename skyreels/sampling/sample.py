@@ -27,6 +27,7 @@ from ..latents import (
     to_model_space,
     to_vae_space,
 )
+from ..lora.apply import check_loras, use_loras
 from ..offload import weight_bytes
 from ..plan import MAX_KEPT, Job, Rung, activation_bytes, weights_of
 from ..runtime import Runtime
@@ -189,13 +190,16 @@ def sample(
         [1, 16, T, h, w] float32 on the CPU, VAE space.
 
     Raises:
-        OptionError: true CFG without a negative prompt, or saved steps of another run.
+        OptionError: true CFG without a negative prompt, saved steps of another run, or a LoRA's
+            list of blocks with one that is not there.
         ShapeError: latents of another size than the video's, or a result with NaN.
         TextError: embeddings that do not fit the transformer.
         OutOfRoomError: not even one block fits the device.
-        CheckpointError: a damaged file of saved steps.
+        CheckpointError: a damaged file of saved steps; a LoRA that does not fit these weights, or
+            weights that must be read again and are gone.
     """
     _check_inputs(transformer, image, prompt, negative, settings)
+    use_loras(transformer, settings.loras, runtime=runtime)
     num_steps, last_sigma = settings.num_steps, settings.sigmas[-1].cpu()
     latents, first_step = _start(image, settings), 0
     save_step: SaveStep = _save_nothing
@@ -416,6 +420,7 @@ def _check_inputs(
     settings: SamplingSettings,
 ) -> None:
     """Refuse inputs that do not fit each other, before anything is moved to a device."""
+    check_loras(transformer, settings.loras)
     check_prompt_embeds(prompt, transformer.config)
     if negative is not None:
         check_prompt_embeds(negative, transformer.config)

@@ -11,6 +11,7 @@ from torch import Tensor
 from ..config import MAX_STEPS, Guidance
 from ..errors import OptionError, ShapeError
 from ..latents import seeded_generator
+from ..lora.apply import AppliedLora
 from ..transformer.attention import Attention
 from .step_cache import OFF, CacheConfig
 
@@ -99,6 +100,8 @@ class SamplingSettings:
         resume: file in which each finished step is saved, or a folder in which that file is named
             after the inputs. A run with the same inputs continues from it. The finished latents
             stay in it: delete it once they are safe. Euler only.
+        loras: in use together; the transformer is brought to exactly these before the first step,
+            and keeps them until another run asks for others.
 
     Raises:
         OptionError: a value outside its range, or two that contradict each other.
@@ -115,6 +118,7 @@ class SamplingSettings:
     attention: Attention | str = "exact"
     solver: Solver = euler
     resume: Path | None = None
+    loras: tuple[AppliedLora, ...] = ()
 
     def __post_init__(self) -> None:
         seeded_generator(self.seed)  # refuses a seed outside its range

@@ -241,8 +241,7 @@ class Modulation(nn.Module):
 
     def forward(self, vec: Tensor) -> Tensor:
         """[B, C] -> [B, 1, all]."""
-        mod: Tensor = self.linear(F.silu(vec))
-        return mod[:, None]
+        return linear(self.linear, F.silu(vec))[:, None]
 
 
 class RefinerBlock(nn.Module):

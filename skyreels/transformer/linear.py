@@ -18,6 +18,7 @@ from .. import kernels
 from ..kernels import Activation, QuantFormat, dispatch
 from ..kernels.dispatch import Candidate, Decision, Finding, short
 from .quant import QuantLinear
+from .side_branch import SideBranch
 
 logger = logging.getLogger("skyreels.transformer.linear")
 
@@ -42,7 +43,7 @@ def linear(
     out: Tensor | None = None,
     add: bool = False,
 ) -> Tensor:
-    """Apply a part of a linear layer.
+    """Apply a part of a linear layer, and of the side branch that a LoRA may have given it.
 
     Args:
         layer: `nn.Linear` or `QuantLinear`.
@@ -58,6 +59,22 @@ def linear(
     Raises:
         TypeError: a quantized input for a layer that is not in 8 bits.
     """
+    result = _linear(layer, x, out_slice, in_slice, out, add)
+    branch = getattr(layer, "side_branch", None)
+    if isinstance(branch, SideBranch):
+        branch.add_to(result, x, out_slice, in_slice)
+    return result
+
+
+def _linear(
+    layer: nn.Module,
+    x: Activation,
+    out_slice: slice,
+    in_slice: slice,
+    out: Tensor | None,
+    add: bool,
+) -> Tensor:
+    """`linear` without the side branch."""
     assert isinstance(layer, nn.Linear | QuantLinear)
     bias = None if in_slice.start or layer.bias is None else layer.bias[out_slice]
     if isinstance(layer, QuantLinear):

@@ -63,9 +63,14 @@ class SkyReelsTransformer(nn.Module):
         config: sizes; everything else follows from it.
     """
 
+    #: where its weights were read from, to read some again (weights/load.py)
+    source: object = None
+
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
         self.config = config
+        #: what LoRAs have changed: parameter -> how, None while it is not known (lora/apply.py)
+        self.lora_state: dict[str, Any] = {}
         hidden = config.hidden_size
         self.img_in = PatchEmbedder(config)
         self.txt_in = TokenRefiner(config)

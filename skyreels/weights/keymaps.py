@@ -19,6 +19,8 @@ checked name by name and number by number.
 import re
 from collections.abc import Collection, Mapping
 
+from .dialects import lora_dialect
+
 #: one of these is stripped: the one in front of the family's marker tensors
 PREFIXES = (
     "",
@@ -52,19 +54,6 @@ MARKERS: dict[tuple[str, str], tuple[str, ...]] = {
     ("clip", "huggingface"): ("text_model.encoder.layers.0.self_attn.q_proj.weight",),
     ("t5", "huggingface"): ("encoder.block.0.layer.0.SelfAttention.q.weight",),
 }
-
-#: any of these in a name makes the file a LoRA
-LORA_MARKERS = (
-    ".lora_A.",
-    ".lora_B.",
-    ".lora_down.",
-    ".lora_up.",
-    ".lora.down.",
-    ".lora.up.",
-    ".hada_w1_a",
-    ".lokr_w1",
-    ".diff_b",
-)
 
 #: our module -> the diffusers modules it is concatenated from
 _DIFFUSERS: dict[str, tuple[str, ...]] = {
@@ -212,11 +201,12 @@ def detect(names: Collection[str]) -> tuple[str, str, str]:
 
     Returns:
         Family, layout and prefix. The family is "transformer", "vae", "llama", "clip", "t5", "lora"
-        or "unknown"; layout and prefix are "" for the last two.
+        or "unknown"; layout and prefix are "" for the last one. The layout of a LoRA says who
+        writes such files (dialects.py), its prefix is "".
     """
     present = names if isinstance(names, Mapping | set | frozenset) else set(names)
-    if any(marker in name for name in present for marker in LORA_MARKERS):
-        return "lora", "", ""
+    if dialect := lora_dialect(present):
+        return "lora", dialect, ""
     for (family, layout), markers in MARKERS.items():
         for prefix in PREFIXES:
             if all(prefix + marker in present for marker in markers):

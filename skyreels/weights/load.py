@@ -13,8 +13,8 @@ pickle that only torch reads.
 import json
 import logging
 import math
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Collection, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from os import PathLike
@@ -117,7 +117,7 @@ def load_transformer(
             2e-9 * sum(entry.num_bytes for entry in float8),
             1e-9 * sum(entry.num_bytes for entry in float8),
         )
-    return _assemble(
+    transformer = _assemble(
         info,
         lambda: SkyReelsTransformer(config),
         lambda name: transformer_sources(name, info.layout),
@@ -126,6 +126,8 @@ def load_transformer(
         compute_dtype=compute_dtype,
         runtime=runtime,
     )
+    transformer.source = Source(info, _stamps(info))
+    return transformer
 
 
 def load_vae(path: str | PathLike[str], *, precision: str = "auto", runtime: Runtime) -> VideoVAE:
@@ -160,6 +162,84 @@ def load_vae(path: str | PathLike[str], *, precision: str = "auto", runtime: Run
         compute_dtype=_FLOAT_DTYPES[precision],
         runtime=runtime,
     )
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where the weights of a transformer came from.
+
+    Attributes:
+        info: of the checkpoint.
+        stamps: size and time of the last change of each of its files, as they were.
+    """
+
+    info: CheckpointInfo
+    stamps: dict[Path, tuple[int, int]]
+
+
+def _stamps(info: CheckpointInfo) -> dict[Path, tuple[int, int]]:
+    found = {}
+    for file in {entry.file for entry in info.tensors.values()}:
+        status = file.stat()
+        found[file] = (status.st_size, status.st_mtime_ns)
+    return found
+
+
+def reload_parameters(
+    transformer: SkyReelsTransformer, names: Collection[str]
+) -> Iterator[tuple[str, Tensor]]:
+    """Read parameters of a loaded transformer again, in the bits in which they were loaded.
+
+    Args:
+        transformer: from `load_transformer`.
+        names: of parameters that are not in 8 bits.
+
+    Yields:
+        Each name and its tensor on the CPU, in the compute dtype.
+
+    Raises:
+        CheckpointError: the transformer was not loaded from a file, or the file has changed.
+    """
+    if not names:
+        return
+    source = transformer.source
+    if not isinstance(source, Source):
+        raise CheckpointError(
+            "The weights cannot be read again, because this transformer was not loaded from a "
+            "file: load it with load_transformer."
+        )
+    info = source.info
+    try:
+        is_same = _stamps(info) == source.stamps
+    except OSError:
+        is_same = False
+    if not is_same:
+        raise CheckpointError(
+            f"{info.path.name} was changed, moved or deleted since it was loaded, and its weights "
+            "must be read again: put it back, or load the transformer again."
+        )
+    with torch.device("meta"):
+        unfilled = SkyReelsTransformer(transformer.config)
+    shapes = {name: tuple(p.shape) for name, p in unfilled.state_dict().items()}
+    plan = _plan(info, shapes, lambda name: transformer_sources(name, info.layout))
+    targets = {target.name: target for target in plan}
+    with ExitStack() as stack:
+        reader = _Reader(stack)
+        for name in names:
+            weight, scale = _read_target(info, reader, targets[name], transformer.compute_dtype)
+            weight = _upcast(info, targets[name], weight, scale, transformer.compute_dtype)
+            yield name, torch.cat(weight.chunk(2)[::-1]) if targets[name].swap_halves else weight
+
+
+@contextmanager
+def open_reader() -> Iterator[Callable[[TensorEntry], Tensor]]:
+    """Read single tensors of a checkpoint, whose files stay open inside the block.
+
+    Yields:
+        The function that reads an entry of `CheckpointInfo.tensors` onto the CPU.
+    """
+    with ExitStack() as stack:
+        yield _Reader(stack).read
 
 
 @lru_cache

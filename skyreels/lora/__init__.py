@@ -1,0 +1,1 @@
+"""LoRA: files of small changes to the transformer's weights, read in every dialect, and applied."""
