@@ -24,10 +24,12 @@ from torch import Tensor, nn
 from ...skyreels.errors import CheckpointError, ShapeError, TextError
 from ...skyreels.kernels.dispatch import log_once
 from ...skyreels.latents import ImageConditioning, to_vae_space
+from ...skyreels.lora.apply import AppliedLora
+from ...skyreels.lora.names import parameter_shapes
 from ...skyreels.sampling.evaluator import Evaluator
 from ...skyreels.text.embeds import PromptEmbeds, check_prompt_embeds, trim
 from ...skyreels.transformer.model import RunBlock, SkyReelsTransformer
-from ...skyreels.weights.keymaps import transformer_sources
+from .core_patches import core_names, loras_of
 from .runtime import ComfyRuntime, LoadedModel, without_inference_mode
 
 logger = logging.getLogger("skyreels.nodes.host.core_model")
@@ -75,14 +77,19 @@ class _Bridge(nn.Module):
         self._evaluator: Evaluator | None = None
         self._seen: list[_Seen] = []
         self._is_in_run = False
+        self._loras: tuple[AppliedLora, ...] = ()
 
-    def begin(self) -> None:
-        """Keep the evaluator open from the next prediction on."""
-        self._is_in_run = True
+    def begin(self, loras: tuple[AppliedLora, ...]) -> None:
+        """Keep the evaluator open from the next prediction on.
+
+        Args:
+            loras: that core's nodes put on the model.
+        """
+        self._is_in_run, self._loras = True, loras
 
     def end(self) -> None:
         """Give the device back."""
-        self._is_in_run = False
+        self._is_in_run, self._loras = False, ()
         self._seen.clear()
         if self._evaluator is not None:
             self._evaluator.close()
@@ -156,7 +163,9 @@ class _Bridge(nn.Module):
             if sigmas is None:  # somebody asks for one prediction
                 sigmas = torch.stack([timestep.flatten()[0].float().cpu() / 1000, torch.zeros(())])
             runtime = ComfyRuntime(None, self.source, device=device)
-            self._evaluator = Evaluator(self.source.module, sigmas, runtime=runtime)
+            self._evaluator = Evaluator(
+                self.source.module, sigmas, runtime=runtime, loras=self._loras
+            )
         return self._evaluator
 
     def _prompt(
@@ -280,10 +289,11 @@ def _classes() -> tuple[type[Any], type[Any]]:
 
         def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
             """Names and shapes in core's layout, by which LoRA files find their weights."""
-            weights = self.diffusion_model.source.module.state_dict()
+            config = self.diffusion_model.source.module.config
+            shapes = parameter_shapes(config)
             return {
-                f"diffusion_model.{transformer_sources(name, 'comfyui')[0]}": weight.to("meta")
-                for name, weight in weights.items()
+                key: torch.empty(shapes[name], device="meta")
+                for key, name in core_names(config).items()
             }
 
     class SkyReelsPatcher(comfy.model_patcher.ModelPatcher):  # type: ignore[misc]
@@ -368,8 +378,15 @@ def _around_sampling(executor: Any, *args: Any, **kwargs: Any) -> Any:
     patcher = executor.class_obj.model_patcher
     patchers = [patcher, *patcher.get_additional_models_with_key("multigpu")]
     bridges = [each.model.diffusion_model for each in patchers]
+    if patcher.hook_patches:
+        log_once(
+            "LoRAs of hooks (Create Hook LoRA) are not applied to a SkyReels model, whose weights "
+            "do not change within a run: use SkyReels Load LoRA, or Load LoRA (Model).",
+            source=logger,
+        )
+    loras = loras_of(patcher.patches, patcher.model.diffusion_model.source.module.config)
     for bridge in bridges:
-        bridge.begin()
+        bridge.begin(loras)
     try:
         return executor(*args, **kwargs)
     finally:

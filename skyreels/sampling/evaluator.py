@@ -7,7 +7,7 @@ schedule when a prompt is seen for the first time.
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any, NamedTuple
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ..config import CHUNKINGS, NUM_TRAIN_TIMESTEPS, SPATIAL_COMPRESSION, TEMPORAL_COMPRESSION
+from ..lora.apply import AppliedLora, use_loras
 from ..offload import weight_bytes
 from ..plan import MAX_KEPT, Job, Rung, activation_bytes, weights_of
 from ..runtime import Runtime
@@ -57,6 +58,7 @@ class Evaluator:
         sigmas: [N + 1] of the loop's schedule, for the plan and for what is computed ahead. A
             prediction for any other sigma is as good, and slower where the weights are streamed.
         runtime: its device computes; asked for an interrupt before every block.
+        loras: in use together; the transformer keeps them afterwards, as after `sample`.
         attention: "exact" or "fast".
     """
 
@@ -66,9 +68,11 @@ class Evaluator:
         sigmas: Tensor,
         *,
         runtime: Runtime,
+        loras: Sequence[AppliedLora] = (),
         attention: str = "exact",
     ) -> None:
         self._transformer, self._runtime, self._mode = transformer, runtime, attention
+        self._loras = loras
         timesteps = sigmas.detach().float().cpu()[:-1] * NUM_TRAIN_TIMESTEPS
         self._timesteps: list[float] = timesteps.tolist()
         self._stack = ExitStack()
@@ -116,6 +120,7 @@ class Evaluator:
         Raises:
             ShapeError: channels or sizes that do not fit.
             OutOfRoomError: not even one block fits the device.
+            CheckpointError: as for `use_loras`.
         """
         self._runtime.check_interrupt()
         transformer, device = self._transformer, self._runtime.device
@@ -144,6 +149,7 @@ class Evaluator:
     def _open(self, job: Job) -> None:
         """Plan, and place the weights for predictions of a job."""
         transformer, runtime = self._transformer, self._runtime
+        use_loras(transformer, self._loras, runtime=runtime)
         try:
             conditioners = [nn.ModuleList(transformer.embedders), *transformer.conditioners]
             needed = activation_bytes(

@@ -913,6 +913,8 @@ def test_as_a_core_model_our_weights_are_loaded_once_and_given_back(inside):
     assert inside["bridge_bytes"] == 0
     assert inside["bridge_is_idle"]
     assert not inside.get("bridge_shares_weights")  # a copy for another device has its own
+    assert inside["bridge_lora"]["effect"] > 0.01
+    assert inside["bridge_lora"]["is_undone"]
 
 
 def test_what_a_core_model_of_ours_cannot_do_is_said(inside):

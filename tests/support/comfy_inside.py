@@ -42,7 +42,7 @@ from comfyui_skyreels.skyreels.sampling.settings import get_sigmas
 from comfyui_skyreels.skyreels.vae.model import VideoVAE
 from comfyui_skyreels.skyreels.weights.keymaps import vae_sources
 
-from support import tiny
+from support import lora, tiny
 from support.host import made_up_conditioning
 
 NODES = comfyui_skyreels.NODE_CLASS_MAPPINGS
@@ -196,6 +196,31 @@ if "cond_retain_index_list" in inspect.signature(windows.execute).parameters:
     change = execute("context_windows.ContextWindowsManualNode", context_length=2,
                      context_overlap=1, dim=2, context_schedule="standard_static")  # fmt: skip
     result["bridge"]["context windows"] = bridge_error(change)
+
+# a LoRA that core's own loader puts on the model, in a dialect that core reads, also on 8 bits
+changes = {}
+for name, up, down in lora.whole_modules(lora.draw_parts(CONFIG)):
+    if name.startswith(("double_blocks", "single_blocks")):
+        changes[f"transformer.{name}.lora_A.weight"] = down
+        changes[f"transformer.{name}.lora_B.weight"] = up
+tiny.save(folder / "lora.safetensors", changes)
+folder_paths.folder_names_and_paths["loras"] = ([str(folder)], {".safetensors"})
+
+
+def with_lora(strength):
+    loader = nodes.LoraLoaderModelOnly()
+    return lambda model: loader.load_lora_model_only(model, "lora.safetensors", strength)[0]
+
+
+result["bridge"]["LoraLoaderModelOnly"] = bridge_error(with_lora(0.7))
+result["bridge"]["two LoRAs"] = bridge_error(lambda model: with_lora(-0.2)(with_lora(0.7)(model)))
+plain = core_samples(euler, sigmas, model=bridged, extra={})
+changed = core_samples(euler, sigmas, model=with_lora(0.7)(bridged), extra={})
+again = core_samples(euler, sigmas, model=bridged, extra={})
+result["bridge_lora"] = {
+    "effect": relative_error(changed, plain),
+    "is_undone": torch.equal(again, plain),
+}
 
 
 def refusal(action):

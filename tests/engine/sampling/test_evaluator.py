@@ -6,11 +6,14 @@ import pytest
 import torch
 from comfyui_skyreels.skyreels.config import TransformerConfig
 from comfyui_skyreels.skyreels.errors import OutOfRoomError, ShapeError
+from comfyui_skyreels.skyreels.lora.apply import AppliedLora
+from comfyui_skyreels.skyreels.lora.read import load_lora
 from comfyui_skyreels.skyreels.runtime import TorchRuntime
 from comfyui_skyreels.skyreels.sampling import evaluator as module
 from comfyui_skyreels.skyreels.sampling.evaluator import Evaluator
 from comfyui_skyreels.skyreels.sampling.settings import get_sigmas
-from support import tiny
+from comfyui_skyreels.skyreels.weights.load import load_transformer
+from support import lora, tiny
 from support.tiny import embeds
 
 pytestmark = pytest.mark.usefixtures("few_objects")
@@ -163,6 +166,19 @@ def test_replaced_blocks_run_in_place_of_the_models(model):
         assert torch.equal(got, expected(model, latents(), 500.0, PROMPT))
     finally:
         model.double_blocks[1] = skipped
+
+
+def test_loras_act_while_they_are_asked_for(model, tmp_path):
+    parts = lora.draw_parts(CONFIG)
+    loaded = load_lora(lora.write("diffusion-pipe", parts, tmp_path), CONFIG)
+    saved = tiny.save(tmp_path / "model.safetensors", model.state_dict())
+    model = load_transformer(saved, precision="fp32", runtime=TorchRuntime())
+    plain = expected(model, latents(), 500.0, PROMPT)
+    for loras in ([AppliedLora(loaded)], []):
+        with Evaluator(model, SIGMAS, runtime=TorchRuntime(), loras=loras) as evaluator:
+            got = evaluator.predict(latents(), 500.0, PROMPT)
+        assert torch.equal(got, expected(model, latents(), 500.0, PROMPT))
+        assert torch.equal(got, plain) == (not loras)
 
 
 def test_latents_of_another_model_are_refused(model):
