@@ -4,9 +4,9 @@ A name is a prefix, a module in one of several vocabularies (lora/names.py), and
 which factor the tensor is. Suffixes and the guess at the writer need no model, so `inspect` uses
 them too.
 
-Sources: kohya-ss/musubi-tuner networks/lora.py and convert_lora.py; tdrussell/diffusion-pipe;
-Nerogar/OneTrainer convert_hunyuan_video_lora.py; huggingface/peft and diffusers lora_pipeline.py;
-ComfyUI comfy/lora.py and comfy/weight_adapter/; KohakuBlueleaf/LyCORIS.
+Sources: the LoRA networks and converters of kohya-ss/musubi-tuner, tdrussell/diffusion-pipe,
+Nerogar/OneTrainer, huggingface/peft and diffusers, Tencent/HunyuanVideo-I2V, KohakuBlueleaf/LyCORIS
+and ComfyUI.
 """
 
 import re
