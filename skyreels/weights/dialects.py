@@ -64,14 +64,14 @@ _WRITERS = {
     "LyCORIS": r"lycoris_",
     "OneTrainer OMI": r".*(?:attn[._]qkv|linear1)\.[0-3]$|.*mlp\.fc0$",
     "musubi-tuner": r"lora_unet_+(?:double|single)_blocks_|lora_unet_+(?:txt|img|time|vector)_in",
+    "LTX-Video or CogVideoX": r".*transformer_blocks[._]\d+[._]attn\d",
+    "Wan": r".*blocks[._]\d+[._](?:self|cross)_attn[._][qkvo]$",
     "diffusers": r"(?:transformer\.)?(?:single_transformer_blocks\.\d+\.(?:attn|norm|proj_\w+)\.|"
     r"single_transformer_blocks\.\d+\.proj|transformer_blocks\.\d+\.(?:attn|norm1|ff)|"
     r"(?:context|x)_embedder\.)",
     "ComfyUI": r".*blocks\.\d+\.(?:(?:img|txt)_(?:attn\.|mod\.lin$|mlp\.[02]$)|modulation\.lin$)",
     "diffusion-pipe": r".*(?:double|single)_blocks\.\d+\.|(?:\w+\.)?(?:txt|img|time)_in\.|"
     r"(?:\w+\.)?(?:vector_in|guidance_in|final_layer)\.",
-    "Wan": r".*blocks[._]\d+[._](?:self|cross)_attn",
-    "LTX-Video or CogVideoX": r".*transformer_blocks[._]\d+[._]attn\d",
     "Stable Diffusion": r".*(?:down|up|mid|input|output|middle)_blocks?[._]",
 }
 _METHODS = {
