@@ -12,6 +12,7 @@ from .local.decode import SkyReelsVAEDecode
 from .local.extend import SkyReelsExtendVideo
 from .local.image import SkyReelsImageConditioning
 from .local.loaders import SkyReelsTransformerLoader, SkyReelsVAELoader
+from .local.lora import SkyReelsLoraLoader
 from .local.plan import SkyReelsPlan
 from .local.sampler import SkyReelsSampler, SkyReelsScheduler
 from .local.text import SkyReelsTextEncode, SkyReelsTextEncoderLoader
@@ -24,6 +25,7 @@ logger = logging.getLogger("skyreels.nodes")
 NODE_CLASS_MAPPINGS = {
     "SkyReelsTransformerLoader": SkyReelsTransformerLoader,
     "SkyReelsVAELoader": SkyReelsVAELoader,
+    "SkyReelsLoraLoader": SkyReelsLoraLoader,
     "SkyReelsTextEncoderLoader": SkyReelsTextEncoderLoader,
     "SkyReelsTextEncode": SkyReelsTextEncode,
     "SkyReelsImageConditioning": SkyReelsImageConditioning,
@@ -44,6 +46,7 @@ NODE_CLASS_MAPPINGS = {
 NODE_DISPLAY_NAME_MAPPINGS = {
     "SkyReelsTransformerLoader": "SkyReels Load Transformer",
     "SkyReelsVAELoader": "SkyReels Load VAE",
+    "SkyReelsLoraLoader": "SkyReels Load LoRA",
     "SkyReelsTextEncoderLoader": "SkyReels Load Text Encoder",
     "SkyReelsTextEncode": "SkyReels Text Encode",
     "SkyReelsImageConditioning": "SkyReels Image Conditioning",

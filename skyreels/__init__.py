@@ -17,6 +17,12 @@
         runtime=runtime,
     )
 
+LoRAs are part of a run's settings, and the transformer is brought to exactly those:
+
+    style = load_lora("style.safetensors", transformer.config)
+    settings = SamplingSettings(seed=5, loras=(AppliedLora(style, 0.8, "double, single:0-9"),))
+    print(describe_lora(settings.loras[0], transformer))
+
 `image_to_video` (pipeline.py) is the whole job in one function and the place to start reading.
 Nothing here knows about ComfyUI: whatever hosts the engine passes in a Runtime.
 """
@@ -33,6 +39,9 @@ from .errors import (
 )
 from .image import ImageSettings, encode_image
 from .latents import ImageConditioning
+from .lora.apply import AppliedLora
+from .lora.read import Lora, load_lora
+from .lora.report import describe_lora
 from .pipeline import image_to_video
 from .runtime import Runtime, TorchRuntime
 from .sampling.sample import initial_noise, sample
@@ -49,6 +58,7 @@ from .weights.load import load_transformer, load_vae
 
 __all__ = [
     "CACHES",
+    "AppliedLora",
     "CacheConfig",
     "CheckpointError",
     "CheckpointInfo",
@@ -56,6 +66,7 @@ __all__ = [
     "Guidance",
     "ImageConditioning",
     "ImageSettings",
+    "Lora",
     "OptionError",
     "OutOfRoomError",
     "PromptEmbeds",
@@ -72,6 +83,7 @@ __all__ = [
     "VAEConfig",
     "VideoVAE",
     "decode_frames",
+    "describe_lora",
     "encode_image",
     "encode_prompt",
     "euler",
@@ -80,6 +92,7 @@ __all__ = [
     "initial_noise",
     "inspect",
     "iter_decode",
+    "load_lora",
     "load_text_encoder",
     "load_transformer",
     "load_vae",

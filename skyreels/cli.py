@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from .config import DECODE_MODES, TRANSFORMER_PRECISIONS
+from .config import DECODE_MODES, PRESETS, TRANSFORMER_PRECISIONS
 from .errors import OptionError, SkyReelsError
 from .interrupt import remembered_interrupt
 from .sampling.step_cache import CACHES
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from .extend import ExtendSettings
+    from .lora.apply import AppliedLora
     from .runtime import Runtime
     from .text.embeds import PromptEmbeds
 
@@ -134,12 +135,12 @@ def build_parser() -> argparse.ArgumentParser:
     generate.add_argument("--width", type=int, help="multiple of 16 (default 960; built-in 64)")
     generate.add_argument("--height", type=int, help="multiple of 16 (default 544; built-in 64)")
     generate.add_argument("--frames", type=int, help="4k+1 (default 97; built-in 17)")
-    generate.add_argument("--steps", type=int, default=30, help="default 30")
-    generate.add_argument("--cfg", type=float, default=6.0, help="true CFG scale, default 6")
+    generate.add_argument("--steps", type=int, help="default 30")
+    generate.add_argument("--cfg", type=float, help="true CFG scale, default 6")
     generate.add_argument(
-        "--embedded-guidance", type=float, default=1.0, help="keep 1.0, the value of the training"
+        "--embedded-guidance", type=float, help="keep 1.0, the value of the training"
     )
-    generate.add_argument("--shift", type=float, default=7.0, help="schedule shift, default 7")
+    generate.add_argument("--shift", type=float, help="schedule shift, default 7")
     generate.add_argument("--seed", type=int, default=0, help="default 0")
     generate.add_argument("--fit", choices=("crop", "pad", "stretch"), default="crop")
     generate.add_argument("--noise-augmentation", type=float, default=0.0, metavar="S")
@@ -184,6 +185,21 @@ def build_parser() -> argparse.ArgumentParser:
         help="save finished steps here and continue from them",
     )
     generate.add_argument(
+        "--lora",
+        type=parse_lora,
+        action="append",
+        default=[],
+        metavar="FILE[:STRENGTH]",
+        help="a HunyuanVideo LoRA, default strength 1; may be given several times",
+    )
+    generate.add_argument(
+        "--preset",
+        choices=tuple(PRESETS),
+        default="official",
+        help="defaults of --steps, --cfg, --embedded-guidance and --shift; few-steps (6, 1, 6, 17) "
+        "is experimental, for a step-distilled LoRA",
+    )
+    generate.add_argument(
         "--prompt-cache", type=Path, metavar="DIR", help="cache encoded prompts in this folder"
     )
     generate.add_argument("--json", action="store_true")
@@ -210,6 +226,23 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def parse_lora(text: str) -> tuple[Path, float]:
+    """Read the value of --lora.
+
+    Args:
+        text: FILE or FILE:STRENGTH. What follows the last colon is a strength only if it is a
+            number, so the colon of a Windows drive is part of the file.
+
+    Returns:
+        The file and the strength, 1 if none is given.
+    """
+    file, colon, strength = text.rpartition(":")
+    if colon and file and not Path(text).is_file():
+        with contextlib.suppress(ValueError):
+            return Path(file), float(strength)
+    return Path(text), 1.0
+
+
 # --- generate -----------------------------------------------------------------------------------
 
 
@@ -227,6 +260,7 @@ def run_generate(arguments: argparse.Namespace) -> dict[str, Any]:
         )
     is_builtin = not any(paths)
     _check_extend(arguments)
+    _fill_in(arguments)
     defaults = (64, 64, 17) if is_builtin else (960, 544, 97)
     given = (arguments.width, arguments.height, arguments.frames)
     width, height, num_frames = (
@@ -302,6 +336,7 @@ def _generate(
     from .config import Guidance
     from .extend import Continuation, extend_latents
     from .image import ImageSettings
+    from .lora.report import describe_lora
     from .media import open_frames
     from .outcomes import user_folder
     from .pipeline import image_to_latents
@@ -320,6 +355,7 @@ def _generate(
         cache=CACHES[arguments.cache],
         attention=arguments.attention,
         resume=arguments.resume,
+        loras=_read_loras(arguments),
     )
     image_settings = ImageSettings(
         arguments.fit,
@@ -343,6 +379,8 @@ def _generate(
     else:
         transformer = load_transformer(arguments.transformer, precision=precision, runtime=runtime)
         vae = load_vae(arguments.vae, runtime=runtime)
+    for applied in settings.loras:
+        say(describe_lora(applied, transformer))
     width, height, num_frames = size
     inputs = (transformer, vae, image, prompt, negative, settings)
     options: Any = {"image_settings": image_settings, "runtime": runtime}
@@ -363,6 +401,22 @@ def _generate(
     return num_frames
 
 
+def _read_loras(arguments: argparse.Namespace) -> "tuple[AppliedLora, ...]":
+    """The LoRAs of --lora, for the transformer that will be loaded."""
+    from .builtin import BUILTIN_FOLDER
+    from .lora.apply import AppliedLora
+    from .lora.read import load_lora
+    from .weights.load import check_transformer
+
+    if not arguments.lora:
+        return ()
+    config = check_transformer(arguments.transformer or BUILTIN_FOLDER / "transformer").config
+    return tuple(
+        AppliedLora(load_lora(file, config), strength)  # type: ignore[arg-type]
+        for file, strength in arguments.lora
+    )
+
+
 def riflex_k(arguments: argparse.Namespace) -> int:
     """The temporal frequency that RIFLEx lowers in long clips; 0 is off.
 
@@ -374,6 +428,13 @@ def riflex_k(arguments: argparse.Namespace) -> int:
     """
     is_builtin = arguments.transformer is None
     return 0 if is_builtin or arguments.riflex == "off" else 4
+
+
+def _fill_in(arguments: argparse.Namespace) -> None:
+    """Take what was not given from the preset."""
+    for name, value in vars(PRESETS[arguments.preset]).items():
+        if getattr(arguments, name) is None:
+            setattr(arguments, name, value)
 
 
 def _check_extend(arguments: argparse.Namespace) -> None:

@@ -132,6 +132,32 @@ CHUNKINGS = {"whole": Chunking(), "chunks": Chunking(3), "head groups": Chunking
 
 
 @dataclass(frozen=True)
+class Preset:
+    """Settings of a run that belong together.
+
+    Attributes:
+        steps: of the schedule.
+        cfg: true CFG scale.
+        embedded_guidance: as the model is told it.
+        shift: of the schedule.
+    """
+
+    steps: int
+    cfg: float
+    embedded_guidance: float
+    shift: float
+
+
+PRESETS = {
+    # as the authors released the model
+    "official": Preset(30, 6.0, 1.0, 7.0),
+    # experimental: for a step-distilled LoRA of HunyuanVideo's text-to-video model; values of
+    # hao-ai-lab/FastVideo scripts/inference/inference_hunyuan.sh
+    "few-steps": Preset(6, 1.0, 6.0, 17.0),
+}
+
+
+@dataclass(frozen=True)
 class Tiling:
     """Decode windows in pixels and frames; 0 frames means the whole clip at once.
 

@@ -10,7 +10,7 @@ import torch
 from comfyui_skyreels.skyreels.builtin import BUILTIN_NAME
 from comfyui_skyreels.skyreels.vae.model import VideoVAE
 from PIL import Image
-from support import host, tiny
+from support import host, lora, tiny
 from support.workflows import NODES, PAGE_ONLY, placed, read, widgets
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -41,7 +41,7 @@ each_graph = pytest.mark.parametrize(
 
 
 def test_the_workflows_are_here():
-    local = {"quick_start", "extend_video", "local_bf16", "local_low_memory"}
+    local = {"quick_start", "extend_video", "local_bf16", "local_low_memory", "local_few_steps"}
     assert {path.stem for path in FILES} == {*local, "remote", "wiro_batch", "local_and_remote"}
 
 
@@ -118,7 +118,7 @@ def test_nodes_say_whose_they_are_and_where_their_files_are(path):
         for model in properties.get("models", []):
             assert model["url"].startswith(MODEL_HOSTS)
             assert model["url"].endswith(f"/{model['name']}")
-            assert model["directory"] in ("diffusion_models", "vae", "text_encoders")
+            assert model["directory"] in ("diffusion_models", "vae", "text_encoders", "loras")
             assert "/" not in model["name"]
 
 
@@ -180,6 +180,10 @@ def test_the_graph_runs_to_a_video_on_tiny_weights(path, comfy, wiro):
             if isinstance(file, str) and file != BUILTIN_NAME:
                 kind = "vae" if name == "vae" else "diffusion_models"
                 tiny.save(comfy.folder(kind) / file, module.state_dict())
+        if "lora" in inputs:
+            parts = lora.draw_parts()
+            tensors = lora.letters(lora.whole_modules(parts), "transformer.")
+            tiny.save(comfy.folder("loras") / inputs["lora"], tensors)
         inputs |= {
             name: value
             for name, value in {"width": 48, "height": 32, "num_frames": 5, "steps": 2}.items()
@@ -199,6 +203,10 @@ def test_the_graph_runs_to_a_video_on_tiny_weights(path, comfy, wiro):
     }
     assert shapes == expected.get(path.stem, [(5, 32, 48, 3)])
     assert types["SaveVideo"] in results
+    if "SkyReelsLoraLoader" in types:
+        model, report = results[types["SkyReelsLoraLoader"]]
+        assert model.module.lora_state.keys() == {c.parameter for c in model.loras[0].lora.changes}
+        assert "(diffusion-pipe): 100 keys matched, 50 modules changed" in report
     if "WiroCollect" in types:
         videos, _, taskids, _, report = results[types["WiroCollect"]]
         assert taskids == ["2221", "2222"]

@@ -17,6 +17,7 @@ _DOWNLOAD_PAGES = {
     "diffusion_models": "https://huggingface.co/Kijai/SkyReels-V1-Hunyuan_comfy",
     "vae": "https://huggingface.co/Comfy-Org/HunyuanVideo_repackaged",
     "text_encoders": "https://huggingface.co/hunyuanvideo-community/HunyuanVideo",
+    "loras": "https://civitai.com/models (base model Hunyuan Video)",
     "diffusers": "https://huggingface.co/Skywork/SkyReels-V1-Hunyuan-I2V, or "
     "hunyuanvideo-community/HunyuanVideo for text encoders",
 }

@@ -37,11 +37,13 @@ class LoadedModel:
         module: SkyReelsTransformer or VideoVAE.
         patcher: ComfyUI's handle on it, through which its memory manager moves it.
         name: for messages.
+        loras: that a run brings the module to, see `SamplingSettings`.
     """
 
     module: Any
     patcher: Any
     name: str
+    loras: tuple[Any, ...] = ()
 
 
 class ComfyRuntime:
@@ -114,6 +116,7 @@ class ComfyRuntime:
             self.make_room(num_bytes)
             yield
             return
+        _recount(model)
         self._in_use.append(model.patcher)
         try:
             if not (self._fits(num_bytes) and self._load(model, activation_bytes)):
@@ -210,6 +213,15 @@ class ComfyRuntime:
     def check_interrupt(self) -> None:
         """Raise ComfyUI's own exception if the user pressed Cancel."""
         self._mm.throw_exception_if_processing_interrupted()
+
+
+def _recount(model: LoadedModel) -> None:
+    """Tell ComfyUI the size of a model whose layers were given side branches, or lost them."""
+    num_bytes, counted = weight_bytes(model.module), model.patcher.model_size()
+    if num_bytes != counted:
+        model.patcher.size = num_bytes
+        if model.patcher.loaded_size():  # they lie where their layers do
+            model.module.model_loaded_weight_memory += num_bytes - counted
 
 
 def status_line(stage: str, done: int, total: int, seconds_each: float) -> str:

@@ -136,6 +136,7 @@ class SkyReelsExtendVideo:
             riflex_k=intrinsic_frequency(config),
             cache=CACHES[cache],
             attention=attention,
+            loras=model.loras,
         )
         joined, new_images = extend_video(
             model.module,

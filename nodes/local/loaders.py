@@ -20,6 +20,7 @@ LOADERS = {
     "vae": "SkyReels Load VAE",
     "llama": "DualCLIPLoader, type hunyuan_video",
     "clip": "DualCLIPLoader, type hunyuan_video",
+    "lora": "SkyReels Load LoRA",
 }
 
 

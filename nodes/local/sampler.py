@@ -329,6 +329,7 @@ class SkyReelsSampler:
             attention=attention,
             solver=euler if sampler is None else host.core_solver(sampler, shift, seed),
             resume=host.resume_folder() if resume else None,
+            loras=model.loras,
         )
         samples = sample(
             model.module,

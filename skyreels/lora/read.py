@@ -8,8 +8,7 @@ Scales: `alpha / rank`, where a file has an alpha; an alpha of 0 means that of t
 musubi-tuner; without one 1. PEFT keeps r, alpha and rsLoRA (alpha / sqrt(r)) in the file's metadata
 or in adapter_config.json beside it.
 
-Sources: ComfyUI comfy/lora.py and comfy/weight_adapter/; PEFT tuners/lora; see weights/dialects.py
-for the writers.
+Sources: ComfyUI's weight adapters and PEFT's LoRA layers; see weights/dialects.py for the writers.
 """
 
 import hashlib

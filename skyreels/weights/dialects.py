@@ -4,9 +4,9 @@ A name is a prefix, a module in one of several vocabularies (lora/names.py), and
 which factor the tensor is. Suffixes and the guess at the writer need no model, so `inspect` uses
 them too.
 
-Sources: kohya-ss/musubi-tuner networks/lora.py and convert_lora.py; tdrussell/diffusion-pipe;
-Nerogar/OneTrainer convert_hunyuan_video_lora.py; huggingface/peft and diffusers lora_pipeline.py;
-ComfyUI comfy/lora.py and comfy/weight_adapter/; KohakuBlueleaf/LyCORIS.
+Sources: the LoRA networks and converters of kohya-ss/musubi-tuner, tdrussell/diffusion-pipe,
+Nerogar/OneTrainer, huggingface/peft and diffusers, Tencent/HunyuanVideo-I2V, KohakuBlueleaf/LyCORIS
+and ComfyUI.
 """
 
 import re
@@ -64,14 +64,14 @@ _WRITERS = {
     "LyCORIS": r"lycoris_",
     "OneTrainer OMI": r".*(?:attn[._]qkv|linear1)\.[0-3]$|.*mlp\.fc0$",
     "musubi-tuner": r"lora_unet_+(?:double|single)_blocks_|lora_unet_+(?:txt|img|time|vector)_in",
+    "LTX-Video or CogVideoX": r".*transformer_blocks[._]\d+[._]attn\d",
+    "Wan": r".*blocks[._]\d+[._](?:self|cross)_attn[._][qkvo]$",
     "diffusers": r"(?:transformer\.)?(?:single_transformer_blocks\.\d+\.(?:attn|norm|proj_\w+)\.|"
     r"single_transformer_blocks\.\d+\.proj|transformer_blocks\.\d+\.(?:attn|norm1|ff)|"
     r"(?:context|x)_embedder\.)",
     "ComfyUI": r".*blocks\.\d+\.(?:(?:img|txt)_(?:attn\.|mod\.lin$|mlp\.[02]$)|modulation\.lin$)",
     "diffusion-pipe": r".*(?:double|single)_blocks\.\d+\.|(?:\w+\.)?(?:txt|img|time)_in\.|"
     r"(?:\w+\.)?(?:vector_in|guidance_in|final_layer)\.",
-    "Wan": r".*blocks[._]\d+[._](?:self|cross)_attn",
-    "LTX-Video or CogVideoX": r".*transformer_blocks[._]\d+[._]attn\d",
     "Stable Diffusion": r".*(?:down|up|mid|input|output|middle)_blocks?[._]",
 }
 _METHODS = {

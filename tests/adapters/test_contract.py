@@ -30,6 +30,11 @@ FROZEN = {
         [("model", "SKYREELS_MODEL")],
     ),
     "SkyReelsVAELoader": ("SkyReels Load VAE", ["vae", "precision"], [("vae", "SKYREELS_VAE")]),
+    "SkyReelsLoraLoader": (
+        "SkyReels Load LoRA",
+        ["model", "lora", "strength", "blocks"],
+        [("model", "SKYREELS_MODEL"), ("report", "STRING")],
+    ),
     "SkyReelsTextEncoderLoader": (
         "SkyReels Load Text Encoder",
         ["text_encoder"],

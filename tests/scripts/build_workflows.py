@@ -20,6 +20,7 @@ from unittest.mock import patch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from comfyui_skyreels.nodes import NODE_CLASS_MAPPINGS
 from comfyui_skyreels.skyreels.builtin import BUILTIN_NAME
+from comfyui_skyreels.skyreels.config import PRESETS
 from comfyui_skyreels.skyreels.text.encode import DEFAULT_NEGATIVE_PROMPT
 from support import host
 from support.project import PYPROJECT, ROOT
@@ -67,6 +68,10 @@ MODELS = {
     "hunyuan_video_vae_bf16.safetensors": ("vae", COMFY_ORG + "vae/"),
     "clip_l.safetensors": ("text_encoders", COMFY_ORG + "text_encoders/"),
     "llava_llama3_fp8_scaled.safetensors": ("text_encoders", COMFY_ORG + "text_encoders/"),
+    "hyvideo_FastVideo_LoRA-fp8.safetensors": (
+        "loras",
+        HUGGING_FACE + "Kijai/HunyuanVideo_comfy/resolve/main/",
+    ),
 }
 
 
@@ -304,6 +309,46 @@ def local_low_memory() -> Graph:
     )
 
 
+def local_few_steps() -> Graph:
+    """A step-distilled LoRA and the settings of its authors."""
+    lora, settings = "hyvideo_FastVideo_LoRA-fp8.safetensors", PRESETS["few-steps"]
+    graph = local(
+        "skyreels_hunyuan_i2v_bf16.safetensors",
+        "skyreels_few_steps",
+        note(
+            "## LoRAs, and few steps\n\n*SkyReels Load LoRA* takes any HunyuanVideo LoRA in "
+            "`models/loras`: choose your own, set its strength, chain more of them. The node says "
+            "what of the file was used.\n\nThis one is step-distilled: 6 steps at CFG 1 take a "
+            "tenth of the time.\n\n"
+            f"[LoRA]({HUGGING_FACE}Kijai/HunyuanVideo_comfy) · "
+            f"[Transformer]({HUGGING_FACE}Kijai/SkyReels-V1-Hunyuan_comfy) · "
+            f"[VAE and text encoders]({HUGGING_FACE}Comfy-Org/HunyuanVideo_repackaged)",
+            250,
+        ),
+        note(
+            "**Experimental.** 6 steps, shift 17, embedded guidance 6 and CFG 1 are what the LoRA "
+            "was made for, on HunyuanVideo's text-to-video model. SkyReels is another model: "
+            "expect less motion and detail.\n\nWith another LoRA set 30 steps, CFG 6, embedded "
+            "guidance 1 and shift 7 again.",
+            170,
+        ),
+    )
+    files = graph["load"]
+    first = {name: files.pop(name) for name in ("note", "transformer")}
+    loader = Node(
+        "SkyReelsLoraLoader", {"lora": lora}, {"model": ("transformer", 0)}, models=(lora,),
+        height=230,
+    )  # fmt: skip
+    graph["load"] = {**first, "lora": loader, **files}
+    sampler = graph["sample"]["sampler"]
+    graph["sample"]["sampler"] = replace(
+        sampler,
+        values=dict(vars(settings)),
+        links={**sampler.links, "model": ("lora", 0)},
+    )
+    return graph
+
+
 WIRO_NOTE = (
     "## SkyReels-V1 on Wiro\n\nNo GPU is needed: the video is generated on "
     "[wiro.ai](https://wiro.ai/models/wiro/SkyReels-V1), **which costs money**. The node shows the "
@@ -431,6 +476,7 @@ GRAPHS = {
     "extend_video": extend_video,
     "local_bf16": local_bf16,
     "local_low_memory": local_low_memory,
+    "local_few_steps": local_few_steps,
     "remote": remote,
     "wiro_batch": wiro_batch,
     "local_and_remote": local_and_remote,

@@ -140,6 +140,25 @@ class ModelPatcher:
 
     def __init__(self, model: Any, load_device: torch.device, offload_device: torch.device) -> None:
         self.model, self.load_device, self.offload_device = model, load_device, offload_device
+        self.size = 0
+
+    def model_size(self) -> int:
+        if not self.size:
+            self.size = sum(tensor.nbytes for tensor in self.model.state_dict().values())
+        return self.size
+
+    def loaded_size(self) -> int:
+        return int(getattr(self.model, "model_loaded_weight_memory", 0))
+
+
+class NamedPatcher(str):
+    """A handle that is told by its name."""
+
+    def model_size(self) -> int:
+        return 0
+
+    def loaded_size(self) -> int:
+        return 0
 
 
 class ProgressBar:
@@ -185,7 +204,7 @@ def stand_ins(host: Host) -> dict[str, ModuleType]:
     paths: Any = modules["folder_paths"]
     paths.folder_names_and_paths = {
         kind: ([str(host.folder(kind))], set(SUFFIXES))
-        for kind in ("diffusion_models", "vae", "text_encoders", "diffusers")
+        for kind in ("diffusion_models", "vae", "text_encoders", "diffusers", "loras")
     }
     paths.get_filename_list = lambda kind: sorted(
         path.relative_to(host.folder(kind)).as_posix()

@@ -6,7 +6,7 @@ from torch.utils._pytree import tree_leaves
 
 PRODUCTS = {
     "mm", "_scaled_mm", "_int_mm", "int8_linear_", "addmm", "_addmm_activation", "bmm", "baddbmm",
-    "linear", "convolution",
+    "linear", "convolution", "add_low_rank_",
 }  # fmt: skip
 #: what allocates or looks, and runs no kernel
 NOTHING = {"empty", "empty_like", "new_empty", "empty_strided", "detach", "alias", "lift_fresh"}

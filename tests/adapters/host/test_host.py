@@ -12,13 +12,14 @@ from comfyui_skyreels.skyreels.offload import RESERVE_BYTES, weight_bytes
 from comfyui_skyreels.skyreels.transformer import placement
 from comfyui_skyreels.skyreels.transformer.placement import placed
 from support import tiny
+from support.host import NamedPatcher
 
 GIB = 1024**3
 
 
 @pytest.fixture
 def model() -> host.LoadedModel:
-    return host.LoadedModel(tiny.transformer(), "our patcher", "tiny.safetensors")
+    return host.LoadedModel(tiny.transformer(), NamedPatcher("our patcher"), "tiny.safetensors")
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ from comfyui_skyreels.nodes.host import preview
 from comfyui_skyreels.skyreels.latents import latents_to_rgb
 from PIL import Image
 from support import tiny
-from support.host import InterruptProcessingException
+from support.host import InterruptProcessingException, NamedPatcher
 
 
 @pytest.fixture
@@ -26,7 +26,7 @@ def clock(monkeypatch):
 
 @pytest.fixture
 def model() -> host.LoadedModel:
-    return host.LoadedModel(tiny.transformer(), "our patcher", "tiny.safetensors")
+    return host.LoadedModel(tiny.transformer(), NamedPatcher("our patcher"), "tiny.safetensors")
 
 
 def latents(num_frames: int = 3, height: int = 4, width: int = 6) -> torch.Tensor:
