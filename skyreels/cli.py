@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from .extend import ExtendSettings
+    from .image import ImageSettings
     from .runtime import Runtime
     from .text.embeds import PromptEmbeds
 
@@ -118,12 +119,17 @@ def build_parser() -> argparse.ArgumentParser:
     generate = commands.add_parser(
         "generate",
         help="a picture and a prompt become a video",
-        description="A picture and a prompt become a video. Without --transformer, --vae and "
+        description="A picture and a prompt become a video; with a text-to-video transformer, a "
+        "prompt alone does. Without --transformer, --vae and "
         "--text-encoder the tiny built-in model is used (64x64, 17 frames).",
     )
     generate.set_defaults(run=run_generate)
     generate.add_argument(
-        "image", nargs="?", type=Path, help="picture file; without one, an example is drawn"
+        "image",
+        nargs="?",
+        type=Path,
+        help="picture file; the built-in model draws an example without one, a text-to-video "
+        "transformer takes none",
     )
     generate.add_argument("--prompt", required=True, help="what happens ('FPS-24, ' is added)")
     generate.add_argument("--negative", help="what to avoid (default: the official list)")
@@ -238,13 +244,16 @@ def run_generate(arguments: argparse.Namespace) -> dict[str, Any]:
     from .latents import check_size
     from .media import read_clip, read_image
 
+    image: Tensor | None
     if arguments.extend is not None:
         image = read_clip(arguments.extend)
         height, width = image.shape[1:3]
         check_clip(image, _extend_settings(arguments, num_frames))
     else:
         check_size(width, height, num_frames)
-        image = read_image(arguments.image) if arguments.image else example_image()
+        image = read_image(arguments.image) if arguments.image else None
+        if is_builtin and image is None:
+            image = example_image()
     if is_builtin:
         say(BUILTIN_NOTICE)
     with (
@@ -288,7 +297,7 @@ def _chosen_options_logged(arguments: argparse.Namespace) -> Iterator[None]:
 
 def _generate(
     arguments: argparse.Namespace,
-    image: "Tensor",
+    image: "Tensor | None",
     size: tuple[int, int, int],
     report: Any,
     check: Callable[[], None],
@@ -333,8 +342,9 @@ def _generate(
         state_folder=user_folder(),
     )
     if not is_builtin:  # minutes before they are loaded
-        check_transformer(arguments.transformer)
+        config = check_transformer(arguments.transformer).config
         check_vae(arguments.vae)
+        _check_picture(config, image is not None, image_settings)
     prompt, negative = _encode_prompts(arguments, runtime)
     precision = arguments.precision
     if is_builtin:
@@ -344,23 +354,43 @@ def _generate(
         transformer = load_transformer(arguments.transformer, precision=precision, runtime=runtime)
         vae = load_vae(arguments.vae, runtime=runtime)
     width, height, num_frames = size
-    inputs = (transformer, vae, image, prompt, negative, settings)
     options: Any = {"image_settings": image_settings, "runtime": runtime}
-    extend = None
-    if arguments.extend is None:
+    clip = None if arguments.extend is None else image
+    if clip is None:
         options |= {"width": width, "height": height, "num_frames": num_frames}
-        vae_latents = image_to_latents(*inputs, **options)
+        vae_latents = image_to_latents(
+            transformer, vae, image, prompt, negative, settings, **options
+        )
     else:
         extend = _extend_settings(arguments, num_frames)
-        vae_latents = extend_latents(*inputs, extend=extend, **options)
-        num_frames += len(image) - extend.overlap_frames
+        vae_latents = extend_latents(
+            transformer, vae, clip, prompt, negative, settings, extend=extend, **options
+        )
+        num_frames += len(clip) - extend.overlap_frames
     with open_frames(arguments.out, num_frames, height, width) as file:
         sink: FrameSink = file
-        if extend is not None:
-            sink = Continuation(image, extend, file, check=runtime.check_interrupt)
+        if clip is not None:
+            sink = Continuation(clip, extend, file, check=runtime.check_interrupt)
         decode_into(sink, vae, vae_latents, arguments.decode, runtime=runtime)
         check()
     return num_frames
+
+
+def _check_picture(config: Any, has_picture: bool, settings: "ImageSettings") -> None:
+    """Refuse a picture, or options for one, where the transformer takes none, and the reverse.
+
+    Raises:
+        OptionError: names them.
+    """
+    from .image import ImageSettings
+    from .latents import check_picture
+
+    check_picture(config, has_picture)
+    if not has_picture and settings != ImageSettings():
+        raise OptionError(
+            "--fit, --noise-augmentation and --latent-strength are for a picture, and a "
+            "text-to-video transformer takes none: leave them out."
+        )
 
 
 def riflex_k(arguments: argparse.Namespace) -> int:

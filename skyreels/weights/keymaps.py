@@ -51,6 +51,8 @@ MARKERS: dict[tuple[str, str], tuple[str, ...]] = {
     ("llama", "huggingface"): ("layers.0.self_attn.q_proj.weight",),
     ("clip", "huggingface"): ("text_model.encoder.layers.0.self_attn.q_proj.weight",),
     ("t5", "huggingface"): ("encoder.block.0.layer.0.SelfAttention.q.weight",),
+    ("wan", "original"): ("patch_embedding.weight", "blocks.0.self_attn.q.weight"),
+    ("wan", "diffusers"): ("patch_embedding.weight", "blocks.0.attn1.to_q.weight"),
 }
 
 #: any of these in a name makes the file a LoRA
@@ -211,8 +213,8 @@ def detect(names: Collection[str]) -> tuple[str, str, str]:
     """Recognise a model by the names of its tensors.
 
     Returns:
-        Family, layout and prefix. The family is "transformer", "vae", "llama", "clip", "t5", "lora"
-        or "unknown"; layout and prefix are "" for the last two.
+        Family, layout and prefix. The family is "transformer", "vae", "llama", "clip", "t5", "wan",
+        "lora" or "unknown"; layout and prefix are "" for the last two.
     """
     present = names if isinstance(names, Mapping | set | frozenset) else set(names)
     if any(marker in name for name in present for marker in LORA_MARKERS):

@@ -43,6 +43,7 @@ from ..vae.model import VideoVAE
 from .inspect import (
     COMPANION_SUFFIXES,
     DTYPE_NAMES,
+    FRAMEPACK_PREFIX,
     SCALE_SUFFIXES,
     CheckpointInfo,
     TensorEntry,
@@ -71,7 +72,7 @@ def load_transformer(
     precision: str = "auto",
     runtime: Runtime,
 ) -> SkyReelsTransformer:
-    """Load the SkyReels image-to-video transformer onto `runtime.offload_device`.
+    """Load a SkyReels-V1 transformer, I2V or T2V, onto `runtime.offload_device`.
 
     Args:
         path: any layout of keymaps.py, as a file or a diffusers folder.
@@ -87,8 +88,8 @@ def load_transformer(
         The module in eval mode, without gradients.
 
     Raises:
-        CheckpointError: unreadable, another family, another variant (T2V, 33 channels), tensors
-            missing, left over, of the wrong shape, or not finite.
+        CheckpointError: unreadable, another family, another variant (33 channels, FramePack),
+            tensors missing, left over, of the wrong shape, or not finite.
         OptionError: unknown precision.
     """
     _check_precision(precision, TRANSFORMER_PRECISIONS)
@@ -191,17 +192,22 @@ def check_transformer(path: str | PathLike[str]) -> CheckpointInfo:
         What the checkpoint is.
 
     Raises:
-        CheckpointError: unreadable, another family, or another variant (T2V, 33 channels).
+        CheckpointError: unreadable, another family, or another variant (33 channels, FramePack).
     """
     info = inspect(path)
     require(info, "transformer")
     config = info.config
     assert isinstance(config, TransformerConfig)
-    if config.in_channels != 2 * config.out_channels:
+    if info.variant == "framepack":
+        raise CheckpointError(
+            f"{info.path.name} is FramePack, another model on the base of HunyuanVideo (it has "
+            f"tensors {FRAMEPACK_PREFIX}*): use {I2V_FILE}."
+        )
+    if config.in_channels not in (config.out_channels, 2 * config.out_channels):
         raise CheckpointError(
             f"{info.path.name} has {config.in_channels} input channels ({info.variant}), and "
-            f"SkyReels image-to-video has {2 * config.out_channels} (noise and image latents): "
-            f"use {I2V_FILE}."
+            f"SkyReels image-to-video has {2 * config.out_channels} (noise and image latents), "
+            f"text-to-video {config.out_channels}: use {I2V_FILE}."
         )
     return info
 
