@@ -8,6 +8,7 @@ The last line of the output is one JSON object.
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 checkout, pack, folder = sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3])
@@ -90,11 +91,11 @@ concat = image.image_latents / comfy.latent_formats.HunyuanVideo().scale_factor
 extra = {"guidance": 1.0, "concat_latent_image": concat}
 
 
-def core_samples(sampler, sigmas, *, start=None, add_noise=True):
+def core_samples(sampler, sigmas, *, start=None, add_noise=True, model=core_model, extra=extra):
     noise = torch.randn(image.latent_shape, generator=torch.manual_seed(3))
     with torch.inference_mode():
         return comfy.sample.sample_custom(
-            core_model,
+            model,
             noise if add_noise else torch.zeros_like(noise),
             6.0,
             sampler,
@@ -127,6 +128,18 @@ result["continued_relative_error"] = relative_error(rest["samples"], core_rest)
 again = node("SkyReelsSampler", **{**ours, "sigmas": low}, latent={"samples": reference})
 core_again = core_samples(euler, low, start=reference)
 result["video_to_video_relative_error"] = relative_error(again["samples"], core_again)
+
+# text to video: an empty latent gives the size, and core's model is plain HunyuanVideo
+text_only = tiny.transformer(replace(CONFIG, in_channels=16))
+tiny.save(folder / "t2v.safetensors", text_only.state_dict())
+text_model = node("SkyReelsTransformerLoader", transformer="t2v.safetensors", precision="auto")
+core_text_model = comfy.sd.load_diffusion_model(
+    str(folder / "t2v.safetensors"), model_options={"dtype": torch.float32}
+)
+empty = {"samples": torch.zeros(image.latent_shape)}
+made = node("SkyReelsSampler", **{**ours, "model": text_model, "image": None}, latent=empty)
+core_made = core_samples(euler, sigmas, model=core_text_model, extra={"guidance": 1.0})
+result["t2v_relative_error"] = relative_error(made["samples"], core_made)
 
 # --- VAE ----------------------------------------------------------------------------------------
 

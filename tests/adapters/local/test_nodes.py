@@ -2,6 +2,7 @@
 
 import logging
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,7 +17,7 @@ from comfyui_skyreels.skyreels.config import Guidance, Tiling
 from comfyui_skyreels.skyreels.errors import CheckpointError, OptionError, ShapeError, TextError
 from comfyui_skyreels.skyreels.extend import ExtendSettings, extend_video
 from comfyui_skyreels.skyreels.image import ImageSettings, encode_image
-from comfyui_skyreels.skyreels.latents import to_vae_space
+from comfyui_skyreels.skyreels.latents import ImageConditioning, to_vae_space
 from comfyui_skyreels.skyreels.pipeline import image_to_video
 from comfyui_skyreels.skyreels.runtime import TorchRuntime
 from comfyui_skyreels.skyreels.sampling.sample import sample
@@ -420,6 +421,54 @@ def test_sharded_folders_and_text_encoder_folders_are_offered(comfy):
     ).module.state_dict()
     for name, tensor in tiny.transformer().state_dict().items():
         assert torch.equal(loaded[name], tensor)
+
+
+# --- text to video ------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def text_only(comfy) -> dict:
+    """Inputs of a sampler node with a text-to-video model, whose size an empty latent gives."""
+    model = tiny.transformer(replace(tiny.TRANSFORMER, in_channels=16))
+    tiny.save(comfy.folder("diffusion_models") / "t2v.safetensors", model.state_dict())
+    return {
+        "model": node("SkyReelsTransformerLoader", transformer="t2v.safetensors", precision="auto"),
+        "positive": text("a dog runs"), "negative": text(""), "seed": 5, "steps": 2, "cfg": 6.0,
+        "embedded_guidance": 1.0, "shift": 7.0,
+        "latent": {"samples": torch.zeros(1, 16, 3, 4, 6)},
+    }  # fmt: skip
+
+
+def test_a_text_to_video_model_samples_without_a_picture_what_the_library_does(text_only):
+    samples = node("SkyReelsSampler", **text_only)["samples"]
+    prompt, negative = (convert.to_prompt_embeds(text(t), "x") for t in ("a dog runs", ""))
+    expected = sample(
+        text_only["model"].module, ImageConditioning(None, 48, 32, 9), prompt, negative,
+        SamplingSettings(seed=5, sigmas=get_sigmas(2)), runtime=TorchRuntime(),
+    )  # fmt: skip
+    assert torch.equal(samples, expected)
+    again = node(
+        "SkyReelsSampler", **{**text_only, "latent": {"samples": samples}, "denoise": 0.5}
+    )["samples"]
+    assert not torch.equal(again, samples)
+
+
+def test_a_picture_for_a_text_to_video_model_and_a_missing_size_are_named(
+    comfy, text_only, picture
+):
+    _, inputs = prepare(picture)
+    concat = [[text("a")[0][0], {"concat_latent_image": torch.zeros(1, 16, 1, 4, 6),
+                                 **text("a")[0][1]}]]  # fmt: skip
+    for change, words in (
+        ({"image": inputs["image"]}, "takes no picture: disconnect `image`"),
+        ({"positive": concat}, "takes no picture"),
+        ({"latent": None}, "connect an EmptyHunyuanLatentVideo to `latent`"),
+    ):
+        with pytest.raises(ShapeError, match=words):
+            node("SkyReelsSampler", **{**text_only, **change})
+    extended = {**extend_inputs(), "model": text_only["model"]}
+    with pytest.raises(OptionError, match="takes no picture"):
+        node("SkyReelsExtendVideo", **extended)
 
 
 @pytest.mark.parametrize(
