@@ -61,7 +61,8 @@ def to_prompt_embeds(conditioning: Conditioning, name: str) -> PromptEmbeds:
         raise TextError(f"The {name} conditioning has no pooled CLIP state: {TEXT_FIX}.")
     if states.shape[0] != 1 or pooled.shape[0] != 1:
         raise TextError(
-            f"The {name} conditioning holds {states.shape[0]} prompts at once: encode one prompt."
+            f"The {name} conditioning holds {states.shape[0]} prompts and {pooled.shape[0]} pooled "
+            "states in one entry, and must hold one of each: encode one prompt."
         )
     mask = extras.get("attention_mask")
     if mask is not None and mask.numel() < states.shape[1]:

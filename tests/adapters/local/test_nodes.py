@@ -485,7 +485,7 @@ def test_a_picture_for_a_text_to_video_model_and_a_missing_size_are_named(
         (
             {"positive": [[torch.zeros(2, 3, 24), {"pooled_output": torch.zeros(2, 12)}]]},
             TextError,
-            "2 prompts at once",
+            "2 prompts and 2 pooled states in one entry, and must hold one",
         ),
         ({"image": None}, ShapeError, "No picture"),
         ({"latent": {"samples": torch.zeros(1, 4, 8, 8)}}, ShapeError, "EmptyHunyuanLatentVideo"),
