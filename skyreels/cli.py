@@ -136,7 +136,14 @@ def build_parser() -> argparse.ArgumentParser:
     generate.add_argument("--out", type=Path, required=True, help="FILE.mp4 or FILE.npy")
     generate.add_argument("--transformer", type=Path, help="checkpoint file or diffusers folder")
     generate.add_argument("--vae", type=Path, help="VAE file or folder")
-    generate.add_argument("--text-encoder", type=Path, help="folder with both text encoders")
+    generate.add_argument(
+        "--text-encoder",
+        type=Path,
+        action="append",
+        metavar="PATH",
+        help="folder with both text encoders and their tokenizers; or given twice, the files of "
+        "LLaMA-3 and CLIP-L",
+    )
     generate.add_argument("--width", type=int, help="multiple of 16 (default 960; built-in 64)")
     generate.add_argument("--height", type=int, help="multiple of 16 (default 544; built-in 64)")
     generate.add_argument("--frames", type=int, help="4k+1 (default 97; built-in 17)")
@@ -192,6 +199,14 @@ def build_parser() -> argparse.ArgumentParser:
     generate.add_argument(
         "--prompt-cache", type=Path, metavar="DIR", help="cache encoded prompts in this folder"
     )
+    generate.add_argument(
+        "--tokenizer",
+        type=Path,
+        action="append",
+        metavar="DIR",
+        help="folder of a tokenizer, or of both, for text encoders in single files; default: "
+        "beside them",
+    )
     generate.add_argument("--json", action="store_true")
 
     inspect = commands.add_parser("inspect", help="what a checkpoint is, from its header alone")
@@ -232,6 +247,8 @@ def run_generate(arguments: argparse.Namespace) -> dict[str, Any]:
             "the built-in model."
         )
     is_builtin = not any(paths)
+    if arguments.tokenizer is not None and is_builtin:
+        raise OptionError("--tokenizer belongs to --text-encoder: give it, or leave it out.")
     _check_extend(arguments)
     defaults = (64, 64, 17) if is_builtin else (960, 544, 97)
     given = (arguments.width, arguments.height, arguments.frames)
@@ -441,24 +458,26 @@ def _encode_prompts(
     from .builtin import builtin_text_encoder
     from .text.encode import DEFAULT_NEGATIVE_PROMPT, cached_prompt, encode_prompt
     from .text.load import fingerprint_text_encoder, load_text_encoder
+    from .text.sources import find_text_sources
 
-    folder, cache = arguments.text_encoder, arguments.prompt_cache
+    given, cache = arguments.text_encoder, arguments.prompt_cache
+    source = find_text_sources(given, arguments.tokenizer or ()) if given else None
     negative = DEFAULT_NEGATIVE_PROMPT if arguments.negative is None else arguments.negative
     texts = [(arguments.prompt, True)]
     if arguments.cfg > 1:
         texts.append((negative, False))  # the frame rate belongs to the prompt only
     found: list[PromptEmbeds | None] = []
-    if folder is not None and cache is not None:
-        fingerprint = fingerprint_text_encoder(folder, runtime=runtime)
+    if source is not None and cache is not None:
+        fingerprint = fingerprint_text_encoder(source, runtime=runtime)
         found = [
             cached_prompt(fingerprint, text, fps_prefix=prefix, cache_dir=cache)
             for text, prefix in texts
         ]
     if not found or None in found:
-        if folder is None:
+        if source is None:
             encoder = builtin_text_encoder(runtime=runtime)
         else:
-            encoder = load_text_encoder(folder, runtime=runtime)
+            encoder = load_text_encoder(source, runtime=runtime)
         found = [
             encode_prompt(encoder, text, fps_prefix=prefix, cache_dir=cache, runtime=runtime)
             for text, prefix in texts

@@ -67,7 +67,7 @@ def find_text_sources(
             tokenizer for one of them; the message says what to give.
     """
     given = [Path(path) for path in paths]
-    if len(given) == 1 and not given[0].is_file():
+    if len(given) == 1 and not given[0].is_file() and not _is_one_model(given[0]):
         return given[0]
     found: dict[str, Path] = {}
     for path in given:
@@ -89,12 +89,19 @@ def find_text_sources(
             (other,) = found.values()
             file = {"llama": "llava_llama3_*.safetensors", "clip": "clip_l.safetensors"}[family]
             raise CheckpointError(
-                f"{other.name} alone is not enough: {name} is needed too; give {file} beside it "
-                "(both are in Comfy-Org/HunyuanVideo_repackaged, split_files/text_encoders)."
+                f"{other.name} alone is not enough: {name} is needed too; give {file} of "
+                "Comfy-Org/HunyuanVideo_repackaged as well (--text-encoder a second time on the "
+                "command line, `clip` in the node)."
             )
     searched = _places(found.values(), [Path(each) for each in tokenizers], list(hosts))
     llm, clip = (_find_tokenizer(family, found[family], searched) for family in MODELS)
     return TextSources(found["llama"], found["clip"], llm, clip)
+
+
+def _is_one_model(folder: Path) -> bool:
+    """Whether a folder holds the shards of one model, not folders of several."""
+    has_weights = (folder / "config.json").is_file() and any(folder.glob("*.safetensors"))
+    return has_weights and not (folder / "text_encoder").is_dir()
 
 
 def _places(

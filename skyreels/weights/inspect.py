@@ -239,8 +239,8 @@ def require(info: CheckpointInfo, family: Literal["transformer", "vae"]) -> None
     fixes = {
         "transformer": "load it as the transformer",
         "vae": "load it as the VAE",
-        "llama": "load text encoders from a diffusers-style folder",
-        "clip": "load text encoders from a diffusers-style folder",
+        "llama": "load it as a text encoder",
+        "clip": "load it as a text encoder",
         "t5": "HunyuanVideo does not use it",
         "wan": "it is another architecture; use the files of SkyReels-V1",
         "lora": "it modifies a model and is not one",

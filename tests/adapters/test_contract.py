@@ -30,7 +30,7 @@ FROZEN = {
     "SkyReelsVAELoader": ("SkyReels Load VAE", ["vae", "precision"], [("vae", "SKYREELS_VAE")]),
     "SkyReelsTextEncoderLoader": (
         "SkyReels Load Text Encoder",
-        ["text_encoder"],
+        ["text_encoder", "clip", "tokenizer"],
         [("text_encoder", "SKYREELS_TEXT_ENCODER")],
     ),
     "SkyReelsTextEncode": (

@@ -251,7 +251,7 @@ def damaged_files(tmp_path: Path) -> dict[str, tuple[Path, str]]:
         "huge": (huge, "1000000000000000"),
         "nan": (tiny.save(tmp_path / "nan.safetensors", nan), "NaN"),
         "lora": (tiny.save(tmp_path / "lora.safetensors", lora), "LoRA"),
-        "llama": (tiny.save(tmp_path / "llama.safetensors", llama), "diffusers-style folder"),
+        "llama": (tiny.save(tmp_path / "llama.safetensors", llama), "load it as a text encoder"),
         "t2v": (tiny.save(tmp_path / "t2v.safetensors", variant(16)), "takes no picture"),
         "framepack": (
             tiny.save(tmp_path / "framepack.safetensors", {**variant(16), **framepack}),
@@ -336,6 +336,42 @@ def test_cached_prompts_are_found_without_loading_the_text_encoder(
     encode._cache.clear()
     assert run(capsys, "generate", picture, *FAST, *slots, "--out", second)[0] == 0
     assert first.read_bytes() == second.read_bytes()
+
+
+def test_text_encoders_in_single_files_make_the_clip_of_their_folder(capsys, tmp_path, picture):
+    from safetensors.torch import load_file
+    from support.text import TEXT_DIM, make_text_folder
+
+    folder = make_text_folder(tmp_path / "text", true_heads=True)
+    files = []
+    for part, prefix in (("text_encoder", "model."), ("text_encoder_2", "text_model.")):
+        state = load_file(folder / part / "model.safetensors")
+        state = {prefix + name.removeprefix(prefix): tensor for name, tensor in state.items()}
+        files.append(tiny.save(tmp_path / f"{part}.safetensors", state))
+    config = replace(tiny.TRANSFORMER, text_embed_dim=TEXT_DIM, pooled_projection_dim=128)
+    model = tiny.save(tmp_path / "t.safetensors", tiny.transformer(config).state_dict())
+    vae = tiny.save(tmp_path / "v.safetensors", tiny.randomize(VideoVAE(tiny.VAE)).state_dict())
+    slots = ["--transformer", model, "--vae", vae, "--width", "32", "--height", "32",
+             "--frames", "5"]  # fmt: skip
+    single = ["--text-encoder", files[1], "--text-encoder", files[0], "--tokenizer", folder]
+    clips = []
+    for number, encoder in enumerate((["--text-encoder", folder], single)):
+        out = tmp_path / f"{number}.npy"
+        assert run(capsys, "generate", picture, *FAST, *slots, *encoder, "--out", out)[0] == 0
+        clips.append(np.load(out))
+    assert np.array_equal(*clips)
+    out = tmp_path / "x.npy"
+    code, _, err = run(capsys, "generate", picture, *FAST, *slots, *single[:4], "--out", out)
+    assert code == 1
+    assert "No tokenizer of LLaMA-3 was found" in err
+
+
+def test_a_tokenizer_without_text_encoders_is_refused(capsys, tmp_path):
+    code, _, err = run(
+        capsys, "generate", *FAST, "--tokenizer", tmp_path, "--out", tmp_path / "x.npy"
+    )
+    assert code == 1
+    assert "--tokenizer belongs to --text-encoder" in err
 
 
 @pytest.fixture

@@ -183,6 +183,7 @@ def stand_ins(host: Host) -> dict[str, ModuleType]:
     cpu = torch.device("cpu")
 
     paths: Any = modules["folder_paths"]
+    paths.__file__ = str((host.root / "folder_paths").with_suffix(".py"))
     paths.folder_names_and_paths = {
         kind: ([str(host.folder(kind))], set(SUFFIXES))
         for kind in ("diffusion_models", "vae", "text_encoders", "diffusers")

@@ -423,6 +423,56 @@ def test_sharded_folders_and_text_encoder_folders_are_offered(comfy):
         assert torch.equal(loaded[name], tensor)
 
 
+# --- text encoders in single files --------------------------------------------------------------
+
+
+def test_text_encoders_in_single_files_give_the_conditioning_of_their_folder(comfy):
+    from safetensors.torch import load_file
+    from support.text import make_text_folder
+
+    place = comfy.folder("text_encoders")
+    folder = make_text_folder(place / "both", true_heads=True)
+    for part, prefix, file in (
+        ("text_encoder", "model.", "llava_llama3.safetensors"),
+        ("text_encoder_2", "text_model.", "clip_l.safetensors"),
+    ):
+        state = load_file(folder / part / "model.safetensors")
+        state = {prefix + name.removeprefix(prefix): tensor for name, tensor in state.items()}
+        tiny.save(place / file, state)
+    groups = NODES["SkyReelsTextEncoderLoader"].INPUT_TYPES()
+    files = ["clip_l.safetensors", "llava_llama3.safetensors"]
+    encoders = groups["required"]["text_encoder"][0]
+    assert encoders == [BUILTIN_NAME, "both (folder)", *files]
+    assert groups["optional"]["clip"][0] == ["in the folder", *files]
+    assert groups["optional"]["tokenizer"][0] == ["auto", "both (folder)"]
+
+    def encode(**choice):
+        encoder = node("SkyReelsTextEncoderLoader", **choice)
+        made = node("SkyReelsTextEncode", text_encoder=encoder, prompt="a cat", add_fps_prefix=True)
+        return made[0][0], made[0][1]["pooled_output"]
+
+    wanted = encode(text_encoder="both (folder)")
+    single = {"text_encoder": "llava_llama3.safetensors", "clip": "clip_l.safetensors"}
+    assert NODES["SkyReelsTextEncoderLoader"].VALIDATE_INPUTS(**single) is True
+    with pytest.raises(CheckpointError, match="No tokenizer of LLaMA-3 was found"):
+        encode(**single)
+    given = encode(**single, tokenizer="both (folder)")
+    # ComfyUI's own, which lie below its checkout
+    own = comfy.root / "comfy"
+    shutil.copytree(folder / "tokenizer", own / "text_encoders" / "llama_tokenizer")
+    shutil.copytree(folder / "tokenizer_2", own / "sd1_tokenizer")
+    for found in (given, encode(**single)):
+        assert all(map(torch.equal, found, wanted))
+    with pytest.raises(CheckpointError, match="CLIP-L is needed too.*`clip` in the node"):
+        encode(text_encoder="llava_llama3.safetensors")
+
+
+@pytest.mark.parametrize("name", ["text_encoder", "clip", "tokenizer"])
+def test_a_text_encoder_file_that_is_gone_is_answered_with_where_to_get_it(comfy, name):
+    answer = NODES["SkyReelsTextEncoderLoader"].VALIDATE_INPUTS(**{name: "gone.safetensors"})
+    assert "gone.safetensors is not in models/text_encoders: download it from" in answer
+
+
 # --- text to video ------------------------------------------------------------------------------
 
 

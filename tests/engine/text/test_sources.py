@@ -258,6 +258,11 @@ def test_a_single_folder_is_handed_on_as_it_is(folder):
     assert find_text_sources([folder]) == folder
 
 
+def test_a_folder_of_one_model_is_not_enough(folder):
+    with pytest.raises(CheckpointError, match="text_encoder alone is not enough: CLIP-L is needed"):
+        find_text_sources([folder / "text_encoder"])
+
+
 @pytest.mark.parametrize(
     ("which", "words"),
     [
