@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from .extend import ExtendSettings
+    from .image import ImageSettings
     from .lora.apply import AppliedLora
     from .runtime import Runtime
     from .text.embeds import PromptEmbeds
@@ -119,19 +120,31 @@ def build_parser() -> argparse.ArgumentParser:
     generate = commands.add_parser(
         "generate",
         help="a picture and a prompt become a video",
-        description="A picture and a prompt become a video. Without --transformer, --vae and "
+        description="A picture and a prompt become a video; with a text-to-video transformer, a "
+        "prompt alone does. Without --transformer, --vae and "
         "--text-encoder the tiny built-in model is used (64x64, 17 frames).",
     )
     generate.set_defaults(run=run_generate)
     generate.add_argument(
-        "image", nargs="?", type=Path, help="picture file; without one, an example is drawn"
+        "image",
+        nargs="?",
+        type=Path,
+        help="picture file; the built-in model draws an example without one, a text-to-video "
+        "transformer takes none",
     )
     generate.add_argument("--prompt", required=True, help="what happens ('FPS-24, ' is added)")
     generate.add_argument("--negative", help="what to avoid (default: the official list)")
     generate.add_argument("--out", type=Path, required=True, help="FILE.mp4 or FILE.npy")
     generate.add_argument("--transformer", type=Path, help="checkpoint file or diffusers folder")
     generate.add_argument("--vae", type=Path, help="VAE file or folder")
-    generate.add_argument("--text-encoder", type=Path, help="folder with both text encoders")
+    generate.add_argument(
+        "--text-encoder",
+        type=Path,
+        action="append",
+        metavar="PATH",
+        help="folder with both text encoders and their tokenizers; or given twice, the files of "
+        "LLaMA-3 and CLIP-L",
+    )
     generate.add_argument("--width", type=int, help="multiple of 16 (default 960; built-in 64)")
     generate.add_argument("--height", type=int, help="multiple of 16 (default 544; built-in 64)")
     generate.add_argument("--frames", type=int, help="4k+1 (default 97; built-in 17)")
@@ -202,6 +215,14 @@ def build_parser() -> argparse.ArgumentParser:
     generate.add_argument(
         "--prompt-cache", type=Path, metavar="DIR", help="cache encoded prompts in this folder"
     )
+    generate.add_argument(
+        "--tokenizer",
+        type=Path,
+        action="append",
+        metavar="DIR",
+        help="folder of a tokenizer, or of both, for text encoders in single files; default: "
+        "beside them",
+    )
     generate.add_argument("--json", action="store_true")
 
     inspect = commands.add_parser("inspect", help="what a checkpoint is, from its header alone")
@@ -259,6 +280,8 @@ def run_generate(arguments: argparse.Namespace) -> dict[str, Any]:
             "the built-in model."
         )
     is_builtin = not any(paths)
+    if arguments.tokenizer is not None and is_builtin:
+        raise OptionError("--tokenizer belongs to --text-encoder: give it, or leave it out.")
     _check_extend(arguments)
     _fill_in(arguments)
     defaults = (64, 64, 17) if is_builtin else (960, 544, 97)
@@ -272,13 +295,16 @@ def run_generate(arguments: argparse.Namespace) -> dict[str, Any]:
     from .latents import check_size
     from .media import read_clip, read_image
 
+    image: Tensor | None
     if arguments.extend is not None:
         image = read_clip(arguments.extend)
         height, width = image.shape[1:3]
         check_clip(image, _extend_settings(arguments, num_frames))
     else:
         check_size(width, height, num_frames)
-        image = read_image(arguments.image) if arguments.image else example_image()
+        image = read_image(arguments.image) if arguments.image else None
+        if is_builtin and image is None:
+            image = example_image()
     if is_builtin:
         say(BUILTIN_NOTICE)
     with (
@@ -322,7 +348,7 @@ def _chosen_options_logged(arguments: argparse.Namespace) -> Iterator[None]:
 
 def _generate(
     arguments: argparse.Namespace,
-    image: "Tensor",
+    image: "Tensor | None",
     size: tuple[int, int, int],
     report: Any,
     check: Callable[[], None],
@@ -369,8 +395,9 @@ def _generate(
         state_folder=user_folder(),
     )
     if not is_builtin:  # minutes before they are loaded
-        check_transformer(arguments.transformer)
+        config = check_transformer(arguments.transformer).config
         check_vae(arguments.vae)
+        _check_picture(config, image is not None, image_settings)
     prompt, negative = _encode_prompts(arguments, runtime)
     precision = arguments.precision
     if is_builtin:
@@ -382,20 +409,23 @@ def _generate(
     for applied in settings.loras:
         say(describe_lora(applied, transformer))
     width, height, num_frames = size
-    inputs = (transformer, vae, image, prompt, negative, settings)
     options: Any = {"image_settings": image_settings, "runtime": runtime}
-    extend = None
-    if arguments.extend is None:
+    clip = None if arguments.extend is None else image
+    if clip is None:
         options |= {"width": width, "height": height, "num_frames": num_frames}
-        vae_latents = image_to_latents(*inputs, **options)
+        vae_latents = image_to_latents(
+            transformer, vae, image, prompt, negative, settings, **options
+        )
     else:
         extend = _extend_settings(arguments, num_frames)
-        vae_latents = extend_latents(*inputs, extend=extend, **options)
-        num_frames += len(image) - extend.overlap_frames
+        vae_latents = extend_latents(
+            transformer, vae, clip, prompt, negative, settings, extend=extend, **options
+        )
+        num_frames += len(clip) - extend.overlap_frames
     with open_frames(arguments.out, num_frames, height, width) as file:
         sink: FrameSink = file
-        if extend is not None:
-            sink = Continuation(image, extend, file, check=runtime.check_interrupt)
+        if clip is not None:
+            sink = Continuation(clip, extend, file, check=runtime.check_interrupt)
         decode_into(sink, vae, vae_latents, arguments.decode, runtime=runtime)
         check()
     return num_frames
@@ -415,6 +445,23 @@ def _read_loras(arguments: argparse.Namespace) -> "tuple[AppliedLora, ...]":
         AppliedLora(load_lora(file, config), strength)  # type: ignore[arg-type]
         for file, strength in arguments.lora
     )
+
+
+def _check_picture(config: Any, has_picture: bool, settings: "ImageSettings") -> None:
+    """Refuse a picture, or options for one, where the transformer takes none, and the reverse.
+
+    Raises:
+        OptionError: names them.
+    """
+    from .image import ImageSettings
+    from .latents import check_picture
+
+    check_picture(config, has_picture)
+    if not has_picture and settings != ImageSettings():
+        raise OptionError(
+            "--fit, --noise-augmentation and --latent-strength are for a picture, and a "
+            "text-to-video transformer takes none: leave them out."
+        )
 
 
 def riflex_k(arguments: argparse.Namespace) -> int:
@@ -472,24 +519,26 @@ def _encode_prompts(
     from .builtin import builtin_text_encoder
     from .text.encode import DEFAULT_NEGATIVE_PROMPT, cached_prompt, encode_prompt
     from .text.load import fingerprint_text_encoder, load_text_encoder
+    from .text.sources import find_text_sources
 
-    folder, cache = arguments.text_encoder, arguments.prompt_cache
+    given, cache = arguments.text_encoder, arguments.prompt_cache
+    source = find_text_sources(given, arguments.tokenizer or ()) if given else None
     negative = DEFAULT_NEGATIVE_PROMPT if arguments.negative is None else arguments.negative
     texts = [(arguments.prompt, True)]
     if arguments.cfg > 1:
         texts.append((negative, False))  # the frame rate belongs to the prompt only
     found: list[PromptEmbeds | None] = []
-    if folder is not None and cache is not None:
-        fingerprint = fingerprint_text_encoder(folder, runtime=runtime)
+    if source is not None and cache is not None:
+        fingerprint = fingerprint_text_encoder(source, runtime=runtime)
         found = [
             cached_prompt(fingerprint, text, fps_prefix=prefix, cache_dir=cache)
             for text, prefix in texts
         ]
     if not found or None in found:
-        if folder is None:
+        if source is None:
             encoder = builtin_text_encoder(runtime=runtime)
         else:
-            encoder = load_text_encoder(folder, runtime=runtime)
+            encoder = load_text_encoder(source, runtime=runtime)
         found = [
             encode_prompt(encoder, text, fps_prefix=prefix, cache_dir=cache, runtime=runtime)
             for text, prefix in texts

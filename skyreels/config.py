@@ -33,7 +33,10 @@ VAE_PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 
 @dataclass(frozen=True)
 class TransformerConfig:
-    """The HunyuanVideo transformer; defaults are SkyReels-V1 I2V (diffusers config names)."""
+    """The HunyuanVideo transformer; defaults are SkyReels-V1 I2V (diffusers config names).
+
+    SkyReels-V1 T2V differs in `in_channels`, 16: it sees no image latents.
+    """
 
     in_channels: int = 32
     out_channels: int = 16
@@ -55,6 +58,11 @@ class TransformerConfig:
     def hidden_size(self) -> int:
         """Width of every token."""
         return self.num_attention_heads * self.attention_head_dim
+
+    @property
+    def takes_image(self) -> bool:
+        """Whether image latents are joined to the noisy ones: I2V yes, T2V no."""
+        return self.in_channels != self.out_channels
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ from .plan import STORED, Job, Preflight, preflight
 from .runtime import Runtime, TorchRuntime
 from .transformer import attention, linear, quant
 from .weights.inspect import FAMILY_NAMES, inspect
+from .weights.load import check_transformer
 
 #: package -> what it is for here
 PACKAGES = {
@@ -147,10 +148,10 @@ def plan_here(runtime: Runtime, job: Job) -> dict[str, Preflight]:
     stored: dict[str, TransformerConfig] = {}
     for path in _weight_paths():
         try:
-            info = inspect(path)
+            info = check_transformer(path)
         except (SkyReelsError, OSError):
             continue  # told by `examine`
-        if isinstance(info.config, TransformerConfig) and info.variant == "skyreels-i2v":
+        if isinstance(info.config, TransformerConfig):
             stored.setdefault(STORED.get(next(iter(info.dtypes)), "bf16"), info.config)
     return {
         precision: preflight(runtime, replace(job, config=config), precision)

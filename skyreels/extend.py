@@ -9,7 +9,7 @@ from torch import Tensor
 from .config import SIZE_MULTIPLE, TEMPORAL_COMPRESSION
 from .errors import ShapeError
 from .image import ImageSettings
-from .latents import check_size, nearest_frames
+from .latents import check_picture, check_size, nearest_frames
 from .pipeline import image_to_latents
 from .runtime import Runtime, never_interrupt
 from .sampling.settings import SamplingSettings
@@ -144,6 +144,7 @@ def extend_latents(
         [1, 16, T, h, w] float32 on the CPU, VAE space: the new clip, the overlap included.
     """
     check_clip(clip, extend)
+    check_picture(transformer.config, has_picture=True)
     return image_to_latents(
         transformer,
         vae,

@@ -14,6 +14,7 @@ from .config import (
     SIZE_MULTIPLE,
     SPATIAL_COMPRESSION,
     TEMPORAL_COMPRESSION,
+    TransformerConfig,
 )
 from .errors import OptionError, ShapeError
 
@@ -23,13 +24,14 @@ class ImageConditioning:
     """The first latent frames of a clip, and the clip's size.
 
     Attributes:
-        image_latents: [1, 16, k, h, w] float32 on the CPU, model space, 1 <= k <= T.
+        image_latents: [1, 16, k, h, w] float32 on the CPU, model space, 1 <= k <= T; None for text
+            to video, which has a size and no picture.
         width: of the video in pixels.
         height: of the video in pixels.
         num_frames: of the video, 4n + 1.
     """
 
-    image_latents: Tensor
+    image_latents: Tensor | None
     width: int
     height: int
     num_frames: int
@@ -39,11 +41,37 @@ class ImageConditioning:
         """[1, 16, T, h, w] of the whole clip."""
         return latent_shape(self.num_frames, self.height, self.width)
 
-    def padded(self) -> Tensor:
+    def padded(self) -> Tensor | None:
         """The model's conditioning [1, 16, T, h, w]: the given latents, then zeros in time."""
+        if self.image_latents is None:
+            return None
         latents = torch.zeros(self.latent_shape)
         latents[:, :, : self.image_latents.shape[2]] = self.image_latents
         return latents
+
+
+def check_picture(config: TransformerConfig, has_picture: bool) -> None:
+    """Refuse a picture where the transformer takes none, and none where it needs one.
+
+    Args:
+        config: of the transformer.
+        has_picture: whether a clip starts from one.
+
+    Raises:
+        OptionError: names the model and the fix.
+    """
+    if has_picture and not config.takes_image:
+        raise OptionError(
+            f"The transformer makes videos from text alone ({config.in_channels} input channels) "
+            "and takes no picture: leave the picture out, or load the image-to-video transformer "
+            f"({2 * config.out_channels} channels)."
+        )
+    if config.takes_image and not has_picture:
+        raise OptionError(
+            f"The transformer is image-to-video ({config.in_channels} input channels) and needs a "
+            "picture to start from: give one, or load the text-to-video transformer "
+            f"({config.out_channels} channels)."
+        )
 
 
 def latent_shape(num_frames: int, height: int, width: int) -> tuple[int, int, int, int, int]:

@@ -3,6 +3,7 @@
 from torch import Tensor
 
 from .image import ImageSettings, encode_image
+from .latents import ImageConditioning, check_picture, check_size
 from .runtime import Runtime
 from .sampling.sample import sample
 from .sampling.settings import SamplingSettings
@@ -15,7 +16,7 @@ from .vae.tiling import decode_frames
 def image_to_video(
     transformer: SkyReelsTransformer,
     vae: VideoVAE,
-    image: Tensor,
+    image: Tensor | None,
     prompt: PromptEmbeds,
     negative: PromptEmbeds | None,
     settings: SamplingSettings,
@@ -32,7 +33,7 @@ def image_to_video(
     Args:
         transformer: from `load_transformer`, on any device.
         vae: from `load_vae`, on any device.
-        image: [1, H, W, 3] float in 0..1, any size.
+        image: [1, H, W, 3] float in 0..1, any size; None for a text-to-video transformer.
         prompt: from `encode_prompt`.
         negative: likewise; needed if true CFG is on.
         settings: see `SamplingSettings`; its seed is that of the picture's noise too.
@@ -68,7 +69,7 @@ def image_to_video(
 def image_to_latents(
     transformer: SkyReelsTransformer,
     vae: VideoVAE,
-    image: Tensor,
+    image: Tensor | None,
     prompt: PromptEmbeds,
     negative: PromptEmbeds | None,
     settings: SamplingSettings,
@@ -84,7 +85,7 @@ def image_to_latents(
     Args:
         transformer: as for `image_to_video`, and all the others.
         vae: encodes the picture.
-        image: the picture.
+        image: the picture, or None.
         prompt: what happens.
         negative: what to avoid.
         settings: of the run.
@@ -97,14 +98,19 @@ def image_to_latents(
     Returns:
         [1, 16, T, h, w] float32 on the CPU, VAE space.
     """
-    conditioning = encode_image(
-        vae,
-        image,
-        image_settings,
-        width=width,
-        height=height,
-        num_frames=num_frames,
-        seed=settings.seed,
-        runtime=runtime,
-    )
+    check_picture(transformer.config, image is not None)
+    if image is None:
+        check_size(width, height, num_frames)
+        conditioning = ImageConditioning(None, width, height, num_frames)
+    else:
+        conditioning = encode_image(
+            vae,
+            image,
+            image_settings,
+            width=width,
+            height=height,
+            num_frames=num_frames,
+            seed=settings.seed,
+            runtime=runtime,
+        )
     return sample(transformer, conditioning, prompt, negative, settings, runtime=runtime)

@@ -83,7 +83,7 @@ class _Bridge(nn.Module):
         """Keep the evaluator open from the next prediction on.
 
         Args:
-            loras: that core's nodes put on the model.
+            loras: that core's nodes put on the model, beside those it had before.
         """
         self._is_in_run, self._loras = True, loras
 
@@ -164,7 +164,10 @@ class _Bridge(nn.Module):
                 sigmas = torch.stack([timestep.flatten()[0].float().cpu() / 1000, torch.zeros(())])
             runtime = ComfyRuntime(None, self.source, device=device)
             self._evaluator = Evaluator(
-                self.source.module, sigmas, runtime=runtime, loras=self._loras
+                self.source.module,
+                sigmas,
+                runtime=runtime,
+                loras=(*self.source.loras, *self._loras),
             )
         return self._evaluator
 

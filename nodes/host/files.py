@@ -16,7 +16,8 @@ logger = logging.getLogger("skyreels.nodes.host.files")
 _DOWNLOAD_PAGES = {
     "diffusion_models": "https://huggingface.co/Kijai/SkyReels-V1-Hunyuan_comfy",
     "vae": "https://huggingface.co/Comfy-Org/HunyuanVideo_repackaged",
-    "text_encoders": "https://huggingface.co/hunyuanvideo-community/HunyuanVideo",
+    "text_encoders": "https://huggingface.co/Comfy-Org/HunyuanVideo_repackaged (files), or "
+    "hunyuanvideo-community/HunyuanVideo (a folder)",
     "loras": "https://civitai.com/models (base model Hunyuan Video)",
     "diffusers": "https://huggingface.co/Skywork/SkyReels-V1-Hunyuan-I2V, or "
     "hunyuanvideo-community/HunyuanVideo for text encoders",
@@ -60,6 +61,14 @@ def model_folders(kinds: tuple[str, ...], *required: str) -> dict[str, Path]:
             except OSError as error:  # one unreadable folder must not hide the node
                 logger.warning("Cannot list models in %s: %s.", root, error)
     return found
+
+
+def tokenizer_folders() -> list[Path]:
+    """ComfyUI's own tokenizers of LLaMA-3 and CLIP-L."""
+    import folder_paths
+
+    comfy = Path(folder_paths.__file__).parent / "comfy"
+    return [comfy / "text_encoders" / "llama_tokenizer", comfy / "sd1_tokenizer"]
 
 
 def check_choice(kind: str, name: object, choices: list[str]) -> bool | str:

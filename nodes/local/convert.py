@@ -61,7 +61,8 @@ def to_prompt_embeds(conditioning: Conditioning, name: str) -> PromptEmbeds:
         raise TextError(f"The {name} conditioning has no pooled CLIP state: {TEXT_FIX}.")
     if states.shape[0] != 1 or pooled.shape[0] != 1:
         raise TextError(
-            f"The {name} conditioning holds {states.shape[0]} prompts at once: encode one prompt."
+            f"The {name} conditioning holds {states.shape[0]} prompts and {pooled.shape[0]} pooled "
+            "states in one entry, and must hold one of each: encode one prompt."
         )
     mask = extras.get("attention_mask")
     if mask is not None and mask.numel() < states.shape[1]:
@@ -146,6 +147,41 @@ def latent_samples(latent: Latent) -> Tensor:
             f"The latent holds {samples.shape[0]} clips: set batch_size to 1 and queue the rest."
         )
     return samples
+
+
+def size_without_picture(
+    positive: Conditioning, image: ImageConditioning | None, latent: Latent | None
+) -> ImageConditioning:
+    """The size of a text-to-video clip, from `latent`.
+
+    Args:
+        positive: the conditioning.
+        image: from SkyReels Image Conditioning; must not be connected.
+        latent: of the size of the video.
+
+    Returns:
+        A size without image latents.
+
+    Raises:
+        ShapeError: a picture, or no size.
+    """
+    if image is not None or (positive and "concat_latent_image" in positive[0][1]):
+        raise ShapeError(
+            "The model is text-to-video (16 input channels) and takes no picture: disconnect "
+            "`image` (and InstructPixToPixConditioning), or load the image-to-video transformer."
+        )
+    if latent is None:
+        raise ShapeError(
+            "The size of the video is unknown: connect an EmptyHunyuanLatentVideo to `latent`; the "
+            "model is text-to-video and takes no picture."
+        )
+    _, _, frames, height, width = latent_samples(latent).shape
+    return ImageConditioning(
+        None,
+        width=width * SPATIAL_COMPRESSION,
+        height=height * SPATIAL_COMPRESSION,
+        num_frames=(frames - 1) * TEMPORAL_COMPRESSION + 1,
+    )
 
 
 def image_from_conditioning(positive: Conditioning, latent: Latent | None) -> ImageConditioning:

@@ -53,9 +53,9 @@ def naming_the_loader() -> Iterator[None]:
 class SkyReelsTransformerLoader:
     CATEGORY = "SkyReels/loaders"
     DESCRIPTION = (
-        "Loads the SkyReels-V1 image-to-video transformer (13 B parameters). Layout, variant and "
-        "8-bit format are read from the file's tensors, never from its name. Text-to-video files "
-        "and Tencent's own I2V files are refused; the error names both channel counts."
+        "Loads a SkyReels-V1 transformer (13 B parameters), image-to-video or text-to-video. "
+        "Layout, variant and 8-bit format are read from the file's tensors, never from its name. "
+        "Tencent's own I2V files (33 channels), FramePack and SkyReels-V2 are refused by name."
     )
     FUNCTION = "load"
     RETURN_TYPES = ("SKYREELS_MODEL",)

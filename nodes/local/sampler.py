@@ -147,14 +147,16 @@ class SkyReelsSampler:
                     "SKYREELS_IMAGE",
                     {
                         "tooltip": "From SkyReels Image Conditioning. Without it the picture is "
-                        "taken from core's InstructPixToPixConditioning."
+                        "taken from core's InstructPixToPixConditioning. A text-to-video model "
+                        "takes none."
                     },
                 ),
                 "latent": (
                     "LATENT",
                     {
                         "tooltip": "A clip of the same size to start from, for video to video "
-                        "with denoise below 1. An empty latent only sets the length."
+                        "with denoise below 1. An empty latent only sets the length, and with a "
+                        "text-to-video model the size too (EmptyHunyuanLatentVideo)."
                     },
                 ),
                 "sampler": (
@@ -305,7 +307,9 @@ class SkyReelsSampler:
     ) -> tuple[convert.Latent]:
         if latent is not None and latent.get("noise_mask") is not None:
             logger.warning("The latent's noise mask is not used: the whole clip is sampled.")
-        if image is None:
+        if not model.module.config.takes_image:
+            image = convert.size_without_picture(positive, image, latent)
+        elif image is None:
             image = convert.image_from_conditioning(positive, latent)
         if sigmas is None:
             sigmas = get_sigmas(steps, shift, denoise)

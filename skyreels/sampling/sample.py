@@ -22,6 +22,7 @@ from ..errors import OptionError, ShapeError
 from ..ladder import retried
 from ..latents import (
     ImageConditioning,
+    check_picture,
     latent_shape,
     seeded_generator,
     to_model_space,
@@ -89,7 +90,7 @@ def combine(positive: Tensor, negative: Tensor, guidance: Guidance) -> Tensor:
 
 def guided_velocity(
     transformer: SkyReelsTransformer,
-    image_latents: Tensor,
+    image_latents: Tensor | None,
     lookup: StepLookup,
     sigmas: Tensor,
     guidance: Guidance,
@@ -105,7 +106,8 @@ def guided_velocity(
 
     Args:
         transformer: the network.
-        image_latents: [1, 16, T, h, w] float32, model space, zero where nothing is given.
+        image_latents: [1, 16, T, h, w] float32, model space, zero where nothing is given; None for
+            a text-to-video transformer.
         lookup: from `precompute`, of the prompt (0) and, while true_cfg_scale > 1, of the negative
             prompt (1).
         sigmas: [N + 1] of the run; where a sigma falls decides about the CFG window.
@@ -130,7 +132,7 @@ def guided_velocity(
         latents: Tensor, timestep: float, branches: Sequence[int], cached: RunBlock
     ) -> list[Tensor]:
         velocities = transformer.denoise_together(
-            torch.cat([latents, image_latents], dim=1),
+            latents if image_latents is None else torch.cat([latents, image_latents], dim=1),
             [lookup(branch, timestep, run_block) for branch in branches],
             rope=rope,
             attention=attention,
@@ -179,7 +181,7 @@ def sample(
 
     Args:
         transformer: on any device; it is streamed if it does not fit.
-        image: from `encode_image`.
+        image: from `encode_image`; for a text-to-video transformer, a size without latents.
         prompt: from `encode_prompt` or a host.
         negative: likewise; needed if true CFG is on.
         settings: schedule, seed, guidance, solver, shortcuts.
@@ -190,8 +192,9 @@ def sample(
         [1, 16, T, h, w] float32 on the CPU, VAE space.
 
     Raises:
-        OptionError: true CFG without a negative prompt, saved steps of another run, or a LoRA's
-            list of blocks with one that is not there.
+        OptionError: true CFG without a negative prompt, saved steps of another run, a picture where
+            the transformer takes none and the other way round, or a LoRA's list of blocks with one
+            that is not there.
         ShapeError: latents of another size than the video's, or a result with NaN.
         TextError: embeddings that do not fit the transformer.
         OutOfRoomError: not even one block fits the device.
@@ -292,7 +295,9 @@ def _denoise(
             run.plan.peak_bytes["condition"],
             "Preparing the text for every step",
         )
-        image_latents = image.padded().to(device)
+        image_latents = image.padded()
+        if image_latents is not None:
+            image_latents = image_latents.to(device)
         rope = rope_table(
             transformer.token_grid(image.latent_shape),
             transformer.config,
@@ -421,6 +426,7 @@ def _check_inputs(
 ) -> None:
     """Refuse inputs that do not fit each other, before anything is moved to a device."""
     check_loras(transformer, settings.loras)
+    check_picture(transformer.config, image.image_latents is not None)
     check_prompt_embeds(prompt, transformer.config)
     if negative is not None:
         check_prompt_embeds(negative, transformer.config)
@@ -429,9 +435,10 @@ def _check_inputs(
             f"CFG {settings.guidance.true_cfg_scale} needs a negative prompt: give one (it may be "
             "empty), or set CFG to 1."
         )
-    if tuple(image.image_latents.shape[3:]) != image.latent_shape[3:]:
+    given = image.image_latents
+    if given is not None and tuple(given.shape[3:]) != image.latent_shape[3:]:
         raise ShapeError(
-            f"Image latents of {list(image.image_latents.shape)} do not fit a video of "
+            f"Image latents of {list(given.shape)} do not fit a video of "
             f"{image.width}x{image.height}: encode the picture at that size."
         )
     start = settings.init_latents

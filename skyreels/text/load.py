@@ -1,7 +1,9 @@
-"""Load LLaMA-3 and CLIP-L with their tokenizers from a diffusers-style folder, by transformers.
+"""Load LLaMA-3 and CLIP-L with their tokenizers, as modules of transformers.
 
-The folder contains text_encoder, text_encoder_2, tokenizer and tokenizer_2. (A host with encoders
-of its own passes finished `PromptEmbeds` instead and needs nothing from here.)
+They come from a diffusers-style folder, which contains text_encoder, text_encoder_2, tokenizer and
+tokenizer_2, or from single files (sources.py). A folder in 16 or 32 bits is read by transformers,
+everything else by modules.py. (A host with encoders of its own passes finished `PromptEmbeds`
+instead and needs nothing from here.)
 
 The language model is cut to what is used. SkyReels reads the states after all layers but two,
 before the final norm, so these two layers and the norm are never built (1.4 GB of 15 in 16 bits).
@@ -10,7 +12,7 @@ transformers 5 rebuilds the pre-tokenizer of a tokenizer.json declared as LlamaT
 this model's is, and so silently produces other ids. Hence the generic fast class below, and a
 comparison of its ids with those of the plain `tokenizers` library at every load.
 
-Given up: GGUF and scaled 8-bit encoders.
+Given up: encoders in GGUF.
 """
 
 import ast
@@ -20,7 +22,7 @@ import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +31,10 @@ from torch import nn
 
 from ..errors import CheckpointError, DependencyError, TextError
 from ..runtime import Runtime
+from ..transformer.quant import FLOAT8_DTYPES
+from ..weights.inspect import TensorEntry, read_header
+from .modules import UNUSED_LAYERS, load_clip, load_llama
+from .sources import MODELS, TextSources
 
 #: the text around every prompt; the braces mark where the prompt goes.
 #: Source: diffusers 0.42.1 (Apache-2.0), DEFAULT_PROMPT_TEMPLATE of
@@ -53,8 +59,8 @@ _START_HEADER_ID = 128006
 _CLIP_VOCABULARY = 49408
 #: a text and its ids in the CLIP-L vocabulary, begin and end of text included
 _CLIP_KNOWN = ("a photo of a cat", [49406, 320, 1125, 539, 320, 2368, 49407])
-#: layers at the end of the language model that SkyReels does not use
-UNUSED_LAYERS = 2
+#: tokens of the LLaMA-3 vocabulary without those that LLaVA adds
+_LLAMA3_VOCABULARY = 128_000
 
 _FOLDER_SOURCE = (
     "get the folders text_encoder, text_encoder_2, tokenizer and tokenizer_2 of "
@@ -123,18 +129,19 @@ def _assigns(node: ast.Assign, name: str) -> bool:
 
 
 def load_text_encoder(
-    directory: str | os.PathLike[str], *, exact: bool = False, runtime: Runtime
+    source: str | os.PathLike[str] | TextSources, *, exact: bool = False, runtime: Runtime
 ) -> TextEncoder:
     """Load LLaMA-3 and CLIP-L with their tokenizers onto `runtime.offload_device`.
 
     On an accelerator the weights keep the dtype of the files. On the CPU a half precision language
     model becomes bf16 (same size; fp16 there is slow and can overflow) and CLIP becomes fp32 (it is
-    small).
+    small). Linear layers in fp8 stay in fp8 and are dequantized for every call.
 
     Args:
-        directory: contains text_encoder/, text_encoder_2/, tokenizer/ and tokenizer_2/.
+        source: a folder that contains text_encoder/, text_encoder_2/, tokenizer/ and tokenizer_2/,
+            or what `find_text_sources` found.
         exact: compute in fp32, which needs 30 GB for the real encoders.
-        runtime: progress "load" in models; asked for an interrupt before each of the two.
+        runtime: progress "load", in models or bytes; asked for an interrupt before each of the two.
 
     Returns:
         Both models in eval mode, without gradients.
@@ -145,12 +152,12 @@ def load_text_encoder(
         DependencyError: transformers is missing.
     """
     transformers = _import_transformers()
-    root = Path(directory)
+    if isinstance(source, TextSources):
+        return _load_files(source, exact, runtime)
+    root = Path(source)
     _check_folder(root)
     llm_tokenizer = load_tokenizer(root / "tokenizer")
     clip_tokenizer = load_clip_tokenizer(root / "tokenizer_2")
-    template = prompt_template()
-    crop_start = find_crop_start(llm_tokenizer, template)
 
     llm_config = _read_config(root / "text_encoder", "llama", transformers.LlamaConfig)
     llm_config.num_hidden_layers -= UNUSED_LAYERS
@@ -162,65 +169,121 @@ def load_text_encoder(
     clip_config = _read_config(
         root / "text_encoder_2", "clip_text_model", transformers.CLIPTextConfig
     )
-    for part, tokenizer, config in (
-        ("tokenizer", llm_tokenizer, llm_config),
-        ("tokenizer_2", clip_tokenizer, clip_config),
-    ):
-        if len(tokenizer) > config.vocab_size:
-            raise CheckpointError(
-                f"{root / part} has {len(tokenizer)} tokens and its model has {config.vocab_size}: "
-                f"the two do not belong together; {_FOLDER_SOURCE}."
-            )
+    _check_vocabulary(root / "tokenizer", llm_tokenizer, llm_config.vocab_size)
+    _check_vocabulary(root / "tokenizer_2", clip_tokenizer, clip_config.vocab_size)
     llm_dtype = _compute_dtype(root / "text_encoder", exact, torch.bfloat16, runtime.device)
     clip_dtype = _compute_dtype(root / "text_encoder_2", exact, torch.float32, runtime.device)
 
     runtime.check_interrupt()
     runtime.progress("load", 0, 2)
-    llm = _load_model(transformers.LlamaModel, root / "text_encoder", llm_config, llm_dtype)
-    llm.norm = nn.Identity()
+    if llm_dtype is None:
+        llm, _ = load_llama(root / "text_encoder", exact=exact, runtime=runtime, config=llm_config)
+    else:
+        llm = _load_model(transformers.LlamaModel, root / "text_encoder", llm_config, llm_dtype)
+        llm.norm = nn.Identity()
     runtime.progress("load", 1, 2)
     runtime.check_interrupt()
-    clip = _load_model(transformers.CLIPTextModel, root / "text_encoder_2", clip_config, clip_dtype)
+    if clip_dtype is None:
+        clip, _ = load_clip(
+            root / "text_encoder_2",
+            clip_tokenizer.eos_token_id,
+            exact=exact,
+            runtime=runtime,
+            config=clip_config,
+        )
+    else:
+        clip = _load_model(
+            transformers.CLIPTextModel, root / "text_encoder_2", clip_config, clip_dtype
+        )
     runtime.progress("load", 2, 2)
+    fingerprint = fingerprint_text_encoder(root, exact=exact, runtime=runtime)
+    return _encoder(llm, clip, llm_tokenizer, clip_tokenizer, fingerprint, runtime)
+
+
+def _load_files(source: TextSources, exact: bool, runtime: Runtime) -> TextEncoder:
+    llm_tokenizer = load_tokenizer(source.llm_tokenizer)
+    clip_tokenizer = load_clip_tokenizer(source.clip_tokenizer)
+    runtime.check_interrupt()
+    llm, vocabulary = load_llama(source.llm, exact=exact, runtime=runtime)
+    _check_vocabulary(source.llm_tokenizer, llm_tokenizer, vocabulary)
+    runtime.check_interrupt()
+    clip, vocabulary = load_clip(
+        source.clip, clip_tokenizer.eos_token_id, exact=exact, runtime=runtime
+    )
+    _check_vocabulary(source.clip_tokenizer, clip_tokenizer, vocabulary)
+    fingerprint = fingerprint_text_encoder(source, exact=exact, runtime=runtime)
+    return _encoder(llm, clip, llm_tokenizer, clip_tokenizer, fingerprint, runtime)
+
+
+def _encoder(
+    llm: Any, clip: Any, llm_tokenizer: Any, clip_tokenizer: Any, fingerprint: str, runtime: Runtime
+) -> TextEncoder:
+    template = prompt_template()
     return TextEncoder(
         llm=llm.to(runtime.offload_device),
         clip=clip.to(runtime.offload_device),
         llm_tokenizer=llm_tokenizer,
         clip_tokenizer=clip_tokenizer,
         template=template,
-        crop_start=crop_start,
-        fingerprint=fingerprint_text_encoder(root, exact=exact, runtime=runtime),
+        crop_start=find_crop_start(llm_tokenizer, template),
+        fingerprint=fingerprint,
     )
 
 
+def _check_vocabulary(folder: Path, tokenizer: Any, num_tokens: int) -> None:
+    """Refuse a tokenizer whose ids are not those of its model.
+
+    Raises:
+        CheckpointError: it has more tokens than the model, or is not LLaMA-3's for a LLaMA-3.
+    """
+    if len(tokenizer) > num_tokens:
+        raise CheckpointError(
+            f"{folder} has {len(tokenizer)} tokens and its model has {num_tokens}: "
+            f"the two do not belong together; {_FOLDER_SOURCE}."
+        )
+    header = tokenizer.convert_tokens_to_ids(MODELS["llama"][1])
+    if num_tokens >= _LLAMA3_VOCABULARY and header != _START_HEADER_ID:
+        raise CheckpointError(
+            f"{folder} is not LLaMA-3's tokenizer, which has {MODELS['llama'][1]} at "
+            f"{_START_HEADER_ID}: give the folder tokenizer of hunyuanvideo-community/HunyuanVideo."
+        )
+
+
 def fingerprint_text_encoder(
-    directory: str | os.PathLike[str], *, exact: bool = False, runtime: Runtime
+    source: str | os.PathLike[str] | TextSources, *, exact: bool = False, runtime: Runtime
 ) -> str:
-    """Digest of a text encoder folder, made without loading it.
+    """Digest of a text encoder's files, made without loading them.
 
     Configs and tokenizers are read whole, of each weight file its size and 64 samples; template,
     precision and kind of device count too, since they change the numbers. With the digest and a
     cache folder, `cached_prompt` finds a prompt encoded earlier without loading 15 GB.
 
     Args:
-        directory: as for `load_text_encoder`.
+        source: as for `load_text_encoder`.
         exact: as for `load_text_encoder`.
         runtime: gives the kind of device.
 
     Returns:
         Hex digits.
     """
-    root = Path(directory)
-    _check_folder(root)
+    parts: dict[str, Path] = {}
+    if isinstance(source, TextSources):
+        parts = {each.name: getattr(source, each.name) for each in fields(source)}
+    else:
+        root = Path(source)
+        _check_folder(root)
+        for part in ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2"):
+            parts[part] = root / part
     digest = hashlib.sha256()
     precision = "fp32" if exact else "auto"
     digest.update(f"{prompt_template()}\0{precision}\0{runtime.device.type}\0".encode())
-    for part in ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2"):
-        for file in sorted(path for path in (root / part).iterdir() if path.is_file()):
+    for part, place in parts.items():
+        inside = [place] if place.is_file() else place.iterdir()
+        for file in sorted(path for path in inside if path.is_file()):
             size = file.stat().st_size
             digest.update(f"{part}/{file.name}\0{size}\0".encode())
             with file.open("rb") as stream:
-                if file.suffix != ".safetensors":
+                if file.suffix != ".safetensors" and not place.is_file():
                     digest.update(stream.read())
                     continue
                 for sample in range(64):
@@ -314,10 +377,18 @@ def load_clip_tokenizer(folder: Path) -> Any:
                 raise CheckpointError(_unreadable(folder, error)) from error
     text, ids = _CLIP_KNOWN
     if len(tokenizer) == _CLIP_VOCABULARY and list(tokenizer(text)["input_ids"]) != ids:
+        words = [f"{word}</w>" for word in text.split()]
+        if list(tokenizer.convert_tokens_to_ids(words)) != ids[1:-1]:
+            raise TextError(
+                f"{folder} is not CLIP-L's tokenizer, though it has as many tokens (the ids of "
+                f"{text!r} differ from the known ones): give the folder tokenizer_2 of "
+                "hunyuanvideo-community/HunyuanVideo."
+            )
         raise TextError(
-            f"transformers {transformers.__version__} reads CLIP's tokenizer wrongly (the ids of "
-            f"{text!r} differ from the known ones): install another version of transformers, or "
-            f"download {folder} again from hunyuanvideo-community/HunyuanVideo."
+            f"transformers {transformers.__version__} splits {text!r} into other tokens than CLIP "
+            f"does, and the vocabulary in {folder} is CLIP's: install another version, pip install "
+            "-U transformers or transformers==4.57.6, or download the folder's merges.txt or "
+            "tokenizer.json again."
         )
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token  # as CLIP-L does
@@ -397,24 +468,32 @@ def _read_config(folder: Path, model_type: str, config_class: Any) -> Any:
 
 def _compute_dtype(
     folder: Path, exact: bool, half_on_cpu: torch.dtype, device: torch.device
-) -> torch.dtype:
-    """The dtype of the files; `half_on_cpu` where that is a half precision one on the CPU."""
+) -> torch.dtype | None:
+    """The dtype of the files; `half_on_cpu` where that is a half precision one on the CPU.
+
+    Returns:
+        None for files in 8 bits, which transformers would read without their scales.
+
+    Raises:
+        CheckpointError: a file that is damaged, or that stores something else.
+    """
+    files = sorted(folder.glob("*.safetensors"))
+    entries: list[TensorEntry] = []
+    for file in files:
+        try:
+            entries += read_header(file)[0].values()
+        except (OSError, CheckpointError) as error:
+            raise CheckpointError(_unreadable(file, error)) from error
+    stored = [entry.dtype for entry in entries]
+    if any(dtype in FLOAT8_DTYPES for dtype in stored):
+        return None
+    dtype = stored[0] if stored else None
+    if dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        raise CheckpointError(
+            f"{files[0]} stores {dtype}, and F32, F16, BF16 or fp8 is needed: {_FOLDER_SOURCE}."
+        )
     if exact:
         return torch.float32
-    from safetensors import SafetensorError, safe_open
-
-    file = min(folder.glob("*.safetensors"))
-    try:
-        with safe_open(file, framework="pt") as weights:
-            stored = weights.get_slice(next(iter(weights.keys()))).get_dtype()
-    except (OSError, SafetensorError, StopIteration) as error:
-        raise CheckpointError(_unreadable(file, error)) from error
-    dtypes = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
-    if stored not in dtypes:
-        raise CheckpointError(
-            f"{file} stores {stored}, and F32, F16 or BF16 is needed: {_FOLDER_SOURCE}."
-        )
-    dtype = dtypes[stored]
     return half_on_cpu if device.type == "cpu" and dtype != torch.float32 else dtype
 
 

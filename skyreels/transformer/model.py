@@ -1,4 +1,4 @@
-"""The SkyReels-V1 transformer: HunyuanVideo with 32 input channels.
+"""The SkyReels-V1 transformer: HunyuanVideo, with 32 input channels or, from text alone, 16.
 
 Own forward pass; tests hold it to diffusers' and ComfyUI's. What a host or a faster build may
 change is passed in or replaced, never patched: `attention` is a function, linear layers are
@@ -191,7 +191,8 @@ class SkyReelsTransformer(nn.Module):
         """One prediction.
 
         Args:
-            hidden_states: [B, 32, T, h, w], noisy latents then image latents, model space.
+            hidden_states: [B, 32, T, h, w], noisy latents then image latents, model space; 16
+                channels where the transformer takes no image.
             timestep: [B] float32, 0..1000.
             encoder_hidden_states: [B, L, 4096] language-model states, trimmed: no padding.
             pooled_projections: [B, 768] CLIP-L pooled state.

@@ -44,6 +44,8 @@ DTYPES: dict[str, torch.dtype] = {
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 VARIANTS = {16: "t2v", 32: "skyreels-i2v", 33: "tencent-i2v"}
+#: tensors of FramePack, which is HunyuanVideo with 16 channels and more inputs
+FRAMEPACK_PREFIX = "clean_x_embedder."
 
 #: names of families in messages
 FAMILY_NAMES = {
@@ -52,6 +54,7 @@ FAMILY_NAMES = {
     "llama": "a LLaMA text encoder",
     "clip": "a CLIP text encoder",
     "t5": "a T5 text encoder",
+    "wan": "a Wan transformer (SkyReels-V2 and V3 are such)",
     "lora": "a LoRA",
     "unknown": "an unknown model",
 }
@@ -100,8 +103,9 @@ class CheckpointInfo:
 
     Attributes:
         path: of the file or folder.
-        family: "transformer", "vae", "llama", "clip", "t5", "lora" or "unknown".
-        variant: of a transformer, "skyreels-i2v", "t2v", "tencent-i2v" or "<n>-channel"; else "".
+        family: "transformer", "vae", "llama", "clip", "t5", "wan", "lora" or "unknown".
+        variant: of a transformer, "skyreels-i2v", "t2v" (HunyuanVideo's own has the same tensors),
+            "tencent-i2v", "framepack" or "<n>-channel"; else "".
         layout: how its tensors are named, see keymaps.py.
         prefix: in front of all their names.
         dtypes: number of parameters stored in each dtype, the most frequent first.
@@ -198,6 +202,8 @@ def _describe(
     if family == "transformer":
         config = _transformer_config(path, weights, layout, folder_config)
         variant = VARIANTS.get(config.in_channels, f"{config.in_channels}-channel")
+        if any(name.startswith(FRAMEPACK_PREFIX) for name in weights):
+            variant = "framepack"
     elif family == "vae":
         config = _vae_config(path, weights, layout, folder_config)
     plain = {n: e for n, e in weights.items() if not n.endswith(COMPANION_SUFFIXES)}
@@ -233,9 +239,10 @@ def require(info: CheckpointInfo, family: Literal["transformer", "vae"]) -> None
     fixes = {
         "transformer": "load it as the transformer",
         "vae": "load it as the VAE",
-        "llama": "load text encoders from a diffusers-style folder",
-        "clip": "load text encoders from a diffusers-style folder",
+        "llama": "load it as a text encoder",
+        "clip": "load it as a text encoder",
         "t5": "HunyuanVideo does not use it",
+        "wan": "it is another architecture; use the files of SkyReels-V1",
         "lora": "it modifies a model and is not one",
         "unknown": f"its first tensors are {', '.join(list(info.tensors)[:3])}",
     }

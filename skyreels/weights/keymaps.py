@@ -33,6 +33,12 @@ PREFIXES = (
     "vae.",
     "first_stage_model.",
     "language_model.model.",
+    "language_model.",
+    "model.language_model.",
+    "clip_l.transformer.",
+    "llama.transformer.model.",
+    "text_encoders.clip_l.transformer.",
+    "text_encoders.llama.transformer.model.",
 )
 
 #: (family, layout) -> unprefixed names that must all be present; the first match wins
@@ -52,7 +58,15 @@ MARKERS: dict[tuple[str, str], tuple[str, ...]] = {
     ("vae", "sd"): ("decoder.conv_in.conv.weight", "decoder.norm_out.weight"),
     ("llama", "huggingface"): ("layers.0.self_attn.q_proj.weight",),
     ("clip", "huggingface"): ("text_model.encoder.layers.0.self_attn.q_proj.weight",),
+    # as transformers 5 writes it
+    ("clip", "bare"): (
+        "embeddings.token_embedding.weight",
+        "encoder.layers.0.self_attn.q_proj.weight",
+        "final_layer_norm.weight",
+    ),
     ("t5", "huggingface"): ("encoder.block.0.layer.0.SelfAttention.q.weight",),
+    ("wan", "original"): ("patch_embedding.weight", "blocks.0.self_attn.q.weight"),
+    ("wan", "diffusers"): ("patch_embedding.weight", "blocks.0.attn1.to_q.weight"),
 }
 
 #: our module -> the diffusers modules it is concatenated from
@@ -200,9 +214,9 @@ def detect(names: Collection[str]) -> tuple[str, str, str]:
     """Recognise a model by the names of its tensors.
 
     Returns:
-        Family, layout and prefix. The family is "transformer", "vae", "llama", "clip", "t5", "lora"
-        or "unknown"; layout and prefix are "" for the last one. The layout of a LoRA says who
-        writes such files (dialects.py), its prefix is "".
+        Family, layout and prefix. The family is "transformer", "vae", "llama", "clip", "t5", "wan",
+        "lora" or "unknown"; layout and prefix are "" for the last one. The layout of a LoRA says
+        who writes such files (dialects.py), its prefix is "".
     """
     present = names if isinstance(names, Mapping | set | frozenset) else set(names)
     if dialect := lora_dialect(present):

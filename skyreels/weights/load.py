@@ -43,6 +43,7 @@ from ..vae.model import VideoVAE
 from .inspect import (
     COMPANION_SUFFIXES,
     DTYPE_NAMES,
+    FRAMEPACK_PREFIX,
     SCALE_SUFFIXES,
     CheckpointInfo,
     TensorEntry,
@@ -57,6 +58,14 @@ logger = logging.getLogger("skyreels.weights.load")
 _FLOAT_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 LATENT_CHANNELS = 16
+#: layers whose 8-bit weights may stay in 8 bits: of the transformer, of LLaMA, of CLIP
+BLOCK_STEMS = (
+    "double_blocks.",
+    "single_blocks.",
+    "layers.",
+    "encoder.layers.",
+    "text_model.encoder.layers.",
+)
 #: elements of a weight that are checked for NaN at once: 4 MB in float32
 CHECKED_ELEMENTS = 1024**2
 VAE_FILE = "hunyuan_video_vae_bf16.safetensors of Comfy-Org/HunyuanVideo_repackaged"
@@ -71,7 +80,7 @@ def load_transformer(
     precision: str = "auto",
     runtime: Runtime,
 ) -> SkyReelsTransformer:
-    """Load the SkyReels image-to-video transformer onto `runtime.offload_device`.
+    """Load a SkyReels-V1 transformer, I2V or T2V, onto `runtime.offload_device`.
 
     Args:
         path: any layout of keymaps.py, as a file or a diffusers folder.
@@ -87,8 +96,8 @@ def load_transformer(
         The module in eval mode, without gradients.
 
     Raises:
-        CheckpointError: unreadable, another family, another variant (T2V, 33 channels), tensors
-            missing, left over, of the wrong shape, or not finite.
+        CheckpointError: unreadable, another family, another variant (33 channels, FramePack),
+            tensors missing, left over, of the wrong shape, or not finite.
         OptionError: unknown precision.
     """
     _check_precision(precision, TRANSFORMER_PRECISIONS)
@@ -271,17 +280,22 @@ def check_transformer(path: str | PathLike[str]) -> CheckpointInfo:
         What the checkpoint is.
 
     Raises:
-        CheckpointError: unreadable, another family, or another variant (T2V, 33 channels).
+        CheckpointError: unreadable, another family, or another variant (33 channels, FramePack).
     """
     info = inspect(path)
     require(info, "transformer")
     config = info.config
     assert isinstance(config, TransformerConfig)
-    if config.in_channels != 2 * config.out_channels:
+    if info.variant == "framepack":
+        raise CheckpointError(
+            f"{info.path.name} is FramePack, another model on the base of HunyuanVideo (it has "
+            f"tensors {FRAMEPACK_PREFIX}*): use {I2V_FILE}."
+        )
+    if config.in_channels not in (config.out_channels, 2 * config.out_channels):
         raise CheckpointError(
             f"{info.path.name} has {config.in_channels} input channels ({info.variant}), and "
-            f"SkyReels image-to-video has {2 * config.out_channels} (noise and image latents): "
-            f"use {I2V_FILE}."
+            f"SkyReels image-to-video has {2 * config.out_channels} (noise and image latents), "
+            f"text-to-video {config.out_channels}: use {I2V_FILE}."
         )
     return info
 
@@ -537,7 +551,7 @@ def _assemble(
             layer_name, _, attribute = target.name.rpartition(".")
             layer = module.get_submodule(layer_name)
             is_linear = attribute == "weight" and isinstance(layer, nn.Linear)
-            in_block = target.name.startswith(("double_blocks.", "single_blocks."))
+            in_block = target.name.startswith(BLOCK_STEMS)
             quant_format = storage(target.name) if is_linear else None
             hadamard_block, weight_only = 0, True
             if quant_format is not None and _is_stored_as(weight, quant_format.dtype):
@@ -568,6 +582,42 @@ def _assemble(
             done += sum(part.entry.num_bytes for part in target.parts)
             runtime.progress("load", done, total)
     return module.eval()
+
+
+def fill_module(
+    info: CheckpointInfo,
+    build: Callable[[], ModuleT],
+    sources: Callable[[str], tuple[str, ...]],
+    *,
+    keep_8bit: bool,
+    compute_dtype: torch.dtype,
+    runtime: Runtime,
+) -> ModuleT:
+    """Build a module of another library and fill it from a checkpoint.
+
+    Args:
+        info: of the checkpoint, with the tensors that the module must use and no others.
+        build: makes the module; called on the meta device, where its buffers stay.
+        sources: parameter name -> the names of its tensors in the file.
+        keep_8bit: whether 8-bit weights of the file stay 8-bit in the linear layers of BLOCK_STEMS.
+        compute_dtype: of everything else.
+        runtime: as for `load_transformer`.
+
+    Returns:
+        The module in eval mode, on `runtime.offload_device`.
+
+    Raises:
+        CheckpointError: tensors missing, left over, of the wrong shape, or not finite.
+    """
+    return _assemble(
+        info,
+        build,
+        sources,
+        keep_8bit=keep_8bit,
+        storage=lambda name: None,
+        compute_dtype=compute_dtype,
+        runtime=runtime,
+    )
 
 
 def _is_8bit(weight: Tensor) -> bool:

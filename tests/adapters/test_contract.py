@@ -37,7 +37,7 @@ FROZEN = {
     ),
     "SkyReelsTextEncoderLoader": (
         "SkyReels Load Text Encoder",
-        ["text_encoder"],
+        ["text_encoder", "clip", "tokenizer"],
         [("text_encoder", "SKYREELS_TEXT_ENCODER")],
     ),
     "SkyReelsTextEncode": (

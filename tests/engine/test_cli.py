@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 import weakref
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -234,6 +235,8 @@ def damaged_files(tmp_path: Path) -> dict[str, tuple[Path, str]]:
     huge.write_bytes((10**15).to_bytes(8, "little") + b"{}")
     nan = {**state, "img_in.proj.bias": torch.full((32,), torch.nan)}
     lora = {"diffusion_model.double_blocks.0.img_attn_qkv.lora_A.weight": torch.ones(2, 2)}
+    framepack = {"clean_x_embedder.proj.weight": torch.ones(2, 2)}
+    wan = {n: torch.ones(2, 2) for n in ("patch_embedding.weight", "blocks.0.self_attn.q.weight")}
     llama = {"model.layers.0.self_attn.q_proj.weight": torch.ones(2, 2)}
 
     def variant(channels: int) -> dict[str, torch.Tensor]:
@@ -248,8 +251,13 @@ def damaged_files(tmp_path: Path) -> dict[str, tuple[Path, str]]:
         "huge": (huge, "1000000000000000"),
         "nan": (tiny.save(tmp_path / "nan.safetensors", nan), "NaN"),
         "lora": (tiny.save(tmp_path / "lora.safetensors", lora), "LoRA"),
-        "llama": (tiny.save(tmp_path / "llama.safetensors", llama), "diffusers-style folder"),
-        "t2v": (tiny.save(tmp_path / "t2v.safetensors", variant(16)), "16 input channels"),
+        "llama": (tiny.save(tmp_path / "llama.safetensors", llama), "load it as a text encoder"),
+        "t2v": (tiny.save(tmp_path / "t2v.safetensors", variant(16)), "takes no picture"),
+        "framepack": (
+            tiny.save(tmp_path / "framepack.safetensors", {**variant(16), **framepack}),
+            "is FramePack",
+        ),
+        "wan": (tiny.save(tmp_path / "wan.safetensors", wan), "use the files of SkyReels-V1"),
         "33": (tiny.save(tmp_path / "i2v.safetensors", variant(33)), "33 input channels"),
         "vae": (
             tiny.save(tmp_path / "vae.safetensors", VideoVAE(tiny.VAE).state_dict()),
@@ -260,7 +268,7 @@ def damaged_files(tmp_path: Path) -> dict[str, tuple[Path, str]]:
 
 
 def test_damaged_and_wrong_files_are_one_sentence_in_the_transformer_slot(
-    capsys, tmp_path, monkeypatch
+    capsys, tmp_path, monkeypatch, picture
 ):
     from comfyui_skyreels.skyreels import builtin
     from comfyui_skyreels.skyreels.text import load
@@ -274,7 +282,7 @@ def test_damaged_and_wrong_files_are_one_sentence_in_the_transformer_slot(
     for name, (path, words) in damaged_files(tmp_path).items():
         out_file = tmp_path / "clip.mp4"
         slots = ["--transformer", path, "--vae", vae, "--text-encoder", tmp_path]
-        code, out, err = run(capsys, "generate", *FAST, *slots, "--out", out_file)
+        code, out, err = run(capsys, "generate", picture, *FAST, *slots, "--out", out_file)
         assert (code, out) == (1, ""), name
         sentence = err.strip().splitlines()[-1]
         assert sentence.startswith("error: ") and words in sentence, (name, sentence)
@@ -297,16 +305,18 @@ def test_transformer_in_the_vae_slot_is_named(capsys, tmp_path, monkeypatch):
     assert "a HunyuanVideo VAE is needed" in err
 
 
-def test_missing_text_encoder_folder_is_explained(capsys, tmp_path):
+def test_missing_text_encoder_folder_is_explained(capsys, tmp_path, picture):
     transformer = tiny.save(tmp_path / "a.safetensors", tiny.transformer().state_dict())
     vae = tiny.save(tmp_path / "b.safetensors", VideoVAE(tiny.VAE).state_dict())
     slots = ["--transformer", transformer, "--vae", vae, "--text-encoder", tmp_path / "none"]
-    code, _, err = run(capsys, "generate", *FAST, *slots, "--out", tmp_path / "clip.mp4")
+    code, _, err = run(capsys, "generate", picture, *FAST, *slots, "--out", tmp_path / "clip.mp4")
     assert code == 1
     assert "HunyuanVideo" in err
 
 
-def test_cached_prompts_are_found_without_loading_the_text_encoder(capsys, tmp_path, monkeypatch):
+def test_cached_prompts_are_found_without_loading_the_text_encoder(
+    capsys, tmp_path, monkeypatch, picture
+):
     from comfyui_skyreels.skyreels.text import encode, load
     from support.text import POOLED_DIM, TEXT_DIM, make_text_folder
 
@@ -321,11 +331,100 @@ def test_cached_prompts_are_found_without_loading_the_text_encoder(capsys, tmp_p
              "--width", "32", "--height", "32", "--frames", "5",
              "--prompt-cache", tmp_path / "cache"]  # fmt: skip
     first, second = tmp_path / "a.npy", tmp_path / "b.npy"
-    assert run(capsys, "generate", *FAST, *slots, "--out", first)[0] == 0
+    assert run(capsys, "generate", picture, *FAST, *slots, "--out", first)[0] == 0
     monkeypatch.setattr(load, "load_text_encoder", lambda *_, **__: pytest.fail("was loaded"))
     encode._cache.clear()
-    assert run(capsys, "generate", *FAST, *slots, "--out", second)[0] == 0
+    assert run(capsys, "generate", picture, *FAST, *slots, "--out", second)[0] == 0
     assert first.read_bytes() == second.read_bytes()
+
+
+def test_text_encoders_in_single_files_make_the_clip_of_their_folder(capsys, tmp_path, picture):
+    from safetensors.torch import load_file
+    from support.text import TEXT_DIM, make_text_folder
+
+    folder = make_text_folder(tmp_path / "text", true_heads=True)
+    files = []
+    for part, prefix in (("text_encoder", "model."), ("text_encoder_2", "text_model.")):
+        state = load_file(folder / part / "model.safetensors")
+        state = {prefix + name.removeprefix(prefix): tensor for name, tensor in state.items()}
+        files.append(tiny.save(tmp_path / f"{part}.safetensors", state))
+    config = replace(tiny.TRANSFORMER, text_embed_dim=TEXT_DIM, pooled_projection_dim=128)
+    model = tiny.save(tmp_path / "t.safetensors", tiny.transformer(config).state_dict())
+    vae = tiny.save(tmp_path / "v.safetensors", tiny.randomize(VideoVAE(tiny.VAE)).state_dict())
+    slots = ["--transformer", model, "--vae", vae, "--width", "32", "--height", "32",
+             "--frames", "5"]  # fmt: skip
+    single = ["--text-encoder", files[1], "--text-encoder", files[0], "--tokenizer", folder]
+    clips = []
+    for number, encoder in enumerate((["--text-encoder", folder], single)):
+        out = tmp_path / f"{number}.npy"
+        assert run(capsys, "generate", picture, *FAST, *slots, *encoder, "--out", out)[0] == 0
+        clips.append(np.load(out))
+    assert np.array_equal(*clips)
+    out = tmp_path / "x.npy"
+    code, _, err = run(capsys, "generate", picture, *FAST, *slots, *single[:4], "--out", out)
+    assert code == 1
+    assert "No tokenizer of LLaMA-3 was found" in err
+
+
+def test_a_tokenizer_without_text_encoders_is_refused(capsys, tmp_path):
+    code, _, err = run(
+        capsys, "generate", *FAST, "--tokenizer", tmp_path, "--out", tmp_path / "x.npy"
+    )
+    assert code == 1
+    assert "--tokenizer belongs to --text-encoder" in err
+
+
+@pytest.fixture
+def t2v_slots(tmp_path) -> list:
+    """A tiny text-to-video transformer with its VAE and text encoders, and a small size."""
+    from support.text import POOLED_DIM, TEXT_DIM, make_text_folder
+
+    config = replace(
+        tiny.TRANSFORMER, in_channels=16, text_embed_dim=TEXT_DIM, pooled_projection_dim=POOLED_DIM
+    )
+    model = tiny.save(tmp_path / "t.safetensors", tiny.transformer(config).state_dict())
+    vae = tiny.save(tmp_path / "v.safetensors", tiny.randomize(VideoVAE(tiny.VAE)).state_dict())
+    return ["--transformer", model, "--vae", vae, "--text-encoder",
+            make_text_folder(tmp_path / "text"), "--width", "32", "--height", "32",
+            "--frames", "5"]  # fmt: skip
+
+
+def test_a_text_to_video_transformer_makes_a_clip_of_the_prompt_alone(capsys, tmp_path, t2v_slots):
+    out = tmp_path / "clip.npy"
+    code, _, err = run(capsys, "generate", *FAST, *t2v_slots, "--out", out)
+    assert code == 0, err
+    assert np.load(out).shape == (5, 32, 32, 3)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["PICTURE"], "takes no picture: leave the picture out"),
+        (["--extend", "CLIP"], "takes no picture"),
+        (["--noise-augmentation", "0.1"], "--latent-strength are for a picture"),
+    ],
+)
+def test_a_picture_for_a_text_to_video_transformer_is_refused_before_text_is_encoded(
+    capsys, tmp_path, t2v_slots, picture, monkeypatch, options, words
+):
+    monkeypatch.setattr(cli, "_encode_prompts", lambda *_: pytest.fail("text was encoded"))
+    np.save(tmp_path / "clip.npy", np.zeros((5, 32, 32, 3), np.float32))
+    paths = {"PICTURE": picture, "CLIP": tmp_path / "clip.npy"}
+    given = [paths.get(option, option) for option in options]
+    slots = t2v_slots[:-6] if "--extend" in options else t2v_slots
+    command = ["generate", *given, *FAST, *slots, "--out", tmp_path / "x.npy"]
+    code, _, err = run(capsys, *command)
+    assert code == 1
+    assert words in err
+
+
+def test_an_image_to_video_transformer_without_a_picture_is_one_sentence(capsys, tmp_path):
+    model = tiny.save(tmp_path / "t.safetensors", tiny.transformer().state_dict())
+    vae = tiny.save(tmp_path / "v.safetensors", VideoVAE(tiny.VAE).state_dict())
+    slots = ["--transformer", model, "--vae", vae, "--text-encoder", tmp_path]
+    code, _, err = run(capsys, "generate", *FAST, *slots, "--out", tmp_path / "x.npy")
+    assert code == 1
+    assert "needs a picture to start from: give one" in err
 
 
 def test_inspect_describes_a_file_for_people_and_for_programs(capsys, tmp_path):

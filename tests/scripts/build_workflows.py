@@ -65,6 +65,7 @@ KIJAI = HUGGING_FACE + "Kijai/SkyReels-V1-Hunyuan_comfy/resolve/main/"
 MODELS = {
     "skyreels_hunyuan_i2v_bf16.safetensors": ("diffusion_models", KIJAI),
     "skyreels_hunyuan_i2v_fp8_e4m3fn.safetensors": ("diffusion_models", KIJAI),
+    "skyreels_hunyuan_t2v_fp8_e4m3fn.safetensors": ("diffusion_models", KIJAI),
     "hunyuan_video_vae_bf16.safetensors": ("vae", COMFY_ORG + "vae/"),
     "clip_l.safetensors": ("text_encoders", COMFY_ORG + "text_encoders/"),
     "llava_llama3_fp8_scaled.safetensors": ("text_encoders", COMFY_ORG + "text_encoders/"),
@@ -349,6 +350,31 @@ def local_few_steps() -> Graph:
     return graph
 
 
+def local_text_to_video() -> Graph:
+    """The text-to-video weights: no picture, and the size from core's empty latent."""
+    graph = local(
+        "skyreels_hunyuan_t2v_fp8_e4m3fn.safetensors",
+        "skyreels_text_to_video",
+        note(
+            "## SkyReels-V1 from text alone\n\nThe text-to-video file in 8 bits, 13.2 GB: as "
+            "*local_low_memory*, without an image. The size and length of the video are those of "
+            "*Empty HunyuanLatentVideo*.\n\n"
+            f"[Transformer]({HUGGING_FACE}Kijai/SkyReels-V1-Hunyuan_comfy) · "
+            f"[VAE and text encoders]({HUGGING_FACE}Comfy-Org/HunyuanVideo_repackaged)\n\n"
+            "The settings are those of image to video: the authors use the same for both.",
+            200,
+        ),
+        note(SETTINGS_NOTE, 140),
+    )
+    del graph["load"]["image"], graph["encode"]["conditioning"]
+    size = {"width": 960, "height": 544, "length": 97}
+    graph["encode"]["size"] = Node("EmptyHunyuanLatentVideo", size, title="Size and length")
+    sampler = graph["sample"]["sampler"]
+    links = {name: link for name, link in sampler.links.items() if name != "image"}
+    graph["sample"]["sampler"] = replace(sampler, links={**links, "latent": ("size", 0)})
+    return graph
+
+
 WIRO_NOTE = (
     "## SkyReels-V1 on Wiro\n\nNo GPU is needed: the video is generated on "
     "[wiro.ai](https://wiro.ai/models/wiro/SkyReels-V1), **which costs money**. The node shows the "
@@ -477,6 +503,7 @@ GRAPHS = {
     "local_bf16": local_bf16,
     "local_low_memory": local_low_memory,
     "local_few_steps": local_few_steps,
+    "local_text_to_video": local_text_to_video,
     "remote": remote,
     "wiro_batch": wiro_batch,
     "local_and_remote": local_and_remote,

@@ -11,6 +11,7 @@ import inspect
 import json
 import logging
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 checkout, pack, folder = sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3])
@@ -98,11 +99,11 @@ concat = image.image_latents / comfy.latent_formats.HunyuanVideo().scale_factor
 extra = {"guidance": 1.0, "concat_latent_image": concat}
 
 
-def core_samples(sampler, sigmas, *, start=None, add_noise=True, model=None, extra=extra):
+def core_samples(sampler, sigmas, *, start=None, add_noise=True, model=core_model, extra=extra):
     noise = torch.randn(image.latent_shape, generator=torch.manual_seed(3))
     with torch.inference_mode():
         return comfy.sample.sample_custom(
-            core_model if model is None else model,
+            model,
             noise if add_noise else torch.zeros_like(noise),
             6.0,
             sampler,
@@ -221,6 +222,12 @@ result["bridge_lora"] = {
     "effect": relative_error(changed, plain),
     "is_undone": torch.equal(again, plain),
 }
+ours_with_lora = node("SkyReelsLoraLoader", model=model, lora="lora.safetensors", strength=0.7)
+behind = node("SkyReelsCoreModel", model=ours_with_lora, image=image)
+samples = core_samples(euler, sigmas, model=with_lora(-0.2)(behind), extra={})
+result["bridge"]["SkyReels Load LoRA and core's"] = relative_error(
+    samples, core_samples(euler, sigmas, model=with_lora(-0.2)(with_lora(0.7)(core_model)))
+)
 
 
 def refusal(action):
@@ -264,6 +271,21 @@ if hasattr(bridged, "deepclone_multigpu"):
         {p.data_ptr() for p in theirs.parameters()}
         & {p.data_ptr() for p in model.module.parameters()}
     )
+
+# text to video: an empty latent gives the size, and core's model is plain HunyuanVideo
+text_only = tiny.transformer(replace(CONFIG, in_channels=16))
+tiny.save(folder / "t2v.safetensors", text_only.state_dict())
+text_model = node("SkyReelsTransformerLoader", transformer="t2v.safetensors", precision="auto")
+core_text_model = comfy.sd.load_diffusion_model(
+    str(folder / "t2v.safetensors"), model_options={"dtype": torch.float32}
+)
+empty = {"samples": torch.zeros(image.latent_shape)}
+made = node("SkyReelsSampler", **{**ours, "model": text_model, "image": None}, latent=empty)
+core_made = core_samples(euler, sigmas, model=core_text_model, extra={"guidance": 1.0})
+result["t2v_relative_error"] = relative_error(made["samples"], core_made)
+text_bridge = node("SkyReelsCoreModel", model=text_model)
+samples = core_samples(euler, sigmas, model=text_bridge, extra={})
+result["bridge"]["text to video"] = relative_error(samples, core_made)
 
 # --- VAE ----------------------------------------------------------------------------------------
 

@@ -202,6 +202,7 @@ def stand_ins(host: Host) -> dict[str, ModuleType]:
     cpu = torch.device("cpu")
 
     paths: Any = modules["folder_paths"]
+    paths.__file__ = str((host.root / "folder_paths").with_suffix(".py"))
     paths.folder_names_and_paths = {
         kind: ([str(host.folder(kind))], set(SUFFIXES))
         for kind in ("diffusion_models", "vae", "text_encoders", "diffusers", "loras")
@@ -330,6 +331,10 @@ def core_node(class_type: str, inputs: dict[str, Any], text_sizes: tuple[int, in
     """What the core nodes of our workflows return, near enough for ours."""
     if class_type == "LoadImage":
         return torch.rand(1, 48, 80, 3), torch.zeros(1, 48, 80)
+    if class_type == "EmptyHunyuanLatentVideo":
+        frames = (inputs["length"] - 1) // 4 + 1
+        size = (inputs["batch_size"], 16, frames, inputs["height"] // 8, inputs["width"] // 8)
+        return ({"samples": torch.zeros(size)},)
     if class_type == "EmptyImage":
         colour = [inputs["color"] >> shift & 255 for shift in (16, 8, 0)]
         size = (inputs["batch_size"], inputs["height"], inputs["width"], 3)

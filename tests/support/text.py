@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
@@ -24,9 +25,16 @@ CORPUS = [
 ] * 4
 
 
-def make_text_folder(root: Path, *, dtype: torch.dtype = torch.float32, seed: int = 0) -> Path:
+def make_text_folder(
+    root: Path,
+    *,
+    dtype: torch.dtype = torch.float32,
+    seed: int = 0,
+    true_heads: bool = False,
+) -> Path:
     """Random models, true layout: LlamaModel, CLIPTextModel, and byte-level BPE tokenizers whose
-    configuration declares LlamaTokenizerFast, as the real one does."""
+    configuration declares LlamaTokenizerFast, as the real one does. With true_heads, what a file
+    of weights does not say is as in LLaMA-3 and CLIP-L: heads of 128 and 64, theta, eps."""
     llm_tokenizer = byte_level_bpe()
     save_llm_tokenizer(root / "tokenizer", llm_tokenizer)
     clip_tokenizer = save_clip_tokenizer(root / "tokenizer_2")
@@ -36,6 +44,7 @@ def make_text_folder(root: Path, *, dtype: torch.dtype = torch.float32, seed: in
         clip_tokenizer.get_vocab_size(),
         dtype=dtype,
         seed=seed,
+        true_heads=true_heads,
     )
     return root
 
@@ -103,7 +112,7 @@ def save_clip_tokenizer(folder: Path) -> Tokenizer:
     return tokenizer
 
 
-def llama_config(vocab_size: int) -> transformers.LlamaConfig:
+def llama_config(vocab_size: int, **changes: Any) -> transformers.LlamaConfig:
     return transformers.LlamaConfig(
         vocab_size=vocab_size,
         hidden_size=TEXT_DIM,
@@ -114,18 +123,26 @@ def llama_config(vocab_size: int) -> transformers.LlamaConfig:
         max_position_embeddings=2048,
         bos_token_id=None,
         eos_token_id=None,
+        **changes,
     )
 
 
 def save_models(
-    root: Path, llm_vocab: int, clip_vocab: int, *, dtype: torch.dtype, seed: int
+    root: Path,
+    llm_vocab: int,
+    clip_vocab: int,
+    *,
+    dtype: torch.dtype,
+    seed: int,
+    true_heads: bool = False,
 ) -> None:
     torch.manual_seed(seed)
-    llm = transformers.LlamaModel(llama_config(llm_vocab))
+    true = {"head_dim": 128, "rope_theta": 500000.0, "rms_norm_eps": 1e-5} if true_heads else {}
+    llm = transformers.LlamaModel(llama_config(llm_vocab, **true))
     clip = transformers.CLIPTextModel(
         transformers.CLIPTextConfig(
             vocab_size=clip_vocab,
-            hidden_size=POOLED_DIM,
+            hidden_size=128 if true_heads else POOLED_DIM,
             intermediate_size=20,
             num_hidden_layers=2,
             num_attention_heads=2,

@@ -2,6 +2,7 @@
 
 import logging
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,7 +17,7 @@ from comfyui_skyreels.skyreels.config import Guidance, Tiling
 from comfyui_skyreels.skyreels.errors import CheckpointError, OptionError, ShapeError, TextError
 from comfyui_skyreels.skyreels.extend import ExtendSettings, extend_video
 from comfyui_skyreels.skyreels.image import ImageSettings, encode_image
-from comfyui_skyreels.skyreels.latents import to_vae_space
+from comfyui_skyreels.skyreels.latents import ImageConditioning, to_vae_space
 from comfyui_skyreels.skyreels.pipeline import image_to_video
 from comfyui_skyreels.skyreels.runtime import TorchRuntime
 from comfyui_skyreels.skyreels.sampling.sample import sample
@@ -422,6 +423,104 @@ def test_sharded_folders_and_text_encoder_folders_are_offered(comfy):
         assert torch.equal(loaded[name], tensor)
 
 
+# --- text encoders in single files --------------------------------------------------------------
+
+
+def test_text_encoders_in_single_files_give_the_conditioning_of_their_folder(comfy):
+    from safetensors.torch import load_file
+    from support.text import make_text_folder
+
+    place = comfy.folder("text_encoders")
+    folder = make_text_folder(place / "both", true_heads=True)
+    for part, prefix, file in (
+        ("text_encoder", "model.", "llava_llama3.safetensors"),
+        ("text_encoder_2", "text_model.", "clip_l.safetensors"),
+    ):
+        state = load_file(folder / part / "model.safetensors")
+        state = {prefix + name.removeprefix(prefix): tensor for name, tensor in state.items()}
+        tiny.save(place / file, state)
+    groups = NODES["SkyReelsTextEncoderLoader"].INPUT_TYPES()
+    files = ["clip_l.safetensors", "llava_llama3.safetensors"]
+    encoders = groups["required"]["text_encoder"][0]
+    assert encoders == [BUILTIN_NAME, "both (folder)", *files]
+    assert groups["optional"]["clip"][0] == ["in the folder", *files]
+    assert groups["optional"]["tokenizer"][0] == ["auto", "both (folder)"]
+
+    def encode(**choice):
+        encoder = node("SkyReelsTextEncoderLoader", **choice)
+        made = node("SkyReelsTextEncode", text_encoder=encoder, prompt="a cat", add_fps_prefix=True)
+        return made[0][0], made[0][1]["pooled_output"]
+
+    wanted = encode(text_encoder="both (folder)")
+    single = {"text_encoder": "llava_llama3.safetensors", "clip": "clip_l.safetensors"}
+    assert NODES["SkyReelsTextEncoderLoader"].VALIDATE_INPUTS(**single) is True
+    with pytest.raises(CheckpointError, match="No tokenizer of LLaMA-3 was found"):
+        encode(**single)
+    given = encode(**single, tokenizer="both (folder)")
+    # ComfyUI's own, which lie below its checkout
+    own = comfy.root / "comfy"
+    shutil.copytree(folder / "tokenizer", own / "text_encoders" / "llama_tokenizer")
+    shutil.copytree(folder / "tokenizer_2", own / "sd1_tokenizer")
+    for found in (given, encode(**single)):
+        assert all(map(torch.equal, found, wanted))
+    with pytest.raises(CheckpointError, match="CLIP-L is needed too.*`clip` in the node"):
+        encode(text_encoder="llava_llama3.safetensors")
+
+
+@pytest.mark.parametrize("name", ["text_encoder", "clip", "tokenizer"])
+def test_a_text_encoder_file_that_is_gone_is_answered_with_where_to_get_it(comfy, name):
+    answer = NODES["SkyReelsTextEncoderLoader"].VALIDATE_INPUTS(**{name: "gone.safetensors"})
+    assert "gone.safetensors is not in models/text_encoders: download it from" in answer
+
+
+# --- text to video ------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def text_only(comfy) -> dict:
+    """Inputs of a sampler node with a text-to-video model, whose size an empty latent gives."""
+    model = tiny.transformer(replace(tiny.TRANSFORMER, in_channels=16))
+    tiny.save(comfy.folder("diffusion_models") / "t2v.safetensors", model.state_dict())
+    return {
+        "model": node("SkyReelsTransformerLoader", transformer="t2v.safetensors", precision="auto"),
+        "positive": text("a dog runs"), "negative": text(""), "seed": 5, "steps": 2, "cfg": 6.0,
+        "embedded_guidance": 1.0, "shift": 7.0,
+        "latent": {"samples": torch.zeros(1, 16, 3, 4, 6)},
+    }  # fmt: skip
+
+
+def test_a_text_to_video_model_samples_without_a_picture_what_the_library_does(text_only):
+    samples = node("SkyReelsSampler", **text_only)["samples"]
+    prompt, negative = (convert.to_prompt_embeds(text(t), "x") for t in ("a dog runs", ""))
+    expected = sample(
+        text_only["model"].module, ImageConditioning(None, 48, 32, 9), prompt, negative,
+        SamplingSettings(seed=5, sigmas=get_sigmas(2)), runtime=TorchRuntime(),
+    )  # fmt: skip
+    assert torch.equal(samples, expected)
+    again = node(
+        "SkyReelsSampler", **{**text_only, "latent": {"samples": samples}, "denoise": 0.5}
+    )["samples"]
+    assert not torch.equal(again, samples)
+
+
+def test_a_picture_for_a_text_to_video_model_and_a_missing_size_are_named(
+    comfy, text_only, picture
+):
+    _, inputs = prepare(picture)
+    concat = [[text("a")[0][0], {"concat_latent_image": torch.zeros(1, 16, 1, 4, 6),
+                                 **text("a")[0][1]}]]  # fmt: skip
+    for change, words in (
+        ({"image": inputs["image"]}, "takes no picture: disconnect `image`"),
+        ({"positive": concat}, "takes no picture"),
+        ({"latent": None}, "connect an EmptyHunyuanLatentVideo to `latent`"),
+    ):
+        with pytest.raises(ShapeError, match=words):
+            node("SkyReelsSampler", **{**text_only, **change})
+    extended = {**extend_inputs(), "model": text_only["model"]}
+    with pytest.raises(OptionError, match="takes no picture"):
+        node("SkyReelsExtendVideo", **extended)
+
+
 @pytest.mark.parametrize(
     ("change", "error", "words"),
     [
@@ -436,7 +535,7 @@ def test_sharded_folders_and_text_encoder_folders_are_offered(comfy):
         (
             {"positive": [[torch.zeros(2, 3, 24), {"pooled_output": torch.zeros(2, 12)}]]},
             TextError,
-            "2 prompts at once",
+            "2 prompts and 2 pooled states in one entry, and must hold one",
         ),
         ({"image": None}, ShapeError, "No picture"),
         ({"latent": {"samples": torch.zeros(1, 4, 8, 8)}}, ShapeError, "EmptyHunyuanLatentVideo"),

@@ -1,5 +1,6 @@
 """SkyReels Plan: the table on the node, from a header alone."""
 
+from dataclasses import replace
 from functools import partial
 from types import SimpleNamespace
 
@@ -9,6 +10,7 @@ import torch
 from comfyui_skyreels.skyreels.builtin import BUILTIN_NAME
 from comfyui_skyreels.skyreels.errors import ShapeError
 from comfyui_skyreels.skyreels.transformer import rates
+from support import tiny
 
 SIZE = {"width": 64, "height": 64, "num_frames": 17, "steps": 6, "cfg": 6.0}
 
@@ -51,6 +53,13 @@ def test_what_does_not_fit_is_told_with_what_would(comfy):
     text = plan()["result"][0]
     assert "\nno" in text
     assert "What would work" in text
+
+
+def test_a_text_to_video_file_is_planned_like_any_other(comfy):
+    config = replace(tiny.TRANSFORMER, in_channels=16)
+    state = tiny.transformer(config).state_dict()
+    tiny.save(comfy.folder("diffusion_models") / "t2v.safetensors", state)
+    assert "17 frames of 64x64" in plan(transformer="t2v.safetensors")["result"][0]
 
 
 def test_an_illegal_size_is_refused(comfy):

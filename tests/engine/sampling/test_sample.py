@@ -2,6 +2,7 @@
 
 import os
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -574,6 +575,82 @@ def test_pipeline_equals_diffusers_modules_driven_by_the_reference_procedure(mod
     assert frames.shape == (9, 32, 48, 3)
     assert frames.dtype == torch.float32
     assert 0.0 <= frames.min() < frames.max() <= 1.0
+
+
+@pytest.fixture(scope="module")
+def text_model():
+    return tiny.transformer(replace(tiny.TRANSFORMER, in_channels=16))
+
+
+def test_text_to_video_equals_diffusers_own_pipeline(text_model, monkeypatch):
+    """HunyuanVideoPipeline with true CFG 6, embedded guidance 1, shift 7, as the authors call it.
+
+    Its padded texts are masked, ours are trimmed.
+    """
+    from comfyui_skyreels.skyreels import pipeline
+    from diffusers import FlowMatchEulerDiscreteScheduler, HunyuanVideoPipeline
+
+    size = {"height": 32, "width": 48, "num_frames": 9}
+    theirs = HunyuanVideoPipeline(
+        text_encoder=None, tokenizer=None, text_encoder_2=None, tokenizer_2=None, vae=None,
+        transformer=tiny.diffusers_transformer(text_model),
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=7.0),
+    )  # fmt: skip
+    theirs.vae_scale_factor_temporal, theirs.vae_scale_factor_spatial = 4, 8
+    theirs.set_progress_bar_config(disable=True)
+    texts = {}
+    for name, text in (("", PROMPT), ("negative_", NEGATIVE)):
+        tokens = text.prompt_embeds.shape[1]
+        texts[f"{name}prompt_embeds"] = torch.nn.functional.pad(
+            text.prompt_embeds, (0, 0, 0, 10 - tokens), value=3.0
+        )
+        texts[f"{name}prompt_attention_mask"] = (torch.arange(10) < tokens).long()[None]
+        texts[f"{name}pooled_prompt_embeds"] = text.pooled_prompt_embeds
+    expected = theirs(
+        **texts, **size, num_inference_steps=6, guidance_scale=1.0, true_cfg_scale=6.0,
+        generator=torch.Generator().manual_seed(11), output_type="latent", return_dict=False,
+    )[0]  # fmt: skip
+    decoded = []
+    decode = pipeline.decode_frames
+    monkeypatch.setattr(
+        pipeline, "decode_frames",
+        lambda vae, latents, *a, **k: decoded.append(latents) or decode(vae, latents, *a, **k),
+    )  # fmt: skip
+    vae = tiny.randomize(VideoVAE(tiny.VAE))
+    frames = image_to_video(
+        text_model, vae, None, PROMPT, NEGATIVE, SamplingSettings(seed=11, sigmas=get_sigmas(6)),
+        **size, runtime=RUNTIME,
+    )  # fmt: skip
+    assert tiny.relative_error(decoded[0] * 0.476986, expected) <= 1e-4
+    assert frames.shape == (9, 32, 48, 3)
+
+
+def test_a_picture_is_given_where_the_transformer_takes_one_and_nowhere_else(
+    model, text_model, conditioning
+):
+    size = ImageConditioning(None, 48, 32, 9)
+    assert size.padded() is None
+    assert run(text_model, size).shape == size.latent_shape
+    with pytest.raises(OptionError, match="16 input channels.* takes no picture"):
+        run(text_model, conditioning)
+    with pytest.raises(OptionError, match="32 input channels.* needs a picture"):
+        run(model, size)
+    vae = tiny.randomize(VideoVAE(tiny.VAE))
+    settings = SamplingSettings(sigmas=SIGMAS)
+    for each, image in ((text_model, torch.rand(1, 32, 48, 3)), (model, None)):
+        with pytest.raises(OptionError, match="picture"):
+            image_to_video(each, vae, image, PROMPT, NEGATIVE, settings, runtime=RUNTIME)
+
+
+@pytest.mark.parametrize("cache", ["easy", "first-block"])
+def test_text_to_video_runs_with_every_cache_and_resumes(text_model, tmp_path, cache):
+    from comfyui_skyreels.skyreels.sampling.step_cache import CACHES
+
+    size = ImageConditioning(None, 48, 32, 9)
+    assert bool(run(text_model, size, cache=CACHES[cache]).isfinite().all())
+    with pytest.raises(StopError):
+        run(text_model, size, resume=tmp_path / "state", runtime=stop_after(33))
+    assert torch.equal(run(text_model, size, resume=tmp_path / "state"), run(text_model, size))
 
 
 def test_pipeline_is_deterministic_to_the_last_bit(model):

@@ -1,6 +1,7 @@
 """The transformer against diffusers' class with the same weights."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -54,6 +55,16 @@ def test_model_without_guidance_embedding_equals_diffusers():
     config = TransformerConfig(**{**tiny.TRANSFORMER.__dict__, "guidance_embeds": False})
     model = tiny.transformer(config)
     inputs = {**tiny.inputs(config), "guidance": None}
+    expected = diffusers_forward(tiny.diffusers_transformer(model), inputs)
+    assert tiny.relative_error(model(**inputs), expected) <= 1e-5
+
+
+@pytest.mark.parametrize("text_tokens", [1, 7, 256])
+@pytest.mark.parametrize("grid", [(1, 2, 2), (3, 6, 10)])
+def test_text_to_video_forward_equals_diffusers(text_tokens, grid):
+    config = replace(tiny.TRANSFORMER, in_channels=16)
+    model = tiny.transformer(config)
+    inputs = tiny.inputs(config, text_tokens, grid)
     expected = diffusers_forward(tiny.diffusers_transformer(model), inputs)
     assert tiny.relative_error(model(**inputs), expected) <= 1e-5
 

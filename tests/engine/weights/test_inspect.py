@@ -134,8 +134,12 @@ def test_full_size_vae_is_the_default_config(tmp_path):
 @pytest.mark.parametrize(
     ("names", "family", "fix"),
     [
-        (["model.layers.0.self_attn.q_proj.weight"], "llama", "diffusers-style folder"),
-        (["text_model.encoder.layers.0.self_attn.q_proj.weight"], "clip", "diffusers-style folder"),
+        (["model.layers.0.self_attn.q_proj.weight"], "llama", "load it as a text encoder"),
+        (
+            ["text_model.encoder.layers.0.self_attn.q_proj.weight"],
+            "clip",
+            "load it as a text encoder",
+        ),
         (["encoder.block.0.layer.0.SelfAttention.q.weight"], "t5", "does not use it"),
         (
             ["diffusion_model.double_blocks.0.img_attn_qkv.lora_A.weight"],
