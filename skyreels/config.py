@@ -25,6 +25,7 @@ FRAMES_PER_SECOND = 24
 MAX_SIZE = 4096
 MAX_FRAMES = 1025
 MAX_STEPS = 1000
+MAX_GUIDANCE = 100.0
 
 #: how a checkpoint is computed with; weights/load.py says what each does
 TRANSFORMER_PRECISIONS = ("auto", "fp32", "bf16", "fp8", "int8")
@@ -105,8 +106,8 @@ class Guidance:
             ("CFG", self.true_cfg_scale, 6),
             ("Embedded guidance", self.guidance_scale, 1),
         ):
-            if not 0.0 <= scale <= 100.0:
-                raise OptionError(f"{name} {scale} is not within 0..100: use {usual}.")
+            if not 0.0 <= scale <= MAX_GUIDANCE:
+                raise OptionError(f"{name} {scale} is not within 0..{MAX_GUIDANCE:g}: use {usual}.")
         if not 0.0 <= self.cfg_start <= self.cfg_end <= 1.0:
             raise OptionError(
                 f"CFG window {self.cfg_start}..{self.cfg_end} is invalid: use 0 <= cfg_start <= "
@@ -120,6 +121,10 @@ class Guidance:
             raise OptionError(
                 f"zero_init_steps must be >= 0, got {self.zero_init_steps}: use 0 for off."
             )
+
+    def is_in_window(self, step: int, num_steps: int) -> bool:
+        """Whether the negative prediction counts at a step, from 0."""
+        return self.cfg_start <= step / num_steps < self.cfg_end
 
 
 @dataclass(frozen=True)

@@ -12,8 +12,8 @@ from .image import ImageSettings
 from .latents import check_picture, check_size, nearest_frames
 from .pipeline import image_to_latents
 from .runtime import Runtime, never_interrupt
+from .sampling.prompts import Prompt
 from .sampling.settings import SamplingSettings
-from .text.embeds import PromptEmbeds
 from .transformer.model import SkyReelsTransformer
 from .vae.frames import FrameSink
 from .vae.model import VideoVAE
@@ -62,8 +62,8 @@ def extend_video(
     transformer: SkyReelsTransformer,
     vae: VideoVAE,
     clip: Tensor,
-    prompt: PromptEmbeds,
-    negative: PromptEmbeds | None,
+    prompt: Prompt,
+    negative: Prompt | None,
     settings: SamplingSettings,
     *,
     extend: ExtendSettings = ExtendSettings(),
@@ -119,8 +119,8 @@ def extend_latents(
     transformer: SkyReelsTransformer,
     vae: VideoVAE,
     clip: Tensor,
-    prompt: PromptEmbeds,
-    negative: PromptEmbeds | None,
+    prompt: Prompt,
+    negative: Prompt | None,
     settings: SamplingSettings,
     *,
     extend: ExtendSettings = ExtendSettings(),

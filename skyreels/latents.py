@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from typing import SupportsIndex
 
 import torch
 from torch import Tensor
@@ -74,6 +75,45 @@ def check_picture(config: TransformerConfig, has_picture: bool) -> None:
         )
 
 
+def check_conditioning(image: ImageConditioning) -> None:
+    """Refuse first-frame latents that do not fit the size of their video.
+
+    Raises:
+        ShapeError: names what does not fit.
+    """
+    check_size(image.width, image.height, image.num_frames)
+    if image.image_latents is None:
+        return
+    latents, (_, channels, frames, height, width) = image.image_latents, image.latent_shape
+    if not isinstance(latents, Tensor) or latents.ndim != 5:
+        shape = list(latents.shape) if isinstance(latents, Tensor) else type(latents).__name__
+        raise ShapeError(
+            f"Image latents must be [1, {channels}, k, {height}, {width}] for a video of "
+            f"{image.width}x{image.height}; got {shape}. Make them with `encode_image`."
+        )
+    if latents.shape[0] != 1:
+        raise ShapeError(
+            f"Image latents of {latents.shape[0]} pictures: sample one after the other, or all "
+            "with `sample_batch`."
+        )
+    if tuple(latents.shape[1:2] + latents.shape[3:]) != (channels, height, width):
+        raise ShapeError(
+            f"Image latents of {list(latents.shape)} do not fit a video of {image.width}x"
+            f"{image.height}, which needs [1, {channels}, k, {height}, {width}]: encode the "
+            "picture at that size."
+        )
+    if not 1 <= latents.shape[2] <= frames:
+        raise ShapeError(
+            f"Image latents of {latents.shape[2]} frames do not fit a video of "
+            f"{image.num_frames} frames, which has {frames} latent frames: encode fewer."
+        )
+    if not latents.is_floating_point() or not bool(latents.isfinite().all()):
+        raise ShapeError(
+            "The image latents hold NaN or infinity, or are no floats: check the picture, and load "
+            "the VAE in bf16 or fp32 (fp16 can overflow)."
+        )
+
+
 def latent_shape(num_frames: int, height: int, width: int) -> tuple[int, int, int, int, int]:
     """[1, 16, T, h, w] of a clip; T = (num_frames - 1) / 4 + 1."""
     frames = (num_frames - 1) // TEMPORAL_COMPRESSION + 1
@@ -124,6 +164,11 @@ def latents_to_rgb(latents: Tensor, factors: Tensor, bias: Tensor, max_pixels: i
     return levels.to(torch.uint8).permute(0, 2, 3, 1)
 
 
+def is_whole(value: object) -> bool:
+    """Whether a value is a whole number: Python's or NumPy's, but not a truth value."""
+    return isinstance(value, SupportsIndex) and not isinstance(value, bool | Tensor)
+
+
 def seeded_generator(seed: int) -> torch.Generator:
     """Make the random generator of a run; the clip's noise must be the first draw.
 
@@ -133,9 +178,9 @@ def seeded_generator(seed: int) -> torch.Generator:
     Raises:
         OptionError: the seed is not within 0..2^64-1.
     """
-    if not 0 <= seed < 2**64:
-        raise OptionError(f"Seed {seed} is not within 0..2^64-1: use a number in it.")
-    return torch.Generator("cpu").manual_seed(seed)
+    if not is_whole(seed) or not 0 <= seed < 2**64:
+        raise OptionError(f"Seed {seed} is not a whole number within 0..2^64-1: use one.")
+    return torch.Generator("cpu").manual_seed(int(seed))
 
 
 def nearest_frames(num_frames: int) -> int:
@@ -156,7 +201,7 @@ def check_size(width: int, height: int, num_frames: int) -> None:
         ShapeError: names the value, the rule and the nearest legal value.
     """
     for name, value in (("Width", width), ("Height", height), ("Number of frames", num_frames)):
-        if not isinstance(value, int):
+        if not is_whole(value):
             raise ShapeError(f"{name} {value!r} is not a whole number.")
     for name, value in (("Width", width), ("Height", height)):
         if value < SIZE_MULTIPLE or value % SIZE_MULTIPLE:

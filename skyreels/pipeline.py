@@ -5,9 +5,9 @@ from torch import Tensor
 from .image import ImageSettings, encode_image
 from .latents import ImageConditioning, check_picture, check_size
 from .runtime import Runtime
+from .sampling.prompts import Prompt
 from .sampling.sample import sample
 from .sampling.settings import SamplingSettings
-from .text.embeds import PromptEmbeds
 from .transformer.model import SkyReelsTransformer
 from .vae.model import VideoVAE
 from .vae.tiling import decode_frames
@@ -17,8 +17,8 @@ def image_to_video(
     transformer: SkyReelsTransformer,
     vae: VideoVAE,
     image: Tensor | None,
-    prompt: PromptEmbeds,
-    negative: PromptEmbeds | None,
+    prompt: Prompt,
+    negative: Prompt | None,
     settings: SamplingSettings,
     *,
     width: int = 960,
@@ -70,8 +70,8 @@ def image_to_latents(
     transformer: SkyReelsTransformer,
     vae: VideoVAE,
     image: Tensor | None,
-    prompt: PromptEmbeds,
-    negative: PromptEmbeds | None,
+    prompt: Prompt,
+    negative: Prompt | None,
     settings: SamplingSettings,
     *,
     width: int = 960,

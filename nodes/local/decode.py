@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ...skyreels.config import DECODE_MODES
@@ -19,7 +20,9 @@ class SkyReelsVAEDecode:
     FUNCTION = "decode"
     RETURN_TYPES = ("IMAGE",)
     RETURN_NAMES = ("images",)
-    OUTPUT_TOOLTIPS = ("The frames, 4T - 3 of them, for CreateVideo at 24 fps.",)
+    OUTPUT_TOOLTIPS = (
+        "The frames, 4T - 3 of them, for CreateVideo at 24 fps; those of a batch in a row.",
+    )
 
     @classmethod
     def INPUT_TYPES(cls) -> dict[str, Any]:
@@ -94,4 +97,8 @@ class SkyReelsVAEDecode:
         latents = convert.latent_samples(samples)
         tiling = explicit_tiling(mode, tile_size, tile_stride, tile_frames, tile_frames_stride)
         runtime = host.ComfyRuntime(unique_id, vae)
-        return (decode_frames(vae.module, latents, mode, tiling=tiling, runtime=runtime),)
+        clips = [
+            decode_frames(vae.module, clip, mode, tiling=tiling, runtime=runtime)
+            for clip in torch.split(latents, 1)
+        ]
+        return (clips[0] if len(clips) == 1 else torch.cat(clips),)

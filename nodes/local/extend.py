@@ -128,11 +128,13 @@ class SkyReelsExtendVideo:
         extend = ExtendSettings(num_frames, overlap_frames, color_match)
         check_clip(images, extend)
         config = model.module.config
-        prompt, negative_prompt = convert.to_prompts(positive, negative, cfg, config)
+        guidance = Guidance(cfg, convert.embedded_guidance(positive, embedded_guidance))
+        convert.warn_unused(positive, negative)
+        prompt, negative_prompt = convert.to_prompts(positive, negative, guidance, shift, config)
         settings = SamplingSettings(
             seed=seed,
             sigmas=get_sigmas(steps, shift),
-            guidance=Guidance(cfg, convert.embedded_guidance(positive, embedded_guidance)),
+            guidance=guidance,
             riflex_k=intrinsic_frequency(config),
             cache=CACHES[cache],
             attention=attention,

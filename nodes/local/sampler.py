@@ -1,13 +1,15 @@
 """The sampler."""
 
 import logging
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
 
 from ...skyreels.config import MAX_STEPS, Guidance
 from ...skyreels.latents import ImageConditioning
-from ...skyreels.sampling.sample import sample
+from ...skyreels.sampling.batch import Clip, sample_batch
+from ...skyreels.sampling.schedules import SCHEDULES, named_sigmas
 from ...skyreels.sampling.settings import SamplingSettings, euler, get_sigmas
 from ...skyreels.sampling.step_cache import CACHES
 from ...skyreels.transformer.attention import MODES
@@ -60,8 +62,8 @@ DENOISE = {
 class SkyReelsScheduler:
     CATEGORY = "SkyReels/sampling"
     DESCRIPTION = (
-        "The default schedule of SkyReels Sampler as SIGMAS, to split it between two samplers or "
-        "to modify it."
+        "The default schedule of SkyReels Sampler as SIGMAS, or one of core's by name, to split it "
+        "between two samplers or to modify it."
     )
     FUNCTION = "schedule"
     RETURN_TYPES = ("SIGMAS",)
@@ -70,10 +72,24 @@ class SkyReelsScheduler:
 
     @classmethod
     def INPUT_TYPES(cls) -> dict[str, Any]:
-        return {"required": {**STEPS, **SHIFT, **DENOISE}}
+        scheduler = {
+            "scheduler": (
+                list(SCHEDULES),
+                {
+                    "default": "default",
+                    "tooltip": "default is the one SkyReels was released with; the others are "
+                    "core's, with the shift above. sgm_uniform and normal stay longer at high "
+                    "noise; karras and exponential spend most steps at low noise, where this model "
+                    "needs few.",
+                },
+            )
+        }
+        return {"required": {**STEPS, **SHIFT, **DENOISE, **scheduler}}
 
-    def schedule(self, steps: int, shift: float, denoise: float) -> tuple[Tensor]:
-        return (get_sigmas(steps, shift, denoise),)
+    def schedule(
+        self, steps: int, shift: float, denoise: float, scheduler: str = "default"
+    ) -> tuple[Tensor]:
+        return (named_sigmas(scheduler, steps, shift, denoise),)
 
 
 class SkyReelsSampler:
@@ -100,7 +116,9 @@ class SkyReelsSampler:
                     "CONDITIONING",
                     {
                         "tooltip": "From core's CLIPTextEncode with a hunyuan_video CLIP, or "
-                        "SkyReels Text Encode. Prompts should begin with 'FPS-24, '."
+                        "SkyReels Text Encode. Prompts should begin with 'FPS-24, '. Several "
+                        "entries (ConditioningCombine, timestep ranges, strengths) count as in "
+                        "core; each that is active at a step is one more model evaluation."
                     },
                 ),
                 "seed": (
@@ -141,7 +159,10 @@ class SkyReelsSampler:
             "optional": {
                 "negative": (
                     "CONDITIONING",
-                    {"tooltip": "What to avoid; needed while cfg is above 1, may be empty text."},
+                    {
+                        "tooltip": "What to avoid; needed while cfg is above 1, may be empty text. "
+                        "Several entries count as in the positive one."
+                    },
                 ),
                 "image": (
                     "SKYREELS_IMAGE",
@@ -156,7 +177,8 @@ class SkyReelsSampler:
                     {
                         "tooltip": "A clip of the same size to start from, for video to video "
                         "with denoise below 1. An empty latent only sets the length, and with a "
-                        "text-to-video model the size too (EmptyHunyuanLatentVideo)."
+                        "text-to-video model the size too (EmptyHunyuanLatentVideo). A batch is "
+                        "sampled one clip after the other; a noise mask keeps the rest."
                     },
                 ),
                 "sampler": (
@@ -305,42 +327,57 @@ class SkyReelsSampler:
         attention: str = "exact",
         unique_id: str | None = None,
     ) -> tuple[convert.Latent]:
-        if latent is not None and latent.get("noise_mask") is not None:
-            logger.warning("The latent's noise mask is not used: the whole clip is sampled.")
+        convert.warn_unused(positive, negative)
+        start = None if latent is None else convert.latent_samples(latent, "start latent")
         if not model.module.config.takes_image:
             image = convert.size_without_picture(positive, image, latent)
         elif image is None:
             image = convert.image_from_conditioning(positive, latent)
+        elif any("concat_latent_image" in extras for _, extras in positive):
+            logger.warning("The picture in the conditioning is not used: `image` is connected.")
         if sigmas is None:
             sigmas = get_sigmas(steps, shift, denoise)
-        prompt, negative_prompt = convert.to_prompts(positive, negative, cfg, model.module.config)
+        guidance = Guidance(
+            true_cfg_scale=cfg,
+            guidance_scale=convert.embedded_guidance(positive, embedded_guidance),
+            cfg_start=cfg_start,
+            cfg_end=cfg_end,
+            guidance_rescale=guidance_rescale,
+            cfg_zero_star=cfg_zero_star,
+            zero_init_steps=zero_init_steps,
+        )
         settings = SamplingSettings(
-            seed=seed,
             sigmas=sigmas.float().cpu(),
-            guidance=Guidance(
-                true_cfg_scale=cfg,
-                guidance_scale=convert.embedded_guidance(positive, embedded_guidance),
-                cfg_start=cfg_start,
-                cfg_end=cfg_end,
-                guidance_rescale=guidance_rescale,
-                cfg_zero_star=cfg_zero_star,
-                zero_init_steps=zero_init_steps,
-            ),
-            init_latents=None if latent is None else convert.latent_samples(latent),
-            add_noise=add_noise,
+            guidance=guidance,
             riflex_k=riflex_k,
             cache=CACHES[cache],
             attention=attention,
-            solver=euler if sampler is None else host.core_solver(sampler, shift, seed),
             resume=host.resume_folder() if resume else None,
             loras=model.loras,
         )
-        samples = sample(
-            model.module,
-            image,
-            prompt,
-            negative_prompt,
-            settings,
-            runtime=host.ComfyRuntime(unique_id, model, with_preview=True),
-        )
+        count = convert.num_clips(image, start)
+        convert.warn_surplus(positive, "positive", count)
+        convert.warn_surplus(negative, "negative", count)
+        mask = None if latent is None or start is None else convert.noise_mask(latent, start)
+        indices = convert.noise_indices(latent, count)
+        clips = []
+        for index in range(count):
+            prompts = convert.to_prompts(
+                positive, negative, guidance, shift, model.module.config, index=index
+            )
+            solver = euler
+            if sampler is not None:  # one that adds noise of its own has another seed a clip
+                solver = host.core_solver(sampler, shift, (seed + index) % 2**64)
+            own = replace(
+                settings,
+                seed=seed,
+                init_latents=convert.clip_of(start, index),
+                add_noise=add_noise,
+                solver=solver,
+                noise_index=indices[index],
+                noise_mask=convert.clip_of(mask, index),
+            )
+            clips.append(Clip(convert.of_batch(image, index, count), *prompts, own))
+        runtime = host.ComfyRuntime(unique_id, model, with_preview=True)
+        samples = sample_batch(model.module, clips, runtime=runtime)
         return ({**(latent or {}), "samples": samples},)

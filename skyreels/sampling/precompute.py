@@ -41,6 +41,7 @@ def precompute(
     timesteps: Sequence[float],
     guidance: Tensor,
     *,
+    needed: Sequence[Sequence[int]] | None = None,
     attention: Attention,
     runtime: Runtime,
 ) -> StepLookup:
@@ -50,7 +51,8 @@ def precompute(
         transformer: on any device; its conditioners are loaded on the device one at a time.
         prompts: encoded, of any lengths.
         timesteps: of the schedule, 0..1000, exactly representable in float32.
-        guidance: [1] float32, embedded guidance times 1000.
+        guidance: [1] float32, embedded guidance times 1000; or [P], of each prompt.
+        needed: of each timestep, the indices of the prompts that it takes; all if not given.
         attention: for the text refiner.
         runtime: asked for an interrupt between modules; its device is where results are wanted.
 
@@ -58,9 +60,16 @@ def precompute(
         The function that looks them up.
     """
     device, host = runtime.device, torch.device("cpu")
-    guidance = guidance.to(device)
-    inputs = [(p.prompt_embeds.to(device), p.pooled_prompt_embeds.to(device)) for p in prompts]
-    keys = [(prompt, float(t)) for t in timesteps for prompt in range(len(prompts))]
+    scales = guidance.to(device).expand(len(prompts))
+    inputs = [
+        (each.prompt_embeds.to(device), each.pooled_prompt_embeds.to(device), scales[index, None])
+        for index, each in enumerate(prompts)
+    ]
+    if needed is None:
+        needed = [range(len(prompts))] * len(timesteps)
+    keys = [
+        (prompt, float(t)) for t, each in zip(timesteps, needed, strict=True) for prompt in each
+    ]
     keys = list(dict.fromkeys(keys))[:MAX_KEPT]
 
     embedded = {}
@@ -70,9 +79,7 @@ def precompute(
         for prompt, t in keys:
             runtime.check_interrupt()
             timestep = torch.tensor([t], dtype=torch.float32, device=device)
-            embedded[prompt, t] = transformer.embed(
-                timestep, *inputs[prompt], guidance, attention=attention
-            )
+            embedded[prompt, t] = transformer.embed(timestep, *inputs[prompt], attention=attention)
     modulation: dict[tuple[int, float], list[tuple[Tensor, ...]]] = {key: [] for key in keys}
     for modules in transformer.modulations:
         with ExitStack() as stack:
@@ -96,7 +103,6 @@ def precompute(
             return transformer.condition(
                 torch.tensor([timestep], dtype=torch.float32, device=device),
                 *inputs[prompt],
-                guidance,
                 attention=attention,
                 run_block=run_block,
             )

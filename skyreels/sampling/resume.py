@@ -12,15 +12,16 @@ from torch import Tensor
 
 from ..errors import CheckpointError, OptionError
 from ..latents import ImageConditioning
-from ..text.embeds import PromptEmbeds
 from ..transformer.model import SkyReelsTransformer
+from .prompts import Prompt
 from .settings import SamplingSettings
 
 logger = logging.getLogger("skyreels.sampling.resume")
 
-#: settings that do not decide the result of a run that can be resumed, as its solver is Euler; or
-#: that count only where they are used, so that files of earlier versions are still taken
+#: settings that do not decide the result of a run that can be resumed: its solver is Euler
 NOT_IN_FINGERPRINT = {"solver", "resume", "loras"}
+#: options of later versions, part of it only where they are used: files of earlier versions fit
+ADDED_LATER: dict[str, object] = {"noise_index": 0, "noise_mask": None}
 
 #: save(step, latents): keep the latents after `step` finished steps
 SaveStep = Callable[[int, Tensor], None]
@@ -29,14 +30,15 @@ SaveStep = Callable[[int, Tensor], None]
 def fingerprint_run(
     transformer: SkyReelsTransformer,
     image: ImageConditioning,
-    prompt: PromptEmbeds,
-    negative: PromptEmbeds | None,
+    prompt: Prompt,
+    negative: Prompt | None,
     settings: SamplingSettings,
 ) -> str:
     """A hash of everything that decides the result; of each weight, its kind and first numbers.
 
     It covers every field of the settings that is not in NOT_IN_FINGERPRINT. Their order is part of
-    it: with another order, or a new field, files of earlier versions are refused.
+    it: with another order, or a new field that is not in ADDED_LATER, files of earlier versions are
+    refused.
 
     Args:
         transformer: whose weights decide.
@@ -49,31 +51,42 @@ def fingerprint_run(
         64 hexadecimal digits.
     """
     digest = hashlib.sha256(repr(transformer.config).encode())
-
-    def add(value: object) -> None:
-        if isinstance(value, Tensor):
-            digest.update(f"{value.dtype}{list(value.shape)}".encode())
-            digest.update(value.detach().float().cpu().contiguous().numpy().tobytes())
-        elif is_dataclass(value):
-            for each in fields(value):
-                add(getattr(value, each.name))
-        else:
-            digest.update(repr("a function" if callable(value) else value).encode())
-
     for name, weight in transformer.named_parameters():
         digest.update(f"{name} {list(weight.shape)}".encode())
-        add(weight.detach().flatten()[:16])
+        _add(digest, weight.detach().flatten()[:16])
     for part in (image, prompt, negative):
-        add(part)
+        _add(digest, part)
     for each in fields(settings):
-        if each.name not in NOT_IN_FINGERPRINT:
-            add(getattr(settings, each.name))
+        value = getattr(settings, each.name)
+        if each.name in ADDED_LATER:
+            is_used = isinstance(value, Tensor) or value != ADDED_LATER[each.name]
+            _add(digest, (each.name, value) if is_used else ())
+        elif each.name not in NOT_IN_FINGERPRINT:
+            _add(digest, value)
         if each.name == "guidance":
-            add(0)  # an option that guidance had here, always off, in files of earlier versions
+            _add(digest, 0)  # an option that it had, always off, in files of earlier versions
     for applied in settings.loras:
         if applied.strength != 0:
-            add((applied.lora.path.name, applied.lora.digest, applied.strength, applied.blocks))
+            _add(
+                digest,
+                (applied.lora.path.name, applied.lora.digest, applied.strength, applied.blocks),
+            )
     return digest.hexdigest()
+
+
+def _add(digest: "hashlib._Hash", value: object) -> None:
+    """Put a value and all that it holds into a hash."""
+    if isinstance(value, Tensor):
+        digest.update(f"{value.dtype}{list(value.shape)}".encode())
+        digest.update(value.detach().float().cpu().contiguous().numpy().tobytes())
+    elif is_dataclass(value):
+        for each in fields(value):
+            _add(digest, getattr(value, each.name))
+    elif isinstance(value, list | tuple):
+        for item in value:
+            _add(digest, item)
+    else:
+        digest.update(repr("a function" if callable(value) else value).encode())
 
 
 def resume_run(

@@ -22,6 +22,7 @@ from ..errors import OptionError, ShapeError
 from ..ladder import retried
 from ..latents import (
     ImageConditioning,
+    check_conditioning,
     check_picture,
     latent_shape,
     seeded_generator,
@@ -37,14 +38,24 @@ from ..transformer.attention import Attention, choose_attention, sdpa, trial_byt
 from ..transformer.layers import rope_table
 from ..transformer.model import RunBlock, SkyReelsTransformer
 from ..transformer.placement import placed
+from .finite import FiniteWatch, suspects
 from .planned import start_run
 from .precompute import StepLookup, precompute
+from .prompts import (
+    Prompt,
+    Weights,
+    average,
+    one_prompt_each,
+    report_gaps,
+    scheduled,
+    weights_of_prompts,
+)
 from .resume import SaveStep, fingerprint_run, resume_run
 from .settings import OnStep, SamplingSettings, Velocity, euler
 from .step_cache import OFF, CacheConfig, cache_bytes, start_cache
 
 
-def initial_noise(seed: int, num_frames: int, height: int, width: int) -> Tensor:
+def initial_noise(seed: int, num_frames: int, height: int, width: int, index: int = 0) -> Tensor:
     """One seed, one noise, on every device: from a CPU generator.
 
     Args:
@@ -52,6 +63,7 @@ def initial_noise(seed: int, num_frames: int, height: int, width: int) -> Tensor
         num_frames: of the video, 4k + 1.
         height: of the video, in pixels.
         width: of the video, in pixels.
+        index: of the clip in a batch: its noise comes after that of the clips before it.
 
     Returns:
         [1, 16, T, h, w] float32.
@@ -59,7 +71,10 @@ def initial_noise(seed: int, num_frames: int, height: int, width: int) -> Tensor
     Raises:
         OptionError: a seed outside 0..2^64-1.
     """
-    return torch.randn(latent_shape(num_frames, height, width), generator=seeded_generator(seed))
+    generator, shape = seeded_generator(seed), latent_shape(num_frames, height, width)
+    for _ in range(index):
+        torch.randn(shape, generator=generator)
+    return torch.randn(shape, generator=generator)
 
 
 def combine(positive: Tensor, negative: Tensor, guidance: Guidance) -> Tensor:
@@ -95,6 +110,7 @@ def guided_velocity(
     sigmas: Tensor,
     guidance: Guidance,
     *,
+    weights: Weights = one_prompt_each,
     rope: Tensor,
     run_block: RunBlock,
     attention: Attention = sdpa,
@@ -108,17 +124,18 @@ def guided_velocity(
         transformer: the network.
         image_latents: [1, 16, T, h, w] float32, model space, zero where nothing is given; None for
             a text-to-video transformer.
-        lookup: from `precompute`, of the prompt (0) and, while true_cfg_scale > 1, of the negative
-            prompt (1).
+        lookup: from `precompute`, of the prompts that `weights` names.
         sigmas: [N + 1] of the run; where a sigma falls decides about the CFG window.
         guidance: how the two predictions are combined.
+        weights: which prompts make them; by default the first and, while true_cfg_scale > 1, the
+            second one.
         rope: from `rope_table`.
         run_block: runs one block of the transformer.
         attention: see transformer/attention.py.
         chunking: how much of a block is computed at a time.
         cache: which steps are skipped; with a cache, one call is one step.
-        interleaves: where a step needs both predictions, each block runs for both before the next
-            one does, which a cache cannot follow. The result is the same.
+        interleaves: where a step needs more than one prediction, each block runs for two of them
+            before the next one does, which a cache cannot follow. The result is the same.
 
     Returns:
         The function, for the whole run.
@@ -141,6 +158,18 @@ def guided_velocity(
         )
         return [velocity.float() for velocity in velocities]
 
+    def predict_all(
+        step: int, latents: Tensor, timestep: float, branches: Sequence[int]
+    ) -> Iterator[Tensor]:
+        if interleaves:  # by twos, for which memory is planned
+            for first in range(0, len(branches), 2):
+                yield from predict_each(latents, timestep, branches[first : first + 2], run_block)
+        else:
+            if branches:
+                steps.begin(step, latents, branches)
+            for branch in branches:
+                yield steps.predict(branch, partial(predict, latents, timestep, branch))
+
     def predict(latents: Tensor, timestep: float, branch: int, cached: RunBlock) -> Tensor:
         return predict_each(latents, timestep, [branch], cached)[0]
 
@@ -150,19 +179,16 @@ def guided_velocity(
         step = max(0, int((schedule >= sigma - 1e-6).sum()) - 1)
         if step < guidance.zero_init_steps:
             return torch.zeros_like(latents), None
-        timestep = float(sigma * NUM_TRAIN_TIMESTEPS)
-        in_window = guidance.cfg_start <= step / num_steps < guidance.cfg_end
-        is_guided = guidance.true_cfg_scale > 1 and in_window
-        if is_guided and interleaves:
-            positive, negative = predict_each(latents, timestep, [0, 1], run_block)
-            return combine(positive, negative, guidance), negative
-        steps.begin(step, latents, 2 if is_guided else 1)
-        positive = steps.predict(0, partial(predict, latents, timestep, 0))
+        is_guided = guidance.true_cfg_scale > 1 and guidance.is_in_window(step, num_steps)
+        sides = [weights(side, sigma) for side in range(2 if is_guided else 1)]
+        branches = [branch for side in sides for branch, _ in side]
+        made = predict_all(step, latents, float(sigma * NUM_TRAIN_TIMESTEPS), branches)
+        averages = [average(made, side, latents, sigma) for side in sides]
         if step == num_steps - 1:
             steps.report()
         if not is_guided:
-            return positive, None
-        negative = steps.predict(1, partial(predict, latents, timestep, 1))
+            return averages[0], None
+        positive, negative = averages
         return combine(positive, negative, guidance), negative
 
     return velocity
@@ -171,8 +197,8 @@ def guided_velocity(
 def sample(
     transformer: SkyReelsTransformer,
     image: ImageConditioning,
-    prompt: PromptEmbeds,
-    negative: PromptEmbeds | None,
+    prompt: Prompt,
+    negative: Prompt | None,
     settings: SamplingSettings,
     *,
     runtime: Runtime,
@@ -182,7 +208,8 @@ def sample(
     Args:
         transformer: on any device; it is streamed if it does not fit.
         image: from `encode_image`; for a text-to-video transformer, a size without latents.
-        prompt: from `encode_prompt` or a host.
+        prompt: from `encode_prompt` or a host; or several with their strengths and ranges, of which
+            each costs one evaluation at every step where it counts.
         negative: likewise; needed if true CFG is on.
         settings: schedule, seed, guidance, solver, shortcuts.
         runtime: progress "sample" in steps with the denoised estimate; asked for an interrupt
@@ -195,12 +222,14 @@ def sample(
         OptionError: true CFG without a negative prompt, saved steps of another run, a picture where
             the transformer takes none and the other way round, or a LoRA's list of blocks with one
             that is not there.
-        ShapeError: latents of another size than the video's, or a result with NaN.
+        ShapeError: latents of another size than the video's, an input with NaN or infinity, or a
+            step whose result has them.
         TextError: embeddings that do not fit the transformer.
         OutOfRoomError: not even one block fits the device.
         CheckpointError: a damaged file of saved steps; a LoRA that does not fit these weights, or
             weights that must be read again and are gone.
     """
+    run = _RunPrompts(prompt, negative if settings.uses_cfg else None)
     _check_inputs(transformer, image, prompt, negative, settings)
     use_loras(transformer, settings.loras, runtime=runtime)
     num_steps, last_sigma = settings.num_steps, settings.sigmas[-1].cpu()
@@ -214,33 +243,67 @@ def sample(
     runtime.progress("sample", first_step, num_steps)
     if first_step == num_steps:
         return to_vae_space(latents / (1 - last_sigma))
+    run.report_gaps(settings)
     reported = first_step
+    watch = FiniteWatch(num_steps, runtime.device, suspects(transformer, settings))
 
     def on_step(step: int, latents: Tensor, denoised: Tensor) -> None:
         nonlocal reported
         reported = first_step + step + 1
+        watch.note(reported, latents)
         save_step(reported, latents)
         runtime.progress("sample", reported, num_steps, denoised)
 
-    prompts = [prompt] if negative is None or not settings.uses_cfg else [prompt, negative]
     latents = _denoise(
         transformer,
         image,
-        prompts,
+        run,
         settings,
         latents,
         first_step=first_step,
         on_step=on_step,
         runtime=runtime,
     )
-    if not bool(latents.isfinite().all()):
-        raise ShapeError(
-            "The sampled latents hold NaN or infinity: try precision bf16 or fp32, and check the "
-            "checkpoint."
-        )
+    watch.finish(latents)
     if reported != num_steps:  # solvers may take fewer or more steps than there are sigmas
         runtime.progress("sample", num_steps, num_steps)
     return to_vae_space(latents.float().cpu() / (1 - last_sigma))
+
+
+class _RunPrompts:
+    """The prompts of a run: the positive ones, then the negative ones."""
+
+    def __init__(self, prompt: Prompt, negative: Prompt | None) -> None:
+        positive = scheduled(prompt)
+        both = (positive, () if negative is None else scheduled(negative))
+        self.has_negative = negative is not None
+        self.all = (*both[0], *both[1])
+        self.embeds = [each.embeds for each in self.all]
+        self.weights = weights_of_prompts(*both)
+
+    def at(self, step: int, sigmas: Tensor, guidance: Guidance | None = None) -> list[int]:
+        """Indices of those that a step takes; with `guidance`, in its window only."""
+        is_guided = self.has_negative
+        if guidance is not None:
+            is_guided = is_guided and guidance.is_in_window(step, len(sigmas) - 1)
+        sides = range(2 if is_guided else 1)
+        return [index for side in sides for index, _ in self.weights(side, sigmas[step])]
+
+    def embedded_guidance(self, guidance: Guidance) -> Tensor:
+        """[P] float32, of each, times 1000."""
+        scales = [
+            guidance.guidance_scale if each.guidance_scale is None else each.guidance_scale
+            for each in self.all
+        ]
+        return torch.tensor([scale * NUM_TRAIN_TIMESTEPS for scale in scales])
+
+    def report_gaps(self, settings: SamplingSettings) -> None:
+        """Warn of steps at which no prompt counts."""
+        sigmas, steps = settings.sigmas.float().cpu(), list(range(settings.num_steps))
+        report_gaps(self.weights, 0, sigmas, steps)
+        if self.has_negative:
+            window = [s for s in steps if settings.guidance.is_in_window(s, settings.num_steps)]
+            report_gaps(self.weights, 1, sigmas, window)
 
 
 def _save_nothing(step: int, latents: Tensor) -> None:
@@ -250,7 +313,9 @@ def _save_nothing(step: int, latents: Tensor) -> None:
 def _start(image: ImageConditioning, settings: SamplingSettings) -> Tensor:
     """[1, 16, T, h, w] float32 at the first sigma, on the CPU."""
     sigma = settings.sigmas[0]
-    noise = initial_noise(settings.seed, image.num_frames, image.height, image.width)
+    noise = initial_noise(
+        settings.seed, image.num_frames, image.height, image.width, settings.noise_index
+    )
     latents = noise * (sigma if settings.add_noise else 0.0)
     if settings.init_latents is not None:
         latents = latents + (1 - sigma) * to_model_space(settings.init_latents.float().cpu())
@@ -260,7 +325,7 @@ def _start(image: ImageConditioning, settings: SamplingSettings) -> Tensor:
 def _denoise(
     transformer: SkyReelsTransformer,
     image: ImageConditioning,
-    prompts: Sequence[PromptEmbeds],
+    prompts: _RunPrompts,
     settings: SamplingSettings,
     latents: Tensor,
     *,
@@ -271,23 +336,27 @@ def _denoise(
     """Latents at the last sigma, on the device, from those after `first_step` steps."""
     device, sigmas = runtime.device, settings.sigmas[first_step:]
     guidance, is_euler = settings.guidance, settings.solver is euler
-    needed = run_bytes(transformer, image, prompts, settings)
-    if not is_euler or (len(sigmas) - 1) * len(prompts) > MAX_KEPT:
+    needed = run_bytes(transformer, image, prompts.embeds, settings)
+    taken = [
+        prompts.at(step, settings.sigmas.cpu()) for step in range(first_step, settings.num_steps)
+    ]
+    if not is_euler or sum(map(len, taken)) > MAX_KEPT:
         # a timestep that is not kept, between two steps or late in a long run, is computed when it
         # is looked up, and its weights need room
         largest = max(weight_bytes(module) for module in transformer.conditioners)
         needed = {name: num_bytes + largest for name, num_bytes in needed.items()}
     with runtime.place(transformer, needed["chunks"]), torch.inference_mode():
-        attention = _choose_attention(transformer, image, prompts, settings, runtime)
+        attention = _choose_attention(transformer, image, prompts.embeds, settings, runtime)
         run = start_run(transformer, _job(transformer, image, prompts, settings), needed, runtime,
                         "exact" if settings.attention == "exact" else "fast")  # fmt: skip
         lookup = retried(
             partial(
                 precompute,
                 transformer,
-                prompts,
+                prompts.embeds,
                 (sigmas[:-1] * NUM_TRAIN_TIMESTEPS).tolist(),
-                torch.tensor([guidance.guidance_scale * NUM_TRAIN_TIMESTEPS]),
+                prompts.embedded_guidance(guidance),
+                needed=taken,
                 attention=attention,
                 runtime=runtime,
             ),
@@ -298,6 +367,7 @@ def _denoise(
         image_latents = image.padded()
         if image_latents is not None:
             image_latents = image_latents.to(device)
+        kept = None if settings.noise_mask is None else _Kept(image, settings, device)
         rope = rope_table(
             transformer.token_grid(image.latent_shape),
             transformer.config,
@@ -308,12 +378,13 @@ def _denoise(
         @contextmanager
         def on_rung(rung: Rung) -> Iterator[Velocity]:
             with placed(transformer, runtime, run.bytes_on(rung)) as run_block:
-                yield guided_velocity(
+                velocity = guided_velocity(
                     transformer,
                     image_latents,
                     lookup,
                     settings.sigmas,
                     guidance,
+                    weights=prompts.weights,
                     rope=rope,
                     run_block=run_block,
                     attention=attention,
@@ -321,6 +392,7 @@ def _denoise(
                     cache=settings.cache,
                     interleaves=rung.interleaves,
                 )
+                yield velocity if kept is None else kept.around(velocity)
 
         sigmas = sigmas.to("cpu" if is_euler else device)
         with run.descending(on_rung) as velocity:
@@ -332,20 +404,19 @@ def _denoise(
 def _job(
     transformer: SkyReelsTransformer,
     image: ImageConditioning,
-    prompts: Sequence[PromptEmbeds],
+    prompts: _RunPrompts,
     settings: SamplingSettings,
 ) -> Job:
-    guidance, num_steps = settings.guidance, settings.num_steps
-    in_window = (guidance.cfg_start <= step / num_steps < guidance.cfg_end
-                 for step in range(num_steps))  # fmt: skip
+    num_steps, sigmas = settings.num_steps, settings.sigmas.cpu()
+    evaluations = sum(len(prompts.at(step, sigmas, settings.guidance)) for step in range(num_steps))
     return Job(
         width=image.width,
         height=image.height,
         num_frames=image.num_frames,
         num_steps=num_steps,
-        num_guided=sum(in_window) if len(prompts) > 1 else 0,
-        text_tokens=max(embeds.prompt_embeds.shape[1] for embeds in prompts),
-        held_bytes=_held_bytes(transformer, image, prompts, settings),
+        num_guided=max(0, evaluations - num_steps),
+        text_tokens=max(embeds.prompt_embeds.shape[1] for embeds in prompts.embeds),
+        held_bytes=_held_bytes(transformer, image, prompts.embeds, settings),
         config=transformer.config,
         vae=None,
     )
@@ -417,34 +488,74 @@ def _held_bytes(
     )
 
 
+class _Kept:
+    """What a noise mask keeps of the start latents, at every evaluation as ComfyUI's core does.
+
+    The network sees the start where the mask is 0, without noise, and its prediction there is
+    replaced by the start. Source: KSamplerX0Inpaint of comfy/samplers.py.
+    """
+
+    def __init__(
+        self, image: ImageConditioning, settings: SamplingSettings, device: torch.device
+    ) -> None:
+        start, mask = settings.init_latents, settings.noise_mask
+        assert mask is not None
+        self._mask = mask.to(device, torch.float32)
+        latents = torch.zeros(image.latent_shape) if start is None else start.float().cpu()
+        self._start = to_model_space(latents).to(device)
+
+    def around(self, velocity: Velocity) -> Velocity:
+        """The velocity whose denoised clip is the start where the mask is 0."""
+        mask, kept = self._mask, self._start * (1 - self._mask)
+
+        def masked(latents: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor | None]:
+            mixed = latents * mask + kept
+            guided, negative = velocity(mixed, sigma)
+            denoised = (mixed - sigma * guided) * mask + kept
+            if negative is not None:
+                negative = (latents - (mixed - sigma * negative)) / sigma
+            return (latents - denoised) / sigma, negative
+
+        return masked
+
+
 def _check_inputs(
     transformer: SkyReelsTransformer,
     image: ImageConditioning,
-    prompt: PromptEmbeds,
-    negative: PromptEmbeds | None,
+    prompt: Prompt,
+    negative: Prompt | None,
     settings: SamplingSettings,
 ) -> None:
     """Refuse inputs that do not fit each other, before anything is moved to a device."""
     check_loras(transformer, settings.loras)
     check_picture(transformer.config, image.image_latents is not None)
-    check_prompt_embeds(prompt, transformer.config)
+    for each in scheduled(prompt):
+        check_prompt_embeds(each.embeds, transformer.config)
     if negative is not None:
-        check_prompt_embeds(negative, transformer.config)
+        for each in scheduled(negative):
+            check_prompt_embeds(each.embeds, transformer.config)
     elif settings.uses_cfg:
         raise OptionError(
             f"CFG {settings.guidance.true_cfg_scale} needs a negative prompt: give one (it may be "
             "empty), or set CFG to 1."
         )
-    given = image.image_latents
-    if given is not None and tuple(given.shape[3:]) != image.latent_shape[3:]:
-        raise ShapeError(
-            f"Image latents of {list(given.shape)} do not fit a video of "
-            f"{image.width}x{image.height}: encode the picture at that size."
-        )
-    start = settings.init_latents
+    check_conditioning(image)
+    start, mask = settings.init_latents, settings.noise_mask
     if start is not None and tuple(start.shape) != image.latent_shape:
         raise ShapeError(
             f"The start latent is {list(start.shape)}, and a video of {image.width}x"
             f"{image.height}x{image.num_frames} has {list(image.latent_shape)}: encode a clip of "
             "that size."
         )
+    if mask is not None and not _is_mask_of(mask, image.latent_shape):
+        raise ShapeError(
+            f"The noise mask is {list(mask.shape)}, and a video of {image.width}x{image.height}x"
+            f"{image.num_frames} has latents of {list(image.latent_shape)}: give one value for "
+            "each of them, or [1, 1, T, h, w]."
+        )
+
+
+def _is_mask_of(mask: Tensor, shape: tuple[int, ...]) -> bool:
+    return mask.ndim == 5 and mask.shape[1] in (1, shape[1]) and (
+        mask.shape[0], *mask.shape[2:]
+    ) == (shape[0], *shape[2:])  # fmt: skip

@@ -10,10 +10,15 @@ from torch import Tensor
 
 from ..config import MAX_STEPS, Guidance
 from ..errors import OptionError, ShapeError
-from ..latents import seeded_generator
+from ..latents import is_whole, seeded_generator
 from ..lora.apply import AppliedLora
 from ..transformer.attention import Attention
 from .step_cache import OFF, CacheConfig
+
+#: below it the noise that is added is less than float32 tells apart
+MIN_DENOISE = 1e-6
+#: rounding errors by which a schedule may leave 1..0
+_SIGMA_TOLERANCE = 1e-4
 
 #: velocity(latents [1, 16, T, h, w] float32, sigma [] float32) -> the guided velocity and the
 #: negative one, each of the shape of the latents; None where no negative prediction was made. A
@@ -45,16 +50,36 @@ def get_sigmas(num_inference_steps: int = 30, shift: float = 7.0, denoise: float
     Source: sigma' = shift * sigma / (1 + (shift - 1) * sigma), Stable Diffusion 3,
         arXiv:2403.03206, equation 23.
     """
+    check_schedule(num_inference_steps, shift, denoise)
+    total = int(num_inference_steps / denoise)
+    if total > 2 * num_inference_steps:  # the end alone, with the bits that it has below
+        indices = torch.arange(num_inference_steps, -1, -1, dtype=torch.float64)
+        linear = indices * (1.0 / total)
+    else:
+        linear = torch.linspace(1.0, 0.0, total + 1, dtype=torch.float64)
+    sigmas = shift * linear / (1.0 + (shift - 1.0) * linear)
+    return sigmas[-(num_inference_steps + 1) :].float()
+
+
+def check_schedule(num_inference_steps: int, shift: float, denoise: float) -> None:
+    """Refuse a schedule that cannot be made.
+
+    Raises:
+        OptionError: steps, shift or denoise outside their range.
+    """
+    if not is_whole(num_inference_steps):
+        raise OptionError(f"{num_inference_steps!r} steps are not a whole number: use 30.")
     if not 1 <= num_inference_steps <= MAX_STEPS:
         raise OptionError(f"{num_inference_steps} steps are not within 1..{MAX_STEPS}: use 30.")
     if not 0.0 < denoise <= 1.0:
         raise OptionError(f"Denoise {denoise} is not within 0..1 (0 excluded): use 1 for all.")
+    if denoise < MIN_DENOISE:
+        raise OptionError(
+            f"Denoise {denoise} is below {MIN_DENOISE:g} and would change nothing: use 0.01 or "
+            "more."
+        )
     if not 0.01 <= shift <= 100.0:
         raise OptionError(f"Shift {shift} is not within 0.01..100: use 7.")
-    total = int(num_inference_steps / denoise)
-    linear = torch.linspace(1.0, 0.0, total + 1, dtype=torch.float64)
-    sigmas = shift * linear / (1.0 + (shift - 1.0) * linear)
-    return sigmas[-(num_inference_steps + 1) :].float()
 
 
 def euler(velocity: Velocity, latents: Tensor, sigmas: Tensor, on_step: OnStep) -> Tensor:
@@ -100,12 +125,15 @@ class SamplingSettings:
         resume: file in which each finished step is saved, or a folder in which that file is named
             after the inputs. A run with the same inputs continues from it. The finished latents
             stay in it: delete it once they are safe. Euler only.
+        noise_index: of the clip in a batch, see `initial_noise`.
+        noise_mask: [1, 1 or 16, T, h, w] in 0..1; where it is 0 the clip in init_latents is kept,
+            where it is 1 a new one is sampled.
         loras: in use together; the transformer is brought to exactly these before the first step,
             and keeps them until another run asks for others.
 
     Raises:
         OptionError: a value outside its range, or two that contradict each other.
-        ShapeError: init_latents hold NaN or infinity.
+        ShapeError: init_latents or noise_mask hold NaN or infinity.
     """
 
     seed: int = 0
@@ -118,6 +146,8 @@ class SamplingSettings:
     attention: Attention | str = "exact"
     solver: Solver = euler
     resume: Path | None = None
+    noise_index: int = 0
+    noise_mask: Tensor | None = None
     loras: tuple[AppliedLora, ...] = ()
 
     def __post_init__(self) -> None:
@@ -125,10 +155,13 @@ class SamplingSettings:
         _check_sigmas(self.sigmas)
         if self.init_latents is None and not self.add_noise:
             raise OptionError("add_noise=False needs a clip to continue: give a start latent.")
-        if self.init_latents is not None and not bool(self.init_latents.isfinite().all()):
-            raise ShapeError("The start latent holds NaN or infinity: check the node that made it.")
-        if self.riflex_k < 0:
+        for name, given in (("start latent", self.init_latents), ("noise mask", self.noise_mask)):
+            if given is not None and not bool(given.isfinite().all()):
+                raise ShapeError(f"The {name} holds NaN or infinity: check the node that made it.")
+        if not is_whole(self.riflex_k) or self.riflex_k < 0:
             raise OptionError(f"riflex_k must be >= 0, got {self.riflex_k}: use 4, or 0 for off.")
+        if not is_whole(self.noise_index) or self.noise_index < 0:
+            raise OptionError(f"noise_index must be >= 0, got {self.noise_index}: use 0.")
         if self.resume is not None and self.solver is not euler:
             raise OptionError(
                 "Resuming needs the Euler solver: the state of other solvers is not saved. "
@@ -153,12 +186,19 @@ class SamplingSettings:
 
 
 def _check_sigmas(sigmas: Tensor) -> None:
-    if sigmas.ndim != 1 or len(sigmas) < 2 or not bool((sigmas.diff() < 0).all()):
+    if not isinstance(sigmas, Tensor) or sigmas.ndim != 1 or len(sigmas) < 2:
+        raise OptionError(
+            "Sigmas must be a tensor of falling numbers, at least two numbers long: use "
+            "`get_sigmas`, or SkyReels Scheduler in ComfyUI."
+        )
+    if not bool(sigmas.isfinite().all()):
+        raise OptionError("Sigmas hold NaN or infinity: check what made them.")
+    if not bool((sigmas.diff() < 0).all()):
         raise OptionError(
             "Sigmas must be falling, at least two numbers; got "
             f"{[round(s, 4) for s in sigmas.flatten().tolist()[:6]]}."
         )
-    if sigmas[0] > 1 or sigmas[-1] < 0:
+    if sigmas[0] > 1 + _SIGMA_TOLERANCE or sigmas[-1] < -_SIGMA_TOLERANCE:
         raise OptionError(
             f"Sigmas run from {sigmas[0].item():.9g} to {sigmas[-1].item():.9g}; flow matching "
             "needs them within 1..0: use a flow schedule (shift 7), not one of an older model."

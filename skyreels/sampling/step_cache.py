@@ -117,8 +117,8 @@ class StepCache:
     """Computes every step: the cache that is off, and the base of the others.
 
     One object belongs to one run, so that a cancelled or failed run leaves nothing behind. The
-    sampler calls `begin` once a step, then `predict` for the positive branch (0) and, where
-    guidance needs it, for the negative one (1).
+    sampler calls `begin` once a step, then `predict` for each of its branches. A branch is a
+    prompt; the first one of a step decides, and the others follow.
 
     Args:
         num_steps: of the whole schedule.
@@ -134,13 +134,13 @@ class StepCache:
         #: whether the current step is skipped; known once its positive branch is there
         self.skips = False
 
-    def begin(self, step: int, latents: Tensor, num_branches: int) -> None:
+    def begin(self, step: int, latents: Tensor, branches: Sequence[int]) -> None:
         """Begin a step.
 
         Args:
             step: its index in the schedule.
             latents: [1, 16, T, h, w] float32, its input.
-            num_branches: predictions of this step, 1 or 2.
+            branches: the predictions of this step, in their order.
         """
 
     def predict(self, branch: int, forward: Forward) -> Tensor:
@@ -182,11 +182,14 @@ class EasyCache(StepCache):
         self._computed: Tensor | None = None  # input of the last computed step, its outputs
         self._outputs: dict[int, Tensor] = {}
         self._rate: Tensor | None = None
+        self._leader = 0
 
-    def begin(self, step: int, latents: Tensor, num_branches: int) -> None:
+    def begin(self, step: int, latents: Tensor, branches: Sequence[int]) -> None:
         """Decide whether to skip a step."""
         self._latents = latents
-        known = all(branch in self._outputs for branch in range(num_branches))
+        known = all(branch in self._outputs for branch in branches)
+        if branches[0] != self._leader:  # its outputs cannot be compared with another prompt's
+            known, self._rate, self._leader = False, None, branches[0]
         self.skips = (
             known and not is_protected(step, self.num_steps) and self._change() < self.threshold
         )
@@ -199,7 +202,7 @@ class EasyCache(StepCache):
             return float("inf")
         distance = (self._latents - self._computed).abs().mean()
         # 0 / 0 gives NaN, which is not below any threshold
-        return float(self._rate * distance / self._outputs[0].abs().mean())
+        return float(self._rate * distance / self._outputs[self._leader].abs().mean())
 
     def predict(self, branch: int, forward: Forward) -> Tensor:
         """The prediction of a branch, computed or estimated."""
@@ -208,10 +211,10 @@ class EasyCache(StepCache):
             assert self._computed is not None
             return self._latents + (self._outputs[branch] - self._computed)
         output = forward(self.run_block)
-        if branch == 0:
-            if self._computed is not None:
+        if branch == self._leader:
+            if self._computed is not None and branch in self._outputs:
                 distance = (self._latents - self._computed).abs().mean()
-                self._rate = (output - self._outputs[0]).abs().mean() / distance
+                self._rate = (output - self._outputs[branch]).abs().mean() / distance
             self._computed = self._latents
             self._outputs.clear()
         self._outputs[branch] = output
@@ -250,14 +253,16 @@ class FirstBlockCache(StepCache):
         super().__init__(num_steps, run_block)
         self.threshold = threshold
         self.first, self.last = first, last
-        self._step, self._branch, self._num_branches = 0, 0, 1
+        self._step, self._branch = 0, 0
+        self._branches: Sequence[int] = (0,)
+        self._leader = 0  # whose first residual is kept
         self._num_tokens = 0
         self._first_residual: Tensor | None = None  # of the first block, on the compared tokens
         self._residuals: dict[int, Tensor] = {}  # of all other blocks, on the image tokens
 
-    def begin(self, step: int, latents: Tensor, num_branches: int) -> None:
+    def begin(self, step: int, latents: Tensor, branches: Sequence[int]) -> None:
         """Begin a step; its first block decides whether it is skipped."""
-        self._step, self._num_branches, self.skips = step, num_branches, False
+        self._step, self._branches, self.skips = step, branches, False
 
     def predict(self, branch: int, forward: Forward) -> Tensor:
         """The prediction of a branch, from all blocks or from the first alone."""
@@ -283,7 +288,7 @@ class FirstBlockCache(StepCache):
         stride = _stride(img.shape[1])
         before = img[:, ::stride].clone()
         img, *others = self.run_block(block, img, *args)
-        if self._branch == 0:
+        if self._branch == self._branches[0]:
             self._decide(img[:, ::stride] - before)
         if not self.skips:
             # the last block's output is added to this, which makes the residual without a third
@@ -293,7 +298,8 @@ class FirstBlockCache(StepCache):
         return img, *others
 
     def _decide(self, residual: Tensor) -> None:
-        known = all(branch in self._residuals for branch in range(self._num_branches))
+        known = all(branch in self._residuals for branch in self._branches)
+        known = known and self._branch == self._leader
         if known and not is_protected(self._step, self.num_steps):
             assert self._first_residual is not None
             difference = (residual - self._first_residual).abs().mean(dtype=torch.float32)
@@ -302,7 +308,7 @@ class FirstBlockCache(StepCache):
         if self.skips:
             self.skipped.append(self._step)
         else:
-            self._first_residual = residual
+            self._first_residual, self._leader = residual, self._branch
             self._residuals.clear()
 
 

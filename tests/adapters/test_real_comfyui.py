@@ -940,6 +940,21 @@ def test_parts_of_a_schedule_give_what_they_give_in_core(inside, what):
     assert inside[f"{what}_relative_error"] <= 1e-4
 
 
+def test_ranges_strengths_and_several_entries_give_what_they_give_in_core(inside):
+    assert len(inside["entries"]) == 12
+    assert {name: error for name, error in inside["entries"].items() if not error <= 1e-5} == {}
+
+
+def test_batches_and_noise_masks_give_what_they_give_in_core(inside):
+    assert len(inside["latents"]) == 7
+    assert {name: error for name, error in inside["latents"].items() if not error <= 1e-5} == {}
+
+
+def test_schedules_by_name_are_cores(inside):
+    assert len(inside["schedules"]) == 7
+    assert set(inside["schedules"].values()) == {0.0}
+
+
 def test_latents_interchange_with_cores_vae_nodes(inside):
     assert inside["decode_relative_error"] <= 1e-4
     assert inside["encode_relative_error"] <= 1e-4

@@ -23,6 +23,7 @@ import comfy.cli_args
 comfy.cli_args.args.cpu = True
 
 import comfy.latent_formats
+import comfy.model_sampling
 import comfy.sample
 import comfy.samplers
 import comfy.sd
@@ -99,8 +100,10 @@ concat = image.image_latents / comfy.latent_formats.HunyuanVideo().scale_factor
 extra = {"guidance": 1.0, "concat_latent_image": concat}
 
 
-def core_samples(sampler, sigmas, *, start=None, add_noise=True, model=core_model, extra=extra):
-    noise = torch.randn(image.latent_shape, generator=torch.manual_seed(3))
+def core_samples(sampler, sigmas, *, start=None, add_noise=True, model=core_model, extra=extra,
+                 conds=None, indices=None, mask=None):  # fmt: skip
+    start = torch.zeros(image.latent_shape) if start is None else start
+    noise = comfy.sample.prepare_noise(start, 3, indices)
     with torch.inference_mode():
         return comfy.sample.sample_custom(
             model,
@@ -108,10 +111,12 @@ def core_samples(sampler, sigmas, *, start=None, add_noise=True, model=core_mode
             6.0,
             sampler,
             sigmas.clone(),
-            *([[c[0][0], {**c[0][1], **extra}]] for c in (positive, negative)),
-            torch.zeros(image.latent_shape) if start is None else start,
+            *([[states, {**own, **extra}] for states, own in side]
+              for side in conds or (positive, negative)),
+            start,
+            noise_mask=mask,
             seed=3,
-        )
+        )  # fmt: skip
 
 
 euler = comfy.samplers.sampler_object("euler")
@@ -286,6 +291,86 @@ result["t2v_relative_error"] = relative_error(made["samples"], core_made)
 text_bridge = node("SkyReelsCoreModel", model=text_model)
 samples = core_samples(euler, sigmas, model=text_bridge, extra={})
 result["bridge"]["text to video"] = relative_error(samples, core_made)
+
+# --- several entries, batches, masks, schedules -------------------------------------------------
+
+
+def entry(text, **options):
+    ((states, own),) = made_up_conditioning(text, 4096, 768)
+    return [states, {**own, **options}]
+
+
+def ranged(start, end, **options):
+    return {"start_percent": start, "end_percent": end, **options}
+
+
+cat, dog, bad = "a cat walks", "two dogs run fast", "bad"
+CONDS = {
+    "ranges": ([entry(cat, **ranged(0.0, 0.4)), entry(dog, **ranged(0.4, 1.0))], [entry(bad)]),
+    "overlapping ranges": (
+        [entry(cat, **ranged(0.0, 0.7)), entry(dog, **ranged(0.3, 1.0))],
+        [entry(bad, **ranged(0.0, 0.5)), entry("", **ranged(0.2, 1.0))],
+    ),
+    "strengths": ([entry(cat, strength=0.3), entry(dog, strength=1.7)], [entry(bad)]),
+    "three entries": ([entry(cat), entry(dog), entry("rain", strength=0.5)], [entry(bad)]),
+    "two of each": ([entry(cat), entry(dog)], [entry(bad), entry("", strength=0.25)]),
+    "one weak entry": ([entry(cat, strength=0.3)], [entry(bad)]),
+    "no strength": ([entry(cat, strength=0.0), entry(dog)], [entry(bad)]),
+    "a gap": ([entry(cat)], [entry(bad, **ranged(0.0, 0.5))]),
+    "a gap in both": ([entry(cat, **ranged(0.2, 1.0))], [entry(bad, **ranged(0.2, 1.0))]),
+    "default": ([entry(cat, strength=0.6), entry(dog, default=True)], [entry(bad)]),
+    "default in a range": (
+        [entry(cat, **ranged(0.0, 0.5)), entry(dog, default=True)], [entry(bad)],
+    ),
+    "range of hooks": ([entry(cat, clip_start_percent=0.1, clip_end_percent=0.6),
+                        entry(dog, clip_start_percent=0.6, clip_end_percent=1.0)], [entry(bad)]),
+}  # fmt: skip
+long = get_sigmas(6)
+result["entries"] = {}
+for name, conds in CONDS.items():
+    core = core_samples(euler, long, conds=conds)
+    samples = node("SkyReelsSampler", **{**ours, "positive": conds[0], "negative": conds[1],
+                                         "sigmas": long})["samples"]  # fmt: skip
+    result["entries"][name] = relative_error(samples, core)
+
+generator = torch.Generator().manual_seed(5)
+batch = torch.randn(3, *image.latent_shape[1:], generator=generator)
+mask = torch.rand(9, 48, 64, generator=generator)
+LATENTS = {
+    "batch": {"samples": batch},
+    "batch index": {"samples": batch, "batch_index": [2, 0, 2]},
+    "mask": {"samples": batch[:1], "noise_mask": mask},
+    "mask of one frame": {"samples": batch[:1], "noise_mask": (mask[:1] > 0.5).float()},
+    "mask of a batch": {"samples": batch, "noise_mask": mask[None, None]},
+}
+result["latents"] = {}
+for name, latent in LATENTS.items():
+    options = {"start": latent["samples"], "indices": latent.get("batch_index"),
+               "mask": latent.get("noise_mask")}  # fmt: skip
+    core = core_samples(euler, low, **options)
+    samples = node("SkyReelsSampler", **{**ours, "sigmas": low}, latent=latent)["samples"]
+    result["latents"][name] = relative_error(samples, core)
+masked = LATENTS["mask"]
+for sampler_name in ("dpmpp_2m", "euler_cfg_pp"):
+    sampler = comfy.samplers.sampler_object(sampler_name)
+    core = core_samples(sampler, low, start=batch[:1], mask=mask)
+    samples = node("SkyReelsSampler", **{**ours, "sigmas": low}, latent=masked, sampler=sampler)
+    result["latents"][f"mask, {sampler_name}"] = relative_error(samples["samples"], core)
+
+result["schedules"] = {}
+flow = type("Flow", (comfy.model_sampling.ModelSamplingDiscreteFlow,), {})()
+for name in NODES["SkyReelsScheduler"].INPUT_TYPES()["required"]["scheduler"][0][1:]:
+    worst = 0.0
+    for shift in (1.0, 7.0, 17.0):
+        flow.set_parameters(shift=shift)
+        for steps, denoise in ((1, 1.0), (7, 1.0), (30, 1.0), (20, 0.45), (400, 0.6)):
+            total = int(steps / denoise)
+            core = comfy.samplers.calculate_sigmas(flow, name, total)[-(steps + 1) :]
+            made = node("SkyReelsScheduler", steps=steps, shift=shift, denoise=denoise,
+                        scheduler=name)  # fmt: skip
+            same = made.shape == core.shape
+            worst = max(worst, (made - core).abs().max().item() if same else float("inf"))
+    result["schedules"][name] = worst
 
 # --- VAE ----------------------------------------------------------------------------------------
 

@@ -60,6 +60,11 @@ def text(words: str) -> convert.Conditioning:
     return host.made_up_conditioning(words, *TEXT)
 
 
+def entry(words: str, **options) -> list:
+    states, extras = text(words)[0]
+    return [states, {**extras, **options}]
+
+
 def node(name: str, **inputs):
     cls = NODES[name]
     with torch.inference_mode():
@@ -192,7 +197,7 @@ def test_the_latents_other_keys_are_passed_on_and_it_stays_as_it_was(comfy, pict
     assert samples["mine"] == 1
     assert latent["samples"] is before["samples"]
     assert latent.keys() == before.keys()
-    assert "noise mask is not used" in caplog.text
+    assert caplog.text == ""  # a mask of ones keeps nothing
 
 
 # --- progress and cancel ------------------------------------------------------------------------
@@ -533,13 +538,33 @@ def test_a_picture_for_a_text_to_video_model_and_a_missing_size_are_named(
             "width 99.*DualCLIPLoader",
         ),
         (
-            {"positive": [[torch.zeros(2, 3, 24), {"pooled_output": torch.zeros(2, 12)}]]},
+            {
+                "positive": [
+                    [torch.full((1, 3, 24), torch.nan), {"pooled_output": torch.zeros(1, 12)}]
+                ]
+            },
             TextError,
-            "2 prompts and 2 pooled states in one entry, and must hold one",
+            "NaN",
         ),
+        ({"positive": [entry("a", strength=-1.0)]}, OptionError, "Strength -1.0"),
         ({"image": None}, ShapeError, "No picture"),
         ({"latent": {"samples": torch.zeros(1, 4, 8, 8)}}, ShapeError, "EmptyHunyuanLatentVideo"),
-        ({"latent": {"samples": torch.zeros(2, 16, 3, 4, 6)}}, ShapeError, "batch_size to 1"),
+        (
+            {"latent": {"samples": torch.full((1, 16, 3, 4, 6), torch.nan)}},
+            ShapeError,
+            "start latent",
+        ),
+        (
+            {
+                "latent": {
+                    "samples": torch.zeros(2, 16, 3, 4, 6),
+                    "noise_mask": torch.full((1, 4, 6), torch.nan),
+                }
+            },
+            ShapeError,
+            "mask holds NaN",
+        ),
+        ({"sigmas": torch.tensor([1.0, torch.nan, 0.0])}, OptionError, "NaN"),
         ({"latent": {"samples": torch.zeros(1, 16, 5, 4, 6)}}, ShapeError, "start latent"),
         ({"sigmas": torch.tensor([14.6, 1.0, 0.0])}, OptionError, "flow schedule"),
         ({"sigmas": torch.tensor([0.0, 1.0])}, OptionError, "must be falling"),
@@ -577,11 +602,140 @@ def test_conditioning_is_trimmed_to_its_true_tokens_and_to_256(caplog):
     assert "300 tokens" in caplog.text
 
 
-def test_a_second_entry_is_reported_and_the_first_is_used(caplog):
-    with caplog.at_level(logging.WARNING):
-        embeds = convert.to_prompt_embeds([*text("a"), *text("b c")], "positive")
-    assert torch.equal(embeds.prompt_embeds, text("a")[0][0])
-    assert "2 entries" in caplog.text
+def to_prompt(conditioning, **options):
+    return convert.to_prompt(conditioning, "positive", **{"shift": 7.0, "guidance": 1.0, **options})
+
+
+def test_every_entry_comes_with_its_strength_range_and_guidance():
+    ranged = {"start_percent": 0.25, "end_percent": 1.0}
+    first, second, third = to_prompt(
+        [entry("a"), entry("b c", strength=0.5, guidance=3.5, **ranged), entry("d", default=True)]
+    )
+    assert torch.equal(first.embeds.prompt_embeds, text("a")[0][0])
+    assert (first.strength, first.sigma_start, first.sigma_end) == (1.0, 1.0, 0.0)
+    assert (second.strength, second.guidance_scale) == (0.5, 3.5)
+    assert second.sigma_start == pytest.approx(7 * 0.75 / (1 + 6 * 0.75))
+    assert second.sigma_end == 0.0
+    assert not first.fills_up
+    assert third.fills_up
+
+
+def test_an_entry_with_prompts_for_each_clip_gives_each_its_own(caplog):
+    states, pooled = torch.randn(2, 3, 24), torch.randn(2, 12)
+    conditioning = [[states, {"pooled_output": pooled}]]
+    for index in range(3):
+        (prompt,) = to_prompt(conditioning, index=index)
+        assert torch.equal(prompt.embeds.prompt_embeds, states[index % 2][None])
+        assert torch.equal(prompt.embeds.pooled_prompt_embeds, pooled[index % 2][None])
+    convert.warn_surplus(conditioning, "positive", 1)
+    assert "holds 2 prompts at once, and the batch has 1 clip" in caplog.text
+
+
+def test_keys_that_are_not_used_are_named_once_each(caplog):
+    odd = {"area": (1, 2, 3, 4), "mask": torch.ones(1, 2, 2), "mask_strength": 1.0, "hooks": 1,
+           "control": 1, "gligen": 1, "reference_latents": [], "from_another_pack": 1}  # fmt: skip
+    used = {"strength": 1.0, "start_percent": 0.0, "end_percent": 1.0, "guidance": 1.0}
+    convert.warn_unused([entry("a", **odd), entry("b", **odd, **used)], [entry("c", **odd)], None)
+    named = [record.getMessage().split()[2] for record in caplog.records]
+    assert sorted(named) == sorted(odd.keys() - {"mask_strength"})
+
+
+def test_a_graph_with_ranges_and_strengths_says_nothing_and_one_with_an_area_does(
+    comfy, picture, caplog
+):
+    _, inputs = prepare(picture)
+    plain = node("SkyReelsSampler", **inputs)["samples"]
+    inputs["positive"] = [entry("a dog runs", start_percent=0.0, end_percent=0.5),
+                          entry("a cat", start_percent=0.5, end_percent=1.0)]  # fmt: skip
+    scheduled = node("SkyReelsSampler", **inputs)["samples"]
+    assert caplog.text == ""
+    assert not torch.equal(plain, scheduled)
+    inputs["positive"] = [entry("a dog runs", area=(4, 4, 0, 0), start_percent=0.0, end_percent=1.0,
+                                strength=1.0)]  # fmt: skip
+    assert torch.equal(node("SkyReelsSampler", **inputs)["samples"], plain)
+    assert caplog.text.count("area") == 1
+
+
+# --- batches and masks --------------------------------------------------------------------------
+
+
+def test_a_batch_is_sampled_clip_by_clip_with_the_noise_of_one_generator(comfy, picture):
+    _, inputs = prepare(picture)
+    start = torch.randn(2, 16, 3, 4, 6, generator=torch.Generator().manual_seed(9))
+    inputs["sigmas"] = get_sigmas(2, denoise=0.5)
+    samples = node("SkyReelsSampler", **inputs, latent={"samples": start}, unique_id="1")
+    assert samples["samples"].shape == (2, 16, 3, 4, 6)
+    assert [line for line in comfy.texts if line.startswith("step 4/4")]
+    assert max(done for done, total in comfy.progress if total == 4) == 4
+    for index in range(2):
+        alone = library_samples(
+            inputs, sigmas=inputs["sigmas"], init_latents=start[index : index + 1],
+            noise_index=index,
+        )  # fmt: skip
+        assert torch.equal(samples["samples"][index : index + 1], alone)
+    third = {"samples": start[:1], "batch_index": [1]}
+    again = node("SkyReelsSampler", **inputs, latent=third)["samples"]
+    other = library_samples(inputs, sigmas=inputs["sigmas"], init_latents=start[:1], noise_index=1)
+    assert torch.equal(again, other)
+
+
+def test_a_batch_is_decoded_clip_by_clip_into_one_row_of_frames(comfy):
+    vae = load_vae_node()
+    latents = torch.randn(2, 16, 2, 4, 6, generator=torch.Generator().manual_seed(1))
+    both = node("SkyReelsVAEDecode", vae=vae, samples={"samples": latents}, mode="full")
+    each = [node("SkyReelsVAEDecode", vae=vae, samples={"samples": one[None]}, mode="full")
+            for one in latents]  # fmt: skip
+    assert torch.equal(both, torch.cat(each))
+
+
+def test_cancel_between_two_clips_passes_through(comfy, picture):
+    _, inputs = prepare(picture)
+    latent = {"samples": torch.zeros(2, 16, 3, 4, 6)}
+    comfy.checks = 0
+    expected = node("SkyReelsSampler", **inputs, latent=latent)["samples"]
+    for after in (comfy.checks // 2, comfy.checks - 1):
+        comfy.checks, comfy.cancel_after = 0, after
+        with pytest.raises(host.InterruptProcessingException):
+            node("SkyReelsSampler", **inputs, latent=latent)
+    assert torch.equal(node("SkyReelsSampler", **inputs, latent=latent)["samples"], expected)
+
+
+def test_a_noise_mask_keeps_what_it_covers_and_changes_the_rest(comfy, picture):
+    _, inputs = prepare(picture)
+    start = torch.randn(1, 16, 3, 4, 6, generator=torch.Generator().manual_seed(9))
+    mask = torch.ones(1, 4, 6)
+    mask[..., :3] = 0
+    samples = node("SkyReelsSampler", **inputs, latent={"samples": start, "noise_mask": mask})
+    torch.testing.assert_close(samples["samples"][..., :3], start[..., :3])
+    assert not torch.allclose(samples["samples"][..., 3:], start[..., 3:])
+
+
+@pytest.mark.parametrize(
+    ("mask", "words"),
+    [(torch.full((1, 4, 6), torch.nan), "mask holds NaN"), (torch.ones(6), "noise mask is"),
+     (1.0, "noise mask is")],
+)  # fmt: skip
+def test_a_mask_that_is_none_is_named(mask, words):
+    samples = torch.zeros(1, 16, 3, 4, 6)
+    with pytest.raises(ShapeError, match=words):
+        convert.noise_mask({"noise_mask": mask}, samples)
+
+
+def test_a_batch_index_that_is_none_is_named():
+    for indices in ([0], [0, 1.5], [True, False]):
+        with pytest.raises(ShapeError, match="batch_index"):
+            convert.noise_indices({"batch_index": indices}, 2)
+
+
+def test_a_picture_of_another_size_than_the_clip_is_fitted_and_reported(caplog):
+    states, extras = text("a")[0]
+    given = torch.randn(1, 16, 4, 8, 8)
+    positive = [[states, {**extras, "concat_latent_image": given}]]
+    image = convert.image_from_conditioning(positive, {"samples": torch.zeros(1, 16, 3, 4, 6)})
+    assert image.image_latents.shape == (1, 16, 3, 4, 6)
+    assert (image.width, image.height, image.num_frames) == (48, 32, 9)
+    assert "8x8 and the clip's 6x4" in caplog.text
+    assert "4 latent frames and the clip 3" in caplog.text
 
 
 def test_flux_guidance_wins_over_the_widget():
@@ -605,9 +759,6 @@ def test_the_length_of_a_core_conditioned_clip_must_be_known():
     positive = [[states, {**extras, "concat_latent_image": torch.zeros(1, 16, 1, 4, 6)}]]
     with pytest.raises(ShapeError, match="length of the video is unknown"):
         convert.image_from_conditioning(positive, None)
-    other = {"samples": torch.zeros(1, 16, 3, 8, 6)}
-    with pytest.raises(ShapeError, match="same video size"):
-        convert.image_from_conditioning(positive, other)
 
 
 # --- every widget reaches the engine ------------------------------------------------------------
@@ -813,7 +964,7 @@ def test_every_model_is_brought_in_by_the_memory_manager_before_it_works(comfy, 
     ("given", "words"),
     [
         (torch.zeros(1, 4, 1, 8, 8), "use the HunyuanVideo VAE"),
-        (torch.zeros(2, 16, 1, 4, 6), "one picture"),
+        (torch.zeros(1, 16, 0, 4, 6), "one picture"),
         (torch.zeros(1, 16, 4, 6), "use the HunyuanVideo VAE"),
     ],
 )

@@ -38,6 +38,8 @@ OTHERS = {
     "riflex_k": 0,
     "cache": CacheConfig("easy", 0.05),
     "attention": "fast",
+    "noise_index": 1,
+    "noise_mask": torch.ones(1, 1, 3, 4, 6),
 }
 OTHER_GUIDANCE = {
     "true_cfg_scale": 5.0,

@@ -155,7 +155,7 @@ def scripted(cache, inputs, branches=2):
     outputs, computed = [], []
     for step, value in enumerate(inputs):
         latents = torch.full((1, 16, 1, 2, 2), float(value))
-        cache.begin(step, latents, branches)
+        cache.begin(step, latents, range(branches))
         for branch in range(branches):
 
             def forward(run_block, latents=latents, branch=branch, step=step):
@@ -201,7 +201,7 @@ def test_easy_cache_computes_when_nothing_is_known_of_the_change():
     assert still.skipped == []
     resumed = EasyCache(STEPS, call, 1.0)
     for step in (10, 11, 12):  # the first two computed steps give the rate
-        resumed.begin(step, torch.full((1,), 100.0 + step), 1)
+        resumed.begin(step, torch.full((1,), 100.0 + step), [0])
         resumed.predict(0, lambda _, s=step: torch.full((1,), 300.0 + s))
     assert resumed.skipped == [12]
 
@@ -211,7 +211,7 @@ def test_a_step_is_computed_if_a_branch_it_needs_was_not_there_before():
     cache = EasyCache(STEPS, call, 1.0)
     scripted(cache, range(100, 108), branches=1)
     assert cache.skips
-    cache.begin(8, latents, 2)
+    cache.begin(8, latents, [0, 1])
     assert not cache.skips
 
 
@@ -224,7 +224,7 @@ def test_a_negative_branch_older_than_the_positive_is_not_used(model, name):
     # step 2 is protected: computed, and of the positive branch alone
     for step, branches in ((0, 2), (1, 2), (2, 1), (3, 2), (4, 2)):
         given = states + 0.01 * step
-        cache.begin(step, given[:, :16], branches)
+        cache.begin(step, given[:, :16], range(branches))
         for branch in range(branches):
             cache.predict(branch, lambda rb, given=given: model(given, **inputs, run_block=rb))
     assert cache.skipped == [4]
@@ -290,7 +290,7 @@ def test_first_block_cache_gives_a_step_again_where_nothing_has_changed(
     texts = [inputs["encoder_hidden_states"], inputs["encoder_hidden_states"][:, :3]]
     outputs = []
     for step in (5, 6):
-        cache.begin(step, states[:, :16], 2)
+        cache.begin(step, states[:, :16], [0, 1])
         for branch, text in enumerate(texts):
             inputs["encoder_hidden_states"] = text.clone()
             outputs.append(
@@ -310,7 +310,7 @@ def test_first_block_cache_decides_by_what_the_first_block_does(model):
     states = inputs.pop("hidden_states")
     nudged, other = states + 0.01 * torch.randn_like(states), torch.randn_like(states)
     for step, given in enumerate((states, nudged, other, other), 5):
-        cache.begin(step, given[:, :16], 1)
+        cache.begin(step, given[:, :16], [0])
         cache.predict(0, lambda rb, given=given: model(given, **inputs, run_block=rb))
     assert cache.skipped == [6, 8]
 
@@ -404,7 +404,7 @@ def test_the_bytes_planned_for_a_cache_are_those_it_holds(model, name, guidance)
     branches = 1 if negative is None else 2
     with torch.inference_mode():
         for step in (5, 6):
-            cache.begin(step, states[:, :16].clone(), branches)
+            cache.begin(step, states[:, :16].clone(), range(branches))
             for branch in range(branches):
                 cache.predict(branch, lambda rb: model(states, **inputs, run_block=rb))
     held = {}
