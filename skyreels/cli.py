@@ -260,7 +260,7 @@ def run_generate(arguments: argparse.Namespace) -> dict[str, Any]:
         )
     is_builtin = not any(paths)
     _check_extend(arguments)
-    _fill_in(arguments)
+    apply_preset(arguments)
     defaults = (64, 64, 17) if is_builtin else (960, 544, 97)
     given = (arguments.width, arguments.height, arguments.frames)
     width, height, num_frames = (
@@ -430,8 +430,12 @@ def riflex_k(arguments: argparse.Namespace) -> int:
     return 0 if is_builtin or arguments.riflex == "off" else 4
 
 
-def _fill_in(arguments: argparse.Namespace) -> None:
-    """Take what was not given from the preset."""
+def apply_preset(arguments: argparse.Namespace) -> None:
+    """Take from the preset what was not given.
+
+    Args:
+        arguments: of `generate`; they are completed.
+    """
     for name, value in vars(PRESETS[arguments.preset]).items():
         if getattr(arguments, name) is None:
             setattr(arguments, name, value)
