@@ -176,16 +176,13 @@ def test_loras_are_read_from_the_command_line_and_change_the_clip(capsys, tmp_pa
     config = builtin_transformer(runtime=RUNTIME).config
     path = lora.write("musubi-tuner", lora.draw_parts(config), tmp_path)
     clips = []
-    for index, options in enumerate(
-        ([], ["--lora", f"{path}:0"], ["--lora", f"{path}:0.2"], ["--lora", path, "--lora", path])
-    ):
+    for index, options in enumerate(([], ["--lora", f"{path}:0.2", "--lora", f"{path}:0"])):
         file = tmp_path / f"{index}.npy"
         code, _, err = run(capsys, "generate", *FAST, *SMALL, *options, "--out", file)
         assert code == 0
         assert err.count("adapter_model.safetensors (musubi-tuner):") == options.count("--lora")
         clips.append(file.read_bytes())
-    assert clips[0] == clips[1]
-    assert len({*clips}) == 3
+    assert clips[0] != clips[1]
 
 
 @pytest.mark.parametrize(
