@@ -336,6 +336,7 @@ def _generate(
     from .config import Guidance
     from .extend import Continuation, extend_latents
     from .image import ImageSettings
+    from .lora.apply import check_loras
     from .lora.report import describe_lora
     from .media import open_frames
     from .outcomes import user_folder
@@ -379,6 +380,7 @@ def _generate(
     else:
         transformer = load_transformer(arguments.transformer, precision=precision, runtime=runtime)
         vae = load_vae(arguments.vae, runtime=runtime)
+    check_loras(transformer, settings.loras)
     for applied in settings.loras:
         say(describe_lora(applied, transformer))
     width, height, num_frames = size
