@@ -283,7 +283,7 @@ def run_generate(arguments: argparse.Namespace) -> dict[str, Any]:
     if arguments.tokenizer is not None and is_builtin:
         raise OptionError("--tokenizer belongs to --text-encoder: give it, or leave it out.")
     _check_extend(arguments)
-    _fill_in(arguments)
+    apply_preset(arguments)
     defaults = (64, 64, 17) if is_builtin else (960, 544, 97)
     given = (arguments.width, arguments.height, arguments.frames)
     width, height, num_frames = (
@@ -362,6 +362,7 @@ def _generate(
     from .config import Guidance
     from .extend import Continuation, extend_latents
     from .image import ImageSettings
+    from .lora.apply import check_loras
     from .lora.report import describe_lora
     from .media import open_frames
     from .outcomes import user_folder
@@ -406,6 +407,7 @@ def _generate(
     else:
         transformer = load_transformer(arguments.transformer, precision=precision, runtime=runtime)
         vae = load_vae(arguments.vae, runtime=runtime)
+    check_loras(transformer, settings.loras)
     for applied in settings.loras:
         say(describe_lora(applied, transformer))
     width, height, num_frames = size
@@ -477,8 +479,12 @@ def riflex_k(arguments: argparse.Namespace) -> int:
     return 0 if is_builtin or arguments.riflex == "off" else 4
 
 
-def _fill_in(arguments: argparse.Namespace) -> None:
-    """Take what was not given from the preset."""
+def apply_preset(arguments: argparse.Namespace) -> None:
+    """Take from the preset what was not given.
+
+    Args:
+        arguments: of `generate`; they are completed.
+    """
     for name, value in vars(PRESETS[arguments.preset]).items():
         if getattr(arguments, name) is None:
             setattr(arguments, name, value)

@@ -591,12 +591,13 @@ class _Scales:
         if not isinstance(patterns, dict):
             raise self._bad("alpha_pattern", patterns)
         self._patterns: dict[str, float] = {}
+        known = {end for module in modules for end in _ends(module)}
         for key in patterns:
             name = str(key).replace("\\.", ".").removeprefix("^").removesuffix("$")
             value = self._number(patterns, key)
             assert value is not None
             self._patterns[name] = value
-            if not any(_ends_in(module, name) for module in modules):
+            if name not in known:
                 raise CheckpointError(
                     f"The PEFT description of {shown(path.name)} has an alpha for "
                     f"{shown(str(key))}, which is the name of no module in it: save it with plain "
@@ -621,7 +622,7 @@ class _Scales:
 
     def of(self, module: str) -> _Scale:
         """The function from rank and the file's own alpha to the scale of a module."""
-        described = [a for name, a in self._patterns.items() if _ends_in(module, name)]
+        described = [self._patterns[end] for end in _ends(module) if end in self._patterns]
 
         def scale(rank: int | None, alpha: float | None) -> float:
             if rank is None:
@@ -636,5 +637,7 @@ class _Scales:
         return scale
 
 
-def _ends_in(module: str, name: str) -> bool:
-    return module == name or module.endswith(f".{name}")
+def _ends(module: str) -> list[str]:
+    """A dotted name, and what is left of it without its first parts."""
+    parts = module.split(".")
+    return [".".join(parts[index:]) for index in range(len(parts))]

@@ -44,6 +44,8 @@ _OTHERS = (
     r"diff_b|set_weight|w_norm|b_norm)"
 )
 _MAGNITUDE = r"\.lora_magnitude_vector(?:\.(?!weight$)(?P<of>[^.]+))?(?P<magnitude>\.weight|)"
+#: a name without any of these is no LoRA's; this is asked of every name of every checkpoint
+_HINT = re.compile(r"lora|hada_|lokr_|dora_|\.diff|\.alpha|\.set_weight|\.[wb]_norm")
 _SUFFIX = re.compile(f"(?P<module>.+?)(?:{_FACTORS}|{_OTHERS}|{_MAGNITUDE})")
 #: suffix -> what it belongs to; refused by name
 _REFUSED = {
@@ -100,7 +102,9 @@ class LoraKey(NamedTuple):
 
 def lora_key(name: str) -> LoraKey | None:
     """Split the name of a tensor of a LoRA; None if it has none of the known suffixes."""
-    match = _SUFFIX.fullmatch(name) if len(name) <= MAX_NAME_CHARS else None
+    if len(name) > MAX_NAME_CHARS or _HINT.search(name) is None:
+        return None
+    match = _SUFFIX.fullmatch(name)
     if match is None:
         return None
     if match["other"] is not None:

@@ -23,7 +23,7 @@ import pytest
 import websocket
 from comfyui_skyreels.skyreels.builtin import BUILTIN_NAME
 from comfyui_skyreels.skyreels.vae.model import VideoVAE
-from support import tiny
+from support import lora, tiny
 from support.checkout import Checkout
 from support.clip import make_clip
 from support.wiro_server import KEY, SECRET, WiroServer
@@ -36,6 +36,7 @@ TRANSFORMERS = (
     "skyreels_hunyuan_i2v_bf16.safetensors",
     "skyreels_hunyuan_i2v_fp8_e4m3fn.safetensors",
 )
+LORA = "hyvideo_FastVideo_LoRA-fp8.safetensors"
 
 pytestmark = [pytest.mark.comfy, pytest.mark.usefixtures("checkout")]
 
@@ -140,6 +141,8 @@ def server(checkout, tmp_path_factory):
     )
     vae = tiny.randomize(VideoVAE(tiny.VAE)).state_dict()
     tiny.save(models / "vae" / "hunyuan_video_vae_bf16.safetensors", vae)
+    factors = lora.letters(lora.whole_modules(lora.draw_parts()), "transformer.")
+    tiny.save(models / "loras" / LORA, factors)
     (base / "input").mkdir()
     (base / "input" / "example.png").write_bytes(
         (checkout.folder / "input" / "example.png").read_bytes()

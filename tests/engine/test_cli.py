@@ -17,6 +17,7 @@ import pytest
 import torch
 from comfyui_skyreels.skyreels import cli, media, outcomes
 from comfyui_skyreels.skyreels.builtin import (
+    BUILTIN_FOLDER,
     BUILTIN_NOTICE,
     builtin_text_encoder,
     builtin_transformer,
@@ -31,7 +32,7 @@ from comfyui_skyreels.skyreels.text.encode import DEFAULT_NEGATIVE_PROMPT, encod
 from comfyui_skyreels.skyreels.transformer.model import SkyReelsTransformer
 from comfyui_skyreels.skyreels.vae.model import VideoVAE
 from PIL import Image
-from support import tiny
+from support import lora, tiny
 
 pytestmark = pytest.mark.usefixtures("fast_convolutions")
 ROOT = Path(__file__).resolve().parents[2]
@@ -169,6 +170,60 @@ def test_riflex_can_be_switched_off_and_changes_only_long_clips(capsys, tmp_path
     assert clips[0] == clips[1]
 
 
+SMALL = ["--width", "32", "--height", "32", "--frames", "5"]
+
+
+def test_loras_are_read_from_the_command_line_and_change_the_clip(capsys, tmp_path):
+    config = builtin_transformer(runtime=RUNTIME).config
+    path = lora.write("musubi-tuner", lora.draw_parts(config), tmp_path)
+    clips = []
+    for index, options in enumerate(([], ["--lora", f"{path}:0.2", "--lora", f"{path}:0"])):
+        file = tmp_path / f"{index}.npy"
+        code, _, err = run(capsys, "generate", *FAST, *SMALL, *options, "--out", file)
+        assert code == 0
+        assert err.count("adapter_model.safetensors (musubi-tuner):") == options.count("--lora")
+        clips.append(file.read_bytes())
+    assert clips[0] != clips[1]
+
+
+@pytest.mark.parametrize(
+    ("text", "file", "strength"),
+    [
+        ("style.safetensors", "style.safetensors", 1.0),
+        ("style.safetensors:0.8", "style.safetensors", 0.8),
+        ("a:b.safetensors:-1", "a:b.safetensors", -1.0),
+        (r"C:\loras\style.safetensors", r"C:\loras\style.safetensors", 1.0),
+        (r"C:\loras\style.safetensors:1e-1", r"C:\loras\style.safetensors", 0.1),
+        ("C:style.safetensors", "C:style.safetensors", 1.0),
+        (":2", ":2", 1.0),
+    ],
+)
+def test_what_follows_the_last_colon_is_a_strength_if_it_is_a_number(text, file, strength):
+    assert cli.parse_lora(text) == (Path(file), strength)
+
+
+def test_a_file_whose_name_ends_like_a_strength_is_a_file(tmp_path):
+    (tmp_path / "x:2").touch()
+    assert cli.parse_lora(str(tmp_path / "x:2")) == (tmp_path / "x:2", 1.0)
+
+
+@pytest.mark.parametrize(
+    ("options", "values"),
+    [
+        ([], (30, 6.0, 1.0, 7.0)),
+        (["--preset", "official"], (30, 6.0, 1.0, 7.0)),
+        (["--preset", "few-steps"], (6, 1.0, 6.0, 17.0)),
+        (["--preset", "few-steps", "--steps", "8", "--cfg", "0"], (8, 0.0, 6.0, 17.0)),
+    ],
+)
+def test_a_preset_gives_the_settings_that_are_not_given(options, values):
+    words = ["generate", "--prompt", "x", "--out", "x.npy", *options]
+    arguments = cli.build_parser().parse_args(words)
+    cli.apply_preset(arguments)
+    names = ("steps", "cfg", "embedded_guidance", "shift")
+    assert tuple(getattr(arguments, name) for name in names) == values
+
+
 @pytest.mark.parametrize(("option", "k"), [("auto", 4), ("off", 0)])
 def test_the_riflex_option_reaches_the_run(option, k):
     words = ["generate", "--prompt", "x", "--out", "x.npy", "--riflex", option]
@@ -192,6 +247,8 @@ def test_the_riflex_option_reaches_the_run(option, k):
         (["--device", "cuda:99"], "not found"),
         (["--transformer", "x.safetensors"], "belong together"),
         (["--noise-augmentation", "3"], "within 0..1"),
+        (["--lora", "gone.safetensors"], "gone.safetensors does not exist"),
+        (["--lora", f"{BUILTIN_FOLDER / 'vae'}:nan"], "is not a LoRA"),
     ],
 )
 def test_bad_options_are_one_sentence_and_exit_code_1(capsys, tmp_path, options, words):
