@@ -9,6 +9,7 @@ from pathlib import Path
 from . import host
 from .local.decode import SkyReelsVAEDecode
 from .local.extend import SkyReelsExtendVideo
+from .local.guidance import SkyReelsGuidance
 from .local.image import SkyReelsImageConditioning
 from .local.loaders import SkyReelsTransformerLoader, SkyReelsVAELoader
 from .local.plan import SkyReelsPlan
@@ -27,6 +28,7 @@ NODE_CLASS_MAPPINGS = {
     "SkyReelsTextEncode": SkyReelsTextEncode,
     "SkyReelsImageConditioning": SkyReelsImageConditioning,
     "SkyReelsScheduler": SkyReelsScheduler,
+    "SkyReelsGuidance": SkyReelsGuidance,
     "SkyReelsSampler": SkyReelsSampler,
     "SkyReelsVAEDecode": SkyReelsVAEDecode,
     "SkyReelsExtendVideo": SkyReelsExtendVideo,
@@ -46,6 +48,7 @@ NODE_DISPLAY_NAME_MAPPINGS = {
     "SkyReelsTextEncode": "SkyReels Text Encode",
     "SkyReelsImageConditioning": "SkyReels Image Conditioning",
     "SkyReelsScheduler": "SkyReels Scheduler",
+    "SkyReelsGuidance": "SkyReels Guidance",
     "SkyReelsSampler": "SkyReels Sampler",
     "SkyReelsVAEDecode": "SkyReels VAE Decode",
     "SkyReelsExtendVideo": "SkyReels Extend Video",

@@ -1,6 +1,7 @@
 """The sampler."""
 
 import logging
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
@@ -274,6 +275,10 @@ class SkyReelsSampler:
                         "on the built-in model.",
                     },
                 ),
+                "guidance": (
+                    "SKYREELS_GUIDANCE",
+                    {"tooltip": "From SkyReels Guidance: skip-layer guidance and FreSca."},
+                ),
             },
             "hidden": {"unique_id": "UNIQUE_ID"},
         }
@@ -303,6 +308,7 @@ class SkyReelsSampler:
         add_noise: bool = True,
         cache: str = "off",
         attention: str = "exact",
+        guidance: Guidance | None = None,
         unique_id: str | None = None,
     ) -> tuple[convert.Latent]:
         if latent is not None and latent.get("noise_mask") is not None:
@@ -317,7 +323,8 @@ class SkyReelsSampler:
         settings = SamplingSettings(
             seed=seed,
             sigmas=sigmas.float().cpu(),
-            guidance=Guidance(
+            guidance=replace(
+                guidance or Guidance(),
                 true_cfg_scale=cfg,
                 guidance_scale=convert.embedded_guidance(positive, embedded_guidance),
                 cfg_start=cfg_start,

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ..config import Guidance
 from ..errors import CheckpointError, OptionError
 from ..latents import ImageConditioning
 from ..text.embeds import PromptEmbeds
@@ -55,7 +56,10 @@ def fingerprint_run(
             digest.update(value.detach().float().cpu().contiguous().numpy().tobytes())
         elif is_dataclass(value):
             for each in fields(value):
-                add(getattr(value, each.name))
+                inner = getattr(value, each.name)
+                if not (isinstance(value, Guidance) and inner is None):
+                    # what is off counts as it did before it existed
+                    add(inner)
         else:
             digest.update(repr("a function" if callable(value) else value).encode())
 

@@ -15,9 +15,9 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from ..config import CHUNKINGS, NUM_TRAIN_TIMESTEPS, Chunking, Guidance
+from ..config import CHUNKINGS, NUM_TRAIN_TIMESTEPS, Chunking, FreSca, Guidance, SkipLayers
 from ..errors import OptionError, ShapeError
 from ..ladder import retried
 from ..latents import (
@@ -33,7 +33,7 @@ from ..plan import MAX_KEPT, Job, Rung, activation_bytes, weights_of
 from ..runtime import Runtime
 from ..text.embeds import PromptEmbeds, check_prompt_embeds
 from ..transformer.attention import Attention, choose_attention, sdpa, trial_bytes
-from ..transformer.layers import rope_table
+from ..transformer.layers import DoubleBlock, rope_table
 from ..transformer.model import RunBlock, SkyReelsTransformer
 from ..transformer.placement import placed
 from .planned import start_run
@@ -79,12 +79,61 @@ def combine(positive: Tensor, negative: Tensor, guidance: Guidance) -> Tensor:
     if guidance.cfg_zero_star:
         dot = (positive * negative).sum(axes, keepdim=True)
         negative = negative * (dot / (negative.square().sum(axes, keepdim=True) + 1e-8))
-    guided = negative + guidance.true_cfg_scale * (positive - negative)
+    difference = positive - negative
+    if guidance.fresca is not None:
+        difference = scale_frequencies(difference, guidance.fresca)
+    guided = negative + guidance.true_cfg_scale * difference
     if guidance.guidance_rescale > 0:
         deviation = guided.std(axes, keepdim=True).clamp_min(1e-12)
         factor = positive.std(axes, keepdim=True) / deviation
         guided = guided * (guidance.guidance_rescale * factor + 1 - guidance.guidance_rescale)
     return guided
+
+
+def scale_frequencies(difference: Tensor, fresca: FreSca) -> Tensor:
+    """Scale low and high frequencies of each latent frame.
+
+    Args:
+        difference: [..., h, w] float32, positive less negative prediction.
+        fresca: factors and cutoff.
+
+    Returns:
+        [..., h, w] float32; `difference` itself if both factors are 1.
+
+    Source: arXiv:2504.02154 (FreSca), with the square of low indices -cutoff..cutoff - 1 of its
+        code, WikiChao/FreSca, which ComfyUI's node FreSca has too.
+    """
+    if fresca.low == fresca.high == 1.0:
+        return difference
+    factors = torch.full(difference.shape[-2:], fresca.high, device=difference.device)
+    window = []
+    for size in factors.shape:
+        reach = min(fresca.cutoff, size // 2)
+        window.append(slice(size // 2 - reach, size // 2 + reach))
+    factors[tuple(window)] = fresca.low
+    spectrum = torch.fft.fft2(difference) * torch.fft.ifftshift(factors)
+    scaled: Tensor = torch.fft.ifft2(spectrum).real
+    return scaled
+
+
+def leaving_out(run_block: RunBlock, blocks: Sequence[nn.Module]) -> RunBlock:
+    """Run blocks, except that some hand on their input (residual skip).
+
+    Args:
+        run_block: runs one block of the transformer.
+        blocks: that are left out.
+
+    Returns:
+        The same for the others.
+    """
+    skipped = {id(block) for block in blocks}
+
+    def run(block: nn.Module, *args: Any) -> Any:
+        if id(block) not in skipped:
+            return run_block(block, *args)
+        return args[:2] if isinstance(block, DoubleBlock) else args[0]
+
+    return run
 
 
 def guided_velocity(
@@ -121,10 +170,15 @@ def guided_velocity(
 
     Returns:
         The function, for the whole run.
+
+    Source: skip-layer guidance arXiv:2411.18664 (STG, with the residual skip), which ComfyUI's
+        SkipLayerGuidanceDiT adds likewise; in the negative prediction, SkipLayerGuidanceDiTSimple.
     """
     assert not (interleaves and cache.kind != "off")
     num_steps = len(sigmas) - 1
     schedule = sigmas[:-1].cpu()
+    skip = guidance.skip_layers
+    left_out = [] if skip is None else _blocks(transformer, skip)
     steps = start_cache(cache, num_steps, run_block, transformer.blocks)
 
     def predict_each(
@@ -143,6 +197,9 @@ def guided_velocity(
     def predict(latents: Tensor, timestep: float, branch: int, cached: RunBlock) -> Tensor:
         return predict_each(latents, timestep, [branch], cached)[0]
 
+    def predict_weak(latents: Tensor, timestep: float, branch: int, cached: RunBlock) -> Tensor:
+        return predict(latents, timestep, branch, leaving_out(cached, left_out))
+
     def velocity(latents: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor | None]:
         sigma = sigma.to("cpu", torch.float32)
         # a solver may ask between two sigmas of the schedule: that still belongs to the earlier
@@ -152,19 +209,49 @@ def guided_velocity(
         timestep = float(sigma * NUM_TRAIN_TIMESTEPS)
         in_window = guidance.cfg_start <= step / num_steps < guidance.cfg_end
         is_guided = guidance.true_cfg_scale > 1 and in_window
-        if is_guided and interleaves:
+        scale = skip.scale if skip is not None and skip.is_on(step, num_steps) else None
+        if is_guided and interleaves and scale != 0:
             positive, negative = predict_each(latents, timestep, [0, 1], run_block)
-            return combine(positive, negative, guidance), negative
-        steps.begin(step, latents, 2 if is_guided else 1)
-        positive = steps.predict(0, partial(predict, latents, timestep, 0))
-        if step == num_steps - 1:
-            steps.report()
-        if not is_guided:
-            return positive, None
-        negative = steps.predict(1, partial(predict, latents, timestep, 1))
-        return combine(positive, negative, guidance), negative
+        else:
+            steps.begin(step, latents, 2 if is_guided else 1)
+            positive = steps.predict(0, partial(predict, latents, timestep, 0))
+            if step == num_steps - 1:
+                steps.report()
+            negative = None
+            if is_guided:
+                of_negative = predict_weak if scale == 0 else predict
+                negative = steps.predict(1, partial(of_negative, latents, timestep, 1))
+        guided = positive if negative is None else combine(positive, negative, guidance)
+        if scale:
+            weak = predict_weak(latents, timestep, 0, run_block)
+            guided = guided + scale * (positive - weak)
+        return guided, negative
 
     return velocity
+
+
+def _blocks(transformer: SkyReelsTransformer, skip: SkipLayers) -> list[nn.Module]:
+    """The blocks that skip-layer guidance leaves out.
+
+    Returns:
+        The double ones, then the single ones.
+
+    Raises:
+        OptionError: the transformer has no such block.
+    """
+    found = []
+    for kind, blocks, indices in (
+        ("double", transformer.double_blocks, skip.double_blocks),
+        ("single", transformer.single_blocks, skip.single_blocks),
+    ):
+        for index in indices:
+            if not 0 <= index < len(blocks):
+                raise OptionError(
+                    f"Skip-layer guidance leaves out {kind} block {index}, and the transformer has "
+                    f"0..{len(blocks) - 1}: choose one of these."
+                )
+            found.append(blocks[index])
+    return found
 
 
 def sample(
@@ -321,7 +408,8 @@ def _denoise(
         sigmas = sigmas.to("cpu" if is_euler else device)
         with run.descending(on_rung) as velocity:
             result = settings.solver(velocity, latents.to(device), sigmas, run.marking(on_step))
-            run.finish(is_alike=is_euler and settings.cache.kind == "off")
+            is_plain = settings.cache.kind == "off" and guidance.skip_layers is None
+            run.finish(is_alike=is_euler and is_plain)
         return result
 
 
@@ -332,6 +420,7 @@ def _job(
     settings: SamplingSettings,
 ) -> Job:
     guidance, num_steps = settings.guidance, settings.num_steps
+    skip = guidance.skip_layers
     in_window = (guidance.cfg_start <= step / num_steps < guidance.cfg_end
                  for step in range(num_steps))  # fmt: skip
     return Job(
@@ -340,6 +429,9 @@ def _job(
         num_frames=image.num_frames,
         num_steps=num_steps,
         num_guided=sum(in_window) if len(prompts) > 1 else 0,
+        num_extra=sum(skip.is_on(step, num_steps) for step in range(num_steps))
+        if skip is not None and skip.scale
+        else 0,
         text_tokens=max(embeds.prompt_embeds.shape[1] for embeds in prompts),
         held_bytes=_held_bytes(transformer, image, prompts, settings),
         config=transformer.config,
@@ -422,6 +514,8 @@ def _check_inputs(
 ) -> None:
     """Refuse inputs that do not fit each other, before anything is moved to a device."""
     check_picture(transformer.config, image.image_latents is not None)
+    if settings.guidance.skip_layers is not None:
+        _blocks(transformer, settings.guidance.skip_layers)
     check_prompt_embeds(prompt, transformer.config)
     if negative is not None:
         check_prompt_embeds(negative, transformer.config)
