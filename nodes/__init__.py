@@ -10,6 +10,7 @@ from . import host
 from .local.core_model import SkyReelsCoreModel
 from .local.decode import SkyReelsVAEDecode
 from .local.extend import SkyReelsExtendVideo
+from .local.guidance import SkyReelsGuidance
 from .local.image import SkyReelsImageConditioning
 from .local.loaders import SkyReelsTransformerLoader, SkyReelsVAELoader
 from .local.lora import SkyReelsLoraLoader
@@ -30,6 +31,7 @@ NODE_CLASS_MAPPINGS = {
     "SkyReelsTextEncode": SkyReelsTextEncode,
     "SkyReelsImageConditioning": SkyReelsImageConditioning,
     "SkyReelsScheduler": SkyReelsScheduler,
+    "SkyReelsGuidance": SkyReelsGuidance,
     "SkyReelsSampler": SkyReelsSampler,
     "SkyReelsVAEDecode": SkyReelsVAEDecode,
     "SkyReelsExtendVideo": SkyReelsExtendVideo,
@@ -51,6 +53,7 @@ NODE_DISPLAY_NAME_MAPPINGS = {
     "SkyReelsTextEncode": "SkyReels Text Encode",
     "SkyReelsImageConditioning": "SkyReels Image Conditioning",
     "SkyReelsScheduler": "SkyReels Scheduler",
+    "SkyReelsGuidance": "SkyReels Guidance",
     "SkyReelsSampler": "SkyReels Sampler",
     "SkyReelsVAEDecode": "SkyReels VAE Decode",
     "SkyReelsExtendVideo": "SkyReels Extend Video",

@@ -79,6 +79,66 @@ class VAEConfig:
 
 
 @dataclass(frozen=True)
+class SkipLayers:
+    """Guidance away from a weaker model: the same one with some blocks left out.
+
+    Attributes:
+        double_blocks: indices of the double blocks that hand on their input.
+        single_blocks: likewise of the single blocks.
+        scale: 0..10, how far the velocity is pushed away from the weak prediction of the positive
+            prompt, which is a third evaluation. 0 leaves the blocks out of the negative prediction
+            instead, which costs nothing.
+        start: fraction of the steps before which nothing is left out.
+        end: fraction of the steps from which on nothing is left out.
+    """
+
+    double_blocks: tuple[int, ...] = ()
+    single_blocks: tuple[int, ...] = ()
+    scale: float = 0.0
+    start: float = 0.0
+    end: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not self.double_blocks and not self.single_blocks:
+            raise OptionError(
+                "Skip-layer guidance leaves no block out: name one, or switch it off."
+            )
+        if not 0.0 <= self.scale <= 10.0:
+            raise OptionError(f"Skip-layer scale {self.scale} is not within 0..10: use 1.")
+        if not 0.0 <= self.start <= self.end <= 1.0:
+            raise OptionError(
+                f"Skip-layer window {self.start}..{self.end} is invalid: use 0 <= start <= end <= "
+                "1."
+            )
+
+    def is_on(self, step: int, num_steps: int) -> bool:
+        """Whether blocks are left out in a step."""
+        return self.start <= step / num_steps < self.end
+
+
+@dataclass(frozen=True)
+class FreSca:
+    """Low and high spatial frequencies of the guidance scaled apart; 1 and 1 is off.
+
+    Attributes:
+        low: 0..10, factor of the low frequencies.
+        high: 0..10, factor of the others.
+        cutoff: frequency indices on either side of zero that are low, from 1.
+    """
+
+    low: float = 1.0
+    high: float = 1.25
+    cutoff: int = 20
+
+    def __post_init__(self) -> None:
+        for name, factor in (("low", self.low), ("high", self.high)):
+            if not 0.0 <= factor <= 10.0:
+                raise OptionError(f"FreSca {name} {factor} is not within 0..10: use 1 for off.")
+        if self.cutoff < 1:
+            raise OptionError(f"FreSca cutoff {self.cutoff} is below 1: use 20.")
+
+
+@dataclass(frozen=True)
 class Guidance:
     """How the two predictions of a step become one velocity.
 
@@ -91,6 +151,8 @@ class Guidance:
         guidance_rescale: 0..1, pulls the std of the guided velocity to the positive one's.
         cfg_zero_star: project the negative prediction on the positive one (CFG-Zero*).
         zero_init_steps: first steps whose velocity is zero (CFG-Zero*).
+        skip_layers: see `SkipLayers`; None is off.
+        fresca: see `FreSca`; None is off.
     """
 
     true_cfg_scale: float = 6.0
@@ -100,6 +162,8 @@ class Guidance:
     guidance_rescale: float = 0.0
     cfg_zero_star: bool = False
     zero_init_steps: int = 0
+    skip_layers: SkipLayers | None = None
+    fresca: FreSca | None = None
 
     def __post_init__(self) -> None:
         for name, scale, usual in (
@@ -125,6 +189,11 @@ class Guidance:
     def is_in_window(self, step: int, num_steps: int) -> bool:
         """Whether the negative prediction counts at a step, from 0."""
         return self.cfg_start <= step / num_steps < self.cfg_end
+
+    def skip_scale(self, step: int, num_steps: int) -> float | None:
+        """The scale of skip-layer guidance at a step; None where it is off."""
+        skip = self.skip_layers
+        return skip.scale if skip is not None and skip.is_on(step, num_steps) else None
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ const COLORS = {
   SKYREELS_VAE: "#FF6E6E", // as VAE
   SKYREELS_TEXT_ENCODER: "#FFD500", // as CLIP
   SKYREELS_IMAGE: "#6EE7B7",
+  SKYREELS_GUIDANCE: "#F9A8D4",
 };
 
 // applying a colour palette resets both tables after `setup`

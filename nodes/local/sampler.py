@@ -296,6 +296,10 @@ class SkyReelsSampler:
                         "on the built-in model.",
                     },
                 ),
+                "guidance": (
+                    "SKYREELS_GUIDANCE",
+                    {"tooltip": "From SkyReels Guidance: skip-layer guidance and FreSca."},
+                ),
             },
             "hidden": {"unique_id": "UNIQUE_ID"},
         }
@@ -325,6 +329,7 @@ class SkyReelsSampler:
         add_noise: bool = True,
         cache: str = "off",
         attention: str = "exact",
+        guidance: Guidance | None = None,
         unique_id: str | None = None,
     ) -> tuple[convert.Latent]:
         convert.warn_unused(positive, negative)
@@ -337,7 +342,8 @@ class SkyReelsSampler:
             logger.warning("The picture in the conditioning is not used: `image` is connected.")
         if sigmas is None:
             sigmas = get_sigmas(steps, shift, denoise)
-        guidance = Guidance(
+        combined = replace(
+            guidance or Guidance(),
             true_cfg_scale=cfg,
             guidance_scale=convert.embedded_guidance(positive, embedded_guidance),
             cfg_start=cfg_start,
@@ -348,7 +354,7 @@ class SkyReelsSampler:
         )
         settings = SamplingSettings(
             sigmas=sigmas.float().cpu(),
-            guidance=guidance,
+            guidance=combined,
             riflex_k=riflex_k,
             cache=CACHES[cache],
             attention=attention,
@@ -363,7 +369,7 @@ class SkyReelsSampler:
         clips = []
         for index in range(count):
             prompts = convert.to_prompts(
-                positive, negative, guidance, shift, model.module.config, index=index
+                positive, negative, combined, shift, model.module.config, index=index
             )
             solver = euler
             if sampler is not None:  # one that adds noise of its own has another seed a clip

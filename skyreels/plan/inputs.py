@@ -118,6 +118,7 @@ class Job:
         num_guided: of these, the steps with a negative prediction.
         text_tokens: of the longer prompt.
         held_bytes: what a step cache keeps through the run.
+        num_extra: steps with one more prediction, of skip-layer guidance.
         config: sizes of the transformer.
         vae: of the VAE that decodes; None plans no decode.
         vae_dtype: it computes in.
@@ -130,6 +131,7 @@ class Job:
     num_guided: int = 30
     text_tokens: int = MAX_TEXT_TOKENS
     held_bytes: int = 0
+    num_extra: int = 0
     config: TransformerConfig = field(default_factory=TransformerConfig)
     vae: VAEConfig | None = field(default_factory=VAEConfig)
     vae_dtype: torch.dtype = torch.bfloat16
@@ -150,7 +152,7 @@ class Job:
     @property
     def num_evaluations(self) -> int:
         """Forward passes of the run."""
-        return self.num_steps + self.num_guided
+        return self.num_steps + self.num_guided + self.num_extra
 
     def __str__(self) -> str:
         return f"{self.num_frames} frames of {self.width}x{self.height}"

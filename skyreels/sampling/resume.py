@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ..config import Guidance
 from ..errors import CheckpointError, OptionError
 from ..latents import ImageConditioning
 from ..transformer.model import SkyReelsTransformer
@@ -81,7 +82,10 @@ def _add(digest: "hashlib._Hash", value: object) -> None:
         digest.update(value.detach().float().cpu().contiguous().numpy().tobytes())
     elif is_dataclass(value):
         for each in fields(value):
-            _add(digest, getattr(value, each.name))
+            inner = getattr(value, each.name)
+            if not (isinstance(value, Guidance) and inner is None):
+                # what is off counts as it did before it existed
+                _add(digest, inner)
     elif isinstance(value, list | tuple):
         for item in value:
             _add(digest, item)

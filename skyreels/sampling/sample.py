@@ -9,15 +9,15 @@ runs: sigmas and timesteps stay on the CPU, where a scalar multiplies a tensor o
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from ..config import CHUNKINGS, NUM_TRAIN_TIMESTEPS, Chunking, Guidance
+from ..config import CHUNKINGS, NUM_TRAIN_TIMESTEPS, Chunking, FreSca, Guidance, SkipLayers
 from ..errors import OptionError, ShapeError
 from ..ladder import retried
 from ..latents import (
@@ -35,7 +35,7 @@ from ..plan import MAX_KEPT, Job, Rung, activation_bytes, weights_of
 from ..runtime import Runtime
 from ..text.embeds import PromptEmbeds, check_prompt_embeds
 from ..transformer.attention import Attention, choose_attention, sdpa, trial_bytes
-from ..transformer.layers import rope_table
+from ..transformer.layers import DoubleBlock, rope_table
 from ..transformer.model import RunBlock, SkyReelsTransformer
 from ..transformer.placement import placed
 from .finite import FiniteWatch, suspects
@@ -95,12 +95,61 @@ def combine(positive: Tensor, negative: Tensor, guidance: Guidance) -> Tensor:
     if guidance.cfg_zero_star:
         dot = (positive * negative).sum(axes, keepdim=True)
         negative = negative * (dot / (negative.square().sum(axes, keepdim=True) + 1e-8))
-    guided = negative + guidance.true_cfg_scale * (positive - negative)
+    difference = positive - negative
+    if guidance.fresca is not None:
+        difference = scale_frequencies(difference, guidance.fresca)
+    guided = negative + guidance.true_cfg_scale * difference
     if guidance.guidance_rescale > 0:
         deviation = guided.std(axes, keepdim=True).clamp_min(1e-12)
         factor = positive.std(axes, keepdim=True) / deviation
         guided = guided * (guidance.guidance_rescale * factor + 1 - guidance.guidance_rescale)
     return guided
+
+
+def scale_frequencies(difference: Tensor, fresca: FreSca) -> Tensor:
+    """Scale low and high frequencies of each latent frame.
+
+    Args:
+        difference: [..., h, w] float32, positive less negative prediction.
+        fresca: factors and cutoff.
+
+    Returns:
+        [..., h, w] float32; `difference` itself if both factors are 1.
+
+    Source: arXiv:2504.02154 (FreSca), with the square of low indices -cutoff..cutoff - 1 of its
+        code, WikiChao/FreSca, which ComfyUI's node FreSca has too.
+    """
+    if fresca.low == fresca.high == 1.0:
+        return difference
+    factors = torch.full(difference.shape[-2:], fresca.high, device=difference.device)
+    window = []
+    for size in factors.shape:
+        reach = min(fresca.cutoff, size // 2)
+        window.append(slice(size // 2 - reach, size // 2 + reach))
+    factors[tuple(window)] = fresca.low
+    spectrum = torch.fft.fft2(difference) * torch.fft.ifftshift(factors)
+    scaled: Tensor = torch.fft.ifft2(spectrum).real
+    return scaled
+
+
+def leaving_out(run_block: RunBlock, blocks: Sequence[nn.Module]) -> RunBlock:
+    """Run blocks, except that some hand on their input (residual skip).
+
+    Args:
+        run_block: runs one block of the transformer.
+        blocks: that are left out.
+
+    Returns:
+        The same for the others.
+    """
+    skipped = {id(block) for block in blocks}
+
+    def run(block: nn.Module, *args: Any) -> Any:
+        if id(block) not in skipped:
+            return run_block(block, *args)
+        return args[:2] if isinstance(block, DoubleBlock) else args[0]
+
+    return run
 
 
 def guided_velocity(
@@ -139,17 +188,21 @@ def guided_velocity(
 
     Returns:
         The function, for the whole run.
+
+    Source: skip-layer guidance arXiv:2411.18664 (STG, with the residual skip), which ComfyUI's
+        SkipLayerGuidanceDiT adds likewise; in the negative prediction, SkipLayerGuidanceDiTSimple.
     """
     assert not (interleaves and cache.kind != "off")
     num_steps = len(sigmas) - 1
     schedule = sigmas[:-1].cpu()
+    left_out = [] if guidance.skip_layers is None else _blocks(transformer, guidance.skip_layers)
     steps = start_cache(cache, num_steps, run_block, transformer.blocks)
 
     def predict_each(
         latents: Tensor, timestep: float, branches: Sequence[int], cached: RunBlock
     ) -> list[Tensor]:
         velocities = transformer.denoise_together(
-            latents if image_latents is None else torch.cat([latents, image_latents], dim=1),
+            _with_picture(latents, image_latents),
             [lookup(branch, timestep, run_block) for branch in branches],
             rope=rope,
             attention=attention,
@@ -159,19 +212,27 @@ def guided_velocity(
         return [velocity.float() for velocity in velocities]
 
     def predict_all(
-        step: int, latents: Tensor, timestep: float, branches: Sequence[int]
+        step: int,
+        latents: Tensor,
+        timestep: float,
+        branches: Sequence[int],
+        weak: Collection[int],
     ) -> Iterator[Tensor]:
-        if interleaves:  # by twos, for which memory is planned
+        if interleaves and not weak:  # by twos, for which memory is planned
             for first in range(0, len(branches), 2):
                 yield from predict_each(latents, timestep, branches[first : first + 2], run_block)
         else:
             if branches:
                 steps.begin(step, latents, branches)
             for branch in branches:
-                yield steps.predict(branch, partial(predict, latents, timestep, branch))
+                function = predict_weak if branch in weak else predict
+                yield steps.predict(branch, partial(function, latents, timestep, branch))
 
     def predict(latents: Tensor, timestep: float, branch: int, cached: RunBlock) -> Tensor:
         return predict_each(latents, timestep, [branch], cached)[0]
+
+    def predict_weak(latents: Tensor, timestep: float, branch: int, cached: RunBlock) -> Tensor:
+        return predict(latents, timestep, branch, leaving_out(cached, left_out))
 
     def velocity(latents: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor | None]:
         sigma = sigma.to("cpu", torch.float32)
@@ -180,18 +241,52 @@ def guided_velocity(
         if step < guidance.zero_init_steps:
             return torch.zeros_like(latents), None
         is_guided = guidance.true_cfg_scale > 1 and guidance.is_in_window(step, num_steps)
+        scale = guidance.skip_scale(step, num_steps)
+        timestep = float(sigma * NUM_TRAIN_TIMESTEPS)
         sides = [weights(side, sigma) for side in range(2 if is_guided else 1)]
         branches = [branch for side in sides for branch, _ in side]
-        made = predict_all(step, latents, float(sigma * NUM_TRAIN_TIMESTEPS), branches)
+        weak = {branch for branch, _ in sides[1]} if is_guided and scale == 0 else set()
+        made = predict_all(step, latents, timestep, branches, weak)
         averages = [average(made, side, latents, sigma) for side in sides]
         if step == num_steps - 1:
             steps.report()
-        if not is_guided:
-            return averages[0], None
-        positive, negative = averages
-        return combine(positive, negative, guidance), negative
+        positive, negative = averages[0], averages[1] if is_guided else None
+        guided = positive if negative is None else combine(positive, negative, guidance)
+        if scale:
+            made = (predict_weak(latents, timestep, branch, run_block) for branch, _ in sides[0])
+            guided = guided + scale * (positive - average(made, sides[0], latents, sigma))
+        return guided, negative
 
     return velocity
+
+
+def _blocks(transformer: SkyReelsTransformer, skip: SkipLayers) -> list[nn.Module]:
+    """The blocks that skip-layer guidance leaves out.
+
+    Returns:
+        The double ones, then the single ones.
+
+    Raises:
+        OptionError: the transformer has no such block.
+    """
+    found = []
+    for kind, blocks, indices in (
+        ("double", transformer.double_blocks, skip.double_blocks),
+        ("single", transformer.single_blocks, skip.single_blocks),
+    ):
+        for index in indices:
+            if not 0 <= index < len(blocks):
+                raise OptionError(
+                    f"Skip-layer guidance leaves out {kind} block {index}, and the transformer has "
+                    f"0..{len(blocks) - 1}: choose one of these."
+                )
+            found.append(blocks[index])
+    return found
+
+
+def _with_picture(latents: Tensor, image_latents: Tensor | None) -> Tensor:
+    """What the network sees: [1, 32, T, h, w], or the latents alone for text to video."""
+    return latents if image_latents is None else torch.cat([latents, image_latents], dim=1)
 
 
 def sample(
@@ -397,7 +492,8 @@ def _denoise(
         sigmas = sigmas.to("cpu" if is_euler else device)
         with run.descending(on_rung) as velocity:
             result = settings.solver(velocity, latents.to(device), sigmas, run.marking(on_step))
-            run.finish(is_alike=is_euler and settings.cache.kind == "off")
+            is_plain = settings.cache.kind == "off" and guidance.skip_layers is None
+            run.finish(is_alike=is_euler and is_plain)
         return result
 
 
@@ -409,12 +505,18 @@ def _job(
 ) -> Job:
     num_steps, sigmas = settings.num_steps, settings.sigmas.cpu()
     evaluations = sum(len(prompts.at(step, sigmas, settings.guidance)) for step in range(num_steps))
+    extra = [
+        len(prompts.weights(0, sigmas[step]))
+        for step in range(num_steps)
+        if settings.guidance.skip_scale(step, num_steps)
+    ]
     return Job(
         width=image.width,
         height=image.height,
         num_frames=image.num_frames,
         num_steps=num_steps,
         num_guided=max(0, evaluations - num_steps),
+        num_extra=sum(extra),
         text_tokens=max(embeds.prompt_embeds.shape[1] for embeds in prompts.embeds),
         held_bytes=_held_bytes(transformer, image, prompts.embeds, settings),
         config=transformer.config,
@@ -529,6 +631,8 @@ def _check_inputs(
     """Refuse inputs that do not fit each other, before anything is moved to a device."""
     check_loras(transformer, settings.loras)
     check_picture(transformer.config, image.image_latents is not None)
+    if settings.guidance.skip_layers is not None:
+        _blocks(transformer, settings.guidance.skip_layers)
     for each in scheduled(prompt):
         check_prompt_embeds(each.embeds, transformer.config)
     if negative is not None:

@@ -167,6 +167,11 @@ class SamplingSettings:
                 "Resuming needs the Euler solver: the state of other solvers is not saved. "
                 "Disconnect the sampler or switch resuming off."
             )
+        if self.cache.kind != "off" and self.guidance.skip_layers is not None:
+            raise OptionError(
+                "Skip-layer guidance and a cache do not go together: the cache would compare "
+                "predictions of two models. Set the cache to off, or switch the guidance off."
+            )
         if self.cache.kind != "off" and self.solver is not euler:
             raise OptionError(
                 "Caching needs the Euler solver: other solvers use a prediction for more than one "

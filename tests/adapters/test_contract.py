@@ -56,8 +56,14 @@ FROZEN = {
         ["model", "positive", "seed", "steps", "cfg", "embedded_guidance", "shift", "negative",
          "image", "latent", "sampler", "sigmas", "denoise", "cfg_start", "cfg_end",
          "guidance_rescale", "cfg_zero_star", "zero_init_steps", "riflex_k", "resume",
-         "add_noise", "cache", "attention"],
+         "add_noise", "cache", "attention", "guidance"],
         [("samples", "LATENT")],
+    ),
+    "SkyReelsGuidance": (
+        "SkyReels Guidance",
+        ["skip_layers", "double_blocks", "single_blocks", "skip_scale", "skip_start", "skip_end",
+         "fresca_low", "fresca_high", "fresca_cutoff"],
+        [("guidance", "SKYREELS_GUIDANCE")],
     ),
     "SkyReelsScheduler": (
         "SkyReels Scheduler",

@@ -13,7 +13,7 @@ import torch
 from comfyui_skyreels.nodes.local import convert
 from comfyui_skyreels.nodes.local import extend as extend_module
 from comfyui_skyreels.skyreels.builtin import BUILTIN_NAME
-from comfyui_skyreels.skyreels.config import Guidance, Tiling
+from comfyui_skyreels.skyreels.config import FreSca, Guidance, SkipLayers, Tiling
 from comfyui_skyreels.skyreels.errors import CheckpointError, OptionError, ShapeError, TextError
 from comfyui_skyreels.skyreels.extend import ExtendSettings, extend_video
 from comfyui_skyreels.skyreels.image import ImageSettings, encode_image
@@ -426,6 +426,44 @@ def test_sharded_folders_and_text_encoder_folders_are_offered(comfy):
     ).module.state_dict()
     for name, tensor in tiny.transformer().state_dict().items():
         assert torch.equal(loaded[name], tensor)
+
+
+# --- guidance -----------------------------------------------------------------------------------
+
+PLAIN = {
+    "skip_layers": "off", "double_blocks": "", "single_blocks": "1", "skip_scale": 1.0,
+    "skip_start": 0.0, "skip_end": 1.0, "fresca_low": 1.0, "fresca_high": 1.0,
+    "fresca_cutoff": 20,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("widgets", "expected"),
+    [
+        ({}, Guidance()),
+        ({"skip_layers": "extra evaluation", "skip_scale": 0.0}, Guidance()),
+        ({"skip_layers": "negative prediction"}, Guidance(skip_layers=SkipLayers((), (1,)))),
+        (
+            {"skip_layers": "extra evaluation", "double_blocks": "0, 1 1", "skip_end": 0.5},
+            Guidance(skip_layers=SkipLayers((0, 1), (1,), 1.0, 0.0, 0.5)),
+        ),
+        ({"fresca_high": 1.25, "fresca_cutoff": 1}, Guidance(fresca=FreSca(1.0, 1.25, 1))),
+    ],
+)
+def test_refinements_of_guidance_reach_the_sampler(comfy, picture, widgets, expected):
+    made = node("SkyReelsGuidance", **{**PLAIN, **widgets})
+    assert made == expected
+    _, inputs = prepare(picture)
+    got = node("SkyReelsSampler", **inputs, guidance=made)["samples"]
+    assert torch.equal(got, library_samples(inputs, guidance=expected, sigmas=get_sigmas(2)))
+    plain = library_samples(inputs, sigmas=get_sigmas(2))
+    assert torch.equal(got, plain) == (expected == Guidance())
+
+
+def test_blocks_that_are_no_numbers_are_named(comfy):
+    with pytest.raises(OptionError, match="Blocks 'a, 2' are not whole numbers"):
+        node("SkyReelsGuidance", **{**PLAIN, "skip_layers": "negative prediction",
+                                    "single_blocks": "a, 2"})  # fmt: skip
 
 
 # --- text encoders in single files --------------------------------------------------------------

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from comfyui_skyreels.skyreels.config import Guidance
+from comfyui_skyreels.skyreels.config import FreSca, Guidance, SkipLayers
 from comfyui_skyreels.skyreels.latents import ImageConditioning
 from comfyui_skyreels.skyreels.sampling.resume import NOT_IN_FINGERPRINT, fingerprint_run
 from comfyui_skyreels.skyreels.sampling.settings import SamplingSettings, euler
@@ -49,6 +49,8 @@ OTHER_GUIDANCE = {
     "guidance_rescale": 0.5,
     "cfg_zero_star": True,
     "zero_init_steps": 1,
+    "skip_layers": SkipLayers((1,)),
+    "fresca": FreSca(),
 }
 
 
