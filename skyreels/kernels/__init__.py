@@ -199,6 +199,11 @@ def rescale_(
     _call["rescale_"](acc, act_scale, scale, bias, out, add)
 
 
+def dequantize_blocks_(data: Tensor, kind: str, out: Tensor) -> None:
+    """A weight in GGUF blocks, into `out`; see `blocks.dequantize_blocks_`."""
+    _call["dequantize_blocks_"](data, kind, out)
+
+
 def is_fused(name: str, device: torch.device) -> bool:
     """Whether the operator `name` runs in a kernel of its own on the device."""
     return operators.choose(name, device).impl is not None

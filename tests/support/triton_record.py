@@ -89,10 +89,17 @@ def _resources(cubin: bytes) -> dict[str, int]:
 
 def write() -> None:
     """Compile every kernel for every GPU, and keep what that comes to."""
-    from support import triton_attention, triton_compile, triton_int8, triton_rescale
+    from support import (
+        triton_attention,
+        triton_blocks,
+        triton_compile,
+        triton_int8,
+        triton_rescale,
+    )
 
     RECORD.unlink(missing_ok=True)
-    for module in (triton_compile, triton_attention, triton_int8, triton_rescale):
+    modules = (triton_compile, triton_attention, triton_int8, triton_rescale, triton_blocks)
+    for module in modules:
         module.compile_for(triton_compile.CAPABILITIES)
     rows = (f'"{key}": {json.dumps(result)}' for key, result in sorted(found.items()))
     RECORD.write_text("{\n" + ",\n".join(rows) + "\n}\n")
