@@ -32,7 +32,7 @@ LAYERS = [
     {"image", "media", "plan", "text"},
     {"transformer", "vae"},
     {"kernels", "latents", "runtime"},
-    {"config", "interrupt", "ladder", "offload", "outcomes", "streaming"},
+    {"config", "files", "interrupt", "ladder", "offload", "outcomes", "streaming"},
     {"errors"},
 ]
 

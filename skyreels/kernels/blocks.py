@@ -51,7 +51,7 @@ def dequantize_blocks_(data: Tensor, kind: str, out: Tensor) -> None:
     """
     block = BLOCK_TYPES[kind]
     rows = max(1, PIECE_NUMBERS // max(1, out.shape[1]))
-    for piece, target in zip(data.split(rows), out.split(rows), strict=True):
+    for piece, target in zip(torch.split(data, rows), torch.split(out, rows), strict=True):
         numbers = block.unpack(piece.reshape(-1, block.num_bytes))
         target.copy_(numbers.view(target.shape))
 
@@ -83,13 +83,15 @@ def _bits(data: Tensor, width: int, group: int) -> Tensor:
     """Unsigned numbers of `width` bits: from every `group` bytes first all lowest bits, then ..."""
     shifts = torch.arange(0, 8, width, dtype=torch.uint8, device=data.device)
     parts = data.reshape(len(data), -1, 1, group) >> shifts.view(1, 1, -1, 1)
-    return (parts & (2**width - 1)).view(len(data), -1)
+    codes: Tensor = parts & (2**width - 1)
+    return codes.view(len(data), -1)
 
 
 def _high_bits(data: Tensor) -> Tensor:
     """The bits of four bytes, the lowest first, as 0 or 16: [n, 32]."""
     shifts = torch.arange(8, dtype=torch.uint8, device=data.device)
-    return ((data.unsqueeze(-1) >> shifts) & 1).view(len(data), -1) << 4
+    bits = (data.unsqueeze(-1) >> shifts) & 1
+    return bits.view(len(data), -1) << 4
 
 
 def _q4_0(data: Tensor) -> Tensor:
@@ -115,7 +117,7 @@ def _q8_0(data: Tensor) -> Tensor:
 
 
 def _scaled(scale: Tensor, codes: Tensor, shift: Tensor | None = None) -> Tensor:
-    """scale * codes - shift, with a scale and a shift for each of the equal parts of a block."""
+    """Scale times codes minus shift: one of each for every one of a block's equal parts."""
     parts = codes.float().view(len(codes), scale.shape[1], -1)
     parts = scale.unsqueeze(-1) * parts
     if shift is not None:

@@ -1,8 +1,8 @@
 """Parts of linear layers: some output channels, some input channels, into existing memory.
 
 The projections of a block are one layer each in the checkpoint; only a part of one is computed at a
-time. A layer is torch's own, one in GGUF blocks (block_linear.py), or an 8-bit one (quant.py), which
-may take its input in 8 bits.
+time. A layer is torch's own, one with GGUF blocks (block_linear.py), or an 8-bit one (quant.py),
+which may take its input in 8 bits.
 
 A GELU that follows a layer runs in the epilogue of the GEMM where a GPU supports it: a pass of its
 own reads and writes the widest tensor of a block again.
