@@ -13,6 +13,7 @@ pickle that only torch reads.
 import json
 import logging
 import math
+from collections import Counter
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -125,6 +126,7 @@ def load_transformer(
         lambda: SkyReelsTransformer(config),
         lambda name: transformer_sources(name, info.layout),
         keep_8bit=keep_8bit,
+        keep_blocks=precision == "auto",
         storage=lambda name: weight_format if is_quantizable(name, config.num_layers) else None,
         compute_dtype=compute_dtype,
         runtime=runtime,
@@ -159,6 +161,7 @@ def load_vae(path: str | PathLike[str], *, precision: str = "auto", runtime: Run
         lambda: VideoVAE(config),
         lambda name: vae_sources(name, info.layout, levels),
         keep_8bit=False,
+        keep_blocks=False,
         storage=lambda name: None,
         compute_dtype=_FLOAT_DTYPES[precision],
         runtime=runtime,
@@ -243,8 +246,11 @@ def _check_precision(precision: str, legal: tuple[str, ...]) -> None:
 
 
 def _main_dtype(info: CheckpointInfo) -> torch.dtype:
-    """The dtype in which most parameters are stored; that of bytes for GGUF blocks."""
-    return DTYPES.get(next(iter(info.dtypes)), torch.uint8)
+    """The dtype in which most parameters are stored; that of bytes for GGUF blocks of all types."""
+    counts: Counter[torch.dtype] = Counter()
+    for name, count in info.dtypes.items():
+        counts[DTYPES.get(name, torch.uint8)] += count
+    return counts.most_common(1)[0][0]
 
 
 # --- the plan -----------------------------------------------------------------------------------
@@ -426,6 +432,7 @@ def _assemble(
     sources: Callable[[str], tuple[str, ...]],
     *,
     keep_8bit: bool,
+    keep_blocks: bool,
     storage: Callable[[str], QuantFormat | None],
     compute_dtype: torch.dtype,
     runtime: Runtime,
@@ -436,7 +443,8 @@ def _assemble(
         info: of the checkpoint.
         build: makes the module; called on the meta device.
         sources: parameter name -> the names of its tensors in the file.
-        keep_8bit: whether 8-bit weights and GGUF blocks of the file stay so in the block linears.
+        keep_8bit: whether 8-bit weights of the file stay 8-bit in the block linears.
+        keep_blocks: whether GGUF blocks of the file stay so there.
         storage: parameter name -> the format a linear weight is quantized to, or None.
         compute_dtype: of everything else.
         runtime: as for `load_transformer`.
@@ -463,8 +471,7 @@ def _assemble(
             is_linear = attribute == "weight" and isinstance(layer, nn.Linear)
             in_block = target.name.startswith(("double_blocks.", "single_blocks."))
             quant_format = storage(target.name) if is_linear else None
-            keeps = keep_8bit and is_linear and in_block
-            if kind and (quant_format is not None or not keeps):
+            if kind and not (keep_blocks and is_linear and in_block):
                 weight, kind = unpack_on(runtime.device, weight, kind), ""
             if kind:
                 bias = dict(layer.named_parameters()).get("bias")
@@ -480,7 +487,7 @@ def _assemble(
                     weight = dequantize(weight, scale, torch.float32)
                 hadamard_block, weight_only = quant_format.hadamard_block, False
                 weight, scale = quantize(weight, quant_format.dtype, hadamard_block, runtime.device)
-            elif not (_is_8bit(weight) and keeps):
+            elif not (_is_8bit(weight) and keep_8bit and is_linear and in_block):
                 weight = _upcast(info, target, weight, scale, compute_dtype)
                 scale = None
             if target.swap_halves:
