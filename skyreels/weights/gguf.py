@@ -3,7 +3,7 @@
 Every count and length in it is compared with what is left of the file before anything is read, so
 that a damaged or hostile file costs no more than its own bytes. Only the table is read.
 
-Source: the format's description (ggml, docs/gguf.md). That a tensor may have five dimensions, and
+Source: the format's description in ggml's repository. That a tensor may have five dimensions, and
 that its true shape may be among the values (`comfy.gguf.orig_shape.`), comes from ComfyUI-GGUF,
 which made the published files.
 """

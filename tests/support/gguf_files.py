@@ -1,7 +1,8 @@
 """GGUF files written byte by byte, sound ones and others, and random blocks."""
 
 import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import cycle
 from pathlib import Path
 
 import torch
@@ -44,6 +45,24 @@ def random_blocks(kind: str, rows: int, columns: int, seed: int = 0) -> Blocks:
     set_factors(values)
     set_factors(values * (0.6 / columns) ** 0.5 / unpack(data, kind, torch.float32).std())
     return Blocks(data, kind)
+
+
+def in_blocks(
+    state: Mapping[str, Tensor], kinds: Iterable[str] = ("Q8_0",)
+) -> dict[str, Tensor | Blocks]:
+    """What conversions make: linear weights of the blocks in these types by turns, the rest not."""
+    kind = cycle(kinds)
+    stored: dict[str, Tensor | Blocks] = {}
+    for seed, (name, tensor) in enumerate(state.items()):
+        if "_blocks." in name and tensor.ndim == 2:
+            stored[name] = random_blocks(next(kind), *tensor.shape, seed)
+        else:
+            stored[name] = tensor.bfloat16().float()
+    return stored
+
+
+def dequantized(stored: Mapping[str, Tensor | Blocks]) -> dict[str, Tensor]:
+    return {n: t.floats() if isinstance(t, Blocks) else t for n, t in stored.items()}
 
 
 def text(value: str) -> bytes:

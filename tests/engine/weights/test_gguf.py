@@ -2,7 +2,6 @@
 
 import struct
 from dataclasses import replace
-from itertools import cycle
 
 import pytest
 import torch
@@ -19,7 +18,16 @@ from comfyui_skyreels.skyreels.weights.inspect import inspect
 from comfyui_skyreels.skyreels.weights.load import load_transformer
 from support import tiny
 from support.cards import card
-from support.gguf_files import Blocks, gguf_bytes, random_blocks, text, value, write
+from support.gguf_files import (
+    Blocks,
+    dequantized,
+    gguf_bytes,
+    in_blocks,
+    random_blocks,
+    text,
+    value,
+    write,
+)
 
 RUNTIME = TorchRuntime()
 #: rows of whole blocks of 256 numbers, as the model's are
@@ -27,22 +35,6 @@ WIDE = replace(
     tiny.TRANSFORMER, attention_head_dim=128, num_layers=1, num_single_layers=1,
     num_refiner_layers=1, rope_axes_dim=(16, 56, 56),
 )  # fmt: skip
-
-
-def in_blocks(state, kinds):
-    """What conversions make: linear weights of the blocks in these types by turns, the rest not."""
-    kind = cycle(kinds)
-    stored = {}
-    for seed, (name, tensor) in enumerate(state.items()):
-        if "_blocks." in name and tensor.ndim == 2:
-            stored[name] = random_blocks(next(kind), *tensor.shape, seed)
-        else:
-            stored[name] = tensor.bfloat16().float()
-    return stored
-
-
-def dequantized(stored):
-    return {n: t.floats() if isinstance(t, Blocks) else t for n, t in stored.items()}
 
 
 @pytest.fixture(scope="module")
