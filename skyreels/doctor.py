@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from .config import TransformerConfig
-from .errors import SkyReelsError
+from .errors import SkyReelsError, shown
 from .kernels import dispatch, operators
 from .plan import STORED, Job, Preflight, preflight
 from .runtime import Runtime, TorchRuntime
@@ -170,7 +170,12 @@ def _weight_paths() -> dict[Path, str]:
         root = _checkout() / "models" / folder
         # shards are one checkpoint, which their folder stands for
         indices = {path.parent for path in root.rglob("*.safetensors.index.json")}
-        files = {path for path in root.rglob("*.safetensors") if path.parent not in indices}
+        files = {
+            path
+            for suffix in ("safetensors", "gguf")
+            for path in root.rglob(f"*.{suffix}")
+            if path.parent not in indices
+        }
         for path in sorted(files | indices):
             found[path] = f"{folder}/{path.relative_to(root).as_posix()}"
     return found
@@ -182,9 +187,11 @@ def _weights() -> dict[str, str]:
         try:
             info = inspect(path)
         except (SkyReelsError, OSError) as error:
-            found[name] = str(error)
+            found[shown(name)] = str(error)
             continue
         kind = FAMILY_NAMES[info.family] + (f" ({info.variant})" if info.variant else "")
         dtypes = "/".join(info.dtypes)
-        found[name] = f"{kind}, {dtypes}, {info.num_bytes / 1e9:.1f} GB"
-    return found or {"none": f"no .safetensors under {_checkout().name}/models; the built-in works"}
+        found[shown(name)] = f"{kind}, {dtypes}, {info.num_bytes / 1e9:.1f} GB"
+    return found or {
+        "none": f"no .safetensors or .gguf under {_checkout().name}/models; the built-in works"
+    }

@@ -10,11 +10,44 @@
 
 Each message is one or two sentences that name the value, the rule and the fix. A host's own
 interrupt exception is none of these and passes through unchanged.
+
+A message is made safe as a whole: no more than a screenful, and no codes that a terminal obeys.
+What may be a megabyte long (a name or a text inside a file) goes through `shown` first, so that the
+rest of the sentence remains; and so does what comes from a file into a log.
 """
+
+#: characters of a message, of which a text from a file is a part
+MAX_MESSAGE = 1500
+#: characters of a text from a file
+MAX_SHOWN = 100
+
+
+def shown(text: object, limit: int = MAX_SHOWN) -> str:
+    """A text from a file as a message may show it.
+
+    Args:
+        text: anything; what str makes of it.
+        limit: of characters; the middle of a longer text is left out.
+
+    Returns:
+        On one line, with control, formatting and unpaired characters escaped.
+    """
+    escaped = "".join(
+        c if c.isprintable() else c.encode("unicode_escape").decode()
+        for c in _shortened(str(text), limit)
+    )
+    return _shortened(escaped, limit)
+
+
+def _shortened(text: str, limit: int) -> str:
+    return text if len(text) <= limit else f"{text[: limit * 2 // 3]}...{text[-limit // 3 :]}"
 
 
 class SkyReelsError(Exception):
-    """Base of all errors a user can act on."""
+    """Base of all errors a user can act on; its message fits on a screen, see `shown`."""
+
+    def __init__(self, message: str = "") -> None:
+        super().__init__(shown(message, MAX_MESSAGE))
 
 
 class CheckpointError(SkyReelsError):

@@ -33,7 +33,7 @@ LAYERS = [
     {"weights"},
     {"transformer", "vae"},
     {"kernels", "latents", "runtime"},
-    {"config", "interrupt", "ladder", "offload", "outcomes", "streaming"},
+    {"config", "files", "interrupt", "ladder", "offload", "outcomes", "streaming"},
     {"errors"},
 ]
 

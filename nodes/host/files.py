@@ -8,7 +8,8 @@ import time
 from pathlib import Path, PureWindowsPath
 from typing import Any
 
-from ...skyreels.errors import CheckpointError
+from ...skyreels.errors import CheckpointError, shown
+from ...skyreels.weights.kinds import is_shard
 
 logger = logging.getLogger("skyreels.nodes.host.files")
 
@@ -24,23 +25,55 @@ _DOWNLOAD_PAGES = {
 }
 _WEIGHT_SUFFIXES = (".safetensors", ".sft", ".pt", ".pth", ".ckpt", ".bin")
 _FOLDER_LABEL = " (folder)"
+#: folder kinds with .gguf files, which are none of core's: that of ComfyUI-GGUF, where it is
+#: installed, and ours, which is where core's diffusion models are
+_GGUF_KINDS = ("unet_gguf", "skyreels_gguf")
 _RESUME_DAYS = 7
 
 
 def weight_files(kind: str) -> list[str]:
-    """Weight files of a folder kind, as ComfyUI lists them."""
+    """Weight files of a folder kind, as ComfyUI lists them; no shards, whose folder is chosen.
+
+    Args:
+        kind: ComfyUI's; for "diffusion_models" GGUF files are there too.
+
+    Returns:
+        Names below the kind's folders.
+    """
     import folder_paths
 
-    names = folder_paths.get_filename_list(kind)
-    return [name for name in names if name.lower().endswith(_WEIGHT_SUFFIXES)]
+    names = [
+        name
+        for name in folder_paths.get_filename_list(kind)
+        if name.lower().endswith(_WEIGHT_SUFFIXES)
+    ]
+    for other in _gguf_kinds(kind):
+        found = folder_paths.get_filename_list(other)
+        names += [name for name in found if name.lower().endswith(".gguf") and name not in names]
+    return [name for name in names if not is_shard(name)]
 
 
-def model_folders(kinds: tuple[str, ...], *required: str) -> dict[str, Path]:
+def _gguf_kinds(kind: str) -> tuple[str, ...]:
+    """Folder kinds that list the GGUF files of a kind."""
+    import folder_paths
+
+    if kind != "diffusion_models":
+        return ()
+    known = folder_paths.folder_names_and_paths
+    # the list itself: folders that are added to it later count too
+    known.setdefault(_GGUF_KINDS[-1], (known[kind][0], {".gguf"}))
+    return tuple(each for each in _GGUF_KINDS if each in known)
+
+
+def model_folders(
+    kinds: tuple[str, ...], *required: str, any_of: tuple[str, ...] = ()
+) -> dict[str, Path]:
     """Top-level model folders that hold certain files.
 
     Args:
         kinds: ComfyUI's folder kinds, such as "diffusers".
         *required: glob patterns; a folder must match all of them.
+        any_of: glob patterns; a folder must match one of them, if there are any.
 
     Returns:
         Label -> folder.
@@ -56,10 +89,11 @@ def model_folders(kinds: tuple[str, ...], *required: str) -> dict[str, Path]:
                 with os.scandir(root) as entries:
                     folders = sorted(Path(entry.path) for entry in entries if entry.is_dir())
                 for folder in folders:
-                    if all(any(folder.glob(pattern)) for pattern in required):
+                    holds_all = all(any(folder.glob(pattern)) for pattern in required)
+                    if holds_all and (not any_of or any(any(folder.glob(each)) for each in any_of)):
                         found.setdefault(folder.name + _FOLDER_LABEL, folder)
             except OSError as error:  # one unreadable folder must not hide the node
-                logger.warning("Cannot list models in %s: %s.", root, error)
+                logger.warning("Cannot list models in %s: %s.", shown(root), shown(error))
     return found
 
 
@@ -85,13 +119,15 @@ def check_choice(kind: str, name: object, choices: list[str]) -> bool | str:
     if name is None or name in choices:
         return True
     name = str(name)
-    if name.lower().endswith(".gguf"):
-        return f"{name} is a GGUF file, which is not supported: use the fp8 .safetensors file."
+    if is_shard(name):
+        folder = PureWindowsPath(name).parent.name
+        where = f"its folder, {shown(folder)}{_FOLDER_LABEL}" if folder else "its folder"
+        return f"{shown(name)} is one of several shards: choose {where}."
     # a workflow from another machine may differ only in its sub-folder or path separator
     basename = PureWindowsPath(name).name
     twins = [choice for choice in choices if PureWindowsPath(choice).name == basename]
     if twins:
-        return f"{name} was not found, but {twins[0]} was: choose that one."
+        return f"{shown(name)} was not found, but {shown(twins[0])} was: choose that one."
     return _missing_message(kind, name)
 
 
@@ -99,8 +135,8 @@ def _missing_message(kind: str, name: str) -> str:
     if name.endswith(_FOLDER_LABEL):
         kind, name = "diffusers", name.removesuffix(_FOLDER_LABEL)
     return (
-        f"{name} is not in models/{kind}: download it from {_DOWNLOAD_PAGES[kind]} and press R "
-        "to refresh, or choose another file."
+        f"{shown(name)} is not in models/{kind}: download it from {_DOWNLOAD_PAGES[kind]} and "
+        "press R to refresh, or choose another file."
     )
 
 
@@ -122,7 +158,8 @@ def resolve(kind: str, name: str, folders: dict[str, Path]) -> Path:
 
     if name in folders:
         return folders[name]
-    path = folder_paths.get_full_path(kind, name)
+    found = (folder_paths.get_full_path(each, name) for each in (kind, *_gguf_kinds(kind)))
+    path = next(filter(None, found), None)
     if path is None:
         raise CheckpointError(_missing_message(kind, name))
     return Path(path)

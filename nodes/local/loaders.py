@@ -22,11 +22,21 @@ LOADERS = {
     "clip": "DualCLIPLoader, type hunyuan_video",
     "lora": "SkyReels Load LoRA",
 }
+#: the only file of a diffusers folder, and what a folder of Hugging Face's cache has
+_MAIN_FILE, _CACHE = "diffusion_pytorch_model*.safetensors", "snapshots/*/*"
 
 
 def transformer_folders() -> dict[str, Path]:
-    """Sharded diffusers folders among the models."""
-    return host.model_folders(("diffusers", "diffusion_models"), "config.json", "*.index.json")
+    """Folders of diffusers among the models, whole models, and those of Hugging Face's cache."""
+    return host.model_folders(
+        ("diffusers", "diffusion_models"),
+        any_of=("*.safetensors.index*.json", _MAIN_FILE, "transformer/*.safetensors*", _CACHE),
+    )
+
+
+def vae_folders() -> dict[str, Path]:
+    """The same for the VAE."""
+    return host.model_folders(("diffusers",), any_of=(_MAIN_FILE, "vae/*.safetensors", _CACHE))
 
 
 def transformer_choices() -> list[str]:
@@ -36,7 +46,7 @@ def transformer_choices() -> list[str]:
 
 def vae_choices() -> list[str]:
     """Everything SkyReels Load VAE offers."""
-    return [BUILTIN_NAME, *host.weight_files("vae")]
+    return [BUILTIN_NAME, *host.weight_files("vae"), *vae_folders()]
 
 
 @contextmanager
@@ -69,9 +79,10 @@ class SkyReelsTransformerLoader:
                 "transformer": (
                     transformer_choices(),
                     {
-                        "tooltip": "A file in models/diffusion_models (bf16 25.6 GB, fp8 13.2 GB), "
-                        "a sharded diffusers folder in models/diffusers, or the built-in model: "
-                        "not SkyReels but a tiny model that moves coloured shapes, 64x64."
+                        "tooltip": "A file in models/diffusion_models (bf16 25.6 GB, fp8 13.2 GB, "
+                        "GGUF 7.7 to 14 GB), a diffusers folder in models/diffusers, or the "
+                        "built-in model: not SkyReels but a tiny model that moves coloured shapes, "
+                        "64x64."
                     },
                 ),
                 "precision": (
@@ -153,6 +164,6 @@ class SkyReelsVAELoader:
                 module = builtin_vae(precision, runtime=runtime)
             else:
                 module = load_vae(
-                    host.resolve("vae", vae, {}), precision=precision, runtime=runtime
+                    host.resolve("vae", vae, vae_folders()), precision=precision, runtime=runtime
                 )
         return (host.register(module, vae, runtime),)

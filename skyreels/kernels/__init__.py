@@ -208,6 +208,11 @@ def add_low_rank_(
     _call["add_low_rank_"](tokens, act_scale, down, up, segments, out)
 
 
+def dequantize_blocks_(data: Tensor, kind: str, out: Tensor) -> None:
+    """A weight in GGUF blocks, into `out`; see `blocks.dequantize_blocks_`."""
+    _call["dequantize_blocks_"](data, kind, out)
+
+
 def is_fused(name: str, device: torch.device) -> bool:
     """Whether the operator `name` runs in a kernel of its own on the device."""
     return operators.choose(name, device).impl is not None

@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import dispatch, reference
+from . import blocks, dispatch, reference
 from .dispatch import Candidate, Decision, DeviceInfo, Finding, dotted, short
 
 logger = logging.getLogger("skyreels.kernels.operators")
@@ -47,6 +47,8 @@ PIECE_TOKENS = 4096
 SELF_TEST_BOUND = 5e-3
 #: of the model, in self-tests
 _WIDTH = 3072
+#: types of GGUF blocks that have a kernel: those of the published files
+BLOCK_KINDS = ("Q8_0", "Q4_K", "Q5_K", "Q6_K")
 
 #: draws standard normal numbers of a shape
 Draw = Callable[..., Tensor]
@@ -188,6 +190,31 @@ def _interleaving_samples(draw: Draw) -> list[Args]:
     ]
 
 
+def _block_samples(draw: Draw) -> list[Args]:
+    """Some columns of a weight of each type that the kernel unpacks."""
+    return [
+        (_block_bytes(draw, kind, 5, 1024)[1:, blocks.row_bytes(kind, 256) :], kind, out)
+        for kind, out in zip(BLOCK_KINDS, draw(len(BLOCK_KINDS), 4, 800)[:, :, 16:784], strict=True)
+    ]
+
+
+def _block_bytes(draw: Draw, kind: str, rows: int, columns: int) -> Tensor:
+    """[rows, bytes] of blocks whose factors are small numbers and whose codes are any."""
+    block = blocks.BLOCK_TYPES[kind]
+    numbers = draw(rows, columns // block.size, block.num_bytes).float()
+    data = (numbers * 1000).int().to(torch.uint8)
+    for start in block.halves:
+        data[..., start : start + 2] = numbers[..., start : start + 1].half().view(torch.uint8)
+    return data.view(rows, -1)
+
+
+def _block_limits(args: Args) -> str:
+    data, kind, out = args
+    if kind not in BLOCK_KINDS:
+        return f"the kernel unpacks {', '.join(BLOCK_KINDS)}, not {kind}"
+    return "" if data.stride(1) == out.stride(1) == 1 else "the numbers of a row are not adjacent"
+
+
 _FORMATS = (torch.float8_e4m3fn, torch.int8)
 _NORM = "Tensor x, Tensor shift, Tensor scale"
 _RESIDUAL = "Tensor x, Tensor y, Tensor gate"
@@ -308,8 +335,8 @@ OPERATORS = {
         module="video",
     ),
 }
-#: what follows a GEMM of an 8-bit layer, where it is needed: its scales, if its accumulator goes
-#: through memory (quant.py reports it), and the side branch of a LoRA
+#: beside the steps above: what follows a GEMM whose accumulator goes through memory, the side
+#: branch of a LoRA, and weights in GGUF blocks; quant.py reports them where they are needed
 EPILOGUES = {
     "rescale_": Operator(
         "(Tensor acc, Tensor act_scale, Tensor? scale, Tensor? bias, Tensor(a!) out, bool add) "
@@ -331,6 +358,15 @@ EPILOGUES = {
         _low_rank_limits,
         writes=5,
         module="low_rank",
+    ),
+    "dequantize_blocks_": Operator(
+        "(Tensor data, str kind, Tensor(a!) out) -> ()",
+        blocks.dequantize_blocks_,
+        _block_samples,
+        _block_limits,
+        writes=2,
+        is_tokenwise=False,
+        module="blocks",
     ),
 }
 

@@ -240,7 +240,7 @@ def use_loras(
     done = 0
     runtime.progress("load", 0, total)
     with torch.inference_mode(False), torch.no_grad():
-        for name, base in _bases(transformer, changed, state):
+        for name, base in _bases(transformer, changed, state, runtime):
             runtime.check_interrupt()
             state[name] = None
             if base is None:
@@ -256,7 +256,10 @@ def use_loras(
 
 
 def _bases(
-    transformer: SkyReelsTransformer, names: Sequence[str], state: dict[str, object]
+    transformer: SkyReelsTransformer,
+    names: Sequence[str],
+    state: dict[str, object],
+    runtime: Runtime,
 ) -> Iterator[tuple[str, Tensor | None]]:
     """Each parameter without any change; None where it is quantized and does not change."""
     quantized = [name for name in names if is_quantized(transformer, name)]
@@ -265,7 +268,7 @@ def _bases(
     return chain(
         ((name, None) for name in quantized),
         ((name, transformer.get_parameter(name).data) for name in merged if name not in state),
-        reload_parameters(transformer, changed),
+        reload_parameters(transformer, changed, runtime.device),
     )
 
 

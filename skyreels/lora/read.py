@@ -24,9 +24,10 @@ import torch
 from torch import Tensor
 
 from ..config import TransformerConfig
-from ..errors import CheckpointError
+from ..errors import CheckpointError, shown
 from ..weights.dialects import is_text_encoder_key, lora_key, refused_method
-from ..weights.inspect import COMPANION_SUFFIXES, DTYPE_NAMES, TensorEntry, inspect
+from ..weights.entries import DTYPE_NAMES, TensorEntry
+from ..weights.inspect import COMPANION_SUFFIXES, inspect
 from ..weights.load import open_reader
 from .names import Place, find, parameter_shapes, spellings
 
@@ -87,12 +88,6 @@ class Lora:
     def name(self) -> str:
         """For messages."""
         return shown(self.path.name)
-
-
-def shown(name: str) -> str:
-    """A name out of a file, for a message: short, in printable ASCII."""
-    short = name if len(name) <= 100 else f"{name[:97]}..."
-    return short.encode("unicode_escape").decode("ascii")
 
 
 def load_lora(path: str | os.PathLike[str], config: TransformerConfig) -> Lora:

@@ -5,9 +5,10 @@ import math
 import torch
 from torch import Tensor, nn
 
+from ..errors import shown
 from ..transformer.model import SkyReelsTransformer
 from .apply import AppliedLora, acting_changes, difference, is_quantized, low_rank
-from .read import NAMED, Change, product, shown
+from .read import NAMED, Change, product
 
 #: start of a parameter's name -> group in the report, the first that fits
 GROUPS = {

@@ -1,5 +1,6 @@
 """Bytes of a transformer's weights in one precision: of a loaded one, or from a file's header."""
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -8,11 +9,14 @@ import torch
 from torch import nn
 
 from ..config import TransformerConfig
+from ..kernels.blocks import BLOCK_TYPES, row_bytes
 from ..offload import module_tensors, weight_bytes
+from ..transformer.block_linear import BlockLinear
 from ..transformer.model import SkyReelsTransformer
 from ..transformer.quant import STORAGE_DTYPES, QuantLinear, is_quantizable
 
-#: how a checkpoint names the dtype of most of its numbers -> precision, see `weights_as`
+#: how a checkpoint names the dtype of most of its numbers -> precision, see `weights_as`; GGUF
+#: blocks go by their own names
 STORED = {
     "F32": "fp32",
     "BF16": "bf16",
@@ -20,7 +24,10 @@ STORED = {
     "F8_E4M3": "fp8",
     "F8_E5M2": "fp8",
     "I8": "int8",
+    **{kind: kind for kind in BLOCK_TYPES},
 }
+#: names of what `load_transformer` keeps as the file has it
+_BLOCKS = ("double_blocks.", "single_blocks.")
 
 
 @dataclass(frozen=True)
@@ -31,7 +38,7 @@ class Weights:
         precision: as the loader is asked for it.
         gemm: how blocks are multiplied: "fp32", "bf16", "fp8" or "int8".
         is_exact: whether no number is rounded further than the file rounded it.
-        is_dequantized: 8-bit weights are dequantized for every product.
+        is_dequantized: 8-bit weights or GGUF blocks are dequantized for every product.
         dtype: of the activations.
         blocks: bytes of each block in the loop, in the order in which they run.
         outside: bytes of the rest of the loop.
@@ -75,20 +82,18 @@ def weights_of(
 
     blocks = tuple(map(in_loop, transformer.blocks))
     groups = [sum(map(weight_bytes, modules)) for modules in transformer.modulations]
-    in_8_bits = [
-        layer
-        for block in transformer.blocks
-        for layer in block.modules()
-        if isinstance(layer, QuantLinear)
-    ]
+    layers = [layer for block in transformer.blocks for layer in block.modules()]
+    in_8_bits = [layer for layer in layers if isinstance(layer, QuantLinear)]
+    kinds = Counter(layer.kind for layer in layers if isinstance(layer, BlockLinear))
     rounded = {layer.weight.dtype for layer in in_8_bits if not layer.weight_only}
-    is_dequantized = any(layer.weight_only for layer in in_8_bits)
+    is_dequantized = bool(kinds) or any(layer.weight_only for layer in in_8_bits)
+    what = f"{kinds.most_common(1)[0][0]} blocks" if kinds else "8-bit weights"
     names = {dtype: name for name, dtype in STORAGE_DTYPES.items()}
     dtype = transformer.compute_dtype
     plain = "fp32" if dtype == torch.float32 else "bf16"
     gemm = next((names[each] for each in names if each in rounded), plain)
     return Weights(
-        precision=precision or (f"8-bit weights in {gemm}" if is_dequantized else gemm),
+        precision=precision or (f"{what} in {gemm}" if is_dequantized else gemm),
         gemm=gemm,
         is_exact=is_exact and not rounded,
         is_dequantized=is_dequantized,
@@ -106,7 +111,8 @@ def weights_as(config: TransformerConfig, stored: str, precision: str) -> Weight
 
     Args:
         config: of the transformer.
-        stored: precision of most of the file's numbers: "fp32", "bf16", "fp16", "fp8" or "int8".
+        stored: precision of most of the file's numbers: "fp32", "bf16", "fp16", "fp8", "int8" or a
+            type of GGUF blocks, which all weights of the blocks are taken to have.
         precision: a name of config.TRANSFORMER_PRECISIONS.
 
     Returns:
@@ -118,22 +124,17 @@ def weights_as(config: TransformerConfig, stored: str, precision: str) -> Weight
     is_wide = precision == "fp32" or (precision == "auto" and stored == "fp32")
     with torch.device("meta"):
         model = SkyReelsTransformer(small).to(torch.float32 if is_wide else torch.bfloat16)
+    in_blocks = precision == "auto" and stored in BLOCK_TYPES
     keeps = precision == "auto" and stored in STORAGE_DTYPES
     linears = {n: layer for n, layer in model.named_modules() if isinstance(layer, nn.Linear)}
     for name, layer in linears.items():
-        if keeps:
-            is_in_8_bits = name.startswith(("double_blocks.", "single_blocks."))
-        else:
-            is_in_8_bits = precision in STORAGE_DTYPES and is_quantizable(f"{name}.weight", doubles)
-        if is_in_8_bits:
-            dtype = STORAGE_DTYPES[stored if keeps else precision]
-            quantized = QuantLinear(
-                torch.empty(layer.weight.shape, dtype=dtype, device="meta"),
-                torch.empty(layer.out_features, 1, device="meta"),
-                layer.bias,
-                weight_only=keeps,
-            )
-            model.set_submodule(name, quantized)
+        if in_blocks and name.startswith(_BLOCKS):
+            if layer.in_features % BLOCK_TYPES[stored].size == 0:
+                model.set_submodule(name, _in_blocks(layer, stored))
+        elif keeps and name.startswith(_BLOCKS):
+            model.set_submodule(name, _in_8_bits(layer, stored, weight_only=True))
+        elif precision in STORAGE_DTYPES and is_quantizable(f"{name}.weight", doubles):
+            model.set_submodule(name, _in_8_bits(layer, precision, weight_only=False))
     is_rounded = stored in ("fp32", "fp16") and not is_wide
     found = weights_of(model, precision, is_exact=not is_rounded)
     blocks = list(found.blocks)
@@ -142,6 +143,18 @@ def weights_as(config: TransformerConfig, stored: str, precision: str) -> Weight
     if config.num_single_layers > singles:
         blocks += blocks[-1:] * (config.num_single_layers - singles)
     return replace(found, blocks=tuple(blocks), total=_total_bytes(config, model, found, blocks))
+
+
+def _in_blocks(layer: nn.Linear, kind: str) -> BlockLinear:
+    num_bytes = row_bytes(kind, layer.in_features)
+    data = torch.empty(layer.out_features, num_bytes, dtype=torch.uint8, device="meta")
+    return BlockLinear(data, kind, layer.bias)
+
+
+def _in_8_bits(layer: nn.Linear, precision: str, *, weight_only: bool) -> QuantLinear:
+    weight = torch.empty(layer.weight.shape, dtype=STORAGE_DTYPES[precision], device="meta")
+    scale = torch.empty(layer.out_features, 1, device="meta")
+    return QuantLinear(weight, scale, layer.bias, weight_only=weight_only)
 
 
 def _total_bytes(

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..config import Guidance
-from ..errors import CheckpointError, OptionError
+from ..errors import CheckpointError, OptionError, shown
 from ..latents import ImageConditioning
 from ..transformer.model import SkyReelsTransformer
 from .prompts import Prompt
@@ -117,7 +117,7 @@ def resume_run(
         try:
             save_state(place, fingerprint, step, latents)
         except OSError as error:  # a full disk must not cost the run
-            logger.warning("Step %d is not saved in %s: %s.", step, place, error)
+            logger.warning("Step %d is not saved in %s: %s.", step, shown(place), shown(error))
 
     return first_step, latents, save
 

@@ -195,7 +195,7 @@ def guided_velocity(
     assert not (interleaves and cache.kind != "off")
     num_steps = len(sigmas) - 1
     schedule = sigmas[:-1].cpu()
-    left_out = [] if guidance.skip_layers is None else _blocks(transformer, guidance.skip_layers)
+    left_out = _blocks(transformer, guidance.skip_layers)
     steps = start_cache(cache, num_steps, run_block, transformer.blocks)
 
     def predict_each(
@@ -225,14 +225,14 @@ def guided_velocity(
             if branches:
                 steps.begin(step, latents, branches)
             for branch in branches:
-                function = predict_weak if branch in weak else predict
-                yield steps.predict(branch, partial(function, latents, timestep, branch))
+                is_weak = branch in weak
+                yield steps.predict(branch, partial(predict, latents, timestep, branch, is_weak))
 
-    def predict(latents: Tensor, timestep: float, branch: int, cached: RunBlock) -> Tensor:
+    def predict(
+        latents: Tensor, timestep: float, branch: int, is_weak: bool, cached: RunBlock
+    ) -> Tensor:
+        cached = leaving_out(cached, left_out) if is_weak else cached
         return predict_each(latents, timestep, [branch], cached)[0]
-
-    def predict_weak(latents: Tensor, timestep: float, branch: int, cached: RunBlock) -> Tensor:
-        return predict(latents, timestep, branch, leaving_out(cached, left_out))
 
     def velocity(latents: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor | None]:
         sigma = sigma.to("cpu", torch.float32)
@@ -245,7 +245,7 @@ def guided_velocity(
         timestep = float(sigma * NUM_TRAIN_TIMESTEPS)
         sides = [weights(side, sigma) for side in range(2 if is_guided else 1)]
         branches = [branch for side in sides for branch, _ in side]
-        weak = {branch for branch, _ in sides[1]} if is_guided and scale == 0 else set()
+        weak = _negative_branches(sides) if scale == 0 else set()
         made = predict_all(step, latents, timestep, branches, weak)
         averages = [average(made, side, latents, sigma) for side in sides]
         if step == num_steps - 1:
@@ -253,14 +253,18 @@ def guided_velocity(
         positive, negative = averages[0], averages[1] if is_guided else None
         guided = positive if negative is None else combine(positive, negative, guidance)
         if scale:
-            made = (predict_weak(latents, timestep, branch, run_block) for branch, _ in sides[0])
+            made = (predict(latents, timestep, branch, True, run_block) for branch, _ in sides[0])
             guided = guided + scale * (positive - average(made, sides[0], latents, sigma))
         return guided, negative
 
     return velocity
 
 
-def _blocks(transformer: SkyReelsTransformer, skip: SkipLayers) -> list[nn.Module]:
+def _negative_branches(sides: Sequence[Sequence[tuple[int, float]]]) -> set[int]:
+    return {branch for side in sides[1:] for branch, _ in side}
+
+
+def _blocks(transformer: SkyReelsTransformer, skip: SkipLayers | None) -> list[nn.Module]:
     """The blocks that skip-layer guidance leaves out.
 
     Returns:
@@ -269,7 +273,9 @@ def _blocks(transformer: SkyReelsTransformer, skip: SkipLayers) -> list[nn.Modul
     Raises:
         OptionError: the transformer has no such block.
     """
-    found = []
+    found: list[nn.Module] = []
+    if skip is None:
+        return found
     for kind, blocks, indices in (
         ("double", transformer.double_blocks, skip.double_blocks),
         ("single", transformer.single_blocks, skip.single_blocks),
@@ -631,8 +637,7 @@ def _check_inputs(
     """Refuse inputs that do not fit each other, before anything is moved to a device."""
     check_loras(transformer, settings.loras)
     check_picture(transformer.config, image.image_latents is not None)
-    if settings.guidance.skip_layers is not None:
-        _blocks(transformer, settings.guidance.skip_layers)
+    _blocks(transformer, settings.guidance.skip_layers)
     for each in scheduled(prompt):
         check_prompt_embeds(each.embeds, transformer.config)
     if negative is not None:

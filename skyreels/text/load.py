@@ -30,9 +30,11 @@ import torch
 from torch import nn
 
 from ..errors import CheckpointError, DependencyError, TextError
+from ..files import check_regular
 from ..runtime import Runtime
 from ..transformer.quant import FLOAT8_DTYPES
-from ..weights.inspect import TensorEntry, read_header
+from ..weights.entries import TensorEntry
+from ..weights.inspect import read_header
 from .modules import UNUSED_LAYERS, load_clip, load_llama
 from .sources import MODELS, TextSources
 
@@ -442,7 +444,10 @@ def _check_folder(root: Path) -> None:
     }
     for part, choices in needed.items():
         for names in choices:
-            if not any(next((root / part).glob(name), None) for name in names):
+            found = [path for name in names for path in (root / part).glob(name)]
+            for path in found:
+                check_regular(path)
+            if not found:
                 raise CheckpointError(
                     f"{root / part} lacks {' or '.join(names)}: {_FOLDER_SOURCE}, all into one "
                     "folder."

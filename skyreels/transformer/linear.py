@@ -1,7 +1,8 @@
 """Parts of linear layers: some output channels, some input channels, into existing memory.
 
 The projections of a block are one layer each in the checkpoint; only a part of one is computed at a
-time. A layer is torch's own or an 8-bit one (quant.py), which may take its input in 8 bits.
+time. A layer is torch's own, one with GGUF blocks (block_linear.py), or an 8-bit one (quant.py),
+which may take its input in 8 bits.
 
 A GELU that follows a layer runs in the epilogue of the GEMM where a GPU supports it: a pass of its
 own reads and writes the widest tensor of a block again.
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from .. import kernels
 from ..kernels import Activation, QuantFormat, dispatch
 from ..kernels.dispatch import Candidate, Decision, Finding, short
+from .block_linear import BlockLinear
 from .quant import QuantLinear
 from .side_branch import SideBranch
 
@@ -46,7 +48,7 @@ def linear(
     """Apply a part of a linear layer, and of the side branch that a LoRA may have given it.
 
     Args:
-        layer: `nn.Linear` or `QuantLinear`.
+        layer: `nn.Linear`, `BlockLinear` or `QuantLinear`.
         x: [B, S, in_slice]; quantized only for an 8-bit layer.
         out_slice: of the output channels.
         in_slice: of the input channels; the bias belongs to the part that holds the first one.
@@ -75,9 +77,9 @@ def _linear(
     add: bool,
 ) -> Tensor:
     """`linear` without the side branch."""
-    assert isinstance(layer, nn.Linear | QuantLinear)
+    assert isinstance(layer, nn.Linear | BlockLinear | QuantLinear)
     bias = None if in_slice.start or layer.bias is None else layer.bias[out_slice]
-    if isinstance(layer, QuantLinear):
+    if isinstance(layer, BlockLinear | QuantLinear):
         return layer.part(x, out_slice, in_slice, bias, out, add)
     if not isinstance(x, Tensor):
         raise TypeError("A quantized input needs an 8-bit layer.")
@@ -107,7 +109,7 @@ def linear_gelu(
     Where the GEMM applies GELU, that happens before its sums are rounded, else after.
 
     Args:
-        layer: `nn.Linear` or `QuantLinear`.
+        layer: `nn.Linear`, `BlockLinear` or `QuantLinear`.
         x: [B, S, C]; quantized only for an 8-bit layer.
         out_slice: of the output channels.
         act_format: that the next layer wants its input in. Quantizing is a pass over the result

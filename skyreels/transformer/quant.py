@@ -505,6 +505,8 @@ def decisions(device: torch.device) -> dict[str, dict[str, Decision]]:
         found[f"{name} linears"] = {"": decision}
     if device.type == "cuda" and any(gemm in UNSCALED_GEMMS for gemm in chosen):
         found["scales of 8-bit products"] = {"": operators.choose("rescale_", device)}
+    if device.type == "cuda":
+        found["weights in GGUF blocks"] = {"": operators.choose("dequantize_blocks_", device)}
     is_there = dispatch.is_installed("comfy_kitchen")
     found["comfy_kitchen int8_linear"] = {
         "": Decision(

@@ -1,10 +1,11 @@
 """What a weight file is, from its header alone.
 
-Files are recognised by the names and shapes of their tensors, never by their own name. Sizes and
-offsets are checked against the file before anything is trusted, so that a truncated or damaged file
-is reported as such and not as a shape mismatch later.
+Files are recognised by their first bytes and by the names and shapes of their tensors, never by
+their own name. Sizes and offsets are checked against the file before anything is trusted, so that a
+truncated or damaged file is reported as such and not as a shape mismatch later.
 """
 
+import contextlib
 import json
 import math
 import os
@@ -17,31 +18,13 @@ from typing import Any, Literal
 import torch
 
 from ..config import TransformerConfig, VAEConfig
-from ..errors import CheckpointError
-from .keymaps import detect, transformer_sources
-
-#: the limit of the safetensors library itself
-MAX_HEADER_BYTES = 100_000_000
-
-DTYPES: dict[str, torch.dtype] = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U64": torch.uint64,
-    "U32": torch.uint32,
-    "U16": torch.uint16,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-    "C64": torch.complex64,
-}
-DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+from ..errors import CheckpointError, shown
+from ..files import check_regular, read_json
+from .entries import DTYPE_NAMES, DTYPES, TensorEntry
+from .folders import MAIN_FILE, find_weights, read_index, weights_folder
+from .gguf import read_gguf
+from .keymaps import PREFIXES, common_spelling, detect, transformer_sources
+from .kinds import MAX_HEADER_BYTES, is_shard, kind_of, split_number
 
 VARIANTS = {16: "t2v", 32: "skyreels-i2v", 33: "tencent-i2v"}
 #: tensors of FramePack, which is HunyuanVideo with 16 channels and more inputs
@@ -70,31 +53,16 @@ COMPANION_SUFFIXES = (
 )
 #: a tensor without weights that ComfyUI puts into scaled fp8 files
 MARKER_NAME = "scaled_fp8"
-#: where a .pt file may nest its weights
+#: where a .pt file may nest its weights, and how deep
 _NESTING_KEYS = ("state_dict", "module", "model")
-
-
-@dataclass(frozen=True)
-class TensorEntry:
-    """Where one tensor is stored.
-
-    Attributes:
-        file: the file, or the shard, that contains it.
-        name: in the file, prefix included.
-        dtype: as stored.
-        shape: as stored.
-        num_bytes: its size.
-        offset: of its first byte in `file`; 0 if `is_pickled`.
-        is_pickled: the file is a .pt, from which only torch.load can read, by name.
-    """
-
-    file: Path
-    name: str
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-    num_bytes: int
-    offset: int = 0
-    is_pickled: bool = False
+_MAX_NESTING = 4
+_PICKLE_SUFFIXES = (".pt", ".pth", ".ckpt", ".bin")
+#: blocks of a kind that a network may have; HunyuanVideo's has 40
+MAX_LAYERS = 256
+#: what Tencent's names have and no other model's
+_UNFINISHED_MARKER = "double_blocks.0.img_attn_qkv.weight"
+#: the file that has everything, for advice
+I2V_FILE = "skyreels_hunyuan_i2v_bf16.safetensors of Kijai/SkyReels-V1-Hunyuan_comfy"
 
 
 @dataclass(frozen=True)
@@ -148,39 +116,64 @@ class CheckpointInfo:
         }
 
 
-def inspect(path: str | os.PathLike[str]) -> CheckpointInfo:
+def inspect(
+    path: str | os.PathLike[str], part: Literal["", "transformer", "vae"] = ""
+) -> CheckpointInfo:
     """Find out what a checkpoint is without reading its weights.
 
     Args:
-        path: a .safetensors or .pt file, or a diffusers folder (config.json with one .safetensors
-            file or with shards and their index).
+        path: a .safetensors, .gguf or .pt file, whatever its name, or a folder of folders.py.
+        part: what is wanted of a folder with a whole model; "" takes the only one that is there.
 
     Returns:
         Its description; of family "unknown" for tensors this package does not know.
 
     Raises:
-        CheckpointError: missing, empty, truncated or damaged file; folder without weights.
+        CheckpointError: missing, empty, truncated or damaged file, one of another kind, or one
+            shard of several; folder without weights.
     """
     path = Path(path)
-    if not path.exists():
-        raise CheckpointError(f"{path} does not exist: check the name and the folder.")
     folder_config: dict[str, Any] = {}
-    metadata: dict[str, str] = {}
-    if path.is_dir():
-        tensors, metadata = _read_folder(path)
-        folder_config = _read_folder_config(path)
-    elif not path.is_file():
-        raise CheckpointError(f"{path} is neither a file nor a folder: choose a weight file.")
-    elif path.suffix.lower() == ".gguf":
-        raise CheckpointError(
-            f"{path.name} is a GGUF file, which is not supported: use the .safetensors file of the "
-            "same model (the fp8 file is the smallest)."
-        )
-    elif path.suffix.lower() in (".pt", ".pth", ".ckpt", ".bin"):
-        tensors = _pickle_entries(path, load_pickle(path, map_location="meta"))
+    if os.path.isdir(path):
+        folder = weights_folder(path, part)
+        tensors, metadata = _read_folder(folder)
+        folder_config = _read_folder_config(folder)
     else:
-        tensors, metadata = read_header(path)
+        check_regular(path)
+        if is_shard(path.name):
+            number, count = split_number(path.name) or (0, 0)
+            fix = f"choose its folder, {path.absolute().parent.name}"
+            if path.suffix.lower() in _PICKLE_SUFFIXES:
+                fix = "use the .safetensors files of the same model"
+            raise CheckpointError(
+                f"{path.name} is shard {number} of {count} and not a whole model: {fix}."
+            )
+        tensors, metadata = read_tensors(path)
+        if path.name.startswith(MAIN_FILE.partition(".")[0]):
+            folder_config = _read_folder_config(path.parent)
     return _describe(path, tensors, folder_config, metadata)
+
+
+def read_tensors(path: Path) -> tuple[dict[str, TensorEntry], dict[str, str]]:
+    """Read the tensor table of one file, whose first bytes decide what it is.
+
+    Returns:
+        The tensors by name, and the text that the file has beside them.
+
+    Raises:
+        CheckpointError: see `inspect`.
+    """
+    kind, suffix = kind_of(path), path.suffix.lower()
+    if kind == "gguf":
+        return read_gguf(path)
+    if kind == "pickle" or (kind == "unknown" and suffix in _PICKLE_SUFFIXES):
+        return _pickle_entries(path, load_pickle(path, map_location="meta")), {}
+    if kind == "unknown" and suffix == ".gguf":
+        raise CheckpointError(
+            f"{path.name} does not begin as a GGUF file: it is damaged or another file; "
+            "download it again."
+        )
+    return read_header(path)
 
 
 def _describe(
@@ -190,13 +183,19 @@ def _describe(
     metadata: dict[str, str],
 ) -> CheckpointInfo:
     if not tensors:
-        raise CheckpointError(f"{path.name} contains no tensors: download it again.")
+        raise CheckpointError(
+            f"{path.name} contains no tensors: it is not a checkpoint; choose another file."
+        )
     family, layout, prefix = detect(tensors)
+    if family == "unknown":
+        _check_finished(path, tensors)
     weights = {
         name[len(prefix) :]: entry
         for name, entry in tensors.items()
         if name.startswith(prefix) and name != prefix + MARKER_NAME
     }
+    if layout == "comfyui":
+        weights = {common_spelling(name): entry for name, entry in weights.items()}
     config: TransformerConfig | VAEConfig | None = None
     variant = ""
     if family == "transformer":
@@ -209,7 +208,7 @@ def _describe(
     plain = {n: e for n, e in weights.items() if not n.endswith(COMPANION_SUFFIXES)}
     dtypes: Counter[str] = Counter()
     for entry in plain.values():
-        dtypes[DTYPE_NAMES[entry.dtype]] += math.prod(entry.shape)
+        dtypes[entry.dtype_name] += math.prod(entry.shape)
     return CheckpointInfo(
         path=path,
         family=family,
@@ -228,6 +227,17 @@ def _describe(
     )
 
 
+def _check_finished(path: Path, tensors: Mapping[str, TensorEntry]) -> None:
+    """Refuse a conversion that left out the patch embedder, whose weight has five dimensions."""
+    for prefix in PREFIXES:
+        if prefix + _UNFINISHED_MARKER in tensors and prefix + "img_in.proj.weight" not in tensors:
+            raise CheckpointError(
+                f"{path.name} lacks tensor img_in.proj.weight: its conversion is "
+                "unfinished, as programs for GGUF leave out what has five dimensions. Use a "
+                f"finished file, or add that tensor from {I2V_FILE}."
+            )
+
+
 def require(info: CheckpointInfo, family: Literal["transformer", "vae"]) -> None:
     """Refuse a checkpoint of another family.
 
@@ -244,7 +254,7 @@ def require(info: CheckpointInfo, family: Literal["transformer", "vae"]) -> None
         "t5": "HunyuanVideo does not use it",
         "wan": "it is another architecture; use the files of SkyReels-V1",
         "lora": "it modifies a model and is not one",
-        "unknown": f"its first tensors are {', '.join(list(info.tensors)[:3])}",
+        "unknown": f"its first tensors are {', '.join(map(shown, list(info.tensors)[:3]))}",
     }
     raise CheckpointError(
         f"{info.path.name} is {FAMILY_NAMES[info.family]}, and {FAMILY_NAMES[family]} is needed: "
@@ -289,14 +299,14 @@ def read_header(path: Path) -> tuple[dict[str, TensorEntry], dict[str, str]]:
         }
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(
-            f"{path.name} has a damaged header ({error}): download it again."
+            f"{path.name} has a damaged header ({shown(error)}): download it again."
         ) from None
     end = 8 + header_bytes
     for name, entry in sorted(entries.items(), key=lambda item: item[1].offset):
         if entry.offset != end:
             raise CheckpointError(
-                f"{path.name} has a damaged header: tensor {name} starts at byte {entry.offset}, "
-                f"the one before ends at {end}. Download it again."
+                f"{path.name} has a damaged header: tensor {shown(name)} starts at byte "
+                f"{entry.offset}, the one before ends at {end}. Download it again."
             )
         end += entry.num_bytes
     if end != file_bytes:
@@ -322,15 +332,18 @@ def _header_text(metadata: dict[str, Any]) -> dict[str, str]:
 def _header_entry(path: Path, name: str, value: dict[str, Any], data_start: int) -> TensorEntry:
     if value["dtype"] not in DTYPES:
         raise CheckpointError(
-            f"{path.name} stores {name} as {value['dtype']}, which this package cannot read: use "
-            "the bf16, fp8 or scaled fp8 file of the same model; if this is one, download it again."
+            f"{path.name} stores {shown(name)} as {shown(value['dtype'])}, which this package "
+            "cannot read: use the bf16, fp8 or scaled fp8 file of the same model; if this is one, "
+            "download it again."
         )
     dtype, shape = DTYPES[value["dtype"]], tuple(value["shape"])
     begin, end = value["data_offsets"]
     if not all(type(number) is int and number >= 0 for number in (*shape, begin, end)):
-        raise ValueError(f"tensor {name} has a shape or offset that is not a whole number")
+        raise ValueError(f"tensor {shown(name)} has a shape or offset that is not a whole number")
     if end - begin != math.prod(shape) * dtype.itemsize:
-        raise ValueError(f"tensor {name} of {value['dtype']} {list(shape)} has {end - begin} bytes")
+        raise ValueError(
+            f"tensor {shown(name)} of {value['dtype']} {list(shape)} has {end - begin} bytes"
+        )
     return TensorEntry(path, name, dtype, shape, end - begin, data_start + begin)
 
 
@@ -352,23 +365,34 @@ def load_pickle(path: Path, map_location: str) -> dict[str, torch.Tensor]:
     """
     import zipfile
 
+    name = path.name
+    # torch goes by the suffix .safetensors, if it is given a path
+    is_misnamed = path.suffix == ".safetensors"
     try:
-        content = torch.load(
-            path, map_location=map_location, weights_only=True, mmap=zipfile.is_zipfile(path)
-        )
+        with path.open("rb") if is_misnamed else contextlib.nullcontext(path) as source:
+            content = torch.load(
+                source,
+                map_location=map_location,
+                weights_only=True,
+                mmap=not is_misnamed and zipfile.is_zipfile(path),
+            )
     except Exception:  # noqa: BLE001 - torch's own messages advise to run the code inside
         raise CheckpointError(
-            f"{path.name} cannot be read as plain weights: it is damaged, not a checkpoint, or "
+            f"{name} cannot be read as plain weights: it is damaged, not a checkpoint, or "
             "contains program code, which is never run. Use the .safetensors file of the same "
             "model."
         ) from None
-    while isinstance(content, dict):
+    for _ in range(_MAX_NESTING):  # a dict may hold itself
+        if not isinstance(content, dict):
+            break
         inner = next((content[k] for k in _NESTING_KEYS if isinstance(content.get(k), dict)), None)
         if inner is None:
             break
         content = inner
     if not isinstance(content, dict):
-        raise CheckpointError(f"{path.name} contains no tensors: it is not a checkpoint.")
+        raise CheckpointError(
+            f"{name} contains no tensors: it is not a checkpoint; choose another file."
+        )
     return {
         name: value
         for name, value in content.items()
@@ -379,67 +403,57 @@ def load_pickle(path: Path, map_location: str) -> dict[str, torch.Tensor]:
 
 
 def _pickle_entries(path: Path, tensors: dict[str, torch.Tensor]) -> dict[str, TensorEntry]:
+    file_bytes = path.stat().st_size
+    for name, tensor in tensors.items():
+        if tensor.dtype not in DTYPE_NAMES:
+            raise CheckpointError(
+                f"{path.name} stores {shown(name)} as {tensor.dtype}, which this package "
+                "cannot read: use the .safetensors file of the same model."
+            )
+        if tensor.nbytes > file_bytes:
+            raise CheckpointError(
+                f"{path.name} has {file_bytes} bytes, and its tensor {shown(name)} takes "
+                f"{tensor.nbytes}: it is not a plain checkpoint; use the .safetensors file of the "
+                "same model."
+            )
     return {
         name: TensorEntry(path, name, t.dtype, tuple(t.shape), t.nbytes, is_pickled=True)
         for name, t in tensors.items()
     }
 
 
-def _read_folder(path: Path) -> tuple[dict[str, TensorEntry], dict[str, str]]:
-    """Read the tensor table of a diffusers folder: one file, or the shards its index lists."""
-    indices = sorted(path.glob("*.safetensors.index.json"))
-    files = sorted(path.glob("*.safetensors"))
-    if len(indices) > 1 or (not indices and len(files) != 1):
-        subfolders = [name for name in ("transformer", "vae") if (path / name).is_dir()]
-        hint = f"; did you mean its folder {' or '.join(subfolders)}?" if subfolders else "."
-        raise CheckpointError(
-            f"Folder {path.name} has {len(indices)} *.safetensors.index.json and {len(files)} "
-            f".safetensors files: it needs one index with its shards, or exactly one file{hint}"
-        )
-    if not indices:
-        return read_header(files[0])
-    try:
-        index = json.loads(indices[0].read_text(encoding="utf-8"))
-        shard_of = {str(k): str(v) for k, v in index["weight_map"].items()}
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OSError):
-        raise CheckpointError(
-            f"{indices[0].name} in {path.name} is not a shard index: download it again."
-        ) from None
+def _read_folder(folder: Path) -> tuple[dict[str, TensorEntry], dict[str, str]]:
+    """Read the tensor table of a folder: its file, or the shards that its index lists."""
+    found = find_weights(folder)
+    if found.suffix != ".json":
+        return read_tensors(found)
+    shard_of = read_index(found)
     tensors: dict[str, TensorEntry] = {}
     metadata: dict[str, str] = {}
     for shard in sorted(set(shard_of.values())):
-        if Path(shard).name != shard or not (path / shard).is_file():
-            raise CheckpointError(
-                f"Folder {path.name} lacks {shard}, which its index names: download that file."
-            )
-        entries, shard_metadata = read_header(path / shard)
+        entries, shard_metadata = read_tensors(folder / shard)
         tensors.update(entries)
         metadata.update(shard_metadata)
     absent = [name for name in shard_of if name not in tensors]
     if absent:
         raise CheckpointError(
-            f"Folder {path.name} lacks tensor {absent[0]} and {len(absent) - 1} more that its "
-            "index lists: download the shards again."
+            f"Folder {folder.name} lacks tensor {shown(absent[0])} and {len(absent) - 1} "
+            "more that its index lists: index and shards are not of one download; get all of them "
+            "from one place."
         )
     return tensors, metadata
 
 
-def _read_folder_config(path: Path) -> dict[str, Any]:
-    file = path / "config.json"
-    if not file.is_file():
-        return {}
-    try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError, OSError):
-        raise CheckpointError(
-            f"config.json in {path.name} is not JSON: download it again."
-        ) from None
+def _read_folder_config(folder: Path) -> dict[str, Any]:
+    file = folder / "config.json"
+    config = read_json(file) if file.exists() else {}
     return config if isinstance(config, dict) else {}
 
 
 def _bad_config(path: Path, name: str, value: object, rule: str) -> CheckpointError:
     return CheckpointError(
-        f"config.json in {path.name} has {name} {value!r}; it must be {rule}: download it again."
+        f"config.json in {path.name} has {name} {shown(repr(value))}; it must be {rule}: "
+        "use the config.json that was published with the weights."
     )
 
 
@@ -454,11 +468,16 @@ def _scales(weights: Mapping[str, TensorEntry]) -> str:
     return "none"
 
 
-def _count(weights: Mapping[str, TensorEntry], stem: str) -> int:
+def _count(path: Path, weights: Mapping[str, TensorEntry], stem: str) -> int:
     """Count the numbered blocks `stem`.0, `stem`.1, ..."""
     numbers = {
         name[len(stem) + 1 :].partition(".")[0] for name in weights if name.startswith(stem + ".")
     }
+    if len(numbers) > MAX_LAYERS:
+        raise CheckpointError(
+            f"{path.name} has {len(numbers)} {stem}, and no known model more than {MAX_LAYERS}: it "
+            "is of another model; choose another file."
+        )
     return len(numbers)
 
 
@@ -473,7 +492,8 @@ def _shape(path: Path, weights: Mapping[str, TensorEntry], name: str, ndim: int)
     """Shape of a tensor that the model needs, with `ndim` dimensions, none of them empty."""
     if name not in weights:
         raise CheckpointError(
-            f"{path.name} lacks tensor {name}: it is incomplete; download it again."
+            f"{path.name} lacks tensor {name}: it is an incomplete conversion or of another model; "
+            "choose another file."
         )
     shape = weights[name].shape
     if len(shape) != ndim or 0 in shape:
@@ -504,9 +524,9 @@ def _transformer_config(
         out_channels=shape("final_layer.linear.weight", 2)[0] // (patch_t * patch * patch),
         num_attention_heads=hidden // head_dim,
         attention_head_dim=head_dim,
-        num_layers=_count(weights, double),
-        num_single_layers=_count(weights, single),
-        num_refiner_layers=_count(weights, refiner),
+        num_layers=_count(path, weights, double),
+        num_single_layers=_count(path, weights, single),
+        num_refiner_layers=_count(path, weights, refiner),
         mlp_ratio=shape("double_blocks.0.img_mlp.fc1.weight", 2)[0] / hidden,
         patch_size=patch,
         patch_size_t=patch_t,
@@ -559,8 +579,8 @@ def _vae_config(
         out_channels=channels("decoder.conv_out.conv.weight", 0),
         latent_channels=channels("post_quant_conv.weight", 0),
         block_out_channels=tuple(
-            channels(f"{stem}.{level}.{conv}", 0) for level in range(_count(weights, stem))
+            channels(f"{stem}.{level}.{conv}", 0) for level in range(_count(path, weights, stem))
         ),
-        layers_per_block=_count(weights, f"{stem}.0.{resnets}"),
+        layers_per_block=_count(path, weights, f"{stem}.0.{resnets}"),
         norm_num_groups=groups,
     )

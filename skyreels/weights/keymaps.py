@@ -5,8 +5,8 @@ fused; our VAE uses the diffusers names, which are Tencent's own too. So the map
 name to the name or names in the file: several names are concatenated along dim 0 while loading.
 
     transformer   "original"   856 tensors at full size, identity
-                  "comfyui"    856, files saved by ComfyUI 0.3.64: q and k norms are a "scale"
-                  "comfyui-weight"  856, files saved by ComfyUI 0.33: those are a "weight"
+                  "comfyui"    856, files saved by ComfyUI; the q and k norms are a "scale" up to
+                               0.3.64 and a "weight" in 0.33, see `common_spelling`
                   "diffusers"  1264, separate q, k, v and mlp projections
     VAE           "diffusers"  248 tensors at full size, identity
                   "sd"         248, CompVis names with 1x1x1 convolutions as attention projections
@@ -44,10 +44,6 @@ PREFIXES = (
 #: (family, layout) -> unprefixed names that must all be present; the first match wins
 MARKERS: dict[tuple[str, str], tuple[str, ...]] = {
     ("transformer", "original"): ("img_in.proj.weight", "double_blocks.0.img_attn_qkv.weight"),
-    ("transformer", "comfyui-weight"): (
-        "img_in.proj.weight",
-        "double_blocks.0.img_attn.norm.query_norm.weight",
-    ),
     ("transformer", "comfyui"): ("img_in.proj.weight", "double_blocks.0.img_attn.qkv.weight"),
     ("transformer", "diffusers"): (
         "x_embedder.proj.weight",
@@ -57,6 +53,7 @@ MARKERS: dict[tuple[str, str], tuple[str, ...]] = {
     ("vae", "diffusers"): ("decoder.conv_in.conv.weight", "decoder.conv_norm_out.weight"),
     ("vae", "sd"): ("decoder.conv_in.conv.weight", "decoder.norm_out.weight"),
     ("llama", "huggingface"): ("layers.0.self_attn.q_proj.weight",),
+    ("llama", "gguf"): ("token_embd.weight", "blk.0.attn_q.weight"),
     ("clip", "huggingface"): ("text_model.encoder.layers.0.self_attn.q_proj.weight",),
     # as transformers 5 writes it
     ("clip", "bare"): (
@@ -65,6 +62,7 @@ MARKERS: dict[tuple[str, str], tuple[str, ...]] = {
         "final_layer_norm.weight",
     ),
     ("t5", "huggingface"): ("encoder.block.0.layer.0.SelfAttention.q.weight",),
+    ("t5", "gguf"): ("enc.blk.0.attn_q.weight",),
     ("wan", "original"): ("patch_embedding.weight", "blocks.0.self_attn.q.weight"),
     ("wan", "diffusers"): ("patch_embedding.weight", "blocks.0.attn1.to_q.weight"),
 }
@@ -166,7 +164,7 @@ def transformer_sources(target: str, layout: str) -> tuple[str, ...]:
     Args:
         target: a parameter name of SkyReelsTransformer, or such a name's layer with any suffix
             after the last dot ("double_blocks.0.img_attn_qkv.scale_weight").
-        layout: "original", "comfyui", "comfyui-weight" or "diffusers".
+        layout: "original", "comfyui" or "diffusers".
 
     Returns:
         Names in the file, without its prefix.
@@ -176,11 +174,9 @@ def transformer_sources(target: str, layout: str) -> tuple[str, ...]:
     """
     if layout == "original":
         return (target,)
-    if layout in ("comfyui", "comfyui-weight"):
+    if layout == "comfyui":
         for pattern, replacement in _COMFYUI:
             target = re.sub(pattern, replacement, target)
-        if layout == "comfyui-weight":
-            target = re.sub(r"_norm\.scale$", "_norm.weight", target)
         return (target,)
     module, _, suffix = target.rpartition(".")
     block = re.match(r"(.*?blocks)\.(\d+)\.(.*)", module)
@@ -188,6 +184,11 @@ def transformer_sources(target: str, layout: str) -> tuple[str, ...]:
         return tuple(f"{source}.{suffix}" for source in _DIFFUSERS[module])
     theirs, table = _DIFFUSERS_BLOCKS[block[1]]
     return tuple(f"{theirs}.{block[2]}.{source}.{suffix}" for source in table[block[3]])
+
+
+def common_spelling(name: str) -> str:
+    """A name of the layout "comfyui" as every version of ComfyUI before 0.33 wrote it."""
+    return re.sub(r"\.(query|key)_norm\.weight$", r".\1_norm.scale", name)
 
 
 def vae_sources(target: str, layout: str, num_levels: int) -> tuple[str, ...]:

@@ -13,6 +13,7 @@ pickle that only torch reads.
 import json
 import logging
 import math
+from collections import Counter
 from collections.abc import Callable, Collection, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -25,10 +26,12 @@ import torch
 from torch import Tensor, nn
 
 from ..config import TRANSFORMER_PRECISIONS, VAE_PRECISIONS, TransformerConfig, VAEConfig
-from ..errors import CheckpointError, OptionError
+from ..errors import CheckpointError, OptionError, shown
 from ..kernels import QuantFormat
+from ..kernels.blocks import factors
 from ..kernels.dispatch import is_passing
 from ..runtime import Runtime
+from ..transformer.block_linear import BlockLinear, unpack
 from ..transformer.model import SkyReelsTransformer
 from ..transformer.quant import (
     FLOAT8_DTYPES,
@@ -40,13 +43,13 @@ from ..transformer.quant import (
     quantize,
 )
 from ..vae.model import VideoVAE
+from .entries import DTYPE_NAMES, DTYPES, TensorEntry
 from .inspect import (
     COMPANION_SUFFIXES,
-    DTYPE_NAMES,
     FRAMEPACK_PREFIX,
+    I2V_FILE,
     SCALE_SUFFIXES,
     CheckpointInfo,
-    TensorEntry,
     inspect,
     load_pickle,
     require,
@@ -68,8 +71,9 @@ BLOCK_STEMS = (
 )
 #: elements of a weight that are checked for NaN at once: 4 MB in float32
 CHECKED_ELEMENTS = 1024**2
+#: of a weight in GGUF blocks that are dequantized at once while loading: 64 MB in float32
+UNPACKED_ELEMENTS = 2**24
 VAE_FILE = "hunyuan_video_vae_bf16.safetensors of Comfy-Org/HunyuanVideo_repackaged"
-I2V_FILE = "skyreels_hunyuan_i2v_bf16.safetensors of Kijai/SkyReels-V1-Hunyuan_comfy"
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
@@ -85,11 +89,11 @@ def load_transformer(
     Args:
         path: any layout of keymaps.py, as a file or a diffusers folder.
         precision: "auto" keeps what the file stores: float32 stays float32, anything else computes
-            in bfloat16, and 8-bit weights stay 8-bit but are dequantized for every call (as other
-            implementations do with such a file). "fp32" and "bf16" convert everything. "fp8" and
-            "int8" quantize the block linears, with a scale per row and, for int8, after a Hadamard
-            rotation; their GEMMs run in 8 bits where the device can (quant.py). A file's own fp8
-            weights are used for "fp8" as they are.
+            in bfloat16, and 8-bit weights and GGUF blocks stay as they are but are dequantized for
+            every call (as other implementations do with such a file). "fp32" and "bf16" convert
+            everything. "fp8" and "int8" quantize the block linears, with a scale per row and, for
+            int8, after a Hadamard rotation; their GEMMs run in 8 bits where the device can
+            (quant.py). A file's own fp8 weights are used for "fp8" as they are.
         runtime: progress "load" in bytes; asked for an interrupt before every tensor.
 
     Returns:
@@ -121,7 +125,7 @@ def load_transformer(
         logger.warning(
             "%s stores weights in fp8, which %s cannot hold: they are dequantized to bfloat16 "
             "while loading and take %.1f GB instead of %.1f GB.",
-            info.path.name,
+            shown(info.path.name),
             runtime.device,
             2e-9 * sum(entry.num_bytes for entry in float8),
             1e-9 * sum(entry.num_bytes for entry in float8),
@@ -131,6 +135,7 @@ def load_transformer(
         lambda: SkyReelsTransformer(config),
         lambda name: transformer_sources(name, info.layout),
         keep_8bit=keep_8bit,
+        keep_blocks=precision == "auto",
         storage=lambda name: weight_format if is_quantizable(name, config.num_layers) else None,
         compute_dtype=compute_dtype,
         runtime=runtime,
@@ -167,6 +172,7 @@ def load_vae(path: str | PathLike[str], *, precision: str = "auto", runtime: Run
         lambda: VideoVAE(config),
         lambda name: vae_sources(name, info.layout, levels),
         keep_8bit=False,
+        keep_blocks=False,
         storage=lambda name: None,
         compute_dtype=_FLOAT_DTYPES[precision],
         runtime=runtime,
@@ -195,13 +201,14 @@ def _stamps(info: CheckpointInfo) -> dict[Path, tuple[int, int]]:
 
 
 def reload_parameters(
-    transformer: SkyReelsTransformer, names: Collection[str]
+    transformer: SkyReelsTransformer, names: Collection[str], device: torch.device
 ) -> Iterator[tuple[str, Tensor]]:
     """Read parameters of a loaded transformer again, in the bits in which they were loaded.
 
     Args:
         transformer: from `load_transformer`.
-        names: of parameters that are not in 8 bits.
+        names: of parameters that are not in 8 bits or in blocks.
+        device: that dequantized GGUF blocks when they were loaded.
 
     Yields:
         Each name and its tensor on the CPU, in the compute dtype.
@@ -235,7 +242,11 @@ def reload_parameters(
     with ExitStack() as stack:
         reader = _Reader(stack)
         for name in names:
-            weight, scale = _read_target(info, reader, targets[name], transformer.compute_dtype)
+            weight, scale, kind = _read_target(
+                info, reader, targets[name], transformer.compute_dtype
+            )
+            if kind:
+                weight = unpack_on(device, weight, kind)
             weight = _upcast(info, targets[name], weight, scale, transformer.compute_dtype)
             yield name, torch.cat(weight.chunk(2)[::-1]) if targets[name].swap_halves else weight
 
@@ -282,7 +293,7 @@ def check_transformer(path: str | PathLike[str]) -> CheckpointInfo:
     Raises:
         CheckpointError: unreadable, another family, or another variant (33 channels, FramePack).
     """
-    info = inspect(path)
+    info = inspect(path, "transformer")
     require(info, "transformer")
     config = info.config
     assert isinstance(config, TransformerConfig)
@@ -309,7 +320,7 @@ def check_vae(path: str | PathLike[str]) -> CheckpointInfo:
     Raises:
         CheckpointError: unreadable, another family, or of sizes that the VAE cannot have.
     """
-    info = inspect(path)
+    info = inspect(path, "vae")
     require(info, "vae")
     config = info.config
     assert isinstance(config, VAEConfig)
@@ -317,6 +328,11 @@ def check_vae(path: str | PathLike[str]) -> CheckpointInfo:
         raise CheckpointError(
             f"{info.path.name} is a VAE with {config.latent_channels} latent channels, and "
             f"HunyuanVideo's has {LATENT_CHANNELS}: use {VAE_FILE}."
+        )
+    if (config.in_channels, config.out_channels) != (3, 3):
+        raise CheckpointError(
+            f"{info.path.name} is a VAE of pictures with {config.in_channels} channels in and "
+            f"{config.out_channels} out, and HunyuanVideo's has 3: use {VAE_FILE}."
         )
     bad = [c for c in config.block_out_channels if c % config.norm_num_groups]
     if bad:
@@ -334,9 +350,11 @@ def _check_precision(precision: str, legal: tuple[str, ...]) -> None:
 
 
 def _main_dtype(info: CheckpointInfo) -> torch.dtype:
-    """The dtype in which most parameters are stored."""
-    name = next(iter(info.dtypes))
-    return next(dtype for dtype, dtype_name in DTYPE_NAMES.items() if dtype_name == name)
+    """The dtype in which most parameters are stored; that of bytes for GGUF blocks of all types."""
+    counts: Counter[torch.dtype] = Counter()
+    for name, count in info.dtypes.items():
+        counts[DTYPES.get(name, torch.uint8)] += count
+    return counts.most_common(1)[0][0]
 
 
 # --- the plan -----------------------------------------------------------------------------------
@@ -396,8 +414,8 @@ def _plan(
         if names:
             more = f" and {len(names) - 5} more" if len(names) > 5 else ""
             raise CheckpointError(
-                f"{info.path.name} {problem} tensors {', '.join(names[:5])}{more}: it is "
-                "incomplete or of another model; download it again."
+                f"{info.path.name} {problem} tensors {', '.join(map(shown, names[:5]))}{more}: it "
+                "is an incomplete conversion or of another model; choose another file."
             )
     for target in targets:
         _check_shape(info, target)
@@ -424,7 +442,7 @@ def _check_scale(info: CheckpointInfo, part: _Part) -> None:
     per_row = shape in ((rows,), (rows, 1)) and len(part.entry.shape) == 2
     if math.prod(shape) != 1 and not per_row:
         raise CheckpointError(
-            f"{info.path.name} has {part.scale.name} of shape {list(shape)} for a weight of "
+            f"{info.path.name} has {shown(part.scale.name)} of shape {list(shape)} for a weight of "
             f"{list(part.entry.shape)}; a scale must be one number, or one for each row of a "
             "matrix: use the bf16, fp8 or scaled fp8 file."
         )
@@ -444,18 +462,20 @@ def _check_shape(info: CheckpointInfo, target: _Target) -> None:
     for part, rows in zip(target.parts, _split_rows(info, target), strict=True):
         shape = _squeezed(part.entry.shape, target.shape)
         dtype = part.entry.dtype
-        stores_integers = not dtype.is_floating_point and dtype != torch.int8
+        in_blocks = bool(part.entry.block_type)
+        stores_integers = not (dtype.is_floating_point or dtype == torch.int8 or in_blocks)
         if stores_integers or (dtype == torch.int8 and part.scale is None):
             raise CheckpointError(
-                f"{info.path.name} stores {part.entry.name} as {DTYPE_NAMES[dtype]}, a "
+                f"{info.path.name} stores {shown(part.entry.name)} as {DTYPE_NAMES[dtype]}, a "
                 "quantisation this package cannot read: use the bf16, fp8 or scaled fp8 file."
             )
         fits = fits and shape == (rows, *target.shape[1:])
     if not fits:
         got = ", ".join(str(list(part.entry.shape)) for part in target.parts)
         raise CheckpointError(
-            f"{info.path.name} has {target.parts[0].entry.name} of shape {got}, and {target.name} "
-            f"must be {list(target.shape)}: it is of another model; choose another file."
+            f"{info.path.name} has {shown(target.parts[0].entry.name)} of shape {got}, and "
+            f"{target.name} must be {list(target.shape)}: it is of another model; choose another "
+            "file."
         )
 
 
@@ -498,14 +518,14 @@ class _Reader:
             count = file.readinto(view[done:])  # type: ignore[attr-defined]
             if not count:
                 raise CheckpointError(
-                    f"{entry.file.name} ended inside tensor {entry.name}: it changed while being "
-                    "read; load it again."
+                    f"{entry.file.name} ended inside tensor {shown(entry.name)}: it changed while "
+                    "being read; load it again."
                 )
             done += count
 
     def read(self, entry: TensorEntry) -> Tensor:
-        """Read a tensor into memory of its own."""
-        out = torch.empty(entry.shape, dtype=entry.dtype)
+        """Read a tensor, or the bytes of its blocks, into memory of its own."""
+        out = torch.empty(entry.stored_shape, dtype=entry.dtype)
         self.read_into(out, entry)
         return out
 
@@ -516,6 +536,7 @@ def _assemble(
     sources: Callable[[str], tuple[str, ...]],
     *,
     keep_8bit: bool,
+    keep_blocks: bool,
     storage: Callable[[str], QuantFormat | None],
     compute_dtype: torch.dtype,
     runtime: Runtime,
@@ -527,6 +548,7 @@ def _assemble(
         build: makes the module; called on the meta device.
         sources: parameter name -> the names of its tensors in the file.
         keep_8bit: whether 8-bit weights of the file stay 8-bit in the block linears.
+        keep_blocks: whether GGUF blocks of the file stay so there.
         storage: parameter name -> the format a linear weight is quantized to, or None.
         compute_dtype: of everything else.
         runtime: as for `load_transformer`.
@@ -547,12 +569,20 @@ def _assemble(
         _check_formats(info, reader)
         for target in targets:
             runtime.check_interrupt()
-            weight, scale = _read_target(info, reader, target, compute_dtype)
+            weight, scale, kind = _read_target(info, reader, target, compute_dtype)
             layer_name, _, attribute = target.name.rpartition(".")
             layer = module.get_submodule(layer_name)
             is_linear = attribute == "weight" and isinstance(layer, nn.Linear)
             in_block = target.name.startswith(BLOCK_STEMS)
             quant_format = storage(target.name) if is_linear else None
+            if kind and not (keep_blocks and is_linear and in_block):
+                weight, kind = unpack_on(runtime.device, weight, kind), ""
+            if kind:
+                bias = dict(layer.named_parameters()).get("bias")
+                module.set_submodule(layer_name, BlockLinear(weight.to(device), kind, bias))
+                done += sum(part.entry.num_bytes for part in target.parts)
+                runtime.progress("load", done, total)
+                continue
             hadamard_block, weight_only = 0, True
             if quant_format is not None and _is_stored_as(weight, quant_format.dtype):
                 weight_only = weight.dtype == torch.int8  # an int8 file is not rotated
@@ -614,6 +644,7 @@ def fill_module(
         build,
         sources,
         keep_8bit=keep_8bit,
+        keep_blocks=False,
         storage=lambda name: None,
         compute_dtype=compute_dtype,
         runtime=runtime,
@@ -664,44 +695,52 @@ def _upcast(
         return weight
     upcast = dequantize(weight, scale, compute_dtype)
     if not _is_finite(upcast):
+        fix = "" if compute_dtype == torch.float32 else "choose precision fp32, or "
         raise CheckpointError(
-            f"{info.path.name} has values in {target.parts[0].entry.name} beyond the range of "
-            f"{str(compute_dtype).removeprefix('torch.')}: choose precision fp32, or another file."
+            f"{info.path.name} has values in {shown(target.parts[0].entry.name)} beyond the range "
+            f"of {str(compute_dtype).removeprefix('torch.')}: {fix}use another file."
         )
     return upcast
 
 
 def _read_target(
     info: CheckpointInfo, reader: _Reader, target: _Target, compute_dtype: torch.dtype
-) -> tuple[Tensor, Tensor | None]:
+) -> tuple[Tensor, Tensor | None, str]:
     """Read and join the parts of a parameter.
 
     Returns:
-        The weight and its scale (float32, [] or [rows, 1]) or None. Parts of one dtype keep it, and
-        their scales are joined; parts of several dtypes are joined in the compute dtype.
+        The weight, its scale (float32, [] or [rows, 1]) or None, and the type of its blocks or "".
+        Parts of one dtype keep it, and their scales are joined; parts of several dtypes are joined
+        in the compute dtype. Blocks are [rows, bytes]; those that are not whole in a row come in
+        float32.
 
     Raises:
         CheckpointError: NaN, infinity, or a scale that is not positive.
     """
-    dtypes = {part.entry.dtype for part in target.parts}
+    kinds = {part.entry.dtype_name for part in target.parts}
     scaled = any(part.scale is not None for part in target.parts)
-    if len(dtypes) > 1:
+    if len(kinds) > 1:
         pieces = []
         for part in target.parts:
-            piece = reader.read(part.entry).reshape(-1, *target.shape[1:])
-            _check_finite(info, part.entry.name, piece)
+            piece = reader.read(part.entry)
+            _check_finite(info, part.entry, piece)
+            if part.entry.block_type:
+                piece = unpack(piece, part.entry.block_type, compute_dtype)
+            piece = piece.reshape(-1, *target.shape[1:])
             pieces.append(dequantize(piece, _read_scale(reader, part), compute_dtype))
-        return torch.cat(pieces), None
+        return torch.cat(pieces), None, ""
+    if target.parts[0].entry.block_type:
+        return _read_blocks(info, reader, target)
 
-    weight = torch.empty(target.shape, dtype=dtypes.pop())
+    weight = torch.empty(target.shape, dtype=target.parts[0].entry.dtype)
     row = 0
     for part in target.parts:
         rows = part.entry.shape[0]
         reader.read_into(weight[row : row + rows], part.entry)
         row += rows
-    _check_finite(info, target.parts[0].entry.name, weight)
+    _check_finite(info, target.parts[0].entry, weight)
     if not scaled:
-        return weight, None
+        return weight, None, ""
     scales = []
     for part in target.parts:
         scale = _read_scale(reader, part)
@@ -712,10 +751,43 @@ def _read_target(
     joined = torch.cat(scales).contiguous()
     if not bool((joined > 0).all()) or not bool(joined.isfinite().all()):
         raise CheckpointError(
-            f"{info.path.name} has a scale of {target.parts[0].entry.name} that is not a positive "
-            "number: the file is damaged; download it again."
+            f"{info.path.name} has a scale of {shown(target.parts[0].entry.name)} that is not a "
+            "positive number: the file is damaged; download it again, or use another one."
         )
-    return weight, joined if joined.numel() > 1 else joined.reshape(())
+    return weight, joined if joined.numel() > 1 else joined.reshape(()), ""
+
+
+def _read_blocks(
+    info: CheckpointInfo, reader: _Reader, target: _Target
+) -> tuple[Tensor, None, str]:
+    """Read and join parts in GGUF blocks of one type, as `_read_target` returns them."""
+    entries = [part.entry for part in target.parts]
+    kind = entries[0].block_type
+    pieces = [reader.read(entry) for entry in entries]
+    for entry, piece in zip(entries, pieces, strict=True):
+        _check_finite(info, entry, piece)
+    if len(target.shape) == 2 and all(
+        len(p) == e.shape[0] for p, e in zip(pieces, entries, strict=True)
+    ):
+        return torch.cat(pieces), None, kind
+    floats = [unpack(piece, kind, torch.float32).reshape(-1) for piece in pieces]
+    return torch.cat(floats).reshape(target.shape), None, ""
+
+
+def unpack_on(device: torch.device, data: Tensor, kind: str) -> Tensor:
+    """Dequantize rows of blocks, some rows at a time on a device.
+
+    Args:
+        device: does the work.
+        data: [rows, bytes] uint8.
+        kind: of blocks.BLOCK_TYPES.
+
+    Returns:
+        [rows, columns] float32, where `data` is.
+    """
+    rows = max(1, UNPACKED_ELEMENTS // (2 * data.shape[1]))
+    pieces = (unpack(p.to(device), kind, torch.float32) for p in torch.split(data, rows))
+    return torch.cat([piece.to(data.device) for piece in pieces])
 
 
 def _read_scale(reader: _Reader, part: _Part) -> Tensor | None:
@@ -725,11 +797,11 @@ def _read_scale(reader: _Reader, part: _Part) -> Tensor | None:
     return reader.read(part.scale).float().reshape(-1, 1)
 
 
-def _check_finite(info: CheckpointInfo, name: str, weight: Tensor) -> None:
-    if not _is_finite(weight):
+def _check_finite(info: CheckpointInfo, entry: TensorEntry, weight: Tensor) -> None:
+    if not _is_finite(factors(weight, entry.block_type) if entry.block_type else weight):
         raise CheckpointError(
-            f"{info.path.name} has NaN or infinity in tensor {name}: the file is damaged; download "
-            "it again."
+            f"{info.path.name} has NaN or infinity in tensor {shown(entry.name)}: the file is "
+            "damaged; download it again."
         )
 
 

@@ -208,9 +208,10 @@ def stand_ins(host: Host) -> dict[str, ModuleType]:
         for kind in ("diffusion_models", "vae", "text_encoders", "diffusers", "loras")
     }
     paths.get_filename_list = lambda kind: sorted(
-        path.relative_to(host.folder(kind)).as_posix()
-        for path in host.folder(kind).rglob("*")
-        if path.suffix in SUFFIXES
+        path.relative_to(root).as_posix()
+        for root in paths.folder_names_and_paths[kind][0]
+        for path in Path(root).rglob("*")
+        if path.suffix in paths.folder_names_and_paths[kind][1]
     )
     paths.get_full_path = lambda kind, name: (
         str(host.folder(kind) / name) if (host.folder(kind) / name).is_file() else None

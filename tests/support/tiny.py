@@ -84,8 +84,8 @@ def to_diffusers(state: dict[str, Tensor], config: TransformerConfig) -> dict[st
     return converted
 
 
-def to_comfyui(state: dict[str, Tensor], layout: str = "comfyui") -> dict[str, Tensor]:
-    return {transformer_sources(name, layout)[0]: tensor for name, tensor in state.items()}
+def to_comfyui(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {transformer_sources(name, "comfyui")[0]: tensor for name, tensor in state.items()}
 
 
 def save(path: Path, state: dict[str, Tensor], metadata: dict[str, str] | None = None) -> Path:

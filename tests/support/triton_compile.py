@@ -19,7 +19,7 @@ from support.triton_record import compiled
 
 TYPES = {
     torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32", torch.int8: "*i8",
-    torch.int32: "*i32", torch.float8_e4m3fn: "*fp8e4nv",
+    torch.int32: "*i32", torch.uint8: "*u8", torch.float8_e4m3fn: "*fp8e4nv",
 }  # fmt: skip
 CAPABILITIES = [80, 86, 89, 90, 120]
 

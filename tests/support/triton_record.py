@@ -91,6 +91,7 @@ def write() -> None:
     """Compile every kernel for every GPU, and keep what that comes to."""
     from support import (
         triton_attention,
+        triton_blocks,
         triton_compile,
         triton_int8,
         triton_low_rank,
@@ -98,9 +99,11 @@ def write() -> None:
     )
 
     RECORD.unlink(missing_ok=True)
-    for module in (
-        triton_compile, triton_attention, triton_int8, triton_rescale, triton_low_rank
-    ):  # fmt: skip
+    modules = (
+        triton_compile, triton_attention, triton_int8, triton_rescale, triton_blocks,
+        triton_low_rank,
+    )  # fmt: skip
+    for module in modules:
         module.compile_for(triton_compile.CAPABILITIES)
     rows = (f'"{key}": {json.dumps(result)}' for key, result in sorted(found.items()))
     RECORD.write_text("{\n" + ",\n".join(rows) + "\n}\n")

@@ -23,12 +23,14 @@ from comfyui_skyreels.skyreels.runtime import TorchRuntime
 from comfyui_skyreels.skyreels.sampling.sample import sample
 from comfyui_skyreels.skyreels.sampling.settings import SamplingSettings, get_sigmas
 from comfyui_skyreels.skyreels.sampling.step_cache import CACHES
+from comfyui_skyreels.skyreels.transformer.block_linear import BlockLinear
 from comfyui_skyreels.skyreels.transformer.placement import sampling_bytes
 from comfyui_skyreels.skyreels.vae.budget import decode_bytes, encode_bytes
 from comfyui_skyreels.skyreels.vae.model import VideoVAE
 from comfyui_skyreels.skyreels.vae.tiling import decode_frames
 from comfyui_skyreels.skyreels.weights.load import load_transformer, load_vae
 from support import host, tiny
+from support.gguf_files import in_blocks, write
 
 pytestmark = pytest.mark.usefixtures("fast_convolutions")
 NODES = comfyui_skyreels.NODE_CLASS_MAPPINGS
@@ -394,7 +396,9 @@ def test_a_file_that_is_not_here_is_answered_with_where_to_get_it(comfy):
     assert validate("sub\\tiny.safetensors").endswith("but tiny.safetensors was: choose that one.")
     assert "models/vae" in NODES["SkyReelsVAELoader"].VALIDATE_INPUTS("gone.safetensors")
     assert "models/diffusers" in validate("SkyReels (folder)")
-    assert "GGUF" in validate("q.gguf")
+    assert "https://huggingface.co/Kijai" in validate("q.gguf")
+    shard = "SkyReels/diffusion_pytorch_model-00001-of-00006.safetensors"
+    assert validate(shard).endswith("one of several shards: choose its folder, SkyReels (folder).")
     assert "5 is not in" in validate(5)
     assert "hunyuanvideo" in NODES["SkyReelsTextEncoderLoader"].VALIDATE_INPUTS("gone")
     with pytest.raises(CheckpointError, match="models/vae"):
@@ -426,6 +430,31 @@ def test_sharded_folders_and_text_encoder_folders_are_offered(comfy):
     ).module.state_dict()
     for name, tensor in tiny.transformer().state_dict().items():
         assert torch.equal(loaded[name], tensor)
+
+
+def test_gguf_files_are_offered_and_loaded_and_shards_are_not_offered(comfy):
+    state = tiny.transformer().state_dict()
+    write(comfy.folder("diffusion_models") / "q8.gguf", in_blocks(state))
+    shards = comfy.folder("diffusion_models") / "SkyReels"
+    tiny.save_sharded(shards, tiny.to_diffusers(state, tiny.TRANSFORMER), {})
+    choices = NODES["SkyReelsTransformerLoader"].INPUT_TYPES()["required"]["transformer"][0]
+    assert choices == [BUILTIN_NAME, "tiny.safetensors", "q8.gguf", "SkyReels (folder)"]
+    assert NODES["SkyReelsTransformerLoader"].VALIDATE_INPUTS("q8.gguf") is True
+    loaded = node("SkyReelsTransformerLoader", transformer="q8.gguf", precision="auto").module
+    assert isinstance(loaded.double_blocks[0].img_attn_qkv, BlockLinear)
+
+
+def test_a_whole_model_and_a_cache_are_offered_for_both_of_its_parts(comfy):
+    whole = comfy.folder("diffusers") / "models--a--b" / "snapshots" / "0123"
+    state = tiny.to_diffusers(tiny.transformer().state_dict(), tiny.TRANSFORMER)
+    tiny.save(whole / "transformer" / "diffusion_pytorch_model.safetensors", state)
+    tiny.save(
+        whole / "vae" / "diffusion_pytorch_model.fp16.safetensors",
+        tiny.randomize(VideoVAE(tiny.VAE)).state_dict(),
+    )
+    name = "models--a--b (folder)"
+    assert node("SkyReelsTransformerLoader", transformer=name, precision="auto")
+    assert node("SkyReelsVAELoader", vae=name, precision="auto")
 
 
 # --- guidance -----------------------------------------------------------------------------------

@@ -6,11 +6,13 @@ from comfyui_skyreels.skyreels import offload, streaming
 from comfyui_skyreels.skyreels.config import CHUNKINGS, TransformerConfig
 from comfyui_skyreels.skyreels.errors import OutOfRoomError
 from comfyui_skyreels.skyreels.kernels import dispatch
+from comfyui_skyreels.skyreels.kernels.blocks import BLOCK_TYPES
 from comfyui_skyreels.skyreels.offload import weight_bytes
 from comfyui_skyreels.skyreels.runtime import TorchRuntime
 from comfyui_skyreels.skyreels.sampling.step_cache import FirstBlockCache
 from comfyui_skyreels.skyreels.streaming import CopiesInOrder, least_bytes, padded_bytes
 from comfyui_skyreels.skyreels.transformer import placement
+from comfyui_skyreels.skyreels.transformer.block_linear import BlockLinear
 from comfyui_skyreels.skyreels.transformer.layers import rope_table
 from comfyui_skyreels.skyreels.transformer.model import SkyReelsTransformer
 from comfyui_skyreels.skyreels.transformer.placement import choose_chunking, placed, sampling_bytes
@@ -22,6 +24,7 @@ from comfyui_skyreels.skyreels.transformer.quant import (
     quantize,
 )
 from support import tiny
+from support.gguf_files import random_blocks
 from support.streams import Machine
 
 
@@ -189,7 +192,10 @@ class InOrder(CopiesInOrder):
         self.log.append(sum(len(source) for _, source in pairs))
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16", "fp8", "int8", "weight-only fp8"])
+PRECISIONS = ("fp32", "bf16", "fp16", "fp8", "int8", "weight-only fp8", "Q8_0")
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("share", [0.0, 0.5])
 @pytest.mark.parametrize("lockable", [2**40, 0])
 def test_streamed_run_equals_the_resident_run_bit_for_bit(machine, precision, share, lockable):
@@ -208,7 +214,7 @@ def test_streamed_run_equals_the_resident_run_bit_for_bit(machine, precision, sh
     assert all(torch.equal(result, expected) for result in results)
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16", "fp8", "int8", "weight-only fp8"])
+@pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("lockable", [2**40, 0])
 def test_both_branches_share_each_streamed_block_and_equal_the_resident_ones(
     machine, precision, lockable
@@ -255,6 +261,12 @@ def in_precision(precision):
     dtype = torch.float32 if precision == "fp32" else torch.bfloat16
     model = model.to(dtype)
     kind = precision.removeprefix("weight-only ")
+    if kind in BLOCK_TYPES:
+        for name, layer in list(model.named_modules()):
+            if isinstance(layer, torch.nn.Linear) and "_blocks." in name:
+                data = random_blocks(kind, *layer.weight.shape).data
+                model.set_submodule(name, BlockLinear(data, kind, layer.bias))
+        return model
     if kind not in STORAGE_DTYPES:
         return model
     block = hadamard_block_size(model.config.hidden_size) if kind == "int8" else 0
