@@ -13,6 +13,7 @@ and is read again by the next run. So a run that is cancelled here leaves nothin
 """
 
 import logging
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain, pairwise
@@ -26,6 +27,7 @@ from ..runtime import Runtime
 from ..transformer.model import SkyReelsTransformer
 from ..transformer.side_branch import Factors, SideBranch
 from ..weights.load import reload_parameters
+from .names import parameter_shapes
 from .read import Change, Lora, product
 
 logger = logging.getLogger("skyreels.lora.apply")
@@ -234,10 +236,11 @@ def use_loras(
     changed = [name for name in names if state.get(name, ()) != signatures.get(name, ())]
     if not changed:
         return
-    total = sum(transformer.get_parameter(name).nbytes for name in changed)
-    largest = max(transformer.get_parameter(name).numel() for name in changed)
+    shapes = parameter_shapes(transformer.config)
+    sizes = {name: math.prod(shapes[name]) * transformer.compute_dtype.itemsize for name in changed}
+    total, done = sum(sizes.values()), 0
+    largest = max(math.prod(shapes[name]) for name in changed)
     runtime.make_room(HELD_TENSORS * largest * torch.float32.itemsize)
-    done = 0
     runtime.progress("load", 0, total)
     with torch.inference_mode(False), torch.no_grad():
         for name, base in _bases(transformer, changed, state, runtime):
@@ -251,8 +254,10 @@ def use_loras(
                 state[name] = signatures[name]
             else:
                 del state[name]
-            done += transformer.get_parameter(name).nbytes
+            done += sizes[name]
             runtime.progress("load", done, total)
+    named = ", ".join(f"{each.lora.name} ({each.strength:g})" for each in loras)
+    logger.info("LoRAs in use: %s; %d weights were changed.", named or "none", len(changed))
 
 
 def _bases(
@@ -265,10 +270,11 @@ def _bases(
     quantized = [name for name in names if is_quantized(transformer, name)]
     merged = [name for name in names if name not in quantized]
     changed = [name for name in merged if name in state]
+    fresh = [name for name in merged if name not in state]
     return chain(
+        reload_parameters(transformer, changed, runtime.device),  # first: if it fails, nothing is changed yet
         ((name, None) for name in quantized),
-        ((name, transformer.get_parameter(name).data) for name in merged if name not in state),
-        reload_parameters(transformer, changed, runtime.device),
+        ((name, transformer.get_parameter(name).data) for name in fresh),
     )
 
 
@@ -334,7 +340,7 @@ def _branch_out(
         hadamard_block=getattr(layer, "hadamard_block", 0),
         dtype=transformer.compute_dtype,
     )
-    layer.side_branch = branch.to(layer.weight.device)  # type: ignore[arg-type]
+    layer.side_branch = branch.to(next(layer.parameters()).device)
 
 
 def side_factors(
