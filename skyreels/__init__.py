@@ -23,11 +23,12 @@ LoRAs are part of a run's settings, and the transformer is brought to exactly th
     settings = SamplingSettings(seed=5, loras=(AppliedLora(style, 0.8, "double, single:0-9"),))
     print(describe_lora(settings.loras[0], transformer))
 
-`image_to_video` (pipeline.py) is the whole job in one function and the place to start reading.
+`image_to_video` (pipeline.py) is the whole job in one function and the place to start reading. With
+a text-to-video transformer its image is None; `find_text_sources` takes text encoders in files.
 Nothing here knows about ComfyUI: whatever hosts the engine passes in a Runtime.
 """
 
-from .config import Guidance, Tiling, TransformerConfig, VAEConfig
+from .config import FreSca, Guidance, SkipLayers, Tiling, TransformerConfig, VAEConfig
 from .errors import (
     CheckpointError,
     DependencyError,
@@ -50,6 +51,7 @@ from .sampling.step_cache import CACHES, CacheConfig
 from .text.embeds import PromptEmbeds
 from .text.encode import encode_prompt
 from .text.load import TextEncoder, load_text_encoder
+from .text.sources import find_text_sources
 from .transformer.model import SkyReelsTransformer
 from .vae.model import VideoVAE
 from .vae.tiling import decode_frames, iter_decode
@@ -63,6 +65,7 @@ __all__ = [
     "CheckpointError",
     "CheckpointInfo",
     "DependencyError",
+    "FreSca",
     "Guidance",
     "ImageConditioning",
     "ImageSettings",
@@ -73,6 +76,7 @@ __all__ = [
     "Runtime",
     "SamplingSettings",
     "ShapeError",
+    "SkipLayers",
     "SkyReelsError",
     "SkyReelsTransformer",
     "TextEncoder",
@@ -87,6 +91,7 @@ __all__ = [
     "encode_image",
     "encode_prompt",
     "euler",
+    "find_text_sources",
     "get_sigmas",
     "image_to_video",
     "initial_noise",

@@ -272,7 +272,9 @@ def _bases(
     changed = [name for name in merged if name in state]
     fresh = [name for name in merged if name not in state]
     return chain(
-        reload_parameters(transformer, changed, runtime.device),  # first: if it fails, nothing is changed yet
+        reload_parameters(
+            transformer, changed, runtime.device
+        ),  # first: if it fails, nothing is changed yet
         ((name, None) for name in quantized),
         ((name, transformer.get_parameter(name).data) for name in fresh),
     )
