@@ -21,6 +21,11 @@
 Nothing here knows about ComfyUI: whatever hosts the engine passes in a Runtime.
 """
 
+from .installed import check_installed
+
+check_installed()
+
+# ruff: noqa: E402 - first what says what is missing
 from .config import Guidance, Tiling, TransformerConfig, VAEConfig
 from .errors import (
     CheckpointError,

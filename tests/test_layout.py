@@ -33,7 +33,7 @@ LAYERS = [
     {"transformer", "vae"},
     {"kernels", "latents", "runtime"},
     {"config", "interrupt", "ladder", "offload", "outcomes", "streaming"},
-    {"errors"},
+    {"errors", "installed"},
 ]
 
 
