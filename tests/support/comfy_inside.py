@@ -205,7 +205,7 @@ for sampler_name in ("dpmpp_2m", "euler_cfg_pp"):
 
 result["schedules"] = {}
 flow = type("Flow", (comfy.model_sampling.ModelSamplingDiscreteFlow,), {})()
-for name in NODES["SkyReelsScheduler"].INPUT_TYPES()["required"]["scheduler"][0][1:]:
+for name in NODES["SkyReelsScheduler"].INPUT_TYPES()["optional"]["scheduler"][0][1:]:
     worst = 0.0
     for shift in (1.0, 7.0, 17.0):
         flow.set_parameters(shift=shift)
