@@ -21,9 +21,9 @@
 Nothing here knows about ComfyUI: whatever hosts the engine passes in a Runtime.
 """
 
-from .installed import check_installed
+from . import installed
 
-check_installed()
+installed.check_installed()
 
 # ruff: noqa: E402 - first what says what is missing
 from .config import Guidance, Tiling, TransformerConfig, VAEConfig
@@ -40,7 +40,10 @@ from .image import ImageSettings, encode_image
 from .latents import ImageConditioning
 from .pipeline import image_to_video
 from .runtime import Runtime, TorchRuntime
+from .sampling.batch import Clip, sample_batch
+from .sampling.prompts import ScheduledPrompt, percent_to_sigma
 from .sampling.sample import initial_noise, sample
+from .sampling.schedules import named_sigmas
 from .sampling.settings import SamplingSettings, euler, get_sigmas
 from .sampling.step_cache import CACHES, CacheConfig
 from .text.embeds import PromptEmbeds
@@ -57,6 +60,7 @@ __all__ = [
     "CacheConfig",
     "CheckpointError",
     "CheckpointInfo",
+    "Clip",
     "DependencyError",
     "Guidance",
     "ImageConditioning",
@@ -66,6 +70,7 @@ __all__ = [
     "PromptEmbeds",
     "Runtime",
     "SamplingSettings",
+    "ScheduledPrompt",
     "ShapeError",
     "SkyReelsError",
     "SkyReelsTransformer",
@@ -88,5 +93,8 @@ __all__ = [
     "load_text_encoder",
     "load_transformer",
     "load_vae",
+    "named_sigmas",
+    "percent_to_sigma",
     "sample",
+    "sample_batch",
 ]
