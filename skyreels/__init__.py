@@ -28,6 +28,11 @@ a text-to-video transformer its image is None; `find_text_sources` takes text en
 Nothing here knows about ComfyUI: whatever hosts the engine passes in a Runtime.
 """
 
+from . import installed
+
+installed.check_installed()
+
+# ruff: noqa: E402 - first what says what is missing
 from .config import FreSca, Guidance, SkipLayers, Tiling, TransformerConfig, VAEConfig
 from .errors import (
     CheckpointError,
@@ -45,7 +50,10 @@ from .lora.read import Lora, load_lora
 from .lora.report import describe_lora
 from .pipeline import image_to_video
 from .runtime import Runtime, TorchRuntime
+from .sampling.batch import Clip, sample_batch
+from .sampling.prompts import ScheduledPrompt, percent_to_sigma
 from .sampling.sample import initial_noise, sample
+from .sampling.schedules import named_sigmas
 from .sampling.settings import SamplingSettings, euler, get_sigmas
 from .sampling.step_cache import CACHES, CacheConfig
 from .text.embeds import PromptEmbeds
@@ -64,6 +72,7 @@ __all__ = [
     "CacheConfig",
     "CheckpointError",
     "CheckpointInfo",
+    "Clip",
     "DependencyError",
     "FreSca",
     "Guidance",
@@ -75,6 +84,7 @@ __all__ = [
     "PromptEmbeds",
     "Runtime",
     "SamplingSettings",
+    "ScheduledPrompt",
     "ShapeError",
     "SkipLayers",
     "SkyReelsError",
@@ -101,5 +111,8 @@ __all__ = [
     "load_text_encoder",
     "load_transformer",
     "load_vae",
+    "named_sigmas",
+    "percent_to_sigma",
     "sample",
+    "sample_batch",
 ]

@@ -53,10 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except SkyReelsError as error:
         return _fail(arguments, str(error), EXIT_ERROR)
     except OSError as error:
-        place = shown(error.filename or "A file", MAX_MESSAGE)
-        return _fail(
-            arguments, f"{place} cannot be used ({error.strerror}): check the path.", EXIT_ERROR
-        )
+        return _fail(arguments, _of_file(error), EXIT_ERROR)
     except KeyboardInterrupt:
         return _fail(arguments, _interrupted(arguments), EXIT_INTERRUPTED)
     except Exception as error:  # users get a sentence, `python -X dev` gets the traceback
@@ -73,6 +70,15 @@ def _interrupted(arguments: argparse.Namespace) -> str:
     if state is not None and state.is_file():
         return f"Interrupted; the same command continues from {state}."
     return "Interrupted; nothing was written."
+
+
+def _of_file(error: OSError) -> str:
+    from .media import is_disk_full
+
+    place = error.filename or "A file"
+    if is_disk_full(error):
+        return f"{place} cannot be written, because its disk is full: free some space."
+    return f"{place} cannot be used ({error.strerror}): check the path."
 
 
 def _unexpected(error: Exception) -> str:
@@ -111,6 +117,14 @@ def say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)  # noqa: T201
 
 
+def _path(text: str) -> Path:
+    """A path of the command line, with ~ for the home folder also where no shell replaced it."""
+    try:
+        return Path(text).expanduser()
+    except RuntimeError:  # the home of a user who is not there
+        return Path(text)
+
+
 @functools.cache
 def build_parser() -> argparse.ArgumentParser:
     """All commands and options."""
@@ -128,20 +142,20 @@ def build_parser() -> argparse.ArgumentParser:
     generate.add_argument(
         "image",
         nargs="?",
-        type=Path,
+        type=_path,
         help="picture file; the built-in model draws an example without one, a text-to-video "
         "transformer takes none",
     )
     generate.add_argument("--prompt", required=True, help="what happens ('FPS-24, ' is added)")
     generate.add_argument("--negative", help="what to avoid (default: the official list)")
-    generate.add_argument("--out", type=Path, required=True, help="FILE.mp4 or FILE.npy")
+    generate.add_argument("--out", type=_path, required=True, help="FILE.mp4 or FILE.npy")
     generate.add_argument(
-        "--transformer", type=Path, help="safetensors, GGUF or .pt file, or diffusers folder"
+        "--transformer", type=_path, help="safetensors, GGUF or .pt file, or diffusers folder"
     )
-    generate.add_argument("--vae", type=Path, help="VAE file or folder")
+    generate.add_argument("--vae", type=_path, help="VAE file or folder")
     generate.add_argument(
         "--text-encoder",
-        type=Path,
+        type=_path,
         action="append",
         metavar="PATH",
         help="folder with both text encoders and their tokenizers; or given twice, the files of "
@@ -177,7 +191,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     generate.add_argument(
         "--extend",
-        type=Path,
+        type=_path,
         metavar="CLIP",
         help="continue this video (or .npy) instead of a picture; it gives the size",
     )
@@ -195,7 +209,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     generate.add_argument(
         "--resume",
-        type=Path,
+        type=_path,
         metavar="FILE",
         help="save finished steps here and continue from them",
     )
@@ -215,11 +229,11 @@ def build_parser() -> argparse.ArgumentParser:
         "is experimental, for a step-distilled LoRA",
     )
     generate.add_argument(
-        "--prompt-cache", type=Path, metavar="DIR", help="cache encoded prompts in this folder"
+        "--prompt-cache", type=_path, metavar="DIR", help="cache encoded prompts in this folder"
     )
     generate.add_argument(
         "--tokenizer",
-        type=Path,
+        type=_path,
         action="append",
         metavar="DIR",
         help="folder of a tokenizer, or of both, for text encoders in single files; default: "
@@ -229,7 +243,7 @@ def build_parser() -> argparse.ArgumentParser:
 
     inspect = commands.add_parser("inspect", help="what a checkpoint is, from its header alone")
     inspect.set_defaults(run=run_inspect)
-    inspect.add_argument("path", type=Path)
+    inspect.add_argument("path", type=_path)
     inspect.add_argument("--json", action="store_true")
 
     doctor = commands.add_parser(
@@ -260,10 +274,10 @@ def parse_lora(text: str) -> tuple[Path, float]:
         The file and the strength, 1 if none is given.
     """
     file, colon, strength = text.rpartition(":")
-    if colon and file and not Path(text).is_file():
+    if colon and file and not _path(text).is_file():
         with contextlib.suppress(ValueError):
-            return Path(file), float(strength)
-    return Path(text), 1.0
+            return _path(file), float(strength)
+    return _path(text), 1.0
 
 
 # --- generate -----------------------------------------------------------------------------------
@@ -272,9 +286,7 @@ def parse_lora(text: str) -> tuple[Path, float]:
 def run_generate(arguments: argparse.Namespace) -> dict[str, Any]:
     """`generate`: load, encode, sample, decode, write."""
     start = time.perf_counter()
-    from .media import check_output
-
-    check_output(arguments.out)  # before minutes of work, not after
+    _check_places(arguments)  # before minutes of work, not after
     paths = (arguments.transformer, arguments.vae, arguments.text_encoder)
     if any(paths) and not all(paths):
         raise OptionError(
@@ -328,6 +340,24 @@ def run_generate(arguments: argparse.Namespace) -> dict[str, Any]:
         "seed": arguments.seed,
         "elapsed_s": round(seconds, 3),
     }
+
+
+def _check_places(arguments: argparse.Namespace) -> None:
+    """Refuse places where the run could not write.
+
+    Raises:
+        OptionError: names the option's path.
+    """
+    from .media import check_output, check_place
+
+    check_output(arguments.out)
+    state, cache = arguments.resume, arguments.prompt_cache
+    if state is not None:
+        check_place(state)
+        if state.resolve() == arguments.out.resolve():
+            raise OptionError(f"--resume and --out both name {state}: name two files.")
+    if cache is not None and cache.exists() and not cache.is_dir():
+        raise OptionError(f"--prompt-cache {cache} is not a folder: name one.")
 
 
 @contextlib.contextmanager
@@ -572,7 +602,10 @@ def pick_device(name: str) -> str:
     if name == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     if not re.fullmatch(r"cpu|cuda(:\d{1,3})?", name):
-        raise OptionError(f"Device {name!r} is not one of auto, cpu, cuda, cuda:N.")
+        raise OptionError(
+            f"Device {name!r} is not one of auto, cpu, cuda, cuda:N: use cpu, or the nodes in "
+            "ComfyUI, which also run on devices that it supports."
+        )
     kind, _, index = name.partition(":")
     if kind == "cuda" and int(index or 0) >= torch.cuda.device_count():
         raise OptionError(

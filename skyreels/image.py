@@ -25,6 +25,8 @@ from .vae.model import VideoVAE
 
 #: how an image of other proportions is resized to the video, see `fit_image`
 FITS = ("crop", "pad", "stretch")
+#: what is cut to 1 without a word; the same below 0
+MAX_OVERSHOOT = 1.5
 
 
 def fit_image(image: Tensor, width: int, height: int, fit: str = "crop") -> Tensor:
@@ -43,7 +45,7 @@ def fit_image(image: Tensor, width: int, height: int, fit: str = "crop") -> Tens
         [1, 3, F, height, width] float32 in [-1, 1].
 
     Raises:
-        ShapeError: not an image, or one with NaN or infinity.
+        ShapeError: not an image, one with NaN or infinity, or one of another range.
         OptionError: unknown fit.
 
     Source: SkyworkAI/SkyReels-V1 @cb0ceaa, video_generate.py (centre crop), then the Lanczos
@@ -58,13 +60,30 @@ def fit_image(image: Tensor, width: int, height: int, fit: str = "crop") -> Tens
         raise ShapeError(
             f"Image must be float in [0, 1]; got {image.dtype}. Convert with image.float() / 255."
         )
-    pixels = image[..., :3].detach().to("cpu", torch.float32).clamp(0.0, 1.0)
-    if not bool(pixels.isfinite().all()):
-        raise ShapeError("Image contains NaN or infinity: check where it comes from.")
+    pixels = image[..., :3].detach().to("cpu", torch.float32)
+    _check_range(pixels)
+    pixels = pixels.clamp(0.0, 1.0)
     if pixels.shape[1:3] != (height, width):
         frames = [_resize(frame, width, height, fit) for frame in pixels]
         pixels = torch.stack(frames)
     return (pixels * 2.0 - 1.0).permute(3, 0, 1, 2)[None].contiguous()
+
+
+def _check_range(pixels: Tensor) -> None:
+    """Refuse what would become white or black; a resize overshoots [0, 1] a little, and is cut."""
+    if not bool(pixels.isfinite().all()):
+        raise ShapeError("Image contains NaN or infinity: check where it comes from.")
+    low, high = pixels.aminmax()
+    if high > MAX_OVERSHOOT:
+        raise ShapeError(
+            f"Image has values up to {high:.4g}, and must be in [0, 1]: divide one of 0..255 by "
+            "255, and tone-map one with a high dynamic range."
+        )
+    if low < 1 - MAX_OVERSHOOT:
+        raise ShapeError(
+            f"Image has values down to {low:.4g}, and must be in [0, 1]: convert one of -1..1 with "
+            "(image + 1) / 2."
+        )
 
 
 def _check_fit(fit: str) -> None:
@@ -99,6 +118,12 @@ def _resize(frame: Tensor, width: int, height: int, fit: str) -> Tensor:
         canvas.paste(resized, ((width - size[0]) // 2, (height - size[1]) // 2))
         resized = canvas
     return torch.from_numpy(np.asarray(resized, dtype=np.float32) / 255.0)
+
+
+def _vae_advice(dtype: torch.dtype) -> str:
+    if dtype == torch.float16:  # whose numbers end at 65504
+        return "load it in bf16 or fp32."
+    return "check its file with `python -m skyreels inspect`, or download it again."
 
 
 @dataclass(frozen=True)
@@ -161,7 +186,8 @@ def encode_image(
         The latents, with the size of the video.
 
     Raises:
-        ShapeError: illegal sizes, or fewer frames than `prefix_frames`.
+        ShapeError: illegal sizes, fewer frames than `prefix_frames`, or latents that are not
+            finite.
     """
     check_size(width, height, num_frames)
     prefix_frames = settings.prefix_frames
@@ -193,4 +219,9 @@ def encode_image(
         vae_latents = retried(encode, runtime, least, "Encoding the picture")
     runtime.progress("encode", 1, 1)
     latents = to_model_space(vae_latents.float()).cpu() * settings.latent_strength
+    if not bool(latents.isfinite().all()):
+        raise ShapeError(
+            f"The picture's latents hold NaN or infinity; the VAE computes in "
+            f"{str(weight.dtype).removeprefix('torch.')}: {_vae_advice(weight.dtype)}"
+        )
     return ImageConditioning(latents, width, height, num_frames)

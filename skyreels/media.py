@@ -6,6 +6,7 @@ complete: it is written as `<name>.<process>.part` beside it and renamed.
 """
 
 import contextlib
+import errno
 import importlib.util
 import logging
 import os
@@ -35,6 +36,8 @@ _CHUNK_PIXELS = 16 * 544 * 960
 _CLIP_FRACTION, _CLIP_BYTES = 0.5, 5
 #: ITU-T H.273 code of BT.709, for primaries, transfer and matrix alike
 _BT709 = 1
+#: FFmpeg's code of colours that use all 8 bits
+_FULL_RANGE = 2
 
 
 def read_image(path: str | os.PathLike[str]) -> Tensor:
@@ -155,9 +158,11 @@ def _decode_frames(path: Path, container: Any, check: Callable[[], None]) -> lis
                 f"{path} has more than {len(frames)} frames of {size[0]}x{size[1]}, which is all "
                 "that half of the free memory holds: cut it to its last seconds first."
             )
-        # without a destination PyAV below 17 reads every colour matrix as BT.601
+        # PyAV below 17 reads every colour matrix as BT.601 without a destination, and every range
+        # as limited unless it is told
+        full = {"src_color_range": "JPEG"} if frame.color_range == _FULL_RANGE else {}
         pixels = frame.to_ndarray(
-            format="rgb24", width=size[0], height=size[1], dst_colorspace="DEFAULT"
+            format="rgb24", width=size[0], height=size[1], dst_colorspace="DEFAULT", **full
         )
         frames.append(pixels)
     return frames
@@ -200,12 +205,24 @@ def check_output(path: str | os.PathLike[str]) -> None:
             f"{path} has {f'suffix {suffix}' if suffix else 'no suffix'}: use .mp4 (video) or .npy "
             "(float frames)."
         )
-    if os.path.isdir(path):
-        raise OptionError(f"{path} is a folder: name a file in it.")
-    with _complete_file(path, keep=False):
-        pass
+    check_place(path)
     if suffix == ".mp4" and importlib.util.find_spec("av") is None:
         raise DependencyError("Writing a video needs PyAV: pip install av, or write a .npy file.")
+
+
+def check_place(path: str | os.PathLike[str]) -> None:
+    """Refuse a place where no file can be written; creates the folder, and no file.
+
+    Raises:
+        OptionError: a folder, a device or a pipe of that name, or no write access.
+    """
+    path = Path(path)
+    if os.path.isdir(path):
+        raise OptionError(f"{path} is a folder: name a file in it.")
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise OptionError(f"{path} is not a regular file: name another one.")
+    with _complete_file(path, keep=False):
+        pass
 
 
 def write_frames(
@@ -350,8 +367,13 @@ def write_npy(path: str | os.PathLike[str], frames: Tensor) -> None:
         OptionError: the path cannot be written.
     """
     _check_frames(frames)
-    with _complete_file(Path(path)) as part, _explained(path), part.open("wb") as file:
-        np.save(file, frames.detach().to("cpu", torch.float32).contiguous().numpy())
+    with _complete_file(Path(path)) as part, _explained(path):
+        file = _ArrayFile(part, tuple(frames.shape))
+        try:
+            file.put(frames)
+            file.finish()
+        finally:
+            file.close()
 
 
 @contextmanager
@@ -527,4 +549,14 @@ def _explained(path: str | os.PathLike[str]) -> Iterator[None]:
     try:
         yield
     except (OSError, ValueError) as error:
+        if is_disk_full(error):
+            raise OptionError(
+                f"{path} cannot be written, because its disk is full: free some space, or choose "
+                "another place."
+            ) from error
         raise OptionError(f"{path} cannot be written ({error}): choose another place.") from error
+
+
+def is_disk_full(error: BaseException) -> bool:
+    """Whether a disk, or the share of it that a user may take, ran full."""
+    return getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT)

@@ -13,6 +13,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from .errors import OptionError
 from .offload import missing_bytes, page_lock, page_unlock
 
 #: if neither Linux nor psutil reports it (the extra "standalone" brings psutil)
@@ -117,7 +118,13 @@ class TorchRuntime:
         state_folder: Path | None = None,
     ) -> None:
         # as tensors name it: "cuda" becomes "cuda:0"
-        self.device = torch.empty(0, device=device).device
+        try:
+            self.device = torch.empty(0, device=device).device
+        except (RuntimeError, AssertionError) as error:  # the latter of builds without the device
+            reason = str(error).partition("\n")[0].partition(". ")[0]
+            raise OptionError(
+                f"Device {str(device)!r} cannot be used ({reason}): use cpu."
+            ) from error
         self.offload_device = torch.device("cpu")
         self.state_folder = state_folder
         #: page-locked by `pin`

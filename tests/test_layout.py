@@ -34,7 +34,7 @@ LAYERS = [
     {"transformer", "vae"},
     {"kernels", "latents", "runtime"},
     {"config", "files", "interrupt", "ladder", "offload", "outcomes", "streaming"},
-    {"errors"},
+    {"errors", "installed"},
 ]
 
 
@@ -239,11 +239,16 @@ FOREIGN = {
     "autoencoder_kl_causal_3d.py",
     "autoencoder_kl_hunyuan_video.py",
     "cli_args.py",
+    "comfy/k_diffusion/sampling.py",
     "comfy/ldm/hunyuan_video/model.py",
+    "comfy/samplers.py",
+    "comfy/sd1_clip.py",
+    "comfy/utils.py",
     "convert_hunyuan_video_to_diffusers.py",
     "main.py",
     "pipeline_hunyuan_skyreels_image2video.py",
     "pricing.md",
+    "src/mochi_preview/infer.py",
     "video_generate.py",
     "websocket.md",
 }

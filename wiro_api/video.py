@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 MAX_PIXELS = 2**27
 #: after that many frames that decode, a video is taken to play
 CHECKED_FRAMES = 20_000
+#: FFmpeg's code of colours that use all 8 bits
+FULL_RANGE = 2
 
 
 def is_video(output: Output) -> bool:
@@ -74,9 +76,11 @@ def read_frames(path: Path) -> "Iterator[tuple[NDArray[np.uint8], int]]":
         for frame in container.decode(stream):
             size = (frame.width, frame.height) if count == 0 else size
             count += 1
-            # without a destination PyAV below 17 reads every colour matrix as BT.601
+            # PyAV below 17 reads every colour matrix as BT.601 without a destination, and every
+            # range as limited unless it is told
+            full = {"src_color_range": "JPEG"} if frame.color_range == FULL_RANGE else {}
             pixels = frame.to_ndarray(
-                format="rgb24", width=size[0], height=size[1], dst_colorspace="DEFAULT"
+                format="rgb24", width=size[0], height=size[1], dst_colorspace="DEFAULT", **full
             )
             yield pixels, announced
     if count == 0:

@@ -1,14 +1,19 @@
 """The picture a video starts from."""
 
+from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ...skyreels.config import MAX_FRAMES, MAX_SIZE, SIZE_MULTIPLE
-from ...skyreels.errors import ShapeError
+from ...skyreels.errors import OptionError, ShapeError
 from ...skyreels.image import FITS, ImageSettings, encode_image
 from ...skyreels.latents import ImageConditioning, check_size
 from .. import host
+
+#: what is made of a batch of pictures; the first is the default
+BATCHES = ("first picture", "one clip each")
 
 
 class SkyReelsImageConditioning:
@@ -30,7 +35,7 @@ class SkyReelsImageConditioning:
                 "vae": ("SKYREELS_VAE", {"tooltip": "From SkyReels Load VAE."}),
                 "image": (
                     "IMAGE",
-                    {"tooltip": "The first frame; of a batch the first picture is used."},
+                    {"tooltip": "The first frame; see `batch` for a batch of pictures."},
                 ),
                 "width": (
                     "INT",
@@ -117,6 +122,15 @@ class SkyReelsImageConditioning:
                         "model was trained with 1).",
                     },
                 ),
+                "batch": (
+                    list(BATCHES),
+                    {
+                        "default": BATCHES[0],
+                        "advanced": True,
+                        "tooltip": "Of a batch of pictures: use the first one, or sample a clip "
+                        "of each, one after the other. Each clip takes the time of a run.",
+                    },
+                ),
             },
             "hidden": {"unique_id": "UNIQUE_ID"},
         }
@@ -143,18 +157,30 @@ class SkyReelsImageConditioning:
         latent_strength: float = 1.0,
         augmentation_seed: int = 0,
         prefix_frames: int = 1,
+        batch: str = BATCHES[0],
         unique_id: str | None = None,
     ) -> tuple[ImageConditioning]:
         check_size(width, height, num_frames)
         settings = ImageSettings(fit, prefix_frames, noise_augmentation, latent_strength)
-        conditioning = encode_image(
-            vae.module,
-            image,
-            settings,
-            width=width,
-            height=height,
-            num_frames=num_frames,
-            seed=augmentation_seed,
-            runtime=host.ComfyRuntime(unique_id, vae),
-        )
-        return (conditioning,)
+        is_each = batch != BATCHES[0]
+        if is_each and prefix_frames > 1:
+            raise OptionError(
+                f"{prefix_frames} prefix frames are the start of one clip, and batch asks for a "
+                "clip of each picture: set prefix_frames to 1."
+            )
+        runtime = host.ComfyRuntime(unique_id, vae)
+        encoded = [
+            encode_image(
+                vae.module,
+                part,
+                settings,
+                width=width,
+                height=height,
+                num_frames=num_frames,
+                seed=augmentation_seed,
+                runtime=runtime,
+            )
+            for part in (torch.split(image, 1) if is_each else [image])
+        ]
+        latents = torch.cat([each.image_latents for each in encoded])
+        return (replace(encoded[0], image_latents=latents),)

@@ -84,7 +84,7 @@ class SkyReelsScheduler:
                 },
             )
         }
-        return {"required": {**STEPS, **SHIFT, **DENOISE, **scheduler}}
+        return {"required": {**STEPS, **SHIFT, **DENOISE}, "optional": scheduler}
 
     def schedule(
         self, steps: int, shift: float, denoise: float, scheduler: str = "default"

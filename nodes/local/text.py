@@ -155,7 +155,8 @@ class SkyReelsTextEncode:
                         "dynamicPrompts": True,
                         "default": "",
                         "tooltip": "What happens in the video, up to 256 tokens (about 190 words); "
-                        "longer text is cut, with a warning. A negative prompt may be empty.",
+                        "longer text is cut, with a warning. A negative prompt may be empty. "
+                        "(word:1.2) weighs words as in core; write \\( and \\) for parentheses.",
                     },
                 ),
                 "add_fps_prefix": (

@@ -13,6 +13,7 @@ from torch import Tensor
 from ..config import Guidance
 from ..errors import CheckpointError, OptionError, shown
 from ..latents import ImageConditioning
+from ..media import is_disk_full
 from ..transformer.model import SkyReelsTransformer
 from .prompts import Prompt
 from .settings import SamplingSettings
@@ -163,8 +164,9 @@ def load_state(path: Path, fingerprint: str, latents: Tensor, num_steps: int) ->
         if not path.is_file():
             raise OptionError(f"{path} is not a file: name a file for the saved steps.")
     except (OSError, ValueError) as error:
+        reason = "its disk is full" if is_disk_full(error) else error
         raise OptionError(
-            f"Steps cannot be saved in {path} ({error}): choose another place."
+            f"Steps cannot be saved in {path} ({reason}): choose another place."
         ) from None
     try:
         with safe_open(path, "pt") as file:

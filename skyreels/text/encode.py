@@ -21,6 +21,7 @@ from ..offload import missing_bytes, on_device, weight_bytes
 from ..runtime import Runtime
 from .embeds import PromptEmbeds, warn_truncated, with_fps_prefix
 from .load import TextEncoder
+from .weights import apply_weights, clip_ids, is_plain, weighted_ids
 
 logger = logging.getLogger("skyreels.text.encode")
 
@@ -48,14 +49,15 @@ def encode_prompt(
     cache_dir: Path | None = None,
     runtime: Runtime,
 ) -> PromptEmbeds:
-    """Encode a prompt for the transformer, or return the cached result of the same prompt.
+    r"""Encode a prompt for the transformer, or return the cached result of the same prompt.
 
     The final text goes to both encoders, as in diffusers. A language model that does not fit on
     `runtime.device` is onloaded layer by layer.
 
     Args:
         encoder: from `load_text_encoder`, on any device; back there afterwards.
-        prompt: any text, may be empty; braces have no meaning.
+        prompt: any text, may be empty; braces have no meaning. `(word:1.2)` weighs words as in
+            ComfyUI, see weights.py; write parentheses that mean themselves as `\(` and `\)`.
         fps_prefix: put "FPS-24, " in front unless the prompt names a frame rate. Pass False for the
             negative prompt: the official pipeline uses it without the prefix.
         cache_dir: folder that keeps results beyond this process, one file each.
@@ -121,6 +123,8 @@ def cached_prompt(
 def _language_states(encoder: TextEncoder, text: str, runtime: Runtime) -> Tensor:
     """Encode with the language model: [1, n, text_dim], n <= 256 without the template's tokens."""
     full = encoder.template.replace("{}", text)
+    if not is_plain(text):
+        return _weighted_states(encoder, full, runtime)
     ids = encoder.llm_tokenizer(full)["input_ids"]
     limit = MAX_TEXT_TOKENS + encoder.crop_start
     if len(ids) > limit:
@@ -132,11 +136,37 @@ def _language_states(encoder: TextEncoder, text: str, runtime: Runtime) -> Tenso
     return states[:, encoder.crop_start :]
 
 
+def _weighted_states(encoder: TextEncoder, full: str, runtime: Runtime) -> Tensor:
+    """As `_language_states`, of a text with weights or escapes."""
+    tokenizer, limit = encoder.llm_tokenizer, MAX_TEXT_TOKENS + encoder.crop_start
+    ids, weights = weighted_ids(tokenizer, full)
+    if len(ids) > limit:
+        warn_truncated(len(ids) - encoder.crop_start, MAX_TEXT_TOKENS)
+        ids, weights = ids[:limit], weights[:limit]
+    if all(weight == 1.0 for weight in weights):
+        input_ids = torch.tensor([ids], device=runtime.device)
+        with _onloaded(encoder.llm, runtime):
+            found: Tensor = encoder.llm(input_ids=input_ids, use_cache=False).last_hidden_state
+        return found[:, encoder.crop_start :]
+    pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    both = torch.tensor([ids, [ids[0], *[pad] * (len(ids) - 1)]], device=runtime.device)
+    mask = torch.ones_like(both)
+    mask[1, 1:] = 0
+    with _onloaded(encoder.llm, runtime):
+        states: Tensor = encoder.llm(
+            input_ids=both, attention_mask=mask, use_cache=False
+        ).last_hidden_state
+    return apply_weights(states[:1], states[1:], weights)[:, encoder.crop_start :]
+
+
 def _pooled_state(encoder: TextEncoder, text: str, runtime: Runtime) -> Tensor:
     """Encode with CLIP: [1, pooled_dim], the state at end of text after the final norm."""
-    ids = encoder.clip_tokenizer(
-        text, padding="max_length", max_length=MAX_CLIP_TOKENS, truncation=True
-    )["input_ids"]
+    if is_plain(text):
+        ids = encoder.clip_tokenizer(
+            text, padding="max_length", max_length=MAX_CLIP_TOKENS, truncation=True
+        )["input_ids"]
+    else:
+        ids = clip_ids(encoder.clip_tokenizer, text, MAX_CLIP_TOKENS)
     input_ids = torch.tensor([ids], device=runtime.device)
     with runtime.place(encoder.clip, 0), on_device(encoder.clip, runtime.device):
         pooled: Tensor = encoder.clip(input_ids=input_ids).pooler_output
@@ -196,6 +226,8 @@ def _fits(llm: Any, runtime: Runtime) -> bool:
 
 
 def _cache_key(fingerprint: str, text: str) -> str:
+    if not is_plain(text):  # earlier versions took weights for words
+        fingerprint = f"{fingerprint}\0weights"
     return hashlib.sha256(f"{fingerprint}\0{text}".encode("utf-8", "surrogatepass")).hexdigest()
 
 

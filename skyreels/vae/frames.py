@@ -217,6 +217,6 @@ def _check(total: Tensor) -> None:
     """Refuse frames whose sum is not a number, as it is not if one of them has one that is not."""
     if not bool(total.isfinite()):
         raise OptionError(
-            "The decoded frames contain NaN: load the VAE in bf16 or fp32 instead of fp16, and "
-            "check the latents."
+            "The decoded frames contain NaN: if the VAE was loaded in fp16, load it in bf16 or "
+            "fp32; else check its file and the latents."
         )

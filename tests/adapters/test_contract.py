@@ -48,7 +48,7 @@ FROZEN = {
     "SkyReelsImageConditioning": (
         "SkyReels Image Conditioning",
         ["vae", "image", "width", "height", "num_frames", "fit", "noise_augmentation",
-         "latent_strength", "augmentation_seed", "prefix_frames"],
+         "latent_strength", "augmentation_seed", "prefix_frames", "batch"],
         [("image_conditioning", "SKYREELS_IMAGE")],
     ),
     "SkyReelsSampler": (
@@ -67,7 +67,7 @@ FROZEN = {
     ),
     "SkyReelsScheduler": (
         "SkyReels Scheduler",
-        ["steps", "shift", "denoise"],
+        ["steps", "shift", "denoise", "scheduler"],
         [("sigmas", "SIGMAS")],
     ),
     "SkyReelsVAEDecode": (

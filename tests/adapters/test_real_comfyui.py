@@ -953,6 +953,12 @@ def test_batches_and_noise_masks_give_what_they_give_in_core(inside):
     assert {name: error for name, error in inside["latents"].items() if not error <= 1e-5} == {}
 
 
+def test_weights_in_a_prompt_are_read_and_applied_as_in_core(inside):
+    assert inside["parsed"] == 0
+    assert {text: error for text, error in inside["weighted"].items() if not error <= 1e-5} == {}
+    assert len(inside["weighted"]) == 3
+
+
 def test_schedules_by_name_are_cores(inside):
     assert len(inside["schedules"]) == 7
     assert set(inside["schedules"].values()) == {0.0}

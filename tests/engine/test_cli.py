@@ -1,6 +1,7 @@
 """The command line: results, exit codes, one JSON object, and sentences instead of tracebacks."""
 
 import contextlib
+import errno
 import importlib
 import json
 import os
@@ -25,6 +26,7 @@ from comfyui_skyreels.skyreels.builtin import (
     example_image,
 )
 from comfyui_skyreels.skyreels.config import TransformerConfig
+from comfyui_skyreels.skyreels.errors import OptionError
 from comfyui_skyreels.skyreels.pipeline import image_to_video
 from comfyui_skyreels.skyreels.runtime import TorchRuntime
 from comfyui_skyreels.skyreels.sampling.settings import SamplingSettings, get_sigmas
@@ -834,3 +836,88 @@ def test_doctor_survives_files_nobody_can_read_and_finds_folders(capsys, tmp_pat
     weights = json.loads(out)["weights"]
     assert "skyreels-i2v" in weights["diffusers/SkyReels"]
     assert "of another model" in weights["diffusion_models/sub/broken.safetensors"]
+
+
+# --- places and packages ------------------------------------------------------------------------
+
+
+def test_a_place_that_cannot_be_used_is_found_before_any_work(capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr(cli, "_generate", lambda *_: pytest.fail("it began"))
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "file").touch()
+    os.mkfifo(tmp_path / "pipe")
+    out_file = tmp_path / "clip.npy"
+    for options, words in (
+        (["--resume", tmp_path / "folder"], "is a folder: name a file"),
+        (["--resume", tmp_path / "pipe"], "not a regular file"),
+        (["--resume", tmp_path / "file" / "x"], "cannot be written"),
+        (["--resume", out_file], "both name"),
+        (["--prompt-cache", tmp_path / "file"], "is not a folder"),
+    ):
+        code, _, err = run(capsys, "generate", *FAST, "--out", out_file, *options)
+        assert code == 1
+        assert words in err
+    assert not list(tmp_path.glob("*.part"))
+
+
+def test_a_tilde_is_the_home_folder_in_every_path(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path))
+    options = ("transformer", "vae", "text-encoder", "out", "resume", "prompt-cache", "extend")
+    given = [text for name in options for text in (f"--{name}", f"~/{name}")]
+    arguments = cli.build_parser().parse_args(["generate", "~/image", "--prompt", "x", *given])
+    for name in ("image", *options):
+        assert getattr(arguments, name.replace("-", "_")) == tmp_path / name
+    assert cli.build_parser().parse_args(["inspect", "~/x"]).path == tmp_path / "x"
+    nobody = cli.build_parser().parse_args(["inspect", "~nobody-here/x"]).path
+    assert nobody == Path("~nobody-here/x")
+
+
+@pytest.mark.parametrize("device", ["mps", "xpu", "nonsense", "cuda:x", ""])
+def test_a_device_that_is_none_gets_a_sentence(capsys, device):
+    code, _, err = run(capsys, "generate", *FAST, "--out", "clip.npy", "--device", device)
+    assert code == 1
+    assert "use cpu" in err
+
+
+@pytest.mark.parametrize("device", ["mps", "xpu", "tpu", "cuda:99"])
+def test_a_runtime_of_a_device_that_is_none_gets_a_sentence(device):
+    if torch.cuda.device_count() > 99 or (device == "mps" and torch.backends.mps.is_available()):
+        pytest.skip("it is there")
+    with pytest.raises(OptionError, match="cannot be used .*: use cpu"):
+        TorchRuntime(device)
+
+
+@pytest.mark.parametrize("missing", ["torch", "einops"])
+def test_a_missing_package_is_a_sentence(tmp_path, missing):
+    """In a fresh interpreter, which finds all but one package."""
+    hide = f"""
+import importlib.util, runpy, sys
+find = importlib.util.find_spec
+importlib.util.find_spec = lambda name, *a: None if name == {missing!r} else find(name, *a)
+sys.argv = ["-m", "inspect", "x", "--json"]
+sys.orig_argv = ["python", "-m", "skyreels", "inspect", "x", "--json"]
+import skyreels
+"""
+    ran = subprocess.run(
+        [sys.executable, "-c", hide], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert ran.returncode == 1
+    assert f"{missing} is not installed" in json.loads(ran.stdout)["error"]
+    assert f"-m pip install {missing}" in ran.stderr
+    assert "Traceback" not in ran.stderr
+    library = hide.replace("sys.argv = ", "unused = ").replace("sys.orig_argv = ", "unused = ")
+    ran = subprocess.run(
+        [sys.executable, "-c", library], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert f"ImportError: {missing} is not installed" in ran.stderr
+
+
+def test_a_full_disk_is_called_full(capsys, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device", "clip.npy")
+
+    monkeypatch.setattr(cli, "_check_places", full)
+    code, _, err = run(capsys, "generate", *FAST, "--out", "clip.npy")
+    assert code == 1
+    assert "its disk is full" in err

@@ -208,3 +208,37 @@ def test_room_is_asked_for_before_the_vae_moves(vae):
     encode_image(vae, image, width=32, height=32, num_frames=9, runtime=Recording())
     assert asked
     assert asked[0] >= encode_bytes(vae.config, torch.Size((1, 3, 1, 32, 32)), torch.float32)
+
+
+@pytest.mark.parametrize(
+    ("image", "words"),
+    [
+        (torch.linspace(0, 255, 32).expand(1, 32, 32).unsqueeze(-1).expand(1, 32, 32, 3), "by 255"),
+        (
+            torch.linspace(-1, 1, 32).expand(1, 32, 32).unsqueeze(-1).expand(1, 32, 32, 3),
+            r"\+ 1\) / 2",
+        ),
+        (torch.full((1, 32, 32, 3), torch.inf), "infinity"),
+    ],
+)
+def test_an_image_of_another_range_is_refused_with_its_conversion(image, words):
+    with pytest.raises(ShapeError, match=words):
+        fit_image(image, 32, 32)
+
+
+def test_what_a_resize_overshoots_is_cut():
+    image = torch.full((1, 32, 32, 3), 1.0001)
+    image[:, 0] = -0.2
+    fitted = fit_image(image, 32, 32)
+    assert fitted.max() == 1.0
+    assert fitted.min() == -1.0
+
+
+def test_latents_that_overflow_in_the_vae_are_named_at_once():
+    vae = tiny.randomize(VideoVAE(tiny.VAE)).half()
+    for parameter in vae.parameters():
+        parameter.data.fill_(60000)
+    with pytest.raises(ShapeError, match="computes in float16: load it in bf16 or fp32"):
+        encode_image(
+            vae, torch.rand(1, 32, 32, 3), width=32, height=32, num_frames=5, runtime=TorchRuntime()
+        )

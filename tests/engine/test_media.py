@@ -1,11 +1,14 @@
 """Image files become tensors, clips become files that a browser plays."""
 
+import errno
 import logging
 import os
 import struct
 import sys
 import weakref
 import zlib
+from contextlib import contextmanager
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -294,6 +297,73 @@ def test_a_video_is_read_with_its_own_colour_matrix(tmp_path):
     torch.testing.assert_close(video.read_clip(path)[1, 16, 24], colour, atol=0.012, rtol=0)
 
 
+#: matrix of FFmpeg's code, its red and blue coefficients
+MATRICES = {1: (0.2126, 0.0722), 5: (0.299, 0.114), 6: (0.299, 0.114), 2: (0.299, 0.114)}
+
+
+@pytest.mark.parametrize("matrix", MATRICES)
+@pytest.mark.parametrize("is_full", [False, True], ids=["limited", "full"])
+def test_colours_are_read_by_the_matrix_and_range_that_the_file_states(tmp_path, matrix, is_full):
+    """Levels as they are in the file, and the colour that ITU-T H.273 makes of them."""
+    y, cb, cr = levels = (100, 110, 160)
+    path = tmp_path / "clip.mp4"
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264", rate=24, options={"crf": "1"})
+        stream.width, stream.height, stream.pix_fmt = 32, 32, "yuv420p"
+        context = stream.codec_context
+        context.colorspace, context.color_range = matrix, 2 if is_full else 1
+        frame = av.VideoFrame(32, 32, "yuv420p")
+        for plane, level in zip(frame.planes, levels, strict=True):
+            plane.update(bytes([level]) * plane.buffer_size)
+        container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))
+    offset, luma, chroma = (0, 255, 255) if is_full else (16, 219, 224)
+    y, cb, cr = (y - offset) / luma, (cb - 128) / chroma, (cr - 128) / chroma
+    kr, kb = MATRICES[matrix]
+    red, blue = y + 2 * (1 - kr) * cr, y + 2 * (1 - kb) * cb
+    green = (y - kr * red - kb * blue) / (1 - kr - kb)
+    expected = torch.tensor([red, green, blue])
+    # swscale's integer tables are off by up to three of 255
+    torch.testing.assert_close(video.read_clip(path)[0, 16, 16], expected, atol=0.014, rtol=0)
+    pixels, _ = next(iter(read_frames(path)))
+    remote = torch.from_numpy(pixels)[16, 16] / 255
+    torch.testing.assert_close(remote, expected, atol=0.014, rtol=0)
+
+
+@pytest.mark.parametrize("name", ["clip.mp4", "clip.npy"])
+def test_a_full_disk_is_called_full_and_leaves_nothing(tmp_path, name, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(video._VideoFile, "put_pixels", full)
+    monkeypatch.setattr(video._ArrayFile, "put", full)
+    with pytest.raises(OptionError, match="its disk is full"):
+        video.write_frames(tmp_path / name, torch.zeros(2, 32, 32, 3))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_disk_that_is_really_full_is_called_full():
+    for write in (video.write_video, video.write_npy):
+        with pytest.raises(OptionError, match="its disk is full"), full_disk(video):
+            write("clip.mp4", torch.rand(2, 32, 32, 3))
+
+
+@contextmanager
+def full_disk(module):
+    """What is written goes to a device that is always full."""
+    device = Path("/dev/full")
+    if not device.exists():
+        pytest.skip("this system has no /dev/full")
+
+    @contextmanager
+    def complete(path, *, keep=True):
+        yield device
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "_complete_file", complete)
+        yield
+
+
 def test_a_clip_of_the_models_rate_is_read_without_a_word(tmp_path, caplog):
     path = tmp_path / "clip.mp4"
     video.write_video(path, clip())
@@ -441,7 +511,10 @@ def test_what_the_thread_cannot_write_is_raised_at_the_next_frames_and_leaves_no
 
     monkeypatch.setattr(video._ArrayFile, "put", fail)
     out = video.open_frames(tmp_path / "a.npy", 5, 32, 48)
-    with pytest.raises(OptionError, match=r"a\.npy cannot be written .*No space left"), out as file:
+    with (
+        pytest.raises(OptionError, match=r"a\.npy cannot be written, because its disk is full"),
+        out as file,
+    ):
         file.restart()
         file.write(clip()[:3])
         file.write(clip()[3:])

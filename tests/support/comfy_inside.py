@@ -13,6 +13,7 @@ import logging
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 checkout, pack, folder = sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3])
 sys.argv = sys.argv[:1]
@@ -27,6 +28,7 @@ import comfy.model_sampling
 import comfy.sample
 import comfy.samplers
 import comfy.sd
+import comfy.sd1_clip
 import comfy_extras.nodes_context_windows
 import comfy_extras.nodes_model_advanced
 import comfy_extras.nodes_model_merging
@@ -40,7 +42,10 @@ sys.path.append(str(pack / "tests"))  # behind ComfyUI's own `tests`
 import comfyui_skyreels
 from comfyui_skyreels.skyreels.config import TransformerConfig, VAEConfig
 from comfyui_skyreels.skyreels.latents import to_model_space
+from comfyui_skyreels.skyreels.runtime import TorchRuntime
 from comfyui_skyreels.skyreels.sampling.settings import get_sigmas
+from comfyui_skyreels.skyreels.text.encode import _weighted_states
+from comfyui_skyreels.skyreels.text.weights import parse_weights, weighted_ids
 from comfyui_skyreels.skyreels.vae.model import VideoVAE
 from comfyui_skyreels.skyreels.weights.keymaps import vae_sources
 
@@ -359,7 +364,7 @@ for sampler_name in ("dpmpp_2m", "euler_cfg_pp"):
 
 result["schedules"] = {}
 flow = type("Flow", (comfy.model_sampling.ModelSamplingDiscreteFlow,), {})()
-for name in NODES["SkyReelsScheduler"].INPUT_TYPES()["required"]["scheduler"][0][1:]:
+for name in NODES["SkyReelsScheduler"].INPUT_TYPES()["optional"]["scheduler"][0][1:]:
     worst = 0.0
     for shift in (1.0, 7.0, 17.0):
         flow.set_parameters(shift=shift)
@@ -371,6 +376,64 @@ for name in NODES["SkyReelsScheduler"].INPUT_TYPES()["required"]["scheduler"][0]
             same = made.shape == core.shape
             worst = max(worst, (made - core).abs().max().item() if same else float("inf"))
     result["schedules"][name] = worst
+
+# --- weights in a prompt ------------------------------------------------------------------------
+
+TEXTS = (
+    "", "a cat", "a (cat:1.2) walks", "((cat)) and (dog:0.5)", "a (b (c:2) d) e", r"\(cat\) (dog)",
+    "(a:b) (c:) (:2) () (x", "a) (b (c) d", "x:1.2 (y:1_0) (z: 1.5 )", r"(a \(b\):1.3), c\)",
+    "(a:1.0)",
+)  # fmt: skip
+result["parsed"] = sum(
+    [
+        (comfy.sd1_clip.unescape_important(run), weight)
+        for run, weight in comfy.sd1_clip.token_weights(comfy.sd1_clip.escape_important(text), 1.0)
+    ]
+    != (parse_weights(text) if text else [])
+    for text in TEXTS
+)
+
+
+class Letters:
+    """A tokenizer whose tokens are letters."""
+
+    pad_token_id = 2
+
+    def __call__(self, text, add_special_tokens=True):
+        return {"input_ids": [1] * add_special_tokens + [ord(c) % 90 + 3 for c in text]}
+
+
+def core_llama(sizes):
+    from comfy.text_encoders.hunyuan_video import LLAMAModel
+
+    options = {"llama_model_config": sizes, "vocab_size": 100}
+    model = LLAMAModel(dtype=torch.float32, model_options=options, attention_mask=True,
+                       special_tokens={"start": 1, "pad": 2})  # fmt: skip
+    return tiny.randomize(model)
+
+
+def our_states(core, sizes, text):
+    from transformers import LlamaConfig, LlamaModel
+
+    names = {"head_dim": 128}  # core's
+    ours = LlamaModel(LlamaConfig(vocab_size=100, rope_theta=500000.0, rms_norm_eps=1e-5,
+                                  **{**sizes, **names, "num_hidden_layers": 2}))  # fmt: skip
+    state = {k.removeprefix("model."): v for k, v in core.transformer.state_dict().items()}
+    ours.load_state_dict({k: state[k] for k in ours.state_dict()})
+    ours.norm = torch.nn.Identity()
+    encoder = SimpleNamespace(llm=ours.eval(), llm_tokenizer=Letters(), crop_start=0, template="{}")
+    return _weighted_states(encoder, text, TorchRuntime())
+
+
+sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 4,
+         "num_attention_heads": 4, "num_key_value_heads": 2}  # fmt: skip
+core = core_llama(sizes)
+result["weighted"] = {}
+for text in ("a (cat:1.2) walks", "((cat)) and (dog:0.5)", "(cat:0) x"):
+    pairs = [list(zip(*weighted_ids(Letters(), text), strict=True))]
+    with torch.inference_mode():
+        expected = core.encode_token_weights(pairs)[0]
+        result["weighted"][text] = relative_error(our_states(core, sizes, text), expected)
 
 # --- VAE ----------------------------------------------------------------------------------------
 

@@ -746,6 +746,23 @@ def test_a_batch_is_sampled_clip_by_clip_with_the_noise_of_one_generator(comfy, 
     assert torch.equal(again, other)
 
 
+def test_a_batch_of_pictures_gives_its_first_clip_or_one_of_each(comfy, picture):
+    vae, inputs = prepare(picture)
+    both = torch.cat([picture, picture.flip(1)])
+    first, each = (
+        node("SkyReelsImageConditioning", vae=vae, image=both, fit="crop", batch=batch, **SIZE)
+        for batch in ("first picture", "one clip each")
+    )
+    assert torch.equal(first.image_latents, inputs["image"].image_latents)
+    assert each.image_latents.shape == (2, 16, 1, 4, 6)
+    samples = node("SkyReelsSampler", **{**inputs, "image": each})["samples"]
+    assert samples.shape == (2, 16, 3, 4, 6)
+    assert torch.equal(samples[:1], node("SkyReelsSampler", **inputs)["samples"])
+    with pytest.raises(OptionError, match="set prefix_frames to 1"):
+        node("SkyReelsImageConditioning", vae=vae, image=both, fit="crop", prefix_frames=5,
+             batch="one clip each", **SIZE)  # fmt: skip
+
+
 def test_a_batch_is_decoded_clip_by_clip_into_one_row_of_frames(comfy):
     vae = load_vae_node()
     latents = torch.randn(2, 16, 2, 4, 6, generator=torch.Generator().manual_seed(1))

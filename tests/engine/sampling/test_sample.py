@@ -13,6 +13,7 @@ from comfyui_skyreels.skyreels.image import fit_image
 from comfyui_skyreels.skyreels.latents import ImageConditioning
 from comfyui_skyreels.skyreels.pipeline import image_to_video
 from comfyui_skyreels.skyreels.runtime import TorchRuntime
+from comfyui_skyreels.skyreels.sampling.finite import FiniteWatch, suspects
 from comfyui_skyreels.skyreels.sampling.precompute import precompute
 from comfyui_skyreels.skyreels.sampling.sample import (
     combine,
@@ -21,6 +22,7 @@ from comfyui_skyreels.skyreels.sampling.sample import (
     sample,
 )
 from comfyui_skyreels.skyreels.sampling.settings import SamplingSettings, euler, get_sigmas
+from comfyui_skyreels.skyreels.sampling.step_cache import CACHES
 from comfyui_skyreels.skyreels.text.embeds import PromptEmbeds
 from comfyui_skyreels.skyreels.transformer.layers import rope_table
 from comfyui_skyreels.skyreels.transformer.model import call
@@ -75,6 +77,38 @@ def test_timesteps_of_thirty_steps_are_the_published_ones():
 
 def test_denoise_takes_the_end_of_a_longer_schedule():
     assert torch.equal(get_sigmas(5, denoise=0.5), get_sigmas(10)[-6:])
+
+
+def test_the_end_of_a_very_long_schedule_costs_nothing_and_has_the_same_bits():
+    for steps, denoise in ((30, 0.4), (7, 0.123), (1, 0.01)):
+        total = int(steps / denoise)
+        linear = torch.linspace(1.0, 0.0, total + 1, dtype=torch.float64)
+        whole = (7 * linear / (1 + 6 * linear))[-(steps + 1) :].float()
+        assert torch.equal(get_sigmas(steps, 7.0, denoise), whole)
+    sigmas = get_sigmas(1000, 7.0, 1e-5)  # of a hundred million steps
+    assert len(sigmas) == 1001
+    assert bool((sigmas.diff() < 0).all())
+
+
+@pytest.mark.parametrize("steps", [30.5, 30.0, True, "30", None])
+def test_steps_that_are_no_whole_number_are_refused(steps):
+    with pytest.raises(OptionError, match="not a whole number"):
+        get_sigmas(steps)
+
+
+def test_numpys_whole_numbers_are_whole_numbers():
+    assert torch.equal(get_sigmas(np.int64(4)), get_sigmas(4))
+    assert SamplingSettings(seed=np.uint64(3)).seed == 3
+    for seed in (1.5, True, np.float32(2)):
+        with pytest.raises(OptionError, match="not a whole number"):
+            SamplingSettings(seed=seed)
+
+
+def test_a_schedule_may_begin_a_rounding_error_above_one(model, conditioning):
+    sigmas = torch.tensor([1.0000008, 0.5, 0.0])
+    latents = run(model, conditioning, sigmas=sigmas)
+    one = run(model, conditioning, sigmas=torch.tensor([1.0, 0.5, 0.0]))
+    torch.testing.assert_close(latents, one, atol=1e-3, rtol=1e-3)
 
 
 @pytest.mark.parametrize(
@@ -325,11 +359,101 @@ def test_image_latents_of_another_size_are_refused(model):
         run(model, conditioning)
 
 
+@pytest.mark.parametrize(
+    "conditioning",
+    [
+        ImageConditioning(torch.zeros(16, 1, 4, 6), 48, 32, 9),
+        ImageConditioning(torch.zeros(1, 4, 1, 4, 6), 48, 32, 9),
+        ImageConditioning(torch.zeros(1, 16, 4, 4, 6), 48, 32, 9),
+        ImageConditioning(torch.zeros(1, 16, 0, 4, 6), 48, 32, 9),
+        ImageConditioning(torch.zeros(2, 16, 1, 4, 6), 48, 32, 9),
+        ImageConditioning(torch.zeros(1, 16, 1, 4, 6), 48.0, 32, 9),
+        ImageConditioning(torch.zeros(1, 16, 1, 4, 6), 48, 32, 10),
+        ImageConditioning(torch.full((1, 16, 1, 4, 6), torch.nan), 48, 32, 9),
+        ImageConditioning(None, 48, 32, 9),
+    ],
+)
+def test_a_misshaped_picture_is_refused_before_any_work(model, conditioning):
+    with counted(model) as made, pytest.raises(ShapeError):
+        run(model, conditioning)
+    assert made == []
+
+
+@pytest.mark.parametrize(
+    "mask", [torch.ones(1, 1, 3, 4, 4), torch.ones(1, 3, 4, 6), torch.ones(1, 2, 3, 4, 6)]
+)
+def test_a_misshaped_noise_mask_is_refused(model, conditioning, mask):
+    with pytest.raises(ShapeError, match="noise mask is"):
+        run(model, conditioning, noise_mask=mask)
+
+
+def test_a_noise_mask_keeps_the_start_where_it_is_zero(model, conditioning):
+    start = torch.randn(conditioning.latent_shape)
+    mask = torch.ones(1, 1, 3, 4, 6)
+    mask[..., :2] = 0
+    latents = run(model, conditioning, init_latents=start, noise_mask=mask)
+    torch.testing.assert_close(latents[..., :2], start[..., :2])
+    everything = run(model, conditioning, init_latents=start, noise_mask=torch.ones(1, 1, 3, 4, 6))
+    torch.testing.assert_close(everything, run(model, conditioning, init_latents=start))
+
+
 def test_latents_that_are_not_finite_are_reported(conditioning):
     model = tiny.transformer()
     model.final_layer.linear.weight.data.fill_(1e38)
-    with pytest.raises(ShapeError, match="NaN"):
+    with counted(model) as made, pytest.raises(ShapeError, match="NaN or infinity after step 1 of"):
         run(model, conditioning)
+    assert len(made) == 2  # of eight
+
+
+def test_the_first_step_that_is_not_finite_ends_the_run_and_is_named(conditioning):
+    model = tiny.transformer()
+    model.half_way = 0
+
+    def overflow(module, args, output):
+        model.half_way += 1
+        return output * torch.inf if model.half_way == 5 else output
+
+    model.final_layer.register_forward_hook(overflow)
+    saved = []
+    with counted(model) as made, pytest.raises(ShapeError, match="after step 3 of 4"):
+        run(
+            model, conditioning,
+            runtime=TorchRuntime(on_progress=lambda stage, done, *_: saved.append(done)),
+        )  # fmt: skip
+    assert len(made) == 6
+    assert max(saved) == 2
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({}, "LoRAs"),
+        ({"cache": CACHES["easy"]}, "switch the cache off"),
+        ({"attention": "fast"}, "use exact attention"),
+        ({"guidance": Guidance(50.0)}, "lower CFG 50"),
+    ],
+)
+def test_what_may_have_made_nan_is_named_with_its_remedy(settings, words):
+    model = tiny.transformer()
+    assert words in suspects(model, SamplingSettings(**settings))
+    assert "float16, whose numbers end at 65504" in suspects(model.half(), SamplingSettings())
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_on_this_gpu_the_watch_never_makes_the_host_wait():
+    device = torch.device("cuda:0")
+    latents = torch.zeros(1, 16, 3, 4, 6, device=device)
+    watch = FiniteWatch(4, device, "why")
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for step in range(1, 4):
+            watch.note(step, latents)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    with pytest.raises(ShapeError, match="after step 4 of 4"):  # at the latest when it is over
+        watch.note(4, latents * torch.nan)
+        watch.finish(latents * torch.nan)
 
 
 # --- branches block by block ----------------------------------------------------------------------
@@ -746,6 +870,9 @@ def test_a_disk_that_fills_up_costs_the_saved_step_and_not_the_run(
         ({"add_noise": False}, "clip to continue"),
         ({"sigmas": torch.tensor([1.01, 0.0])}, "from 1.00999999 to 0"),
         ({"seed": 2**64}, "Seed 18446744073709551616"),
+        ({"sigmas": torch.tensor([1.0, float("nan"), 0.0])}, "NaN"),
+        ({"sigmas": [1.0, 0.0]}, "must be a tensor"),
+        ({"noise_index": -1}, "noise_index"),
     ],
 )
 def test_numbers_out_of_range_are_refused(kwargs, words):
