@@ -452,11 +452,16 @@ def _scales(weights: Mapping[str, TensorEntry]) -> str:
     return "none"
 
 
-def _count(weights: Mapping[str, TensorEntry], stem: str) -> int:
+def _count(path: Path, weights: Mapping[str, TensorEntry], stem: str) -> int:
     """Count the numbered blocks `stem`.0, `stem`.1, ..."""
     numbers = {
         name[len(stem) + 1 :].partition(".")[0] for name in weights if name.startswith(stem + ".")
     }
+    if len(numbers) > MAX_LAYERS:
+        raise CheckpointError(
+            f"{path.name} has {len(numbers)} {stem}, and no known model more than {MAX_LAYERS}: it "
+            "is of another model; choose another file."
+        )
     return len(numbers)
 
 
@@ -503,9 +508,9 @@ def _transformer_config(
         out_channels=shape("final_layer.linear.weight", 2)[0] // (patch_t * patch * patch),
         num_attention_heads=hidden // head_dim,
         attention_head_dim=head_dim,
-        num_layers=_count(weights, double),
-        num_single_layers=_count(weights, single),
-        num_refiner_layers=_count(weights, refiner),
+        num_layers=_count(path, weights, double),
+        num_single_layers=_count(path, weights, single),
+        num_refiner_layers=_count(path, weights, refiner),
         mlp_ratio=shape("double_blocks.0.img_mlp.fc1.weight", 2)[0] / hidden,
         patch_size=patch,
         patch_size_t=patch_t,
@@ -558,8 +563,8 @@ def _vae_config(
         out_channels=channels("decoder.conv_out.conv.weight", 0),
         latent_channels=channels("post_quant_conv.weight", 0),
         block_out_channels=tuple(
-            channels(f"{stem}.{level}.{conv}", 0) for level in range(_count(weights, stem))
+            channels(f"{stem}.{level}.{conv}", 0) for level in range(_count(path, weights, stem))
         ),
-        layers_per_block=_count(weights, f"{stem}.0.{resnets}"),
+        layers_per_block=_count(path, weights, f"{stem}.0.{resnets}"),
         norm_num_groups=groups,
     )

@@ -230,6 +230,11 @@ def check_vae(path: str | PathLike[str]) -> CheckpointInfo:
             f"{info.path.name} is a VAE with {config.latent_channels} latent channels, and "
             f"HunyuanVideo's has {LATENT_CHANNELS}: use {VAE_FILE}."
         )
+    if (config.in_channels, config.out_channels) != (3, 3):
+        raise CheckpointError(
+            f"{info.path.name} is a VAE of pictures with {config.in_channels} channels in and "
+            f"{config.out_channels} out, and HunyuanVideo's has 3: use {VAE_FILE}."
+        )
     bad = [c for c in config.block_out_channels if c % config.norm_num_groups]
     if bad:
         raise CheckpointError(
