@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from .config import DECODE_MODES, TRANSFORMER_PRECISIONS
-from .errors import OptionError, SkyReelsError
+from .errors import MAX_MESSAGE, OptionError, SkyReelsError, shown
 from .interrupt import remembered_interrupt
 from .sampling.step_cache import CACHES
 from .transformer.attention import MODES
@@ -51,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except SkyReelsError as error:
         return _fail(arguments, str(error), EXIT_ERROR)
     except OSError as error:
-        place = error.filename or "A file"
+        place = shown(error.filename or "A file", MAX_MESSAGE)
         return _fail(
             arguments, f"{place} cannot be used ({error.strerror}): check the path.", EXIT_ERROR
         )
@@ -80,7 +80,7 @@ def _unexpected(error: Exception) -> str:
             "The device ran out of memory: use fewer frames, a smaller size, --decode "
             "tiled-diffusers or --precision fp8, or close other programs."
         )
-    reason = next(iter(str(error).splitlines()), "")
+    reason = shown(next(iter(str(error).splitlines()), ""), 300)
     return (
         f"Unexpected {type(error).__name__} ({reason}): this is a defect of the program. Please "
         "report it with the output of `python -X dev -m skyreels ...` and `python -m skyreels "
@@ -511,7 +511,7 @@ def run_inspect(arguments: argparse.Namespace) -> dict[str, Any]:
             "dtypes": f"{dtypes}; 8-bit scales: {info.scales}",
             "guidance": "embedded" if info.guidance_embeds else "no embedding",
         }
-        say(str(info.path))
+        say(shown(info.path, MAX_MESSAGE))
         for name, text in lines.items():
             if name != "guidance" or info.family == "transformer":
                 say(f"  {name:9} {text}")

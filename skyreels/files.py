@@ -29,7 +29,7 @@ def check_regular(path: Path) -> None:
         raise CheckpointError(f"{path} does not exist: check the name and the folder.") from None
     if not stat.S_ISREG(mode):
         kind = "a folder" if stat.S_ISDIR(mode) else "a pipe, a socket or a device"
-        raise CheckpointError(f"{path} is {kind} and not a file: choose a weight file.")
+        raise CheckpointError(f"{path} is {kind} and not a file: choose a regular file.")
 
 
 def read_json(path: Path) -> Any:

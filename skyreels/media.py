@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from .config import FRAMES_PER_SECOND
-from .errors import DependencyError, OptionError, ShapeError
+from .errors import DependencyError, OptionError, ShapeError, shown
 from .runtime import TorchRuntime, never_interrupt
 
 logger = logging.getLogger("skyreels.media")
@@ -138,13 +138,13 @@ def _decode_frames(path: Path, container: Any, check: Callable[[], None]) -> lis
     if abs(rate - FRAMES_PER_SECOND) > 0.1:
         logger.warning(
             "%s has %.4g frames per second, and the model makes %d: the clip will play at %d.",
-            path,
+            shown(path),
             rate,
             FRAMES_PER_SECOND,
             FRAMES_PER_SECOND,
         )
     if container.streams.audio:
-        logger.warning("The sound of %s is not used.", path)
+        logger.warning("The sound of %s is not used.", shown(path))
     room = _CLIP_FRACTION * TorchRuntime().free_bytes()
     frames: list[np.ndarray] = []
     for frame in container.decode(stream):
@@ -166,7 +166,7 @@ def _decode_frames(path: Path, container: Any, check: Callable[[], None]) -> lis
 def _read_npy(path: Path) -> Tensor:
     try:
         frames = np.load(path, allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
+    except (OSError, ValueError, EOFError, MemoryError) as error:  # a header may claim any size
         raise OptionError(f"{path} is not an array that numpy can read ({error}).") from error
     if not isinstance(frames, np.ndarray) or frames.dtype != np.float32:
         raise OptionError(f"{path} must hold one float32 array: use one that `generate` wrote.")

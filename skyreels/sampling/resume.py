@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..errors import CheckpointError, OptionError
+from ..errors import CheckpointError, OptionError, shown
 from ..latents import ImageConditioning
 from ..text.embeds import PromptEmbeds
 from ..transformer.model import SkyReelsTransformer
@@ -96,7 +96,7 @@ def resume_run(
         try:
             save_state(place, fingerprint, step, latents)
         except OSError as error:  # a full disk must not cost the run
-            logger.warning("Step %d is not saved in %s: %s.", step, place, error)
+            logger.warning("Step %d is not saved in %s: %s.", step, shown(place), shown(error))
 
     return first_step, latents, save
 

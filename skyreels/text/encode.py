@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ..config import MAX_TEXT_TOKENS
-from ..errors import OutOfRoomError, TextError
+from ..errors import OutOfRoomError, TextError, shown
 from ..ladder import retried
 from ..offload import missing_bytes, on_device, weight_bytes
 from ..runtime import Runtime
@@ -247,7 +247,9 @@ def _read_cache(path: Path) -> PromptEmbeds | None:
         if not is_prompt or not all(bool(t.isfinite().all()) for t in (states, pooled)):
             raise ValueError("its tensors are not those of a prompt")
     except (OSError, KeyError, ValueError, SafetensorError) as error:
-        logger.warning("Cached prompt %s is damaged (%s): encoding it again.", path, error)
+        logger.warning(
+            "Cached prompt %s is damaged (%s): encoding it again.", shown(path), shown(error)
+        )
         return None
     return PromptEmbeds(states, pooled)
 
@@ -267,6 +269,8 @@ def _write_cache(path: Path, embeds: PromptEmbeds) -> None:
         part.write_bytes(data)
         os.replace(part, path)
     except (OSError, ValueError) as error:  # the result is good even if the disk is full
-        logger.warning("The prompt could not be cached in %s: %s.", path.parent, error)
+        logger.warning(
+            "The prompt could not be cached in %s: %s.", shown(path.parent), shown(error)
+        )
         with suppress(OSError, ValueError):
             part.unlink(missing_ok=True)

@@ -28,6 +28,7 @@ import torch
 from torch import nn
 
 from ..errors import CheckpointError, DependencyError, TextError
+from ..files import check_regular
 from ..runtime import Runtime
 
 #: the text around every prompt; the braces mark where the prompt goes.
@@ -371,7 +372,10 @@ def _check_folder(root: Path) -> None:
     }
     for part, choices in needed.items():
         for names in choices:
-            if not any(next((root / part).glob(name), None) for name in names):
+            found = [path for name in names for path in (root / part).glob(name)]
+            for path in found:
+                check_regular(path)
+            if not found:
                 raise CheckpointError(
                     f"{root / part} lacks {' or '.join(names)}: {_FOLDER_SOURCE}, all into one "
                     "folder."

@@ -5,6 +5,7 @@ root of a diffusers model (with `transformer` and `vae` inside), and a folder of
 cache (`models--owner--name`, whose snapshots are links). Of variants the plain one is taken.
 """
 
+import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -131,7 +132,7 @@ def read_index(index: Path) -> dict[str, str]:
                 f"{index.name} in {name} names {shown(shard)}, which is outside its folder: "
                 "use the folder as it was published."
             )
-        if not (folder / shard).is_file():
+        if not os.path.isfile(folder / shard):  # also of a name too long for a file
             raise CheckpointError(
                 f"Folder {name} lacks {shown(shard)}, which its index names: download that file."
             )

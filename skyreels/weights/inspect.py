@@ -5,6 +5,7 @@ their own name. Sizes and offsets are checked against the file before anything i
 truncated or damaged file is reported as such and not as a shape mismatch later.
 """
 
+import contextlib
 import json
 import math
 import os
@@ -129,7 +130,7 @@ def inspect(
     """
     path = Path(path)
     folder_config: dict[str, Any] = {}
-    if path.is_dir():
+    if os.path.isdir(path):
         folder = weights_folder(path, part)
         tensors, metadata = _read_folder(folder)
         folder_config = _read_folder_config(folder)
@@ -356,10 +357,16 @@ def load_pickle(path: Path, map_location: str) -> dict[str, torch.Tensor]:
     import zipfile
 
     name = path.name
+    # torch goes by the suffix .safetensors, if it is given a path
+    is_misnamed = path.suffix == ".safetensors"
     try:
-        content = torch.load(
-            path, map_location=map_location, weights_only=True, mmap=zipfile.is_zipfile(path)
-        )
+        with path.open("rb") if is_misnamed else contextlib.nullcontext(path) as source:
+            content = torch.load(
+                source,
+                map_location=map_location,
+                weights_only=True,
+                mmap=not is_misnamed and zipfile.is_zipfile(path),
+            )
     except Exception:  # noqa: BLE001 - torch's own messages advise to run the code inside
         raise CheckpointError(
             f"{name} cannot be read as plain weights: it is damaged, not a checkpoint, or "
