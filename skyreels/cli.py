@@ -128,7 +128,9 @@ def build_parser() -> argparse.ArgumentParser:
     generate.add_argument("--prompt", required=True, help="what happens ('FPS-24, ' is added)")
     generate.add_argument("--negative", help="what to avoid (default: the official list)")
     generate.add_argument("--out", type=Path, required=True, help="FILE.mp4 or FILE.npy")
-    generate.add_argument("--transformer", type=Path, help="safetensors, GGUF or .pt file, or diffusers folder")
+    generate.add_argument(
+        "--transformer", type=Path, help="safetensors, GGUF or .pt file, or diffusers folder"
+    )
     generate.add_argument("--vae", type=Path, help="VAE file or folder")
     generate.add_argument("--text-encoder", type=Path, help="folder with both text encoders")
     generate.add_argument("--width", type=int, help="multiple of 16 (default 960; built-in 64)")
