@@ -138,9 +138,11 @@ def inspect(
         check_regular(path)
         if is_shard(path.name):
             number, count = split_number(path.name) or (0, 0)
+            fix = f"choose its folder, {path.absolute().parent.name}"
+            if path.suffix.lower() in _PICKLE_SUFFIXES:
+                fix = "use the .safetensors files of the same model"
             raise CheckpointError(
-                f"{path.name} is shard {number} of {count} and not a whole model: choose "
-                f"its folder, {path.absolute().parent.name}."
+                f"{path.name} is shard {number} of {count} and not a whole model: {fix}."
             )
         tensors, metadata = read_tensors(path)
         if path.name.startswith(MAIN_FILE.partition(".")[0]):
@@ -483,8 +485,8 @@ def _shape(path: Path, weights: Mapping[str, TensorEntry], name: str, ndim: int)
     """Shape of a tensor that the model needs, with `ndim` dimensions, none of them empty."""
     if name not in weights:
         raise CheckpointError(
-            f"{path.name} lacks tensor {name}: it is an incomplete conversion or of another "
-            f"model; use {I2V_FILE}."
+            f"{path.name} lacks tensor {name}: it is an incomplete conversion or of another model; "
+            "choose another file."
         )
     shape = weights[name].shape
     if len(shape) != ndim or 0 in shape:

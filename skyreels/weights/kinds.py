@@ -144,6 +144,6 @@ def split_number(name: str) -> tuple[int, int] | None:
 
 
 def is_shard(name: str) -> bool:
-    """Whether a file is one of several that are a checkpoint together."""
+    """Whether a file is one of several that are a checkpoint together; parts of GGUF are not."""
     number = split_number(name)
-    return number is not None and number[1] > 1
+    return number is not None and number[1] > 1 and not name.lower().endswith(".gguf")

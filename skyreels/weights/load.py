@@ -559,10 +559,10 @@ def _upcast(
         return weight
     upcast = dequantize(weight, scale, compute_dtype)
     if not _is_finite(upcast):
+        fix = "" if compute_dtype == torch.float32 else "choose precision fp32, or "
         raise CheckpointError(
             f"{info.path.name} has values in {shown(target.parts[0].entry.name)} beyond the range "
-            f"of {str(compute_dtype).removeprefix('torch.')}: choose precision fp32, or another "
-            "file."
+            f"of {str(compute_dtype).removeprefix('torch.')}: {fix}use another file."
         )
     return upcast
 
@@ -616,7 +616,7 @@ def _read_target(
     if not bool((joined > 0).all()) or not bool(joined.isfinite().all()):
         raise CheckpointError(
             f"{info.path.name} has a scale of {shown(target.parts[0].entry.name)} that is not a "
-            "positive number: the file is damaged; download it again."
+            "positive number: the file is damaged; download it again, or use another one."
         )
     return weight, joined if joined.numel() > 1 else joined.reshape(()), ""
 

@@ -211,6 +211,27 @@ def test_a_shard_names_the_folder_to_choose(tmp_path, diffusers):
     with pytest.raises(CheckpointError, match="is shard 2 of 2.*choose its folder, SkyReels"):
         load_transformer(shard, runtime=RUNTIME)
     assert is_shard(shard.name) and not is_shard("model-00001-of-00001.safetensors")
+    torch.save({}, tmp_path / "pytorch_model-00001-of-00002.bin")
+    with pytest.raises(CheckpointError, match="use the .safetensors files"):
+        inspect(tmp_path / "pytorch_model-00001-of-00002.bin")
+
+
+def test_a_part_of_a_gguf_file_is_to_be_joined_not_chosen_as_a_folder(tmp_path, state):
+    path = tmp_path / "model-00001-of-00002.gguf"
+    write(path, in_blocks(state), {"split.count": 2})
+    with pytest.raises(CheckpointError, match="one of 2 parts of a GGUF file: join them"):
+        inspect(path)
+
+
+def test_advice_for_numbers_out_of_range_is_not_the_precision_they_are_in(tmp_path, state):
+    wide = {**state, "img_in.proj.bias": state["img_in.proj.bias"].double() + 1e300}
+    path = tiny.save(tmp_path / "x.safetensors", wide)
+    for precision, fix in (
+        ("fp32", "float32: use another file"),
+        ("bf16", "choose precision fp32"),
+    ):
+        with pytest.raises(CheckpointError, match=fix):
+            load_transformer(path, precision=precision, runtime=RUNTIME)
 
 
 def test_shards_without_their_index_are_told(tmp_path, diffusers):
