@@ -101,7 +101,7 @@ def _foreign_kind(head: bytes, num_bytes: int) -> tuple[str, str] | None:
     text = head.removeprefix(b"\xef\xbb\xbf").lstrip()
     is_text = _is_text(head)
     tests = (
-        (not head, "empty", "download it again"),
+        (not head, "empty (0 bytes)", "download it again"),
         (
             head.startswith(b"version https://git-lfs"),
             "a pointer of Git LFS, which stands for the weights,",
