@@ -75,7 +75,7 @@ def spellings(config: TransformerConfig) -> dict[str, Place]:
 def _of_module(module: str, num_rows: int, config: TransformerConfig) -> list[tuple[str, Place]]:
     """Dotted names of a module, and of the parts that other layouts have instead."""
     whole = Place(module, (0, num_rows))
-    layouts = ("original", "comfyui", "comfyui-weight")
+    layouts = ("original", "comfyui")
     fused = [transformer_sources(f"{module}.weight", layout)[0] for layout in layouts]
     names = list(dict.fromkeys(name.rpartition(".")[0] for name in fused))
     for embedder in _EMBEDDERS:

@@ -179,7 +179,7 @@ def small_prompt(name: str, **changes) -> dict:
             del prompt[key]
         elif node["class_type"] == "EmptyHunyuanLatentVideo":
             node["inputs"] |= {"width": 48, "height": 32, "length": 5}
-        elif node["class_type"].startswith("SkyReels"):
+        elif node["class_type"].startswith(("SkyReels", "KSampler")):
             node["inputs"] |= {k: v for k, v in small.items() if k in node["inputs"]}
     return prompt
 

@@ -147,6 +147,55 @@ def quick_start() -> Graph:
     }
 
 
+def core_samplers() -> Graph:
+    """The quick start with core's KSampler in place of SkyReels Sampler."""
+    graph = builtin(
+        note(
+            "## SkyReels in core's samplers\n\nPress **Run**: the built-in model, sampled by "
+            "ComfyUI's own *KSampler*.\n\n*SkyReels Core Model* makes a MODEL for core's samplers, "
+            "guiders and model nodes: LoRA loaders, EasyCache, Skip Layer Guidance, context "
+            "windows. The engine still streams what does not fit the card.\n\nFor real videos load "
+            "the weights as in *local_bf16*.",
+            250,
+        ),
+        x=30,
+    )
+    encode = graph["encode"]
+    encode["size"] = Node(
+        "EmptyHunyuanLatentVideo",
+        {"width": 64, "height": 64, "length": 17},
+        title="Size and length, as in SkyReels Image Conditioning",
+    )
+    right = sample_decode_save(
+        "skyreels_core_sampler",
+        {},
+        note(
+            "Euler, *simple* and the default shift 7 are what SkyReels Sampler does; "
+            "*ModelSamplingSD3* sets another shift. SkyReels Sampler alone has step caches, "
+            "resume and 8-bit attention.",
+            110,
+        ),
+    )
+    right["sample"] = {
+        "sample note": right["sample"]["sample note"],
+        "model": Node(
+            "SkyReelsCoreModel", {}, {"model": ("transformer", 0), "image": ("conditioning", 0)}
+        ),
+        "sampler": Node(
+            "KSampler",
+            {"steps": 30, "cfg": 6.0, "sampler_name": "euler", "scheduler": "simple"},
+            {
+                "model": ("model", 0),
+                "positive": ("positive", 0),
+                "negative": ("negative", 0),
+                "latent_image": ("size", 0),
+            },
+            height=474,
+        ),
+    }
+    return {**graph, **right}
+
+
 def builtin(introduction: Node, x: int) -> Graph:
     """The left half with the built-in model: a red square, its left edge at x, moves left."""
     return {
@@ -500,6 +549,7 @@ def local_and_remote() -> Graph:
 GRAPHS = {
     "quick_start": quick_start,
     "extend_video": extend_video,
+    "core_samplers": core_samplers,
     "local_bf16": local_bf16,
     "local_low_memory": local_low_memory,
     "local_few_steps": local_few_steps,

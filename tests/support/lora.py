@@ -170,7 +170,7 @@ DIALECTS: dict[str, Callable[[Parts, Path], Tensors | tuple[Tensors, dict[str, s
     ),
     "raw PEFT": raw_peft,
     "ComfyUI": lambda p, f: words(whole_modules(p, "comfyui"), "diffusion_model.", None),
-    "ComfyUI 0.33": lambda p, f: words(whole_modules(p, "comfyui-weight"), "", 2.0),
+    "ComfyUI 0.33": lambda p, f: words(whole_modules(p, "comfyui"), "", 2.0),
     "OneTrainer": lambda p, f: (
         words(diffusers_modules(p), "lora_transformer_", 0.5, flat=True) | TEXT_ENCODER_KEYS
     ),

@@ -14,12 +14,13 @@ from comfyui_skyreels.skyreels.lora.apply import AppliedLora, parse_blocks, use_
 from comfyui_skyreels.skyreels.lora.read import load_lora
 from comfyui_skyreels.skyreels.offload import module_tensors
 from comfyui_skyreels.skyreels.runtime import TorchRuntime
+from comfyui_skyreels.skyreels.transformer.block_linear import BlockLinear, unpack
 from comfyui_skyreels.skyreels.transformer.linear import input_format, linear
 from comfyui_skyreels.skyreels.transformer.quant import QuantLinear, dequantize
 from comfyui_skyreels.skyreels.transformer.side_branch import SideBranch
 from comfyui_skyreels.skyreels.weights.load import load_transformer
+from support import gguf_files, tiny
 from support import lora as dialects
-from support import tiny
 from torch import nn
 
 RUNTIME = TorchRuntime("cpu")
@@ -83,10 +84,24 @@ def fp8_file(tmp_path_factory):
     return tiny.save(tmp_path_factory.mktemp("fp8") / "model.safetensors", state)
 
 
+@pytest.fixture(scope="module")
+def gguf_file(tmp_path_factory):
+    stored = gguf_files.in_blocks(tiny.transformer().state_dict(), ("Q8_0", "Q5_1"))
+    return gguf_files.write(tmp_path_factory.mktemp("gguf") / "model.gguf", stored)
+
+
 @pytest.fixture(params=["fp8", "int8", "fp8 file"])
-def quantized(request, checkpoint, fp8_file):
+def in_8_bits(request, checkpoint, fp8_file):
     if request.param == "fp8 file":
         return load(fp8_file)
+    return load(checkpoint, request.param)
+
+
+@pytest.fixture(params=["fp8", "int8", "fp8 file", "GGUF file"])
+def quantized(request, checkpoint, fp8_file, gguf_file):
+    files = {"fp8 file": fp8_file, "GGUF file": gguf_file}
+    if request.param in files:
+        return load(files[request.param])
     return load(checkpoint, request.param)
 
 
@@ -97,7 +112,7 @@ def lora(tmp_path_factory):
 
 
 def quant_layers(model):
-    return {n: m for n, m in model.named_modules() if isinstance(m, QuantLinear)}
+    return {n: m for n, m in model.named_modules() if isinstance(m, QuantLinear | BlockLinear)}
 
 
 def input_of(layer, tokens=37):
@@ -114,7 +129,10 @@ def input_of(layer, tokens=37):
 
 def right_result(name, layer, x, strength):
     """Dequantize, add, multiply in float32."""
-    weight = dequantize(layer.weight, layer.weight_scale, torch.float32, layer.hadamard_block)
+    if isinstance(layer, BlockLinear):
+        weight = unpack(layer.weight, layer.kind, torch.float32)
+    else:
+        weight = dequantize(layer.weight, layer.weight_scale, torch.float32, layer.hadamard_block)
     return x @ (weight + strength * dialects.dense(PARTS[name])).T + layer.bias.float()
 
 
@@ -146,7 +164,7 @@ def test_every_part_of_a_layer_gets_its_part_of_the_branch(quantized, lora):
             assert_within_rounding(linear(layer, x, rows), right[..., rows])
         halves = (slice(0, 32), slice(32, None))
         out = torch.zeros(*right.shape[:2], right.shape[2] + 8).bfloat16()[..., 4:-4]
-        for columns in halves:
+        for columns in halves if layer.in_features > 32 else ():
             part = x[..., columns] if isinstance(x, torch.Tensor) else kernels.QuantizedActivation(
                 x.qdata[..., columns], x.scale)  # fmt: skip
             linear(layer, part, slice(None), columns, out, add=columns.start > 0)
@@ -166,15 +184,28 @@ def test_a_plain_input_of_a_rotated_layer_is_right(checkpoint, lora):
 
 
 @pytest.mark.parametrize("chunking", CHUNKINGS)
-def test_a_quantized_model_is_near_the_changed_one(quantized, lora, chunking):
-    inputs = tiny.inputs(quantized.config)
+def test_a_quantized_model_is_near_the_changed_one(in_8_bits, lora, chunking):
+    inputs = tiny.inputs(in_8_bits.config)
     with torch.inference_mode():
         right = merged_by_hand()(**inputs)
-        before = quantized(**inputs, chunking=CHUNKINGS[chunking]).float()
-        use_loras(quantized, [AppliedLora(lora)], runtime=RUNTIME)
-        got = quantized(**inputs, chunking=CHUNKINGS[chunking]).float()
+        before = in_8_bits(**inputs, chunking=CHUNKINGS[chunking]).float()
+        use_loras(in_8_bits, [AppliedLora(lora)], runtime=RUNTIME)
+        got = in_8_bits(**inputs, chunking=CHUNKINGS[chunking]).float()
     # 8-bit weights of this tiny model alone cost this much
     assert (got - right).norm() / right.norm() <= 0.12
+    assert (before - right).norm() / right.norm() >= 0.3
+
+
+@pytest.mark.parametrize("chunking", CHUNKINGS)
+def test_a_model_in_blocks_is_near_the_same_weights_changed(gguf_file, lora, chunking):
+    model, right = load(gguf_file), load(gguf_file, "fp32")
+    inputs = tiny.inputs(model.config)
+    with torch.inference_mode():
+        before = right(**inputs)
+        for each in (model, right):
+            use_loras(each, [AppliedLora(lora)], runtime=RUNTIME)
+        got, right = model(**inputs, chunking=CHUNKINGS[chunking]).float(), right(**inputs)
+    assert (got - right).norm() / right.norm() <= 0.03
     assert (before - right).norm() / right.norm() >= 0.3
 
 
@@ -205,8 +236,10 @@ def _raw(tensor):
     return tensor.contiguous().view(torch.uint8)
 
 
-@pytest.fixture(params=["fp32", "bf16", "fp8", "int8"])
-def any_model(request, checkpoint):
+@pytest.fixture(params=["fp32", "bf16", "fp8", "int8", "GGUF"])
+def any_model(request, checkpoint, gguf_file):
+    if request.param == "GGUF":
+        return load(gguf_file)
     return load(checkpoint, request.param)
 
 

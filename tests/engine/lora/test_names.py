@@ -11,7 +11,7 @@ from comfyui_skyreels.skyreels.weights.keymaps import transformer_sources
 
 FULL = TransformerConfig()
 H = FULL.hidden_size
-LAYOUTS = ("original", "comfyui", "comfyui-weight", "diffusers")
+LAYOUTS = ("original", "comfyui", "diffusers")
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,7 @@ from comfyui_skyreels.skyreels.errors import CheckpointError
 from comfyui_skyreels.skyreels.runtime import TorchRuntime
 from comfyui_skyreels.skyreels.transformer.quant import QuantLinear
 from comfyui_skyreels.skyreels.weights.load import load_transformer, reload_parameters
-from support import tiny
+from support import gguf_files, tiny
 
 RUNTIME = TorchRuntime()
 STATE = tiny.transformer().state_dict()
@@ -17,6 +17,9 @@ TO_LAYOUT = {
     "comfyui": tiny.to_comfyui,
     "diffusers": lambda state: tiny.to_diffusers(state, tiny.TRANSFORMER),
 }
+
+
+CPU = torch.device("cpu")
 
 
 def floats(model):
@@ -34,7 +37,7 @@ def test_every_layout_and_precision(tmp_path, layout, precision, stored):
     path = tiny.save(tmp_path / "model.safetensors", state)
     model = load_transformer(path, precision=precision, runtime=RUNTIME)
     names = floats(model)
-    read = dict(reload_parameters(model, names))
+    read = dict(reload_parameters(model, names, CPU))
     assert list(read) == names
     for name, tensor in read.items():
         parameter = model.get_parameter(name)
@@ -51,7 +54,14 @@ def test_weights_of_a_scaled_fp8_file_are_dequantized_again(tmp_path):
     names = floats(model)
     assert "txt_in.input_embedder.weight" in names
     assert "single_blocks.0.linear1.weight" not in names
-    for name, tensor in reload_parameters(model, names):
+    for name, tensor in reload_parameters(model, names, CPU):
+        assert torch.equal(tensor, model.get_parameter(name)), name
+
+
+def test_blocks_that_were_dequantized_are_dequantized_again(tmp_path):
+    path = gguf_files.write(tmp_path / "m.gguf", gguf_files.in_blocks(STATE, ("Q8_0", "Q4_0")))
+    model = load_transformer(path, precision="bf16", runtime=RUNTIME)
+    for name, tensor in reload_parameters(model, floats(model), CPU):
         assert torch.equal(tensor, model.get_parameter(name)), name
 
 
@@ -61,7 +71,7 @@ def test_a_pickle_and_a_sharded_folder_are_read_again(tmp_path):
     tiny.save_sharded(tmp_path / "folder", state, tiny.diffusers_config(tiny.TRANSFORMER))
     for path in (tmp_path / "model.pt", tmp_path / "folder"):
         model = load_transformer(path, runtime=RUNTIME)
-        for name, tensor in reload_parameters(model, floats(model)):
+        for name, tensor in reload_parameters(model, floats(model), CPU):
             assert torch.equal(tensor, model.get_parameter(name)), name
 
 
@@ -69,7 +79,7 @@ def test_nothing_is_asked_of_a_file_that_is_not_needed(tmp_path):
     path = tiny.save(tmp_path / "model.safetensors", STATE)
     model = load_transformer(path, runtime=RUNTIME)
     path.unlink()
-    assert list(reload_parameters(model, [])) == []
+    assert list(reload_parameters(model, [], CPU)) == []
 
 
 @pytest.mark.parametrize("harm", ["touched", "longer", "gone", "a folder"])
@@ -88,4 +98,4 @@ def test_a_file_that_is_not_the_same_any_more_is_refused(tmp_path, harm):
         if harm == "a folder":
             path.mkdir()
     with pytest.raises(CheckpointError, match="was changed, moved or deleted since"):
-        list(reload_parameters(model, ["img_in.proj.weight"]))
+        list(reload_parameters(model, ["img_in.proj.weight"], CPU))
