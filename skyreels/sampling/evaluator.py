@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -21,12 +21,13 @@ from ..offload import weight_bytes
 from ..plan import MAX_KEPT, Job, Rung, activation_bytes, weights_of
 from ..runtime import Runtime
 from ..text.embeds import PromptEmbeds
-from ..transformer.attention import Attention, choose_attention, trial_bytes
+from ..transformer.attention import Attention
 from ..transformer.layers import rope_table
 from ..transformer.model import RunBlock, SkyReelsTransformer
 from ..transformer.placement import placed
 from .planned import start_run
 from .precompute import StepLookup, precompute
+from .sample import attention_of_run
 
 #: as in SamplingSettings; only clips beyond 177 frames change
 RIFLEX_K = 4
@@ -158,7 +159,7 @@ class Evaluator:
             )  # fmt: skip
             self._stack.enter_context(runtime.place(transformer, needed["chunks"]))
             run = start_run(transformer, job, needed, runtime, self._mode)
-            attention = self._attention(job.tokens)
+            attention = attention_of_run(transformer, job.tokens, self._mode, runtime)
 
             @contextmanager
             def on_rung(rung: Rung) -> Iterator[Callable[..., Tensor]]:
@@ -169,20 +170,6 @@ class Evaluator:
         except BaseException:
             self.close()
             raise
-
-    def _attention(self, tokens: int) -> Attention:
-        config = self._transformer.config
-        size: Any = {
-            "heads": config.num_attention_heads,
-            "head_dim": config.attention_head_dim,
-            "tokens": tokens,
-            "dtype": self._transformer.compute_dtype,
-        }
-        device = self._runtime.device
-        if self._mode == "fast":  # its kernels are tried at this size
-            self._runtime.make_room(trial_bytes(**size))
-        attention: Attention = choose_attention(device, self._mode, **size).impl
-        return attention
 
     def _evaluate(
         self,

@@ -447,7 +447,8 @@ def _denoise(
         largest = max(weight_bytes(module) for module in transformer.conditioners)
         needed = {name: num_bytes + largest for name, num_bytes in needed.items()}
     with runtime.place(transformer, needed["chunks"]), torch.inference_mode():
-        attention = _choose_attention(transformer, image, prompts.embeds, settings, runtime)
+        tokens = num_tokens(transformer, image, prompts.embeds)
+        attention = attention_of_run(transformer, tokens, settings.attention, runtime)
         run = start_run(transformer, _job(transformer, image, prompts, settings), needed, runtime,
                         "exact" if settings.attention == "exact" else "fast")  # fmt: skip
         lookup = retried(
@@ -530,24 +531,31 @@ def _job(
     )
 
 
-def _choose_attention(
-    transformer: SkyReelsTransformer,
-    image: ImageConditioning,
-    prompts: Sequence[PromptEmbeds],
-    settings: SamplingSettings,
-    runtime: Runtime,
+def attention_of_run(
+    transformer: SkyReelsTransformer, tokens: int, mode: Attention | str, runtime: Runtime
 ) -> Attention:
-    if not isinstance(settings.attention, str):
-        return settings.attention
+    """The attention of a run, see `choose_attention`.
+
+    Args:
+        transformer: whose sizes and dtype count.
+        tokens: image and text tokens of its longer branch.
+        mode: of MODES; a function is taken as it is.
+        runtime: where; it makes room for trying kernels.
+
+    Returns:
+        The function.
+    """
+    if not isinstance(mode, str):
+        return mode
     size: Any = {
         "heads": transformer.config.num_attention_heads,
         "head_dim": transformer.config.attention_head_dim,
-        "tokens": num_tokens(transformer, image, prompts),
+        "tokens": tokens,
         "dtype": transformer.compute_dtype,
     }
-    if settings.attention == "fast":  # its kernels are tried at this size
+    if mode == "fast":  # its kernels are tried at this size
         runtime.make_room(trial_bytes(**size))
-    attention: Attention = choose_attention(runtime.device, settings.attention, **size).impl
+    attention: Attention = choose_attention(runtime.device, mode, **size).impl
     return attention
 
 
