@@ -100,7 +100,8 @@ def suspects(transformer: SkyReelsTransformer, settings: SamplingSettings) -> st
         causes.append("use exact attention")
     if settings.guidance.true_cfg_scale > 20:
         causes.append(f"lower CFG {settings.guidance.true_cfg_scale:g} (6 is usual)")
-    causes.append("take off LoRAs or lower their strength")
+    if settings.loras:
+        causes.append("take off the LoRA or lower its strength")
     if any(weight.dtype.itemsize == 1 for weight in transformer.parameters()):
         causes.append("load the transformer in bf16")
     causes.append("check the checkpoint with `python -m skyreels inspect`")

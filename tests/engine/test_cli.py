@@ -863,11 +863,15 @@ def test_a_place_that_cannot_be_used_is_found_before_any_work(capsys, tmp_path, 
 def test_a_tilde_is_the_home_folder_in_every_path(monkeypatch, tmp_path):
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("USERPROFILE", str(tmp_path))
-    options = ("transformer", "vae", "text-encoder", "out", "resume", "prompt-cache", "extend")
-    given = [text for name in options for text in (f"--{name}", f"~/{name}")]
+    options = ("transformer", "vae", "out", "resume", "prompt-cache", "extend")
+    lists = ("text-encoder", "tokenizer")
+    given = [text for name in (*options, *lists) for text in (f"--{name}", f"~/{name}")]
     arguments = cli.build_parser().parse_args(["generate", "~/image", "--prompt", "x", *given])
     for name in ("image", *options):
         assert getattr(arguments, name.replace("-", "_")) == tmp_path / name
+    for name in lists:
+        assert getattr(arguments, name.replace("-", "_")) == [tmp_path / name]
+    assert cli.parse_lora("~/style.safetensors:0.5") == (tmp_path / "style.safetensors", 0.5)
     assert cli.build_parser().parse_args(["inspect", "~/x"]).path == tmp_path / "x"
     nobody = cli.build_parser().parse_args(["inspect", "~nobody-here/x"]).path
     assert nobody == Path("~nobody-here/x")

@@ -370,7 +370,7 @@ def test_image_latents_of_another_size_are_refused(model):
         ImageConditioning(torch.zeros(1, 16, 1, 4, 6), 48.0, 32, 9),
         ImageConditioning(torch.zeros(1, 16, 1, 4, 6), 48, 32, 10),
         ImageConditioning(torch.full((1, 16, 1, 4, 6), torch.nan), 48, 32, 9),
-        ImageConditioning(None, 48, 32, 9),
+        ImageConditioning(torch.zeros(1, 16, 1, 4, 6).tolist(), 48, 32, 9),
     ],
 )
 def test_a_misshaped_picture_is_refused_before_any_work(model, conditioning):

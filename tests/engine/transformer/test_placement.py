@@ -373,7 +373,7 @@ def test_a_step_cache_that_runs_the_first_block_alone_gets_it(machine):
                 9, run_block, 10.0, first=model.blocks[0], last=model.blocks[-1]
             )
             for step in range(9):
-                cache.begin(step, inputs[0], 2)
+                cache.begin(step, inputs[0], [0, 1])
                 for branch in range(2):
                     results.append(
                         cache.predict(branch, lambda run: model.denoise(*inputs, run_block=run))
