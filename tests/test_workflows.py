@@ -11,7 +11,7 @@ import torch
 from comfyui_skyreels.skyreels.builtin import BUILTIN_NAME
 from comfyui_skyreels.skyreels.vae.model import VideoVAE
 from PIL import Image
-from support import host, lora, tiny
+from support import gguf_files, host, lora, tiny
 from support.workflows import NODES, PAGE_ONLY, placed, read, widgets
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -46,7 +46,7 @@ each_graph = pytest.mark.parametrize(
 
 def test_the_workflows_are_here():
     local = {"quick_start", "extend_video", "local_bf16", "local_low_memory"}
-    local |= {"local_text_to_video", "local_few_steps", "core_samplers"}
+    local |= {"local_text_to_video", "local_few_steps", "local_gguf", "core_samplers"}
     assert {path.stem for path in FILES} == {*local, "remote", "wiro_batch", "local_and_remote"}
 
 
@@ -185,8 +185,11 @@ def test_the_graph_runs_to_a_video_on_tiny_weights(path, comfy, wiro):
         for name, module in saved.items():
             file = inputs.get(name)
             if isinstance(file, str) and file != BUILTIN_NAME:
-                kind = "vae" if name == "vae" else "diffusion_models"
-                tiny.save(comfy.folder(kind) / file, module.state_dict())
+                path = comfy.folder("vae" if name == "vae" else "diffusion_models") / file
+                if path.suffix == ".gguf":
+                    gguf_files.write(path, gguf_files.in_blocks(module.state_dict()))
+                else:
+                    tiny.save(path, module.state_dict())
         if "lora" in inputs:
             parts = lora.draw_parts()
             tensors = lora.letters(lora.whole_modules(parts), "transformer.")

@@ -23,7 +23,7 @@ import pytest
 import websocket
 from comfyui_skyreels.skyreels.builtin import BUILTIN_NAME
 from comfyui_skyreels.skyreels.vae.model import VideoVAE
-from support import lora, tiny
+from support import gguf_files, lora, tiny
 from support.checkout import Checkout
 from support.clip import make_clip
 from support.wiro_server import KEY, SECRET, WiroServer
@@ -135,6 +135,8 @@ def server(checkout, tmp_path_factory):
     models = base / "models"
     for file in TRANSFORMERS:
         tiny.save(models / "diffusion_models" / file, tiny.transformer().state_dict())
+    blocks = gguf_files.in_blocks(tiny.transformer().state_dict())
+    gguf_files.write(models / "diffusion_models" / "skyreels-hunyuan-I2V-Q4_K_S.gguf", blocks)
     text_only = tiny.transformer(replace(tiny.TRANSFORMER, in_channels=16)).state_dict()
     tiny.save(
         models / "diffusion_models" / "skyreels_hunyuan_t2v_fp8_e4m3fn.safetensors", text_only

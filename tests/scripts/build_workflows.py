@@ -66,6 +66,7 @@ MODELS = {
     "skyreels_hunyuan_i2v_bf16.safetensors": ("diffusion_models", KIJAI),
     "skyreels_hunyuan_i2v_fp8_e4m3fn.safetensors": ("diffusion_models", KIJAI),
     "skyreels_hunyuan_t2v_fp8_e4m3fn.safetensors": ("diffusion_models", KIJAI),
+    "skyreels-hunyuan-I2V-Q4_K_S.gguf": ("diffusion_models", KIJAI),
     "hunyuan_video_vae_bf16.safetensors": ("vae", COMFY_ORG + "vae/"),
     "clip_l.safetensors": ("text_encoders", COMFY_ORG + "text_encoders/"),
     "llava_llama3_fp8_scaled.safetensors": ("text_encoders", COMFY_ORG + "text_encoders/"),
@@ -359,6 +360,24 @@ def local_low_memory() -> Graph:
     )
 
 
+def local_gguf() -> Graph:
+    """The smallest file: GGUF blocks, which an 8 GB card keeps whole."""
+    return local(
+        "skyreels-hunyuan-I2V-Q4_K_S.gguf",
+        "skyreels_gguf",
+        note(
+            "## SkyReels-V1 on an 8 GB GPU\n\nThe GGUF file in 4 bits, 7.7 GB: its blocks stay as "
+            "they are and are dequantized on the card for every call. Q5_K_M, Q6_K and Q8_0 are "
+            "closer to bf16 and larger; choose one in *SkyReels Load Transformer*.\n\n"
+            f"[Transformer]({HUGGING_FACE}Kijai/SkyReels-V1-Hunyuan_comfy) · "
+            f"[VAE and text encoders]({HUGGING_FACE}Comfy-Org/HunyuanVideo_repackaged)\n\n"
+            "**Out of memory?** Use fewer frames (49) or a smaller size (640x368).",
+            210,
+        ),
+        note(SETTINGS_NOTE, 140),
+    )
+
+
 def local_few_steps() -> Graph:
     """A step-distilled LoRA and the settings of its authors."""
     lora, settings = "hyvideo_FastVideo_LoRA-fp8.safetensors", PRESETS["few-steps"]
@@ -552,6 +571,7 @@ GRAPHS = {
     "core_samplers": core_samplers,
     "local_bf16": local_bf16,
     "local_low_memory": local_low_memory,
+    "local_gguf": local_gguf,
     "local_few_steps": local_few_steps,
     "local_text_to_video": local_text_to_video,
     "remote": remote,
