@@ -89,7 +89,7 @@ def test_every_value_stands_in_its_place_and_range(path):
                 assert type(value) is bool, where
             else:
                 assert type(value) is str, where
-                is_file = value.endswith((".safetensors", ".png"))
+                is_file = value.endswith((".safetensors", ".gguf", ".png"))
                 assert kind != "COMBO" or is_file or value in options["options"], where
 
 
@@ -118,7 +118,7 @@ def test_nodes_say_whose_they_are_and_where_their_files_are(path):
         properties = node["properties"]
         ours = node["type"] in NODES
         assert properties["cnr_id"] == ("skyreels-wiro" if ours else "comfy-core")
-        files = {v for v in node["widgets_values"] if str(v).endswith(".safetensors")}
+        files = {v for v in node["widgets_values"] if str(v).endswith((".safetensors", ".gguf"))}
         assert {model["name"] for model in properties.get("models", [])} == files
         for model in properties.get("models", []):
             assert model["url"].startswith(MODEL_HOSTS)
@@ -185,11 +185,11 @@ def test_the_graph_runs_to_a_video_on_tiny_weights(path, comfy, wiro):
         for name, module in saved.items():
             file = inputs.get(name)
             if isinstance(file, str) and file != BUILTIN_NAME:
-                path = comfy.folder("vae" if name == "vae" else "diffusion_models") / file
-                if path.suffix == ".gguf":
-                    gguf_files.write(path, gguf_files.in_blocks(module.state_dict()))
+                target = comfy.folder("vae" if name == "vae" else "diffusion_models") / file
+                if target.suffix == ".gguf":
+                    gguf_files.write(target, gguf_files.in_blocks(module.state_dict()))
                 else:
-                    tiny.save(path, module.state_dict())
+                    tiny.save(target, module.state_dict())
         if "lora" in inputs:
             parts = lora.draw_parts()
             tensors = lora.letters(lora.whole_modules(parts), "transformer.")
