@@ -3,6 +3,7 @@
 import os
 from contextlib import contextmanager, suppress
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,6 +12,8 @@ from comfyui_skyreels.skyreels.config import Guidance
 from comfyui_skyreels.skyreels.errors import OptionError, ShapeError, TextError
 from comfyui_skyreels.skyreels.image import fit_image
 from comfyui_skyreels.skyreels.latents import ImageConditioning
+from comfyui_skyreels.skyreels.lora.apply import AppliedLora
+from comfyui_skyreels.skyreels.lora.read import Lora
 from comfyui_skyreels.skyreels.pipeline import image_to_video
 from comfyui_skyreels.skyreels.runtime import TorchRuntime
 from comfyui_skyreels.skyreels.sampling.finite import FiniteWatch, suspects
@@ -424,10 +427,14 @@ def test_the_first_step_that_is_not_finite_ends_the_run_and_is_named(conditionin
     assert max(saved) == 2
 
 
+NO_CHANGE = Lora(Path("none.safetensors"), "", "", (), 0, (), ())
+
+
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        ({}, "LoRAs"),
+        ({}, "check the checkpoint"),
+        ({"loras": (AppliedLora(NO_CHANGE, 0.5),)}, "take off the LoRA"),
         ({"cache": CACHES["easy"]}, "switch the cache off"),
         ({"attention": "fast"}, "use exact attention"),
         ({"guidance": Guidance(50.0)}, "lower CFG 50"),
@@ -436,6 +443,7 @@ def test_the_first_step_that_is_not_finite_ends_the_run_and_is_named(conditionin
 def test_what_may_have_made_nan_is_named_with_its_remedy(settings, words):
     model = tiny.transformer()
     assert words in suspects(model, SamplingSettings(**settings))
+    assert ("LoRA" in words) == ("LoRA" in suspects(model, SamplingSettings(**settings)))
     assert "float16, whose numbers end at 65504" in suspects(model.half(), SamplingSettings())
 
 
