@@ -222,6 +222,13 @@ def build_parser() -> argparse.ArgumentParser:
         help="a HunyuanVideo LoRA, default strength 1; may be given several times",
     )
     generate.add_argument(
+        "--window",
+        type=parse_window,
+        metavar="FRAMES[:OVERLAP]",
+        help="sample a longer clip in windows of so many frames, 4k+1, that overlap by a multiple "
+        "of 4 (default a quarter); 97 is the trained length",
+    )
+    generate.add_argument(
         "--preset",
         choices=tuple(PRESETS),
         default="official",
@@ -278,6 +285,22 @@ def parse_lora(text: str) -> tuple[Path, float]:
         with contextlib.suppress(ValueError):
             return _path(file), float(strength)
     return _path(text), 1.0
+
+
+def parse_window(text: str) -> tuple[int, int | None]:
+    """Read the value of --window.
+
+    Args:
+        text: FRAMES or FRAMES:OVERLAP.
+
+    Returns:
+        Frames of a window, and of the overlap; None if it is not given.
+
+    Raises:
+        ValueError: one of them is no whole number.
+    """
+    frames, colon, overlap = text.partition(":")
+    return int(frames), int(overlap) if colon else None
 
 
 # --- generate -----------------------------------------------------------------------------------
@@ -391,7 +414,7 @@ def _generate(
         The number of frames in the file.
     """
     from .builtin import builtin_transformer, builtin_vae
-    from .config import Guidance
+    from .config import ContextWindows, Guidance
     from .extend import Continuation, extend_latents
     from .image import ImageSettings
     from .lora.apply import check_loras
@@ -415,6 +438,7 @@ def _generate(
         attention=arguments.attention,
         resume=arguments.resume,
         loras=_read_loras(arguments),
+        windows=arguments.window and ContextWindows.of_frames(*arguments.window),
     )
     image_settings = ImageSettings(
         arguments.fit,

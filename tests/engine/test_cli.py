@@ -55,6 +55,27 @@ def picture(tmp_path) -> Path:
     return path
 
 
+def test_windows_are_given_in_frames_of_the_video(capsys, tmp_path):
+    def made(name, *options) -> np.ndarray:
+        out = tmp_path / f"{name}.npy"
+        assert run(capsys, "generate", *FAST, "--cfg", 1, "--out", out, *options)[0] == 0
+        return np.load(out)
+
+    whole = made("whole")
+    assert np.array_equal(made("long", "--window", "17:4"), whole)
+    assert not np.array_equal(made("short", "--window", "9"), whole)
+
+
+def test_illegal_windows_are_refused_before_any_work(capsys, tmp_path):
+    options = ["--out", tmp_path / "x.npy", "--window"]
+    code, _, err = run(capsys, "generate", *FAST, *options, "16")
+    assert code == 1
+    assert "A window of 16 frames is not a multiple of 4 plus 1, from 5: use 17." in err
+    with pytest.raises(SystemExit):
+        run(capsys, "generate", *FAST, *options, "17:x")
+    assert "invalid" in capsys.readouterr().err
+
+
 def test_generate_writes_a_playable_video_and_says_what_it_is(capsys, tmp_path, picture):
     import av
 

@@ -13,7 +13,7 @@ import torch
 from comfyui_skyreels.nodes.local import convert
 from comfyui_skyreels.nodes.local import extend as extend_module
 from comfyui_skyreels.skyreels.builtin import BUILTIN_NAME
-from comfyui_skyreels.skyreels.config import FreSca, Guidance, SkipLayers, Tiling
+from comfyui_skyreels.skyreels.config import ContextWindows, FreSca, Guidance, SkipLayers, Tiling
 from comfyui_skyreels.skyreels.errors import CheckpointError, OptionError, ShapeError, TextError
 from comfyui_skyreels.skyreels.extend import ExtendSettings, extend_video
 from comfyui_skyreels.skyreels.image import ImageSettings, encode_image
@@ -493,6 +493,23 @@ def test_blocks_that_are_no_numbers_are_named(comfy):
     with pytest.raises(OptionError, match="Blocks 'a, 2' are not whole numbers"):
         node("SkyReelsGuidance", **{**PLAIN, "skip_layers": "negative prediction",
                                     "single_blocks": "a, 2"})  # fmt: skip
+
+
+# --- windows ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("schedule", ["static", "uniform"])
+def test_windows_reach_the_sampler(comfy, picture, schedule):
+    windows = node("SkyReelsContextWindows", window_frames=5, overlap_frames=4, schedule=schedule,
+                   blend="flat")  # fmt: skip
+    expected = ContextWindows(2, 1, schedule, "flat")
+    assert windows == expected
+    _, inputs = prepare(picture)
+    got = node("SkyReelsSampler", **inputs, windows=windows)["samples"]
+    assert torch.equal(got, library_samples(inputs, windows=expected, sigmas=get_sigmas(2)))
+    assert not torch.equal(got, library_samples(inputs, sigmas=get_sigmas(2)))
+    with pytest.raises(OptionError, match="Set the cache to off"):
+        node("SkyReelsSampler", **inputs, windows=windows, cache="easy")
 
 
 # --- text encoders in single files --------------------------------------------------------------

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from comfyui_skyreels.skyreels.config import FreSca, Guidance, SkipLayers
+from comfyui_skyreels.skyreels.config import ContextWindows, FreSca, Guidance, SkipLayers
 from comfyui_skyreels.skyreels.latents import ImageConditioning
 from comfyui_skyreels.skyreels.sampling.resume import NOT_IN_FINGERPRINT, fingerprint_run
 from comfyui_skyreels.skyreels.sampling.settings import SamplingSettings, euler
@@ -40,6 +40,7 @@ OTHERS = {
     "attention": "fast",
     "noise_index": 1,
     "noise_mask": torch.ones(1, 1, 3, 4, 6),
+    "windows": ContextWindows(2, 1),
 }
 OTHER_GUIDANCE = {
     "true_cfg_scale": 5.0,
