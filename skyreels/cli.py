@@ -146,6 +146,12 @@ def build_parser() -> argparse.ArgumentParser:
         help="picture file; the built-in model draws an example without one, a text-to-video "
         "transformer takes none",
     )
+    generate.add_argument(
+        "--end-image",
+        type=_path,
+        metavar="FILE",
+        help="picture that the clip ends with; the model was not trained with one",
+    )
     generate.add_argument("--prompt", required=True, help="what happens ('FPS-24, ' is added)")
     generate.add_argument("--negative", help="what to avoid (default: the official list)")
     generate.add_argument("--out", type=_path, required=True, help="FILE.mp4 or FILE.npy")
@@ -246,12 +252,10 @@ def build_parser() -> argparse.ArgumentParser:
         help="folder of a tokenizer, or of both, for text encoders in single files; default: "
         "beside them",
     )
-    generate.add_argument("--json", action="store_true")
 
     inspect = commands.add_parser("inspect", help="what a checkpoint is, from its header alone")
     inspect.set_defaults(run=run_inspect)
     inspect.add_argument("path", type=_path)
-    inspect.add_argument("--json", action="store_true")
 
     doctor = commands.add_parser(
         "doctor", help="devices, kernels and why each is used or not, versions, weights found"
@@ -266,7 +270,8 @@ def build_parser() -> argparse.ArgumentParser:
         )
     doctor.add_argument("--cfg", type=float, default=6.0, help="of that clip, default 6")
     doctor.add_argument("--device", default="auto", help="of that clip: auto, cpu, cuda or cuda:N")
-    doctor.add_argument("--json", action="store_true")
+    for command in (generate, inspect, doctor):
+        command.add_argument("--json", action="store_true")
     return parser
 
 
@@ -419,7 +424,7 @@ def _generate(
     from .image import ImageSettings
     from .lora.apply import check_loras
     from .lora.report import describe_lora
-    from .media import open_frames
+    from .media import open_frames, read_image
     from .outcomes import user_folder
     from .pipeline import image_to_latents
     from .runtime import TorchRuntime
@@ -445,6 +450,7 @@ def _generate(
         noise_augmentation=arguments.noise_augmentation,
         latent_strength=arguments.latent_strength,
     )
+    end_image = None if arguments.end_image is None else read_image(arguments.end_image)
     runtime = TorchRuntime(
         pick_device(arguments.device),
         on_progress=report,
@@ -454,14 +460,15 @@ def _generate(
     if not is_builtin:  # minutes before they are loaded
         config = check_transformer(arguments.transformer).config
         check_vae(arguments.vae)
-        _check_picture(config, image is not None, image_settings)
+        _check_picture(arguments, config, image is not None, image_settings)
     prompt, negative = _encode_prompts(arguments, runtime)
-    precision = arguments.precision
     if is_builtin:
-        transformer = builtin_transformer(precision=precision, runtime=runtime)
+        transformer = builtin_transformer(precision=arguments.precision, runtime=runtime)
         vae = builtin_vae(runtime=runtime)
     else:
-        transformer = load_transformer(arguments.transformer, precision=precision, runtime=runtime)
+        transformer = load_transformer(
+            arguments.transformer, precision=arguments.precision, runtime=runtime
+        )
         vae = load_vae(arguments.vae, runtime=runtime)
     check_loras(transformer, settings.loras)
     for applied in settings.loras:
@@ -470,7 +477,8 @@ def _generate(
     options: Any = {"image_settings": image_settings, "runtime": runtime}
     clip = None if arguments.extend is None else image
     if clip is None:
-        options |= {"width": width, "height": height, "num_frames": num_frames}
+        options |= {"width": width, "height": height, "num_frames": num_frames,
+                    "end_image": end_image}  # fmt: skip
         vae_latents = image_to_latents(
             transformer, vae, image, prompt, negative, settings, **options
         )
@@ -505,7 +513,9 @@ def _read_loras(arguments: argparse.Namespace) -> "tuple[AppliedLora, ...]":
     )
 
 
-def _check_picture(config: Any, has_picture: bool, settings: "ImageSettings") -> None:
+def _check_picture(
+    arguments: argparse.Namespace, config: Any, has_picture: bool, settings: "ImageSettings"
+) -> None:
     """Refuse a picture, or options for one, where the transformer takes none, and the reverse.
 
     Raises:
@@ -515,10 +525,10 @@ def _check_picture(config: Any, has_picture: bool, settings: "ImageSettings") ->
     from .latents import check_picture
 
     check_picture(config, has_picture)
-    if not has_picture and settings != ImageSettings():
+    if not has_picture and (settings != ImageSettings() or arguments.end_image is not None):
         raise OptionError(
-            "--fit, --noise-augmentation and --latent-strength are for a picture, and a "
-            "text-to-video transformer takes none: leave them out."
+            "--end-image, --fit, --noise-augmentation and --latent-strength are for a picture, and "
+            "a text-to-video transformer takes none: leave them out."
         )
 
 
@@ -557,6 +567,8 @@ def _check_extend(arguments: argparse.Namespace) -> None:
             raise OptionError("--overlap and --no-color-match belong to --extend CLIP: give it.")
     elif arguments.image is not None:
         raise OptionError("--extend continues a clip and takes no picture: leave one of them out.")
+    elif arguments.end_image is not None:
+        raise OptionError("--extend does not go together with --end-image: leave one of them out.")
     elif (arguments.width, arguments.height) != (None, None):
         raise OptionError("--extend keeps the clip's size: leave --width and --height out.")
 

@@ -48,7 +48,7 @@ FROZEN = {
     "SkyReelsImageConditioning": (
         "SkyReels Image Conditioning",
         ["vae", "image", "width", "height", "num_frames", "fit", "noise_augmentation",
-         "latent_strength", "augmentation_seed", "prefix_frames", "batch"],
+         "latent_strength", "augmentation_seed", "prefix_frames", "batch", "end_image"],
         [("image_conditioning", "SKYREELS_IMAGE")],
     ),
     "SkyReelsSampler": (

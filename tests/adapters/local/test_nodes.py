@@ -780,6 +780,32 @@ def test_a_batch_of_pictures_gives_its_first_clip_or_one_of_each(comfy, picture)
              batch="one clip each", **SIZE)  # fmt: skip
 
 
+def test_an_end_picture_reaches_the_sampler_and_each_clip_of_a_batch_has_its_own(comfy, picture):
+    vae, inputs = prepare(picture)
+    both = torch.cat([picture, picture.flip(1)])
+    end = both.flip(0)
+
+    def encode(**options):
+        options = {"vae": vae, "image": both, "fit": "crop", **SIZE, **options}
+        return node("SkyReelsImageConditioning", **options)
+
+    one = encode(end_image=end)  # the first of each
+    assert torch.equal(one.image_latents, inputs["image"].image_latents)
+    assert torch.equal(one.end_latents, encode(image=end).image_latents)
+    each = encode(end_image=end, batch="one clip each")
+    assert torch.equal(each.end_latents[0], one.end_latents[0])
+    samples = node("SkyReelsSampler", **{**inputs, "image": each})["samples"]
+    for index in range(2):
+        own = encode(image=both[index:][:1], end_image=end[index:][:1])
+        options = {"sigmas": get_sigmas(2), "noise_index": index}
+        made = library_samples({**inputs, "image": own}, **options)
+        assert torch.equal(samples[index], made[0])
+    shared = encode(end_image=end[:1], batch="one clip each")
+    assert torch.equal(shared.end_latents[0], shared.end_latents[1])
+    with pytest.raises(ShapeError, match="end_image holds 3 pictures and image 2"):
+        encode(end_image=torch.cat([end, end[:1]]), batch="one clip each")
+
+
 def test_a_batch_is_decoded_clip_by_clip_into_one_row_of_frames(comfy):
     vae = load_vae_node()
     latents = torch.randn(2, 16, 2, 4, 6, generator=torch.Generator().manual_seed(1))

@@ -90,6 +90,12 @@ def test_every_value_of_guidance_changes_the_fingerprint(model, name):
     assert fingerprint_run(*inputs, other) != fingerprint_run(*inputs, SETTINGS)
 
 
+def test_an_end_picture_changes_the_fingerprint(model):
+    end = torch.zeros(1, 16, 1, 4, 6)
+    images = (IMAGE, replace(IMAGE, end_latents=end), replace(IMAGE, end_latents=end + 1))
+    assert len({fingerprint_run(model, i, PROMPT, NEGATIVE, SETTINGS) for i in images}) == 3
+
+
 def test_where_steps_are_saved_does_not_change_the_fingerprint(model, tmp_path):
     inputs = (model, IMAGE, PROMPT, NEGATIVE)
     other = replace(SETTINGS, resume=Path(tmp_path), solver=euler)

@@ -199,6 +199,15 @@ def test_every_window_shows_the_picture(model):
         assert not each[:, :, 1:].any()
 
 
+def test_the_last_window_shows_the_end_picture_too():
+    clip = replace(a_clip(), end_latents=torch.ones(1, 16, 1, 4, 6))
+    picture = picture_of_run(clip, WINDOWS, torch.device("cpu"))
+    for start in (0, 2, 4):
+        shown = picture.picture_of(start)
+        assert torch.equal(shown[:, :, :1], clip.image_latents)
+        assert bool((shown[:, :, 2] == (1 if start == 4 else 0)).all())
+
+
 def test_windows_go_with_everything_else_that_a_run_has(model, tmp_path):
     skip = SkipLayers((), (0,), 1.0)
     options = {"guidance": Guidance(skip_layers=skip, cfg_end=0.5), "resume": tmp_path / "steps"}
