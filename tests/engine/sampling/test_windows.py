@@ -208,6 +208,16 @@ def test_the_last_window_shows_the_end_picture_too():
         assert bool((shown[:, :, 2] == (1 if start == 4 else 0)).all())
 
 
+def test_text_to_video_has_windows_too():
+    text_model = tiny.transformer(replace(tiny.TRANSFORMER, in_channels=16))
+    clip = ImageConditioning(None, 48, 32, 25)
+    whole = run(text_model, None, clip)
+    assert torch.equal(run(text_model, ContextWindows(7, 1), clip), whole)
+    made = run(text_model, WINDOWS, clip)
+    assert made.shape == whole.shape
+    assert not torch.equal(made, whole)
+
+
 def test_windows_go_with_everything_else_that_a_run_has(model, tmp_path):
     skip = SkipLayers((), (0,), 1.0)
     options = {"guidance": Guidance(skip_layers=skip, cfg_end=0.5), "resume": tmp_path / "steps"}
