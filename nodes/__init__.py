@@ -17,6 +17,7 @@ from .local.lora import SkyReelsLoraLoader
 from .local.plan import SkyReelsPlan
 from .local.sampler import SkyReelsSampler, SkyReelsScheduler
 from .local.text import SkyReelsTextEncode, SkyReelsTextEncoderLoader
+from .local.windows import SkyReelsContextWindows
 from .remote import autocollect, routes
 from .remote.batch import WiroCollect, WiroSubmit
 from .remote.nodes import WiroRemoteI2V, WiroRunModel, WiroTaskResult, WiroUploadFile
@@ -32,6 +33,7 @@ NODE_CLASS_MAPPINGS = {
     "SkyReelsImageConditioning": SkyReelsImageConditioning,
     "SkyReelsScheduler": SkyReelsScheduler,
     "SkyReelsGuidance": SkyReelsGuidance,
+    "SkyReelsContextWindows": SkyReelsContextWindows,
     "SkyReelsSampler": SkyReelsSampler,
     "SkyReelsVAEDecode": SkyReelsVAEDecode,
     "SkyReelsExtendVideo": SkyReelsExtendVideo,
@@ -54,6 +56,7 @@ NODE_DISPLAY_NAME_MAPPINGS = {
     "SkyReelsImageConditioning": "SkyReels Image Conditioning",
     "SkyReelsScheduler": "SkyReels Scheduler",
     "SkyReelsGuidance": "SkyReels Guidance",
+    "SkyReelsContextWindows": "SkyReels Context Windows",
     "SkyReelsSampler": "SkyReels Sampler",
     "SkyReelsVAEDecode": "SkyReels VAE Decode",
     "SkyReelsExtendVideo": "SkyReels Extend Video",

@@ -33,7 +33,15 @@ from . import installed
 installed.check_installed()
 
 # ruff: noqa: E402 - first what says what is missing
-from .config import FreSca, Guidance, SkipLayers, Tiling, TransformerConfig, VAEConfig
+from .config import (
+    ContextWindows,
+    FreSca,
+    Guidance,
+    SkipLayers,
+    Tiling,
+    TransformerConfig,
+    VAEConfig,
+)
 from .errors import (
     CheckpointError,
     DependencyError,
@@ -73,6 +81,7 @@ __all__ = [
     "CheckpointError",
     "CheckpointInfo",
     "Clip",
+    "ContextWindows",
     "DependencyError",
     "FreSca",
     "Guidance",

@@ -146,6 +146,12 @@ def build_parser() -> argparse.ArgumentParser:
         help="picture file; the built-in model draws an example without one, a text-to-video "
         "transformer takes none",
     )
+    generate.add_argument(
+        "--end-image",
+        type=_path,
+        metavar="FILE",
+        help="picture that the clip ends with; the model was not trained with one",
+    )
     generate.add_argument("--prompt", required=True, help="what happens ('FPS-24, ' is added)")
     generate.add_argument("--negative", help="what to avoid (default: the official list)")
     generate.add_argument("--out", type=_path, required=True, help="FILE.mp4 or FILE.npy")
@@ -222,6 +228,13 @@ def build_parser() -> argparse.ArgumentParser:
         help="a HunyuanVideo LoRA, default strength 1; may be given several times",
     )
     generate.add_argument(
+        "--window",
+        type=parse_window,
+        metavar="FRAMES[:OVERLAP]",
+        help="sample a longer clip in windows of so many frames, 4k+1, that overlap by a multiple "
+        "of 4 (default a quarter); 97 is the trained length",
+    )
+    generate.add_argument(
         "--preset",
         choices=tuple(PRESETS),
         default="official",
@@ -239,12 +252,10 @@ def build_parser() -> argparse.ArgumentParser:
         help="folder of a tokenizer, or of both, for text encoders in single files; default: "
         "beside them",
     )
-    generate.add_argument("--json", action="store_true")
 
     inspect = commands.add_parser("inspect", help="what a checkpoint is, from its header alone")
     inspect.set_defaults(run=run_inspect)
     inspect.add_argument("path", type=_path)
-    inspect.add_argument("--json", action="store_true")
 
     doctor = commands.add_parser(
         "doctor", help="devices, kernels and why each is used or not, versions, weights found"
@@ -259,7 +270,8 @@ def build_parser() -> argparse.ArgumentParser:
         )
     doctor.add_argument("--cfg", type=float, default=6.0, help="of that clip, default 6")
     doctor.add_argument("--device", default="auto", help="of that clip: auto, cpu, cuda or cuda:N")
-    doctor.add_argument("--json", action="store_true")
+    for command in (generate, inspect, doctor):
+        command.add_argument("--json", action="store_true")
     return parser
 
 
@@ -278,6 +290,22 @@ def parse_lora(text: str) -> tuple[Path, float]:
         with contextlib.suppress(ValueError):
             return _path(file), float(strength)
     return _path(text), 1.0
+
+
+def parse_window(text: str) -> tuple[int, int | None]:
+    """Read the value of --window.
+
+    Args:
+        text: FRAMES or FRAMES:OVERLAP.
+
+    Returns:
+        Frames of a window, and of the overlap; None if it is not given.
+
+    Raises:
+        ValueError: one of them is no whole number.
+    """
+    frames, colon, overlap = text.partition(":")
+    return int(frames), int(overlap) if colon else None
 
 
 # --- generate -----------------------------------------------------------------------------------
@@ -391,12 +419,12 @@ def _generate(
         The number of frames in the file.
     """
     from .builtin import builtin_transformer, builtin_vae
-    from .config import Guidance
+    from .config import ContextWindows, Guidance
     from .extend import Continuation, extend_latents
     from .image import ImageSettings
     from .lora.apply import check_loras
     from .lora.report import describe_lora
-    from .media import open_frames
+    from .media import open_frames, read_image
     from .outcomes import user_folder
     from .pipeline import image_to_latents
     from .runtime import TorchRuntime
@@ -415,12 +443,14 @@ def _generate(
         attention=arguments.attention,
         resume=arguments.resume,
         loras=_read_loras(arguments),
+        windows=arguments.window and ContextWindows.of_frames(*arguments.window),
     )
     image_settings = ImageSettings(
         arguments.fit,
         noise_augmentation=arguments.noise_augmentation,
         latent_strength=arguments.latent_strength,
     )
+    end_image = None if arguments.end_image is None else read_image(arguments.end_image)
     runtime = TorchRuntime(
         pick_device(arguments.device),
         on_progress=report,
@@ -430,14 +460,15 @@ def _generate(
     if not is_builtin:  # minutes before they are loaded
         config = check_transformer(arguments.transformer).config
         check_vae(arguments.vae)
-        _check_picture(config, image is not None, image_settings)
+        _check_picture(arguments, config, image is not None, image_settings)
     prompt, negative = _encode_prompts(arguments, runtime)
-    precision = arguments.precision
     if is_builtin:
-        transformer = builtin_transformer(precision=precision, runtime=runtime)
+        transformer = builtin_transformer(precision=arguments.precision, runtime=runtime)
         vae = builtin_vae(runtime=runtime)
     else:
-        transformer = load_transformer(arguments.transformer, precision=precision, runtime=runtime)
+        transformer = load_transformer(
+            arguments.transformer, precision=arguments.precision, runtime=runtime
+        )
         vae = load_vae(arguments.vae, runtime=runtime)
     check_loras(transformer, settings.loras)
     for applied in settings.loras:
@@ -446,7 +477,8 @@ def _generate(
     options: Any = {"image_settings": image_settings, "runtime": runtime}
     clip = None if arguments.extend is None else image
     if clip is None:
-        options |= {"width": width, "height": height, "num_frames": num_frames}
+        options |= {"width": width, "height": height, "num_frames": num_frames,
+                    "end_image": end_image}  # fmt: skip
         vae_latents = image_to_latents(
             transformer, vae, image, prompt, negative, settings, **options
         )
@@ -481,7 +513,9 @@ def _read_loras(arguments: argparse.Namespace) -> "tuple[AppliedLora, ...]":
     )
 
 
-def _check_picture(config: Any, has_picture: bool, settings: "ImageSettings") -> None:
+def _check_picture(
+    arguments: argparse.Namespace, config: Any, has_picture: bool, settings: "ImageSettings"
+) -> None:
     """Refuse a picture, or options for one, where the transformer takes none, and the reverse.
 
     Raises:
@@ -491,10 +525,10 @@ def _check_picture(config: Any, has_picture: bool, settings: "ImageSettings") ->
     from .latents import check_picture
 
     check_picture(config, has_picture)
-    if not has_picture and settings != ImageSettings():
+    if not has_picture and (settings != ImageSettings() or arguments.end_image is not None):
         raise OptionError(
-            "--fit, --noise-augmentation and --latent-strength are for a picture, and a "
-            "text-to-video transformer takes none: leave them out."
+            "--end-image, --fit, --noise-augmentation and --latent-strength are for a picture, and "
+            "a text-to-video transformer takes none: leave them out."
         )
 
 
@@ -533,6 +567,8 @@ def _check_extend(arguments: argparse.Namespace) -> None:
             raise OptionError("--overlap and --no-color-match belong to --extend CLIP: give it.")
     elif arguments.image is not None:
         raise OptionError("--extend continues a clip and takes no picture: leave one of them out.")
+    elif arguments.end_image is not None:
+        raise OptionError("--extend does not go together with --end-image: leave one of them out.")
     elif (arguments.width, arguments.height) != (None, None):
         raise OptionError("--extend keeps the clip's size: leave --width and --height out.")
 

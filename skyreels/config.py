@@ -196,6 +196,122 @@ class Guidance:
         return skip.scale if skip is not None and skip.is_on(step, num_steps) else None
 
 
+#: where context windows begin, and how their predictions are blended; the defaults first
+WINDOW_SCHEDULES = ("static", "uniform")
+WINDOW_BLENDS = ("pyramid", "relative", "flat")
+
+
+@dataclass(frozen=True)
+class ContextWindows:
+    """A long clip predicted in windows that overlap in time.
+
+    Attributes:
+        length: latent frames of a window, from 2; 25 are 97 frames, the trained length. A clip that
+            is not longer is predicted whole.
+        overlap: latent frames that neighbours share at least, 0..length - 1.
+        schedule: "static" has the same windows at every step; "uniform" moves them from step to
+            step, so that no frame is always at an edge.
+        blend: weights within a window: "pyramid" (1, 2, ... 2, 1), "relative" (falling to 0.01 at
+            the edges) or "flat".
+
+    Source: AnimateDiff's sliding windows (neggles/animatediff-cli), with the weights of
+        Kosinkadink/ComfyUI-AnimateDiff-Evolved; node ContextWindowsManual of ComfyUI's core has
+        both, there as standard_static and standard_uniform with a stride of 1.
+    """
+
+    length: int = 25
+    overlap: int = 6
+    schedule: str = "static"
+    blend: str = "pyramid"
+
+    def __post_init__(self) -> None:
+        for name, frames in (("length", self.length), ("overlap", self.overlap)):
+            if not isinstance(frames, int):
+                raise OptionError(f"Window {name} {frames!r} is not a whole number: use one.")
+        if self.length < 2:
+            raise OptionError(f"Windows of {self.length} latent frames are too short: use 25.")
+        if not 0 <= self.overlap < self.length:
+            raise OptionError(
+                f"Window overlap {self.overlap} is not within 0..{self.length - 1}, below the "
+                f"length of a window: use {self.length // 4}."
+            )
+        for value, known in ((self.schedule, WINDOW_SCHEDULES), (self.blend, WINDOW_BLENDS)):
+            if value not in known:
+                raise OptionError(f"{value!r} of windows is not one of {', '.join(known)}.")
+
+    @staticmethod
+    def of_frames(
+        num_frames: int,
+        overlap_frames: int | None = None,
+        schedule: str = "static",
+        blend: str = "pyramid",
+    ) -> "ContextWindows":
+        """Windows counted in frames of the video.
+
+        Args:
+            num_frames: of a window, 4k + 1, from 5.
+            overlap_frames: a multiple of 4; by default a quarter of a window.
+            schedule: as in the attributes.
+            blend: as in the attributes.
+
+        Returns:
+            The windows.
+
+        Raises:
+            OptionError: names the nearest legal value.
+        """
+        latent_frames, rest = divmod(num_frames - 1, TEMPORAL_COMPRESSION)
+        if rest or latent_frames < 1:
+            near = max(1, round((num_frames - 1) / TEMPORAL_COMPRESSION)) * TEMPORAL_COMPRESSION + 1
+            raise OptionError(
+                f"A window of {num_frames} frames is not a multiple of 4 plus 1, from 5: use "
+                f"{near}."
+            )
+        length = latent_frames + 1
+        if overlap_frames is None:
+            return ContextWindows(length, length // 4, schedule, blend)
+        overlap, rest = divmod(overlap_frames, TEMPORAL_COMPRESSION)
+        if rest or not 0 <= overlap < length:
+            near = min(max(0, round(overlap_frames / TEMPORAL_COMPRESSION)), length - 1)
+            raise OptionError(
+                f"A window overlap of {overlap_frames} frames is not a multiple of 4 below the "
+                f"{num_frames} frames of a window: use {near * TEMPORAL_COMPRESSION}."
+            )
+        return ContextWindows(length, overlap, schedule, blend)
+
+    def starts(self, num_frames: int, step: int) -> list[int]:
+        """First latent frames of the windows of a step.
+
+        Args:
+            num_frames: latent frames of the clip.
+            step: of the schedule, from 0.
+
+        Returns:
+            Ascending, from 0; [0] for a clip that is predicted whole.
+        """
+        last, stride = num_frames - self.length, self.length - self.overlap
+        if last <= 0:
+            return [0]
+        if self.schedule == "static":
+            return [*range(0, last, stride), last]
+        # 0, 1/2, 1/4, 3/4, 1/8, ...: the bits of the step in reverse (van der Corput)
+        part = int(f"{step:b}"[::-1], 2) / 2 ** step.bit_length()
+        first = round(num_frames * part)
+        moved = range(first, first + num_frames - self.overlap, stride)
+        # what reaches beyond the end begins where the last window does, and a first one fills up
+        return sorted({0, *(min(start % num_frames, last) for start in moved)})
+
+    def weights(self) -> list[float]:
+        """How much each latent frame of a window counts, > 0."""
+        middle, positions = (self.length - 1) / 2, range(self.length)
+        if self.blend == "flat":
+            return [1.0] * self.length
+        if self.blend == "pyramid":
+            return [1.0 + min(place, self.length - 1 - place) for place in positions]
+        reach = (self.length - 1 + 1e-2) / 2
+        return [max(1e-2, 1 - abs(place - middle) / reach) for place in positions]
+
+
 @dataclass(frozen=True)
 class Chunking:
     """How much of a block is computed at a time; the numbers are the same up to rounding.

@@ -1,6 +1,7 @@
 """Encode an image as the first-frame latents that condition the transformer."""
 
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -167,9 +168,13 @@ def encode_image(
     height: int,
     num_frames: int,
     seed: int = 0,
+    end_image: Tensor | None = None,
     runtime: Runtime,
 ) -> ImageConditioning:
     """Encode an image alone, to the mode of its posterior in model space.
+
+    An end image is encoded alone too, as ComfyUI's CosmosImageToVideoLatent does with its own, so
+    that the last latent frame, which stands for four frames of the video, shows a still of it.
 
     Args:
         vae: on any device; back there afterwards.
@@ -180,14 +185,16 @@ def encode_image(
         num_frames: of the video, 4k + 1.
         seed: of the augmentation noise: drawn after the clip's own noise, so that one seed gives
             one result however the steps are wired.
+        end_image: [F, H, W, C] likewise, of which the first frame is what the clip ends with. The
+            model was not trained with one. The settings hold for it too.
         runtime: progress "encode"; its device computes.
 
     Returns:
         The latents, with the size of the video.
 
     Raises:
-        ShapeError: illegal sizes, fewer frames than `prefix_frames`, or latents that are not
-            finite.
+        ShapeError: illegal sizes, fewer frames than `prefix_frames`, no room for an end image, or
+            latents that are not finite.
     """
     check_size(width, height, num_frames)
     prefix_frames = settings.prefix_frames
@@ -196,12 +203,24 @@ def encode_image(
             f"{prefix_frames} prefix frames are too many: the image has {image.shape[0]} and the "
             f"video {num_frames}. Use 1 for a single image."
         )
+    if end_image is not None and prefix_frames == num_frames:
+        raise ShapeError(
+            f"A video of {num_frames} frames has no room for an end picture behind those it starts "
+            f"from: use at least {num_frames + TEMPORAL_COMPRESSION} frames."
+        )
     generator = seeded_generator(seed)
-    video = fit_image(image[:prefix_frames], width, height, settings.fit)
     if settings.noise_augmentation > 0:
         torch.randn(latent_shape(num_frames, height, width), generator=generator)
-        noise = torch.randn(video.shape, generator=generator) * settings.noise_augmentation
-        video = torch.where(video == -1.0, video, video + noise)
+
+    def fitted(frames: Tensor) -> Tensor:
+        video = fit_image(frames, width, height, settings.fit)
+        if settings.noise_augmentation > 0:
+            noise = torch.randn(video.shape, generator=generator) * settings.noise_augmentation
+            video = torch.where(video == -1.0, video, video + noise)
+        return video
+
+    video = fitted(image[:prefix_frames])
+    end = None if end_image is None else fitted(end_image[:1])
     weight = next(vae.parameters())
     needed = encode_bytes(vae.config, video.shape, weight.dtype)
     # room is made for the little that a long prefix can do with, so that others may stay
@@ -210,18 +229,24 @@ def encode_image(
     with runtime.place(vae, least), torch.inference_mode(), on_device(vae, runtime.device):
         runtime.progress("encode", 0, 1)
 
-        def encode() -> Tensor:
+        def encode(video: Tensor) -> Tensor:
             moved = video.to(runtime.device, weight.dtype)
             if needed > least and needed > runtime.free_bytes():
                 return encode_streamed(vae, moved, check=runtime.check_interrupt)
             return vae.encode(moved, check=runtime.check_interrupt)
 
-        vae_latents = retried(encode, runtime, least, "Encoding the picture")
+        vae_latents = [
+            retried(partial(encode, part), runtime, least, "Encoding the picture")
+            for part in (video, end)
+            if part is not None
+        ]
     runtime.progress("encode", 1, 1)
-    latents = to_model_space(vae_latents.float()).cpu() * settings.latent_strength
-    if not bool(latents.isfinite().all()):
+    start, *ends = (
+        to_model_space(part.float()).cpu() * settings.latent_strength for part in vae_latents
+    )
+    if not all(bool(latents.isfinite().all()) for latents in (start, *ends)):
         raise ShapeError(
             f"The picture's latents hold NaN or infinity; the VAE computes in "
             f"{str(weight.dtype).removeprefix('torch.')}: {_vae_advice(weight.dtype)}"
         )
-    return ImageConditioning(latents, width, height, num_frames)
+    return ImageConditioning(start, width, height, num_frames, *ends)

@@ -22,7 +22,7 @@ from .errors import OptionError, ShapeError
 
 @dataclass(frozen=True)
 class ImageConditioning:
-    """The first latent frames of a clip, and the clip's size.
+    """The first latent frames of a clip, perhaps the last one, and the clip's size.
 
     Attributes:
         image_latents: [1, 16, k, h, w] float32 on the CPU, model space, 1 <= k <= T; None for text
@@ -30,12 +30,15 @@ class ImageConditioning:
         width: of the video in pixels.
         height: of the video in pixels.
         num_frames: of the video, 4n + 1.
+        end_latents: [1, 16, 1, h, w] likewise, of the picture that the clip ends with; None leaves
+            the end open. The model was not trained with one.
     """
 
     image_latents: Tensor | None
     width: int
     height: int
     num_frames: int
+    end_latents: Tensor | None = None
 
     @property
     def latent_shape(self) -> tuple[int, int, int, int, int]:
@@ -43,11 +46,13 @@ class ImageConditioning:
         return latent_shape(self.num_frames, self.height, self.width)
 
     def padded(self) -> Tensor | None:
-        """The model's conditioning [1, 16, T, h, w]: the given latents, then zeros in time."""
+        """The model's conditioning [1, 16, T, h, w]: what is given, and zeros between and after."""
         if self.image_latents is None:
             return None
         latents = torch.zeros(self.latent_shape)
         latents[:, :, : self.image_latents.shape[2]] = self.image_latents
+        if self.end_latents is not None:
+            latents[:, :, -1:] = self.end_latents
         return latents
 
 
@@ -76,14 +81,22 @@ def check_picture(config: TransformerConfig, has_picture: bool) -> None:
 
 
 def check_conditioning(image: ImageConditioning) -> None:
-    """Refuse first-frame latents that do not fit the size of their video.
+    """Refuse latents of pictures that do not fit the size of their video.
 
     Raises:
         ShapeError: names what does not fit.
     """
     check_size(image.width, image.height, image.num_frames)
     if image.image_latents is None:
+        if image.end_latents is not None:
+            raise ShapeError("An end picture needs one to start from: give both, or none.")
         return
+    _check_start(image)
+    if image.end_latents is not None:
+        _check_end(image.end_latents, image)
+
+
+def _check_start(image: ImageConditioning) -> None:
     latents, (_, channels, frames, height, width) = image.image_latents, image.latent_shape
     if not isinstance(latents, Tensor) or latents.ndim != 5:
         shape = list(latents.shape) if isinstance(latents, Tensor) else type(latents).__name__
@@ -107,9 +120,31 @@ def check_conditioning(image: ImageConditioning) -> None:
             f"Image latents of {latents.shape[2]} frames do not fit a video of "
             f"{image.num_frames} frames, which has {frames} latent frames: encode fewer."
         )
+    _check_numbers(latents, "image latents")
+
+
+def _check_end(latents: Tensor, image: ImageConditioning) -> None:
+    assert image.image_latents is not None
+    _, channels, frames, height, width = image.latent_shape
+    expected = [1, channels, 1, height, width]
+    if not isinstance(latents, Tensor) or list(latents.shape) != expected:
+        shape = list(latents.shape) if isinstance(latents, Tensor) else type(latents).__name__
+        raise ShapeError(
+            f"The end picture's latents must be {expected} for a video of {image.width}x"
+            f"{image.height}; got {shape}. Make them with `encode_image`."
+        )
+    if image.image_latents.shape[2] == frames:
+        raise ShapeError(
+            f"A video of {image.num_frames} frames has no room for an end picture behind those it "
+            f"starts from: use at least {image.num_frames + TEMPORAL_COMPRESSION} frames."
+        )
+    _check_numbers(latents, "end picture's latents")
+
+
+def _check_numbers(latents: Tensor, name: str) -> None:
     if not latents.is_floating_point() or not bool(latents.isfinite().all()):
         raise ShapeError(
-            "The image latents hold NaN or infinity, or are no floats: check the picture, and load "
+            f"The {name} hold NaN or infinity, or are no floats: check the picture, and load "
             "the VAE in bf16 or fp32 (fp16 can overflow)."
         )
 

@@ -2,6 +2,7 @@
 
 from torch import Tensor
 
+from .errors import ShapeError
 from .image import ImageSettings, encode_image
 from .latents import ImageConditioning, check_picture, check_size
 from .runtime import Runtime
@@ -78,6 +79,7 @@ def image_to_latents(
     height: int = 544,
     num_frames: int = 97,
     image_settings: ImageSettings = ImageSettings(),  # noqa: B008 - frozen
+    end_image: Tensor | None = None,
     runtime: Runtime,
 ) -> Tensor:
     """The same up to the decode, for a caller who takes the frames as they come (`decode_into`).
@@ -93,13 +95,20 @@ def image_to_latents(
         height: in pixels.
         num_frames: 4k + 1.
         image_settings: of the picture.
+        end_image: that the clip ends with, see `encode_image`.
         runtime: where.
 
     Returns:
         [1, 16, T, h, w] float32 on the CPU, VAE space.
+
+    Raises:
+        ShapeError: an end picture without one to start from.
+        SkyReelsError: see the functions called.
     """
     check_picture(transformer.config, image is not None)
     if image is None:
+        if end_image is not None:
+            raise ShapeError("An end picture needs one to start from: give both, or none.")
         check_size(width, height, num_frames)
         conditioning = ImageConditioning(None, width, height, num_frames)
     else:
@@ -111,6 +120,7 @@ def image_to_latents(
             height=height,
             num_frames=num_frames,
             seed=settings.seed,
+            end_image=end_image,
             runtime=runtime,
         )
     return sample(transformer, conditioning, prompt, negative, settings, runtime=runtime)

@@ -7,6 +7,7 @@ const COLORS = {
   SKYREELS_TEXT_ENCODER: "#FFD500", // as CLIP
   SKYREELS_IMAGE: "#6EE7B7",
   SKYREELS_GUIDANCE: "#F9A8D4",
+  SKYREELS_WINDOWS: "#FDBA74",
 };
 
 // applying a colour palette resets both tables after `setup`

@@ -465,7 +465,10 @@ def of_batch(image: ImageConditioning, index: int, count: int) -> ImageCondition
     else:
         place = math.floor((index + 0.5) * pictures / count)
     place = min(place, pictures - 1)
-    return replace(image, image_latents=image.image_latents[place : place + 1])
+    ends = image.end_latents
+    if ends is not None and len(ends) > 1:
+        ends = ends[place : place + 1]
+    return replace(image, image_latents=image.image_latents[place : place + 1], end_latents=ends)
 
 
 def clip_of(batch: Tensor | None, index: int) -> Tensor | None:

@@ -1,5 +1,6 @@
 """The picture a video starts from."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -131,6 +132,14 @@ class SkyReelsImageConditioning:
                         "of each, one after the other. Each clip takes the time of a run.",
                     },
                 ),
+                "end_image": (
+                    "IMAGE",
+                    {
+                        "tooltip": "The last frame, fitted as the first one. Untrained: the model "
+                        "may cut to it or ignore it. Of a batch the first, or with one clip each "
+                        "the one of each clip."
+                    },
+                ),
             },
             "hidden": {"unique_id": "UNIQUE_ID"},
         }
@@ -158,6 +167,7 @@ class SkyReelsImageConditioning:
         augmentation_seed: int = 0,
         prefix_frames: int = 1,
         batch: str = BATCHES[0],
+        end_image: Tensor | None = None,
         unique_id: str | None = None,
     ) -> tuple[ImageConditioning]:
         check_size(width, height, num_frames)
@@ -168,6 +178,8 @@ class SkyReelsImageConditioning:
                 f"{prefix_frames} prefix frames are the start of one clip, and batch asks for a "
                 "clip of each picture: set prefix_frames to 1."
             )
+        pictures = torch.split(image, 1) if is_each else [image]
+        ends = _end_of_each(end_image, len(pictures))
         runtime = host.ComfyRuntime(unique_id, vae)
         encoded = [
             encode_image(
@@ -178,9 +190,36 @@ class SkyReelsImageConditioning:
                 height=height,
                 num_frames=num_frames,
                 seed=augmentation_seed,
+                end_image=end,
                 runtime=runtime,
             )
-            for part in (torch.split(image, 1) if is_each else [image])
+            for part, end in zip(pictures, ends, strict=True)
         ]
         latents = torch.cat([each.image_latents for each in encoded])
-        return (replace(encoded[0], image_latents=latents),)
+        end_latents = encoded[0].end_latents
+        if end_latents is not None:
+            end_latents = torch.cat([each.end_latents for each in encoded])
+        return (replace(encoded[0], image_latents=latents, end_latents=end_latents),)
+
+
+def _end_of_each(end_image: Tensor | None, count: int) -> Sequence[Tensor | None]:
+    """The end picture of each clip.
+
+    Args:
+        end_image: one or several, or None.
+        count: of clips.
+
+    Returns:
+        As many; None where there is none.
+
+    Raises:
+        ShapeError: their number fits neither one nor all clips.
+    """
+    if end_image is None or count == 1 or len(end_image) == 1:
+        return [end_image] * count
+    if len(end_image) != count:
+        raise ShapeError(
+            f"end_image holds {len(end_image)} pictures and image {count}: connect one for all "
+            "clips, or one for each."
+        )
+    return torch.split(end_image, 1)

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ...skyreels.config import MAX_STEPS, Guidance
+from ...skyreels.config import MAX_STEPS, ContextWindows, Guidance
 from ...skyreels.latents import ImageConditioning
 from ...skyreels.sampling.batch import Clip, sample_batch
 from ...skyreels.sampling.schedules import SCHEDULES, named_sigmas
@@ -300,6 +300,13 @@ class SkyReelsSampler:
                     "SKYREELS_GUIDANCE",
                     {"tooltip": "From SkyReels Guidance: skip-layer guidance and FreSca."},
                 ),
+                "windows": (
+                    "SKYREELS_WINDOWS",
+                    {
+                        "tooltip": "From SkyReels Context Windows, for clips longer than a window. "
+                        "Not together with a cache."
+                    },
+                ),
             },
             "hidden": {"unique_id": "UNIQUE_ID"},
         }
@@ -330,6 +337,7 @@ class SkyReelsSampler:
         cache: str = "off",
         attention: str = "exact",
         guidance: Guidance | None = None,
+        windows: ContextWindows | None = None,
         unique_id: str | None = None,
     ) -> tuple[convert.Latent]:
         convert.warn_unused(positive, negative)
@@ -360,6 +368,7 @@ class SkyReelsSampler:
             attention=attention,
             resume=host.resume_folder() if resume else None,
             loras=model.loras,
+            windows=windows,
         )
         count = convert.num_clips(image, start)
         convert.warn_surplus(positive, "positive", count)

@@ -5,7 +5,13 @@ from dataclasses import dataclass, field
 
 import torch
 
-from ..config import MAX_TEXT_TOKENS, TransformerConfig, VAEConfig
+from ..config import (
+    MAX_TEXT_TOKENS,
+    TEMPORAL_COMPRESSION,
+    ContextWindows,
+    TransformerConfig,
+    VAEConfig,
+)
 from ..kernels.dispatch import DeviceInfo, describe
 from ..latents import latent_shape
 from ..offload import reserve_bytes
@@ -122,6 +128,7 @@ class Job:
         config: sizes of the transformer.
         vae: of the VAE that decodes; None plans no decode.
         vae_dtype: it computes in.
+        windows: in which the clip is predicted; None predicts it whole.
     """
 
     width: int = 960
@@ -135,6 +142,7 @@ class Job:
     config: TransformerConfig = field(default_factory=TransformerConfig)
     vae: VAEConfig | None = field(default_factory=VAEConfig)
     vae_dtype: torch.dtype = torch.bfloat16
+    windows: ContextWindows | None = None
 
     @property
     def latent_shape(self) -> torch.Size:
@@ -143,19 +151,38 @@ class Job:
 
     @property
     def tokens(self) -> int:
-        """Of image and text."""
+        """Of image and text, in one model evaluation."""
         _, _, frames, height, width = self.latent_shape
+        if self.windows is not None:
+            frames = min(frames, self.windows.length)
         patch = self.config.patch_size
         patches = frames // self.config.patch_size_t * (height // patch) * (width // patch)
         return patches + self.text_tokens
 
     @property
-    def num_evaluations(self) -> int:
-        """Forward passes of the run."""
+    def num_predictions(self) -> int:
+        """Predictions of the clip in the run."""
         return self.num_steps + self.num_guided + self.num_extra
 
+    @property
+    def num_windows(self) -> float:
+        """Forward passes of a prediction, the mean of all steps."""
+        if self.windows is None:
+            return 1
+        frames = self.latent_shape[2]
+        counts = [len(self.windows.starts(frames, step)) for step in range(self.num_steps)]
+        return sum(counts) / len(counts)
+
+    @property
+    def num_evaluations(self) -> int:
+        """Forward passes of the run."""
+        return round(self.num_predictions * self.num_windows)
+
     def __str__(self) -> str:
-        return f"{self.num_frames} frames of {self.width}x{self.height}"
+        text = f"{self.num_frames} frames of {self.width}x{self.height}"
+        if self.windows is None or self.latent_shape[2] <= self.windows.length:
+            return text
+        return f"{text} in windows of {(self.windows.length - 1) * TEMPORAL_COMPRESSION + 1}"
 
 
 def vae_dtype(device: torch.device) -> torch.dtype:

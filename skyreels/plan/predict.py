@@ -179,7 +179,7 @@ def plan_run(
     blocks, fits = weights.blocks, way.fits
     away = [size for index, size in enumerate(blocks) if index not in way.resident]
     stay = sum(blocks) - sum(away)
-    kept = min(job.num_evaluations, MAX_KEPT)
+    kept = min(job.num_predictions, MAX_KEPT)
     text = kept * job.text_tokens * config.hidden_size * weights.dtype.itemsize
     sampling = weights.outside + stay + way.slots * max(away, default=0) + way.activation_bytes
     kind = f"{kind_of_work(weights, choice.attention)}, peak"
@@ -298,7 +298,8 @@ def _sampling_seconds(
         )
         return twice.stall_s - once.stall_s
 
-    together = job.num_guided if interleaves else 0  # steps
+    # passes that run for two predictions
+    together = round(job.num_guided * job.num_windows) if interleaves else 0
     stall = (job.num_evaluations - 2 * together) * stall_of(1)
     stall += together * stall_of(2) if together else 0.0
     sample = job.num_evaluations * sum(compute) + stall

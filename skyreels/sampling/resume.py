@@ -23,7 +23,7 @@ logger = logging.getLogger("skyreels.sampling.resume")
 #: settings that do not decide the result of a run that can be resumed: its solver is Euler
 NOT_IN_FINGERPRINT = {"solver", "resume", "loras"}
 #: options of later versions, part of it only where they are used: files of earlier versions fit
-ADDED_LATER: dict[str, object] = {"noise_index": 0, "noise_mask": None}
+ADDED_LATER: dict[str, object] = {"noise_index": 0, "noise_mask": None, "windows": None}
 
 #: save(step, latents): keep the latents after `step` finished steps
 SaveStep = Callable[[int, Tensor], None]
@@ -84,7 +84,8 @@ def _add(digest: "hashlib._Hash", value: object) -> None:
     elif is_dataclass(value):
         for each in fields(value):
             inner = getattr(value, each.name)
-            if not (isinstance(value, Guidance) and inner is None):
+            is_later = isinstance(value, Guidance) or each.name == "end_latents"
+            if not (is_later and inner is None):
                 # what is off counts as it did before it existed
                 _add(digest, inner)
     elif isinstance(value, list | tuple):

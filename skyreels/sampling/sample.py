@@ -17,7 +17,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..config import CHUNKINGS, NUM_TRAIN_TIMESTEPS, Chunking, FreSca, Guidance, SkipLayers
+from ..config import (
+    CHUNKINGS,
+    NUM_TRAIN_TIMESTEPS,
+    Chunking,
+    ContextWindows,
+    FreSca,
+    Guidance,
+    SkipLayers,
+)
 from ..errors import OptionError, ShapeError
 from ..ladder import retried
 from ..latents import (
@@ -53,6 +61,7 @@ from .prompts import (
 from .resume import SaveStep, fingerprint_run, resume_run
 from .settings import OnStep, SamplingSettings, Velocity, euler
 from .step_cache import OFF, CacheConfig, cache_bytes, start_cache
+from .windows import Picture, evaluated_shape, picture_of_run, predict_clip
 
 
 def initial_noise(seed: int, num_frames: int, height: int, width: int, index: int = 0) -> Tensor:
@@ -154,7 +163,7 @@ def leaving_out(run_block: RunBlock, blocks: Sequence[nn.Module]) -> RunBlock:
 
 def guided_velocity(
     transformer: SkyReelsTransformer,
-    image_latents: Tensor | None,
+    picture: Picture,
     lookup: StepLookup,
     sigmas: Tensor,
     guidance: Guidance,
@@ -171,14 +180,14 @@ def guided_velocity(
 
     Args:
         transformer: the network.
-        image_latents: [1, 16, T, h, w] float32, model space, zero where nothing is given; None for
-            a text-to-video transformer.
+        picture: [1, 16, T, h, w] float32, model space, zero where nothing is given; None for a
+            text-to-video transformer; or, for a clip in windows, a `Windowed`.
         lookup: from `precompute`, of the prompts that `weights` names.
         sigmas: [N + 1] of the run; where a sigma falls decides about the CFG window.
         guidance: how the two predictions are combined.
         weights: which prompts make them; by default the first and, while true_cfg_scale > 1, the
             second one.
-        rope: from `rope_table`.
+        rope: from `rope_table`, of the clip or of a window.
         run_block: runs one block of the transformer.
         attention: see transformer/attention.py.
         chunking: how much of a block is computed at a time.
@@ -199,65 +208,76 @@ def guided_velocity(
     steps = start_cache(cache, num_steps, run_block, transformer.blocks)
 
     def predict_each(
-        latents: Tensor, timestep: float, branches: Sequence[int], cached: RunBlock
-    ) -> list[Tensor]:
-        velocities = transformer.denoise_together(
-            _with_picture(latents, image_latents),
-            [lookup(branch, timestep, run_block) for branch in branches],
-            rope=rope,
-            attention=attention,
-            run_block=cached,
-            chunking=chunking,
+        latents: Tensor, sigma: Tensor, branches: Sequence[int], cached: RunBlock
+    ) -> Sequence[Tensor]:
+        timestep = float(sigma * NUM_TRAIN_TIMESTEPS)
+        conditioned = [lookup(branch, timestep, run_block) for branch in branches]
+
+        velocities = predict_clip(
+            lambda latents, image_latents: transformer.denoise_together(
+                _with_picture(latents, image_latents),
+                conditioned,
+                rope=rope,
+                attention=attention,
+                run_block=cached,
+                chunking=chunking,
+            ),
+            latents,
+            picture,
+            _step_of(sigma, schedule),
         )
         return [velocity.float() for velocity in velocities]
 
     def predict_all(
         step: int,
         latents: Tensor,
-        timestep: float,
+        sigma: Tensor,
         branches: Sequence[int],
         weak: Collection[int],
     ) -> Iterator[Tensor]:
         if interleaves and not weak:  # by twos, for which memory is planned
             for first in range(0, len(branches), 2):
-                yield from predict_each(latents, timestep, branches[first : first + 2], run_block)
+                yield from predict_each(latents, sigma, branches[first : first + 2], run_block)
         else:
             if branches:
                 steps.begin(step, latents, branches)
             for branch in branches:
                 is_weak = branch in weak
-                yield steps.predict(branch, partial(predict, latents, timestep, branch, is_weak))
+                yield steps.predict(branch, partial(predict, latents, sigma, branch, is_weak))
 
     def predict(
-        latents: Tensor, timestep: float, branch: int, is_weak: bool, cached: RunBlock
+        latents: Tensor, sigma: Tensor, branch: int, is_weak: bool, cached: RunBlock
     ) -> Tensor:
         cached = leaving_out(cached, left_out) if is_weak else cached
-        return predict_each(latents, timestep, [branch], cached)[0]
+        return predict_each(latents, sigma, [branch], cached)[0]
 
     def velocity(latents: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor | None]:
         sigma = sigma.to("cpu", torch.float32)
-        # a solver may ask between two sigmas of the schedule: that still belongs to the earlier
-        step = max(0, int((schedule >= sigma - 1e-6).sum()) - 1)
+        step = _step_of(sigma, schedule)
         if step < guidance.zero_init_steps:
             return torch.zeros_like(latents), None
         is_guided = guidance.true_cfg_scale > 1 and guidance.is_in_window(step, num_steps)
         scale = guidance.skip_scale(step, num_steps)
-        timestep = float(sigma * NUM_TRAIN_TIMESTEPS)
         sides = [weights(side, sigma) for side in range(2 if is_guided else 1)]
         branches = [branch for side in sides for branch, _ in side]
         weak = _negative_branches(sides) if scale == 0 else set()
-        made = predict_all(step, latents, timestep, branches, weak)
+        made = predict_all(step, latents, sigma, branches, weak)
         averages = [average(made, side, latents, sigma) for side in sides]
         if step == num_steps - 1:
             steps.report()
         positive, negative = averages[0], averages[1] if is_guided else None
         guided = positive if negative is None else combine(positive, negative, guidance)
         if scale:
-            made = (predict(latents, timestep, branch, True, run_block) for branch, _ in sides[0])
+            made = (predict(latents, sigma, branch, True, run_block) for branch, _ in sides[0])
             guided = guided + scale * (positive - average(made, sides[0], latents, sigma))
         return guided, negative
 
     return velocity
+
+
+def _step_of(sigma: Tensor, schedule: Tensor) -> int:
+    """The step that a sigma belongs to: between two of the schedule, the earlier one's."""
+    return max(0, int((schedule >= sigma - 1e-6).sum()) - 1)
 
 
 def _negative_branches(sides: Sequence[Sequence[tuple[int, float]]]) -> set[int]:
@@ -447,7 +467,7 @@ def _denoise(
         largest = max(weight_bytes(module) for module in transformer.conditioners)
         needed = {name: num_bytes + largest for name, num_bytes in needed.items()}
     with runtime.place(transformer, needed["chunks"]), torch.inference_mode():
-        tokens = num_tokens(transformer, image, prompts.embeds)
+        tokens = num_tokens(transformer, image, prompts.embeds, settings.windows)
         attention = attention_of_run(transformer, tokens, settings.attention, runtime)
         run = start_run(transformer, _job(transformer, image, prompts, settings), needed, runtime,
                         "exact" if settings.attention == "exact" else "fast")  # fmt: skip
@@ -466,12 +486,10 @@ def _denoise(
             run.plan.peak_bytes["condition"],
             "Preparing the text for every step",
         )
-        image_latents = image.padded()
-        if image_latents is not None:
-            image_latents = image_latents.to(device)
+        picture = picture_of_run(image, settings.windows, device)
         kept = None if settings.noise_mask is None else _Kept(image, settings, device)
         rope = rope_table(
-            transformer.token_grid(image.latent_shape),
+            transformer.token_grid(evaluated_shape(image, settings.windows)),
             transformer.config,
             riflex_k=settings.riflex_k,
             device=device,
@@ -482,7 +500,7 @@ def _denoise(
             with placed(transformer, runtime, run.bytes_on(rung)) as run_block:
                 velocity = guided_velocity(
                     transformer,
-                    image_latents,
+                    picture,
                     lookup,
                     settings.sigmas,
                     guidance,
@@ -528,6 +546,7 @@ def _job(
         held_bytes=_held_bytes(transformer, image, prompts.embeds, settings),
         config=transformer.config,
         vae=None,
+        windows=settings.windows,
     )
 
 
@@ -560,11 +579,14 @@ def attention_of_run(
 
 
 def num_tokens(
-    transformer: SkyReelsTransformer, image: ImageConditioning, prompts: Sequence[PromptEmbeds]
+    transformer: SkyReelsTransformer,
+    image: ImageConditioning,
+    prompts: Sequence[PromptEmbeds],
+    windows: ContextWindows | None = None,
 ) -> int:
-    """Image and text tokens of the prompt with more text."""
+    """Image and text tokens of an evaluation with the prompt that has more text."""
     text_tokens = max(embeds.prompt_embeds.shape[1] for embeds in prompts)
-    return math.prod(transformer.token_grid(image.latent_shape)) + text_tokens
+    return math.prod(transformer.token_grid(evaluated_shape(image, windows))) + text_tokens
 
 
 def run_bytes(
@@ -586,7 +608,7 @@ def run_bytes(
     """
     held = _held_bytes(transformer, image, prompts, settings)
     attention = "fast" if settings.attention == "fast" else "exact"
-    tokens = num_tokens(transformer, image, prompts)
+    tokens = num_tokens(transformer, image, prompts, settings.windows)
     return activation_bytes(transformer.config, tokens, weights_of(transformer), attention, held)
 
 

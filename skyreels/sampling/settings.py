@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..config import MAX_STEPS, Guidance
+from ..config import MAX_STEPS, ContextWindows, Guidance
 from ..errors import OptionError, ShapeError
 from ..latents import is_whole, seeded_generator
 from ..lora.apply import AppliedLora
@@ -130,6 +130,7 @@ class SamplingSettings:
             where it is 1 a new one is sampled.
         loras: in use together; the transformer is brought to exactly these before the first step,
             and keeps them until another run asks for others.
+        windows: see `ContextWindows`; None predicts the whole clip at once. Not with a cache.
 
     Raises:
         OptionError: a value outside its range, or two that contradict each other.
@@ -149,6 +150,7 @@ class SamplingSettings:
     noise_index: int = 0
     noise_mask: Tensor | None = None
     loras: tuple[AppliedLora, ...] = ()
+    windows: ContextWindows | None = None
 
     def __post_init__(self) -> None:
         seeded_generator(self.seed)  # refuses a seed outside its range
@@ -171,6 +173,11 @@ class SamplingSettings:
             raise OptionError(
                 "Skip-layer guidance and a cache do not go together: the cache would compare "
                 "predictions of two models. Set the cache to off, or switch the guidance off."
+            )
+        if self.cache.kind != "off" and self.windows is not None:
+            raise OptionError(
+                "Context windows and a cache do not go together: the cache would compare one "
+                "window with another. Set the cache to off, or disconnect the windows."
             )
         if self.cache.kind != "off" and self.solver is not euler:
             raise OptionError(

@@ -48,7 +48,7 @@ FROZEN = {
     "SkyReelsImageConditioning": (
         "SkyReels Image Conditioning",
         ["vae", "image", "width", "height", "num_frames", "fit", "noise_augmentation",
-         "latent_strength", "augmentation_seed", "prefix_frames", "batch"],
+         "latent_strength", "augmentation_seed", "prefix_frames", "batch", "end_image"],
         [("image_conditioning", "SKYREELS_IMAGE")],
     ),
     "SkyReelsSampler": (
@@ -56,7 +56,7 @@ FROZEN = {
         ["model", "positive", "seed", "steps", "cfg", "embedded_guidance", "shift", "negative",
          "image", "latent", "sampler", "sigmas", "denoise", "cfg_start", "cfg_end",
          "guidance_rescale", "cfg_zero_star", "zero_init_steps", "riflex_k", "resume",
-         "add_noise", "cache", "attention", "guidance"],
+         "add_noise", "cache", "attention", "guidance", "windows"],
         [("samples", "LATENT")],
     ),
     "SkyReelsGuidance": (
@@ -64,6 +64,11 @@ FROZEN = {
         ["skip_layers", "double_blocks", "single_blocks", "skip_scale", "skip_start", "skip_end",
          "fresca_low", "fresca_high", "fresca_cutoff"],
         [("guidance", "SKYREELS_GUIDANCE")],
+    ),
+    "SkyReelsContextWindows": (
+        "SkyReels Context Windows",
+        ["window_frames", "overlap_frames", "schedule", "blend"],
+        [("windows", "SKYREELS_WINDOWS")],
     ),
     "SkyReelsScheduler": (
         "SkyReels Scheduler",

@@ -924,6 +924,12 @@ def test_cores_samplers_and_nodes_give_with_our_model_what_they_give_with_cores(
     assert {name: error for name, error in errors.items() if not error <= 1e-5} == {}
 
 
+def test_context_windows_give_what_cores_give(inside):
+    errors = inside["windows"]  # none where core leaves the picture whole
+    assert {name: error for name, error in errors.items() if not error <= 1e-5} == {}
+    assert inside["windows_that_differ"] == []
+
+
 def test_as_a_core_model_our_weights_are_loaded_once_and_given_back(inside):
     assert inside["bridge_listed"] == 1
     assert inside["bridge_bytes"] == 0

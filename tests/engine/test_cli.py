@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from comfyui_skyreels.skyreels import cli, media, outcomes
+from comfyui_skyreels.skyreels import cli, media, outcomes, pipeline
 from comfyui_skyreels.skyreels.builtin import (
     BUILTIN_FOLDER,
     BUILTIN_NOTICE,
@@ -25,7 +25,7 @@ from comfyui_skyreels.skyreels.builtin import (
     builtin_vae,
     example_image,
 )
-from comfyui_skyreels.skyreels.config import TransformerConfig
+from comfyui_skyreels.skyreels.config import ContextWindows, TransformerConfig
 from comfyui_skyreels.skyreels.errors import OptionError
 from comfyui_skyreels.skyreels.pipeline import image_to_video
 from comfyui_skyreels.skyreels.runtime import TorchRuntime
@@ -53,6 +53,51 @@ def picture(tmp_path) -> Path:
     path = tmp_path / "picture.png"
     Image.fromarray(np.random.default_rng(0).integers(0, 255, (50, 70, 3), np.uint8)).save(path)
     return path
+
+
+@pytest.mark.parametrize(
+    ("options", "windows"),
+    [
+        ([], None),
+        (["--window", "97"], ContextWindows(25, 6)),
+        (["--window", "9:4", "--end-image", "PICTURE"], ContextWindows(3, 1)),
+    ],
+)
+def test_windows_and_an_end_picture_reach_the_run(
+    capsys, tmp_path, picture, monkeypatch, options, windows
+):
+    given = []
+
+    def stop(model, vae, image, prompt, negative, settings, *, end_image, **sizes):
+        given.extend((settings.windows, end_image))
+        raise OptionError("far enough")
+
+    monkeypatch.setattr(pipeline, "image_to_latents", stop)
+    options = [picture if option == "PICTURE" else option for option in options]
+    code, _, err = run(capsys, "generate", *FAST, "--out", tmp_path / "x.npy", *options)
+    assert (code, "far enough" in err) == (1, True)
+    assert given[0] == windows
+    if picture in options:
+        assert torch.equal(given[1], media.read_image(picture))
+    else:
+        assert given[1] is None
+
+
+def test_illegal_windows_are_refused_before_any_work(capsys, tmp_path):
+    options = ["--out", tmp_path / "x.npy", "--window"]
+    code, _, err = run(capsys, "generate", *FAST, *options, "16")
+    assert code == 1
+    assert "A window of 16 frames is not a multiple of 4 plus 1, from 5: use 17." in err
+    with pytest.raises(SystemExit):
+        run(capsys, "generate", *FAST, *options, "17:x")
+    assert "invalid" in capsys.readouterr().err
+
+
+def test_an_end_picture_and_a_clip_to_extend_exclude_each_other(capsys, tmp_path, picture):
+    options = ["--extend", picture, "--end-image", picture, "--out", tmp_path / "x.npy"]
+    code, _, err = run(capsys, "generate", *FAST, *options)
+    assert code == 1
+    assert "--extend does not go together with --end-image" in err
 
 
 def test_generate_writes_a_playable_video_and_says_what_it_is(capsys, tmp_path, picture):
@@ -461,6 +506,7 @@ def test_a_text_to_video_transformer_makes_a_clip_of_the_prompt_alone(capsys, tm
         (["PICTURE"], "takes no picture: leave the picture out"),
         (["--extend", "CLIP"], "takes no picture"),
         (["--noise-augmentation", "0.1"], "--latent-strength are for a picture"),
+        (["--end-image", "PICTURE"], "--latent-strength are for a picture"),
     ],
 )
 def test_a_picture_for_a_text_to_video_transformer_is_refused_before_text_is_encoded(

@@ -85,6 +85,30 @@ def test_frame_is_encoded_alone_and_scaled(vae):
     assert conditioning.latent_shape == (1, 16, 3, 4, 6)
 
 
+def test_an_end_picture_is_encoded_alone_and_lies_at_the_last_latent_frame(vae):
+    size = {"width": 48, "height": 32, "num_frames": 9, "runtime": RUNTIME}
+    start, end = picture(50, 70), picture(32, 48).flip(1)
+    settings = ImageSettings(latent_strength=0.5)
+    both = encode_image(vae, start, settings, end_image=end, **size)
+    plain = encode_image(vae, start, settings, **size)
+    assert torch.equal(both.image_latents, plain.image_latents)
+    assert plain.end_latents is None
+    alone = encode_image(vae, end, settings, **size)
+    assert torch.equal(both.end_latents, alone.image_latents)
+    padded = both.padded()
+    assert torch.equal(padded[:, :, :-1], plain.padded()[:, :, :-1])
+    assert torch.equal(padded[:, :, -1:], both.end_latents)
+
+
+def test_an_end_picture_leaves_the_noise_of_the_first_one(vae):
+    options = {"width": 48, "height": 32, "num_frames": 9, "seed": 4, "runtime": RUNTIME}
+    settings = ImageSettings(noise_augmentation=0.1)
+    plain = encode_image(vae, picture(32, 48), settings, **options)
+    both = encode_image(vae, picture(32, 48), settings, end_image=picture(32, 48), **options)
+    assert torch.equal(both.image_latents, plain.image_latents)
+    assert not torch.equal(both.end_latents, plain.image_latents)  # noise of its own
+
+
 def test_longer_prefix_fills_the_first_latent_frames(vae):
     clip = torch.rand(9, 32, 32, 3)
     conditioning = encode_image(
@@ -171,6 +195,12 @@ def test_unusable_images_and_settings_are_explained(vae, image, kwargs, error, w
         encode_image(
             vae, image, ImageSettings(**kwargs), width=32, height=32, num_frames=5, runtime=RUNTIME
         )
+
+
+def test_a_clip_of_one_frame_has_no_room_for_an_end_picture(vae):
+    size = {"width": 48, "height": 32, "num_frames": 1, "runtime": RUNTIME}
+    with pytest.raises(ShapeError, match="no room for an end picture.* use at least 5 frames"):
+        encode_image(vae, picture(32, 48), end_image=picture(32, 48), **size)
 
 
 def test_interrupt_during_encoding_leaves_the_vae_usable(vae):

@@ -23,6 +23,7 @@ import comfy.cli_args
 
 comfy.cli_args.args.cpu = True
 
+import comfy.context_windows
 import comfy.latent_formats
 import comfy.model_sampling
 import comfy.sample
@@ -40,7 +41,7 @@ import nodes
 sys.path.append(str(pack / "tests"))  # behind ComfyUI's own `tests`
 
 import comfyui_skyreels
-from comfyui_skyreels.skyreels.config import TransformerConfig, VAEConfig
+from comfyui_skyreels.skyreels.config import ContextWindows, TransformerConfig, VAEConfig
 from comfyui_skyreels.skyreels.latents import to_model_space
 from comfyui_skyreels.skyreels.runtime import TorchRuntime
 from comfyui_skyreels.skyreels.sampling.settings import get_sigmas
@@ -207,6 +208,35 @@ if "cond_retain_index_list" in inspect.signature(windows.execute).parameters:
     change = execute("context_windows.ContextWindowsManualNode", context_length=2,
                      context_overlap=1, dim=2, context_schedule="standard_static")  # fmt: skip
     result["bridge"]["context windows"] = bridge_error(change)
+
+# ours in our sampler, core's in core's; cut into windows there since the same version
+result["windows"] = {}
+if "cond_retain_index_list" in inspect.signature(windows.execute).parameters:
+    long_image = replace(image, num_frames=25)
+    empty = torch.zeros(long_image.latent_shape)
+    for schedule, blend in (("static", "pyramid"), ("static", "relative"), ("static", "flat"),
+                            ("uniform", "pyramid")):  # fmt: skip
+        change = execute("context_windows.ContextWindowsManualNode", context_length=3,
+                         context_overlap=1, dim=2, context_schedule=f"standard_{schedule}",
+                         fuse_method=blend, cond_retain_index_list="0",
+                         causal_window_fix=False)  # fmt: skip
+        own = node("SkyReelsContextWindows", window_frames=9, overlap_frames=4, schedule=schedule,
+                   blend=blend)  # fmt: skip
+        made = node("SkyReelsSampler", **{**ours, "image": long_image}, windows=own)["samples"]
+        core_made = core_samples(euler, sigmas, model=change(core_model), start=empty)
+        result["windows"][f"{schedule}, {blend}"] = relative_error(made, core_made)
+result["windows_that_differ"] = []
+for length, overlap, frames in ((2, 0, 9), (3, 1, 7), (4, 2, 10), (5, 4, 6), (7, 3, 30),
+                                (25, 6, 73)):  # fmt: skip
+    handler = SimpleNamespace(context_length=length, context_overlap=overlap, context_stride=1,
+                              closed_loop=False)  # fmt: skip
+    for schedule in ("static", "uniform"):
+        make = getattr(comfy.context_windows, f"create_windows_{schedule}_standard")
+        for handler._step in range(31):
+            core = {tuple(window) for window in make(frames, handler, {})}
+            starts = ContextWindows(length, overlap, schedule).starts(frames, handler._step)
+            if core != {tuple(range(start, start + length)) for start in starts}:
+                result["windows_that_differ"].append([length, overlap, frames, handler._step])
 
 # a LoRA that core's own loader puts on the model, in a dialect that core reads, also on 8 bits
 changes = {}

@@ -13,7 +13,7 @@ import torch
 from comfyui_skyreels.nodes.local import convert
 from comfyui_skyreels.nodes.local import extend as extend_module
 from comfyui_skyreels.skyreels.builtin import BUILTIN_NAME
-from comfyui_skyreels.skyreels.config import FreSca, Guidance, SkipLayers, Tiling
+from comfyui_skyreels.skyreels.config import ContextWindows, FreSca, Guidance, SkipLayers, Tiling
 from comfyui_skyreels.skyreels.errors import CheckpointError, OptionError, ShapeError, TextError
 from comfyui_skyreels.skyreels.extend import ExtendSettings, extend_video
 from comfyui_skyreels.skyreels.image import ImageSettings, encode_image
@@ -495,6 +495,23 @@ def test_blocks_that_are_no_numbers_are_named(comfy):
                                     "single_blocks": "a, 2"})  # fmt: skip
 
 
+# --- windows ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("schedule", ["static", "uniform"])
+def test_windows_reach_the_sampler(comfy, picture, schedule):
+    windows = node("SkyReelsContextWindows", window_frames=5, overlap_frames=4, schedule=schedule,
+                   blend="flat")  # fmt: skip
+    expected = ContextWindows(2, 1, schedule, "flat")
+    assert windows == expected
+    _, inputs = prepare(picture)
+    got = node("SkyReelsSampler", **inputs, windows=windows)["samples"]
+    assert torch.equal(got, library_samples(inputs, windows=expected, sigmas=get_sigmas(2)))
+    assert not torch.equal(got, library_samples(inputs, sigmas=get_sigmas(2)))
+    with pytest.raises(OptionError, match="Set the cache to off"):
+        node("SkyReelsSampler", **inputs, windows=windows, cache="easy")
+
+
 # --- text encoders in single files --------------------------------------------------------------
 
 
@@ -761,6 +778,32 @@ def test_a_batch_of_pictures_gives_its_first_clip_or_one_of_each(comfy, picture)
     with pytest.raises(OptionError, match="set prefix_frames to 1"):
         node("SkyReelsImageConditioning", vae=vae, image=both, fit="crop", prefix_frames=5,
              batch="one clip each", **SIZE)  # fmt: skip
+
+
+def test_an_end_picture_reaches_the_sampler_and_each_clip_of_a_batch_has_its_own(comfy, picture):
+    vae, inputs = prepare(picture)
+    both = torch.cat([picture, picture.flip(1)])
+    end = both.flip(0)
+
+    def encode(**options):
+        options = {"vae": vae, "image": both, "fit": "crop", **SIZE, **options}
+        return node("SkyReelsImageConditioning", **options)
+
+    one = encode(end_image=end)  # the first of each
+    assert torch.equal(one.image_latents, inputs["image"].image_latents)
+    assert torch.equal(one.end_latents, encode(image=end).image_latents)
+    each = encode(end_image=end, batch="one clip each")
+    assert torch.equal(each.end_latents[0], one.end_latents[0])
+    samples = node("SkyReelsSampler", **{**inputs, "image": each})["samples"]
+    for index in range(2):
+        own = encode(image=both[index:][:1], end_image=end[index:][:1])
+        options = {"sigmas": get_sigmas(2), "noise_index": index}
+        made = library_samples({**inputs, "image": own}, **options)
+        assert torch.equal(samples[index], made[0])
+    shared = encode(end_image=end[:1], batch="one clip each")
+    assert torch.equal(shared.end_latents[0], shared.end_latents[1])
+    with pytest.raises(ShapeError, match="end_image holds 3 pictures and image 2"):
+        encode(end_image=torch.cat([end, end[:1]]), batch="one clip each")
 
 
 def test_a_batch_is_decoded_clip_by_clip_into_one_row_of_frames(comfy):

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from comfyui_skyreels.skyreels.config import FreSca, Guidance, SkipLayers
+from comfyui_skyreels.skyreels.config import ContextWindows, FreSca, Guidance, SkipLayers
 from comfyui_skyreels.skyreels.latents import ImageConditioning
 from comfyui_skyreels.skyreels.sampling.resume import NOT_IN_FINGERPRINT, fingerprint_run
 from comfyui_skyreels.skyreels.sampling.settings import SamplingSettings, euler
@@ -40,6 +40,7 @@ OTHERS = {
     "attention": "fast",
     "noise_index": 1,
     "noise_mask": torch.ones(1, 1, 3, 4, 6),
+    "windows": ContextWindows(2, 1),
 }
 OTHER_GUIDANCE = {
     "true_cfg_scale": 5.0,
@@ -87,6 +88,12 @@ def test_every_value_of_guidance_changes_the_fingerprint(model, name):
     guidance = replace(SETTINGS.guidance, **{name: OTHER_GUIDANCE[name]})
     other = replace(SETTINGS, guidance=guidance)
     assert fingerprint_run(*inputs, other) != fingerprint_run(*inputs, SETTINGS)
+
+
+def test_an_end_picture_changes_the_fingerprint(model):
+    end = torch.zeros(1, 16, 1, 4, 6)
+    images = (IMAGE, replace(IMAGE, end_latents=end), replace(IMAGE, end_latents=end + 1))
+    assert len({fingerprint_run(model, i, PROMPT, NEGATIVE, SETTINGS) for i in images}) == 3
 
 
 def test_where_steps_are_saved_does_not_change_the_fingerprint(model, tmp_path):

@@ -400,6 +400,38 @@ def test_a_noise_mask_keeps_the_start_where_it_is_zero(model, conditioning):
     torch.testing.assert_close(everything, run(model, conditioning, init_latents=start))
 
 
+@pytest.mark.parametrize(
+    ("end", "frames", "words"),
+    [
+        (torch.zeros(1, 16, 2, 4, 6), 9, r"\[1, 16, 1, 4, 6\].*got \[1, 16, 2, 4, 6\]"),
+        (torch.zeros(2, 16, 1, 4, 6), 9, r"got \[2, 16, 1, 4, 6\]"),
+        ("a picture", 9, "got str"),
+        (torch.full((1, 16, 1, 4, 6), torch.inf), 9, "end picture's latents hold NaN or infinity"),
+        (torch.zeros(1, 16, 1, 4, 6), 1, "use at least 5 frames"),
+    ],
+)
+def test_a_misshaped_end_picture_is_refused(model, end, frames, words):
+    clip = ImageConditioning(torch.zeros(1, 16, 1, 4, 6), 48, 32, frames, end)
+    with pytest.raises(ShapeError, match=words):
+        run(model, clip)
+
+
+def test_the_network_sees_the_end_picture_at_the_last_latent_frame(model, conditioning):
+    end = torch.randn(1, 16, 1, 4, 6, generator=torch.Generator().manual_seed(8))
+    seen = []
+    watch = model.img_in.register_forward_pre_hook(lambda _, args: seen.append(args[0][:, 16:]))
+    try:
+        latents = run(model, replace(conditioning, end_latents=end))
+    finally:
+        watch.remove()
+    assert len(seen) == 8
+    for each in seen:
+        assert torch.equal(each[:, :, :1], conditioning.image_latents)
+        assert not each[:, :, 1:-1].any()
+        assert torch.equal(each[:, :, -1:], end)
+    assert not torch.equal(latents, run(model, conditioning))
+
+
 def test_latents_that_are_not_finite_are_reported(conditioning):
     model = tiny.transformer()
     model.final_layer.linear.weight.data.fill_(1e38)
