@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from ...skyreels.errors import CheckpointError, ShapeError, TextError
 from ...skyreels.kernels.dispatch import log_once
-from ...skyreels.latents import ImageConditioning, to_vae_space
+from ...skyreels.latents import ImageConditioning, check_picture, to_vae_space
 from ...skyreels.lora.apply import AppliedLora
 from ...skyreels.lora.names import parameter_shapes
 from ...skyreels.sampling.evaluator import Evaluator
@@ -39,8 +39,6 @@ EMBEDDED_GUIDANCE = 1.0
 #: how core names our blocks where nodes replace them
 _BLOCK_KINDS = ("double_block", "single_block")
 _KEY = "skyreels"
-#: of a transformer that takes a picture: as many again for its latents
-IMAGE_CHANNELS = 32
 
 
 @dataclass(frozen=True)
@@ -258,12 +256,15 @@ def _classes() -> tuple[type[Any], type[Any]]:
             self.diffusion_model = bridge
             #: [1, 16, T, h, w] in VAE space, where the conditioning has no picture
             self.image = image
-            self.takes_image = bridge.source.module.config.in_channels == IMAGE_CHANNELS
+            self.takes_image = bridge.source.module.config.takes_image
             self.concat_keys = ("concat_image",) if self.takes_image else ()
 
         def concat_cond(self, **kwargs: Any) -> Tensor | None:
             """The latents of the picture, as core lays them out."""
-            if self.takes_image and kwargs.get("concat_latent_image") is None:
+            if not self.takes_image:
+                has_picture = kwargs.get("concat_latent_image") is not None
+                check_picture(self.diffusion_model.source.module.config, has_picture)
+            elif kwargs.get("concat_latent_image") is None:
                 if self.image is None:
                     raise ShapeError(
                         "No picture: connect SkyReels Image Conditioning to `image` of SkyReels "
@@ -329,8 +330,24 @@ def core_model(model: LoadedModel, image: ImageConditioning | None) -> Any:
 
     Returns:
         A ModelPatcher.
+
+    Raises:
+        OptionError: a picture for a text-to-video model.
     """
-    return _patcher(model, None if image is None else to_vae_space(image.padded()))
+    if image is None or image.image_latents is None:
+        return _patcher(model, None)
+    check_picture(model.module.config, True)
+    ends = image.end_latents
+    count = len(image.image_latents)
+    clips = [
+        replace(
+            image,
+            image_latents=image.image_latents[index : index + 1],
+            end_latents=ends if ends is None else ends[min(index, len(ends) - 1)][None],
+        ).padded()
+        for index in range(count)
+    ]
+    return _patcher(model, to_vae_space(torch.cat([clip for clip in clips if clip is not None])))
 
 
 def _patcher(model: LoadedModel, image: Tensor | None) -> Any:
