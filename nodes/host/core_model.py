@@ -239,6 +239,28 @@ def _replaced(
     return run
 
 
+def _picture_for(noise: Tensor, given: Tensor | None, own: Tensor | None) -> Tensor:
+    """The latents of the picture: of the conditioning, else those that the model was made with.
+
+    Raises:
+        ShapeError: there are none, or they are for another size.
+    """
+    if given is not None:
+        return given
+    if own is None:
+        raise ShapeError(
+            "No picture: connect SkyReels Image Conditioning to `image` of SkyReels Core Model (or "
+            "use core's InstructPixToPixConditioning on both prompts)."
+        )
+    if own.shape[2:] != noise.shape[2:]:
+        raise ShapeError(
+            f"The picture is for latents of {list(own.shape)}, and the latent is "
+            f"{list(noise.shape)}: give SkyReels Image Conditioning and the empty latent the same "
+            "width, height and frames."
+        )
+    return own
+
+
 # --- core's classes -----------------------------------------------------------------------------
 
 
@@ -261,22 +283,12 @@ def _classes() -> tuple[type[Any], type[Any]]:
 
         def concat_cond(self, **kwargs: Any) -> Tensor | None:
             """The latents of the picture, as core lays them out."""
-            if not self.takes_image:
-                has_picture = kwargs.get("concat_latent_image") is not None
-                check_picture(self.diffusion_model.source.module.config, has_picture)
-            elif kwargs.get("concat_latent_image") is None:
-                if self.image is None:
-                    raise ShapeError(
-                        "No picture: connect SkyReels Image Conditioning to `image` of SkyReels "
-                        "Core Model (or use core's InstructPixToPixConditioning on both prompts)."
-                    )
-                if self.image.shape[2:] != kwargs["noise"].shape[2:]:
-                    raise ShapeError(
-                        f"The picture is for latents of {list(self.image.shape)}, and the latent "
-                        f"is {list(kwargs['noise'].shape)}: give SkyReels Image Conditioning and "
-                        "the empty latent the same width, height and frames."
-                    )
-                kwargs["concat_latent_image"] = self.image
+            given = kwargs.get("concat_latent_image")
+            if self.takes_image:
+                given = _picture_for(kwargs["noise"], given, self.image)
+            else:
+                check_picture(self.diffusion_model.source.module.config, given is not None)
+            kwargs["concat_latent_image"] = given
             conditioning: Tensor | None = super().concat_cond(**kwargs)
             return conditioning
 
