@@ -240,7 +240,15 @@ def _replaced(
 
 
 def _picture_for(noise: Tensor, given: Tensor | None, own: Tensor | None) -> Tensor:
-    """The latents of the picture: of the conditioning, else those that the model was made with.
+    """Choose the latents of the picture.
+
+    Args:
+        noise: of the run, [B, 16, T, h, w].
+        given: by the conditioning.
+        own: those that the model was made with.
+
+    Returns:
+        Those of the conditioning, else the model's.
 
     Raises:
         ShapeError: there are none, or they are for another size.

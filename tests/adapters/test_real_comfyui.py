@@ -943,6 +943,8 @@ def test_what_a_core_model_of_ours_cannot_do_is_said(inside):
     refusals = inside["bridge_refusals"]
     assert "connect SkyReels Image Conditioning to `image`" in refusals["no picture"]
     assert "cannot merge or save" in refusals["merged"]
+    assert "takes no picture" in refusals["picture for text"]
+    assert inside["bridge_pictures"] == [[2, 16, 3, 6, 8], True]
     assert "attn1_output_patch" in inside["bridge_unused"]
 
 

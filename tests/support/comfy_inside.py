@@ -326,6 +326,12 @@ result["t2v_relative_error"] = relative_error(made["samples"], core_made)
 text_bridge = node("SkyReelsCoreModel", model=text_model)
 samples = core_samples(euler, sigmas, model=text_bridge, extra={})
 result["bridge"]["text to video"] = relative_error(samples, core_made)
+result["bridge_refusals"]["picture for text"] = refusal(
+    lambda: node("SkyReelsCoreModel", model=text_model, image=image)
+)
+pictures = replace(image, image_latents=torch.cat([image.image_latents, image.image_latents + 1]))
+of_two = node("SkyReelsCoreModel", model=model, image=pictures).model.image
+result["bridge_pictures"] = [list(of_two.shape), of_two[0].equal(bridged.model.image[0])]
 
 # --- several entries, batches, masks, schedules -------------------------------------------------
 
