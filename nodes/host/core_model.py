@@ -134,14 +134,14 @@ class _Bridge(nn.Module):
     ) -> Tensor:
         try:
             evaluator = self._open(options, timestep, x.device)
-            scale = EMBEDDED_GUIDANCE if guidance is None else float(guidance.flatten()[0])
+            scales = [EMBEDDED_GUIDANCE] if guidance is None else guidance.flatten().tolist()
             wrap = functools.partial(_replaced, self.source.module, options)
             velocities = [
                 evaluator.predict(
                     x[item : item + 1],
                     float(timestep[item]),
                     self._prompt(context, y, attention_mask, item),
-                    guidance_scale=scale,
+                    guidance_scale=scales[min(item, len(scales) - 1)],
                     wrap=wrap,
                 )
                 for item in range(x.shape[0])

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import NamedTuple
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -31,6 +32,10 @@ from .sample import attention_of_run
 
 #: as in SamplingSettings; only clips beyond 177 frames change
 RIFLEX_K = 4
+
+
+#: the evaluator that has a transformer placed
+_OPEN: "WeakKeyDictionary[SkyReelsTransformer, Evaluator]" = WeakKeyDictionary()
 
 
 class _Place(NamedTuple):
@@ -54,8 +59,8 @@ class Evaluator:
     """Predictions of a transformer, one at a time, for as long as it is open.
 
     Args:
-        transformer: on any device; it is streamed if it does not fit. Open evaluators of one
-            transformer must not overlap.
+        transformer: on any device; it is streamed if it does not fit. Of several evaluators of one
+            transformer only that which predicts has it placed: taking turns is right and slow.
         sigmas: [N + 1] of the loop's schedule, for the plan and for what is computed ahead. A
             prediction for any other sigma is as good, and slower where the weights are streamed.
         runtime: its device computes; asked for an interrupt before every block.
@@ -94,6 +99,8 @@ class Evaluator:
         self._tokens = 0
         self._ropes.clear()
         self._lookups.clear()
+        if _OPEN.get(self._transformer) is self:
+            del _OPEN[self._transformer]
         self._stack.close()
 
     def predict(
@@ -150,8 +157,11 @@ class Evaluator:
     def _open(self, job: Job) -> None:
         """Plan, and place the weights for predictions of a job."""
         transformer, runtime = self._transformer, self._runtime
-        use_loras(transformer, self._loras, runtime=runtime)
+        if (other := _OPEN.get(transformer)) is not None:
+            other.close()
+        _OPEN[transformer] = self
         try:
+            use_loras(transformer, self._loras, runtime=runtime)
             conditioners = [nn.ModuleList(transformer.embedders), *transformer.conditioners]
             needed = activation_bytes(
                 transformer.config, job.tokens, weights_of(transformer), self._mode,

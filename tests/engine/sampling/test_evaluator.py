@@ -181,6 +181,24 @@ def test_loras_act_while_they_are_asked_for(model, tmp_path):
         assert torch.equal(got, plain) == (not loras)
 
 
+def test_two_that_take_turns_on_one_transformer_are_both_right(model, tmp_path):
+    lora_file = lora.write("diffusion-pipe", lora.draw_parts(CONFIG), tmp_path)
+    loras = [AppliedLora(load_lora(lora_file, CONFIG))]
+    saved = tiny.save(tmp_path / "model.safetensors", model.state_dict())
+    shared = load_transformer(saved, precision="fp32", runtime=TorchRuntime())
+    plain = expected(shared, latents(), 500.0, PROMPT)
+    with (
+        Evaluator(shared, SIGMAS, runtime=TorchRuntime()) as one,
+        Evaluator(shared, SIGMAS, runtime=TorchRuntime(), loras=loras) as other,
+    ):
+        first, changed, again = (
+            each.predict(latents(), 500.0, PROMPT) for each in (one, other, one)
+        )
+    assert torch.equal(first, plain)
+    assert torch.equal(again, plain)
+    assert not torch.equal(changed, plain)
+
+
 def test_latents_of_another_model_are_refused(model):
     with (
         Evaluator(model, SIGMAS, runtime=TorchRuntime()) as evaluator,
