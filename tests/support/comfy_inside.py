@@ -341,6 +341,15 @@ def entry(text, **options):
     return [states, {**own, **options}]
 
 
+# of one length, so that core evaluates both at once
+conds = [entry("a cat walks", guidance=4.0)], [entry("a dog sleeps", guidance=1.0)]
+made, expected = (
+    core_samples(euler, sigmas, model=each, conds=conds, extra={"concat_latent_image": concat})
+    for each in (bridged, core_model)
+)
+result["bridge"]["guidance of each prompt"] = relative_error(made, expected)
+
+
 def ranged(start, end, **options):
     return {"start_percent": start, "end_percent": end, **options}
 
