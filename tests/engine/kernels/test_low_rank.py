@@ -83,3 +83,21 @@ def test_the_kernel_compiles_for_every_gpu_without_spilling():
     assert len(rows) == 3 * 2 * 5 - 4
     assert [row for row in rows if row["stack"] or row["local"]] == []
     assert max(row["shared"] for row in rows) <= 99 * 1024
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("dtype", [None, torch.int8, torch.float8_e4m3fn])
+def test_on_this_gpu_the_branch_is_its_definition(dtype):
+    segments = [0, 3072, 0, 32, 6144, 9216, 32, 64]
+    x, before = torch.randn(1, 1000, 3072).bfloat16(), torch.randn(1, 1000, 9216).bfloat16()
+    down, up = torch.randn(64, 3072).bfloat16() / 3072**0.5, torch.randn(9216, 32).bfloat16()
+    values, given = x.float(), x.cuda()
+    if dtype is not None:
+        rows = reference.quantize_rows(x, dtype)
+        values = rows[0].float() * rows[1]
+        given = QuantizedActivation(*(tensor.cuda() for tensor in rows))
+    right = by_hand(values, down, up, segments, before)
+    out = before.cuda()
+    kernels.add_low_rank_(given, down.cuda(), up.cuda(), segments, out)
+    assert (out.cpu() - right).norm() / right.norm() <= 2**-7
