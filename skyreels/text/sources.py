@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import CheckpointError
+from ..files import MAX_JSON_BYTES
 from ..weights.inspect import FAMILY_NAMES, inspect
 
 #: family of a checkpoint -> its name, a token that only its tokenizer has, and the folder of
@@ -149,8 +150,12 @@ def kinds_of_tokenizer(folder: Path) -> set[str]:
         names.append("vocab.json")
     found = set()
     for name in names:
+        path = folder / name
         try:
-            text = (folder / name).read_text(encoding="utf-8")
+            # a pipe of that name would be waited for
+            if not path.is_file() or path.stat().st_size > MAX_JSON_BYTES:
+                continue
+            text = path.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError):
             continue
         found |= {family for family, (_, token, _) in MODELS.items() if f'"{token}"' in text}

@@ -1,6 +1,7 @@
 """Text encoders in single files: found with their tokenizers, and equal to their folder."""
 
 import json
+import os
 import shutil
 from contextlib import contextmanager
 from pathlib import Path
@@ -328,6 +329,13 @@ def test_a_folder_that_is_no_tokenizer_of_these_models_is_refused(files, tmp_pat
     assert kinds_of_tokenizer(tmp_path / "t5") == set()
     with pytest.raises(CheckpointError, match="holds no tokenizer of LLaMA-3 or CLIP-L: give"):
         find_text_sources(files, [tmp_path / "t5"])
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="pipes with a name are Unix's")
+def test_a_pipe_with_the_name_of_a_tokenizer_is_not_waited_for(tmp_path):
+    for name in ("tokenizer.json", "vocab.json", "merges.txt"):
+        os.mkfifo(tmp_path / name)
+    assert kinds_of_tokenizer(tmp_path) == set()
 
 
 def test_a_tokenizer_of_another_llama_is_refused_for_a_llama_3():
