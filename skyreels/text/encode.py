@@ -21,7 +21,7 @@ from ..offload import missing_bytes, on_device, weight_bytes
 from ..runtime import Runtime
 from .embeds import PromptEmbeds, warn_truncated, with_fps_prefix
 from .load import TextEncoder
-from .weights import apply_weights, clip_ids, is_plain, weighted_ids
+from .prompt_weights import apply_weights, clip_ids, is_plain, weighted_ids
 
 logger = logging.getLogger("skyreels.text.encode")
 

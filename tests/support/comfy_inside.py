@@ -46,7 +46,7 @@ from comfyui_skyreels.skyreels.latents import to_model_space
 from comfyui_skyreels.skyreels.runtime import TorchRuntime
 from comfyui_skyreels.skyreels.sampling.settings import get_sigmas
 from comfyui_skyreels.skyreels.text.encode import _weighted_states
-from comfyui_skyreels.skyreels.text.weights import parse_weights, weighted_ids
+from comfyui_skyreels.skyreels.text.prompt_weights import parse_weights, weighted_ids
 from comfyui_skyreels.skyreels.vae.model import VideoVAE
 from comfyui_skyreels.skyreels.weights.keymaps import vae_sources
 

@@ -8,14 +8,13 @@ largest difference from the reference over the largest number; `compile` a list 
 kind} at the model's width and what support/triton_record.py says of each.
 """
 
-import json
 import sys
 
 import torch
 from comfyui_skyreels.skyreels.kernels import blocks, operators
 from comfyui_skyreels.skyreels.kernels.triton import blocks as kernels
 
-from support.triton_versions import mend_interpreter
+from support.triton_versions import mend_interpreter, run_mode
 
 
 def interpret() -> dict:
@@ -61,12 +60,5 @@ def compile_for(capabilities: list[int]) -> list[dict]:
     return rows
 
 
-def main(mode: str, *capabilities: str) -> None:
-    torch.manual_seed(0)
-    torch.set_grad_enabled(False)
-    found = interpret() if mode == "interpret" else compile_for(list(map(int, capabilities)))
-    print(json.dumps(found))
-
-
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    run_mode(interpret, compile_for, *sys.argv[1:])

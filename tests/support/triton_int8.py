@@ -8,14 +8,13 @@
 what support/triton_record.py says of each.
 """
 
-import json
 import sys
 
 import torch
 from comfyui_skyreels.skyreels.kernels.triton import int8 as kernels
 from comfyui_skyreels.skyreels.transformer import quant
 
-from support.triton_versions import mend_interpreter
+from support.triton_versions import mend_interpreter, run_mode
 
 #: tokens, channels, summands, dtype of the result, scale, bias, add; the weight is half a wider one
 CASES = [
@@ -98,12 +97,5 @@ def compile_for(capabilities: list[int]) -> list[dict]:
     return rows
 
 
-def main(mode: str, *capabilities: str) -> None:
-    torch.manual_seed(0)
-    torch.set_grad_enabled(False)
-    found = interpret() if mode == "interpret" else compile_for(list(map(int, capabilities)))
-    print(json.dumps(found))
-
-
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    run_mode(interpret, compile_for, *sys.argv[1:])

@@ -8,14 +8,13 @@ with relative L2 errors; `compile` a list of {capability, x, rank} at the model'
 support/triton_record.py says of each.
 """
 
-import json
 import sys
 
 import torch
 from comfyui_skyreels.skyreels.kernels import operators
 from comfyui_skyreels.skyreels.kernels.triton import low_rank as kernels
 
-from support.triton_versions import mend_interpreter
+from support.triton_versions import mend_interpreter, run_mode
 
 #: tokens, input channels, channels, dtype of x, segments; the rest of the factors is not touched
 CASES = [
@@ -88,12 +87,5 @@ def compile_for(capabilities: list[int]) -> list[dict]:
     return rows
 
 
-def main(mode: str, *capabilities: str) -> None:
-    torch.manual_seed(0)
-    torch.set_grad_enabled(False)
-    found = interpret() if mode == "interpret" else compile_for(list(map(int, capabilities)))
-    print(json.dumps(found))
-
-
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    run_mode(interpret, compile_for, *sys.argv[1:])

@@ -1,4 +1,13 @@
-"""What Triton's interpreter needs where one of its versions does not fit the numpy beside it."""
+"""What the programs that interpret or compile one kernel share.
+
+Among it is what Triton's interpreter needs where one of its versions does not fit the numpy beside
+it.
+"""
+
+import json
+from collections.abc import Callable
+
+import torch
 
 
 def mend_interpreter() -> None:
@@ -17,3 +26,16 @@ def mend_interpreter() -> None:
         set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
 
     interpreter._patch_lang_tensor = patched
+
+
+def run_mode(
+    interpret: Callable[[], object],
+    compile_for: Callable[[list[int]], object],
+    mode: str,
+    *capabilities: str,
+) -> None:
+    """What the programs of one kernel do: one of their two functions, its result as a JSON line."""
+    torch.manual_seed(0)
+    torch.set_grad_enabled(False)
+    found = interpret() if mode == "interpret" else compile_for(list(map(int, capabilities)))
+    print(json.dumps(found))

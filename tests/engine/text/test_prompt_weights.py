@@ -6,7 +6,7 @@ from comfyui_skyreels.skyreels.builtin import builtin_text_encoder
 from comfyui_skyreels.skyreels.errors import TextError
 from comfyui_skyreels.skyreels.runtime import TorchRuntime
 from comfyui_skyreels.skyreels.text.encode import encode_prompt
-from comfyui_skyreels.skyreels.text.weights import (
+from comfyui_skyreels.skyreels.text.prompt_weights import (
     apply_weights,
     clip_ids,
     is_plain,
