@@ -159,9 +159,12 @@ def attend(
     for pair in range(batch * heads):
         index = divmod(pair, heads)
         q, k, v = (x[index].to(dtype) for x in (query, key, value))
-        q = q * width**-0.5
+        q, centre = q * width**-0.5, pooled.key[pair].mean(dim=0)
+        k = k - centre  # softmax is blind to it, and so are the pooled terms if theirs is the same
         out[index][image_tokens:] = ((q[image_tokens:] @ k.T).softmax(dim=-1) @ v).to(out.dtype)
-        head = _Head(k, v, *(x[pair, :num_image] for x in pooled[:4]), pooled.counts[:num_image])
+        means = pooled.query[pair, :num_image], pooled.key[pair, :num_image] - centre
+        others = pooled.variance[pair, :num_image], pooled.value[pair, :num_image]
+        head = _Head(k, v, *means, *others, pooled.counts[:num_image])
         for first in range(0, num_image, _CHUNK):
             blocks = slice(first, min(first + _CHUNK, num_image))
             rows = slice(blocks.start * BLOCK, blocks.stop * BLOCK)
@@ -201,4 +204,5 @@ def _attend_rows(q: Tensor, head: _Head, exact: Tensor, blocks: slice, tail: str
     peak = torch.cat([scores, pooled], dim=1).amax(dim=1, keepdim=True)
     scores, pooled = (scores - peak).exp(), (pooled - peak).exp()
     total = scores.sum(dim=1) + pooled @ head.counts
-    return (scores @ head.value + pooled @ head.value_sum) / total[:, None]
+    out: Tensor = (scores @ head.value + pooled @ head.value_sum) / total[:, None]
+    return out
