@@ -113,6 +113,34 @@ def route(pooled: Pooled, beta: float, num_image_blocks: int) -> Tensor:
     return torch.stack(pairs) | _neighbours(num_image_blocks, key.device)
 
 
+def bitmap_bytes(num_image_blocks: int) -> int:
+    """Bytes of a row of a bitmap of blocks."""
+    return -(-num_image_blocks // 8)
+
+
+def pack(exact: Tensor) -> Tensor:
+    """The blocks of `route` as bits, which take an eighth of the memory.
+
+    Args:
+        exact: [P, nI, nI] bool.
+
+    Returns:
+        [P, nI, ceil(nI / 8)] uint8; block j is bit j % 8, the least significant first, of byte
+        j // 8.
+    """
+    count = exact.shape[2]
+    bits = F.pad(exact, (0, 8 * bitmap_bytes(count) - count)).unflatten(2, (-1, 8))
+    places = torch.arange(8, device=exact.device, dtype=torch.uint8)
+    return (bits.to(torch.uint8) << places).sum(dim=3, dtype=torch.uint8)
+
+
+def unpack(bitmap: Tensor) -> Tensor:
+    """The inverse of `pack`."""
+    places = torch.arange(8, device=bitmap.device, dtype=torch.uint8)
+    bits = (bitmap[..., None] >> places) & 1
+    return bits.flatten(2)[:, :, : bitmap.shape[1]].bool()
+
+
 def _neighbours(count: int, device: torch.device) -> Tensor:
     index = torch.arange(count, device=device)
     return (index[:, None] - index).abs() <= 1
