@@ -10,7 +10,8 @@ and queries from there on attend to every key.
 Any device and any floating dtype. Scores of one head and a few blocks of queries are held at a
 time. triton/sparse.py does the same on GPUs.
 
-Source: Sol-Attn arXiv:2607.24027 (threshold, pooled terms); the variance term is ours.
+Source: Sol-Attn arXiv:2607.24027 (threshold, pooled terms); scores of parts of blocks, SGLang PR
+    34148; the variance term is ours.
 """
 
 import math
@@ -22,15 +23,17 @@ from torch import Tensor
 
 #: tokens of a block
 BLOCK = 64
+#: tokens whose mean stands for them when blocks are chosen
+PART = 16
 #: how a skipped block enters: by its mean key and sum of values, with a score for each query and
 #: the variance of its keys; without the variance; with one score for a block of queries; not at all
 TAILS = ("variance", "rows", "block", "none")
 #: of the variance term: a few keys far from the others would exceed what the expansion can tell
 MAX_VARIANCE_TERM = 4.0
-#: below it a row of scores counts as constant; of squared scores in base 2
-_MIN_VARIANCE = 1e-6
+#: added to the variance of a row of scores: where all are alike, rounding must not decide
+MIN_VARIANCE = 1e-6
 #: blocks of queries whose scores are held at a time
-_CHUNK = 16
+_CHUNK = 4
 
 
 class Pooled(NamedTuple):
@@ -75,7 +78,7 @@ def pool(query: Tensor, key: Tensor, value: Tensor) -> Pooled:
 
     def sums(x: Tensor) -> Tensor:
         x = F.pad(x.flatten(0, 1).to(dtype), (0, 0, 0, BLOCK - last))
-        return x.unflatten(1, (-1, BLOCK)).sum(dim=2)
+        return torch.unflatten(x, 1, (-1, BLOCK)).sum(dim=2)
 
     share = 1 / counts[:, None]
     mean = sums(key) * share
@@ -85,37 +88,81 @@ def pool(query: Tensor, key: Tensor, value: Tensor) -> Pooled:
     return Pooled(sums(query) * share, mean, variance, sums(value), counts)
 
 
-def route(pooled: Pooled, beta: float, num_image_blocks: int) -> Tensor:
+def route(query: Tensor, key: Tensor, beta: float, num_image_blocks: int) -> Tensor:
     """Choose the blocks of keys that each block of queries attends to exactly.
 
-    Those whose pooled score is more than `beta` standard deviations above the mean score, of
-    Gaussian scores 1 - Phi(beta) of all: 20 % for 0.85, 13.6 % for 1.1. And the neighbours: a block
-    itself, the one before and the one after.
+    The score of two blocks is the log-sum-exp over their 4 x 4 pairs of means of 16 tokens. Those
+    are exact whose score is more than `beta` standard deviations above the mean of their row, of
+    Gaussian scores 1 - Phi(beta) of all: 20 % for 0.85, 13.6 % for 1.1. So are the neighbours: a
+    block itself, the one before and the one after. The text plays no part, so that the branches of
+    guidance may share what is chosen.
 
     Args:
-        pooled: of queries and keys.
+        query: [B, heads, S, D], image tokens first.
+        key: the same.
         beta: threshold in standard deviations; -inf chooses all.
         num_image_blocks: nI, of 64 image tokens each; later blocks are exact anyway.
 
     Returns:
-        [P, nI, nI] bool: query block, key block.
+        [B * heads, nI, nI] bool: query block, key block.
+    """
+    width, image_tokens = query.shape[3], num_image_blocks * BLOCK
+    dtype = torch.promote_types(query.dtype, torch.float32)
+    means = [
+        x[:, :, :image_tokens].flatten(0, 1).to(dtype).unflatten(1, (-1, PART)).mean(dim=2)
+        for x in (query * width**-0.5, key)
+    ]
+    means[1] = means[1] - means[1].mean(dim=1, keepdim=True)
+    shape = (num_image_blocks, BLOCK // PART) * 2
+    chosen = []
+    for q, k in zip(*means, strict=True):  # one head at a time, the same for any grouping of them
+        scores = (q @ k.T).view(shape).logsumexp(dim=(1, 3))
+        spread = (scores.var(dim=1, correction=0, keepdim=True) + MIN_VARIANCE).sqrt()
+        chosen.append(scores > scores.mean(dim=1, keepdim=True) + beta * spread)
+    return torch.stack(chosen) | _neighbours(num_image_blocks, key.device)
+
+
+def route_by_means(pooled: Pooled, beta: float, num_image_blocks: int) -> Tensor:
+    """Choose as comfy-kitchen's `sol_attn` does: by the scores of mean queries and mean keys.
+
+    Args:
+        pooled: of queries and keys.
+        beta: threshold in standard deviations of a row of all blocks, from the diagonal variance
+            of the mean keys.
+        num_image_blocks: as for `route`.
+
+    Returns:
+        [P, nI, nI] bool, as `route`.
+
+    Source: comfy-kitchen 0.2.40, backends/eager/sol_attn.py.
     """
     width = pooled.query.shape[2]
-    # a shift of all keys shifts the scores of a row alike, so the mean score becomes zero
     key = pooled.key - pooled.key.mean(dim=1, keepdim=True)
     spread = key.square().mean(dim=1)
     query, key = pooled.query[:, :num_image_blocks], key[:, :num_image_blocks]
     variance = (query.square() @ spread[:, :, None]) / width
-    limit = beta * (variance + _MIN_VARIANCE * math.log(2) ** 2).sqrt()
-    pairs = []
-    for q, k, least in zip(query, key, limit, strict=True):  # the same for any grouping of heads
-        pairs.append(q @ k.T * width**-0.5 > least)
-    return torch.stack(pairs) | _neighbours(num_image_blocks, key.device)
+    # its least variance is one of scores in base 2
+    limit = beta * (variance + MIN_VARIANCE * math.log(2) ** 2).sqrt()
+    exact = query @ key.mT * width**-0.5 > limit
+    return exact | _neighbours(num_image_blocks, key.device)
 
 
 def _neighbours(count: int, device: torch.device) -> Tensor:
     index = torch.arange(count, device=device)
     return (index[:, None] - index).abs() <= 1
+
+
+def pack(exact: Tensor) -> Tensor:
+    """[P, nI, nI] bool -> uint8 [P, nI, ceil(nI / 8)]: bit j % 8, least significant first."""
+    padded = F.pad(exact, (0, -exact.shape[2] % 8)).unflatten(2, (-1, 8)).to(torch.uint8)
+    bits = torch.tensor([1 << bit for bit in range(8)], dtype=torch.uint8, device=exact.device)
+    return (padded * bits).sum(dim=3, dtype=torch.uint8)
+
+
+def unpack(packed: Tensor) -> Tensor:
+    """The reverse of `pack`."""
+    shifts = torch.arange(8, dtype=torch.uint8, device=packed.device)
+    return (packed[..., None] >> shifts & 1).flatten(2)[:, :, : packed.shape[1]].bool()
 
 
 def attend(
