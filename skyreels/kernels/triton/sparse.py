@@ -21,7 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..reference import VALUES_E4M3, VALUES_FP16, ValueFormat
-from ..sparse import BLOCK, MAX_VARIANCE_TERM, bitmap_bytes, num_blocks
+from ..sparse import BLOCK, MAX_VARIANCE_TERM, MIN_VARIANCE, PART, SparseResult, num_blocks
 from .attention import (
     HEAD_DIMS,
     add_weighted,
@@ -71,34 +71,18 @@ TILES = {
 MAX_BLOCKS = 32_767
 #: of the largest weight so far where weights are in 16 bits: small ones are not subnormal then
 _WIDE_MAX = 512.0
-#: blocks, and channels, that a program of `_center_kernel` takes at a time
-_CENTER_BLOCKS, _CENTER_CHANNELS = 64, 32
+#: rows, and channels, that a program of `_center_kernel` takes at a time
+_CENTER_ROWS, _CENTER_CHANNELS = 64, 32
+#: blocks of queries of a program of `_route_kernel`, and blocks of keys at a time
+_ROUTE_BLOCKS = 16
 #: pooled keys at a time, and how often in flight; more, or loads without a buffer, spill registers
 _TAIL_KEYS, _TAIL_STAGES = 32, 2
-#: channels of mean queries and keys that a program of `_route_kernel` takes at a time
-_ROUTE_CHANNELS = 16
 _LOG2E = tl.constexpr(math.log2(math.e))
 _LOG2_BLOCK = tl.constexpr(math.log2(BLOCK))
 _MAX_TERM = tl.constexpr(MAX_VARIANCE_TERM * math.log2(math.e))
-#: the least variance of scores, as in the definition
-_MIN_VARIANCE = tl.constexpr(1e-6 * math.log(2) ** 2)
+_MIN_VARIANCE = tl.constexpr(MIN_VARIANCE * math.log2(math.e) ** 2)
 #: the largest number of fp16
 _FP16_MAX = tl.constexpr(65_504.0)
-
-
-class SparseResult(NamedTuple):
-    """What `sparse_attention` returns.
-
-    Attributes:
-        out: [B, heads, S, D] in the dtype of the queries, a view of [B, S, heads, D].
-        exact: uint8 [B * heads, nI, ceil(nI / 8)], the bitmap of exact blocks, as
-            `kernels.sparse.pack` makes it; another branch of guidance may be given it.
-        counts: int32 [B * heads, nb], exact image blocks of each block of queries.
-    """
-
-    out: Tensor
-    exact: Tensor
-    counts: Tensor
 
 
 @triton.jit
@@ -114,8 +98,14 @@ def _load_block(x, batch, head, x_batch, x_head, x_row, start, tokens, width, bl
 def _narrow16(x, dtype: tl.constexpr):
     """float32 to a dtype of 16 bits; what is beyond fp16 becomes its largest number."""
     if dtype == tl.float16:
-        x = tl.minimum(x, _FP16_MAX)
+        x = tl.maximum(tl.minimum(x, _FP16_MAX), -_FP16_MAX)
     return narrow(x, dtype)
+
+
+@triton.jit
+def _part_means(x, block: tl.constexpr, width: tl.constexpr, part: tl.constexpr):
+    """Means of the parts [block / part, width] of a block of rows in float32."""
+    return tl.sum(tl.reshape(x, (block // part, part, width)), axis=1) / part
 
 
 @triton.jit
@@ -123,8 +113,8 @@ def _pool_kernel(
     q,
     k,
     v,
-    query_mean,
-    key_mean,
+    query_parts,
+    key_parts,
     variance,
     value_sum,
     value_least,
@@ -144,30 +134,35 @@ def _pool_kernel(
     padded_blocks,
     width: tl.constexpr,
     block: tl.constexpr,
+    part: tl.constexpr,
 ):
-    """Pool a block of queries, keys and values. value_least and value_largest are None or wanted.
+    """Pool a block of values, and of the image also queries and keys.
 
-    variance is [pairs, padded_blocks, width] and holds blocks of the image alone.
+    query_parts, and value_least with value_largest, are None where they are not needed. variance is
+    [pairs, padded_blocks, width].
     """
     at = tl.program_id(0)
     pair = tl.program_id(1).to(tl.int64)
     batch, head = pair // heads, pair % heads
     columns = tl.arange(0, width)
     start = at * block
-    inside = (start + tl.arange(0, block) < tokens)[:, None]
-    share = 1.0 / tl.minimum(tokens - start, block)
-    place = (pair * tl.num_programs(0) + at) * width + columns
-    query = _load_block(q, batch, head, q_batch, q_head, q_row, start, tokens, width, block)
-    tl.store(query_mean + place, tl.sum(query.to(tl.float32), axis=0) * share)
-    key = _load_block(k, batch, head, k_batch, k_head, k_row, start, tokens, width, block)
-    key = key.to(tl.float32)
-    mean = tl.sum(key, axis=0) * share
-    tl.store(key_mean + place, mean)
-    # around the mean: the difference of two large sums would lose what is small
-    apart = tl.where(inside, key - mean, 0.0)
-    spread = _narrow16(tl.sum(apart * apart, axis=0) * share, variance.dtype.element_ty)
+    parts: tl.constexpr = block // part
     if at < image_blocks:
+        place = (pair * image_blocks + at) * parts * width
+        place += tl.arange(0, parts)[:, None] * width + columns
+        if query_parts is not None:
+            query = _load_block(q, batch, head, q_batch, q_head, q_row, start, tokens, width, block)
+            means = _part_means(query.to(tl.float32), block, width, part)
+            tl.store(query_parts + place, _narrow16(means, query_parts.dtype.element_ty))
+        key = _load_block(k, batch, head, k_batch, k_head, k_row, start, tokens, width, block)
+        key = key.to(tl.float32)
+        tl.store(key_parts + place, _part_means(key, block, width, part))
+        # around the mean: the difference of two large sums would lose what is small
+        apart = key - tl.sum(key, axis=0) / block
+        spread = _narrow16(tl.sum(apart * apart, axis=0) / block, variance.dtype.element_ty)
         tl.store(variance + (pair * padded_blocks + at) * width + columns, spread)
+    inside = (start + tl.arange(0, block) < tokens)[:, None]
+    place = (pair * tl.num_programs(0) + at) * width + columns
     value = _load_block(v, batch, head, v_batch, v_head, v_row, start, tokens, width, block)
     tl.store(value_sum + place, tl.sum(value.to(tl.float32), axis=0))
     if value_least is not None:
@@ -180,14 +175,14 @@ def _pool_kernel(
 
 @triton.jit
 def _center_kernel(
-    key_mean,
+    key_parts,
     value_sum,
     value_least,
     value_largest,
     key_center,
-    key_spread,
     value_mean,
     value_scale,
+    parts,
     blocks,
     tokens,
     value_max,
@@ -195,35 +190,28 @@ def _center_kernel(
     channels: tl.constexpr,
     chunk: tl.constexpr,
 ):
-    """Mean and mean square of the blocks' mean keys; mean and scale of the values, unless None."""
+    """Mean key of the image, zero without one; mean and scale of all values, unless None."""
     pair = tl.program_id(1).to(tl.int64)
     columns = tl.program_id(0) * channels + tl.arange(0, channels)
-    start = pair * blocks * width + columns
     keys = tl.zeros((channels,), tl.float32)
-    values = tl.zeros((channels,), tl.float32)
-    least = tl.full((channels,), float("inf"), tl.float32)
-    largest = tl.full((channels,), float("-inf"), tl.float32)
-    for first in range(0, blocks, chunk):
+    for first in range(0, parts, chunk):
         rows = first + tl.arange(0, chunk)
-        inside = (rows < blocks)[:, None]
-        place = start + rows[:, None] * width
-        keys += tl.sum(tl.load(key_mean + place, mask=inside, other=0.0), axis=0)
-        if value_mean is not None:
+        place = (pair * parts + rows[:, None]) * width + columns
+        keys += tl.sum(tl.load(key_parts + place, mask=(rows < parts)[:, None], other=0.0), axis=0)
+    tl.store(key_center + pair * width + columns, keys / tl.maximum(parts, 1))
+    if value_mean is not None:
+        values = tl.zeros((channels,), tl.float32)
+        least = tl.full((channels,), float("inf"), tl.float32)
+        largest = tl.full((channels,), float("-inf"), tl.float32)
+        for first in range(0, blocks, chunk):
+            rows = first + tl.arange(0, chunk)
+            inside = (rows < blocks)[:, None]
+            place = (pair * blocks + rows[:, None]) * width + columns
             values += tl.sum(tl.load(value_sum + place, mask=inside, other=0.0), axis=0)
             low = tl.load(value_least + place, mask=inside, other=float("inf")).to(tl.float32)
             high = tl.load(value_largest + place, mask=inside, other=float("-inf")).to(tl.float32)
             least = tl.minimum(least, tl.min(low, axis=0))
             largest = tl.maximum(largest, tl.max(high, axis=0))
-    center = keys / blocks
-    squares = tl.zeros((channels,), tl.float32)
-    for first in range(0, blocks, chunk):
-        rows = first + tl.arange(0, chunk)
-        inside = (rows < blocks)[:, None]
-        apart = tl.load(key_mean + start + rows[:, None] * width, mask=inside, other=0.0) - center
-        squares += tl.sum(tl.where(inside, apart * apart, 0.0), axis=0)
-    tl.store(key_center + pair * width + columns, center)
-    tl.store(key_spread + pair * width + columns, squares / blocks)
-    if value_mean is not None:
         mean = values / tokens
         scale = tl.maximum(largest - mean, mean - least) / value_max
         tl.store(value_mean + pair * width + columns, mean)
@@ -231,45 +219,78 @@ def _center_kernel(
 
 
 @triton.jit
+def _block_scores(
+    query, center, key_parts, first, parts, width: tl.constexpr, count: tl.constexpr,
+    each: tl.constexpr,
+):  # fmt: skip
+    """Scores of blocks in base 2 [M, count], of queries [M * each, width] and parts from first."""
+    rows = first + tl.arange(0, count * each)
+    columns = tl.arange(0, width)
+    place = key_parts + rows[:, None] * width + columns
+    key = tl.load(place, mask=(rows < parts)[:, None], other=0.0) - center
+    key = _narrow16(key, query.dtype)
+    scores = product(query, tl.trans(key)) * (width**-0.5 * _LOG2E)
+    scores = tl.reshape(scores, (query.shape[0] // each, each, count, each))
+    peak = tl.max(tl.max(scores, axis=3), axis=1)
+    scores = tl.exp2(scores - peak[:, None, :, None])
+    return tl.log2(tl.sum(tl.sum(scores, axis=3), axis=1)) + peak
+
+
+@triton.jit
 def _route_kernel(
-    query_mean,
-    key_mean,
+    query_parts,
+    key_parts,
     key_center,
-    key_spread,
     bitmap,
     blocks,
-    image_blocks,
     row_bytes,
     beta,
     width: tl.constexpr,
-    channels: tl.constexpr,
-    block: tl.constexpr,
+    rows_of_program: tl.constexpr,
+    count: tl.constexpr,
+    each: tl.constexpr,
 ):
-    """Compare the scores of some blocks with their thresholds; a byte for eight blocks of keys."""
-    pair = tl.program_id(2).to(tl.int64)
-    rows = tl.program_id(0) * block + tl.arange(0, block)
-    others = tl.program_id(1) * block + tl.arange(0, block)
-    is_row, is_other = rows < image_blocks, others < image_blocks
-    variance = tl.zeros((block,), tl.float32)
-    scores = tl.zeros((block, block), tl.float32)
-    for first in range(0, width, channels):
-        columns = first + tl.arange(0, channels)
-        start = pair * blocks * width + columns
-        query = tl.load(query_mean + start + rows[:, None] * width, mask=is_row[:, None], other=0.0)
-        key = tl.load(key_mean + start + others[:, None] * width, mask=is_other[:, None], other=0.0)
-        key = key - tl.load(key_center + pair * width + columns)
-        variance += tl.sum(query * query * tl.load(key_spread + pair * width + columns), axis=1)
-        scores = tl.dot(query, tl.trans(key), scores, input_precision="ieee")
-    limit = beta * tl.sqrt(variance / width + _MIN_VARIANCE)
-    scores *= width**-0.5
-    apart = rows[:, None] - others[None, :]
-    exact = (scores > limit[:, None]) | ((apart <= 1) & (apart >= -1))
-    bits = (exact & is_other[None, :]).to(tl.int32)
-    bits = tl.reshape(bits, (block, block // 8, 8)) << tl.arange(0, 8)[None, None, :]
-    places = tl.program_id(1) * (block // 8) + tl.arange(0, block // 8)
-    out = bitmap + (pair * image_blocks + rows[:, None]) * row_bytes + places[None, :]
-    is_byte = is_row[:, None] & (places < row_bytes)[None, :]
-    tl.store(out, tl.sum(bits, axis=2).to(tl.uint8), mask=is_byte)
+    """Choose blocks of keys for some blocks of queries, eight to a byte; blocks are of the image.
+
+    All scores are computed twice: for mean and variance of each row, and to be compared with them.
+    """
+    pair = tl.program_id(1).to(tl.int64)
+    query_parts += pair * blocks * each * width
+    key_parts += pair * blocks * each * width
+    columns = tl.arange(0, width)
+    rows = tl.program_id(0) * rows_of_program + tl.arange(0, rows_of_program)
+    places = tl.program_id(0) * rows_of_program * each + tl.arange(0, rows_of_program * each)
+    is_part = (places < blocks * each)[:, None]
+    query = tl.load(query_parts + places[:, None] * width + columns, mask=is_part, other=0.0)
+    center = tl.load(key_center + pair * width + columns)
+    mean = tl.zeros((rows_of_program,), tl.float32)
+    squares = tl.zeros((rows_of_program,), tl.float32)
+    for first in range(0, blocks, count):
+        scores = _block_scores(
+            query, center, key_parts, first * each, blocks * each, width, count, each
+        )
+        number = tl.minimum(blocks - first, count).to(tl.float32)
+        inside = (first + tl.arange(0, count) < blocks)[None, :]
+        own_mean = tl.sum(tl.where(inside, scores, 0.0), axis=1) / number
+        apart = tl.where(inside, scores - own_mean[:, None], 0.0)
+        change = own_mean - mean
+        share = number / (first + number)
+        mean += change * share
+        squares += tl.sum(apart * apart, axis=1) + change * change * (first * share)
+    limit = mean + beta * tl.sqrt(squares / blocks + _MIN_VARIANCE)
+    for first in range(0, blocks, count):
+        scores = _block_scores(
+            query, center, key_parts, first * each, blocks * each, width, count, each
+        )
+        others = first + tl.arange(0, count)
+        apart = rows[:, None] - others[None, :]
+        exact = (scores > limit[:, None]) | ((apart <= 1) & (apart >= -1))
+        bits = (exact & (others < blocks)[None, :]).to(tl.int32)
+        bits = tl.reshape(bits, (rows_of_program, count // 8, 8)) << tl.arange(0, 8)[None, None, :]
+        numbers = first // 8 + tl.arange(0, count // 8)
+        out = bitmap + (pair * blocks + rows[:, None]) * row_bytes + numbers[None, :]
+        is_byte = (rows < blocks)[:, None] & (numbers < row_bytes)[None, :]
+        tl.store(out, tl.sum(bits, axis=2).to(tl.uint8), mask=is_byte)
 
 
 @triton.jit
@@ -303,7 +324,7 @@ def _list_kernel(
 
 @triton.jit
 def _tail_kernel(
-    key_mean,
+    key_parts,
     key_center,
     value_sum,
     value_mean,
@@ -316,6 +337,7 @@ def _tail_kernel(
     padded_blocks,
     width: tl.constexpr,
     block: tl.constexpr,
+    each: tl.constexpr,
 ):
     """Pooled keys and values of the image in 16 bits, scaled as the values are, zeros behind."""
     pair = tl.program_id(1).to(tl.int64)
@@ -324,8 +346,11 @@ def _tail_kernel(
     inside = (rows < image_blocks)[:, None]
     source = (pair * blocks + rows[:, None]) * width + columns
     target = (pair * padded_blocks + rows[:, None]) * width + columns
-    center = tl.load(key_center + pair * width + columns)
-    mean_key = tl.load(key_mean + source, mask=inside, other=0.0) - center
+    first = (pair * image_blocks + rows[:, None]) * (each * width) + columns
+    mean_key = tl.zeros((block, width), tl.float32)
+    for part in range(each):
+        mean_key += tl.load(key_parts + first + part * width, mask=inside, other=0.0)
+    mean_key = mean_key / each - tl.load(key_center + pair * width + columns)
     mean_key = narrow(tl.where(inside, mean_key, 0.0), key.dtype.element_ty)
     tl.store(key + target, mean_key)
     mean_value = tl.load(value_sum + source, mask=inside, other=0.0) / block
@@ -572,25 +597,33 @@ def sparse_attention(
         The output; the blocks that were exact, and how many.
     """
     query, key, value = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, key, value))
-    pooled = _pool(query, key, value, num_image_blocks, wants_bounds=tile.values is not None)
+    pooled = _pool(
+        query, key, value, num_image_blocks, is_routed=exact is None, is_scaled=bool(tile.values)
+    )
     centers = _center(pooled, query.shape[2], tile.values)
     if exact is None:
-        exact = _route(pooled, centers, beta, num_image_blocks)
-    tail = _tail(pooled, centers, num_image_blocks, tile.values)
+        exact = _route(pooled, centers, beta)
+    tail = _tail(pooled, centers, tile.values)
     del pooled
     lists, counts = _list(exact, query.shape[2])
     out = _attend(query, key, value, centers, tail, exact, lists, counts, tile)
-    return SparseResult(out, exact, counts)
+    return SparseResult(out, exact, counts[:, :num_image_blocks])
 
 
 class _Pooled(NamedTuple):
-    """Of each block: [P, nb, D] float32, variance and bounds in the dtype of what they are of.
+    """What is pooled of queries, keys and values.
 
-    variance is [P, a multiple of 64, D] and of the image alone; bounds of the values may be None.
+    Attributes:
+        query_parts: [P, 4 * nI, D] fp16, means of 16 queries; None where nothing is routed.
+        key_parts: [P, 4 * nI, D] float32, of 16 keys.
+        variance: [P, nI rounded up to 64, D] of the keys of each block, in their dtype.
+        value_sum: [P, nb, D] float32, of each block.
+        value_least: [P, nb, D], in the dtype of the values; None where those are read in place.
+        value_largest: likewise.
     """
 
-    query_mean: Tensor
-    key_mean: Tensor
+    query_parts: Tensor | None
+    key_parts: Tensor
     variance: Tensor
     value_sum: Tensor
     value_least: Tensor | None
@@ -601,13 +634,12 @@ class _Centers(NamedTuple):
     """Of each head, [P, D] float32; mean and scale of values are None where those are in place."""
 
     key: Tensor
-    key_spread: Tensor
     value_mean: Tensor | None
     value_scale: Tensor | None
 
 
 class _Tail(NamedTuple):
-    """Pooled keys, their variances and pooled values of the image: [P, a multiple of 64, D]."""
+    """Pooled keys, their variances and pooled values: [P, nI rounded up to 64, D], in 16 bits."""
 
     key: Tensor
     variance: Tensor
@@ -615,23 +647,25 @@ class _Tail(NamedTuple):
 
 
 def _pool(
-    query: Tensor, key: Tensor, value: Tensor, num_image_blocks: int, *, wants_bounds: bool
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    num_image_blocks: int,
+    *,
+    is_routed: bool,
+    is_scaled: bool,
 ) -> _Pooled:
     batch, heads, tokens, width = query.shape
     blocks, pairs = num_blocks(tokens), batch * heads
-    shape = (pairs, blocks, width)
+    parts = (pairs, num_image_blocks * (BLOCK // PART), width)
     padded = num_blocks(num_image_blocks) * BLOCK
-
-    def empty() -> Tensor:
-        return query.new_empty(shape, dtype=torch.float32)
-
     pooled = _Pooled(
-        empty(),
-        empty(),
+        query.new_empty(parts, dtype=torch.float16) if is_routed else None,
+        key.new_empty(parts, dtype=torch.float32),
         key.new_empty(pairs, padded, width),
-        empty(),
-        value.new_empty(shape) if wants_bounds else None,
-        value.new_empty(shape) if wants_bounds else None,
+        value.new_empty(pairs, blocks, width, dtype=torch.float32),
+        value.new_empty(pairs, blocks, width) if is_scaled else None,
+        value.new_empty(pairs, blocks, width) if is_scaled else None,
     )
     launch(
         _pool_kernel,
@@ -649,59 +683,61 @@ def _pool(
         padded,
         width,
         BLOCK,
-        num_warps=4,
+        PART,
+        num_warps=8,
     )
     return pooled
 
 
 def _center(pooled: _Pooled, tokens: int, values: ValueFormat | None) -> _Centers:
-    pairs, blocks, width = pooled.key_mean.shape
+    pairs, blocks, width = pooled.value_sum.shape
 
     def empty() -> Tensor:
-        return pooled.key_mean.new_empty(pairs, width)
+        return pooled.value_sum.new_empty(pairs, width)
 
     mean, scale = (empty(), empty()) if values else (None, None)
-    centers = _Centers(empty(), empty(), mean, scale)
+    centers = _Centers(empty(), mean, scale)
     launch(
         _center_kernel,
         (width // _CENTER_CHANNELS, pairs),
-        pooled.key_mean,
+        pooled.key_parts,
         pooled.value_sum,
         pooled.value_least,
         pooled.value_largest,
         *centers,
+        pooled.key_parts.shape[1],
         blocks,
         tokens,
         values.value_max if values else 1.0,
         width,
         _CENTER_CHANNELS,
-        _CENTER_BLOCKS,
+        _CENTER_ROWS,
         num_warps=4,
     )
     return centers
 
 
-def _route(pooled: _Pooled, centers: _Centers, beta: float, num_image_blocks: int) -> Tensor:
-    pairs, blocks, width = pooled.key_mean.shape
-    row_bytes = bitmap_bytes(num_image_blocks)
-    bitmap = pooled.key_mean.new_empty(pairs, num_image_blocks, row_bytes, dtype=torch.uint8)
-    tiles_of_blocks = num_blocks(num_image_blocks)
+def _route(pooled: _Pooled, centers: _Centers, beta: float) -> Tensor:
+    pairs, parts, width = pooled.key_parts.shape
+    blocks = parts // (BLOCK // PART)
+    row_bytes = -(-blocks // 8)
+    bitmap = pooled.key_parts.new_empty(pairs, blocks, row_bytes, dtype=torch.uint8)
     launch(
         _route_kernel,
-        (tiles_of_blocks, tiles_of_blocks, pairs),
-        pooled.query_mean,
-        pooled.key_mean,
+        (triton.cdiv(blocks, _ROUTE_BLOCKS), pairs),
+        pooled.query_parts,
+        pooled.key_parts,
         centers.key,
-        centers.key_spread,
         bitmap,
         blocks,
-        num_image_blocks,
         row_bytes,
         beta,
         width,
-        _ROUTE_CHANNELS,
-        BLOCK,
+        _ROUTE_BLOCKS,
+        _ROUTE_BLOCKS,
+        BLOCK // PART,
         num_warps=4,
+        num_stages=2,
     )
     return bitmap
 
@@ -727,28 +763,27 @@ def _list(bitmap: Tensor, tokens: int) -> tuple[Tensor, Tensor]:
     return lists, counts
 
 
-def _tail(
-    pooled: _Pooled, centers: _Centers, num_image_blocks: int, values: ValueFormat | None
-) -> _Tail:
-    pairs, blocks, width = pooled.key_mean.shape
-    # weights of pooled values are too coarse in e4m3
-    dtype = torch.float16 if values else pooled.variance.dtype
-    variance = pooled.variance
+def _tail(pooled: _Pooled, centers: _Centers, values: ValueFormat | None) -> _Tail:
+    pairs, blocks, width = pooled.value_sum.shape
+    variance, num_parts = pooled.variance, BLOCK // PART
+    # in e4m3 the weight of a pooled value would be too coarse
+    dtype = torch.float16 if values else variance.dtype
     tail = _Tail(torch.empty_like(variance), variance, torch.empty_like(variance, dtype=dtype))
     launch(
         _tail_kernel,
-        (num_blocks(num_image_blocks), pairs),
-        pooled.key_mean,
+        (variance.shape[1] // BLOCK, pairs),
+        pooled.key_parts,
         centers.key,
         pooled.value_sum,
         centers.value_mean,
         centers.value_scale,
         *tail,
         blocks,
-        num_image_blocks,
+        pooled.key_parts.shape[1] // num_parts,
         variance.shape[1],
         width,
         BLOCK,
+        num_parts,
         num_warps=4,
     )
     return tail
