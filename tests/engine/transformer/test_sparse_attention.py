@@ -145,7 +145,7 @@ def test_an_order_goes_in_once_and_comes_out_once(model):
 def test_with_every_block_exact_a_run_is_the_dense_one(model, image, options):
     everything = replace(CONFIG, beta=-math.inf)
     got = run(model, image, attention=everything, **options)
-    torch.testing.assert_close(got, run(model, image, **options), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(got, run(model, image, **options), atol=5e-5, rtol=0)
 
 
 def test_sparse_where_it_may_be_and_the_branches_share_what_is_chosen(
@@ -182,7 +182,7 @@ def test_head_groups_choose_the_same_lists(model, image, recorder, runs, monkeyp
     assert len(recorder.chosen) == 2 * len(chosen)
     for index, lists in enumerate(chosen):
         assert torch.equal(lists, torch.cat(recorder.chosen[2 * index : 2 * index + 2]))
-    torch.testing.assert_close(grouped, whole, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(grouped, whole, atol=5e-5, rtol=0)
     first, second = (each.densities() for each in runs)
     assert first == second
 
