@@ -811,9 +811,9 @@ def _attend(
         k, k_scale = quantize_keys(key, centers.key, BLOCK)
         k_strides = (heads * padded * width, padded * width, width)
     if tile.values is not None:
-        v = quantize_values(
-            value, centers.value_mean, centers.value_scale, padded, tile.values.dtype
-        )
+        mean, scale = centers.value_mean, centers.value_scale
+        assert mean is not None and scale is not None
+        v = quantize_values(value, mean, scale, padded, tile.values.dtype)
         v_strides, v_column = (heads * padded * width, padded * width, 1), padded
     weight_max = tile.values.weight_max if tile.values else _WIDE_MAX
     out = query.new_empty(batch, tokens, heads, width).transpose(1, 2)
