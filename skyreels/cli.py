@@ -803,11 +803,6 @@ def run_calibrate(arguments: argparse.Namespace) -> dict[str, Any]:
     models = arguments.models or [BUILTIN_FOLDER]
     for model in models:  # minutes before the last one is loaded
         _check_model(arguments, model)
-    if arguments.models and not arguments.image:
-        say(
-            "No --image: the clips begin with drawn pictures of coloured circles. A threshold from "
-            "pictures and prompts like yours fits them better."
-        )
     found = []
     with remembered_interrupt() as check, progress_bar() as report:
         for model in models:
@@ -914,6 +909,12 @@ def _calibrate(
 
     info = check_transformer(model)
     place, fingerprint = _place_of_calibration(arguments, info)
+    takes_image = info.config.takes_image  # type: ignore[union-attr]
+    if arguments.models and takes_image and not arguments.image:
+        say(
+            "No --image: the clips begin with drawn pictures of coloured circles. A threshold from "
+            "pictures and prompts like yours fits them better."
+        )
     settings = SamplingSettings(
         sigmas=get_sigmas(arguments.steps, arguments.shift),
         guidance=Guidance(arguments.cfg),

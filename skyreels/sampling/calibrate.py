@@ -334,7 +334,7 @@ def _stored_for(info: CheckpointInfo, fingerprint: str) -> Path:
     places = [place_beside(info), place_of_user(fingerprint)]
     there = [place for place in places if place is not None and os.path.isfile(place)]
     for place in there:
-        if _weights_of(read_json(place)) == fingerprint:
+        if _weights_of(_read_stored(place)) == fingerprint:
             return place
     command = "python -m skyreels calibrate"
     if Path(__file__).parents[1] not in info.path.resolve().parents:  # not the built-in model
@@ -350,6 +350,15 @@ def _stored_for(info: CheckpointInfo, fingerprint: str) -> Path:
     )
 
 
+def _read_stored(path: Path) -> Any:
+    try:
+        return read_json(path)
+    except CheckpointError:
+        raise CheckpointError(
+            f"{path} is damaged: delete it and run `python -m skyreels calibrate` again."
+        ) from None
+
+
 def _weights_of(stored: Any) -> Any:
     weights = stored.get("weights") if isinstance(stored, dict) else None
     return weights.get("fingerprint") if isinstance(weights, dict) else None
@@ -357,7 +366,7 @@ def _weights_of(stored: Any) -> Any:
 
 def _read(path: Path, fingerprint: str) -> tuple[float, int, str]:
     """Threshold, number of steps, and a line about a stored calibration."""
-    stored = read_json(path)
+    stored = _read_stored(path)
     try:
         assert _weights_of(stored) == fingerprint
         if stored["format"] != FORMAT:

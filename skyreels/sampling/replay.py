@@ -14,7 +14,7 @@ already moved, and the model's answer to that is not in the recording. Two stand
   add up with nothing that pulls them back.
 
 On the built-in model both order thresholds and schedules as real runs do (rank correlation 0.99 and
-0.97), decide on the same steps to within one, and give figures 4 dB and 19 dB below the real ones
+0.97), decide on the same steps to within one, and give figures 4 dB and 20 dB below the real ones
 (tests/bench/LOG.md). How another model answers is not known: trust the order and the number of
 skipped steps, and measure the error on real runs.
 """

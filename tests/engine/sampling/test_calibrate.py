@@ -155,7 +155,7 @@ def test_weights_that_changed_are_refused(weights):
 @pytest.mark.parametrize(
     ("content", "words"),
     [
-        ("{", "is not JSON"),
+        ("{", "is damaged: delete it"),
         ("[]", "other weights"),
         ('{"weights": 3}', "other weights"),
         ({"format": 2}, "is not a calibration of this version"),
