@@ -14,9 +14,10 @@ prints a row for each threshold of the cache and for each list of skipped steps,
     frames    with --frames, PSNR of the decoded frames to the exact run's (closed loop)
     ms        for one replay
 
-Neither is a real run, see there. `compare` makes the real runs of some thresholds beside
-them: passes, dB and the rank correlation. A cache that decides inside the network
-(first-block) cannot be replayed. Figures are printed as a table, then as one line of JSON.
+Neither is a real run, see there: the order of thresholds and schedules holds, that of predictors
+not always. `compare` makes the real runs of some thresholds beside them: passes, dB and the rank
+correlation. A cache that decides inside the network (first-block) cannot be replayed. Figures are
+printed as a table, then as one line of JSON.
 """
 
 import argparse
