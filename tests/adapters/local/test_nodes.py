@@ -20,15 +20,22 @@ from comfyui_skyreels.skyreels.image import ImageSettings, encode_image
 from comfyui_skyreels.skyreels.latents import ImageConditioning, to_vae_space
 from comfyui_skyreels.skyreels.pipeline import image_to_video
 from comfyui_skyreels.skyreels.runtime import TorchRuntime
+from comfyui_skyreels.skyreels.sampling.calibrate import (
+    Calibration,
+    Score,
+    fingerprint_weights,
+    place_of_user,
+    save_calibration,
+)
 from comfyui_skyreels.skyreels.sampling.sample import sample
 from comfyui_skyreels.skyreels.sampling.settings import SamplingSettings, get_sigmas
-from comfyui_skyreels.skyreels.sampling.step_cache import CACHES
+from comfyui_skyreels.skyreels.sampling.step_cache import CACHES, CacheConfig
 from comfyui_skyreels.skyreels.transformer.block_linear import BlockLinear
 from comfyui_skyreels.skyreels.transformer.placement import sampling_bytes
 from comfyui_skyreels.skyreels.vae.budget import decode_bytes, encode_bytes
 from comfyui_skyreels.skyreels.vae.model import VideoVAE
 from comfyui_skyreels.skyreels.vae.tiling import decode_frames
-from comfyui_skyreels.skyreels.weights.load import load_transformer, load_vae
+from comfyui_skyreels.skyreels.weights.load import checkpoint_of, load_transformer, load_vae
 from support import host, tiny
 from support.gguf_files import in_blocks, write
 
@@ -953,6 +960,33 @@ def test_a_cache_does_what_the_librarys_does_and_says_so(comfy, picture, name, c
     expected = {"guidance": Guidance(1.5), "sigmas": get_sigmas(30)}
     assert torch.equal(cached, library_samples(inputs, **expected, cache=CACHES[name]))
     assert not torch.equal(cached, plain)
+
+
+def test_a_calibrated_cache_takes_what_is_stored_for_the_weights(comfy, picture, caplog):
+    caplog.set_level("INFO")
+    _, inputs = prepare(picture)
+    module = inputs["model"].module
+    module.final_layer.linear.weight.data *= 0.02
+    module.double_blocks[0].img_mod.linear.weight.data *= 0.02
+    inputs |= {"steps": 30, "cfg": 1.5, "cache": "calibrated"}
+    with pytest.raises(OptionError, match="No cache threshold is stored for tiny.safetensors"):
+        node("SkyReelsSampler", **inputs)
+    info = checkpoint_of(module)
+    place = place_of_user(fingerprint_weights(info))
+    score = Score(8, 30.0, 50.0, 40.0)
+    save_calibration(
+        place,
+        Calibration(
+            "tiny.safetensors", fingerprint_weights(info), 0.04, 60, {"steps": 30}, score, None,
+            {}, {},
+        ),
+    )  # fmt: skip
+    cached = node("SkyReelsSampler", **inputs)["samples"]
+    assert "Cache calibrated for tiny.safetensors: threshold 0.04, 30 of 60" in caplog.text
+    expected = {"guidance": Guidance(1.5), "sigmas": get_sigmas(30)}
+    inputs["cache"] = "off"
+    cache = CacheConfig("easy", 0.04)
+    assert torch.equal(cached, library_samples(inputs, **expected, cache=cache))
 
 
 def test_fast_attention_stays_exact_without_a_gpu_and_says_so(comfy, picture, caplog, monkeypatch):
