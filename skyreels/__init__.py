@@ -23,14 +23,14 @@ LoRAs are part of a run's settings, and the transformer is brought to exactly th
     settings = SamplingSettings(seed=5, loras=(AppliedLora(style, 0.8, "double, single:0-9"),))
     print(describe_lora(settings.loras[0], transformer))
 
-`image_to_video` (pipeline.py) is the whole job in one function and the place to start reading. With
+`image_to_video` (pipeline/) is the whole job in one function and the place to start reading. With
 a text-to-video transformer its image is None; `find_text_sources` takes text encoders in files.
 Nothing here knows about ComfyUI: whatever hosts the engine passes in a Runtime.
 """
 
-from . import installed
+from .errors import check_installed
 
-installed.check_installed()
+check_installed()
 
 # ruff: noqa: E402 - first what says what is missing
 from .config import (

@@ -19,16 +19,16 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from .config import ATTENTIONS, DECODE_MODES, PRESETS, TRANSFORMER_PRECISIONS
 from .errors import MAX_MESSAGE, OptionError, SkyReelsError, shown
 from .files import check_regular
-from .interrupt import remembered_interrupt
+from .runtime.interrupt import remembered_interrupt
 from .sampling.calibrate import CACHE_CHOICES, CALIBRATED, choose_cache
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from .calibration import Case
-    from .extend import ExtendSettings
+    from .pipeline.calibration import Case
     from .image import ImageSettings
     from .lora.apply import AppliedLora
+    from .pipeline.extend import ExtendSettings
     from .runtime import Runtime
     from .sampling.step_cache import CacheConfig
     from .text.embeds import PromptEmbeds
@@ -415,9 +415,9 @@ def run_generate(arguments: argparse.Namespace) -> dict[str, Any]:
     )
 
     from .builtin import BUILTIN_NOTICE, example_image
-    from .extend import check_clip
     from .latents import check_size
     from .media import read_clip, read_image
+    from .pipeline.extend import check_clip
 
     image: Tensor | None
     if arguments.extend is not None:
@@ -503,14 +503,14 @@ def _generate(
     """
     from .builtin import builtin_transformer, builtin_vae
     from .config import ContextWindows, Guidance
-    from .extend import Continuation, extend_latents
     from .image import ImageSettings
     from .lora.apply import check_loras
     from .lora.report import describe_lora
     from .media import open_frames, read_image
-    from .outcomes import user_folder
     from .pipeline import image_to_latents
+    from .pipeline.extend import Continuation, extend_latents
     from .runtime import TorchRuntime
+    from .runtime.outcomes import user_folder
     from .sampling.settings import SamplingSettings, get_sigmas
     from .vae.frames import FrameSink
     from .vae.tiling import decode_into
@@ -668,7 +668,7 @@ def _check_extend(arguments: argparse.Namespace) -> None:
 
 
 def _extend_settings(arguments: argparse.Namespace, num_frames: int) -> "ExtendSettings":
-    from .extend import ExtendSettings
+    from .pipeline.extend import ExtendSettings
 
     overlap = 1 if arguments.overlap is None else arguments.overlap
     return ExtendSettings(num_frames, overlap, not arguments.no_color_match)
@@ -780,8 +780,8 @@ def run_calibrate(arguments: argparse.Namespace) -> dict[str, Any]:
     """`calibrate`: exact clips of each model, replayed, and the result stored."""
     from .builtin import BUILTIN_FOLDER, BUILTIN_NOTICE
     from .latents import check_size
-    from .outcomes import user_folder
     from .runtime import TorchRuntime
+    from .runtime.outcomes import user_folder
     from .sampling.calibrate import parse_passes
     from .sampling.settings import check_schedule
 
@@ -904,7 +904,7 @@ def _calibrate(
 ) -> dict[str, Any]:
     """Calibrate one model and store the result; says what it is."""
     from .builtin import builtin_transformer, builtin_vae
-    from .calibration import Size, Target, calibrate, unfinished_place
+    from .pipeline.calibration import Size, Target, calibrate, unfinished_place
     from .config import Guidance
     from .sampling.calibrate import save_calibration
     from .sampling.settings import SamplingSettings, get_sigmas
@@ -978,7 +978,7 @@ def _cases(
 ) -> "tuple[list[Case], list[Case]]":
     """The clips to calibrate with, then those to check with: further prompts, further seeds."""
     from .builtin import builtin_text_encoder
-    from .calibration import DEFAULT_CLIPS, Case, drawn_image, drawn_prompts
+    from .pipeline.calibration import DEFAULT_CLIPS, Case, drawn_image, drawn_prompts
     from .media import read_image
     from .text.encode import DEFAULT_NEGATIVE_PROMPT, encode_prompt
     from .text.load import load_text_encoder
@@ -1054,9 +1054,9 @@ def _plan(arguments: argparse.Namespace) -> dict[str, Any]:
     from .config import MAX_STEPS
     from .doctor import plan_here
     from .latents import check_size
-    from .outcomes import user_folder
     from .plan import Job, vae_dtype
     from .runtime import TorchRuntime
+    from .runtime.outcomes import user_folder
 
     check_size(arguments.width, arguments.height, arguments.frames)
     if not 1 <= arguments.steps <= MAX_STEPS:

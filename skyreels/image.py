@@ -9,7 +9,6 @@ from torch import Tensor
 
 from .config import TEMPORAL_COMPRESSION
 from .errors import DependencyError, OptionError, ShapeError
-from .ladder import retried
 from .latents import (
     ImageConditioning,
     check_size,
@@ -18,7 +17,8 @@ from .latents import (
     seeded_generator,
     to_model_space,
 )
-from .offload import on_device
+from .memory.ladder import retried
+from .memory.offload import on_device
 from .runtime import Runtime
 from .vae.budget import encode_bytes, streamed_bytes
 from .vae.encode import encode_streamed

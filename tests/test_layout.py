@@ -25,16 +25,14 @@ HEAVY = {"diffusers", "transformers", "triton", "av", "PIL", "websocket", "token
 
 #: a room of skyreels/ (a file, or a folder) may import those of a later row, and of its own folder
 LAYERS = [
-    {"cli"},
-    {"calibration", "extend"},
-    {"builtin", "doctor", "pipeline"},
-    {"sampling"},
-    {"image", "lora", "media", "plan", "text"},
-    {"weights"},
-    {"transformer", "vae"},
+    {"cli", "pipeline"},
+    {"builtin", "sampling"},
+    {"doctor", "lora", "text"},
+    {"image", "plan", "weights"},
+    {"media", "transformer", "vae"},
     {"kernels", "latents", "runtime"},
-    {"config", "files", "interrupt", "ladder", "offload", "outcomes", "streaming"},
-    {"errors", "installed"},
+    {"config", "files", "memory"},
+    {"errors"},
 ]
 
 

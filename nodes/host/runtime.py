@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...skyreels.ladder import is_out_of_memory
-from ...skyreels.offload import (
+from ...skyreels.memory.ladder import is_out_of_memory
+from ...skyreels.memory.offload import (
     RESERVE_BYTES,
     missing_bytes,
     page_lock,

@@ -32,7 +32,7 @@ import torch
 from torch import Tensor
 
 from ..errors import OptionError
-from ..ladder import MEMORY_WORDS
+from ..memory.ladder import MEMORY_WORDS
 
 logger = logging.getLogger("skyreels.kernels.dispatch")
 

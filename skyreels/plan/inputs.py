@@ -14,9 +14,9 @@ from ..config import (
 )
 from ..kernels.dispatch import DeviceInfo, describe
 from ..latents import latent_shape
-from ..offload import reserve_bytes
-from ..outcomes import corrections, device_key
+from ..memory.offload import reserve_bytes
 from ..runtime import Runtime, free_host_bytes
+from ..runtime.outcomes import corrections, device_key
 from ..transformer.quant import CAPABILITIES, STORAGE_DTYPES
 from ..transformer.rates import known_rates, rates
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from ..config import CHUNKINGS, NUM_TRAIN_TIMESTEPS, SPATIAL_COMPRESSION, TEMPORAL_COMPRESSION
 from ..lora.apply import AppliedLora, use_loras
-from ..offload import weight_bytes
+from ..memory.offload import weight_bytes
 from ..plan import MAX_KEPT, Job, Rung, activation_bytes, weights_of
 from ..runtime import Runtime
 from ..text.embeds import PromptEmbeds

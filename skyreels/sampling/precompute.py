@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ..kernels import dispatch
 from ..kernels.dispatch import BYTE_ALIGNMENT
-from ..offload import on_device
+from ..memory.offload import on_device
 from ..plan import MAX_KEPT
 from ..runtime import Runtime
 from ..text.embeds import PromptEmbeds

@@ -23,7 +23,6 @@ from ..config import (
     Guidance,
 )
 from ..errors import OptionError, ShapeError
-from ..ladder import retried
 from ..latents import (
     ImageConditioning,
     check_conditioning,
@@ -34,7 +33,8 @@ from ..latents import (
     to_vae_space,
 )
 from ..lora.apply import check_loras, use_loras
-from ..offload import weight_bytes
+from ..memory.ladder import retried
+from ..memory.offload import weight_bytes
 from ..plan import MAX_KEPT, Job, Rung, activation_bytes, weights_of
 from ..runtime import Runtime
 from ..text.embeds import PromptEmbeds, check_prompt_embeds

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from ..config import MAX_TEXT_TOKENS
 from ..errors import OutOfRoomError, TextError, shown
-from ..ladder import retried
-from ..offload import missing_bytes, on_device, weight_bytes
+from ..memory.ladder import retried
+from ..memory.offload import missing_bytes, on_device, weight_bytes
 from ..runtime import Runtime
 from .embeds import PromptEmbeds, warn_truncated, with_fps_prefix
 from .load import TextEncoder

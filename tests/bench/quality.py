@@ -39,7 +39,7 @@ from comfyui_skyreels.skyreels.builtin import BUILTIN_FOLDER
 from comfyui_skyreels.skyreels.config import Guidance, Tiling
 from comfyui_skyreels.skyreels.image import encode_image
 from comfyui_skyreels.skyreels.kernels.reference import quantized_attention
-from comfyui_skyreels.skyreels.offload import RESERVE_BYTES
+from comfyui_skyreels.skyreels.memory.offload import RESERVE_BYTES
 from comfyui_skyreels.skyreels.runtime import TorchRuntime
 from comfyui_skyreels.skyreels.sampling.sample import sample
 from comfyui_skyreels.skyreels.sampling.settings import SamplingSettings, get_sigmas

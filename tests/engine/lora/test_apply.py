@@ -12,7 +12,7 @@ from comfyui_skyreels.skyreels.config import CHUNKINGS
 from comfyui_skyreels.skyreels.errors import CheckpointError, OptionError
 from comfyui_skyreels.skyreels.lora.apply import AppliedLora, parse_blocks, use_loras
 from comfyui_skyreels.skyreels.lora.read import load_lora
-from comfyui_skyreels.skyreels.offload import module_tensors
+from comfyui_skyreels.skyreels.memory.offload import module_tensors
 from comfyui_skyreels.skyreels.runtime import TorchRuntime
 from comfyui_skyreels.skyreels.transformer.block_linear import BlockLinear, unpack
 from comfyui_skyreels.skyreels.transformer.linear import input_format, linear

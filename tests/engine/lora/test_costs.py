@@ -6,7 +6,7 @@ Shapes only. The launches are those of a GPU: each side branch is one kernel the
 import pytest
 import torch
 from comfyui_skyreels.skyreels.config import CHUNKINGS, TransformerConfig
-from comfyui_skyreels.skyreels.offload import weight_bytes
+from comfyui_skyreels.skyreels.memory.offload import weight_bytes
 from comfyui_skyreels.skyreels.plan import weights_of
 from comfyui_skyreels.skyreels.transformer.model import SkyReelsTransformer
 from comfyui_skyreels.skyreels.transformer.quant import (

@@ -9,12 +9,12 @@ from comfyui_skyreels.skyreels.errors import OptionError
 from comfyui_skyreels.skyreels.latents import ImageConditioning
 from comfyui_skyreels.skyreels.lora.apply import AppliedLora, use_loras
 from comfyui_skyreels.skyreels.lora.read import load_lora
+from comfyui_skyreels.skyreels.memory.streaming import least_bytes, padded_bytes
 from comfyui_skyreels.skyreels.pipeline import image_to_video
 from comfyui_skyreels.skyreels.runtime import TorchRuntime
 from comfyui_skyreels.skyreels.sampling.resume import fingerprint_run
 from comfyui_skyreels.skyreels.sampling.sample import sample
 from comfyui_skyreels.skyreels.sampling.settings import SamplingSettings, get_sigmas
-from comfyui_skyreels.skyreels.streaming import least_bytes, padded_bytes
 from comfyui_skyreels.skyreels.text.embeds import PromptEmbeds
 from comfyui_skyreels.skyreels.transformer import placement
 from comfyui_skyreels.skyreels.transformer.placement import placed

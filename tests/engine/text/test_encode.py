@@ -8,7 +8,7 @@ import pytest
 import torch
 from comfyui_skyreels.skyreels.config import TransformerConfig
 from comfyui_skyreels.skyreels.errors import OutOfRoomError, TextError
-from comfyui_skyreels.skyreels.offload import on_device, weight_bytes
+from comfyui_skyreels.skyreels.memory.offload import on_device, weight_bytes
 from comfyui_skyreels.skyreels.runtime import TorchRuntime
 from comfyui_skyreels.skyreels.text import encode, load
 from comfyui_skyreels.skyreels.text.embeds import check_prompt_embeds

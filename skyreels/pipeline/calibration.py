@@ -17,15 +17,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .builtin import example_image
-from .errors import CheckpointError, OptionError
-from .files import read_json, write_json
-from .image import encode_image
-from .latents import ImageConditioning
-from .outcomes import device_key, in_seconds
-from .plan import Choice, Job, machine_of, plan_run, rates_needed, weights_of
-from .runtime import Runtime
-from .sampling.calibrate import (
+from ..builtin import example_image
+from ..errors import CheckpointError, OptionError
+from ..files import read_json, write_json
+from ..image import encode_image
+from ..latents import ImageConditioning
+from ..plan import Choice, Job, machine_of, plan_run, rates_needed, weights_of
+from ..runtime import Runtime
+from ..runtime.outcomes import device_key, in_seconds
+from ..sampling.calibrate import (
     FORMAT,
     Calibration,
     Score,
@@ -33,13 +33,13 @@ from .sampling.calibrate import (
     scores_of_thresholds,
     table_of,
 )
-from .sampling.replay import decibels, record
-from .sampling.sample import sample
-from .sampling.settings import SamplingSettings
-from .sampling.step_cache import CacheConfig
-from .text.embeds import PromptEmbeds
-from .transformer.model import SkyReelsTransformer
-from .vae.model import VideoVAE
+from ..sampling.replay import decibels, record
+from ..sampling.sample import sample
+from ..sampling.settings import SamplingSettings
+from ..sampling.step_cache import CacheConfig
+from ..text.embeds import PromptEmbeds
+from ..transformer.model import SkyReelsTransformer
+from ..vae.model import VideoVAE
 
 #: clips, if no prompts are given: so many to calibrate, and the rest to check
 DEFAULT_CLIPS = 8

@@ -6,18 +6,18 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from .config import SIZE_MULTIPLE, TEMPORAL_COMPRESSION
-from .errors import ShapeError
-from .image import ImageSettings
-from .latents import check_picture, check_size, nearest_frames
-from .pipeline import image_to_latents
-from .runtime import Runtime, never_interrupt
-from .sampling.prompts import Prompt
-from .sampling.settings import SamplingSettings
-from .transformer.model import SkyReelsTransformer
-from .vae.frames import FrameSink
-from .vae.model import VideoVAE
-from .vae.tiling import decode_frames
+from ..config import SIZE_MULTIPLE, TEMPORAL_COMPRESSION
+from ..errors import ShapeError
+from ..image import ImageSettings
+from ..latents import check_picture, check_size, nearest_frames
+from ..runtime import Runtime, never_interrupt
+from ..sampling.prompts import Prompt
+from ..sampling.settings import SamplingSettings
+from ..transformer.model import SkyReelsTransformer
+from ..vae.frames import FrameSink
+from ..vae.model import VideoVAE
+from ..vae.tiling import decode_frames
+from . import image_to_latents
 
 #: fewest frames of a clip to continue: less is a picture, or hardly more
 MIN_CLIP_FRAMES = 5

@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-logger = logging.getLogger("skyreels.outcomes")
+logger = logging.getLogger("skyreels.runtime.outcomes")
 
 FILE_NAME = "plan.json"
 #: a larger file is not ours

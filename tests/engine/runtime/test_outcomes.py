@@ -5,8 +5,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from comfyui_skyreels.skyreels import outcomes
-from comfyui_skyreels.skyreels.outcomes import (
+from comfyui_skyreels.skyreels.runtime import outcomes
+from comfyui_skyreels.skyreels.runtime.outcomes import (
     FILE_NAME,
     device_key,
     first_rung,

@@ -4,9 +4,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from comfyui_skyreels.skyreels import outcomes
 from comfyui_skyreels.skyreels.builtin import example_image
-from comfyui_skyreels.skyreels.calibration import (
+from comfyui_skyreels.skyreels.pipeline.calibration import (
     DEFAULT_CLIPS,
     Case,
     Size,
@@ -20,7 +19,7 @@ from comfyui_skyreels.skyreels.calibration import (
 from comfyui_skyreels.skyreels.config import Guidance
 from comfyui_skyreels.skyreels.errors import OptionError
 from comfyui_skyreels.skyreels.plan import rates_needed, weights_of
-from comfyui_skyreels.skyreels.runtime import TorchRuntime
+from comfyui_skyreels.skyreels.runtime import TorchRuntime, outcomes
 from comfyui_skyreels.skyreels.sampling.settings import SamplingSettings, get_sigmas
 from comfyui_skyreels.skyreels.vae.model import VideoVAE
 from support import tiny

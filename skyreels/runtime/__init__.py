@@ -13,8 +13,8 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from .errors import OptionError
-from .offload import missing_bytes, page_lock, page_unlock
+from ..errors import OptionError
+from ..memory.offload import missing_bytes, page_lock, page_unlock
 
 #: if neither Linux nor psutil reports it (the extra "standalone" brings psutil)
 ASSUMED_HOST_BYTES = 16 * 1024**3
@@ -32,7 +32,7 @@ class Runtime(Protocol):
     offload_device: torch.device
     """Where idle weights rest."""
     state_folder: Path | None
-    """Where runs leave what they learned about the device (outcomes.py); None: nowhere."""
+    """Where runs leave what they learned about the device (outcomes.py beside); None: nowhere."""
 
     def free_bytes(self) -> int:
         """Bytes that can be allocated on `device` right now."""

@@ -6,7 +6,8 @@ from mmap import PAGESIZE
 
 import pytest
 import torch
-from comfyui_skyreels.skyreels import offload, runtime
+from comfyui_skyreels.skyreels import runtime
+from comfyui_skyreels.skyreels.memory import offload
 from comfyui_skyreels.skyreels.runtime import TorchRuntime
 from support.forked import forks
 

@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
-from .errors import OutOfRoomError
+from ..errors import OutOfRoomError
 
 if TYPE_CHECKING:
-    from .runtime import Runtime
+    from ..runtime import Runtime
 
 T = TypeVar("T")
 RungT = TypeVar("RungT")

@@ -8,7 +8,9 @@ import torch
 from comfyui_skyreels.skyreels import builtin
 from comfyui_skyreels.skyreels.config import Guidance
 from comfyui_skyreels.skyreels.errors import ShapeError
-from comfyui_skyreels.skyreels.extend import (
+from comfyui_skyreels.skyreels.image import ImageSettings
+from comfyui_skyreels.skyreels.pipeline import image_to_video
+from comfyui_skyreels.skyreels.pipeline.extend import (
     Continuation,
     ExtendSettings,
     check_clip,
@@ -17,8 +19,6 @@ from comfyui_skyreels.skyreels.extend import (
     join_clips,
     match_colors,
 )
-from comfyui_skyreels.skyreels.image import ImageSettings
-from comfyui_skyreels.skyreels.pipeline import image_to_video
 from comfyui_skyreels.skyreels.runtime import TorchRuntime, never_interrupt
 from comfyui_skyreels.skyreels.sampling.settings import SamplingSettings, get_sigmas
 from comfyui_skyreels.skyreels.text.embeds import PromptEmbeds

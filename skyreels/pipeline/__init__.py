@@ -2,16 +2,16 @@
 
 from torch import Tensor
 
-from .errors import ShapeError
-from .image import ImageSettings, encode_image
-from .latents import ImageConditioning, check_picture, check_size
-from .runtime import Runtime
-from .sampling.prompts import Prompt
-from .sampling.sample import sample
-from .sampling.settings import SamplingSettings
-from .transformer.model import SkyReelsTransformer
-from .vae.model import VideoVAE
-from .vae.tiling import decode_frames
+from ..errors import ShapeError
+from ..image import ImageSettings, encode_image
+from ..latents import ImageConditioning, check_picture, check_size
+from ..runtime import Runtime
+from ..sampling.prompts import Prompt
+from ..sampling.sample import sample
+from ..sampling.settings import SamplingSettings
+from ..transformer.model import SkyReelsTransformer
+from ..vae.model import VideoVAE
+from ..vae.tiling import decode_frames
 
 
 def image_to_video(
