@@ -24,6 +24,8 @@ import sys
 
 #: what is imported everywhere
 REQUIRED = ("torch", "numpy", "einops", "safetensors")
+#: how libraries say that they could not allocate; "can't allocate" is torch's own on a CPU
+MEMORY_WORDS = ("out of memory", "outofmemory", "alloc_failed", "can't allocate memory")
 #: characters of a message, of which a text from a file is a part
 MAX_MESSAGE = 1500
 #: characters of a text from a file

@@ -25,13 +25,12 @@ HEAVY = {"diffusers", "transformers", "triton", "av", "PIL", "websocket", "token
 
 #: a room of skyreels/ (a file, or a folder) may import those of a later row, and of its own folder
 LAYERS = [
-    {"cli", "pipeline"},
-    {"builtin", "sampling"},
-    {"doctor", "lora", "text"},
+    {"cli"},
+    {"builtin", "pipeline"},
+    {"doctor", "sampling", "text"},
     {"image", "plan", "weights"},
-    {"media", "transformer", "vae"},
-    {"kernels", "latents", "runtime"},
-    {"config", "files", "memory"},
+    {"conditioning", "media", "transformer", "vae"},
+    {"config", "files", "kernels", "runtime"},
     {"errors"},
 ]
 

@@ -2,9 +2,9 @@
 
 from torch import Tensor
 
+from ..conditioning.latents import ImageConditioning, check_picture, check_size
 from ..errors import ShapeError
 from ..image import ImageSettings, encode_image
-from ..latents import ImageConditioning, check_picture, check_size
 from ..runtime import Runtime
 from ..sampling.prompts import Prompt
 from ..sampling.sample import sample

@@ -17,11 +17,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..builtin import example_image
+from ..conditioning.embeds import PromptEmbeds
+from ..conditioning.latents import ImageConditioning
 from ..errors import CheckpointError, OptionError
 from ..files import read_json, write_json
-from ..image import encode_image
-from ..latents import ImageConditioning
+from ..image import encode_image, example_image
 from ..plan import Choice, Job, machine_of, plan_run, rates_needed, weights_of
 from ..runtime import Runtime
 from ..runtime.outcomes import device_key, in_seconds
@@ -37,7 +37,6 @@ from ..sampling.replay import decibels, record
 from ..sampling.sample import sample
 from ..sampling.settings import SamplingSettings
 from ..sampling.step_cache import CacheConfig
-from ..text.embeds import PromptEmbeds
 from ..transformer.model import SkyReelsTransformer
 from ..vae.model import VideoVAE
 

@@ -6,10 +6,10 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from ..conditioning.latents import check_picture, check_size, nearest_frames
 from ..config import SIZE_MULTIPLE, TEMPORAL_COMPRESSION
 from ..errors import ShapeError
 from ..image import ImageSettings
-from ..latents import check_picture, check_size, nearest_frames
 from ..runtime import Runtime, never_interrupt
 from ..sampling.prompts import Prompt
 from ..sampling.settings import SamplingSettings

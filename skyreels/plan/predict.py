@@ -23,9 +23,9 @@ import torch
 
 from ..config import CHUNKINGS, TILINGS, TransformerConfig, VAEConfig
 from ..errors import OutOfRoomError
-from ..memory.offload import module_tensors
-from ..memory.streaming import SLOTS, choose_resident, least_bytes, simulate
+from ..runtime.offload import module_tensors
 from ..runtime.outcomes import in_bytes, in_seconds
+from ..runtime.streaming import SLOTS, choose_resident, least_bytes, simulate
 from ..transformer.attention import FAST_BYTES
 from ..transformer.placement import choose_chunking, sampling_bytes, waiting_bytes
 from ..transformer.quant import STORAGE_DTYPES

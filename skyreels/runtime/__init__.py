@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import OptionError
-from ..memory.offload import missing_bytes, page_lock, page_unlock
+from .offload import missing_bytes, page_lock, page_unlock
 
 #: if neither Linux nor psutil reports it (the extra "standalone" brings psutil)
 ASSUMED_HOST_BYTES = 16 * 1024**3

@@ -18,8 +18,6 @@ import torch
 from torch import Tensor
 
 from ..errors import OutOfRoomError
-from ..memory.ladder import descending, is_out_of_memory
-from ..memory.offload import onload_bytes, with_reserve
 from ..plan import (
     Choice,
     Job,
@@ -38,6 +36,8 @@ from ..plan import (
     why_not,
 )
 from ..runtime import Runtime, outcomes
+from ..runtime.ladder import descending, is_out_of_memory
+from ..runtime.offload import onload_bytes, with_reserve
 from ..transformer.model import SkyReelsTransformer
 from ..transformer.placement import loop_tensors
 from .settings import OnStep

@@ -18,8 +18,9 @@ from torch import Tensor, nn
 from ..config import TransformerConfig
 from ..errors import OutOfRoomError
 from ..kernels import dispatch
-from ..memory.offload import RESERVE_BYTES, module_tensors, onload, onload_bytes, whole_pages
-from ..memory.streaming import (
+from ..runtime import Runtime
+from ..runtime.offload import RESERVE_BYTES, module_tensors, onload, onload_bytes, whole_pages
+from ..runtime.streaming import (
     SLOTS,
     BlockStream,
     Copies,
@@ -28,7 +29,6 @@ from ..memory.streaming import (
     open_copies,
     padded_bytes,
 )
-from ..runtime import Runtime
 from .model import RunBlock, SkyReelsTransformer
 
 logger = logging.getLogger("skyreels.transformer.placement")

@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..kernels import dispatch
-from ..memory.ladder import is_out_of_memory
 from ..runtime import Runtime, outcomes
+from ..runtime.ladder import is_out_of_memory
 from .attention import choose_attention
 from .quant import MAX_HADAMARD_BLOCK, STORAGE_DTYPES, QuantLinear, quantize
 

@@ -24,10 +24,10 @@ from comfyui_skyreels.skyreels.builtin import (
     builtin_text_encoder,
     builtin_transformer,
     builtin_vae,
-    example_image,
 )
 from comfyui_skyreels.skyreels.config import ContextWindows, TransformerConfig
 from comfyui_skyreels.skyreels.errors import OptionError
+from comfyui_skyreels.skyreels.image import example_image
 from comfyui_skyreels.skyreels.pipeline import image_to_video
 from comfyui_skyreels.skyreels.runtime import TorchRuntime, outcomes
 from comfyui_skyreels.skyreels.sampling.settings import SamplingSettings, get_sigmas

@@ -4,7 +4,9 @@ from dataclasses import replace
 
 import pytest
 import torch
-from comfyui_skyreels.skyreels.builtin import example_image
+from comfyui_skyreels.skyreels.config import Guidance
+from comfyui_skyreels.skyreels.errors import OptionError
+from comfyui_skyreels.skyreels.image import example_image
 from comfyui_skyreels.skyreels.pipeline.calibration import (
     DEFAULT_CLIPS,
     Case,
@@ -16,8 +18,6 @@ from comfyui_skyreels.skyreels.pipeline.calibration import (
     expected_seconds,
     unfinished_place,
 )
-from comfyui_skyreels.skyreels.config import Guidance
-from comfyui_skyreels.skyreels.errors import OptionError
 from comfyui_skyreels.skyreels.plan import rates_needed, weights_of
 from comfyui_skyreels.skyreels.runtime import TorchRuntime, outcomes
 from comfyui_skyreels.skyreels.sampling.settings import SamplingSettings, get_sigmas

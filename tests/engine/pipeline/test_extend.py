@@ -6,9 +6,10 @@ from itertools import pairwise
 import pytest
 import torch
 from comfyui_skyreels.skyreels import builtin
+from comfyui_skyreels.skyreels.conditioning.embeds import PromptEmbeds
 from comfyui_skyreels.skyreels.config import Guidance
 from comfyui_skyreels.skyreels.errors import ShapeError
-from comfyui_skyreels.skyreels.image import ImageSettings
+from comfyui_skyreels.skyreels.image import ImageSettings, example_image
 from comfyui_skyreels.skyreels.pipeline import image_to_video
 from comfyui_skyreels.skyreels.pipeline.extend import (
     Continuation,
@@ -21,7 +22,6 @@ from comfyui_skyreels.skyreels.pipeline.extend import (
 )
 from comfyui_skyreels.skyreels.runtime import TorchRuntime, never_interrupt
 from comfyui_skyreels.skyreels.sampling.settings import SamplingSettings, get_sigmas
-from comfyui_skyreels.skyreels.text.embeds import PromptEmbeds
 from comfyui_skyreels.skyreels.text.encode import DEFAULT_NEGATIVE_PROMPT, encode_prompt
 from comfyui_skyreels.skyreels.vae.model import VideoVAE
 from comfyui_skyreels.skyreels.vae.tiling import decode_into
@@ -267,7 +267,7 @@ def test_a_refused_clip_costs_no_work(model):
 
 def red_circle(x: float, y: float = 32.0) -> torch.Tensor:
     """[1, 64, 64, 3]: the example image with its circle elsewhere."""
-    image = builtin.example_image()
+    image = example_image()
     ground = image[:, :, :1].expand(-1, -1, 64, -1)
     columns, rows = (torch.arange(64) + 0.5)[None, :], (torch.arange(64) + 0.5)[:, None]
     distance = ((columns - x).square() + (rows - y).square()).sqrt()

@@ -7,9 +7,9 @@ from itertools import chain
 
 import pytest
 import torch
+from comfyui_skyreels.skyreels.conditioning.latents import ImageConditioning
 from comfyui_skyreels.skyreels.config import CHUNKINGS, Guidance, TransformerConfig
 from comfyui_skyreels.skyreels.errors import OutOfRoomError
-from comfyui_skyreels.skyreels.latents import ImageConditioning
 from comfyui_skyreels.skyreels.runtime import TorchRuntime, outcomes
 from comfyui_skyreels.skyreels.sampling import planned
 from comfyui_skyreels.skyreels.sampling.sample import sample
@@ -202,7 +202,7 @@ def device(model, monkeypatch, conditioning, tmp_path):
     made = []
 
     def make(capacity_in_loops, **kwargs):
-        from comfyui_skyreels.skyreels.memory import offload
+        from comfyui_skyreels.skyreels.runtime import offload
         from comfyui_skyreels.skyreels.sampling import sample as sampling
 
         monkeypatch.setattr(offload, "RESERVE_BYTES", 0)

@@ -10,15 +10,15 @@ import torch
 from comfyui_skyreels.skyreels import kernels
 from comfyui_skyreels.skyreels.config import CHUNKINGS
 from comfyui_skyreels.skyreels.errors import CheckpointError, OptionError
-from comfyui_skyreels.skyreels.lora.apply import AppliedLora, parse_blocks, use_loras
-from comfyui_skyreels.skyreels.lora.read import load_lora
-from comfyui_skyreels.skyreels.memory.offload import module_tensors
 from comfyui_skyreels.skyreels.runtime import TorchRuntime
+from comfyui_skyreels.skyreels.runtime.offload import module_tensors
 from comfyui_skyreels.skyreels.transformer.block_linear import BlockLinear, unpack
 from comfyui_skyreels.skyreels.transformer.linear import input_format, linear
 from comfyui_skyreels.skyreels.transformer.quant import QuantLinear, dequantize
 from comfyui_skyreels.skyreels.transformer.side_branch import SideBranch
 from comfyui_skyreels.skyreels.weights.load import load_transformer
+from comfyui_skyreels.skyreels.weights.lora.apply import AppliedLora, parse_blocks, use_loras
+from comfyui_skyreels.skyreels.weights.lora.read import load_lora
 from support import gguf_files, tiny
 from support import lora as dialects
 from torch import nn
@@ -339,7 +339,7 @@ def test_a_change_that_breaks_off_inside_a_weight_counts_as_unknown(model, lora,
     original = bits(model)
     broken = AppliedLora(lora)
     monkeypatch.setattr(
-        "comfyui_skyreels.skyreels.lora.apply._merge",
+        "comfyui_skyreels.skyreels.weights.lora.apply._merge",
         lambda parameter, *_: parameter.data.fill_(7.0) / 0 / SimpleNamespace(),
     )
     with pytest.raises(TypeError):

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .config import (
+from ..config import (
     MAX_FRAMES,
     MAX_SIZE,
     SCALING_FACTOR,
@@ -17,7 +17,7 @@ from .config import (
     TEMPORAL_COMPRESSION,
     TransformerConfig,
 )
-from .errors import OptionError, ShapeError
+from ..errors import OptionError, ShapeError
 
 
 @dataclass(frozen=True)

@@ -6,8 +6,8 @@ Shapes only. The launches are those of a GPU: each side branch is one kernel the
 import pytest
 import torch
 from comfyui_skyreels.skyreels.config import CHUNKINGS, TransformerConfig
-from comfyui_skyreels.skyreels.memory.offload import weight_bytes
 from comfyui_skyreels.skyreels.plan import weights_of
+from comfyui_skyreels.skyreels.runtime.offload import weight_bytes
 from comfyui_skyreels.skyreels.transformer.model import SkyReelsTransformer
 from comfyui_skyreels.skyreels.transformer.quant import (
     STORAGE_DTYPES,

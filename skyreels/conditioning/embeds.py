@@ -14,7 +14,7 @@ from torch import Tensor
 from ..config import MAX_TEXT_TOKENS, TransformerConfig
 from ..errors import TextError
 
-logger = logging.getLogger("skyreels.text.embeds")
+logger = logging.getLogger("skyreels.conditioning.embeds")
 
 _FPS_PREFIX = re.compile(r"\s*FPS-\d+\s*,", re.IGNORECASE)
 

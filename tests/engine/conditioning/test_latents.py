@@ -3,14 +3,14 @@
 import numpy as np
 import pytest
 import torch
-from comfyui_skyreels.skyreels.errors import ShapeError
-from comfyui_skyreels.skyreels.latents import (
+from comfyui_skyreels.skyreels.conditioning.latents import (
     ImageConditioning,
     check_size,
     latents_to_rgb,
     to_model_space,
     to_vae_space,
 )
+from comfyui_skyreels.skyreels.errors import ShapeError
 
 
 def test_the_two_latent_spaces_are_inverse():

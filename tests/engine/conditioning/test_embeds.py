@@ -5,10 +5,10 @@ from dataclasses import replace
 
 import pytest
 import torch
+from comfyui_skyreels.skyreels.conditioning import embeds as text_embeds
+from comfyui_skyreels.skyreels.conditioning.embeds import PromptEmbeds
 from comfyui_skyreels.skyreels.config import TransformerConfig
 from comfyui_skyreels.skyreels.errors import TextError
-from comfyui_skyreels.skyreels.text import embeds as text_embeds
-from comfyui_skyreels.skyreels.text.embeds import PromptEmbeds
 
 CONFIG = TransformerConfig(text_embed_dim=24, pooled_projection_dim=12)
 

@@ -13,7 +13,6 @@ import torch
 from comfyui_skyreels.skyreels.config import TILINGS, VAEConfig
 from comfyui_skyreels.skyreels.errors import OptionError, OutOfRoomError
 from comfyui_skyreels.skyreels.image import encode_image
-from comfyui_skyreels.skyreels.memory import ladder
 from comfyui_skyreels.skyreels.plan import (
     Choice,
     Job,
@@ -22,7 +21,7 @@ from comfyui_skyreels.skyreels.plan import (
     vae_bytes,
     weights_as,
 )
-from comfyui_skyreels.skyreels.runtime import TorchRuntime, outcomes
+from comfyui_skyreels.skyreels.runtime import TorchRuntime, ladder, outcomes
 from comfyui_skyreels.skyreels.vae import frames, store, tiling
 from comfyui_skyreels.skyreels.vae.frames import FrameWriter
 from comfyui_skyreels.skyreels.vae.model import STORED_PIECE_ELEMENTS, VideoVAE

@@ -11,16 +11,13 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
-from ..errors import OutOfRoomError
+from ..errors import MEMORY_WORDS, OutOfRoomError
 
 if TYPE_CHECKING:
-    from ..runtime import Runtime
+    from . import Runtime
 
 T = TypeVar("T")
 RungT = TypeVar("RungT")
-
-#: how libraries say that they could not allocate; "can't allocate" is torch's own on a CPU
-MEMORY_WORDS = ("out of memory", "outofmemory", "alloc_failed", "can't allocate memory")
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -7,8 +7,7 @@ from mmap import PAGESIZE
 import pytest
 import torch
 from comfyui_skyreels.skyreels import runtime
-from comfyui_skyreels.skyreels.memory import offload
-from comfyui_skyreels.skyreels.runtime import TorchRuntime
+from comfyui_skyreels.skyreels.runtime import TorchRuntime, offload
 from support.forked import forks
 
 GB = 1_000_000_000

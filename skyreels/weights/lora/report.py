@@ -5,8 +5,8 @@ import math
 import torch
 from torch import Tensor, nn
 
-from ..errors import shown
-from ..transformer.model import SkyReelsTransformer
+from ...errors import shown
+from ...transformer.model import SkyReelsTransformer
 from .apply import AppliedLora, acting_changes, difference, is_quantized, low_rank
 from .read import NAMED, Change, product
 

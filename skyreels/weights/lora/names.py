@@ -11,10 +11,10 @@ from typing import NamedTuple
 
 import torch
 
-from ..config import TransformerConfig
-from ..transformer.model import SkyReelsTransformer
-from ..weights.dialects import LORA_PREFIXES
-from ..weights.keymaps import HALF_SWAPPED, transformer_sources
+from ...config import TransformerConfig
+from ...transformer.model import SkyReelsTransformer
+from ..dialects import LORA_PREFIXES
+from ..keymaps import HALF_SWAPPED, transformer_sources
 
 #: MLP embedders, whose layers OneTrainer names as diffusers does
 _EMBEDDERS = ("time_in", "guidance_in", "txt_in.t_embedder")

@@ -5,9 +5,9 @@ from itertools import pairwise
 import pytest
 import torch
 from comfyui_skyreels.skyreels.config import TransformerConfig
-from comfyui_skyreels.skyreels.lora.names import Place, find, parameter_shapes, spellings
 from comfyui_skyreels.skyreels.weights.dialects import LORA_PREFIXES, lora_key
 from comfyui_skyreels.skyreels.weights.keymaps import transformer_sources
+from comfyui_skyreels.skyreels.weights.lora.names import Place, find, parameter_shapes, spellings
 
 FULL = TransformerConfig()
 H = FULL.hidden_size

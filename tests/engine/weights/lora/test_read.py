@@ -6,12 +6,17 @@ import math
 import pytest
 import torch
 from comfyui_skyreels.skyreels.errors import CheckpointError
-from comfyui_skyreels.skyreels.lora.apply import AppliedLora, difference, low_rank, use_loras
-from comfyui_skyreels.skyreels.lora.read import load_lora
-from comfyui_skyreels.skyreels.lora.report import describe_lora, effect_sizes
 from comfyui_skyreels.skyreels.runtime import TorchRuntime
 from comfyui_skyreels.skyreels.weights.inspect import inspect
 from comfyui_skyreels.skyreels.weights.load import load_transformer
+from comfyui_skyreels.skyreels.weights.lora.apply import (
+    AppliedLora,
+    difference,
+    low_rank,
+    use_loras,
+)
+from comfyui_skyreels.skyreels.weights.lora.read import load_lora
+from comfyui_skyreels.skyreels.weights.lora.report import describe_lora, effect_sizes
 from support import lora as dialects
 from support import tiny
 

@@ -23,12 +23,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..config import TransformerConfig
-from ..errors import CheckpointError, shown
-from ..weights.dialects import is_text_encoder_key, lora_key, refused_method
-from ..weights.entries import DTYPE_NAMES, TensorEntry
-from ..weights.inspect import COMPANION_SUFFIXES, inspect
-from ..weights.load import open_reader
+from ...config import TransformerConfig
+from ...errors import CheckpointError, shown
+from ..dialects import is_text_encoder_key, lora_key, refused_method
+from ..entries import DTYPE_NAMES, TensorEntry
+from ..inspect import COMPANION_SUFFIXES, inspect
+from ..load import open_reader
 from .names import Place, find, parameter_shapes, spellings
 
 #: of adapter_config.json

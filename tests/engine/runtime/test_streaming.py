@@ -4,8 +4,8 @@ from itertools import pairwise
 
 import pytest
 import torch
-from comfyui_skyreels.skyreels.memory import streaming
-from comfyui_skyreels.skyreels.memory.streaming import (
+from comfyui_skyreels.skyreels.runtime import streaming
+from comfyui_skyreels.skyreels.runtime.streaming import (
     BlockStream,
     CopiesInOrder,
     choose_resident,

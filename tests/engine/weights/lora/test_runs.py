@@ -5,20 +5,21 @@ from dataclasses import replace
 import pytest
 import torch
 from comfyui_skyreels.skyreels import builtin
+from comfyui_skyreels.skyreels.conditioning.embeds import PromptEmbeds
+from comfyui_skyreels.skyreels.conditioning.latents import ImageConditioning
 from comfyui_skyreels.skyreels.errors import OptionError
-from comfyui_skyreels.skyreels.latents import ImageConditioning
-from comfyui_skyreels.skyreels.lora.apply import AppliedLora, use_loras
-from comfyui_skyreels.skyreels.lora.read import load_lora
-from comfyui_skyreels.skyreels.memory.streaming import least_bytes, padded_bytes
+from comfyui_skyreels.skyreels.image import example_image
 from comfyui_skyreels.skyreels.pipeline import image_to_video
 from comfyui_skyreels.skyreels.runtime import TorchRuntime
+from comfyui_skyreels.skyreels.runtime.streaming import least_bytes, padded_bytes
 from comfyui_skyreels.skyreels.sampling.resume import fingerprint_run
 from comfyui_skyreels.skyreels.sampling.sample import sample
 from comfyui_skyreels.skyreels.sampling.settings import SamplingSettings, get_sigmas
-from comfyui_skyreels.skyreels.text.embeds import PromptEmbeds
 from comfyui_skyreels.skyreels.transformer import placement
 from comfyui_skyreels.skyreels.transformer.placement import placed
 from comfyui_skyreels.skyreels.weights.load import load_transformer
+from comfyui_skyreels.skyreels.weights.lora.apply import AppliedLora, use_loras
+from comfyui_skyreels.skyreels.weights.lora.read import load_lora
 from support import lora as dialects
 from support import tiny
 from support.streams import Machine
@@ -176,7 +177,7 @@ def test_the_builtin_model_with_a_lora_makes_another_finite_clip(precision, tmp_
         SamplingSettings().guidance, true_cfg_scale=1.0), riflex_k=0)  # fmt: skip
     clips = [
         image_to_video(
-            transformer, builtin.builtin_vae(runtime=RUNTIME), builtin.example_image(32, 32),
+            transformer, builtin.builtin_vae(runtime=RUNTIME), example_image(32, 32),
             prompt, None, replace(settings, loras=loras), width=32, height=32, num_frames=5,
             runtime=RUNTIME,
         )

@@ -21,16 +21,16 @@ from itertools import chain, pairwise
 import torch
 from torch import Tensor, nn
 
-from ..config import TransformerConfig
-from ..errors import CheckpointError, OptionError
-from ..runtime import Runtime
-from ..transformer.model import SkyReelsTransformer
-from ..transformer.side_branch import Factors, SideBranch
-from ..weights.load import reload_parameters
+from ...config import TransformerConfig
+from ...errors import CheckpointError, OptionError
+from ...runtime import Runtime
+from ...transformer.model import SkyReelsTransformer
+from ...transformer.side_branch import Factors, SideBranch
+from ..load import reload_parameters
 from .names import parameter_shapes
 from .read import Change, Lora, product
 
-logger = logging.getLogger("skyreels.lora.apply")
+logger = logging.getLogger("skyreels.weights.lora.apply")
 
 #: a factor of a LoRA beyond this is a mistake
 MAX_STRENGTH = 100.0
