@@ -28,9 +28,9 @@ a text-to-video transformer its image is None; `find_text_sources` takes text en
 Nothing here knows about ComfyUI: whatever hosts the engine passes in a Runtime.
 """
 
-from .errors import check_installed
+from . import errors
 
-check_installed()
+errors.check_installed()
 
 # ruff: noqa: E402 - first what says what is missing
 from .conditioning.embeds import PromptEmbeds

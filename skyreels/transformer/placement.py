@@ -3,7 +3,7 @@
 Only what `SkyReelsTransformer.denoise` needs counts as the weights of the loop (9.06 G of 12.82 G
 parameters). A transformer whose loop does not fit the device is streamed: its small layers and as
 many blocks as fit stay there for the whole run, the others arrive in slots while the blocks before
-them compute (memory/streaming.py).
+them compute (runtime/streaming.py).
 """
 
 import logging
