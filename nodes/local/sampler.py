@@ -6,8 +6,8 @@ from typing import Any
 
 from torch import Tensor
 
+from ...skyreels.conditioning.latents import ImageConditioning
 from ...skyreels.config import ATTENTIONS, MAX_STEPS, ContextWindows, Guidance
-from ...skyreels.latents import ImageConditioning
 from ...skyreels.sampling.batch import Clip, sample_batch
 from ...skyreels.sampling.calibrate import CACHE_CHOICES, choose_cache
 from ...skyreels.sampling.schedules import SCHEDULES, named_sigmas

@@ -17,27 +17,28 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from comfyui_skyreels.skyreels import cli, media, outcomes, pipeline
+from comfyui_skyreels.skyreels import cli, media, pipeline
 from comfyui_skyreels.skyreels.builtin import (
     BUILTIN_FOLDER,
     BUILTIN_NOTICE,
     builtin_text_encoder,
     builtin_transformer,
     builtin_vae,
-    example_image,
 )
 from comfyui_skyreels.skyreels.config import ContextWindows, TransformerConfig
 from comfyui_skyreels.skyreels.errors import OptionError
+from comfyui_skyreels.skyreels.image import example_image
 from comfyui_skyreels.skyreels.pipeline import image_to_video
-from comfyui_skyreels.skyreels.runtime import TorchRuntime
+from comfyui_skyreels.skyreels.runtime import TorchRuntime, outcomes
 from comfyui_skyreels.skyreels.sampling.settings import SamplingSettings, get_sigmas
 from comfyui_skyreels.skyreels.text.encode import DEFAULT_NEGATIVE_PROMPT, encode_prompt
 from comfyui_skyreels.skyreels.transformer.model import SkyReelsTransformer
 from comfyui_skyreels.skyreels.vae.model import VideoVAE
 from PIL import Image
 from support import lora, tiny
+from support.forked import forks
 
-pytestmark = pytest.mark.usefixtures("fast_convolutions")
+pytestmark = pytest.mark.usefixtures("fast_convolutions", "kept_models")
 ROOT = Path(__file__).resolve().parents[2]
 RUNTIME = TorchRuntime()
 FAST = ["--prompt", "a red circle moves left", "--steps", "2"]
@@ -592,20 +593,22 @@ sys.exit(main(sys.argv[1:]))
 @pytest.mark.skipif(os.name == "nt", reason="signals")
 def test_ctrl_c_stops_with_one_line_and_leaves_nothing(tmp_path):
     out_file = tmp_path / "clip.mp4"
-    command = [sys.executable, "-c", PROGRAM, "generate", "--prompt", "x", "--steps", "1000",
-               "--width", "256", "--height", "256", "--frames", "65",
-               "--out", str(out_file)]  # fmt: skip
-    with subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True) as process:
-        try:
-            for line in process.stderr:
-                if line.startswith("Plan for"):  # said before the first step
-                    break
-            time.sleep(0.5)
-            process.send_signal(signal.SIGINT)
-            _, err = process.communicate(timeout=120)
-        finally:
-            process.kill()
-    assert process.returncode == 130
+    arguments = ["generate", "--prompt", "x", "--steps", "1000", "--out", str(out_file)]
+    end = time.monotonic() + 300
+    program = forks("skyreels.cli").start(["-c", PROGRAM, *arguments], {**os.environ})
+    try:
+        while "Plan for" not in program.output()[1]:  # said before the first step
+            assert time.monotonic() < end, program.output()
+            time.sleep(0.05)
+        time.sleep(0.5)
+        program.send_signal(signal.SIGINT)
+    except BaseException:
+        program.kill()
+        raise
+    finally:
+        code = program.wait()
+    _, err = program.output()
+    assert code == 130
     assert "Interrupted" in err
     assert "Traceback" not in err
     assert list(tmp_path.iterdir()) == []
@@ -856,8 +859,8 @@ def test_what_no_check_foresaw_is_still_one_sentence(capsys, tmp_path, monkeypat
 
 
 def test_wrong_usage_answers_with_json_too(tmp_path):
-    command = [sys.executable, "-m", "skyreels", "generate", "--json", "--steps", "abc"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    command = ["-m", "skyreels", "generate", "--json", "--steps", "abc"]
+    done = forks("skyreels.cli").run(command, {**os.environ})
     assert done.returncode == 2
     assert "steps" in json.loads(done.stdout)["error"]
 
@@ -1035,7 +1038,7 @@ def test_a_calibrated_cache_is_stored_beside_the_weights_and_used(
 
 
 def test_an_interrupted_calibration_continues_with_the_next_clip(capsys, two_prompts, monkeypatch):
-    from comfyui_skyreels.skyreels import calibration
+    from comfyui_skyreels.skyreels.pipeline import calibration
 
     recorded = []
     real = calibration.record

@@ -10,15 +10,15 @@ from typing import Any
 import comfyui_skyreels
 import pytest
 import torch
-from comfyui_skyreels.nodes.local import convert
+from comfyui_skyreels.nodes.local import convert, loaders
 from comfyui_skyreels.nodes.local import extend as extend_module
 from comfyui_skyreels.skyreels.builtin import BUILTIN_NAME
+from comfyui_skyreels.skyreels.conditioning.latents import ImageConditioning, to_vae_space
 from comfyui_skyreels.skyreels.config import ContextWindows, FreSca, Guidance, SkipLayers, Tiling
 from comfyui_skyreels.skyreels.errors import CheckpointError, OptionError, ShapeError, TextError
-from comfyui_skyreels.skyreels.extend import ExtendSettings, extend_video
 from comfyui_skyreels.skyreels.image import ImageSettings, encode_image
-from comfyui_skyreels.skyreels.latents import ImageConditioning, to_vae_space
 from comfyui_skyreels.skyreels.pipeline import image_to_video
+from comfyui_skyreels.skyreels.pipeline.extend import ExtendSettings, extend_video
 from comfyui_skyreels.skyreels.runtime import TorchRuntime
 from comfyui_skyreels.skyreels.sampling.calibrate import (
     Calibration,
@@ -38,11 +38,27 @@ from comfyui_skyreels.skyreels.vae.tiling import decode_frames
 from comfyui_skyreels.skyreels.weights.load import checkpoint_of, load_transformer, load_vae
 from support import host, tiny
 from support.gguf_files import in_blocks, write
+from support.kept import kept
 
 pytestmark = pytest.mark.usefixtures("fast_convolutions")
 NODES = comfyui_skyreels.NODE_CLASS_MAPPINGS
 TEXT = (tiny.TRANSFORMER.text_embed_dim, tiny.TRANSFORMER.pooled_projection_dim)
 SIZE = {"width": 48, "height": 32, "num_frames": 9}
+LOADERS = {"load_transformer": load_transformer, "load_vae": load_vae}
+KEPT = {name: kept(load) for name, load in LOADERS.items()}
+
+
+@pytest.fixture(autouse=True)
+def files_are_read_once(monkeypatch):
+    for name, load in KEPT.items():
+        monkeypatch.setattr(loaders, name, load)
+
+
+@pytest.fixture
+def read_each_time(monkeypatch, files_are_read_once):
+    """For tests of the reading itself."""
+    for name, load in LOADERS.items():
+        monkeypatch.setattr(loaders, name, load)
 
 
 @pytest.fixture(scope="module")
@@ -212,6 +228,7 @@ def test_the_latents_other_keys_are_passed_on_and_it_stays_as_it_was(comfy, pict
 # --- progress and cancel ------------------------------------------------------------------------
 
 
+@pytest.mark.usefixtures("read_each_time")
 def test_progress_previews_and_time_left_reach_the_node(comfy, picture):
     model = node(
         "SkyReelsTransformerLoader", transformer="tiny.safetensors", precision="auto", unique_id="2"
@@ -227,6 +244,7 @@ def test_progress_previews_and_time_left_reach_the_node(comfy, picture):
     assert "s/step · about" in steps[2]
 
 
+@pytest.mark.usefixtures("read_each_time")
 @pytest.mark.parametrize("stage", ["load", "load vae", "encode", "sample", "decode"])
 def test_cancel_in_any_stage_passes_through_and_the_next_run_is_good(
     comfy, weights, picture, stage
