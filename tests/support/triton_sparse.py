@@ -21,7 +21,7 @@ from comfyui_skyreels.skyreels.kernels.triton import sparse as kernels
 from torch import Tensor
 
 from support.peak import PeakBytes
-from support.triton_versions import mend_interpreter, run_mode
+from support.triton_versions import check_overflow, mend_interpreter, run_mode
 
 #: image and text tokens of 97 frames of 544x960
 IMAGE_TOKENS, TOKENS, HEADS, HEAD_DIM = 51_000, 51_060, 24, 128
@@ -56,8 +56,8 @@ class Case(NamedTuple):
 
 
 CASES = (
-    Case(128, 248, 60, torch.float32, (9, 0), 2, heads=1),  # 16 bits throughout, here in 32
     Case(64, 256, 1, torch.bfloat16, (9, 0), 0, heads=1),  # values in e4m3
+    Case(128, 248, 60, torch.float32, (9, 0), 2, heads=1),  # 16 bits throughout, here in 32
     Case(32, 193, 8, torch.float16, (8, 6), 0, heads=1),  # values in fp16
     Case(32, 255, 0, torch.bfloat16, (8, 0), 0, heads=1),  # values in place
     Case(32, 192, 0, torch.float16, (8, 0), 1, beta=1.0, batch=2, heads=1),
@@ -174,8 +174,11 @@ def interpret() -> dict:
         "second": taken(kernels.tiles((9, 0))[0], is_second=True),
         "work": {beta: work(NORMAL_SHARE[beta] + 3 * 64 / IMAGE_TOKENS) for beta in NORMAL_SHARE},
     }
+    first, *others = CASES
+    found = [compared(first)]
+    check_overflow(False)
     return {
-        "cases": [compared(case) for case in CASES],
+        "cases": found + [compared(case) for case in others],
         "given": given_lists(),
         "routing": routing(),
         "poisoned": poisoned(),
