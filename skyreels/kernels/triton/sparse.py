@@ -111,7 +111,8 @@ def _part_means(x, block: tl.constexpr, width: tl.constexpr, part: tl.constexpr)
     return tl.sum(tl.reshape(x, (block // part, part, width)), axis=1) / part
 
 
-@triton.jit
+# else other kernels would be compiled for some lengths of the text
+@triton.jit(do_not_specialize=["tokens", "image_blocks", "padded_blocks"])
 def _pool_kernel(
     q,
     k,
@@ -176,7 +177,7 @@ def _pool_kernel(
         tl.store(value_largest + place, largest.to(value_largest.dtype.element_ty))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["parts", "blocks", "tokens"])
 def _center_kernel(
     key_parts,
     value_sum,
@@ -239,7 +240,7 @@ def _block_scores(
     return tl.log2(tl.sum(tl.sum(scores, axis=3), axis=1)) + peak
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["blocks", "row_bytes"])
 def _route_kernel(
     query_parts,
     key_parts,
@@ -296,7 +297,7 @@ def _route_kernel(
         tl.store(out, tl.sum(bits, axis=2).to(tl.uint8), mask=is_byte)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["image_blocks", "whole_blocks", "row_bytes"])
 def _list_kernel(
     bitmap,
     tiles,
@@ -325,7 +326,7 @@ def _list_kernel(
     tl.store(counts + at, tl.sum((is_listed & is_image).to(tl.int32), axis=0))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["blocks", "image_blocks", "padded_blocks"])
 def _tail_kernel(
     key_parts,
     key_center,
@@ -403,7 +404,9 @@ def _attend_pooled(
     return sums, total, peak
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=["tokens", "image_blocks", "whole_blocks", "padded_blocks", "row_bytes"]
+)
 def _attend_kernel(
     raw,
     q,
