@@ -61,7 +61,8 @@ class CacheConfig:
 
 OFF = CacheConfig()
 #: what users choose from; 0.025 is what EasyCache's authors use for HunyuanVideo. Measured on 24
-#: clips of the built-in model (the last two on 11): model evaluations saved, median PSNR to the exact clips
+#: clips of the built-in model (the last two on 11): model evaluations saved, median PSNR to the
+#: exact clips
 CACHES = {
     "off": OFF,
     "easy": CacheConfig("easy", 0.025),  # 1.7 times fewer, 69 dB
