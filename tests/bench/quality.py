@@ -1,7 +1,10 @@
-"""The yardstick: what the built-in model makes of held-out pictures and prompts, one row a setting.
+"""The yardsticks: what a small model makes of held-out pictures and prompts, one row a setting.
 
-    python -m tests.bench.quality [--model FOLDER] [--cases 128] [--seed 11] [--setting NAME]...
-        [--suite settings|bars|all] [--sheet PNG]
+    python -m tests.bench.quality [--model built-in|large|FOLDER] [--cases 128] [--seed 11]
+        [--setting NAME]... [--suite settings|bars|all] [--sheet PNG]
+
+The built-in model makes clips of 64x64, 17 frames: 80 tokens, too few to judge sparse attention.
+The large one (tests/yardstick) makes the same clips in 192x192 and 33 frames: 1,296 tokens.
 
 `settings` renders the same cases under every setting of SETTINGS (a new mode is one line there):
 
@@ -11,14 +14,16 @@
     true      median PSNR of the clip against the true clip
     exact     median PSNR of the clip against the clip of the first setting
     worst     the least of these
+    ssim, vmaf, warp, gmsd (evaluators.py)
+              median and worst of the clip against the clip of the first setting
     flicker   of the ground, root mean square, in steps of 1/255
     seam      step of the error across tile borders over the step elsewhere (tiled decodes)
     forwards  transformer passes for one clip: blocks that ran over blocks there are
     seconds   median for one clip, text and loading not included
 
 `bars` measures the rest: opposite verbs on one picture, negative prompts, sizes not trained for, a
-VAE round trip, diffusers. --model takes another diffusers folder (tests/train/export.py) than the
-built-in model's. Figures are printed as a table, then as one line of JSON.
+VAE round trip, diffusers. --model takes another diffusers folder (tests/train/export.py), too; what
+it lacks is the built-in model's. Figures are printed as a table, then as one line of JSON.
 """
 
 import argparse
@@ -35,6 +40,7 @@ from typing import Any
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from bench import evaluators
 from comfyui_skyreels.skyreels.builtin import BUILTIN_FOLDER
 from comfyui_skyreels.skyreels.config import Guidance, Tiling
 from comfyui_skyreels.skyreels.image import encode_image
@@ -54,6 +60,9 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from train import data, measure
 
+#: folder of the second yardstick, a transformer alone, and the size of clips of both
+LARGE_FOLDER = Path(__file__).resolve().parents[1] / "yardstick"
+MODELS = {"built-in": (BUILTIN_FOLDER, data.SMALL), "large": (LARGE_FOLDER, data.LARGE)}
 OPPOSITE = {
     "left": "right", "right": "left", "up": "down", "down": "up",
     "grow": "shrink", "shrink": "grow", "still": "fade", "fade": "still",
@@ -137,7 +146,11 @@ class _Cramped(TorchRuntime):
 
 
 class Studio:
-    """The model under test; its parts are loaded once for each precision."""
+    """The model under test; its parts are loaded once for each precision.
+
+    Args:
+        folder: of the model; parts that it lacks are those of the built-in one.
+    """
 
     def __init__(self, folder: Path = BUILTIN_FOLDER, device: str = "cpu") -> None:
         self.folder, self.runtime = folder, TorchRuntime(device)
@@ -146,8 +159,12 @@ class Studio:
     def _part(self, load: Callable, name: str, **options: Any):
         key = (name, *options.values())
         if key not in self._parts:
-            self._parts[key] = load(self.folder / name, **options, runtime=self.runtime)
+            self._parts[key] = load(self._folder(name), **options, runtime=self.runtime)
         return self._parts[key]
+
+    def _folder(self, name: str) -> Path:
+        has_it = (self.folder / (name or "text_encoder")).exists()
+        return (self.folder if has_it else BUILTIN_FOLDER) / name
 
     def vae(self, setting: Setting):
         """The VAE of a setting."""
@@ -232,10 +249,11 @@ def run_setting(
     transformer = studio.transformer(setting)
     with counted_blocks(transformer) as runs:
         for index, case in enumerate(cases):
-            truth = case.truth()
-            clip, took = studio.make(setting, truth[:1], case.prompt, seed=index)
+            clip, took = studio.make(
+                setting, case.truth()[:1], case.prompt, seed=index, num_frames=case.size.frames
+            )
             clips.append(clip)
-            findings.append(measure.measure(clip, case.scene))
+            findings.append(case.measured(clip))
             seconds.append(took)
     truths = [case.truth() for case in cases]
     lasting = [
@@ -251,14 +269,38 @@ def run_setting(
         "kept": round(100 * statistics.mean(lasting), 1),
         "first": _median(measure.psnr(c[0], t[0]) for c, t in zip(clips, truths, strict=True)),
         "true": _median(measure.psnr(c, t) for c, t in zip(clips, truths, strict=True)),
-        "exact": _median(map(measure.psnr, clips, exact)) if exact else None,
-        "worst": round(min(map(measure.psnr, clips, exact)), 2) if exact else None,
+        **_to_exact(clips, exact),
         "flicker": _median(measure.flicker(clip, case) for clip, case in pairs),
         "seam": _median(measure.seam(*pair, tiles) for pair in pairs) if tiles else None,
         "forwards": round(runs[0] / len(transformer.blocks) / len(cases), 1),
         "seconds": _median(seconds),
     }
     return row, clips, findings
+
+
+#: of each measure of a clip against the exact one: its function, and which of its values is worst
+MEASURES = {
+    "exact": (measure.psnr, min),
+    "ssim": (evaluators.ssim, min),
+    "vmaf": (evaluators.vmaf, min),
+    "warp": (evaluators.warp, max),
+    "gmsd": (evaluators.gmsd, max),
+}
+
+
+def _to_exact(clips: list[Tensor], exact: list[Tensor] | None) -> dict[str, float | None]:
+    """Median and worst of every measure; None without an exact clip or what a measure needs."""
+    row: dict[str, float | None] = {}
+    for name, (score, worst) in MEASURES.items():
+        names = (name, "worst" if name == "exact" else f"{name} w.")
+        if exact is None or not evaluators.is_here(name):
+            row |= dict.fromkeys(names)
+            continue
+        scores = [score(clip.float(), other) for clip, other in zip(clips, exact, strict=True)]
+        row |= dict(
+            zip(names, (round(f(scores), 4) for f in (statistics.median, worst)), strict=True)
+        )
+    return row
 
 
 def case_colour(case: measure.Case) -> str:
@@ -284,8 +326,13 @@ def opposites(studio: Studio, cases: list[measure.Case]) -> dict[str, float]:
     for index, case in enumerate(cases):
         image = case.truth()[:1]
         pair = (case, case.told(OPPOSITE[case.verb]))
-        done = [studio.make(SETTINGS["fp32"], image, c.prompt, seed=index)[0] for c in pair]
-        seen = [measure.measure(clip, case.scene).verb for clip in done]
+        done = [
+            studio.make(
+                SETTINGS["fp32"], image, c.prompt, seed=index, num_frames=case.size.frames
+            )[0]
+            for c in pair
+        ]  # fmt: skip
+        seen = [case.measured(clip).verb for clip in done]
         right.append(seen == [c.verb for c in pair])
     return {"pairs that differ as told, %": round(100 * statistics.mean(right), 1)}
 
@@ -301,9 +348,10 @@ def negatives(
         moved = []
         for index, case in enumerate(cases):
             clip, _ = studio.make(
-                SETTINGS["fp32"], case.truth()[:1], "", seed=index, negative=negative
-            )
-            moved.append(measure.measure(clip, case.scene).shift[0])
+                SETTINGS["fp32"], case.truth()[:1], "", seed=index, negative=negative,
+                num_frames=case.size.frames,
+            )  # fmt: skip
+            moved.append(case.measured(clip).shift[0])
         name = f"shift right, empty prompt, negative {negative!r}, px"
         shifts[name] = round(statistics.mean(moved), 2)
     return shifts
@@ -320,7 +368,7 @@ def other_sizes(studio: Studio, count: int) -> dict[str, float]:
             clip, _ = studio.make(
                 SETTINGS["fp32"], image, case.prompt, seed=index, num_frames=frames
             )
-            finding = measure.measure(clip, case.scene)
+            finding = case.measured(clip)
             there.append(finding.colour == case_colour(case) and finding.shape != "none")
             told.append(finding.verb == case.verb)
         name = f"{frames} frames of {width}x{height}"
@@ -352,21 +400,21 @@ def through_diffusers(studio: Studio, case: measure.Case) -> dict[str, float]:
     import diffusers
     from transformers import AutoTokenizer, CLIPTextModel, LlamaModel
 
-    folder = studio.folder
-    vae = diffusers.AutoencoderKLHunyuanVideo.from_pretrained(folder / "vae").float()
+    folder, size = studio._folder, case.size
+    vae = diffusers.AutoencoderKLHunyuanVideo.from_pretrained(folder("vae")).float()
     vae.use_framewise_decoding = False
-    transformer = diffusers.HunyuanVideoTransformer3DModel.from_pretrained(folder / "transformer")
+    transformer = diffusers.HunyuanVideoTransformer3DModel.from_pretrained(folder("transformer"))
     pipeline = diffusers.HunyuanSkyreelsImageToVideoPipeline(
-        text_encoder=LlamaModel.from_pretrained(folder / "text_encoder").float(),
-        tokenizer=AutoTokenizer.from_pretrained(folder / "tokenizer"),
-        text_encoder_2=CLIPTextModel.from_pretrained(folder / "text_encoder_2").float(),
-        tokenizer_2=AutoTokenizer.from_pretrained(folder / "tokenizer_2"),
+        text_encoder=LlamaModel.from_pretrained(folder("text_encoder")).float(),
+        tokenizer=AutoTokenizer.from_pretrained(folder("tokenizer")),
+        text_encoder_2=CLIPTextModel.from_pretrained(folder("text_encoder_2")).float(),
+        tokenizer_2=AutoTokenizer.from_pretrained(folder("tokenizer_2")),
         transformer=transformer.float(),
         vae=vae,
         scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=7.0),
     )
     image = case.truth()[:1]
-    shape = (1, 16, 5, 8, 8)
+    shape = (1, 16, size.grid[0], size.size // 8, size.size // 8)
     noise = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     first = vae.encode((image * 2 - 1).permute(3, 0, 1, 2)[None]).latent_dist.mode()
     padded = torch.zeros(shape)
@@ -374,22 +422,26 @@ def through_diffusers(studio: Studio, case: measure.Case) -> dict[str, float]:
     pipeline.prepare_latents = lambda *args, **kwargs: (noise.clone(), padded)
     theirs = pipeline(
         image=image.permute(0, 3, 1, 2), prompt=f"FPS-24, {case.prompt}",
-        negative_prompt=DEFAULT_NEGATIVE_PROMPT, width=64, height=64, num_frames=17,
-        num_inference_steps=30, true_cfg_scale=6.0, guidance_scale=1.0, output_type="pt",
+        negative_prompt=DEFAULT_NEGATIVE_PROMPT, width=size.size, height=size.size,
+        num_frames=size.frames, num_inference_steps=30,
+        true_cfg_scale=6.0, guidance_scale=1.0, output_type="pt",
     ).frames[0].permute(0, 2, 3, 1)  # fmt: skip
-    ours, _ = studio.make(SETTINGS["fp32"], image, case.prompt, seed=0)
+    ours, _ = studio.make(
+        SETTINGS["fp32"], image, case.prompt, seed=0, num_frames=size.frames
+    )  # fmt: skip
     return {"through diffusers, largest difference": float((theirs - ours).abs().max())}
 
 
 def contact_sheet(
     path: Path, cases: list[measure.Case], clips: list[Tensor], columns: int = 4
 ) -> None:
-    """A picture for people: of every case the true frames 0, 4 .. 16 above those that were made."""
+    """A picture for people: of every case five true frames above those that were made."""
     from PIL import Image
 
     rows = []
     for case, clip in zip(cases, clips, strict=True):
-        strips = [video[::4].permute(1, 0, 2, 3).flatten(1, 2) for video in (case.truth(), clip)]
+        every = (len(clip) - 1) // 4
+        strips = [v[::every].permute(1, 0, 2, 3).flatten(1, 2) for v in (case.truth(), clip)]
         tile = torch.cat([*strips, torch.zeros(6, strips[0].shape[1], 3)])
         rows.append(torch.cat([tile, torch.zeros(tile.shape[0], 6, 3)], dim=1))
     rows += [torch.zeros_like(rows[0])] * (-len(rows) % columns)
@@ -411,7 +463,7 @@ def print_table(rows: dict[str, dict]) -> None:
 def main() -> None:
     """Parse, measure and print."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", type=Path, default=BUILTIN_FOLDER)
+    parser.add_argument("--model", default="built-in", help="built-in, large or a folder")
     parser.add_argument("--cases", type=int, default=128)
     parser.add_argument("--seed", type=int, default=11, help="of the cases")
     parser.add_argument("--setting", action="append", choices=list(SETTINGS))
@@ -422,8 +474,10 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
-    studio = Studio(arguments.model, arguments.device)
-    cases = measure.held_out_cases(arguments.cases, arguments.seed)
+    folder, size = MODELS.get(arguments.model, (Path(arguments.model), data.SMALL))
+    studio = Studio(folder, arguments.device)
+    cases = measure.held_out_cases(arguments.cases, arguments.seed, size=size)
+    print(*evaluators.missing(), sep="\n", file=sys.stderr)
     rows, bars, exact = {}, {}, None
     if arguments.suite != "bars":
         for name in arguments.setting or SETTINGS:
@@ -443,7 +497,8 @@ def main() -> None:
     if arguments.suite != "settings":
         few = cases[: max(8, arguments.cases // 2)]
         bars = round_trip(studio, cases) | opposites(studio, few) | negatives(studio, few[:16])
-        bars |= other_sizes(studio, len(few))
+        if size == data.SMALL:
+            bars |= other_sizes(studio, len(few))
         bars |= through_diffusers(studio, cases[0])
         for name, value in bars.items():
             print(f"{name:<60}{value:>9}")
