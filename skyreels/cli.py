@@ -16,11 +16,10 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from .config import DECODE_MODES, PRESETS, TRANSFORMER_PRECISIONS
+from .config import ATTENTIONS, DECODE_MODES, PRESETS, TRANSFORMER_PRECISIONS
 from .errors import MAX_MESSAGE, OptionError, SkyReelsError, shown
 from .interrupt import remembered_interrupt
 from .sampling.step_cache import CACHES
-from .transformer.attention import MODES
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -184,7 +183,10 @@ def build_parser() -> argparse.ArgumentParser:
     generate.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     generate.add_argument("--decode", choices=DECODE_MODES, default="auto")
     generate.add_argument(
-        "--attention", choices=MODES, default="exact", help="fast uses 8 bits on a GPU"
+        "--attention",
+        choices=ATTENTIONS,
+        default="exact",
+        help="fast uses 8 bits on a GPU; sparse and sparser also skip distant detail",
     )
     generate.add_argument(
         "--cache", choices=tuple(CACHES), default="off", help="skip predictable steps; off is exact"
@@ -395,7 +397,8 @@ def _chosen_options_logged(arguments: argparse.Namespace) -> Iterator[None]:
     if arguments.cache != "off":
         names.append("skyreels.sampling.step_cache")
     if arguments.attention != "exact":
-        names.append("skyreels.transformer.attention")
+        names.append("skyreels.transformer")
+        names.append("skyreels.sampling.attend")
     levels = {name: logging.getLogger(name).level for name in names}
     try:
         for name in names:

@@ -402,3 +402,6 @@ TILINGS: dict[str, Tiling] = {
 }
 #: how a clip is decoded; new ones go to the end, as nodes list them in this order
 DECODE_MODES = ("auto", "full", *TILINGS, "synced", "exact")
+#: how attention is computed; new ones go to the end likewise. The last two are sparse in most
+#: steps, see transformer/sparse_attention.py
+ATTENTIONS = ("exact", "fast", "sparse", "sparser")

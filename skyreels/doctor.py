@@ -18,7 +18,7 @@ from .errors import SkyReelsError, shown
 from .kernels import dispatch, operators
 from .plan import STORED, Job, Preflight, preflight
 from .runtime import Runtime, TorchRuntime
-from .transformer import attention, linear, quant
+from .transformer import attention, linear, quant, sparse_kernels
 from .weights.inspect import FAMILY_NAMES, inspect
 from .weights.load import check_transformer
 
@@ -129,7 +129,7 @@ def _pins() -> dict[str, str]:
 
 
 def _reports(device: torch.device) -> dict[str, str]:
-    tables = (attention, quant, linear, operators)
+    tables = (attention, sparse_kernels, quant, linear, operators)
     return dispatch.report(
         {name: variants for table in tables for name, variants in table.decisions(device).items()}
     )

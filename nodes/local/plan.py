@@ -6,6 +6,7 @@ import torch
 
 from ...skyreels.builtin import BUILTIN_FOLDER, BUILTIN_NAME
 from ...skyreels.config import (
+    ATTENTIONS,
     DECODE_MODES,
     MAX_FRAMES,
     MAX_SIZE,
@@ -16,7 +17,6 @@ from ...skyreels.config import (
 )
 from ...skyreels.latents import check_size
 from ...skyreels.plan import STORED, Choice, Job, preflight, vae_dtype
-from ...skyreels.transformer.attention import MODES
 from ...skyreels.weights.inspect import CheckpointInfo, inspect
 from ...skyreels.weights.load import check_transformer
 from .. import host
@@ -86,7 +86,7 @@ class SkyReelsPlan:
                     },
                 ),
                 "attention": (
-                    list(MODES),
+                    list(ATTENTIONS),
                     {"default": "exact", "tooltip": "As in SkyReels Sampler."},
                 ),
                 "decode": (

@@ -15,6 +15,7 @@ Source: Sol-Attn arXiv:2607.24027 (threshold, pooled terms); scores of parts of 
 """
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -52,6 +53,25 @@ class Pooled(NamedTuple):
     variance: Tensor
     value: Tensor
     counts: Tensor
+
+
+class SparseResult(NamedTuple):
+    """What sparse attention returns.
+
+    Attributes:
+        out: [B, heads, S, D].
+        exact: uint8 [B * heads, nI, ceil(nI / 8)], see `pack`; None where a kernel does not tell.
+        counts: [B * heads, nI] whole numbers: exact image blocks of each block of queries.
+    """
+
+    out: Tensor
+    exact: Tensor | None
+    counts: Tensor
+
+
+#: attend(query, key, value, beta, num_image_blocks, exact): the last one None, or what was chosen
+#: for another branch of guidance, packed
+SparseAttention = Callable[[Tensor, Tensor, Tensor, float, int, Tensor | None], SparseResult]
 
 
 def num_blocks(tokens: int) -> int:
@@ -143,7 +163,7 @@ def route_by_means(pooled: Pooled, beta: float, num_image_blocks: int) -> Tensor
     variance = (query.square() @ spread[:, :, None]) / width
     # its least variance is one of scores in base 2
     limit = beta * (variance + MIN_VARIANCE * math.log(2) ** 2).sqrt()
-    exact = query @ key.mT * width**-0.5 > limit
+    exact: Tensor = query @ key.mT * width**-0.5 > limit
     return exact | _neighbours(num_image_blocks, key.device)
 
 
@@ -154,15 +174,16 @@ def _neighbours(count: int, device: torch.device) -> Tensor:
 
 def pack(exact: Tensor) -> Tensor:
     """[P, nI, nI] bool -> uint8 [P, nI, ceil(nI / 8)]: bit j % 8, least significant first."""
-    padded = F.pad(exact, (0, -exact.shape[2] % 8)).unflatten(2, (-1, 8)).to(torch.uint8)
+    padded = torch.unflatten(F.pad(exact, (0, -exact.shape[2] % 8)), 2, (-1, 8))
     bits = torch.tensor([1 << bit for bit in range(8)], dtype=torch.uint8, device=exact.device)
-    return (padded * bits).sum(dim=3, dtype=torch.uint8)
+    return (padded.to(torch.uint8) * bits).sum(dim=3, dtype=torch.uint8)
 
 
 def unpack(packed: Tensor) -> Tensor:
     """The reverse of `pack`."""
     shifts = torch.arange(8, dtype=torch.uint8, device=packed.device)
-    return (packed[..., None] >> shifts & 1).flatten(2)[:, :, : packed.shape[1]].bool()
+    bits = packed[..., None].bitwise_right_shift(shifts).bitwise_and(1)
+    return bits.flatten(2)[:, :, : packed.shape[1]].bool()
 
 
 def attend(
@@ -219,6 +240,32 @@ def attend(
                 out.dtype
             )
     return out
+
+
+def sparse_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    beta: float,
+    num_image_blocks: int,
+    exact: Tensor | None = None,
+) -> SparseResult:
+    """All of it, a `SparseAttention`.
+
+    Args:
+        query: [B, heads, S, D], image tokens first; one floating dtype.
+        key: the same.
+        value: the same.
+        beta: see `route`; not used where `exact` is given.
+        num_image_blocks: nI.
+        exact: None, or what was chosen for another branch of guidance, packed.
+
+    Returns:
+        The output, what was exact, and how much.
+    """
+    chosen = route(query, key, beta, num_image_blocks) if exact is None else unpack(exact)
+    out = attend(query, key, value, pool(query, key, value), chosen)
+    return SparseResult(out, pack(chosen) if exact is None else exact, chosen.sum(dim=2))
 
 
 class _Head(NamedTuple):

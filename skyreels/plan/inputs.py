@@ -150,11 +150,17 @@ class Job:
         return torch.Size(latent_shape(self.num_frames, self.height, self.width))
 
     @property
-    def tokens(self) -> int:
-        """Of image and text, in one model evaluation."""
-        _, _, frames, height, width = self.latent_shape
+    def evaluated_shape(self) -> torch.Size:
+        """[1, 16, T, h, w] of what one model evaluation sees: a window, or the clip."""
+        batch, channels, frames, height, width = self.latent_shape
         if self.windows is not None:
             frames = min(frames, self.windows.length)
+        return torch.Size((batch, channels, frames, height, width))
+
+    @property
+    def tokens(self) -> int:
+        """Of image and text, in one model evaluation."""
+        _, _, frames, height, width = self.evaluated_shape
         patch = self.config.patch_size
         patches = frames // self.config.patch_size_t * (height // patch) * (width // patch)
         return patches + self.text_tokens
@@ -195,7 +201,7 @@ class Choice:
     """What the user fixed; the defaults leave it to the planner.
 
     Attributes:
-        attention: "exact" or "fast".
+        attention: a name of config.ATTENTIONS.
         decode: a name of config.DECODE_MODES.
         is_resident: True refuses to stream, False streams everything; None is what fits.
     """

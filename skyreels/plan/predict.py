@@ -13,6 +13,7 @@ A twentieth of the free memory, at least RESERVE_BYTES, is left. The decode is t
 in one pass, without seams, in tiles (vae/tiling.py).
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -28,6 +29,8 @@ from ..streaming import SLOTS, choose_resident, least_bytes, simulate
 from ..transformer.attention import FAST_BYTES
 from ..transformer.placement import choose_chunking, sampling_bytes, waiting_bytes
 from ..transformer.quant import STORAGE_DTYPES
+from ..transformer.sparse_attention import SPARSE
+from ..transformer.sparse_kernels import sparse_bytes
 from ..vae.model import VideoVAE
 from ..vae.tiling import (
     CHOOSING_MODES,
@@ -46,6 +49,10 @@ from .weights import Weights
 #: (tests/engine/test_budget.py counts them), in 16 bits and where inputs are rounded to 8
 MOVED_TENSORS = {False: (13.2, 9.1), True: (19.7, 17.2)}
 
+#: what a sparse kernel reaches of the rate of a dense one, until a run has shown it: Sol-Attn's own
+#: figures, 2.12 times as fast end to end with 14 % of the blocks (arXiv:2607.24027)
+SPARSE_EFFICIENCY = 0.61
+
 #: of the time of a step, what running both branches block by block must save to be chosen
 LEAST_GAIN = 0.01
 
@@ -60,8 +67,8 @@ class Plan:
 
     Attributes:
         precision: of the transformer.
-        is_exact: see `Weights`; False as well with attention in 8 bits.
-        attention: "exact" or "fast".
+        is_exact: see `Weights`; False as well with any attention but "exact".
+        attention: a name of config.ATTENTIONS.
         chunking: a name of config.CHUNKINGS.
         activation_bytes: of a forward pass, beside the weights.
         resident_bytes: of the blocks, those that stay on the device.
@@ -132,18 +139,23 @@ def activation_bytes(
         config: sizes of the network.
         tokens: image and text tokens of the longer branch.
         weights: of the transformer.
-        attention: "exact" or "fast".
+        attention: a name of config.ATTENTIONS.
         held_bytes: what a step cache keeps.
 
     Returns:
         Bytes for each name in config.CHUNKINGS, in that order.
     """
-    if attention == "fast":
+    if attention != "exact":
         held_bytes += FAST_BYTES * tokens * config.hidden_size
-    kind = "dequantized" if weights.is_dequantized else weights.gemm
+    heads, kind = config.num_attention_heads, weights.gemm
+    if weights.is_dequantized:
+        kind = "dequantized"
+    lists = sparse_bytes(heads, config.attention_head_dim, tokens) if attention in SPARSE else 0
     return {
-        name: held_bytes + sampling_bytes(config, tokens, weights.dtype, name, kind)
-        for name in CHUNKINGS
+        name: held_bytes
+        + lists // chunking.head_groups
+        + sampling_bytes(config, tokens, weights.dtype, name, kind)
+        for name, chunking in CHUNKINGS.items()
     }
 
 
@@ -317,12 +329,24 @@ def block_seconds(
     config, tokens = job.config, job.tokens
     hidden = config.hidden_size
     per_token = int((4 + 2 * config.mlp_ratio) * hidden**2)
-    common = 2 * tokens * per_token / gemm + 4 * tokens**2 * hidden / attend
+    attend_s = 4 * tokens**2 * hidden / attend * _attention_share(job, attention)
+    common = 2 * tokens * per_token / gemm + attend_s
     unit = tokens * hidden * weights.dtype.itemsize / memory
     moved = MOVED_TENSORS[weights.gemm in STORAGE_DTYPES]
     factor = machine.corrections.get(kind_of_work(weights, attention), 1.0)
     double, single = (factor * (common + tensors * unit) for tensors in moved)
     return [double] * config.num_layers + [single] * config.num_single_layers
+
+
+def _attention_share(job: Job, attention: str) -> float:
+    """Expected time of attention, of dense attention's, the mean of all steps."""
+    config = SPARSE.get(attention)
+    if config is None or job.tokens < config.min_tokens:
+        return 1.0
+    steps = range(job.num_steps)
+    dense = sum(config.is_dense(step, job.num_steps) for step in steps) / job.num_steps
+    density = 0.5 * math.erfc(config.beta / 2**0.5)  # of Gaussian scores
+    return dense + (1 - dense) * min(1.0, density / SPARSE_EFFICIENCY)
 
 
 def _plan_decode(machine: Machine, job: Job, mode: str) -> tuple[str, int, float | None, bool]:

@@ -26,9 +26,9 @@ from ..transformer.attention import Attention
 from ..transformer.layers import rope_table
 from ..transformer.model import RunBlock, SkyReelsTransformer
 from ..transformer.placement import placed
+from .attend import attention_of_run
 from .planned import start_run
 from .precompute import StepLookup, precompute
-from .sample import attention_of_run
 
 #: as in SamplingSettings; only clips beyond 177 frames change
 RIFLEX_K = 4
@@ -169,7 +169,7 @@ class Evaluator:
             )  # fmt: skip
             self._stack.enter_context(runtime.place(transformer, needed["chunks"]))
             run = start_run(transformer, job, needed, runtime, self._mode)
-            attention = attention_of_run(transformer, job.tokens, self._mode, runtime)
+            attention = attention_of_run(transformer, job, self._mode, runtime)
 
             @contextmanager
             def on_rung(rung: Rung) -> Iterator[Callable[..., Tensor]]:

@@ -226,7 +226,7 @@ def start_run(
         job: what is made.
         needed: bytes beside the weights, of each chunking.
         runtime: where; it has made room.
-        attention: "exact" or "fast", for people and for predictions.
+        attention: a name of config.ATTENTIONS, for people and for predictions.
 
     Returns:
         The run.

@@ -9,22 +9,18 @@ runs: sigmas and timesteps stay on the CPU, where a scalar multiplies a tensor o
 """
 
 import math
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..config import (
     CHUNKINGS,
     NUM_TRAIN_TIMESTEPS,
-    Chunking,
     ContextWindows,
-    FreSca,
     Guidance,
-    SkipLayers,
 )
 from ..errors import OptionError, ShapeError
 from ..ladder import retried
@@ -42,26 +38,24 @@ from ..offload import weight_bytes
 from ..plan import MAX_KEPT, Job, Rung, activation_bytes, weights_of
 from ..runtime import Runtime
 from ..text.embeds import PromptEmbeds, check_prompt_embeds
-from ..transformer.attention import Attention, choose_attention, sdpa, trial_bytes
-from ..transformer.layers import DoubleBlock, rope_table
-from ..transformer.model import RunBlock, SkyReelsTransformer
+from ..transformer.layers import rope_table
+from ..transformer.model import SkyReelsTransformer
 from ..transformer.placement import placed
+from .attend import attention_of_run, name_of, warn_of_few_steps
 from .finite import FiniteWatch, suspects
+from .guidance import blocks_to_skip, guided_velocity
 from .planned import start_run
-from .precompute import StepLookup, precompute
+from .precompute import precompute
 from .prompts import (
     Prompt,
-    Weights,
-    average,
-    one_prompt_each,
     report_gaps,
     scheduled,
     weights_of_prompts,
 )
 from .resume import SaveStep, fingerprint_run, resume_run
 from .settings import OnStep, SamplingSettings, Velocity, euler
-from .step_cache import OFF, CacheConfig, cache_bytes, start_cache
-from .windows import Picture, evaluated_shape, picture_of_run, predict_clip
+from .step_cache import cache_bytes
+from .windows import evaluated_shape, picture_of_run
 
 
 def initial_noise(seed: int, num_frames: int, height: int, width: int, index: int = 0) -> Tensor:
@@ -84,235 +78,6 @@ def initial_noise(seed: int, num_frames: int, height: int, width: int, index: in
     for _ in range(index):
         torch.randn(shape, generator=generator)
     return torch.randn(shape, generator=generator)
-
-
-def combine(positive: Tensor, negative: Tensor, guidance: Guidance) -> Tensor:
-    """Classifier-free guidance of two velocities, with its refinements.
-
-    Args:
-        positive: [B, ...] float32 velocity.
-        negative: [B, ...] float32 velocity.
-        guidance: scale and refinements.
-
-    Returns:
-        [B, ...] float32.
-
-    Source: CFG arXiv:2207.12598; CFG-Zero* arXiv:2503.18886, equation 8; rescale
-        arXiv:2305.08891, equation 16.
-    """
-    axes = tuple(range(1, positive.ndim))
-    if guidance.cfg_zero_star:
-        dot = (positive * negative).sum(axes, keepdim=True)
-        negative = negative * (dot / (negative.square().sum(axes, keepdim=True) + 1e-8))
-    difference = positive - negative
-    if guidance.fresca is not None:
-        difference = scale_frequencies(difference, guidance.fresca)
-    guided = negative + guidance.true_cfg_scale * difference
-    if guidance.guidance_rescale > 0:
-        deviation = guided.std(axes, keepdim=True).clamp_min(1e-12)
-        factor = positive.std(axes, keepdim=True) / deviation
-        guided = guided * (guidance.guidance_rescale * factor + 1 - guidance.guidance_rescale)
-    return guided
-
-
-def scale_frequencies(difference: Tensor, fresca: FreSca) -> Tensor:
-    """Scale low and high frequencies of each latent frame.
-
-    Args:
-        difference: [..., h, w] float32, positive less negative prediction.
-        fresca: factors and cutoff.
-
-    Returns:
-        [..., h, w] float32; `difference` itself if both factors are 1.
-
-    Source: arXiv:2504.02154 (FreSca), with the square of low indices -cutoff..cutoff - 1 of its
-        code, WikiChao/FreSca, which ComfyUI's node FreSca has too.
-    """
-    if fresca.low == fresca.high == 1.0:
-        return difference
-    factors = torch.full(difference.shape[-2:], fresca.high, device=difference.device)
-    window = []
-    for size in factors.shape:
-        reach = min(fresca.cutoff, size // 2)
-        window.append(slice(size // 2 - reach, size // 2 + reach))
-    factors[tuple(window)] = fresca.low
-    spectrum = torch.fft.fft2(difference) * torch.fft.ifftshift(factors)
-    scaled: Tensor = torch.fft.ifft2(spectrum).real
-    return scaled
-
-
-def leaving_out(run_block: RunBlock, blocks: Sequence[nn.Module]) -> RunBlock:
-    """Run blocks, except that some hand on their input (residual skip).
-
-    Args:
-        run_block: runs one block of the transformer.
-        blocks: that are left out.
-
-    Returns:
-        The same for the others.
-    """
-    skipped = {id(block) for block in blocks}
-
-    def run(block: nn.Module, *args: Any) -> Any:
-        if id(block) not in skipped:
-            return run_block(block, *args)
-        return args[:2] if isinstance(block, DoubleBlock) else args[0]
-
-    return run
-
-
-def guided_velocity(
-    transformer: SkyReelsTransformer,
-    picture: Picture,
-    lookup: StepLookup,
-    sigmas: Tensor,
-    guidance: Guidance,
-    *,
-    weights: Weights = one_prompt_each,
-    rope: Tensor,
-    run_block: RunBlock,
-    attention: Attention = sdpa,
-    chunking: Chunking = CHUNKINGS["whole"],
-    cache: CacheConfig = OFF,
-    interleaves: bool = False,
-) -> Velocity:
-    """The function a solver integrates.
-
-    Args:
-        transformer: the network.
-        picture: [1, 16, T, h, w] float32, model space, zero where nothing is given; None for a
-            text-to-video transformer; or, for a clip in windows, a `Windowed`.
-        lookup: from `precompute`, of the prompts that `weights` names.
-        sigmas: [N + 1] of the run; where a sigma falls decides about the CFG window.
-        guidance: how the two predictions are combined.
-        weights: which prompts make them; by default the first and, while true_cfg_scale > 1, the
-            second one.
-        rope: from `rope_table`, of the clip or of a window.
-        run_block: runs one block of the transformer.
-        attention: see transformer/attention.py.
-        chunking: how much of a block is computed at a time.
-        cache: which steps are skipped; with a cache, one call is one step.
-        interleaves: where a step needs more than one prediction, each block runs for two of them
-            before the next one does, which a cache cannot follow. The result is the same.
-
-    Returns:
-        The function, for the whole run.
-
-    Source: skip-layer guidance arXiv:2411.18664 (STG, with the residual skip), which ComfyUI's
-        SkipLayerGuidanceDiT adds likewise; in the negative prediction, SkipLayerGuidanceDiTSimple.
-    """
-    assert not (interleaves and cache.kind != "off")
-    num_steps = len(sigmas) - 1
-    schedule = sigmas[:-1].cpu()
-    left_out = _blocks(transformer, guidance.skip_layers)
-    steps = start_cache(cache, num_steps, run_block, transformer.blocks)
-
-    def predict_each(
-        latents: Tensor, sigma: Tensor, branches: Sequence[int], cached: RunBlock
-    ) -> Sequence[Tensor]:
-        timestep = float(sigma * NUM_TRAIN_TIMESTEPS)
-        conditioned = [lookup(branch, timestep, run_block) for branch in branches]
-
-        velocities = predict_clip(
-            lambda latents, image_latents: transformer.denoise_together(
-                _with_picture(latents, image_latents),
-                conditioned,
-                rope=rope,
-                attention=attention,
-                run_block=cached,
-                chunking=chunking,
-            ),
-            latents,
-            picture,
-            _step_of(sigma, schedule),
-        )
-        return [velocity.float() for velocity in velocities]
-
-    def predict_all(
-        step: int,
-        latents: Tensor,
-        sigma: Tensor,
-        branches: Sequence[int],
-        weak: Collection[int],
-    ) -> Iterator[Tensor]:
-        if interleaves and not weak:  # by twos, for which memory is planned
-            for first in range(0, len(branches), 2):
-                yield from predict_each(latents, sigma, branches[first : first + 2], run_block)
-        else:
-            if branches:
-                steps.begin(step, latents, branches)
-            for branch in branches:
-                is_weak = branch in weak
-                yield steps.predict(branch, partial(predict, latents, sigma, branch, is_weak))
-
-    def predict(
-        latents: Tensor, sigma: Tensor, branch: int, is_weak: bool, cached: RunBlock
-    ) -> Tensor:
-        cached = leaving_out(cached, left_out) if is_weak else cached
-        return predict_each(latents, sigma, [branch], cached)[0]
-
-    def velocity(latents: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor | None]:
-        sigma = sigma.to("cpu", torch.float32)
-        step = _step_of(sigma, schedule)
-        if step < guidance.zero_init_steps:
-            return torch.zeros_like(latents), None
-        is_guided = guidance.true_cfg_scale > 1 and guidance.is_in_window(step, num_steps)
-        scale = guidance.skip_scale(step, num_steps)
-        sides = [weights(side, sigma) for side in range(2 if is_guided else 1)]
-        branches = [branch for side in sides for branch, _ in side]
-        weak = _negative_branches(sides) if scale == 0 else set()
-        made = predict_all(step, latents, sigma, branches, weak)
-        averages = [average(made, side, latents, sigma) for side in sides]
-        if step == num_steps - 1:
-            steps.report()
-        positive, negative = averages[0], averages[1] if is_guided else None
-        guided = positive if negative is None else combine(positive, negative, guidance)
-        if scale:
-            made = (predict(latents, sigma, branch, True, run_block) for branch, _ in sides[0])
-            guided = guided + scale * (positive - average(made, sides[0], latents, sigma))
-        return guided, negative
-
-    return velocity
-
-
-def _step_of(sigma: Tensor, schedule: Tensor) -> int:
-    """The step that a sigma belongs to: between two of the schedule, the earlier one's."""
-    return max(0, int((schedule >= sigma - 1e-6).sum()) - 1)
-
-
-def _negative_branches(sides: Sequence[Sequence[tuple[int, float]]]) -> set[int]:
-    return {branch for side in sides[1:] for branch, _ in side}
-
-
-def _blocks(transformer: SkyReelsTransformer, skip: SkipLayers | None) -> list[nn.Module]:
-    """The blocks that skip-layer guidance leaves out.
-
-    Returns:
-        The double ones, then the single ones.
-
-    Raises:
-        OptionError: the transformer has no such block.
-    """
-    found: list[nn.Module] = []
-    if skip is None:
-        return found
-    for kind, blocks, indices in (
-        ("double", transformer.double_blocks, skip.double_blocks),
-        ("single", transformer.single_blocks, skip.single_blocks),
-    ):
-        for index in indices:
-            if not 0 <= index < len(blocks):
-                raise OptionError(
-                    f"Skip-layer guidance leaves out {kind} block {index}, and the transformer has "
-                    f"0..{len(blocks) - 1}: choose one of these."
-                )
-            found.append(blocks[index])
-    return found
-
-
-def _with_picture(latents: Tensor, image_latents: Tensor | None) -> Tensor:
-    """What the network sees: [1, 32, T, h, w], or the latents alone for text to video."""
-    return latents if image_latents is None else torch.cat([latents, image_latents], dim=1)
 
 
 def sample(
@@ -467,10 +232,10 @@ def _denoise(
         largest = max(weight_bytes(module) for module in transformer.conditioners)
         needed = {name: num_bytes + largest for name, num_bytes in needed.items()}
     with runtime.place(transformer, needed["chunks"]), torch.inference_mode():
-        tokens = num_tokens(transformer, image, prompts.embeds, settings.windows)
-        attention = attention_of_run(transformer, tokens, settings.attention, runtime)
-        run = start_run(transformer, _job(transformer, image, prompts, settings), needed, runtime,
-                        "exact" if settings.attention == "exact" else "fast")  # fmt: skip
+        job = _job(transformer, image, prompts, settings)
+        attention = attention_of_run(transformer, job, settings.attention, runtime)
+        warn_of_few_steps(settings)
+        run = start_run(transformer, job, needed, runtime, name_of(settings.attention))
         lookup = retried(
             partial(
                 precompute,
@@ -518,6 +283,7 @@ def _denoise(
         with run.descending(on_rung) as velocity:
             result = settings.solver(velocity, latents.to(device), sigmas, run.marking(on_step))
             is_plain = settings.cache.kind == "off" and guidance.skip_layers is None
+            attention.report()
             run.finish(is_alike=is_euler and is_plain)
         return result
 
@@ -550,34 +316,6 @@ def _job(
     )
 
 
-def attention_of_run(
-    transformer: SkyReelsTransformer, tokens: int, mode: Attention | str, runtime: Runtime
-) -> Attention:
-    """The attention of a run, see `choose_attention`.
-
-    Args:
-        transformer: whose sizes and dtype count.
-        tokens: image and text tokens of its longer branch.
-        mode: of MODES; a function is taken as it is.
-        runtime: where; it makes room for trying kernels.
-
-    Returns:
-        The function.
-    """
-    if not isinstance(mode, str):
-        return mode
-    size: Any = {
-        "heads": transformer.config.num_attention_heads,
-        "head_dim": transformer.config.attention_head_dim,
-        "tokens": tokens,
-        "dtype": transformer.compute_dtype,
-    }
-    if mode == "fast":  # its kernels are tried at this size
-        runtime.make_room(trial_bytes(**size))
-    attention: Attention = choose_attention(runtime.device, mode, **size).impl
-    return attention
-
-
 def num_tokens(
     transformer: SkyReelsTransformer,
     image: ImageConditioning,
@@ -607,9 +345,9 @@ def run_bytes(
         Bytes for each name in config.CHUNKINGS.
     """
     held = _held_bytes(transformer, image, prompts, settings)
-    attention = "fast" if settings.attention == "fast" else "exact"
     tokens = num_tokens(transformer, image, prompts, settings.windows)
-    return activation_bytes(transformer.config, tokens, weights_of(transformer), attention, held)
+    attention, weights = name_of(settings.attention), weights_of(transformer)
+    return activation_bytes(transformer.config, tokens, weights, attention, held)
 
 
 def _held_bytes(
@@ -667,7 +405,7 @@ def _check_inputs(
     """Refuse inputs that do not fit each other, before anything is moved to a device."""
     check_loras(transformer, settings.loras)
     check_picture(transformer.config, image.image_latents is not None)
-    _blocks(transformer, settings.guidance.skip_layers)
+    blocks_to_skip(transformer, settings.guidance.skip_layers)
     for each in scheduled(prompt):
         check_prompt_embeds(each.embeds, transformer.config)
     if negative is not None:

@@ -8,11 +8,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..config import MAX_STEPS, ContextWindows, Guidance
+from ..config import ATTENTIONS, MAX_STEPS, ContextWindows, Guidance
 from ..errors import OptionError, ShapeError
 from ..latents import is_whole, seeded_generator
 from ..lora.apply import AppliedLora
 from ..transformer.attention import Attention
+from ..transformer.sparse_attention import SparseConfig
 from .step_cache import OFF, CacheConfig
 
 #: below it the noise that is added is less than float32 tells apart
@@ -119,8 +120,9 @@ class SamplingSettings:
         riflex_k: see `rope_table`; only clips beyond 177 frames change.
         cache: which steps are skipped, see step_cache.py. Euler only; a resumed run starts with an
             empty cache.
-        attention: "exact", "fast" (8 bits, where the device has a kernel for it), or a function;
-            see transformer/attention.py.
+        attention: "exact"; "fast" (8 bits, where the device has a kernel for it); "sparse",
+            "sparser" or a `SparseConfig` (fast, and sparse in most steps); or a function. See
+            transformer/attention.py and sparse_attention.py.
         solver: `euler` or any function of its signature.
         resume: file in which each finished step is saved, or a folder in which that file is named
             after the inputs. A run with the same inputs continues from it. The finished latents
@@ -144,7 +146,7 @@ class SamplingSettings:
     add_noise: bool = True
     riflex_k: int = 4
     cache: CacheConfig = OFF
-    attention: Attention | str = "exact"
+    attention: Attention | SparseConfig | str = "exact"
     solver: Solver = euler
     resume: Path | None = None
     noise_index: int = 0
@@ -164,6 +166,10 @@ class SamplingSettings:
             raise OptionError(f"riflex_k must be >= 0, got {self.riflex_k}: use 4, or 0 for off.")
         if not is_whole(self.noise_index) or self.noise_index < 0:
             raise OptionError(f"noise_index must be >= 0, got {self.noise_index}: use 0.")
+        if isinstance(self.attention, str) and self.attention not in ATTENTIONS:
+            raise OptionError(
+                f"Attention {self.attention!r} is not one of {', '.join(ATTENTIONS)}."
+            )
         if self.resume is not None and self.solver is not euler:
             raise OptionError(
                 "Resuming needs the Euler solver: the state of other solvers is not saved. "

@@ -19,7 +19,7 @@ the reasons are logged. For the environment variables see kernels/dispatch.py.
 import inspect
 import logging
 import math
-from collections.abc import Hashable
+from collections.abc import Hashable, Mapping
 from functools import partial
 from typing import NamedTuple
 
@@ -112,7 +112,7 @@ def choose_attention(
     info, pin, level = dispatch.describe(device), _pin(), logging.INFO
     chosen = exact = _exact(info, dtype, pin)
     if mode == "fast":
-        chosen = _fastest(info, device, _Size(heads, head_dim, tokens, dtype), exact, pin)
+        chosen = _fastest(info, device, Size(heads, head_dim, tokens, dtype), exact, pin)
         if chosen.impl is None:
             reason, level = f"fast attention unavailable ({chosen.reason})", logging.WARNING
             chosen = Decision(exact.impl, reason, exact.name)
@@ -365,7 +365,7 @@ def unavailable_reason(name: str, info: DeviceInfo, pin: str = "") -> str:
     return problem
 
 
-class _Size(NamedTuple):
+class Size(NamedTuple):
     """Of the queries of a run."""
 
     heads: int
@@ -380,7 +380,7 @@ class _Size(NamedTuple):
 
 
 def _fastest(
-    info: DeviceInfo, device: torch.device, size: _Size, exact: Decision, pin: str
+    info: DeviceInfo, device: torch.device, size: Size, exact: Decision, pin: str
 ) -> Decision:
     """The fastest kernel in 8 bits that is accurate and faster than exact attention, if any."""
     candidates = [
@@ -404,7 +404,7 @@ def _fastest(
         lambda: dispatch.decide(
             candidates,
             exact.name,
-            clock=None if is_forced else lambda passed: _timed(passed, exact, device, size),
+            clock=None if is_forced else lambda passed: timed(passed, exact, device, size),
             size=f"{size.tokens:,} tokens",
             min_gain=FAST_GAIN,
             must_be_timed=True,
@@ -423,10 +423,16 @@ def judge(
     return dispatch.probe(partial(run_checked, attend), exact_checked, inputs, FAST_ERROR)
 
 
-def _timed(
-    functions: dict[str, Attention], exact: Decision, device: torch.device, size: _Size
+def timed(
+    functions: Mapping[str, Attention], exact: Decision, device: torch.device, size: Size
 ) -> dict[str, float]:
     """Time exact attention and each kernel at the size of the run.
+
+    Args:
+        functions: name -> kernel.
+        exact: what they are compared with.
+        device: that runs them.
+        size: of the run.
 
     Returns:
         Name -> milliseconds; empty on devices that are not timed, where the first is taken.

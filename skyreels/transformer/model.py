@@ -233,15 +233,17 @@ class SkyReelsTransformer(nn.Module):
         modulation: StepModulation,
         *,
         rope: Tensor | None = None,
+        order: Tensor | None = None,
         attention: Attention = sdpa,
         run_block: RunBlock = call,
         chunking: Chunking = CHUNKINGS["whole"],
     ) -> Tensor:
-        """One prediction from what `condition` returned; otherwise as `forward`."""
+        """One prediction from what `condition` returned; otherwise as `denoise_together`."""
         (velocity,) = self.denoise_together(
             hidden_states,
             [modulation],
             rope=rope,
+            order=order,
             attention=attention,
             run_block=run_block,
             chunking=chunking,
@@ -254,6 +256,7 @@ class SkyReelsTransformer(nn.Module):
         modulations: Sequence[StepModulation],
         *,
         rope: Tensor | None = None,
+        order: Tensor | None = None,
         attention: Attention = sdpa,
         run_block: RunBlock = call,
         chunking: Chunking = CHUNKINGS["whole"],
@@ -267,6 +270,9 @@ class SkyReelsTransformer(nn.Module):
             hidden_states: as for `forward`, for all.
             modulations: of each prediction, from `condition`.
             rope: as for `forward`.
+            order: [N] the image token at each place, a permutation, in which the blocks see them;
+                None is the raster order (time, row, column). Only the order of summation in
+                attention depends on it, and what an attention makes of places.
             attention: as for `forward`.
             run_block: as for `forward`; a block is called once for each prediction, in a row.
             chunking: as for `forward`.
@@ -278,10 +284,11 @@ class SkyReelsTransformer(nn.Module):
         grid = self.token_grid(hidden_states.shape)
         if rope is None:
             rope = rope_table(grid, self.config, device=hidden_states.device)
+        if order is not None:  # here alone, so that tokens and table cannot part
+            rope = rope[order]
         last = (rope, attention, chunking)
         streams = [
-            (self.img_in(hidden_states.to(self.compute_dtype)), modulation.text)
-            for modulation in modulations
+            (self._tokens(hidden_states, order), modulation.text) for modulation in modulations
         ]
         num_image_tokens, num_double = math.prod(grid), len(self.double_blocks)
         for index, block in enumerate(self.double_blocks):
@@ -293,12 +300,18 @@ class SkyReelsTransformer(nn.Module):
         for index, block in enumerate(self.single_blocks, start=num_double):
             for place, modulation in enumerate(modulations):
                 joined[place] = run_block(block, joined[place], modulation.mods[index], *last)
-        return [
-            self._unpatch(
-                self.final_layer(joined.pop(0)[:, :num_image_tokens], *each.mods[-1]), grid
-            )
-            for each in modulations
-        ]
+        velocities = []
+        for each in modulations:
+            patches = self.final_layer(joined.pop(0)[:, :num_image_tokens], *each.mods[-1])
+            if order is not None:
+                patches = torch.empty_like(patches).index_copy_(1, order, patches)
+            velocities.append(self._unpatch(patches, grid))
+        return velocities
+
+    def _tokens(self, hidden_states: Tensor, order: Tensor | None) -> Tensor:
+        """[B, C, T, h, w] -> [B, N, hidden] in that order."""
+        tokens: Tensor = self.img_in(hidden_states.to(self.compute_dtype))
+        return tokens if order is None else tokens[:, order]
 
     def _unpatch(self, patches: Tensor, grid: tuple[int, int, int]) -> Tensor:
         """[B, N, C * pt * ph * pw] -> [B, C, T, h, w]."""

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 
 Vector = tuple[int, int, int]
+#: a corner and the three edges from it
+Box = tuple[Vector, Vector, Vector, Vector]
 
 #: bits of a coordinate that `morton_order` interleaves
 _BITS = 16
@@ -36,10 +38,10 @@ def hilbert_order(grid: tuple[int, int, int]) -> Tensor:
 @lru_cache(maxsize=16)
 def _hilbert(grid: Vector) -> Tensor:
     _, height, width = grid
-    axes = [tuple(size if axis == own else 0 for own in range(3)) for axis, size in enumerate(grid)]
-    a, b, c = sorted(axes, key=sum, reverse=True)  # it enters at the origin, and ends along a
+    axes: list[Vector] = [(grid[0], 0, 0), (0, grid[1], 0), (0, 0, grid[2])]
+    a, b, c = sorted(axes, key=_length, reverse=True)  # it enters at the origin, and ends along a
     order: list[int] = []
-    boxes: list[tuple[Vector, Vector, Vector, Vector]] = [((0, 0, 0), a, b, c)]  # type: ignore[list-item]
+    boxes: list[Box] = [((0, 0, 0), a, b, c)]
     while boxes:
         corner, a, b, c = boxes.pop()
         if sum(_length(x) > 1 for x in (a, b, c)) <= 1:
@@ -53,7 +55,7 @@ def _hilbert(grid: Vector) -> Tensor:
     return torch.tensor(order)
 
 
-def _parts(start: Vector, a: Vector, b: Vector, c: Vector) -> list[tuple[Vector, ...]]:
+def _parts(start: Vector, a: Vector, b: Vector, c: Vector) -> list[Box]:
     """Cut a box into boxes that the curve passes one after the other.
 
     Args:
@@ -70,7 +72,7 @@ def _parts(start: Vector, a: Vector, b: Vector, c: Vector) -> list[tuple[Vector,
     rest_a, rest_b, rest_c = _less(a, half_a), _less(b, half_b), _less(c, half_c)
     last_a, last_b, last_c = _less(a, _unit(a)), _less(half_b, _unit(b)), _less(half_c, _unit(c))
     end_c = _less(c, _unit(c))
-    back_a, back_b, back_c = _less((0, 0, 0), rest_a), _less((0, 0, 0), half_b), None
+    back_a, back_b, back_c = (_less((0, 0, 0), edge) for edge in (rest_a, half_b, half_c))
     if 2 * long > 3 * wide and 2 * long > 3 * deep:  # a stick: two halves
         return [(start, half_a, b, c), (_plus(start, half_a), rest_a, b, c)]
     if 3 * wide > 4 * deep:  # a slab: the plane's Hilbert curve in a and b
@@ -79,7 +81,6 @@ def _parts(start: Vector, a: Vector, b: Vector, c: Vector) -> list[tuple[Vector,
             (_plus(start, half_b), a, rest_b, c),
             (_plus(start, last_a, last_b), back_b, c, back_a),
         ]
-    back_c = _less((0, 0, 0), half_c)
     if 3 * deep > 4 * wide:  # the same in a and c
         return [
             (start, half_c, half_a, b),

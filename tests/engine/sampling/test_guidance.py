@@ -9,14 +9,8 @@ from comfyui_skyreels.skyreels.config import FreSca, Guidance, SkipLayers
 from comfyui_skyreels.skyreels.errors import OptionError
 from comfyui_skyreels.skyreels.latents import ImageConditioning
 from comfyui_skyreels.skyreels.runtime import TorchRuntime
-from comfyui_skyreels.skyreels.sampling.sample import (
-    _job,
-    _RunPrompts,
-    combine,
-    guided_velocity,
-    sample,
-    scale_frequencies,
-)
+from comfyui_skyreels.skyreels.sampling.guidance import combine, guided_velocity, scale_frequencies
+from comfyui_skyreels.skyreels.sampling.sample import _job, _RunPrompts, sample
 from comfyui_skyreels.skyreels.sampling.settings import SamplingSettings, get_sigmas
 from comfyui_skyreels.skyreels.sampling.step_cache import CACHES
 from comfyui_skyreels.skyreels.transformer.layers import rope_table

@@ -9,13 +9,14 @@ from comfyui_skyreels.skyreels.config import Guidance
 from comfyui_skyreels.skyreels.errors import OptionError
 from comfyui_skyreels.skyreels.latents import ImageConditioning
 from comfyui_skyreels.skyreels.runtime import TorchRuntime
+from comfyui_skyreels.skyreels.sampling.guidance import guided_velocity
 from comfyui_skyreels.skyreels.sampling.precompute import precompute
 from comfyui_skyreels.skyreels.sampling.prompts import (
     ScheduledPrompt,
     percent_to_sigma,
     weights_of_prompts,
 )
-from comfyui_skyreels.skyreels.sampling.sample import guided_velocity, sample
+from comfyui_skyreels.skyreels.sampling.sample import sample
 from comfyui_skyreels.skyreels.sampling.settings import SamplingSettings, euler, get_sigmas
 from comfyui_skyreels.skyreels.sampling.step_cache import CACHES
 from comfyui_skyreels.skyreels.transformer.layers import rope_table

@@ -17,13 +17,9 @@ from comfyui_skyreels.skyreels.lora.read import Lora
 from comfyui_skyreels.skyreels.pipeline import image_to_video
 from comfyui_skyreels.skyreels.runtime import TorchRuntime
 from comfyui_skyreels.skyreels.sampling.finite import FiniteWatch, suspects
+from comfyui_skyreels.skyreels.sampling.guidance import combine, guided_velocity
 from comfyui_skyreels.skyreels.sampling.precompute import precompute
-from comfyui_skyreels.skyreels.sampling.sample import (
-    combine,
-    guided_velocity,
-    initial_noise,
-    sample,
-)
+from comfyui_skyreels.skyreels.sampling.sample import initial_noise, sample
 from comfyui_skyreels.skyreels.sampling.settings import SamplingSettings, euler, get_sigmas
 from comfyui_skyreels.skyreels.sampling.step_cache import CACHES
 from comfyui_skyreels.skyreels.text.embeds import PromptEmbeds

@@ -10,12 +10,8 @@ from comfyui_skyreels.skyreels.config import Guidance, TransformerConfig
 from comfyui_skyreels.skyreels.errors import OptionError
 from comfyui_skyreels.skyreels.latents import ImageConditioning
 from comfyui_skyreels.skyreels.runtime import TorchRuntime
-from comfyui_skyreels.skyreels.sampling.sample import (
-    combine,
-    initial_noise,
-    run_bytes,
-    sample,
-)
+from comfyui_skyreels.skyreels.sampling.guidance import combine
+from comfyui_skyreels.skyreels.sampling.sample import initial_noise, run_bytes, sample
 from comfyui_skyreels.skyreels.sampling.settings import SamplingSettings, euler, get_sigmas
 from comfyui_skyreels.skyreels.sampling.step_cache import (
     CACHES,

@@ -9,8 +9,9 @@ from comfyui_skyreels.skyreels.errors import OptionError
 from comfyui_skyreels.skyreels.latents import ImageConditioning
 from comfyui_skyreels.skyreels.plan import Job
 from comfyui_skyreels.skyreels.runtime import TorchRuntime
+from comfyui_skyreels.skyreels.sampling.guidance import guided_velocity
 from comfyui_skyreels.skyreels.sampling.resume import fingerprint_run
-from comfyui_skyreels.skyreels.sampling.sample import guided_velocity, run_bytes, sample
+from comfyui_skyreels.skyreels.sampling.sample import run_bytes, sample
 from comfyui_skyreels.skyreels.sampling.settings import SamplingSettings, get_sigmas
 from comfyui_skyreels.skyreels.sampling.step_cache import CACHES
 from comfyui_skyreels.skyreels.sampling.windows import picture_of_run

@@ -1,0 +1,105 @@
+"""The attention of a run: exact, in 8 bits, or sparse where it may be."""
+
+import logging
+from typing import TypedDict
+
+import torch
+
+from ..kernels import dispatch
+from ..plan import Job
+from ..runtime import Runtime
+from ..transformer.attention import Attention, choose_attention, trial_bytes
+from ..transformer.model import SkyReelsTransformer
+from ..transformer.sparse_attention import SPARSE, DenseRun, SparseConfig, SparseRun
+from ..transformer.sparse_kernels import choose_sparse
+from .settings import SamplingSettings
+
+logger = logging.getLogger("skyreels.sampling.attend")
+
+#: distilled LoRAs make clips in fewer, and sparse ones of them had artefacts (ComfyUI issue 16382)
+MIN_SPARSE_STEPS = 15
+
+
+class _Size(TypedDict):
+    heads: int
+    head_dim: int
+    tokens: int
+    dtype: torch.dtype
+
+
+def name_of(attention: Attention | SparseConfig | str) -> str:
+    """For the planner: a name of config.ATTENTIONS; a function given by hand counts as "fast"."""
+    if isinstance(attention, SparseConfig):
+        return "sparse"
+    return attention if isinstance(attention, str) else "fast"
+
+
+def attention_of_run(
+    transformer: SkyReelsTransformer,
+    job: Job,
+    mode: Attention | SparseConfig | str,
+    runtime: Runtime,
+) -> DenseRun:
+    """The attention of a run, see `choose_attention` and `choose_sparse`.
+
+    Args:
+        transformer: whose sizes, dtype and blocks count.
+        job: what is made.
+        mode: of config.ATTENTIONS, or how sparse it is; a function is taken as it is.
+        runtime: where; it makes room for trying kernels.
+
+    Returns:
+        The attention, which may be told of steps and blocks.
+    """
+    if not isinstance(mode, str | SparseConfig):
+        return DenseRun(mode)
+    config = mode if isinstance(mode, SparseConfig) else SPARSE.get(mode)
+    size: _Size = {
+        "heads": transformer.config.num_attention_heads,
+        "head_dim": transformer.config.attention_head_dim,
+        "tokens": job.tokens,
+        "dtype": transformer.compute_dtype,
+    }
+    device = runtime.device
+    # 8 bits belong to the sparse modes, where there are kernels for them
+    dense_mode = mode if isinstance(mode, str) and config is None else "fast"
+    if config is not None and device.type == "cpu":
+        dense_mode = "exact"
+    if dense_mode == "fast":  # its kernels are tried at this size
+        runtime.make_room(trial_bytes(**size))
+    dense = choose_attention(device, dense_mode, **size)
+    if config is None:
+        return DenseRun(dense.impl)
+    if job.tokens < config.min_tokens:
+        dispatch.log_once(
+            f"Sparse attention is not used for {job}: its {job.tokens:,} tokens are below "
+            f"{config.min_tokens:,}, where it gains nothing. Attention is dense ({dense.name}).",
+            logging.WARNING,
+            logger,
+        )
+        return DenseRun(dense.impl)
+    sparse = choose_sparse(device, dense, config.beta, **size)
+    if sparse.impl is None:
+        return DenseRun(dense.impl)
+    return SparseRun(
+        config,
+        sparse.impl,
+        dense.impl,
+        grid=transformer.token_grid(job.evaluated_shape),
+        num_steps=job.num_steps,
+        blocks=transformer.blocks,
+        heads=size["heads"],
+        device=device,
+    )
+
+
+def warn_of_few_steps(settings: SamplingSettings) -> None:
+    """Warn of sparse attention with a LoRA in a run as short as those of distilled ones."""
+    is_sparse = isinstance(settings.attention, SparseConfig) or settings.attention in SPARSE
+    if is_sparse and settings.loras and settings.num_steps < MIN_SPARSE_STEPS:
+        logger.warning(
+            "Sparse attention in a run of %d steps with a LoRA: with LoRAs distilled for few steps "
+            "it can leave artefacts. Use attention exact or fast, or %d steps or more.",
+            settings.num_steps,
+            MIN_SPARSE_STEPS,
+        )
