@@ -19,11 +19,15 @@ The large one (tests/yardstick) makes the same clips in 192x192 and 33 frames: 1
     flicker   of the ground, root mean square, in steps of 1/255
     seam      step of the error across tile borders over the step elsewhere (tiled decodes)
     forwards  transformer passes for one clip: blocks that ran over blocks there are
+    density   of sparse attention: share of the pairs of blocks of a run that were attended to
+              exactly, dense steps included
     seconds   median for one clip, text and loading not included
 
 `bars` measures the rest: opposite verbs on one picture, negative prompts, sizes not trained for, a
-VAE round trip, diffusers. --model takes another diffusers folder (tests/train/export.py), too; what
-it lacks is the built-in model's. Figures are printed as a table, then as one line of JSON.
+VAE round trip, diffusers; with the large model the error of sparse attention in the velocity.
+
+--model takes another diffusers folder (tests/train/export.py), too; what it lacks is the built-in
+model's. Figures are printed as a table, then as one line of JSON.
 """
 
 import argparse
@@ -32,10 +36,11 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 
@@ -48,12 +53,22 @@ from comfyui_skyreels.skyreels.kernels.reference import quantized_attention
 from comfyui_skyreels.skyreels.offload import RESERVE_BYTES
 from comfyui_skyreels.skyreels.runtime import TorchRuntime
 from comfyui_skyreels.skyreels.sampling.sample import sample
-from comfyui_skyreels.skyreels.sampling.settings import SamplingSettings, get_sigmas
+from comfyui_skyreels.skyreels.sampling.settings import (
+    SamplingSettings,
+    Solver,
+    euler,
+    get_sigmas,
+)
 from comfyui_skyreels.skyreels.sampling.step_cache import CACHES, OFF, CacheConfig
 from comfyui_skyreels.skyreels.text.embeds import PromptEmbeds
 from comfyui_skyreels.skyreels.text.encode import DEFAULT_NEGATIVE_PROMPT, encode_prompt
 from comfyui_skyreels.skyreels.text.load import load_text_encoder
 from comfyui_skyreels.skyreels.transformer.attention import Attention, sdpa
+from comfyui_skyreels.skyreels.transformer.sparse_attention import (
+    SPARSE,
+    SparseConfig,
+    SparseRun,
+)
 from comfyui_skyreels.skyreels.vae.tiling import decode_frames
 from comfyui_skyreels.skyreels.weights.load import load_transformer, load_vae
 from torch import Tensor
@@ -83,7 +98,8 @@ class Setting:
     tiling: Tiling | None = None
     steps: int = 30
     guidance: Guidance = field(default_factory=Guidance)
-    attention: Attention = sdpa
+    attention: Attention | SparseConfig = sdpa
+    solver: Solver = euler
     cache: CacheConfig = OFF
     free_bytes: int | None = None
     needs_cuda: bool = False
@@ -102,6 +118,8 @@ def _kernel(backend: SDPBackend) -> Attention:
 #: tiles of 32 pixels: as many in a clip of 64 as the real ones are in a real clip
 _TILES = Tiling(32, 32, 0, 24, 24, 0)
 _SHORT = Tiling(32, 32, 8, 24, 24, 4)
+#: as users choose them, but for clips of any length
+_SPARSE, _SPARSER = (replace(SPARSE[name], min_tokens=0) for name in ("sparse", "sparser"))
 #: name -> how; the first is what the others are compared with
 SETTINGS = {
     "fp32": Setting(),
@@ -131,6 +149,11 @@ SETTINGS = {
     "easy cache": Setting(cache=CACHES["easy"]),
     "fast cache": Setting(cache=CACHES["fast"]),
     "first-block cache": Setting(cache=CACHES["first-block"]),
+    "sparse": Setting(attention=_SPARSE),
+    "sparser": Setting(attention=_SPARSER),
+    "sparse, easy cache": Setting(attention=_SPARSE, cache=CACHES["easy"]),
+    "sparse, easy cache, fp8": Setting(attention=_SPARSE, cache=CACHES["easy"], precision="fp8"),
+    "sparse, easy cache, int8": Setting(attention=_SPARSE, cache=CACHES["easy"], precision="int8"),
 }
 
 
@@ -219,7 +242,7 @@ class Studio:
             transformer, conditioning, *embeds,
             SamplingSettings(
                 seed=seed, sigmas=get_sigmas(setting.steps), guidance=setting.guidance, riflex_k=0,
-                attention=setting.attention, cache=setting.cache,
+                attention=setting.attention, cache=setting.cache, solver=setting.solver,
             ),
             runtime=sampling_runtime,
         )  # fmt: skip
@@ -241,13 +264,21 @@ def counted_blocks(transformer) -> Iterator[list[int]]:
             hook.remove()
 
 
+@contextmanager
+def collected_densities() -> Iterator[list[float]]:
+    """Collect the mean density of each sparse run."""
+    found: list[float] = []
+    with mock.patch.object(SparseRun, "report", lambda run: found.append(run.densities().mean)):
+        yield found
+
+
 def run_setting(
     studio: Studio, setting: Setting, cases: list[measure.Case], exact: list[Tensor] | None
 ) -> tuple[dict, list[Tensor], list[measure.Finding]]:
     """One row of the table, its clips, and what was seen in each."""
     clips, findings, seconds = [], [], []
     transformer = studio.transformer(setting)
-    with counted_blocks(transformer) as runs:
+    with counted_blocks(transformer) as runs, collected_densities() as densities:
         for index, case in enumerate(cases):
             clip, took = studio.make(
                 setting, case.truth()[:1], case.prompt, seed=index, num_frames=case.size.frames
@@ -273,6 +304,7 @@ def run_setting(
         "flicker": _median(measure.flicker(clip, case) for clip, case in pairs),
         "seam": _median(measure.seam(*pair, tiles) for pair in pairs) if tiles else None,
         "forwards": round(runs[0] / len(transformer.blocks) / len(cases), 1),
+        "density": round(statistics.mean(densities), 3) if densities else None,
         "seconds": _median(seconds),
     }
     return row, clips, findings
@@ -355,6 +387,48 @@ def negatives(
         name = f"shift right, empty prompt, negative {negative!r}, px"
         shifts[name] = round(statistics.mean(moved), 2)
     return shifts
+
+
+def shared_lists(
+    studio: Studio, cases: list[measure.Case], steps: Sequence[int] = range(6, 30, 4)
+) -> dict[str, float]:
+    """Relative error of the guided velocity at some steps of exact runs, per cent.
+
+    Both branches of guidance attend to the blocks that the first one chose, or each to its own.
+    """
+    setting, errors = Setting(attention=_SPARSE), {"shared": [], "own": []}
+    for index, case in enumerate(cases):
+        states, exact = {}, {}
+
+        def recording(velocity, latents, sigmas, on_step, states=states, exact=exact):
+            for step in range(len(sigmas) - 1):
+                states[step] = latents
+                exact[step], _ = velocity(latents, sigmas[step])
+                latents = latents + (sigmas[step + 1] - sigmas[step]) * exact[step]
+            return latents
+
+        def make(setting: Setting, index=index, case=case) -> None:
+            studio.make(
+                setting, case.truth()[:1], case.prompt, seed=index, num_frames=case.size.frames
+            )
+
+        make(replace(SETTINGS["fp32"], solver=recording))
+        for kind, found in errors.items():
+
+            def replaying(velocity, latents, sigmas, on_step, found=found, s=states, exact=exact):
+                for step in steps:
+                    guided, _ = velocity(s[step], sigmas[step])
+                    found.append(float((guided - exact[step]).norm() / exact[step].norm()))
+                return latents
+
+            own = mock.patch.object(SparseRun, "_leads", lambda _: True)
+            with own if kind == "own" else nullcontext():
+                make(replace(setting, solver=replaying))
+    return {
+        f"guided velocity, {kind} lists, error in %, {name}": round(100 * f(found), 3)
+        for kind, found in errors.items()
+        for name, f in (("median", statistics.median), ("worst", max))
+    }
 
 
 def other_sizes(studio: Studio, count: int) -> dict[str, float]:
@@ -499,6 +573,8 @@ def main() -> None:
         bars = round_trip(studio, cases) | opposites(studio, few) | negatives(studio, few[:16])
         if size == data.SMALL:
             bars |= other_sizes(studio, len(few))
+        else:
+            bars |= shared_lists(studio, few[:8])
         bars |= through_diffusers(studio, cases[0])
         for name, value in bars.items():
             print(f"{name:<60}{value:>9}")
