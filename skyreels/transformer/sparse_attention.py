@@ -273,11 +273,11 @@ class SparseRun(DenseRun):
         if math.isnan(found.sparse):
             logger.info("Sparse attention: no step was sparse.")
             return
-        sparse_steps = [step for step, share in found.by_step.items() if share < 1]
+        steps = self._sparse.sum(dim=(1, 2)).nonzero().flatten() + 1
         logger.info(
             "Sparse attention attended to %.1f %% of the pairs of blocks in steps %d to %d (blocks "
             "of the transformer: %s; heads: %s), and to %.1f %% in the whole run.",
-            100 * found.sparse, sparse_steps[0] + 1, sparse_steps[-1] + 1,
+            100 * found.sparse, int(steps[0]), int(steps[-1]),
             _span(found.by_block), _span(found.by_head), 100 * found.mean,
         )  # fmt: skip
         for name, each in (("step", found.by_step), ("block", found.by_block),

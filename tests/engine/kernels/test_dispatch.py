@@ -255,7 +255,7 @@ def attention_path(monkeypatch, trial):
         trial()
         return attention.sdpa(query, key, value)
 
-    size = attention._Size(1, 32, 1100, torch.float32)
+    size = attention.Size(1, 32, 1100, torch.float32)
     exact = dispatch.Decision(attention.sdpa, "", "exact")
     monkeypatch.setitem(FAST, "new", FastKernel("torch", (8, 0), (8,), lambda *args: attend))
     return lambda: attention._fastest(GPU, CPU, size, exact, "")

@@ -108,7 +108,7 @@ def timed(monkeypatch):
             shown = {name: others[name.replace("-", "_")] for name in functions}
             return {choice.name: exact, **shown}
 
-        monkeypatch.setattr(attention, "_timed", clock)
+        monkeypatch.setattr(attention, "timed", clock)
         return sizes
 
     return use
@@ -604,7 +604,7 @@ def test_a_kernel_that_wins_at_the_size_of_the_run_is_used(
         ours = milliseconds(tera, size.tokens, size.heads, 50)
         return {choice.name: exact, "comfy-kitchen": ours}
 
-    monkeypatch.setattr(attention, "_timed", modelled)
+    monkeypatch.setattr(attention, "timed", modelled)
     choice = choose_attention(CPU, "fast", heads=24, tokens=51_060)
     assert (choice.name == "comfy-kitchen") == wins, choice.reason
     assert milliseconds(tera, 8192, 8, 50) > milliseconds(590, 8192, 8, 1)
@@ -625,9 +625,9 @@ def test_the_clock_sees_the_inputs_of_the_run(machine, monkeypatch):
     monkeypatch.setattr(
         torch, "randn", lambda shape, device, dtype, generator: empty(shape, dtype=dtype)
     )
-    size = attention._Size(3, 64, 1100, torch.bfloat16)
+    size = attention.Size(3, 64, 1100, torch.bfloat16)
     exact = dispatch.Decision(sdpa, "", "exact")
-    assert set(attention._timed({"ours": close}, exact, cuda, size)) == {"exact", "ours"}
+    assert set(attention.timed({"ours": close}, exact, cuda, size)) == {"exact", "ours"}
     assert shapes == 2 * [3 * [[1, 3, 1100, 64]]]
 
 
@@ -684,7 +684,7 @@ def test_want_of_memory_at_the_clock_is_no_verdict(machine, install, monkeypatch
             raise shortage
         return {choice.name: 2.0, **dict.fromkeys(functions, 1.0)}
 
-    monkeypatch.setattr(attention, "_timed", clock)
+    monkeypatch.setattr(attention, "timed", clock)
     assert fast().name == "flash"
     assert fast().name == "comfy-kitchen"
 
