@@ -43,15 +43,19 @@ from typing import Any
 from unittest import mock
 
 import torch
+import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from bench import evaluators
 from comfyui_skyreels.skyreels.builtin import BUILTIN_FOLDER
 from comfyui_skyreels.skyreels.config import Guidance, Tiling
 from comfyui_skyreels.skyreels.image import encode_image
-from comfyui_skyreels.skyreels.kernels.reference import quantized_attention
+from comfyui_skyreels.skyreels.kernels import sparse
+from comfyui_skyreels.skyreels.kernels.dispatch import Decision
+from comfyui_skyreels.skyreels.kernels.reference import hadamard_rotate, quantized_attention
 from comfyui_skyreels.skyreels.offload import RESERVE_BYTES
 from comfyui_skyreels.skyreels.runtime import TorchRuntime
+from comfyui_skyreels.skyreels.sampling import attend
 from comfyui_skyreels.skyreels.sampling.sample import sample
 from comfyui_skyreels.skyreels.sampling.settings import (
     SamplingSettings,
@@ -89,6 +93,7 @@ class Setting:
     """How clips are made.
 
     precision, vae_precision: of the loaders. decode: a mode, or explicit tiles in `tiling`.
+    rounded: sparse attention works in 8 bits, as it does on a GPU.
     free_bytes: what the device pretends to have, so that blocks are streamed.
     """
 
@@ -99,6 +104,7 @@ class Setting:
     steps: int = 30
     guidance: Guidance = field(default_factory=Guidance)
     attention: Attention | SparseConfig = sdpa
+    rounded: bool = False
     solver: Solver = euler
     cache: CacheConfig = OFF
     free_bytes: int | None = None
@@ -113,6 +119,48 @@ def _kernel(backend: SDPBackend) -> Attention:
             return sdpa(query, key, value)
 
     return attention
+
+
+def _sparse_in_8_bits(
+    query: Tensor, key: Tensor, value: Tensor, beta: float, num_blocks: int, exact: Tensor | None
+) -> sparse.SparseResult:
+    """The twin with inputs rounded as the GPU kernel rounds them, weights and tail apart.
+
+    Queries and keys, rotated, to int8, a scale for each query and each 64 keys; values to e4m3, a
+    scale for each channel. Blocks are chosen and pooled before.
+    """
+    chosen = (
+        sparse.unpack(exact) if exact is not None else sparse.route(query, key, beta, num_blocks)
+    )
+    pooled = sparse.pool(query, key, value)
+    width, tokens = query.shape[3], key.shape[2]
+
+    def rounded(x: Tensor, rows: int) -> Tensor:
+        x = hadamard_rotate(x, width)
+        x = F.pad(x, (0, 0, 0, -tokens % rows)).unflatten(2, (-1, rows))
+        scale = x.abs().amax(dim=(3, 4), keepdim=True).clamp_min(1e-12) / 127
+        return hadamard_rotate(((x / scale).round() * scale).flatten(2, 3)[:, :, :tokens], width)
+
+    centre, mean = (x.mean(dim=2, keepdim=True) for x in (key, value))
+    scale = (value - mean).abs().amax(dim=2, keepdim=True).clamp_min(1e-12) / 448
+    values = ((value - mean) / scale).to(torch.float8_e4m3fn).to(value.dtype) * scale + mean
+    out = sparse.attend(
+        rounded(query, 1), rounded(key - centre, sparse.BLOCK) + centre, values, pooled, chosen
+    )
+    return sparse.SparseResult(out, sparse.pack(chosen), chosen.sum(dim=2))
+
+
+@contextmanager
+def attention_in_8_bits() -> Iterator[None]:
+    """Sparse runs take what rounds as the kernels of a GPU do, in dense and in sparse blocks."""
+    dense = Decision(quantized_attention, "as on a GPU", "8 bits")
+    with (
+        mock.patch.object(attend, "choose_attention", lambda *_, **__: dense),
+        mock.patch.object(
+            attend, "choose_sparse", lambda *_, **__: Decision(_sparse_in_8_bits, "", "8 bits")
+        ),
+    ):
+        yield
 
 
 #: tiles of 32 pixels: as many in a clip of 64 as the real ones are in a real clip
@@ -152,8 +200,9 @@ SETTINGS = {
     "sparse": Setting(attention=_SPARSE),
     "sparser": Setting(attention=_SPARSER),
     "sparse, easy cache": Setting(attention=_SPARSE, cache=CACHES["easy"]),
-    "sparse, easy cache, fp8": Setting(attention=_SPARSE, cache=CACHES["easy"], precision="fp8"),
-    "sparse, easy cache, int8": Setting(attention=_SPARSE, cache=CACHES["easy"], precision="int8"),
+    "sparse, easy cache, 8 bits": Setting(
+        attention=_SPARSE, cache=CACHES["easy"], precision="fp8", rounded=True
+    ),
 }
 
 
@@ -238,14 +287,16 @@ class Studio:
             vae, image, width=image.shape[2], height=image.shape[1], num_frames=num_frames,
             runtime=runtime,
         )  # fmt: skip
-        return sample(
-            transformer, conditioning, *embeds,
-            SamplingSettings(
-                seed=seed, sigmas=get_sigmas(setting.steps), guidance=setting.guidance, riflex_k=0,
-                attention=setting.attention, cache=setting.cache, solver=setting.solver,
-            ),
-            runtime=sampling_runtime,
-        )  # fmt: skip
+        with attention_in_8_bits() if setting.rounded else nullcontext():
+            return sample(
+                transformer, conditioning, *embeds,
+                SamplingSettings(
+                    seed=seed, sigmas=get_sigmas(setting.steps), guidance=setting.guidance,
+                    riflex_k=0, attention=setting.attention, cache=setting.cache,
+                    solver=setting.solver,
+                ),
+                runtime=sampling_runtime,
+            )  # fmt: skip
 
 
 @contextmanager
@@ -560,6 +611,7 @@ def main() -> None:
                 continue
             row, clips, findings = run_setting(studio, SETTINGS[name], cases, exact)
             rows[name] = row
+            print(json.dumps({name: row}), file=sys.stderr, flush=True)
             if exact is None:
                 exact = clips
                 for case, finding in zip(cases, findings, strict=True):

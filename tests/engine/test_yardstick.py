@@ -11,6 +11,7 @@ import torch
 from bench import quality
 from comfyui_skyreels.skyreels.builtin import BUILTIN_FOLDER, builtin_transformer
 from comfyui_skyreels.skyreels.config import Guidance
+from comfyui_skyreels.skyreels.kernels import sparse
 from comfyui_skyreels.skyreels.runtime import TorchRuntime
 from comfyui_skyreels.skyreels.text.embeds import PromptEmbeds
 from comfyui_skyreels.skyreels.transformer.sparse_attention import SparseConfig
@@ -80,3 +81,16 @@ def test_sparse_attention_of_density_one_gives_the_exact_latents(studio):
     assert runs[0] == []
     assert runs[1] == [1.0]
     assert 0.5 < runs[2][0] < 0.9  # the first of two steps is dense
+
+
+def test_sparse_attention_in_8_bits_is_near_and_takes_lists():
+    generator = torch.Generator().manual_seed(0)
+    inputs = [torch.randn(1, 2, 330, 32, generator=generator) for _ in range(3)]
+    wide = sparse.sparse_attention(*inputs, 0.85, 4)
+    rounded = quality._sparse_in_8_bits(*inputs, 0.85, 4, None)
+    error = ((rounded.out - wide.out).norm() / wide.out.norm()).item()
+    assert 0.005 < error < 0.05
+    assert torch.equal(rounded.counts, wide.counts)
+    shared = quality._sparse_in_8_bits(*inputs, 0.85, 4, wide.exact)
+    assert torch.equal(shared.out, rounded.out)
+    assert torch.equal(shared.exact, wide.exact)
