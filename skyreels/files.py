@@ -4,6 +4,7 @@ A pipe, a socket or a device with the name of a weight file would be waited for 
 """
 
 import json
+import os
 import stat
 from pathlib import Path
 from typing import Any
@@ -54,3 +55,23 @@ def read_json(path: Path) -> Any:
         raise CheckpointError(
             f"{path.name} in {path.parent.name} is not JSON: download it again."
         ) from None
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write a JSON file, which is replaced as a whole.
+
+    Args:
+        path: its folder is created.
+        value: for json.dumps, without NaN and infinity.
+
+    Raises:
+        OSError: the place cannot be written.
+    """
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")  # other processes write theirs
+    text = json.dumps(value, indent=1, allow_nan=False)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part.write_text(text + "\n", encoding="utf-8")
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)

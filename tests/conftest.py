@@ -1,5 +1,6 @@
 """The fixtures of all tests; `comfyui_skyreels.py` beside it is the pack, loaded by path."""
 
+import functools
 import gc
 import itertools
 import logging
@@ -12,6 +13,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent))  # for comfyui_skyreels, support, bench and train
 from support.checkout import Checkout, parameters
+from support.memory import keep_memory
 
 ROOT = Path(__file__).resolve().parent.parent
 STATE_NUMBERS = itertools.count()
@@ -38,6 +40,7 @@ os.environ.setdefault("TRANSFORMERS_OFFLINE", "1")
 
 
 def pytest_configure(config) -> None:
+    keep_memory()
     config.option.loadscopereorder = False  # xdist would start the files with most tests first
 
 
@@ -107,6 +110,22 @@ def fast_convolutions():
 
     with convolutions.fast_convolutions():
         yield
+
+
+@functools.cache
+def kept_loaders() -> dict:
+    from comfyui_skyreels.skyreels import builtin
+    from support.kept import kept
+
+    names = ("builtin_transformer", "builtin_vae", "builtin_text_encoder")
+    return {name: kept(getattr(builtin, name)) for name in names}
+
+
+@pytest.fixture
+def kept_models(monkeypatch):
+    """For modules that use the built-in model often: it is read once (support/kept.py)."""
+    for name, load in kept_loaders().items():
+        monkeypatch.setattr(f"comfyui_skyreels.skyreels.builtin.{name}", load)
 
 
 @pytest.fixture(scope="module", params=parameters())

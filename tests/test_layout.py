@@ -26,7 +26,7 @@ HEAVY = {"diffusers", "transformers", "triton", "av", "PIL", "websocket", "token
 #: a room of skyreels/ (a file, or a folder) may import those of a later row, and of its own folder
 LAYERS = [
     {"cli"},
-    {"extend"},
+    {"calibration", "extend"},
     {"builtin", "doctor", "pipeline"},
     {"sampling"},
     {"image", "lora", "media", "plan", "text"},

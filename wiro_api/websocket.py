@@ -304,7 +304,7 @@ class ProgressSocket:
                 return
             if attempt == 0:
                 logger.warning("The progress socket failed (%s): polling goes on.", reason)
-            if self._over.wait(wait):
+            if attempt == RECONNECTS or self._over.wait(wait):
                 return
             wait = min(2 * wait, LONGEST_WAIT_S)
 

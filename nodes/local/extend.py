@@ -7,9 +7,10 @@ from torch import Tensor
 from ...skyreels.config import MAX_FRAMES, Guidance
 from ...skyreels.errors import ShapeError
 from ...skyreels.extend import ExtendSettings, check_clip, extend_video
+from ...skyreels.sampling.calibrate import choose_cache
 from ...skyreels.sampling.settings import SamplingSettings, get_sigmas
-from ...skyreels.sampling.step_cache import CACHES
 from ...skyreels.transformer.layers import intrinsic_frequency
+from ...skyreels.weights.load import checkpoint_of
 from .. import host
 from . import convert
 from .decode import SkyReelsVAEDecode
@@ -136,7 +137,7 @@ class SkyReelsExtendVideo:
             sigmas=get_sigmas(steps, shift),
             guidance=guidance,
             riflex_k=intrinsic_frequency(config),
-            cache=CACHES[cache],
+            cache=choose_cache(cache, checkpoint_of(model.module), steps),
             attention=attention,
             loras=model.loras,
         )

@@ -9,9 +9,10 @@ from torch import Tensor
 from ...skyreels.config import ATTENTIONS, MAX_STEPS, ContextWindows, Guidance
 from ...skyreels.latents import ImageConditioning
 from ...skyreels.sampling.batch import Clip, sample_batch
+from ...skyreels.sampling.calibrate import CACHE_CHOICES, choose_cache
 from ...skyreels.sampling.schedules import SCHEDULES, named_sigmas
 from ...skyreels.sampling.settings import SamplingSettings, euler, get_sigmas
-from ...skyreels.sampling.step_cache import CACHES
+from ...skyreels.weights.load import checkpoint_of
 from .. import host
 from . import convert
 
@@ -272,14 +273,15 @@ class SkyReelsSampler:
                     },
                 ),
                 "cache": (
-                    list(CACHES),
+                    list(CACHE_CHOICES),
                     {
                         "default": "off",
                         "advanced": True,
                         "tooltip": "Skips predictable denoising steps (off = exact). Model "
                         "evaluations out of 60 and PSNR to the exact clip, built-in model: easy "
                         "35, 70 dB; fast 27, 62 dB; first-block 33, 57 dB (needs 0.7 GB at "
-                        "960x544x97). Euler only.",
+                        "960x544x97). calibrated takes the threshold that `python -m skyreels "
+                        "calibrate` has stored for the weights. Euler only.",
                     },
                 ),
                 "attention": (
@@ -365,7 +367,7 @@ class SkyReelsSampler:
             sigmas=sigmas.float().cpu(),
             guidance=combined,
             riflex_k=riflex_k,
-            cache=CACHES[cache],
+            cache=choose_cache(cache, checkpoint_of(model.module), len(sigmas) - 1),
             attention=attention,
             resume=host.resume_folder() if resume else None,
             loras=model.loras,

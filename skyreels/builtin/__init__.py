@@ -84,12 +84,20 @@ def _exact(precision: str) -> str:
     return "fp32" if precision == "auto" else precision
 
 
-def example_image(width: int = BUILTIN_SIZE, height: int = BUILTIN_SIZE) -> Tensor:
+def example_image(
+    width: int = BUILTIN_SIZE,
+    height: int = BUILTIN_SIZE,
+    *,
+    colour: tuple[float, float, float] = (0.9, 0.1, 0.1),
+    centre: tuple[float, float] = (0.58, 0.5),
+) -> Tensor:
     """Draw an image the built-in model can start from: a red circle on a shaded blue ground.
 
     Args:
         width: in pixels.
         height: in pixels.
+        colour: of the circle, 0..1.
+        centre: of the circle, as shares of width and height.
 
     Returns:
         [1, height, width, 3] float32 in 0..1.
@@ -100,6 +108,6 @@ def example_image(width: int = BUILTIN_SIZE, height: int = BUILTIN_SIZE) -> Tens
     shade = shade + torch.tensor([0.0, 0.2, 0.25]) * (0.5 - y / height)
     ground = torch.tensor([0.15, 0.3, 0.55]) + shade
     radius = 11.0 * min(width, height) / BUILTIN_SIZE
-    distance = ((x - 0.58 * width).square() + (y - 0.5 * height).square()).sqrt()
+    distance = ((x - centre[0] * width).square() + (y - centre[1] * height).square()).sqrt()
     cover = (radius - distance + 0.5).clamp(0, 1)  # one pixel of soft edge
-    return torch.lerp(ground, torch.tensor([0.9, 0.1, 0.1]), cover)[None]
+    return torch.lerp(ground, torch.tensor(colour), cover)[None]

@@ -147,7 +147,7 @@ def guided_velocity(
     left_out = blocks_to_skip(transformer, guidance.skip_layers)
     run = attention if isinstance(attention, DenseRun) else DenseRun(attention)
     run_block = run.around(run_block)
-    steps = start_cache(cache, num_steps, run_block, transformer.blocks)
+    steps = start_cache(cache, num_steps, run_block, transformer.blocks, always=run.always)
 
     def predict_each(
         latents: Tensor, sigma: Tensor, branches: Sequence[int], cached: RunBlock

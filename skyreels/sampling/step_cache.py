@@ -5,12 +5,13 @@ result differs from the exact clip, so caching is off by default.
 
 Both branches of guidance skip the same steps: if only one branch were refreshed, guidance would
 amplify the error of the stale one sixfold. The positive branch decides and the negative one
-follows. The first 15 and the last 5 per cent of the steps, which matter most, are always computed.
+follows. The first 15 and the last 5 per cent of the steps, which matter most, are always computed,
+and at most three steps in a row are skipped, so that an estimate is soon compared with the truth.
 """
 
 import logging
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,6 +28,8 @@ logger = logging.getLogger("skyreels.sampling.step_cache")
 KINDS = ("off", "easy", "first-block")
 #: per cent of the steps that are never skipped, at least one step each
 PROTECTED_START, PROTECTED_END = 15, 5
+#: skipped steps after which the next one is computed
+MAX_SKIPPED_IN_A_ROW = 3
 #: tokens that the first-block cache compares, spread over all
 COMPARED_TOKENS = 4096
 
@@ -123,13 +126,17 @@ class StepCache:
     Args:
         num_steps: of the whole schedule.
         run_block: runs one block of the transformer.
+        always: steps that are computed beside the protected ones.
     """
 
     kind = "off"
 
-    def __init__(self, num_steps: int, run_block: RunBlock) -> None:
+    def __init__(
+        self, num_steps: int, run_block: RunBlock, *, always: Collection[int] = ()
+    ) -> None:
         self.num_steps = num_steps
         self.run_block = run_block
+        self.always = frozenset(always)
         self.skipped: list[int] = []
         #: whether the current step is skipped; known once its positive branch is there
         self.skips = False
@@ -146,6 +153,13 @@ class StepCache:
     def predict(self, branch: int, forward: Forward) -> Tensor:
         """The prediction of a branch, [1, 16, T, h, w] float32; `forward` computes it."""
         return forward(self.run_block)
+
+    def may_skip(self, step: int) -> bool:
+        """Whether a step may be skipped at all, however little it is expected to change."""
+        if is_protected(step, self.num_steps) or step in self.always:
+            return False
+        before = list(range(step - MAX_SKIPPED_IN_A_ROW, step))
+        return self.skipped[-MAX_SKIPPED_IN_A_ROW:] != before
 
     def report(self) -> None:
         """Log which steps were skipped, counted from 1; called once, at the last step."""
@@ -175,8 +189,15 @@ class EasyCache(StepCache):
 
     kind = "easy"
 
-    def __init__(self, num_steps: int, run_block: RunBlock, threshold: float) -> None:
-        super().__init__(num_steps, run_block)
+    def __init__(
+        self,
+        num_steps: int,
+        run_block: RunBlock,
+        threshold: float,
+        *,
+        always: Collection[int] = (),
+    ) -> None:
+        super().__init__(num_steps, run_block, always=always)
         self.threshold = threshold
         self._latents: Tensor | None = None  # input of this step
         self._computed: Tensor | None = None  # input of the last computed step, its outputs
@@ -190,9 +211,7 @@ class EasyCache(StepCache):
         known = all(branch in self._outputs for branch in branches)
         if branches[0] != self._leader:  # its outputs cannot be compared with another prompt's
             known, self._rate, self._leader = False, None, branches[0]
-        self.skips = (
-            known and not is_protected(step, self.num_steps) and self._change() < self.threshold
-        )
+        self.skips = known and self.may_skip(step) and self._change() < self.threshold
         if self.skips:
             self.skipped.append(step)
 
@@ -235,6 +254,7 @@ class FirstBlockCache(StepCache):
         threshold: relative change of the first residual below which a step is skipped.
         first: block of the transformer, a double one.
         last: block of the transformer, a single one.
+        always: steps that are computed beside the protected ones.
 
     Source: the first-block cache of ParaAttention (no paper), after arXiv:2411.02397 (AdaCache).
     """
@@ -249,8 +269,9 @@ class FirstBlockCache(StepCache):
         *,
         first: nn.Module,
         last: nn.Module,
+        always: Collection[int] = (),
     ) -> None:
-        super().__init__(num_steps, run_block)
+        super().__init__(num_steps, run_block, always=always)
         self.threshold = threshold
         self.first, self.last = first, last
         self._step, self._branch = 0, 0
@@ -300,7 +321,7 @@ class FirstBlockCache(StepCache):
     def _decide(self, residual: Tensor) -> None:
         known = all(branch in self._residuals for branch in self._branches)
         known = known and self._branch == self._leader
-        if known and not is_protected(self._step, self.num_steps):
+        if known and self.may_skip(self._step):
             assert self._first_residual is not None
             difference = (residual - self._first_residual).abs().mean(dtype=torch.float32)
             relative = difference / self._first_residual.abs().mean(dtype=torch.float32)
@@ -318,7 +339,11 @@ def _stride(num_tokens: int) -> int:
 
 
 def start_cache(
-    config: CacheConfig, num_steps: int, run_block: RunBlock, blocks: Sequence[nn.Module]
+    config: CacheConfig,
+    num_steps: int,
+    run_block: RunBlock,
+    blocks: Sequence[nn.Module],
+    always: Collection[int] = (),
 ) -> StepCache:
     """The cache of one run.
 
@@ -327,14 +352,21 @@ def start_cache(
         num_steps: of the schedule.
         run_block: see transformer/model.py.
         blocks: the transformer's, in order.
+        always: steps that are computed beside the protected ones, as the first one of another kind
+            of attention.
 
     Returns:
         A cache that has not seen a step.
     """
     if config.kind == "easy":
-        return EasyCache(num_steps, run_block, config.threshold)
+        return EasyCache(num_steps, run_block, config.threshold, always=always)
     if config.kind == "first-block":
         return FirstBlockCache(
-            num_steps, run_block, config.threshold, first=blocks[0], last=blocks[-1]
+            num_steps,
+            run_block,
+            config.threshold,
+            first=blocks[0],
+            last=blocks[-1],
+            always=always,
         )
-    return StepCache(num_steps, run_block)
+    return StepCache(num_steps, run_block, always=always)

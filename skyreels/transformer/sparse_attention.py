@@ -15,7 +15,7 @@ step cache keeps fits every step.
 
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -106,6 +106,8 @@ class DenseRun:
 
     #: of the tokens, see `SkyReelsTransformer.denoise_together`; None is the raster order
     order: Tensor | None = None
+    #: steps that a cache must not skip
+    always: Collection[int] = ()
 
     def __init__(self, attention: Attention) -> None:
         self._dense = attention
@@ -164,6 +166,7 @@ class SparseRun(DenseRun):
         device: torch.device | str,
     ) -> None:
         super().__init__(dense)
+        self.always = (config.first_sparse(num_steps),)  # the first of its kind
         self.config, self._kernel, self._num_steps = config, kernel, num_steps
         #: [N] the token at each place of the curve, for `SkyReelsTransformer.denoise`
         self.order = hilbert_order(grid).to(device)
@@ -180,11 +183,6 @@ class SparseRun(DenseRun):
         shape = (num_steps, len(self._indices), heads)
         self._visited = torch.zeros(shape, dtype=torch.int64, device=device)
         self._sparse, self._dense_pairs = torch.zeros(2, *shape, dtype=torch.int64)
-
-    @property
-    def first_sparse(self) -> int:
-        """The first step that is sparse, which a cache must not skip."""
-        return self.config.first_sparse(self._num_steps)
 
     def begin_step(self, step: int) -> None:
         """Begin a step; its first branch will choose what is exact."""

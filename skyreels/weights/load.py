@@ -192,6 +192,18 @@ class Source:
     stamps: dict[Path, tuple[int, int]]
 
 
+def checkpoint_of(transformer: SkyReelsTransformer) -> CheckpointInfo | None:
+    """What a transformer was loaded from.
+
+    Args:
+        transformer: from `load_transformer`, or made otherwise.
+
+    Returns:
+        None if it was made otherwise.
+    """
+    return transformer.source.info if isinstance(transformer.source, Source) else None
+
+
 def _stamps(info: CheckpointInfo) -> dict[Path, tuple[int, int]]:
     found = {}
     for file in {entry.file for entry in info.tensors.values()}:

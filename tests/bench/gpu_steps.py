@@ -8,6 +8,7 @@ A figure is named "subject: quantity"; figures of one subject stand on one line 
 """
 
 import gc
+import itertools
 import shutil
 import statistics
 import subprocess
@@ -15,14 +16,15 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from bench_transformer import timed
 from comfyui_skyreels.skyreels import kernels
-from comfyui_skyreels.skyreels.kernels import dispatch
-from comfyui_skyreels.skyreels.transformer import linear
+from comfyui_skyreels.skyreels.kernels import blocks, dispatch, operators, reference
+from comfyui_skyreels.skyreels.transformer import linear, quant
 from torch import Tensor, nn
 
 #: tokens of the fc1 that GELU follows: 97 frames of 544x960 and 60 of text
@@ -304,6 +306,80 @@ def rates(context: Context) -> None:
     with context.attempt("fused operators"):
         sizes = {"tokens": FULL_TOKENS} if context.full else {"tokens": 96, "width": 256}
         bench_kernels.run(device=str(context.device), runs=runs, emit=emit_operator, **sizes)
+    context.tidy()
+    with context.attempt("side branches"):
+        side_branches(context, runs)
+    with context.attempt("GGUF blocks"):
+        gguf_blocks(context, runs)
+
+
+@torch.inference_mode()
+def side_branches(context: Context, runs: int) -> None:
+    """The side branch of a LoRA on the fused projection, beside plain torch, by what x is in."""
+    device, (tokens, width) = context.device, (FULL_TOKENS, 3072) if context.full else (64, 32)
+    options = {"device": device, "dtype": torch.bfloat16}
+    runs_in = operators.choose("add_low_rank_", device).reason
+    for dtype, rank in itertools.product(
+        (torch.bfloat16, *quant.STORAGE_DTYPES.values()), (32, 128)
+    ):
+        name = f"side branch of rank {rank}, {dispatch.short(dtype)}"
+        with context.attempt(name):
+            x = torch.randn(1, tokens, width, **options)
+            given = x if dtype == torch.bfloat16 else reference.quantize_rows(x, dtype)
+            down = torch.randn(3 * rank, width, **options) / width**0.5
+            up, out = (
+                torch.randn(n, m, **options) for n, m in ((3 * width, rank), (tokens, 3 * width))
+            )
+            segments = [n for part in range(3) for n in (
+                part * width, (part + 1) * width, part * rank, (part + 1) * rank)]  # fmt: skip
+            parts = (given, None) if isinstance(given, Tensor) else given
+            few = [part if part is None else part[:, :512] for part in parts]
+            wide = [few[0].double() * (1 if few[1] is None else few[1]), None]
+            factors = (down, up, segments)
+            exact, *results = (
+                out[None, :512].double(),
+                out[None, :512].clone(),
+                out[None, :512].clone(),
+            )
+            reference.add_low_rank_(*wide, down.double(), up.double(), segments, exact)
+            operator = getattr(torch.ops, kernels.NAMESPACE).add_low_rank_.default
+            ways = {"fused": operator, "eager": reference.add_low_rank_}
+            for function, result in zip(ways.values(), results, strict=True):
+                function(*few, *factors, result)
+            errors = [relative_difference(result, exact) for result in results]
+            taken = {
+                way: 1e3 * context.median(partial(function, *parts, *factors, out[None]), runs)
+                for way, function in ways.items()
+            }
+            rate = 2 * tokens * (3 * rank * width + 3 * width * rank) / taken["fused"] / 1e9
+            details = {f"{way}_ms": round(each, 4) for way, each in taken.items()}
+            context.emit(f"{name}: rate", rate, "TFLOP/s", error=errors[0], runs=runs_in, **details)
+            context.emit(f"{name}: error over eager error", errors[0] / errors[1])
+
+
+@torch.inference_mode()
+def gguf_blocks(context: Context, runs: int) -> None:
+    """A weight of an MLP from each kind of GGUF block that the kernel unpacks, and plain torch."""
+    device, (rows, columns) = context.device, (3072, 12_288) if context.full else (8, 512)
+    runs_in = operators.choose("dequantize_blocks_", device).reason
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(shape, device=device)
+
+    for kind in operators.BLOCK_KINDS:
+        with context.attempt(f"GGUF {kind}"):
+            data = operators._block_bytes(draw, kind, rows, columns)
+            out, plain = torch.empty(2, rows, columns, device=device, dtype=torch.bfloat16)
+            ways = {"fused": (kernels.dequantize_blocks_, out),
+                    "eager": (blocks.dequantize_blocks_, plain)}  # fmt: skip
+            taken = {
+                way: 1e3 * context.median(partial(function, data, kind, target), runs)
+                for way, (function, target) in ways.items()
+            }
+            moved = (data.nbytes + out.nbytes) / taken["fused"] / 1e6
+            context.emit(f"GGUF {kind}: rate", moved, "GB/s", fused_ms=round(taken["fused"], 4),
+                         eager_ms=round(taken["eager"], 4), runs=runs_in)  # fmt: skip
+            context.emit(f"GGUF {kind}: difference to plain torch", relative_difference(out, plain))
 
 
 # --- the built-in model -------------------------------------------------------------------------

@@ -5,6 +5,7 @@ import errno
 import importlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -35,8 +36,9 @@ from comfyui_skyreels.skyreels.transformer.model import SkyReelsTransformer
 from comfyui_skyreels.skyreels.vae.model import VideoVAE
 from PIL import Image
 from support import lora, tiny
+from support.forked import forks
 
-pytestmark = pytest.mark.usefixtures("fast_convolutions")
+pytestmark = pytest.mark.usefixtures("fast_convolutions", "kept_models")
 ROOT = Path(__file__).resolve().parents[2]
 RUNTIME = TorchRuntime()
 FAST = ["--prompt", "a red circle moves left", "--steps", "2"]
@@ -591,20 +593,22 @@ sys.exit(main(sys.argv[1:]))
 @pytest.mark.skipif(os.name == "nt", reason="signals")
 def test_ctrl_c_stops_with_one_line_and_leaves_nothing(tmp_path):
     out_file = tmp_path / "clip.mp4"
-    command = [sys.executable, "-c", PROGRAM, "generate", "--prompt", "x", "--steps", "1000",
-               "--width", "256", "--height", "256", "--frames", "65",
-               "--out", str(out_file)]  # fmt: skip
-    with subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True) as process:
-        try:
-            for line in process.stderr:
-                if line.startswith("Plan for"):  # said before the first step
-                    break
-            time.sleep(0.5)
-            process.send_signal(signal.SIGINT)
-            _, err = process.communicate(timeout=120)
-        finally:
-            process.kill()
-    assert process.returncode == 130
+    arguments = ["generate", "--prompt", "x", "--steps", "1000", "--out", str(out_file)]
+    end = time.monotonic() + 300
+    program = forks("skyreels.cli").start(["-c", PROGRAM, *arguments], {**os.environ})
+    try:
+        while "Plan for" not in program.output()[1]:  # said before the first step
+            assert time.monotonic() < end, program.output()
+            time.sleep(0.05)
+        time.sleep(0.5)
+        program.send_signal(signal.SIGINT)
+    except BaseException:
+        program.kill()
+        raise
+    finally:
+        code = program.wait()
+    _, err = program.output()
+    assert code == 130
     assert "Interrupted" in err
     assert "Traceback" not in err
     assert list(tmp_path.iterdir()) == []
@@ -855,8 +859,8 @@ def test_what_no_check_foresaw_is_still_one_sentence(capsys, tmp_path, monkeypat
 
 
 def test_wrong_usage_answers_with_json_too(tmp_path):
-    command = [sys.executable, "-m", "skyreels", "generate", "--json", "--steps", "abc"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    command = ["-m", "skyreels", "generate", "--json", "--steps", "abc"]
+    done = forks("skyreels.cli").run(command, {**os.environ})
     assert done.returncode == 2
     assert "steps" in json.loads(done.stdout)["error"]
 
@@ -971,3 +975,142 @@ def test_a_full_disk_is_called_full(capsys, monkeypatch):
     code, _, err = run(capsys, "generate", *FAST, "--out", "clip.npy")
     assert code == 1
     assert "its disk is full" in err
+
+
+# --- calibrate ----------------------------------------------------------------------------------
+
+SHORT = ["--width", "32", "--height", "32", "--frames", "5", "--steps", "10", "--passes", "70%"]
+
+
+@pytest.fixture(scope="module")
+def whole_model(tmp_path_factory) -> Path:
+    """The built-in model as a folder of somebody else's."""
+    folder = tmp_path_factory.mktemp("whole") / "model"
+    for part in ("transformer", "vae", "text_encoder", "text_encoder_2", "tokenizer",
+                 "tokenizer_2"):  # fmt: skip
+        shutil.copytree(BUILTIN_FOLDER / part, folder / part)
+    return folder
+
+
+@pytest.fixture
+def two_prompts(tmp_path) -> Path:
+    path = tmp_path / "prompts.txt"
+    path.write_text("a red circle moves left\n\n  a green circle grows \n")
+    return path
+
+
+def test_a_calibrated_cache_is_stored_beside_the_weights_and_used(
+    capsys, tmp_path, whole_model, two_prompts, picture, caplog
+):
+    given = [whole_model, "--prompts", two_prompts, "--image", picture, *SHORT]
+    parts = ["--transformer", whole_model, "--vae", whole_model, "--text-encoder", whole_model]
+    clip = ["generate", picture, *FAST, "--steps", "10", *parts, *SHORT[:6]]
+    clip += ["--cache", "calibrated", "--out", tmp_path / "clip.npy"]
+    code, _, err = run(capsys, *clip)
+    assert code == 1
+    assert f'run `python -m skyreels calibrate "{whole_model}"` once' in err
+    assert not (tmp_path / "clip.npy").exists()
+
+    code, out, err = run(capsys, "calibrate", *given, "--check", "1", "--json")
+    assert code == 0
+    assert out.count("\n") == 1
+    (found,) = json.loads(out)["models"]
+    place = whole_model / "transformer" / "diffusion_pytorch_model.cache.json"
+    assert found["file"] == str(place)
+    stored = json.loads(place.read_text())
+    assert stored.items() <= found.items()
+    assert found["passes_wanted"] == 14
+    assert stored["replayed"]["clips"] == 2
+    assert stored["replayed"]["passes"] <= 14
+    assert stored["measured"]["clips"] == 1
+    assert stored["settings"]["steps"] == 10
+    assert [path.name for path in place.parent.iterdir() if "unfinished" in path.name] == []
+    assert "3 clips" not in err  # a check is two
+    assert "Clip 2 of 2" in err
+    assert "Check 1 of 1, threshold" in err
+    assert f"Stored in {place}" in err
+    assert "drawn pictures" not in err
+
+    caplog.clear()
+    assert run(capsys, *clip)[0] == 0
+    assert f"threshold {stored['threshold']:g}, " in caplog.text
+    assert "Cache easy skipped" in caplog.text
+
+
+def test_an_interrupted_calibration_continues_with_the_next_clip(capsys, two_prompts, monkeypatch):
+    from comfyui_skyreels.skyreels import calibration
+
+    recorded = []
+    real = calibration.record
+
+    def stopped(*arguments, **options):
+        if len(recorded) == 1:
+            raise KeyboardInterrupt
+        recorded.append(arguments)
+        return real(*arguments, **options)
+
+    command = ["calibrate", "--prompts", two_prompts, *SHORT, "--json"]
+    monkeypatch.setattr(calibration, "record", stopped)
+    code, out, err = run(capsys, *command)
+    assert code == 130
+    assert "continues with the first clip that is not finished" in json.loads(out)["error"]
+    monkeypatch.setattr(calibration, "record", real)
+    code, out, err = run(capsys, *command)
+    assert code == 0
+    assert "1 of 2 clips are there from before." in err
+    assert "Clip 1 of 2" not in err
+    assert "Clip 2 of 2" in err
+    (found,) = json.loads(out)["models"]
+    assert found["replayed"]["clips"] == 2
+    # and with other prompts nothing of it is taken
+    two_prompts.write_text("a red circle moves left\na blue circle fades away")
+    _, _, err = run(capsys, *command)
+    assert "from before" not in err
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--passes", "5%"], "--passes 5% is not within 8..20 model evaluations"),
+        (["--check", "-1"], "--check -1 is not within 0..256"),
+        (["--steps", "0"], "0 steps"),
+        (["--width", "100"], "Width 100 is not a multiple of 16"),
+        (["--prompts", "gone.txt"], "gone.txt does not exist"),
+        (["--prompts", "EMPTY"], "has 0 prompts, and 1..256 are used"),
+        (["--vae", "x"], "belong to a MODEL"),
+        (["gone"], "gone"),
+        (["TRANSFORMER"], "There is no VAE in"),
+        (["TRANSFORMER", "--vae", "VAE"], "There is no text encoder in"),
+        (["--image", "gone.png"], "There is no image file gone.png"),
+    ],
+)
+def test_what_cannot_be_calibrated_is_one_sentence(capsys, tmp_path, options, words):
+    (tmp_path / "empty.txt").write_text("\n")
+    names = {
+        "EMPTY": tmp_path / "empty.txt",
+        "TRANSFORMER": BUILTIN_FOLDER / "transformer",
+        "VAE": BUILTIN_FOLDER / "vae",
+    }
+    options = [names.get(option, option) for option in options]
+    code, out, err = run(capsys, "calibrate", *SHORT, *options, "--json")
+    assert code == 1
+    assert words in json.loads(out)["error"]
+    assert "Traceback" not in err
+
+
+def test_a_place_that_cannot_be_written_names_the_one_that_can(capsys, tmp_path, two_prompts):
+    shutil.copytree(BUILTIN_FOLDER / "transformer", tmp_path / "model")
+    (tmp_path / "model" / "diffusion_pytorch_model.cache.json").mkdir()
+    parts = ["--vae", BUILTIN_FOLDER / "vae", "--text-encoder", BUILTIN_FOLDER]
+    command = ["calibrate", tmp_path / "model", *parts, "--prompts", two_prompts, *SHORT, "--json"]
+    code, out, _ = run(capsys, *command)
+    assert code == 1
+    message = json.loads(out)["error"]
+    assert "is a folder" in message
+    assert "give --user-folder: then" in message
+    code, out, err = run(capsys, *command, "--user-folder")
+    assert code == 0
+    (found,) = json.loads(out)["models"]
+    assert found["file"] in message
+    assert Path(found["file"]).is_file()
+    assert "drawn pictures" in err

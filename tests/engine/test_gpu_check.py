@@ -108,7 +108,7 @@ def test_every_step_is_measured_and_each_planted_fault_costs_only_itself(gpu_che
         assert subject in blocks[step]
         assert quantity in blocks[step]
     # a small model on a CPU says nothing about the bars
-    assert list(last["bars"].values()) == [None] * 5
+    assert list(last["bars"].values()) == [None] * 6
     # there are no kernels here, and that is told, not passed over
     told = {(r["step"], r["name"]) for r in records if "skipped" in r}
     assert {("fp8", "Triton"), ("attention", "cuDNN"), ("memory", "streaming")} <= told
@@ -230,8 +230,11 @@ def test_bars_count_only_the_full_size_and_attention_that_was_accepted(gpu_check
         figure("fp8", "fp8, bad: time", 2.0, accepted=False),
         figure("yardstick", "fp32: forwards", 60.0),
         figure("yardstick", "easy cache: forwards", 30.0),
+        figure("sparse forward", "Triton, fp8, first branch: time", 2.1),
+        figure("sparse forward", "Triton, fp8, second branch: time", 1.9),
+        figure("sparse forward", "Triton, bf16, first branch: time", 1.0),
     ]
-    assert list(gpu_check.bars(records).values()) == [1.605, 1.725, 2.3, 4.6, 0.78]
+    assert list(gpu_check.bars(records).values()) == [1.605, 1.725, 2.3, 4.6, 3.45, 0.78]
     records[1]["value"] = 108
     assert set(gpu_check.bars(records).values()) == {None}
 

@@ -133,12 +133,17 @@ def _find_python(version: str) -> str:
 
 
 def _run(steps: Sequence[Sequence[str]], python: str = sys.executable) -> int:
-    """Run modules (`pytest ...`) or scripts (`tests/... .py`) until one fails; its exit code."""
+    """Run modules (`pytest ...`) or scripts (`tests/... .py`) until one fails; its exit code.
+
+    What Python makes of a source is kept, also where the environment tells it otherwise: each
+    process of the tests, and dozens of programs that they start, would make it anew.
+    """
+    env = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
     for step in steps:
         is_module = not step[0].endswith(".py") and step[0] != "-m"
         print("+", " ".join(step), flush=True)
         command = [python, *(["-m"] if is_module else []), *step]
-        code = subprocess.run(command, cwd=ROOT, check=False).returncode
+        code = subprocess.run(command, cwd=ROOT, env=env, check=False).returncode
         if code:
             return code
     return 0

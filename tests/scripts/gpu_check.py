@@ -70,20 +70,23 @@ class Step(NamedTuple):
 #: the most valuable first
 STEPS = (
     Step("environment", 20, "gpu_steps:environment"),
-    Step("exact", 100, "gpu_model_steps:exact"),
-    Step("fp8", 75, "gpu_model_steps:fp8"),
-    Step("attention", 40, "gpu_steps:attention"),
-    Step("int8", 40, "gpu_model_steps:int8"),
-    Step("vae", 75, "gpu_vae_steps:vae"),
+    Step("exact", 90, "gpu_model_steps:exact"),
+    Step("fp8", 60, "gpu_model_steps:fp8"),
+    Step("attention", 30, "gpu_steps:attention"),
+    Step("sparse attention", 65, "gpu_sparse_steps:sparse_attention"),
+    Step("sparse forward", 50, "gpu_sparse_steps:forward"),
+    Step("int8", 30, "gpu_model_steps:int8"),
+    Step("vae", 60, "gpu_vae_steps:vae"),
     Step("rates", 30, "gpu_steps:rates"),
-    Step("memory", 75, "gpu_check:process_memory"),
-    Step("accuracy", 40, "gpu_model_steps:accuracy"),
-    Step("yardstick", 50, "gpu_steps:yardstick"),
-    Step("plan", 30, "gpu_model_steps:plan"),
+    Step("memory", 60, "gpu_check:process_memory"),
+    Step("accuracy", 25, "gpu_model_steps:accuracy"),
+    Step("yardstick", 35, "gpu_steps:yardstick"),
+    Step("plan", 25, "gpu_model_steps:plan"),
 )
 #: parts of steps that may break the CUDA context, or whose memory is measured as a whole
 CHILDREN = {
     "alignment": "gpu_model_steps:alignment",
+    "flex_attention": "gpu_sparse_steps:flex",
     "memory in bf16": "gpu_model_steps:memory_bf16",
     "memory in fp8": "gpu_model_steps:memory_fp8",
     "streaming": "gpu_model_steps:streaming",
@@ -118,8 +121,11 @@ BOUNDS = (
     Bound("attention", "Triton*, 8 bits: error, *", "<=", 0.04, "cuda"),
     Bound("attention", "cuDNN: error, *", "<=", 0.01, "cuda"),
     Bound("attention", "flash: error, *", "<=", 0.01),
+    Bound("sparse attention", "*, Triton*, beta 0.85: error", "<=", 0.1, "cuda"),
+    Bound("sparse forward", "Triton*, bf16: density", "<=", 0.25, "cuda"),
     Bound("vae", "ours tiled-diffusers: largest difference to diffusers", "<=", 0.1),
     Bound("rates", "*: error over eager error", "<=", 1.2),
+    Bound("rates", "GGUF *: difference to plain torch", "<=", 0.005),
     Bound("memory", "streamed: equals resident", "==", True, "cuda"),
     Bound("memory", "* streamed: equals resident", "==", True, "cuda"),
     Bound("memory", "streamed: weights came home", "==", True, "cuda"),
@@ -269,6 +275,13 @@ def bars(records: Sequence[dict]) -> dict[str, float | None]:
     share = forwards[0] / forwards[1] if all(forwards) else None
     work, rate = found.get(("exact", "forward: work")), found.get(("environment", "GEMM: rate"))
     best = min(both, default=None)
+    steps = "sparse forward"
+    sparse = [
+        (value + found[steps, name.replace("first", "second")]) / 2
+        for (step, name), value in found.items()
+        if step == steps and name.endswith(", fp8, first branch: time")
+        and (steps, name.replace("first", "second")) in found
+    ]  # fmt: skip
 
     def ratio(mine: float | None) -> float | None:
         return round(theirs / mine, 3) if theirs and mine else None
@@ -278,6 +291,7 @@ def bars(records: Sequence[dict]) -> dict[str, float | None]:
         "12 8-bit linears": ratio(min(linears, default=None)),
         "13 8-bit linears and attention": ratio(best),
         "14 and caching, computed": ratio(best * share if best and share else None),
+        "sparse step with 8-bit linears": ratio(min(sparse, default=None)),
         "15 share of the matrix product": (
             round(work / exact / rate, 3) if work and exact and rate else None
         ),

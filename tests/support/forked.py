@@ -81,6 +81,8 @@ class Fork:
                 )  # fmt: skip
             self.pid = self._process.pid
             return
+        for file in self._files:  # of the program before
+            file.write_bytes(b"")
         order = {"command": command, "env": env, "files": [str(file) for file in self._files]}
         parent.stdin.write(json.dumps(order) + "\n")
         parent.stdin.flush()

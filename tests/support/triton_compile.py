@@ -19,7 +19,7 @@ from support.triton_record import compiled
 
 TYPES = {
     torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32", torch.int8: "*i8",
-    torch.int32: "*i32", torch.uint8: "*u8", torch.float8_e4m3fn: "*fp8e4nv",
+    torch.int32: "*i32", torch.int16: "*i16", torch.uint8: "*u8", torch.float8_e4m3fn: "*fp8e4nv",
 }  # fmt: skip
 CAPABILITIES = [80, 86, 89, 90, 120]
 
@@ -66,6 +66,10 @@ def source(kernel, args: tuple, constants: dict) -> ASTSource:
         elif isinstance(value, torch.Tensor):
             signature[name] = TYPES[value.dtype]
             attributes[(index,)] = [["tt.divisibility", 16]]
+        elif isinstance(value, float):
+            signature[name] = "fp32"
+        elif value == 1 and not kernel.params[index].do_not_specialize:
+            fixed[name] = 1
         else:
             signature[name] = "i32"
             if value % 16 == 0 and not kernel.params[index].do_not_specialize:

@@ -96,12 +96,13 @@ def write() -> None:
         triton_int8,
         triton_low_rank,
         triton_rescale,
+        triton_sparse,
     )
 
     RECORD.unlink(missing_ok=True)
     modules = (
         triton_compile, triton_attention, triton_int8, triton_rescale, triton_blocks,
-        triton_low_rank,
+        triton_low_rank, triton_sparse,
     )  # fmt: skip
     for module in modules:
         module.compile_for(triton_compile.CAPABILITIES)

@@ -149,12 +149,64 @@ def _quantize_values_kernel(
     tile = narrow(tile, out.dtype.element_ty)
     place = out + (pair * width + columns[:, None]) * padded + rows
     tl.store(place, tl.trans(tile))
-    of_tile = (pair * tl.num_programs(0) + tl.program_id(0)) * width + columns
-    tl.store(sums + of_tile, tl.sum(tile.to(tl.float32), axis=0))
+    if sums is not None:
+        of_tile = (pair * tl.num_programs(0) + tl.program_id(0)) * width + columns
+        tl.store(sums + of_tile, tl.sum(tile.to(tl.float32), axis=0))
 
 
 @triton.jit
-def _attend_tile(
+def weigh(scores, factor, peak, log_max, dtype: tl.constexpr):
+    """The softmax so far, one tile further.
+
+    Args:
+        scores: [M, N] float32; times factor, in base 2.
+        factor: [M].
+        peak: [M], the largest score of each row so far.
+        log_max: in base 2, of the weight that the largest score so far gets.
+        dtype: of the weights.
+
+    Returns:
+        Weights [M, N]; what earlier sums are to be multiplied with [M]; the new peak [M].
+    """
+    new_peak = tl.maximum(peak, tl.max(scores, axis=1) * factor)
+    weights = tl.exp2(scores * factor[:, None] - (new_peak - log_max)[:, None])
+    return narrow(weights, dtype), tl.exp2(peak - new_peak), new_peak
+
+
+@triton.jit
+def product(a, b, out_dtype: tl.constexpr = tl.float32):
+    """A GEMM of two tiles in the dtype that both have."""
+    if INTERPRETED and a.dtype == tl.bfloat16:  # its bf16 GEMM is wrong
+        a, b = a.to(tl.float32), b.to(tl.float32)
+    return tl.dot(a, b, out_dtype=out_dtype, input_precision="ieee")
+
+
+@triton.jit
+def add_weighted(weights, decay, value, sums, total, sum_in_fp16: tl.constexpr):
+    """Weigh the values of a tile.
+
+    Args:
+        weights: [M, N].
+        decay: [M], what earlier sums are multiplied with.
+        value: [N, width].
+        sums: [M, width] float32, of weighted values.
+        total: [M, 16] float32, of weights, columns alike.
+        sum_in_fp16: within the tile, at twice the rate of GeForce cards.
+
+    Returns:
+        sums and total with this tile.
+    """
+    ones = tl.full((weights.shape[1], _ONES), 1.0, tl.float32).to(weights.dtype)
+    total = total * decay[:, None] + product(weights, ones)
+    if sum_in_fp16:
+        part = product(weights, value, tl.float16).to(tl.float32)
+    else:
+        part = product(weights, value)
+    return sums * decay[:, None] + part, total
+
+
+@triton.jit
+def attend_tile(
     query,
     query_scale,
     k,
@@ -165,35 +217,65 @@ def _attend_tile(
     peak,
     tile,
     tokens,
-    padded,
+    k_row,
+    v_row,
+    v_column,
     width: tl.constexpr,
     block: tl.constexpr,
     log_max: tl.constexpr,
+    sum_in_fp16: tl.constexpr,
+    in_place: tl.constexpr,
     masked: tl.constexpr,
 ):
-    """One tile of keys: sums [M, width], total [M, 16] (columns alike) and peak [M] after it."""
-    dtype: tl.constexpr = v.dtype.element_ty
+    """Attend to one tile of keys.
+
+    Args:
+        query: [M, width], int8, or in the dtype of the keys.
+        query_scale: [M]; scores times it, and times k_scale, are in base 2.
+        k: keys of this head.
+        k_scale: one for each tile, None where keys are not in int8.
+        v: values of this head.
+        sums: [M, width], as `add_weighted`.
+        total: [M, 16], as there.
+        peak: [M], as `weigh`.
+        tile: which one.
+        tokens: of the keys.
+        k_row: stride of keys.
+        v_row: stride of values.
+        v_column: stride of the channels of values.
+        width: channels of a head.
+        block: keys of a tile.
+        log_max: as `weigh`.
+        sum_in_fp16: as `add_weighted`.
+        in_place: whether keys or values are no copies padded to whole tiles.
+        masked: whether the tile may be partial.
+
+    Returns:
+        sums, total and peak with this tile.
+    """
     keys = tile * block + tl.arange(0, block)
     columns = tl.arange(0, width)
-    key = tl.load(k + columns[:, None] + keys * width)
-    scores = tl.dot(query, key, out_dtype=tl.int32).to(tl.float32)
-    if masked:
-        scores = tl.where((keys < tokens)[None, :], scores, float("-inf"))
-    factor = query_scale * tl.load(k_scale + tile)
-    new_peak = tl.maximum(peak, tl.max(scores, axis=1) * factor)
-    weights = tl.exp2(scores * factor[:, None] - (new_peak - log_max)[:, None])
-    decay = tl.exp2(peak - new_peak)
-    weights = narrow(weights, dtype)
-    value = tl.load(v + columns * padded + keys[:, None])
-    ones = tl.full((block, _ONES), 1.0, tl.float32).to(dtype)
-    total = total * decay[:, None] + tl.dot(weights, ones)
-    if dtype == tl.float16:
-        # GeForce cards sum fp16 products in fp16 at twice the rate, and 64 keys stay below 2^15
-        part = tl.dot(weights, value, out_dtype=tl.float16).to(tl.float32)
+    inside = keys < tokens
+    if in_place:
+        start = tile.to(tl.int64) * block
+        k += start * k_row
+        v += start * v_row
+        keys = tl.arange(0, block)
+        if masked:  # copies are padded
+            keys = tl.minimum(keys, tokens - tile * block - 1)
+    key = tl.load(k + columns[:, None] + keys * k_row)
+    if k_scale is not None:
+        scores = product(query, key, tl.int32).to(tl.float32)
+        factor = query_scale * tl.load(k_scale + tile)
     else:
-        part = tl.dot(weights, value)
-    sums = sums * decay[:, None] + part
-    return sums, total, new_peak
+        scores = product(query, key)
+        factor = query_scale
+    if masked:
+        scores = tl.where(inside[None, :], scores, float("-inf"))
+    weights, decay, peak = weigh(scores, factor, peak, log_max, v.dtype.element_ty)
+    value = tl.load(v + columns * v_column + keys[:, None] * v_row)
+    sums, total = add_weighted(weights, decay, value, sums, total, sum_in_fp16)
+    return sums, total, peak
 
 
 @triton.jit
@@ -218,6 +300,7 @@ def _attend_kernel(
     block_m: tl.constexpr,
     block_n: tl.constexpr,
     log_max: tl.constexpr,
+    sum_in_fp16: tl.constexpr,
 ):
     pair = tl.program_id(1).to(tl.int64)
     rows = tl.program_id(0) * block_m + tl.arange(0, block_m)
@@ -233,7 +316,7 @@ def _attend_kernel(
     whole_tiles = tokens // block_n
     # the last tile goes first: behind the loop it would cost the loop 60 registers
     if whole_tiles * block_n < tokens:
-        sums, total, peak = _attend_tile(
+        sums, total, peak = attend_tile(
             query,
             query_scale,
             k,
@@ -244,14 +327,18 @@ def _attend_kernel(
             peak,
             whole_tiles,
             tokens,
+            width,
+            1,
             padded_k,
             width,
             block_n,
             log_max,
+            sum_in_fp16,
+            False,
             True,
         )
     for tile in range(whole_tiles):
-        sums, total, peak = _attend_tile(
+        sums, total, peak = attend_tile(
             query,
             query_scale,
             k,
@@ -262,10 +349,14 @@ def _attend_kernel(
             peak,
             tile,
             tokens,
+            width,
+            1,
             padded_k,
             width,
             block_n,
             log_max,
+            sum_in_fp16,
+            False,
             False,
         )
     result = sums / (tl.sum(total, axis=1) / _ONES)[:, None]
@@ -287,6 +378,108 @@ def tiles(capability: tuple[int, int]) -> tuple[Tile, ...]:
     return TILES.get(capability, ())
 
 
+def quantize_queries(query: Tensor, block: int) -> tuple[Tensor, Tensor]:
+    """Rotate and quantize queries.
+
+    Args:
+        query: [B, heads, S, D], the head dimension contiguous.
+        block: queries of a program.
+
+    Returns:
+        [B * heads, S', D] int8 and a scale for each query [B * heads, S'], with S' a multiple of
+        block; products of these with keys of `quantize_keys` are scores in base 2.
+    """
+    unit = query.shape[-1] ** -0.5
+    # the rotation's 1 / width for each pair, softmax's scale, and exp2 in exp's place
+    return _quantize_rotated(query, None, block, True, unit * unit * math.log2(math.e))
+
+
+def quantize_keys(key: Tensor, mean: Tensor, block: int) -> tuple[Tensor, Tensor]:
+    """Center, rotate and quantize keys.
+
+    Args:
+        key: [B, heads, T, D], the head dimension contiguous.
+        mean: float32, of each head [D], to be subtracted.
+        block: keys that share a scale.
+
+    Returns:
+        [B * heads, T', D] int8 and a scale for each tile [B * heads, T' / block].
+    """
+    width = key.shape[-1]
+    mean = mean @ _signs(width, key.device, torch.float32)
+    return _quantize_rotated(key, mean, block, False, width**-0.5)
+
+
+def _quantize_rotated(
+    x: Tensor, mean: Tensor | None, block: int, row_scales: bool, factor: float
+) -> tuple[Tensor, Tensor]:
+    batch, heads, tokens, width = x.shape
+    tiles, pairs = triton.cdiv(tokens, block), batch * heads
+    out = x.new_empty(pairs, tiles * block, width, dtype=torch.int8)
+    scale = x.new_empty(pairs, tiles * block if row_scales else tiles, dtype=torch.float32)
+    launch(
+        _quantize_rotated_kernel,
+        (tiles, pairs),
+        x,
+        mean,
+        _signs(width, x.device, x.dtype),
+        out,
+        scale,
+        *x.stride()[:3],
+        heads,
+        tokens,
+        tiles * block,
+        width,
+        block,
+        row_scales,
+        factor,
+        num_warps=8,
+    )
+    return out, scale
+
+
+def quantize_values(
+    value: Tensor,
+    mean: Tensor,
+    scale: Tensor,
+    padded: int,
+    dtype: torch.dtype,
+    sums: Tensor | None = None,
+) -> Tensor:
+    """Center, quantize and transpose values.
+
+    Args:
+        value: [B, heads, T, D], the head dimension contiguous.
+        mean: float32, of each head [D], to be subtracted.
+        scale: float32, of each head [D], to be divided by.
+        padded: T', a multiple of VALUE_BLOCK.
+        dtype: of the result.
+        sums: [B * heads, T' / VALUE_BLOCK, D] float32, filled with sums of the rounded values.
+
+    Returns:
+        [B * heads, D, T'].
+    """
+    batch, heads, tokens, width = value.shape
+    out = value.new_empty(batch * heads, width, padded, dtype=dtype)
+    launch(
+        _quantize_values_kernel,
+        (padded // VALUE_BLOCK, batch * heads),
+        value,
+        mean,
+        scale,
+        out,
+        sums,
+        *value.stride()[:3],
+        heads,
+        tokens,
+        padded,
+        width,
+        VALUE_BLOCK,
+        num_warps=8,
+    )
+    return out
+
+
 def quantized_attention(query: Tensor, key: Tensor, value: Tensor, tile: Tile) -> Tensor:
     """`reference.quantized_attention`.
 
@@ -304,84 +497,23 @@ def quantized_attention(query: Tensor, key: Tensor, value: Tensor, tile: Tile) -
     """
     query, key, value = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, key, value))
     batch, heads, queries, width = query.shape
-    tokens, device, pairs = key.shape[2], query.device, batch * heads
-    tiles_q, tiles_k = triton.cdiv(queries, tile.queries), triton.cdiv(tokens, tile.keys)
-    padded_q, padded_k = tiles_q * tile.queries, tiles_k * tile.keys
+    tokens, pairs = key.shape[2], batch * heads
 
-    key_mean = key.mean(dim=2, dtype=torch.float32) @ _signs(width, device, torch.float32)
     mean = value.mean(dim=2, dtype=torch.float32)
     least, largest = torch.aminmax(value, dim=2)
     v_scale = torch.maximum(largest - mean, mean - least) / tile.values.value_max
     v_scale = torch.where(v_scale == 0, 1.0, v_scale)
-
-    def empty(*shape: int, dtype: torch.dtype = torch.int8) -> Tensor:
-        return torch.empty(shape, dtype=dtype, device=device)
-
-    q, q_scale = empty(pairs, padded_q, width), empty(pairs, padded_q, dtype=torch.float32)
-    k, k_scale = empty(pairs, padded_k, width), empty(pairs, tiles_k, dtype=torch.float32)
-    v = empty(pairs, width, padded_k, dtype=tile.values.dtype)
-    blocks = padded_k // VALUE_BLOCK
-    v_sums = empty(pairs, blocks, width, dtype=torch.float32)
-    out = empty(batch, queries, heads, width, dtype=query.dtype).transpose(1, 2)
-    # the rotation's 1 / width for each pair, softmax's scale, and exp2 in exp's place
-    unit = width**-0.5
-    launch(
-        _quantize_rotated_kernel,
-        (tiles_q, pairs),
-        query,
-        None,
-        _signs(width, device, query.dtype),
-        q,
-        q_scale,
-        *query.stride()[:3],
-        heads,
-        queries,
-        padded_q,
-        width,
-        tile.queries,
-        True,
-        unit * unit * math.log2(math.e),
-        num_warps=8,
-    )
-    launch(
-        _quantize_rotated_kernel,
-        (tiles_k, pairs),
-        key,
-        key_mean,
-        _signs(width, device, key.dtype),
-        k,
-        k_scale,
-        *key.stride()[:3],
-        heads,
-        tokens,
-        padded_k,
-        width,
-        tile.keys,
-        False,
-        unit,
-        num_warps=8,
-    )
-    launch(
-        _quantize_values_kernel,
-        (blocks, pairs),
-        value,
-        mean,
-        v_scale,
-        v,
-        v_sums,
-        *value.stride()[:3],
-        heads,
-        tokens,
-        padded_k,
-        width,
-        VALUE_BLOCK,
-        num_warps=8,
-    )
+    q, q_scale = quantize_queries(query, tile.queries)
+    k, k_scale = quantize_keys(key, key.mean(dim=2, dtype=torch.float32), tile.keys)
+    padded_q, padded_k = q.shape[1], k.shape[1]
+    v_sums = value.new_empty(pairs, padded_k // VALUE_BLOCK, width, dtype=torch.float32)
+    v = quantize_values(value, mean, v_scale, padded_k, tile.values.dtype, v_sums)
+    out = query.new_empty(batch, queries, heads, width).transpose(1, 2)
     rounded_mean = v_sums.sum(dim=1).view(mean.shape) / tokens
     mean = mean - 0.5 * v_scale * rounded_mean
     launch(
         _attend_kernel,
-        (tiles_q, pairs),
+        (padded_q // tile.queries, pairs),
         q,
         q_scale,
         k,
@@ -400,6 +532,8 @@ def quantized_attention(query: Tensor, key: Tensor, value: Tensor, tile: Tile) -
         tile.queries,
         tile.keys,
         math.log2(tile.values.weight_max),
+        # GeForce cards sum fp16 products in fp16 at twice the rate, and 64 keys stay below 2^15
+        tile.values.dtype == torch.float16,
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
     )

@@ -10,7 +10,7 @@ from typing import Any
 import comfyui_skyreels
 import pytest
 import torch
-from comfyui_skyreels.nodes.local import convert
+from comfyui_skyreels.nodes.local import convert, loaders
 from comfyui_skyreels.nodes.local import extend as extend_module
 from comfyui_skyreels.skyreels.builtin import BUILTIN_NAME
 from comfyui_skyreels.skyreels.config import ContextWindows, FreSca, Guidance, SkipLayers, Tiling
@@ -20,22 +20,45 @@ from comfyui_skyreels.skyreels.image import ImageSettings, encode_image
 from comfyui_skyreels.skyreels.latents import ImageConditioning, to_vae_space
 from comfyui_skyreels.skyreels.pipeline import image_to_video
 from comfyui_skyreels.skyreels.runtime import TorchRuntime
+from comfyui_skyreels.skyreels.sampling.calibrate import (
+    Calibration,
+    Score,
+    fingerprint_weights,
+    place_of_user,
+    save_calibration,
+)
 from comfyui_skyreels.skyreels.sampling.sample import sample
 from comfyui_skyreels.skyreels.sampling.settings import SamplingSettings, get_sigmas
-from comfyui_skyreels.skyreels.sampling.step_cache import CACHES
+from comfyui_skyreels.skyreels.sampling.step_cache import CACHES, CacheConfig
 from comfyui_skyreels.skyreels.transformer.block_linear import BlockLinear
 from comfyui_skyreels.skyreels.transformer.placement import sampling_bytes
 from comfyui_skyreels.skyreels.vae.budget import decode_bytes, encode_bytes
 from comfyui_skyreels.skyreels.vae.model import VideoVAE
 from comfyui_skyreels.skyreels.vae.tiling import decode_frames
-from comfyui_skyreels.skyreels.weights.load import load_transformer, load_vae
+from comfyui_skyreels.skyreels.weights.load import checkpoint_of, load_transformer, load_vae
 from support import host, tiny
 from support.gguf_files import in_blocks, write
+from support.kept import kept
 
 pytestmark = pytest.mark.usefixtures("fast_convolutions")
 NODES = comfyui_skyreels.NODE_CLASS_MAPPINGS
 TEXT = (tiny.TRANSFORMER.text_embed_dim, tiny.TRANSFORMER.pooled_projection_dim)
 SIZE = {"width": 48, "height": 32, "num_frames": 9}
+LOADERS = {"load_transformer": load_transformer, "load_vae": load_vae}
+KEPT = {name: kept(load) for name, load in LOADERS.items()}
+
+
+@pytest.fixture(autouse=True)
+def files_are_read_once(monkeypatch):
+    for name, load in KEPT.items():
+        monkeypatch.setattr(loaders, name, load)
+
+
+@pytest.fixture
+def read_each_time(monkeypatch, files_are_read_once):
+    """For tests of the reading itself."""
+    for name, load in LOADERS.items():
+        monkeypatch.setattr(loaders, name, load)
 
 
 @pytest.fixture(scope="module")
@@ -205,6 +228,7 @@ def test_the_latents_other_keys_are_passed_on_and_it_stays_as_it_was(comfy, pict
 # --- progress and cancel ------------------------------------------------------------------------
 
 
+@pytest.mark.usefixtures("read_each_time")
 def test_progress_previews_and_time_left_reach_the_node(comfy, picture):
     model = node(
         "SkyReelsTransformerLoader", transformer="tiny.safetensors", precision="auto", unique_id="2"
@@ -220,6 +244,7 @@ def test_progress_previews_and_time_left_reach_the_node(comfy, picture):
     assert "s/step · about" in steps[2]
 
 
+@pytest.mark.usefixtures("read_each_time")
 @pytest.mark.parametrize("stage", ["load", "load vae", "encode", "sample", "decode"])
 def test_cancel_in_any_stage_passes_through_and_the_next_run_is_good(
     comfy, weights, picture, stage
@@ -953,6 +978,33 @@ def test_a_cache_does_what_the_librarys_does_and_says_so(comfy, picture, name, c
     expected = {"guidance": Guidance(1.5), "sigmas": get_sigmas(30)}
     assert torch.equal(cached, library_samples(inputs, **expected, cache=CACHES[name]))
     assert not torch.equal(cached, plain)
+
+
+def test_a_calibrated_cache_takes_what_is_stored_for_the_weights(comfy, picture, caplog):
+    caplog.set_level("INFO")
+    _, inputs = prepare(picture)
+    module = inputs["model"].module
+    module.final_layer.linear.weight.data *= 0.02
+    module.double_blocks[0].img_mod.linear.weight.data *= 0.02
+    inputs |= {"steps": 30, "cfg": 1.5, "cache": "calibrated"}
+    with pytest.raises(OptionError, match="No cache threshold is stored for tiny.safetensors"):
+        node("SkyReelsSampler", **inputs)
+    info = checkpoint_of(module)
+    place = place_of_user(fingerprint_weights(info))
+    score = Score(8, 30.0, 50.0, 40.0)
+    save_calibration(
+        place,
+        Calibration(
+            "tiny.safetensors", fingerprint_weights(info), 0.04, 60, {"steps": 30}, score, None,
+            {}, {},
+        ),
+    )  # fmt: skip
+    cached = node("SkyReelsSampler", **inputs)["samples"]
+    assert "Cache calibrated for tiny.safetensors: threshold 0.04, 30 of 60" in caplog.text
+    expected = {"guidance": Guidance(1.5), "sigmas": get_sigmas(30)}
+    inputs["cache"] = "off"
+    cache = CacheConfig("easy", 0.04)
+    assert torch.equal(cached, library_samples(inputs, **expected, cache=cache))
 
 
 def test_fast_attention_stays_exact_without_a_gpu_and_says_so(comfy, picture, caplog, monkeypatch):

@@ -481,9 +481,17 @@ def test_a_refusal_is_told_and_leaves_no_task(comfy, wiro, fault, error, words):
     assert generate()[2] == "2221"
 
 
-def test_a_busy_account_is_waited_for_only_if_asked_with_a_countdown(comfy, wiro):
+def test_a_busy_account_is_waited_for_only_if_asked_with_a_countdown(comfy, wiro, monkeypatch):
+    sleep, seconds = wiro_run.RunView.sleep, []
+
+    def nap(view, wait_s: float) -> None:
+        seconds.append(wait_s)
+        sleep(view, min(wait_s, 0.01))
+
+    monkeypatch.setattr(wiro_run.RunView, "sleep", nap)
     wiro.fail("Run", (96, "too many"))
     assert generate(wait_when_busy=True)[2] == "2221"
+    assert seconds[:5] == [1.0] * 5
     countdown = [t for t in comfy.texts if "next try in" in t]
     assert [t.rpartition("in ")[2] for t in countdown] == ["5 s", "4 s", "3 s", "2 s", "1 s"]
     assert len(runs(wiro)) == 2

@@ -175,11 +175,24 @@ def test_easy_cache_skips_until_the_expected_change_reaches_the_threshold():
     assert outputs[2 * 5] == 3 * 105
 
 
-@pytest.mark.parametrize(("threshold", "count"), [(0.0, 0), (1e-6, 0), (1.0, 16)])
-def test_easy_cache_at_the_ends_of_its_range(threshold, count):
+#: what is skipped of 20 steps however little they change: three in a row, then one is computed
+MOST_SKIPPED = [3, 4, 5, 7, 8, 9, 11, 12, 13, 15, 16, 17]
+
+
+@pytest.mark.parametrize(
+    ("threshold", "skipped"), [(0.0, []), (1e-6, []), (1.0, MOST_SKIPPED)], ids=str
+)
+def test_easy_cache_at_the_ends_of_its_range(threshold, skipped):
     cache = EasyCache(STEPS, call, threshold)
     scripted(cache, range(100, 100 + STEPS))
-    assert cache.skipped == [s for s in range(STEPS) if s not in PROTECTED][:count]
+    assert cache.skipped == skipped
+
+
+def test_steps_that_are_always_computed_are_and_those_around_them_are_not():
+    cache = EasyCache(STEPS, call, 1.0, always={4, 8})
+    _, computed = scripted(cache, range(100, 100 + STEPS))
+    assert cache.skipped == [3, 5, 6, 7, 9, 10, 11, 13, 14, 15, 17, 18]
+    assert {(step, branch) for step in (4, 8) for branch in (0, 1)} <= set(computed)
 
 
 def test_easy_cache_computes_when_the_input_leaps():
@@ -297,6 +310,22 @@ def test_first_block_cache_gives_a_step_again_where_nothing_has_changed(
     for computed, skipped in zip(outputs[:2], outputs[2:], strict=True):
         assert tiny.relative_error(skipped, computed) <= 1e-5
     assert tiny.relative_error(outputs[1], outputs[0]) > 1e-2  # the branches are told apart
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("name", MOST)
+@pytest.mark.parametrize(
+    ("always", "skipped"), [((), [3, 4, 5, 7, 8]), ([5, 9], [3, 4, 6, 7, 8])], ids=str
+)
+def test_at_most_three_steps_in_a_row_are_skipped(model, name, always, skipped):
+    cache = start_cache(MOST[name], STEPS, call, model.blocks, always)
+    inputs = tiny.inputs(tiny.TRANSFORMER)
+    states = inputs.pop("hidden_states")
+    for step in range(9):
+        given = states + 0.001 * step
+        cache.begin(step, given[:, :16], [0])
+        cache.predict(0, lambda rb, given=given: model(given, **inputs, run_block=rb))
+    assert cache.skipped == skipped
 
 
 @torch.inference_mode()

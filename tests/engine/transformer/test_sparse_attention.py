@@ -17,7 +17,7 @@ from comfyui_skyreels.skyreels.runtime import TorchRuntime
 from comfyui_skyreels.skyreels.sampling import attend
 from comfyui_skyreels.skyreels.sampling.sample import sample
 from comfyui_skyreels.skyreels.sampling.settings import SamplingSettings, get_sigmas
-from comfyui_skyreels.skyreels.sampling.step_cache import CACHES
+from comfyui_skyreels.skyreels.sampling.step_cache import CACHES, CacheConfig
 from comfyui_skyreels.skyreels.transformer import sparse_kernels
 from comfyui_skyreels.skyreels.transformer.attention import sdpa
 from comfyui_skyreels.skyreels.transformer.layers import rope_table
@@ -172,6 +172,27 @@ def test_sparse_where_it_may_be_and_the_branches_share_what_is_chosen(
     assert found.mean == pytest.approx((24 * expected + calls - 24) / calls, abs=1e-12)
     (line,) = [record for record in caplog.messages if "pairs of blocks" in record]
     assert f"{100 * expected:.1f} %" in line and "steps 2 to 5" in line
+
+
+def test_one_branch_chooses_for_itself_as_the_positive_one_does(model, image, recorder, runs):
+    one_step = replace(CONFIG, dense_share=0.0)
+    for scale in (1.0, 6.0):  # in the first step they have the same latents
+        run(model, image, attention=one_step, guidance=Guidance(true_cfg_scale=scale))
+    alone, together = recorder.chosen[:3], recorder.chosen[15:18]
+    assert all(map(torch.equal, alone, together))
+    assert recorder.given[:18] == [False] * 18 and recorder.given[18:21] == [True] * 3
+    assert runs[0].densities().by_step[0] == runs[1].densities().by_step[0]
+
+
+def test_a_cache_never_skips_the_first_sparse_step(model, image, runs):
+    config = replace(CONFIG, dense_share=0.5)
+    sigmas = get_sigmas(12)
+    run(model, image, attention=config, sigmas=sigmas, cache=CacheConfig("easy", 1.0))
+    ran = set(runs[0].densities().by_step)
+    assert 6 in ran and len(ran) < 12
+    everywhere = replace(config, dense_share=1.0)
+    run(model, image, attention=everywhere, sigmas=sigmas, cache=CacheConfig("easy", 1.0))
+    assert 6 not in runs[1].densities().by_step
 
 
 def test_head_groups_choose_the_same_lists(model, image, recorder, runs, monkeypatch):
