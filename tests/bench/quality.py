@@ -1,7 +1,10 @@
-"""The yardstick: what the built-in model makes of held-out pictures and prompts, one row a setting.
+"""The yardsticks: what a small model makes of held-out pictures and prompts, one row a setting.
 
-    python -m tests.bench.quality [--model FOLDER] [--cases 128] [--seed 11] [--setting NAME]...
-        [--suite settings|bars|all] [--sheet PNG]
+    python -m tests.bench.quality [--model built-in|large|FOLDER] [--cases 128] [--seed 11]
+        [--setting NAME]... [--suite settings|bars|all] [--sheet PNG]
+
+The built-in model makes clips of 64x64, 17 frames: 80 tokens, too few to judge sparse attention.
+The large one (tests/yardstick) makes the same clips in 192x192 and 33 frames: 1,296 tokens.
 
 `settings` renders the same cases under every setting of SETTINGS (a new mode is one line there):
 
@@ -11,14 +14,20 @@
     true      median PSNR of the clip against the true clip
     exact     median PSNR of the clip against the clip of the first setting
     worst     the least of these
+    ssim, vmaf, warp, gmsd (evaluators.py)
+              median and worst of the clip against the clip of the first setting
     flicker   of the ground, root mean square, in steps of 1/255
     seam      step of the error across tile borders over the step elsewhere (tiled decodes)
     forwards  transformer passes for one clip: blocks that ran over blocks there are
+    density   of sparse attention: share of the pairs of blocks of a run that were attended to
+              exactly, dense steps included
     seconds   median for one clip, text and loading not included
 
 `bars` measures the rest: opposite verbs on one picture, negative prompts, sizes not trained for, a
-VAE round trip, diffusers. --model takes another diffusers folder (tests/train/export.py) than the
-built-in model's. Figures are printed as a table, then as one line of JSON.
+VAE round trip, diffusers; with the large model the error of sparse attention in the velocity.
+
+--model takes another diffusers folder (tests/train/export.py), too; what it lacks is the built-in
+model's. Figures are printed as a table, then as one line of JSON.
 """
 
 import argparse
@@ -27,33 +36,54 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
+import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from bench import evaluators
 from comfyui_skyreels.skyreels.builtin import BUILTIN_FOLDER
 from comfyui_skyreels.skyreels.conditioning.embeds import PromptEmbeds
 from comfyui_skyreels.skyreels.config import Guidance, Tiling
 from comfyui_skyreels.skyreels.image import encode_image
-from comfyui_skyreels.skyreels.kernels.reference import quantized_attention
+from comfyui_skyreels.skyreels.kernels import sparse
+from comfyui_skyreels.skyreels.kernels.dispatch import Decision
+from comfyui_skyreels.skyreels.kernels.reference import hadamard_rotate, quantized_attention
 from comfyui_skyreels.skyreels.runtime import TorchRuntime
 from comfyui_skyreels.skyreels.runtime.offload import RESERVE_BYTES
+from comfyui_skyreels.skyreels.sampling import attend
 from comfyui_skyreels.skyreels.sampling.sample import sample
-from comfyui_skyreels.skyreels.sampling.settings import SamplingSettings, get_sigmas
+from comfyui_skyreels.skyreels.sampling.settings import (
+    SamplingSettings,
+    Solver,
+    euler,
+    get_sigmas,
+)
 from comfyui_skyreels.skyreels.sampling.step_cache import CACHES, OFF, CacheConfig
 from comfyui_skyreels.skyreels.text.encode import DEFAULT_NEGATIVE_PROMPT, encode_prompt
 from comfyui_skyreels.skyreels.text.load import load_text_encoder
 from comfyui_skyreels.skyreels.transformer.attention import Attention, sdpa
+from comfyui_skyreels.skyreels.transformer.model import SkyReelsTransformer
+from comfyui_skyreels.skyreels.transformer.quant import QuantLinear
+from comfyui_skyreels.skyreels.transformer.sparse_attention import (
+    SPARSE,
+    SparseConfig,
+    SparseRun,
+)
 from comfyui_skyreels.skyreels.vae.tiling import decode_frames
 from comfyui_skyreels.skyreels.weights.load import load_transformer, load_vae
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from train import data, measure
 
+#: folder of the second yardstick, a transformer alone, and the size of clips of both
+LARGE_FOLDER = Path(__file__).resolve().parents[1] / "yardstick"
+MODELS = {"built-in": (BUILTIN_FOLDER, data.SMALL), "large": (LARGE_FOLDER, data.LARGE)}
 OPPOSITE = {
     "left": "right", "right": "left", "up": "down", "down": "up",
     "grow": "shrink", "shrink": "grow", "still": "fade", "fade": "still",
@@ -65,6 +95,7 @@ class Setting:
     """How clips are made.
 
     precision, vae_precision: of the loaders. decode: a mode, or explicit tiles in `tiling`.
+    rounded: sparse attention works in 8 bits, as it does on a GPU; what has 16 bits there has 32.
     free_bytes: what the device pretends to have, so that blocks are streamed.
     """
 
@@ -74,7 +105,9 @@ class Setting:
     tiling: Tiling | None = None
     steps: int = 30
     guidance: Guidance = field(default_factory=Guidance)
-    attention: Attention = sdpa
+    attention: Attention | SparseConfig = sdpa
+    rounded: bool = False
+    solver: Solver = euler
     cache: CacheConfig = OFF
     free_bytes: int | None = None
     needs_cuda: bool = False
@@ -90,9 +123,53 @@ def _kernel(backend: SDPBackend) -> Attention:
     return attention
 
 
+def _sparse_in_8_bits(
+    query: Tensor, key: Tensor, value: Tensor, beta: float, num_blocks: int, exact: Tensor | None
+) -> sparse.SparseResult:
+    """The twin with inputs rounded as the GPU kernel rounds them, weights and tail apart.
+
+    Queries and keys, rotated, to int8, a scale for each query and each 64 keys; values to e4m3, a
+    scale for each channel. Blocks are chosen and pooled before.
+    """
+    chosen = (
+        sparse.unpack(exact) if exact is not None else sparse.route(query, key, beta, num_blocks)
+    )
+    pooled = sparse.pool(query, key, value)
+    width, tokens = query.shape[3], key.shape[2]
+
+    def rounded(x: Tensor, rows: int) -> Tensor:
+        x = hadamard_rotate(x, width)
+        x = F.pad(x, (0, 0, 0, -tokens % rows)).unflatten(2, (-1, rows))
+        scale = x.abs().amax(dim=(3, 4), keepdim=True).clamp_min(1e-12) / 127
+        return hadamard_rotate(((x / scale).round() * scale).flatten(2, 3)[:, :, :tokens], width)
+
+    centre, mean = (x.mean(dim=2, keepdim=True) for x in (key, value))
+    scale = (value - mean).abs().amax(dim=2, keepdim=True).clamp_min(1e-12) / 448
+    values = ((value - mean) / scale).to(torch.float8_e4m3fn).to(value.dtype) * scale + mean
+    out = sparse.attend(
+        rounded(query, 1), rounded(key - centre, sparse.BLOCK) + centre, values, pooled, chosen
+    )
+    return sparse.SparseResult(out.to(query.dtype), sparse.pack(chosen), chosen.sum(dim=2))
+
+
+@contextmanager
+def attention_in_8_bits() -> Iterator[None]:
+    """Sparse runs take what rounds as the kernels of a GPU do, in dense and in sparse blocks."""
+    dense = Decision(quantized_attention, "as on a GPU", "8 bits")
+    with (
+        mock.patch.object(attend, "choose_attention", lambda *_, **__: dense),
+        mock.patch.object(
+            attend, "choose_sparse", lambda *_, **__: Decision(_sparse_in_8_bits, "", "8 bits")
+        ),
+    ):
+        yield
+
+
 #: tiles of 32 pixels: as many in a clip of 64 as the real ones are in a real clip
 _TILES = Tiling(32, 32, 0, 24, 24, 0)
 _SHORT = Tiling(32, 32, 8, 24, 24, 4)
+#: as users choose them, but for clips of any length
+_SPARSE, _SPARSER = (replace(SPARSE[name], min_tokens=0) for name in ("sparse", "sparser"))
 #: name -> how; the first is what the others are compared with
 SETTINGS = {
     "fp32": Setting(),
@@ -122,6 +199,12 @@ SETTINGS = {
     "easy cache": Setting(cache=CACHES["easy"]),
     "fast cache": Setting(cache=CACHES["fast"]),
     "first-block cache": Setting(cache=CACHES["first-block"]),
+    "sparse": Setting(attention=_SPARSE),
+    "sparser": Setting(attention=_SPARSER),
+    "sparse, easy cache": Setting(attention=_SPARSE, cache=CACHES["easy"]),
+    "sparse, easy cache, 8 bits": Setting(
+        attention=_SPARSE, cache=CACHES["easy"], precision="fp8", rounded=True
+    ),
 }
 
 
@@ -136,8 +219,22 @@ class _Cramped(TorchRuntime):
         return self.room
 
 
+def _in_float32(folder: Path, precision: str, runtime: TorchRuntime) -> SkyReelsTransformer:
+    """A transformer whose 16-bit parts are in 32: ten times as fast on a processor without bf16."""
+    model = load_transformer(folder, precision=precision, runtime=runtime)
+    for module in model.modules():
+        if not isinstance(module, QuantLinear):
+            for parameter in module.parameters(recurse=False):
+                parameter.data = parameter.data.float()
+    return model
+
+
 class Studio:
-    """The model under test; its parts are loaded once for each precision."""
+    """The model under test; its parts are loaded once for each precision.
+
+    Args:
+        folder: of the model; parts that it lacks are those of the built-in one.
+    """
 
     def __init__(self, folder: Path = BUILTIN_FOLDER, device: str = "cpu") -> None:
         self.folder, self.runtime = folder, TorchRuntime(device)
@@ -146,8 +243,12 @@ class Studio:
     def _part(self, load: Callable, name: str, **options: Any):
         key = (name, *options.values())
         if key not in self._parts:
-            self._parts[key] = load(self.folder / name, **options, runtime=self.runtime)
+            self._parts[key] = load(self._folder(name), **options, runtime=self.runtime)
         return self._parts[key]
+
+    def _folder(self, name: str) -> Path:
+        has_it = (self.folder / (name or "text_encoder")).exists()
+        return (self.folder if has_it else BUILTIN_FOLDER) / name
 
     def vae(self, setting: Setting):
         """The VAE of a setting."""
@@ -155,7 +256,9 @@ class Studio:
 
     def transformer(self, setting: Setting):
         """The transformer of a setting."""
-        return self._part(load_transformer, "transformer", precision=setting.precision)
+        if not setting.rounded:
+            return self._part(load_transformer, "transformer", precision=setting.precision)
+        return self._part(_in_float32, "transformer", precision=setting.precision)
 
     def make(
         self,
@@ -198,14 +301,16 @@ class Studio:
             vae, image, width=image.shape[2], height=image.shape[1], num_frames=num_frames,
             runtime=runtime,
         )  # fmt: skip
-        return sample(
-            transformer, conditioning, *embeds,
-            SamplingSettings(
-                seed=seed, sigmas=get_sigmas(setting.steps), guidance=setting.guidance, riflex_k=0,
-                attention=setting.attention, cache=setting.cache,
-            ),
-            runtime=sampling_runtime,
-        )  # fmt: skip
+        with attention_in_8_bits() if setting.rounded else nullcontext():
+            return sample(
+                transformer, conditioning, *embeds,
+                SamplingSettings(
+                    seed=seed, sigmas=get_sigmas(setting.steps), guidance=setting.guidance,
+                    riflex_k=0, attention=setting.attention, cache=setting.cache,
+                    solver=setting.solver,
+                ),
+                runtime=sampling_runtime,
+            )  # fmt: skip
 
 
 @contextmanager
@@ -224,18 +329,27 @@ def counted_blocks(transformer) -> Iterator[list[int]]:
             hook.remove()
 
 
+@contextmanager
+def collected_densities() -> Iterator[list[float]]:
+    """Collect the mean density of each sparse run."""
+    found: list[float] = []
+    with mock.patch.object(SparseRun, "report", lambda run: found.append(run.densities().mean)):
+        yield found
+
+
 def run_setting(
     studio: Studio, setting: Setting, cases: list[measure.Case], exact: list[Tensor] | None
 ) -> tuple[dict, list[Tensor], list[measure.Finding]]:
     """One row of the table, its clips, and what was seen in each."""
     clips, findings, seconds = [], [], []
     transformer = studio.transformer(setting)
-    with counted_blocks(transformer) as runs:
+    with counted_blocks(transformer) as runs, collected_densities() as densities:
         for index, case in enumerate(cases):
-            truth = case.truth()
-            clip, took = studio.make(setting, truth[:1], case.prompt, seed=index)
+            clip, took = studio.make(
+                setting, case.truth()[:1], case.prompt, seed=index, num_frames=case.size.frames
+            )
             clips.append(clip)
-            findings.append(measure.measure(clip, case.scene))
+            findings.append(case.measured(clip))
             seconds.append(took)
     truths = [case.truth() for case in cases]
     lasting = [
@@ -251,14 +365,39 @@ def run_setting(
         "kept": round(100 * statistics.mean(lasting), 1),
         "first": _median(measure.psnr(c[0], t[0]) for c, t in zip(clips, truths, strict=True)),
         "true": _median(measure.psnr(c, t) for c, t in zip(clips, truths, strict=True)),
-        "exact": _median(map(measure.psnr, clips, exact)) if exact else None,
-        "worst": round(min(map(measure.psnr, clips, exact)), 2) if exact else None,
+        **_to_exact(clips, exact),
         "flicker": _median(measure.flicker(clip, case) for clip, case in pairs),
         "seam": _median(measure.seam(*pair, tiles) for pair in pairs) if tiles else None,
         "forwards": round(runs[0] / len(transformer.blocks) / len(cases), 1),
+        "density": round(statistics.mean(densities), 3) if densities else None,
         "seconds": _median(seconds),
     }
     return row, clips, findings
+
+
+#: of each measure of a clip against the exact one: its function, and which of its values is worst
+MEASURES = {
+    "exact": (measure.psnr, min),
+    "ssim": (evaluators.ssim, min),
+    "vmaf": (evaluators.vmaf, min),
+    "warp": (evaluators.warp, max),
+    "gmsd": (evaluators.gmsd, max),
+}
+
+
+def _to_exact(clips: list[Tensor], exact: list[Tensor] | None) -> dict[str, float | None]:
+    """Median and worst of every measure; None without an exact clip or what a measure needs."""
+    row: dict[str, float | None] = {}
+    for name, (score, worst) in MEASURES.items():
+        names = (name, "worst" if name == "exact" else f"{name} w.")
+        if exact is None or not evaluators.is_here(name):
+            row |= dict.fromkeys(names)
+            continue
+        scores = [score(clip.float(), other) for clip, other in zip(clips, exact, strict=True)]
+        row |= dict(
+            zip(names, (round(f(scores), 4) for f in (statistics.median, worst)), strict=True)
+        )
+    return row
 
 
 def case_colour(case: measure.Case) -> str:
@@ -284,8 +423,13 @@ def opposites(studio: Studio, cases: list[measure.Case]) -> dict[str, float]:
     for index, case in enumerate(cases):
         image = case.truth()[:1]
         pair = (case, case.told(OPPOSITE[case.verb]))
-        done = [studio.make(SETTINGS["fp32"], image, c.prompt, seed=index)[0] for c in pair]
-        seen = [measure.measure(clip, case.scene).verb for clip in done]
+        done = [
+            studio.make(
+                SETTINGS["fp32"], image, c.prompt, seed=index, num_frames=case.size.frames
+            )[0]
+            for c in pair
+        ]  # fmt: skip
+        seen = [case.measured(clip).verb for clip in done]
         right.append(seen == [c.verb for c in pair])
     return {"pairs that differ as told, %": round(100 * statistics.mean(right), 1)}
 
@@ -301,12 +445,55 @@ def negatives(
         moved = []
         for index, case in enumerate(cases):
             clip, _ = studio.make(
-                SETTINGS["fp32"], case.truth()[:1], "", seed=index, negative=negative
-            )
-            moved.append(measure.measure(clip, case.scene).shift[0])
+                SETTINGS["fp32"], case.truth()[:1], "", seed=index, negative=negative,
+                num_frames=case.size.frames,
+            )  # fmt: skip
+            moved.append(case.measured(clip).shift[0])
         name = f"shift right, empty prompt, negative {negative!r}, px"
         shifts[name] = round(statistics.mean(moved), 2)
     return shifts
+
+
+def shared_lists(
+    studio: Studio, cases: list[measure.Case], steps: Sequence[int] = range(6, 30, 4)
+) -> dict[str, float]:
+    """Relative error of the guided velocity at some steps of exact runs, per cent.
+
+    Both branches of guidance attend to the blocks that the first one chose, or each to its own.
+    """
+    setting, errors = Setting(attention=_SPARSE), {"shared": [], "own": []}
+    for index, case in enumerate(cases):
+        states, exact = {}, {}
+
+        def recording(velocity, latents, sigmas, on_step, states=states, exact=exact):
+            for step in range(len(sigmas) - 1):
+                states[step] = latents
+                exact[step], _ = velocity(latents, sigmas[step])
+                latents = latents + (sigmas[step + 1] - sigmas[step]) * exact[step]
+            return latents
+
+        def make(setting: Setting, index=index, case=case) -> None:
+            studio.make(
+                setting, case.truth()[:1], case.prompt, seed=index, num_frames=case.size.frames
+            )
+
+        make(replace(SETTINGS["fp32"], solver=recording))
+        for kind, found in errors.items():
+
+            def replaying(velocity, latents, sigmas, on_step, found=found, s=states, exact=exact):
+                for step in steps:
+                    guided, _ = velocity(s[step], sigmas[step])
+                    found.append(float((guided - exact[step]).norm() / exact[step].norm()))
+                return latents
+
+            own = mock.patch.object(SparseRun, "_leads", lambda _: True)
+            with own if kind == "own" else nullcontext():
+                make(replace(setting, solver=replaying))
+    return {
+        f"guided velocity, {kind} lists, error in %, {name}": round(100 * f(found), 3)
+        for kind, found in errors.items()
+        for name, f in (("median", statistics.median), ("worst", max))
+    }
 
 
 def other_sizes(studio: Studio, count: int) -> dict[str, float]:
@@ -320,7 +507,7 @@ def other_sizes(studio: Studio, count: int) -> dict[str, float]:
             clip, _ = studio.make(
                 SETTINGS["fp32"], image, case.prompt, seed=index, num_frames=frames
             )
-            finding = measure.measure(clip, case.scene)
+            finding = case.measured(clip)
             there.append(finding.colour == case_colour(case) and finding.shape != "none")
             told.append(finding.verb == case.verb)
         name = f"{frames} frames of {width}x{height}"
@@ -352,21 +539,21 @@ def through_diffusers(studio: Studio, case: measure.Case) -> dict[str, float]:
     import diffusers
     from transformers import AutoTokenizer, CLIPTextModel, LlamaModel
 
-    folder = studio.folder
-    vae = diffusers.AutoencoderKLHunyuanVideo.from_pretrained(folder / "vae").float()
+    folder, size = studio._folder, case.size
+    vae = diffusers.AutoencoderKLHunyuanVideo.from_pretrained(folder("vae")).float()
     vae.use_framewise_decoding = False
-    transformer = diffusers.HunyuanVideoTransformer3DModel.from_pretrained(folder / "transformer")
+    transformer = diffusers.HunyuanVideoTransformer3DModel.from_pretrained(folder("transformer"))
     pipeline = diffusers.HunyuanSkyreelsImageToVideoPipeline(
-        text_encoder=LlamaModel.from_pretrained(folder / "text_encoder").float(),
-        tokenizer=AutoTokenizer.from_pretrained(folder / "tokenizer"),
-        text_encoder_2=CLIPTextModel.from_pretrained(folder / "text_encoder_2").float(),
-        tokenizer_2=AutoTokenizer.from_pretrained(folder / "tokenizer_2"),
+        text_encoder=LlamaModel.from_pretrained(folder("text_encoder")).float(),
+        tokenizer=AutoTokenizer.from_pretrained(folder("tokenizer")),
+        text_encoder_2=CLIPTextModel.from_pretrained(folder("text_encoder_2")).float(),
+        tokenizer_2=AutoTokenizer.from_pretrained(folder("tokenizer_2")),
         transformer=transformer.float(),
         vae=vae,
         scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=7.0),
     )
     image = case.truth()[:1]
-    shape = (1, 16, 5, 8, 8)
+    shape = (1, 16, size.grid[0], size.size // 8, size.size // 8)
     noise = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     first = vae.encode((image * 2 - 1).permute(3, 0, 1, 2)[None]).latent_dist.mode()
     padded = torch.zeros(shape)
@@ -374,22 +561,26 @@ def through_diffusers(studio: Studio, case: measure.Case) -> dict[str, float]:
     pipeline.prepare_latents = lambda *args, **kwargs: (noise.clone(), padded)
     theirs = pipeline(
         image=image.permute(0, 3, 1, 2), prompt=f"FPS-24, {case.prompt}",
-        negative_prompt=DEFAULT_NEGATIVE_PROMPT, width=64, height=64, num_frames=17,
-        num_inference_steps=30, true_cfg_scale=6.0, guidance_scale=1.0, output_type="pt",
+        negative_prompt=DEFAULT_NEGATIVE_PROMPT, width=size.size, height=size.size,
+        num_frames=size.frames, num_inference_steps=30,
+        true_cfg_scale=6.0, guidance_scale=1.0, output_type="pt",
     ).frames[0].permute(0, 2, 3, 1)  # fmt: skip
-    ours, _ = studio.make(SETTINGS["fp32"], image, case.prompt, seed=0)
+    ours, _ = studio.make(
+        SETTINGS["fp32"], image, case.prompt, seed=0, num_frames=size.frames
+    )  # fmt: skip
     return {"through diffusers, largest difference": float((theirs - ours).abs().max())}
 
 
 def contact_sheet(
     path: Path, cases: list[measure.Case], clips: list[Tensor], columns: int = 4
 ) -> None:
-    """A picture for people: of every case the true frames 0, 4 .. 16 above those that were made."""
+    """A picture for people: of every case five true frames above those that were made."""
     from PIL import Image
 
     rows = []
     for case, clip in zip(cases, clips, strict=True):
-        strips = [video[::4].permute(1, 0, 2, 3).flatten(1, 2) for video in (case.truth(), clip)]
+        every = (len(clip) - 1) // 4
+        strips = [v[::every].permute(1, 0, 2, 3).flatten(1, 2) for v in (case.truth(), clip)]
         tile = torch.cat([*strips, torch.zeros(6, strips[0].shape[1], 3)])
         rows.append(torch.cat([tile, torch.zeros(tile.shape[0], 6, 3)], dim=1))
     rows += [torch.zeros_like(rows[0])] * (-len(rows) % columns)
@@ -411,7 +602,7 @@ def print_table(rows: dict[str, dict]) -> None:
 def main() -> None:
     """Parse, measure and print."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", type=Path, default=BUILTIN_FOLDER)
+    parser.add_argument("--model", default="built-in", help="built-in, large or a folder")
     parser.add_argument("--cases", type=int, default=128)
     parser.add_argument("--seed", type=int, default=11, help="of the cases")
     parser.add_argument("--setting", action="append", choices=list(SETTINGS))
@@ -422,8 +613,10 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
-    studio = Studio(arguments.model, arguments.device)
-    cases = measure.held_out_cases(arguments.cases, arguments.seed)
+    folder, size = MODELS.get(arguments.model, (Path(arguments.model), data.SMALL))
+    studio = Studio(folder, arguments.device)
+    cases = measure.held_out_cases(arguments.cases, arguments.seed, size=size)
+    print(*evaluators.missing(), sep="\n", file=sys.stderr)
     rows, bars, exact = {}, {}, None
     if arguments.suite != "bars":
         for name in arguments.setting or SETTINGS:
@@ -432,6 +625,7 @@ def main() -> None:
                 continue
             row, clips, findings = run_setting(studio, SETTINGS[name], cases, exact)
             rows[name] = row
+            print(json.dumps({name: row}), file=sys.stderr, flush=True)
             if exact is None:
                 exact = clips
                 for case, finding in zip(cases, findings, strict=True):
@@ -443,7 +637,10 @@ def main() -> None:
     if arguments.suite != "settings":
         few = cases[: max(8, arguments.cases // 2)]
         bars = round_trip(studio, cases) | opposites(studio, few) | negatives(studio, few[:16])
-        bars |= other_sizes(studio, len(few))
+        if size == data.SMALL:
+            bars |= other_sizes(studio, len(few))
+        else:
+            bars |= shared_lists(studio, few[:8])
         bars |= through_diffusers(studio, cases[0])
         for name, value in bars.items():
             print(f"{name:<60}{value:>9}")

@@ -12,7 +12,7 @@ never seen a small green square has no latents for it.
 """
 
 import math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor
@@ -30,7 +30,7 @@ COLOURS = {
 }
 SHAPES = ("circle", "square", "triangle")
 VERBS = ("left", "right", "up", "down", "still", "grow", "shrink", "fade")
-#: (x, y) steps of a frame, in units of SPEED; y points down
+#: (x, y) steps of a frame, in units of the speed; y points down
 DIRECTIONS = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}
 #: pixels a frame
 SPEED = 1.5
@@ -41,6 +41,33 @@ REACH = torch.tensor([[1.0] * 4, [0.89] * 4, [1.247, 1.247, 1.44, 0.72]])
 
 
 @dataclass(frozen=True)
+class Format:
+    """A size of clips: drawn as 64x64x17, then magnified in space and time."""
+
+    space: int = 1
+    time: int = 1
+
+    @property
+    def size(self) -> int:
+        """Width and height in pixels."""
+        return self.space * SIZE
+
+    @property
+    def frames(self) -> int:
+        """Frames of a clip."""
+        return self.time * (FRAMES - 1) + 1
+
+    @property
+    def grid(self) -> tuple[int, int, int]:
+        """Tokens in time, height and width."""
+        return (self.frames - 1) // 4 + 1, self.size // 16, self.size // 16
+
+
+#: of the built-in model (80 tokens) and of the second yardstick (192x192, 33 frames: 1,296 tokens)
+SMALL, LARGE = Format(), Format(space=3, time=2)
+
+
+@dataclass(frozen=True)
 class Scenes:
     """A batch of B clips as numbers.
 
@@ -48,6 +75,7 @@ class Scenes:
     centre: [B, 2] x and y in pixels at the start. size: [B] pixels, the radius of the circle.
     rgb: [B, 3] of the shape, 0..1. base, across, down: [B, 3] colour at the centre of the picture
         and its change over the picture's width and height.
+    speed: [B] pixels a frame, of shapes that move.
     """
 
     colour: Tensor
@@ -59,6 +87,7 @@ class Scenes:
     base: Tensor
     across: Tensor
     down: Tensor
+    speed: Tensor
 
     def __len__(self) -> int:
         return len(self.colour)
@@ -74,6 +103,13 @@ class Scenes:
     def with_verb(self, verb: Tensor) -> "Scenes":
         """The same pictures, told to do something else."""
         return Scenes(**{**vars(self), "verb": verb})
+
+    def magnified(self, space: float, time: float = 1.0) -> "Scenes":
+        """The same clips in `space` times as many pixels a side, `time` times as long."""
+        return replace(
+            self, centre=self.centre * space, size=self.size * space,
+            speed=self.speed * (space / time),
+        )  # fmt: skip
 
 
 def is_held_out(colour: Tensor, shape: Tensor, verb: Tensor) -> Tensor:
@@ -127,7 +163,8 @@ def draw_scenes(
     shaded = (uniform(count, 1) < 0.7).float()
     across, down = (0.6 * (uniform(count, 3) - 0.5) * shaded for _ in range(2))
     base = bases[torch.arange(count), far]
-    return Scenes(colour, shape, verb, centre, size, rgb, base, across, down)
+    speed = torch.full((count,), SPEED)
+    return Scenes(colour, shape, verb, centre, size, rgb, base, across, down, speed)
 
 
 def track(scenes: Scenes, times: Tensor, frames: int, extent: Tensor) -> tuple[Tensor, ...]:
@@ -144,7 +181,7 @@ def track(scenes: Scenes, times: Tensor, frames: int, extent: Tensor) -> tuple[T
         return torch.tensor(values, device=device)[scenes.verb]
 
     steps = by_verb([DIRECTIONS.get(name, (0, 0)) for name in VERBS])
-    centre = scenes.centre[:, None] + SPEED * times[..., None] * steps[:, None]
+    centre = scenes.centre[:, None] + (scenes.speed[:, None] * times)[..., None] * steps[:, None]
     reach = REACH.to(device)[scenes.shape] * scenes.size[:, None]
     low = torch.minimum(reach[:, None, [0, 2]], scenes.centre[:, None])
     high = torch.maximum(extent - reach[:, None, [1, 3]], scenes.centre[:, None])

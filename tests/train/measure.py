@@ -25,25 +25,39 @@ AREAS = torch.tensor([3.1416, 3.1684, 2.6937])
 
 @dataclass(frozen=True)
 class Case:
-    """One clip asked for. scene: of one clip. prompt: what the model is told."""
+    """One clip asked for. scene: of one clip. prompt: what the model is told. size: of the clip."""
 
     scene: data.Scenes
     prompt: str
+    size: data.Format = data.SMALL
 
     @property
     def verb(self) -> str:
         """What the shape shall do."""
         return data.VERBS[int(self.scene.verb[0])]
 
-    def truth(self, frames: int = data.FRAMES, width: int = 64, height: int = 64) -> Tensor:
-        """[F, H, W, 3] in 0..1: the clip as it should be."""
-        video = data.render(self.scene, frames=frames, width=width, height=height)
+    def truth(
+        self, frames: int | None = None, width: int | None = None, height: int | None = None
+    ) -> Tensor:
+        """[F, H, W, 3] in 0..1: the clip as it should be; of the case's size unless said."""
+        video = data.render(
+            self.scene, frames=frames or self.size.frames, width=width or self.size.size,
+            height=height or self.size.size,
+        )  # fmt: skip
         return (video[0] / 2 + 0.5).permute(1, 2, 3, 0).contiguous()
 
     def told(self, verb: str) -> "Case":
         """The same picture with another verb, in the plainest words."""
         scene = self.scene.with_verb(torch.tensor([data.VERBS.index(verb)]))
-        return Case(scene, data.plain_prompt(*(int(n) for n in _what(scene))))
+        return Case(scene, data.plain_prompt(*(int(n) for n in _what(scene))), self.size)
+
+    def measured(self, clip: Tensor) -> "Finding":
+        """What the shape did in [F, H, W, 3] in 0..1; pixels are those of clips of 64x64."""
+        space = self.size.space
+        if space == 1:
+            return measure(clip, self.scene)
+        clip = F.avg_pool2d(clip.permute(0, 3, 1, 2), space).permute(0, 2, 3, 1)
+        return measure(clip, self.scene.magnified(1 / space))
 
 
 @dataclass(frozen=True)
@@ -67,9 +81,14 @@ def _what(scene: data.Scenes) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def held_out_cases(
-    count: int, seed: int = 11, width: int = data.SIZE, height: int = data.SIZE
-) -> list[Case]:
-    """Balanced over the verbs; the shape has room to move either way and to grow."""
+    count: int, seed: int = 11, width: int = data.SIZE, height: int = data.SIZE,
+    size: data.Format = data.SMALL,
+) -> list[Case]:  # fmt: skip
+    """Balanced over the verbs; the shape has room to move either way and to grow.
+
+    Args:
+        size: that the cases, drawn as they are for the built-in model, are magnified to.
+    """
     generator = torch.Generator().manual_seed(seed)
     per_verb = -(-count // len(data.VERBS))
     found: dict[int, list[Case]] = {verb: [] for verb in range(len(data.VERBS))}
@@ -80,7 +99,7 @@ def held_out_cases(
             scene = scenes.take(slice(index, index + 1))
             cases = found[int(scene.verb[0])]
             if len(cases) < per_verb and _has_room(scene, width, height):
-                cases.append(Case(scene, prompt))
+                cases.append(Case(scene.magnified(size.space, size.time), prompt, size))
     by_turns = [case for row in zip(*found.values(), strict=True) for case in row]
     return by_turns[:count]
 

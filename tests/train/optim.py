@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 
-def orthogonalise(matrices: Tensor, steps: int = 5) -> Tensor:
+def orthogonalise(matrices: Tensor, steps: int = 5, dtype: torch.dtype = torch.bfloat16) -> Tensor:
     """The nearest semi-orthogonal matrices of [N, a, b], about: all singular values near 1.
 
     Source: the quintic Newton-Schulz iteration of Muon (K. Jordan, 2024, kellerjordan/Muon).
@@ -18,7 +18,7 @@ def orthogonalise(matrices: Tensor, steps: int = 5) -> Tensor:
     a, b, c = 3.4445, -4.7750, 2.0315
     tall = matrices.shape[1] > matrices.shape[2]
     x = matrices.mT if tall else matrices
-    x = (x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)).bfloat16()
+    x = (x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)).to(dtype)
     for _ in range(steps):
         gram = x @ x.mT
         x = a * x + (b * gram + c * gram @ gram) @ x
@@ -33,11 +33,14 @@ class MuonAdam(torch.optim.Optimizer):
     Args:
         inner: parameters for Muon, taken as [out, rest] matrices. others: parameters for Adam.
         lr: of Muon. adam_lr: of Adam. Both are multiplied by the schedule's `scale`.
+        dtype: of Muon's products.
     """
 
     def __init__(
-        self, inner: list[nn.Parameter], others: list[nn.Parameter], lr: float, adam_lr: float
-    ) -> None:
+        self, inner: list[nn.Parameter], others: list[nn.Parameter], lr: float, adam_lr: float,
+        dtype: torch.dtype = torch.bfloat16,
+    ) -> None:  # fmt: skip
+        self.dtype = dtype
         groups = [
             {"params": inner, "lr": lr, "muon": True, "scale": 1.0},
             {"params": others, "lr": adam_lr, "muon": False, "scale": 1.0},
@@ -55,11 +58,11 @@ class MuonAdam(torch.optim.Optimizer):
             grads, states = [p.grad for p in parameters], [self.state[p] for p in parameters]
             if group["muon"]:  # a matrix decays slowly to what the data need
                 torch._foreach_mul_(parameters, 1 - 0.01 * rate)
-            updates = (_muon if group["muon"] else _adam)(grads, states)
+            updates = _muon(grads, states, self.dtype) if group["muon"] else _adam(grads, states)
             torch._foreach_sub_(parameters, updates, alpha=rate)
 
 
-def _muon(grads: list[Tensor], states: list[dict]) -> list[Tensor]:
+def _muon(grads: list[Tensor], states: list[dict], dtype: torch.dtype) -> list[Tensor]:
     for grad, state in zip(grads, states, strict=True):
         if "momentum" not in state:
             state["momentum"] = torch.zeros_like(grad)
@@ -70,7 +73,7 @@ def _muon(grads: list[Tensor], states: list[dict]) -> list[Tensor]:
     for place, matrix in enumerate(matrices):
         places[matrix.shape].append(place)
     for shape, same in places.items():  # all of one shape at once: fewer, larger products
-        stack = orthogonalise(torch.stack([matrices[place] for place in same]))
+        stack = orthogonalise(torch.stack([matrices[place] for place in same]), dtype=dtype)
         for place, matrix in zip(same, stack * (0.2 * max(shape) ** 0.5), strict=True):
             matrices[place] = matrix.view(grads[place].shape)
     return matrices
@@ -91,8 +94,9 @@ def _adam(grads: list[Tensor], states: list[dict]) -> list[Tensor]:
 
 
 def make_optimizer(
-    module: nn.Module, lr: float, adam_lr: float, outer: Iterable[str] = ()
-) -> MuonAdam:
+    module: nn.Module, lr: float, adam_lr: float, outer: Iterable[str] = (),
+    dtype: torch.dtype = torch.bfloat16,
+) -> MuonAdam:  # fmt: skip
     """Muon for the matrices of a module.
 
     Args:
@@ -103,7 +107,7 @@ def make_optimizer(
         if parameter.requires_grad:
             is_matrix = parameter.ndim > 1 and not any(part in name for part in outer)
             (inner if is_matrix else others).append(parameter)
-    return MuonAdam(inner, others, lr, adam_lr)
+    return MuonAdam(inner, others, lr, adam_lr, dtype)
 
 
 def scale_at(step: int, steps: int, warmup: int = 100, decay: float = 0.35) -> float:

@@ -53,6 +53,28 @@ def test_what_true_clips_show_is_measured(case):
         assert finding.shape == data.SHAPES[int(case.scene.shape[0])]
 
 
+def test_a_large_clip_is_a_small_one_in_more_pixels_and_frames():
+    small = data.draw_scenes(8, torch.Generator().manual_seed(6))
+    large = small.magnified(data.LARGE.space, data.LARGE.time)
+    size, frames = data.LARGE.size, data.LARGE.frames
+    clip = data.render(large, frames=frames, width=size, height=size)[:, :, :: data.LARGE.time]
+    shrunk = torch.nn.functional.avg_pool3d(clip, (1, data.LARGE.space, data.LARGE.space))
+    wanted = data.render(small)
+    assert shrunk.shape == wanted.shape
+    assert (shrunk - wanted).abs().mean() < 0.01  # softer edges
+    assert (wanted[:, :, 0] - wanted[:, :, -1]).abs().mean() > 0.05
+
+
+@pytest.mark.parametrize(
+    "case", measure.held_out_cases(8, size=data.LARGE), ids=lambda case: case.prompt
+)
+def test_what_large_clips_show_is_measured_as_in_small_ones(case):
+    finding = case.measured(case.truth())
+    assert finding.verb == case.verb
+    if case.verb in data.DIRECTIONS:
+        assert 8 < max(map(abs, finding.shift)) < 25  # pixels of the small one
+
+
 def test_a_picture_told_another_verb_is_measured_as_that():
     assert told(CASES[0], "right").verb == "right"
     assert told(CASES[0], "shrink").verb == "shrink"
@@ -128,6 +150,33 @@ def test_now_and_then_frames_stand_at_the_places_of_a_longer_clip():
     plain = sum(torch.equal(places, torch.arange(5)) for places in drawn)
     assert 0.82 < plain / len(drawn) < 0.94
     assert all(p[0] == 0 and p[-1] < transformer.LONG and (p.diff() > 0).all() for p in drawn)
+
+
+def test_frames_of_a_long_clip_are_drawn_in_order_and_with_the_first():
+    generator = torch.Generator().manual_seed(0)
+    drawn = torch.stack([transformer.draw_frames(4, generator) for _ in range(50)])
+    assert (drawn[:, 0] == 0).all()
+    assert (drawn.diff(dim=1) > 0).all()
+    assert set(drawn.flatten().tolist()) == set(range(transformer.LONG))
+    assert torch.equal(transformer.draw_frames(9, generator), torch.arange(9))
+
+
+def test_processes_that_share_a_batch_find_the_loss_of_all_of_it():
+    torch.manual_seed(0)
+    model = transformer.build()
+    torch.nn.init.normal_(model.final_layer.linear.weight, std=0.1)  # shut before training
+    states = torch.randn(2, 3, 64), torch.randn(2, 64)
+    batch = (torch.randn(2, 16, 4, 8, 8), torch.randn(2, 16, 1, 8, 8), *states)
+    rope = rope_table((4, 4, 4), transformer.CONFIG)
+    shares = [slice(None), slice(0, None, 2), slice(1, None, 2)]
+    losses = [
+        transformer.flow_loss(
+            model, batch, rope, torch.Generator().manual_seed(1), torch.float32, share
+        ).item()
+        for share in shares
+    ]
+    assert abs(losses[1] - losses[2]) > 1e-3
+    assert abs(losses[0] - (losses[1] + losses[2]) / 2) < 1e-5
 
 
 @pytest.mark.filterwarnings("ignore:Mismatch dtype")
