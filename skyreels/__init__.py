@@ -23,16 +23,18 @@ LoRAs are part of a run's settings, and the transformer is brought to exactly th
     settings = SamplingSettings(seed=5, loras=(AppliedLora(style, 0.8, "double, single:0-9"),))
     print(describe_lora(settings.loras[0], transformer))
 
-`image_to_video` (pipeline.py) is the whole job in one function and the place to start reading. With
+`image_to_video` (pipeline/) is the whole job in one function and the place to start reading. With
 a text-to-video transformer its image is None; `find_text_sources` takes text encoders in files.
 Nothing here knows about ComfyUI: whatever hosts the engine passes in a Runtime.
 """
 
-from . import installed
+from . import errors
 
-installed.check_installed()
+errors.check_installed()
 
 # ruff: noqa: E402 - first what says what is missing
+from .conditioning.embeds import PromptEmbeds
+from .conditioning.latents import ImageConditioning
 from .config import (
     ContextWindows,
     FreSca,
@@ -52,10 +54,6 @@ from .errors import (
     TextError,
 )
 from .image import ImageSettings, encode_image
-from .latents import ImageConditioning
-from .lora.apply import AppliedLora
-from .lora.read import Lora, load_lora
-from .lora.report import describe_lora
 from .pipeline import image_to_video
 from .runtime import Runtime, TorchRuntime
 from .sampling.batch import Clip, sample_batch
@@ -64,7 +62,6 @@ from .sampling.sample import initial_noise, sample
 from .sampling.schedules import named_sigmas
 from .sampling.settings import SamplingSettings, euler, get_sigmas
 from .sampling.step_cache import CACHES, CacheConfig
-from .text.embeds import PromptEmbeds
 from .text.encode import encode_prompt
 from .text.load import TextEncoder, load_text_encoder
 from .text.sources import find_text_sources
@@ -73,6 +70,9 @@ from .vae.model import VideoVAE
 from .vae.tiling import decode_frames, iter_decode
 from .weights.inspect import CheckpointInfo, inspect
 from .weights.load import load_transformer, load_vae
+from .weights.lora.apply import AppliedLora
+from .weights.lora.read import Lora, load_lora
+from .weights.lora.report import describe_lora
 
 __all__ = [
     "CACHES",

@@ -19,20 +19,20 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from .config import ATTENTIONS, DECODE_MODES, PRESETS, TRANSFORMER_PRECISIONS
 from .errors import MAX_MESSAGE, OptionError, SkyReelsError, shown
 from .files import check_regular
-from .interrupt import remembered_interrupt
+from .runtime.interrupt import remembered_interrupt
 from .sampling.calibrate import CACHE_CHOICES, CALIBRATED, choose_cache
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from .calibration import Case
-    from .extend import ExtendSettings
+    from .conditioning.embeds import PromptEmbeds
     from .image import ImageSettings
-    from .lora.apply import AppliedLora
+    from .pipeline.calibration import Case
+    from .pipeline.extend import ExtendSettings
     from .runtime import Runtime
     from .sampling.step_cache import CacheConfig
-    from .text.embeds import PromptEmbeds
     from .weights.inspect import CheckpointInfo
+    from .weights.lora.apply import AppliedLora
 
 #: prompts of a calibration, and clips to check it with
 MAX_CLIPS = 256
@@ -414,10 +414,11 @@ def run_generate(arguments: argparse.Namespace) -> dict[str, Any]:
         default if value is None else value for value, default in zip(given, defaults, strict=True)
     )
 
-    from .builtin import BUILTIN_NOTICE, example_image
-    from .extend import check_clip
-    from .latents import check_size
+    from .builtin import BUILTIN_NOTICE
+    from .conditioning.latents import check_size
+    from .image import example_image
     from .media import read_clip, read_image
+    from .pipeline.extend import check_clip
 
     image: Tensor | None
     if arguments.extend is not None:
@@ -503,18 +504,18 @@ def _generate(
     """
     from .builtin import builtin_transformer, builtin_vae
     from .config import ContextWindows, Guidance
-    from .extend import Continuation, extend_latents
     from .image import ImageSettings
-    from .lora.apply import check_loras
-    from .lora.report import describe_lora
     from .media import open_frames, read_image
-    from .outcomes import user_folder
     from .pipeline import image_to_latents
+    from .pipeline.extend import Continuation, extend_latents
     from .runtime import TorchRuntime
+    from .runtime.outcomes import user_folder
     from .sampling.settings import SamplingSettings, get_sigmas
     from .vae.frames import FrameSink
     from .vae.tiling import decode_into
     from .weights.load import check_transformer, check_vae, load_transformer, load_vae
+    from .weights.lora.apply import check_loras
+    from .weights.lora.report import describe_lora
 
     is_builtin = arguments.transformer is None
     settings = SamplingSettings(
@@ -594,9 +595,9 @@ def _chosen_cache(arguments: argparse.Namespace) -> "CacheConfig":
 def _read_loras(arguments: argparse.Namespace) -> "tuple[AppliedLora, ...]":
     """The LoRAs of --lora, for the transformer that will be loaded."""
     from .builtin import BUILTIN_FOLDER
-    from .lora.apply import AppliedLora
-    from .lora.read import load_lora
     from .weights.load import check_transformer
+    from .weights.lora.apply import AppliedLora
+    from .weights.lora.read import load_lora
 
     if not arguments.lora:
         return ()
@@ -615,8 +616,8 @@ def _check_picture(
     Raises:
         OptionError: names them.
     """
+    from .conditioning.latents import check_picture
     from .image import ImageSettings
-    from .latents import check_picture
 
     check_picture(config, has_picture)
     if not has_picture and (settings != ImageSettings() or arguments.end_image is not None):
@@ -668,7 +669,7 @@ def _check_extend(arguments: argparse.Namespace) -> None:
 
 
 def _extend_settings(arguments: argparse.Namespace, num_frames: int) -> "ExtendSettings":
-    from .extend import ExtendSettings
+    from .pipeline.extend import ExtendSettings
 
     overlap = 1 if arguments.overlap is None else arguments.overlap
     return ExtendSettings(num_frames, overlap, not arguments.no_color_match)
@@ -779,9 +780,9 @@ def progress_bar() -> Iterator[Any]:
 def run_calibrate(arguments: argparse.Namespace) -> dict[str, Any]:
     """`calibrate`: exact clips of each model, replayed, and the result stored."""
     from .builtin import BUILTIN_FOLDER, BUILTIN_NOTICE
-    from .latents import check_size
-    from .outcomes import user_folder
+    from .conditioning.latents import check_size
     from .runtime import TorchRuntime
+    from .runtime.outcomes import user_folder
     from .sampling.calibrate import parse_passes
     from .sampling.settings import check_schedule
 
@@ -851,7 +852,7 @@ def _check_model(arguments: argparse.Namespace, model: Path) -> None:
         OptionError: a VAE, a text encoder or a writable place is missing.
         SkyReelsError: see the functions called.
     """
-    from .latents import check_picture
+    from .conditioning.latents import check_picture
     from .media import check_place
     from .sampling.calibrate import place_of_user
     from .text.sources import find_text_sources
@@ -904,8 +905,8 @@ def _calibrate(
 ) -> dict[str, Any]:
     """Calibrate one model and store the result; says what it is."""
     from .builtin import builtin_transformer, builtin_vae
-    from .calibration import Size, Target, calibrate, unfinished_place
     from .config import Guidance
+    from .pipeline.calibration import Size, Target, calibrate, unfinished_place
     from .sampling.calibrate import save_calibration
     from .sampling.settings import SamplingSettings, get_sigmas
     from .weights.load import check_transformer, load_transformer, load_vae
@@ -978,8 +979,8 @@ def _cases(
 ) -> "tuple[list[Case], list[Case]]":
     """The clips to calibrate with, then those to check with: further prompts, further seeds."""
     from .builtin import builtin_text_encoder
-    from .calibration import DEFAULT_CLIPS, Case, drawn_image, drawn_prompts
     from .media import read_image
+    from .pipeline.calibration import DEFAULT_CLIPS, Case, drawn_image, drawn_prompts
     from .text.encode import DEFAULT_NEGATIVE_PROMPT, encode_prompt
     from .text.load import load_text_encoder
     from .text.sources import find_text_sources
@@ -1051,12 +1052,12 @@ def run_doctor(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def _plan(arguments: argparse.Namespace) -> dict[str, Any]:
+    from .conditioning.latents import check_size
     from .config import MAX_STEPS
     from .doctor import plan_here
-    from .latents import check_size
-    from .outcomes import user_folder
     from .plan import Job, vae_dtype
     from .runtime import TorchRuntime
+    from .runtime.outcomes import user_folder
 
     check_size(arguments.width, arguments.height, arguments.frames)
     if not 1 <= arguments.steps <= MAX_STEPS:

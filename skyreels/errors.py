@@ -14,8 +14,18 @@ interrupt exception is none of these and passes through unchanged.
 A message is made safe as a whole: no more than a screenful, and no codes that a terminal obeys.
 What may be a megabyte long (a name or a text inside a file) goes through `shown` first, so that the
 rest of the sentence remains; and so does what comes from a file into a log.
+
+Imported before anything that needs another package, to say in a sentence which one is missing.
 """
 
+import importlib.util
+import json
+import sys
+
+#: what is imported everywhere
+REQUIRED = ("torch", "numpy", "einops", "safetensors")
+#: how libraries say that they could not allocate; "can't allocate" is torch's own on a CPU
+MEMORY_WORDS = ("out of memory", "outofmemory", "alloc_failed", "can't allocate memory")
 #: characters of a message, of which a text from a file is a part
 MAX_MESSAGE = 1500
 #: characters of a text from a file
@@ -80,3 +90,25 @@ class DependencyError(SkyReelsError):
 
 class OutOfRoomError(SkyReelsError):
     """The device has too little memory for the request."""
+
+
+def check_installed() -> None:
+    """Refuse to go on without what is imported everywhere; `python -m skyreels` says so and ends.
+
+    Raises:
+        ImportError: names what is missing and the command that installs it.
+    """
+    missing = [name for name in REQUIRED if importlib.util.find_spec(name) is None]
+    if not missing:
+        return
+    are = "is" if len(missing) == 1 else "are"
+    message = (
+        f"{' and '.join(missing)} {are} not installed: {sys.executable} -m pip install "
+        f"{' '.join(missing)}"
+    )
+    if sys.argv[:1] == ["-m"] and "skyreels" in sys.orig_argv:  # as Python imports the package
+        print(f"error: {message}", file=sys.stderr)  # noqa: T201
+        if "--json" in sys.argv:
+            print(json.dumps({"error": message}))  # noqa: T201
+        sys.exit(1)
+    raise ImportError(message)

@@ -7,10 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .config import TEMPORAL_COMPRESSION
-from .errors import DependencyError, OptionError, ShapeError
-from .ladder import retried
-from .latents import (
+from .conditioning.latents import (
     ImageConditioning,
     check_size,
     latent_shape,
@@ -18,8 +15,11 @@ from .latents import (
     seeded_generator,
     to_model_space,
 )
-from .offload import on_device
+from .config import TEMPORAL_COMPRESSION
+from .errors import DependencyError, OptionError, ShapeError
 from .runtime import Runtime
+from .runtime.ladder import retried
+from .runtime.offload import on_device
 from .vae.budget import encode_bytes, streamed_bytes
 from .vae.encode import encode_streamed
 from .vae.model import VideoVAE
@@ -250,3 +250,32 @@ def encode_image(
             f"{str(weight.dtype).removeprefix('torch.')}: {_vae_advice(weight.dtype)}"
         )
     return ImageConditioning(start, width, height, num_frames, *ends)
+
+
+def example_image(
+    width: int = 64,
+    height: int = 64,
+    *,
+    colour: tuple[float, float, float] = (0.9, 0.1, 0.1),
+    centre: tuple[float, float] = (0.58, 0.5),
+) -> Tensor:
+    """Draw an image the built-in model can start from: a red circle on a shaded blue ground.
+
+    Args:
+        width: in pixels.
+        height: in pixels.
+        colour: of the circle, 0..1.
+        centre: of the circle, as shares of width and height.
+
+    Returns:
+        [1, height, width, 3] float32 in 0..1.
+    """
+    x = (torch.arange(width) + 0.5)[None, :, None]
+    y = (torch.arange(height) + 0.5)[:, None, None]
+    shade = torch.tensor([0.1, 0.15, 0.0]) * (x / width - 0.5)
+    shade = shade + torch.tensor([0.0, 0.2, 0.25]) * (0.5 - y / height)
+    ground = torch.tensor([0.15, 0.3, 0.55]) + shade
+    radius = 11 / 64 * min(width, height)
+    distance = ((x - centre[0] * width).square() + (y - centre[1] * height).square()).sqrt()
+    cover = (radius - distance + 0.5).clamp(0, 1)  # one pixel of soft edge
+    return torch.lerp(ground, torch.tensor(colour), cover)[None]

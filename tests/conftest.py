@@ -17,19 +17,23 @@ from support.memory import keep_memory
 
 ROOT = Path(__file__).resolve().parent.parent
 STATE_NUMBERS = itertools.count()
-#: files of more than ten seconds
+#: files of more than eight seconds
 LONGEST = (
-    "engine/test_builtin.py", "engine/transformer/test_attention.py",
-    "engine/kernels/test_kernels.py", "engine/transformer/test_quant.py",
-    "client/test_hostile.py", "client/test_lost_runs.py", "adapters/remote/test_nodes.py",
-    "adapters/remote/test_batch.py", "engine/test_gpu_check.py", "engine/weights/test_load.py",
-    "test_package.py", "adapters/local/test_nodes.py", "adapters/test_contract.py",
-    "adapters/remote/test_outputs.py", "client/test_faults.py", "client/test_wiro_cli.py",
-    "client/test_websocket.py", "engine/test_cli.py", "train/test_train.py",
-    "engine/vae/test_vae.py", "adapters/remote/test_models.py", "adapters/remote/test_page.py",
-    "engine/vae/test_tiling.py", "client/test_schedules.py", "client/test_transport.py",
-    "test_layout.py", "client/test_downloads.py", "client/test_acceptance.py",
-    "engine/sampling/test_step_cache.py", "engine/sampling/test_sample.py",
+    "engine/test_builtin.py", "adapters/local/test_nodes.py",
+    "engine/transformer/test_attention.py", "engine/weights/test_load.py", "client/test_hostile.py",
+    "client/test_lost_runs.py", "engine/kernels/test_kernels.py", "engine/test_cli.py",
+    "adapters/remote/test_nodes.py", "test_package.py", "engine/test_plan.py",
+    "client/test_wiro_cli.py", "engine/transformer/test_quant.py", "adapters/remote/test_batch.py",
+    "engine/sampling/test_sample.py", "engine/vae/test_tiling.py", "engine/test_gpu_check.py",
+    "train/test_train.py", "engine/sampling/test_step_cache.py", "client/test_schedules.py",
+    "engine/vae/test_vae.py", "adapters/test_contract.py", "client/test_transport.py",
+    "engine/sampling/test_planned.py", "engine/vae/test_synced.py", "engine/test_ladder.py",
+    "engine/vae/test_budget.py", "engine/lora/test_apply.py", "client/test_faults.py",
+    "adapters/remote/test_outputs.py", "engine/transformer/test_placement.py",
+    "engine/kernels/test_dispatch.py", "engine/vae/test_exact.py", "test_workflows.py",
+    "engine/test_odd_files.py", "client/test_downloads.py", "client/test_refusals.py",
+    "adapters/remote/test_page.py", "test_layout.py", "adapters/remote/test_models.py",
+    "engine/sampling/test_prompts.py", "engine/text/test_sources.py", "engine/test_extend.py",
 )  # fmt: skip
 if "PYTEST_XDIST_WORKER" in os.environ:
     # threads of several processes that wait for one another on the same cores are slower than one

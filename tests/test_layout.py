@@ -26,15 +26,12 @@ HEAVY = {"diffusers", "transformers", "triton", "av", "PIL", "websocket", "token
 #: a room of skyreels/ (a file, or a folder) may import those of a later row, and of its own folder
 LAYERS = [
     {"cli"},
-    {"calibration", "extend"},
-    {"builtin", "doctor", "pipeline"},
-    {"sampling"},
-    {"image", "lora", "media", "plan", "text"},
-    {"weights"},
-    {"transformer", "vae"},
-    {"kernels", "latents", "runtime"},
-    {"config", "files", "interrupt", "ladder", "offload", "outcomes", "streaming"},
-    {"errors", "installed"},
+    {"builtin", "pipeline"},
+    {"doctor", "sampling", "text"},
+    {"image", "plan", "weights"},
+    {"conditioning", "media", "transformer", "vae"},
+    {"config", "files", "kernels", "runtime"},
+    {"errors"},
 ]
 
 

@@ -21,14 +21,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ...skyreels.conditioning.embeds import PromptEmbeds, check_prompt_embeds, trim
+from ...skyreels.conditioning.latents import ImageConditioning, check_picture, to_vae_space
 from ...skyreels.errors import CheckpointError, ShapeError, TextError
 from ...skyreels.kernels.dispatch import log_once
-from ...skyreels.latents import ImageConditioning, check_picture, to_vae_space
-from ...skyreels.lora.apply import AppliedLora
-from ...skyreels.lora.names import parameter_shapes
 from ...skyreels.sampling.evaluator import Evaluator
-from ...skyreels.text.embeds import PromptEmbeds, check_prompt_embeds, trim
 from ...skyreels.transformer.model import RunBlock, SkyReelsTransformer
+from ...skyreels.weights.lora.apply import AppliedLora
+from ...skyreels.weights.lora.names import parameter_shapes
 from .core_patches import core_names, loras_of
 from .runtime import ComfyRuntime, LoadedModel, without_inference_mode
 

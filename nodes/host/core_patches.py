@@ -14,10 +14,10 @@ from torch import Tensor
 
 from ...skyreels.config import TransformerConfig
 from ...skyreels.errors import CheckpointError
-from ...skyreels.lora.apply import AppliedLora
-from ...skyreels.lora.names import parameter_shapes
-from ...skyreels.lora.read import Change, Lora
 from ...skyreels.weights.keymaps import transformer_sources
+from ...skyreels.weights.lora.apply import AppliedLora
+from ...skyreels.weights.lora.names import parameter_shapes
+from ...skyreels.weights.lora.read import Change, Lora
 
 #: in front of the names of weights in core's models
 PREFIX = "diffusion_model."

@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...skyreels.conditioning.latents import latents_to_rgb
 from ...skyreels.config import FRAMES_PER_SECOND, TEMPORAL_COMPRESSION
-from ...skyreels.latents import latents_to_rgb
 from .server import page_address, prompt_client, send_event
 
 logger = logging.getLogger("skyreels.nodes.host.preview")

@@ -10,15 +10,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...skyreels.ladder import is_out_of_memory
-from ...skyreels.offload import (
+from ...skyreels.runtime import check_pinnable, pinnable_limit
+from ...skyreels.runtime.ladder import is_out_of_memory
+from ...skyreels.runtime.offload import (
     RESERVE_BYTES,
     missing_bytes,
     page_lock,
     page_unlock,
     weight_bytes,
 )
-from ...skyreels.runtime import check_pinnable, pinnable_limit
 from .files import state_folder
 from .preview import moving_preview
 from .server import show_on_node

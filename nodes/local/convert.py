@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ...skyreels.conditioning.embeds import PromptEmbeds, check_prompt_embeds, trim
+from ...skyreels.conditioning.latents import ImageConditioning, is_whole, to_model_space
 from ...skyreels.config import (
     SPATIAL_COMPRESSION,
     TEMPORAL_COMPRESSION,
@@ -16,9 +18,7 @@ from ...skyreels.config import (
     TransformerConfig,
 )
 from ...skyreels.errors import ShapeError, TextError
-from ...skyreels.latents import ImageConditioning, is_whole, to_model_space
 from ...skyreels.sampling.prompts import Prompt, ScheduledPrompt, percent_to_sigma, scheduled
-from ...skyreels.text.embeds import PromptEmbeds, check_prompt_embeds, trim
 
 logger = logging.getLogger("skyreels.nodes.local.convert")
 

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from ...skyreels.latents import ImageConditioning
+from ...skyreels.conditioning.latents import ImageConditioning
 from .. import host
 
 

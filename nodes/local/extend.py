@@ -6,7 +6,7 @@ from torch import Tensor
 
 from ...skyreels.config import MAX_FRAMES, Guidance
 from ...skyreels.errors import ShapeError
-from ...skyreels.extend import ExtendSettings, check_clip, extend_video
+from ...skyreels.pipeline.extend import ExtendSettings, check_clip, extend_video
 from ...skyreels.sampling.calibrate import choose_cache
 from ...skyreels.sampling.settings import SamplingSettings, get_sigmas
 from ...skyreels.transformer.layers import intrinsic_frequency

@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...skyreels.conditioning.latents import ImageConditioning, check_size
 from ...skyreels.config import MAX_FRAMES, MAX_SIZE, SIZE_MULTIPLE
 from ...skyreels.errors import OptionError, ShapeError
 from ...skyreels.image import FITS, ImageSettings, encode_image
-from ...skyreels.latents import ImageConditioning, check_size
 from .. import host
 
 #: what is made of a batch of pictures; the first is the default

@@ -4,9 +4,9 @@ import logging
 from dataclasses import replace
 from typing import Any
 
-from ...skyreels.lora.apply import AppliedLora, check_loras
-from ...skyreels.lora.read import load_lora
-from ...skyreels.lora.report import describe_lora
+from ...skyreels.weights.lora.apply import AppliedLora, check_loras
+from ...skyreels.weights.lora.read import load_lora
+from ...skyreels.weights.lora.report import describe_lora
 from .. import host
 from .loaders import naming_the_loader
 

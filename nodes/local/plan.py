@@ -5,6 +5,7 @@ from typing import Any
 import torch
 
 from ...skyreels.builtin import BUILTIN_FOLDER, BUILTIN_NAME
+from ...skyreels.conditioning.latents import check_size
 from ...skyreels.config import (
     ATTENTIONS,
     DECODE_MODES,
@@ -15,7 +16,6 @@ from ...skyreels.config import (
     TransformerConfig,
     VAEConfig,
 )
-from ...skyreels.latents import check_size
 from ...skyreels.plan import STORED, Choice, Job, preflight, vae_dtype
 from ...skyreels.weights.inspect import CheckpointInfo, inspect
 from ...skyreels.weights.load import check_transformer

@@ -6,8 +6,8 @@ from typing import Any
 
 from torch import Tensor
 
+from ...skyreels.conditioning.latents import ImageConditioning
 from ...skyreels.config import ATTENTIONS, MAX_STEPS, ContextWindows, Guidance
-from ...skyreels.latents import ImageConditioning
 from ...skyreels.sampling.batch import Clip, sample_batch
 from ...skyreels.sampling.calibrate import CACHE_CHOICES, choose_cache
 from ...skyreels.sampling.schedules import SCHEDULES, named_sigmas
@@ -279,7 +279,7 @@ class SkyReelsSampler:
                         "advanced": True,
                         "tooltip": "Skips predictable denoising steps (off = exact). Model "
                         "evaluations out of 60 and PSNR to the exact clip, built-in model: easy "
-                        "35, 70 dB; fast 27, 62 dB; first-block 33, 57 dB (needs 0.7 GB at "
+                        "35, 70 dB; fast 28, 64 dB; first-block 35, 66 dB (needs 0.7 GB at "
                         "960x544x97). calibrated takes the threshold that `python -m skyreels "
                         "calibrate` has stored for the weights. Euler only.",
                     },

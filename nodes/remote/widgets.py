@@ -6,8 +6,8 @@ from typing import Any
 
 from torch import Tensor
 
+from ...skyreels.conditioning.embeds import with_fps_prefix
 from ...skyreels.image import FITS
-from ...skyreels.text.embeds import with_fps_prefix
 
 logger = logging.getLogger("skyreels.nodes.remote.widgets")
 

@@ -7,9 +7,6 @@ well it does it; show `BUILTIN_NOTICE` wherever it is used.
 
 from pathlib import Path
 
-import torch
-from torch import Tensor
-
 from ..runtime import Runtime
 from ..text.load import TextEncoder, load_text_encoder
 from ..transformer.model import SkyReelsTransformer
@@ -24,8 +21,6 @@ BUILTIN_NOTICE = (
 )
 #: contains transformer/, vae/, text_encoder/, text_encoder_2/, tokenizer/, tokenizer_2/, README.md
 BUILTIN_FOLDER = Path(__file__).parent
-#: width and height of the clips it was trained on
-BUILTIN_SIZE = 64
 
 
 def builtin_transformer(precision: str = "auto", *, runtime: Runtime) -> SkyReelsTransformer:
@@ -82,32 +77,3 @@ def builtin_text_encoder(*, runtime: Runtime) -> TextEncoder:
 
 def _exact(precision: str) -> str:
     return "fp32" if precision == "auto" else precision
-
-
-def example_image(
-    width: int = BUILTIN_SIZE,
-    height: int = BUILTIN_SIZE,
-    *,
-    colour: tuple[float, float, float] = (0.9, 0.1, 0.1),
-    centre: tuple[float, float] = (0.58, 0.5),
-) -> Tensor:
-    """Draw an image the built-in model can start from: a red circle on a shaded blue ground.
-
-    Args:
-        width: in pixels.
-        height: in pixels.
-        colour: of the circle, 0..1.
-        centre: of the circle, as shares of width and height.
-
-    Returns:
-        [1, height, width, 3] float32 in 0..1.
-    """
-    x = (torch.arange(width) + 0.5)[None, :, None]
-    y = (torch.arange(height) + 0.5)[:, None, None]
-    shade = torch.tensor([0.1, 0.15, 0.0]) * (x / width - 0.5)
-    shade = shade + torch.tensor([0.0, 0.2, 0.25]) * (0.5 - y / height)
-    ground = torch.tensor([0.15, 0.3, 0.55]) + shade
-    radius = 11.0 * min(width, height) / BUILTIN_SIZE
-    distance = ((x - centre[0] * width).square() + (y - centre[1] * height).square()).sqrt()
-    cover = (radius - distance + 0.5).clamp(0, 1)  # one pixel of soft edge
-    return torch.lerp(ground, torch.tensor(colour), cover)[None]

@@ -31,8 +31,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..errors import OptionError
-from ..ladder import MEMORY_WORDS
+from ..errors import MEMORY_WORDS, OptionError
 
 logger = logging.getLogger("skyreels.kernels.dispatch")
 

@@ -154,7 +154,7 @@ def route_by_means(pooled: Pooled, beta: float, num_image_blocks: int) -> Tensor
     Returns:
         [P, nI, nI] bool, as `route`.
 
-    Source: comfy-kitchen 0.2.40, backends/eager/sol_attn.py.
+    Source: comfy-kitchen 0.2.40, the eager `sol_attn`.
     """
     width = pooled.query.shape[2]
     key = pooled.key - pooled.key.mean(dim=1, keepdim=True)

@@ -3,7 +3,7 @@
 from bisect import bisect_left
 from dataclasses import replace
 
-from ..latents import nearest_frames
+from ..conditioning.latents import nearest_frames
 from ..transformer.quant import STORAGE_DTYPES
 from ..vae.tiling import last_rung, plan_host_bytes
 from .inputs import AUTO, Choice, Job, Machine, multiplies

@@ -4,8 +4,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from ..config import CHUNKINGS
-from ..offload import reserve_bytes
-from ..streaming import least_bytes
+from ..runtime.offload import reserve_bytes
+from ..runtime.streaming import least_bytes
 from .predict import Plan
 from .weights import Weights
 

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from ..conditioning.latents import latent_shape
 from ..config import (
     MAX_TEXT_TOKENS,
     TEMPORAL_COMPRESSION,
@@ -13,10 +14,9 @@ from ..config import (
     VAEConfig,
 )
 from ..kernels.dispatch import DeviceInfo, describe
-from ..latents import latent_shape
-from ..offload import reserve_bytes
-from ..outcomes import corrections, device_key
 from ..runtime import Runtime, free_host_bytes
+from ..runtime.offload import reserve_bytes
+from ..runtime.outcomes import corrections, device_key
 from ..transformer.quant import CAPABILITIES, STORAGE_DTYPES
 from ..transformer.rates import known_rates, rates
 

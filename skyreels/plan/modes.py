@@ -4,8 +4,8 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from ..outcomes import in_bytes, in_seconds
 from ..runtime import Runtime
+from ..runtime.outcomes import in_bytes, in_seconds
 from ..transformer.quant import STORAGE_DTYPES
 from .advice import why_not
 from .inputs import AUTO, Choice, Job, Machine, machine_of, multiplies, rates_needed

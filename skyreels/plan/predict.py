@@ -2,7 +2,7 @@
 
 Memory is counted from shapes, as tests do it on shape-only tensors. Time is work over rates: of
 matrix products, of attention, of memory and of the link, each measured once in a short probe and
-remembered (outcomes.py). What a run then took corrects the next prediction of its kind.
+remembered (runtime/outcomes.py). What a run then took corrects the next prediction of its kind.
 
 The choice follows these rules. Weights keep the precision that was asked for; "auto" is the
 file's own and never one that changes numbers. Everything stays on the device if it fits, with the
@@ -23,9 +23,9 @@ import torch
 
 from ..config import CHUNKINGS, TILINGS, TransformerConfig, VAEConfig
 from ..errors import OutOfRoomError
-from ..offload import module_tensors
-from ..outcomes import in_bytes, in_seconds
-from ..streaming import SLOTS, choose_resident, least_bytes, simulate
+from ..runtime.offload import module_tensors
+from ..runtime.outcomes import in_bytes, in_seconds
+from ..runtime.streaming import SLOTS, choose_resident, least_bytes, simulate
 from ..transformer.attention import FAST_BYTES
 from ..transformer.placement import choose_chunking, sampling_bytes, waiting_bytes
 from ..transformer.quant import STORAGE_DTYPES

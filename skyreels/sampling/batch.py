@@ -10,7 +10,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from ..latents import ImageConditioning
+from ..conditioning.latents import ImageConditioning
 from ..runtime import Runtime
 from ..transformer.model import SkyReelsTransformer
 from .prompts import Prompt

@@ -24,8 +24,8 @@ from typing import Any
 
 from ..errors import CheckpointError, OptionError, shown
 from ..files import read_json, write_json
-from ..outcomes import user_folder
 from ..runtime import never_interrupt
+from ..runtime.outcomes import user_folder
 from ..transformer.model import call
 from ..weights.inspect import CheckpointInfo
 from .replay import Recording, replay

@@ -16,16 +16,16 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
+from ..conditioning.embeds import PromptEmbeds
 from ..config import CHUNKINGS, NUM_TRAIN_TIMESTEPS, SPATIAL_COMPRESSION, TEMPORAL_COMPRESSION
-from ..lora.apply import AppliedLora, use_loras
-from ..offload import weight_bytes
 from ..plan import MAX_KEPT, Job, Rung, activation_bytes, weights_of
 from ..runtime import Runtime
-from ..text.embeds import PromptEmbeds
+from ..runtime.offload import weight_bytes
 from ..transformer.attention import Attention
 from ..transformer.layers import rope_table
 from ..transformer.model import RunBlock, SkyReelsTransformer
 from ..transformer.placement import placed
+from ..weights.lora.apply import AppliedLora, use_loras
 from .attend import attention_of_run
 from .planned import start_run
 from .precompute import StepLookup, precompute

@@ -17,10 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import outcomes
 from ..errors import OutOfRoomError
-from ..ladder import descending, is_out_of_memory
-from ..offload import onload_bytes, with_reserve
 from ..plan import (
     Choice,
     Job,
@@ -38,7 +35,9 @@ from ..plan import (
     weights_of,
     why_not,
 )
-from ..runtime import Runtime
+from ..runtime import Runtime, outcomes
+from ..runtime.ladder import descending, is_out_of_memory
+from ..runtime.offload import onload_bytes, with_reserve
 from ..transformer.model import SkyReelsTransformer
 from ..transformer.placement import loop_tensors
 from .settings import OnStep

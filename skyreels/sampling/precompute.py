@@ -17,12 +17,12 @@ from contextlib import ExitStack
 import torch
 from torch import Tensor
 
+from ..conditioning.embeds import PromptEmbeds
 from ..kernels import dispatch
 from ..kernels.dispatch import BYTE_ALIGNMENT
-from ..offload import on_device
 from ..plan import MAX_KEPT
 from ..runtime import Runtime
-from ..text.embeds import PromptEmbeds
+from ..runtime.offload import on_device
 from ..transformer.attention import Attention
 from ..transformer.model import RunBlock, SkyReelsTransformer, StepModulation
 

@@ -13,9 +13,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..conditioning.embeds import PromptEmbeds
 from ..config import MAX_GUIDANCE
 from ..errors import OptionError
-from ..text.embeds import PromptEmbeds
 
 logger = logging.getLogger("skyreels.sampling.prompts")
 

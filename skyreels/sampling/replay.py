@@ -27,9 +27,9 @@ from itertools import pairwise
 
 from torch import Tensor
 
+from ..conditioning.latents import ImageConditioning
 from ..config import Guidance
 from ..errors import OptionError
-from ..latents import ImageConditioning
 from ..runtime import Runtime
 from ..transformer.model import SkyReelsTransformer
 from .guidance import combine

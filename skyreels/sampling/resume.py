@@ -10,9 +10,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ..conditioning.latents import ImageConditioning
 from ..config import Guidance
 from ..errors import CheckpointError, OptionError, shown
-from ..latents import ImageConditioning
 from ..media import is_disk_full
 from ..transformer.model import SkyReelsTransformer
 from .prompts import Prompt

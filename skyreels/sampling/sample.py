@@ -16,15 +16,8 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from ..config import (
-    CHUNKINGS,
-    NUM_TRAIN_TIMESTEPS,
-    ContextWindows,
-    Guidance,
-)
-from ..errors import OptionError, ShapeError
-from ..ladder import retried
-from ..latents import (
+from ..conditioning.embeds import PromptEmbeds, check_prompt_embeds
+from ..conditioning.latents import (
     ImageConditioning,
     check_conditioning,
     check_picture,
@@ -33,14 +26,21 @@ from ..latents import (
     to_model_space,
     to_vae_space,
 )
-from ..lora.apply import check_loras, use_loras
-from ..offload import weight_bytes
+from ..config import (
+    CHUNKINGS,
+    NUM_TRAIN_TIMESTEPS,
+    ContextWindows,
+    Guidance,
+)
+from ..errors import OptionError, ShapeError
 from ..plan import MAX_KEPT, Job, Rung, activation_bytes, weights_of
 from ..runtime import Runtime
-from ..text.embeds import PromptEmbeds, check_prompt_embeds
+from ..runtime.ladder import retried
+from ..runtime.offload import weight_bytes
 from ..transformer.layers import rope_table
 from ..transformer.model import SkyReelsTransformer
 from ..transformer.placement import placed
+from ..weights.lora.apply import check_loras, use_loras
 from .attend import attention_of_run, name_of, warn_of_few_steps
 from .finite import FiniteWatch, suspects
 from .guidance import blocks_to_skip, guided_velocity

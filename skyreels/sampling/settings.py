@@ -8,12 +8,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ..conditioning.latents import is_whole, seeded_generator
 from ..config import ATTENTIONS, MAX_STEPS, ContextWindows, Guidance
 from ..errors import OptionError, ShapeError
-from ..latents import is_whole, seeded_generator
-from ..lora.apply import AppliedLora
 from ..transformer.attention import Attention
 from ..transformer.sparse_attention import SparseConfig
+from ..weights.lora.apply import AppliedLora
 from .step_cache import OFF, CacheConfig
 
 #: below it the noise that is added is less than float32 tells apart

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..conditioning.latents import ImageConditioning
 from ..config import ContextWindows
-from ..latents import ImageConditioning
 
 #: predict(latents, image latents or None) -> velocities, each of the shape of the latents
 Predict = Callable[[Tensor, Tensor | None], Sequence[Tensor]]

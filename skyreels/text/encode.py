@@ -14,12 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..conditioning.embeds import PromptEmbeds, warn_truncated, with_fps_prefix
 from ..config import MAX_TEXT_TOKENS
 from ..errors import OutOfRoomError, TextError, shown
-from ..ladder import retried
-from ..offload import missing_bytes, on_device, weight_bytes
 from ..runtime import Runtime
-from .embeds import PromptEmbeds, warn_truncated, with_fps_prefix
+from ..runtime.ladder import retried
+from ..runtime.offload import missing_bytes, on_device, weight_bytes
 from .load import TextEncoder
 from .prompt_weights import apply_weights, clip_ids, is_plain, weighted_ids
 

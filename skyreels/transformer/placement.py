@@ -3,7 +3,7 @@
 Only what `SkyReelsTransformer.denoise` needs counts as the weights of the loop (9.06 G of 12.82 G
 parameters). A transformer whose loop does not fit the device is streamed: its small layers and as
 many blocks as fit stay there for the whole run, the others arrive in slots while the blocks before
-them compute (streaming.py).
+them compute (runtime/streaming.py).
 """
 
 import logging
@@ -18,9 +18,9 @@ from torch import Tensor, nn
 from ..config import TransformerConfig
 from ..errors import OutOfRoomError
 from ..kernels import dispatch
-from ..offload import RESERVE_BYTES, module_tensors, onload, onload_bytes, whole_pages
 from ..runtime import Runtime
-from ..streaming import (
+from ..runtime.offload import RESERVE_BYTES, module_tensors, onload, onload_bytes, whole_pages
+from ..runtime.streaming import (
     SLOTS,
     BlockStream,
     Copies,

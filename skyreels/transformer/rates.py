@@ -1,7 +1,7 @@
 """What a device reaches: operations and bytes a second, each measured once in a short probe.
 
 A probe takes a few milliseconds of work of the shapes of a run, and at most 0.7 GB. What it finds
-is remembered (outcomes.py) until the device, the driver or torch change.
+is remembered (runtime/outcomes.py) until the device, the driver or torch change.
 """
 
 import logging
@@ -13,10 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .. import outcomes
 from ..kernels import dispatch
-from ..ladder import is_out_of_memory
-from ..runtime import Runtime
+from ..runtime import Runtime, outcomes
+from ..runtime.ladder import is_out_of_memory
 from .attention import choose_attention
 from .quant import MAX_HADAMARD_BLOCK, STORAGE_DTYPES, QuantLinear, quantize
 

@@ -23,9 +23,9 @@ from torch import Tensor
 
 from ..errors import OutOfRoomError
 from ..kernels import dispatch
-from ..ladder import is_out_of_memory
 from ..runtime import Runtime
-from ..streaming import Copies, open_copies
+from ..runtime.ladder import is_out_of_memory
+from ..runtime.streaming import Copies, open_copies
 
 #: bytes of a chunk: large enough for the full rate of a link, small beside a piece
 CHUNK_BYTES = 32 * 2**20

@@ -25,7 +25,6 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from .. import outcomes
 from ..config import (
     DECODE_MODES,
     SPATIAL_COMPRESSION,
@@ -35,9 +34,9 @@ from ..config import (
     VAEConfig,
 )
 from ..errors import OptionError, OutOfRoomError, ShapeError
-from ..ladder import descending, is_out_of_memory, release
-from ..offload import on_device
-from ..runtime import FREE_HOST_BYTES, Runtime, free_host_bytes
+from ..runtime import FREE_HOST_BYTES, Runtime, free_host_bytes, outcomes
+from ..runtime.ladder import descending, is_out_of_memory, release
+from ..runtime.offload import on_device
 from .budget import (
     MEMORY_MARGIN,
     decode_bytes,

@@ -32,8 +32,8 @@ from comfyui_skyreels.skyreels.builtin import (
     builtin_transformer,
     builtin_vae,
 )
-from comfyui_skyreels.skyreels.extend import ExtendSettings, extend_video
 from comfyui_skyreels.skyreels.pipeline import image_to_video
+from comfyui_skyreels.skyreels.pipeline.extend import ExtendSettings, extend_video
 from comfyui_skyreels.skyreels.runtime import TorchRuntime
 from comfyui_skyreels.skyreels.sampling.settings import SamplingSettings, get_sigmas
 from comfyui_skyreels.skyreels.text.encode import DEFAULT_NEGATIVE_PROMPT, encode_prompt

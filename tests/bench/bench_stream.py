@@ -26,8 +26,8 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from bench_transformer import ignore_row, timed
-from comfyui_skyreels.skyreels.offload import page_lock, page_unlock, whole_pages
-from comfyui_skyreels.skyreels.streaming import (
+from comfyui_skyreels.skyreels.runtime.offload import page_lock, page_unlock, whole_pages
+from comfyui_skyreels.skyreels.runtime.streaming import (
     SLOTS,
     BlockStream,
     choose_resident,

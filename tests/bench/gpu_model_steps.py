@@ -17,10 +17,10 @@ import bench_attention
 import torch
 import torch.nn.functional as F
 from bench_attention import Unavailable
-from comfyui_skyreels.skyreels import offload
+from comfyui_skyreels.skyreels.conditioning.embeds import PromptEmbeds
+from comfyui_skyreels.skyreels.conditioning.latents import ImageConditioning
 from comfyui_skyreels.skyreels.config import CHUNKINGS, TransformerConfig
 from comfyui_skyreels.skyreels.kernels import dispatch, reference
-from comfyui_skyreels.skyreels.latents import ImageConditioning
 from comfyui_skyreels.skyreels.plan import (
     Job,
     expectation,
@@ -29,11 +29,10 @@ from comfyui_skyreels.skyreels.plan import (
     rates_needed,
     weights_of,
 )
-from comfyui_skyreels.skyreels.runtime import TorchRuntime
+from comfyui_skyreels.skyreels.runtime import TorchRuntime, offload
+from comfyui_skyreels.skyreels.runtime.streaming import CudaCopies, least_bytes, padded_bytes
 from comfyui_skyreels.skyreels.sampling.sample import sample
 from comfyui_skyreels.skyreels.sampling.settings import SamplingSettings, get_sigmas
-from comfyui_skyreels.skyreels.streaming import CudaCopies, least_bytes, padded_bytes
-from comfyui_skyreels.skyreels.text.embeds import PromptEmbeds
 from comfyui_skyreels.skyreels.transformer import attention, placement, quant
 from comfyui_skyreels.skyreels.transformer.attention import Attention, choose_attention
 from comfyui_skyreels.skyreels.transformer.attention_quality import draw

@@ -48,13 +48,14 @@ import torch.nn.functional as F
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from bench import evaluators
 from comfyui_skyreels.skyreels.builtin import BUILTIN_FOLDER
+from comfyui_skyreels.skyreels.conditioning.embeds import PromptEmbeds
 from comfyui_skyreels.skyreels.config import Guidance, Tiling
 from comfyui_skyreels.skyreels.image import encode_image
 from comfyui_skyreels.skyreels.kernels import sparse
 from comfyui_skyreels.skyreels.kernels.dispatch import Decision
 from comfyui_skyreels.skyreels.kernels.reference import hadamard_rotate, quantized_attention
-from comfyui_skyreels.skyreels.offload import RESERVE_BYTES
 from comfyui_skyreels.skyreels.runtime import TorchRuntime
+from comfyui_skyreels.skyreels.runtime.offload import RESERVE_BYTES
 from comfyui_skyreels.skyreels.sampling import attend
 from comfyui_skyreels.skyreels.sampling.sample import sample
 from comfyui_skyreels.skyreels.sampling.settings import (
@@ -64,7 +65,6 @@ from comfyui_skyreels.skyreels.sampling.settings import (
     get_sigmas,
 )
 from comfyui_skyreels.skyreels.sampling.step_cache import CACHES, OFF, CacheConfig
-from comfyui_skyreels.skyreels.text.embeds import PromptEmbeds
 from comfyui_skyreels.skyreels.text.encode import DEFAULT_NEGATIVE_PROMPT, encode_prompt
 from comfyui_skyreels.skyreels.text.load import load_text_encoder
 from comfyui_skyreels.skyreels.transformer.attention import Attention, sdpa

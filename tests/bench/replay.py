@@ -33,8 +33,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from comfyui_skyreels.skyreels.builtin import BUILTIN_FOLDER
+from comfyui_skyreels.skyreels.conditioning.embeds import PromptEmbeds
+from comfyui_skyreels.skyreels.conditioning.latents import ImageConditioning, to_vae_space
 from comfyui_skyreels.skyreels.image import encode_image
-from comfyui_skyreels.skyreels.latents import ImageConditioning, to_vae_space
 from comfyui_skyreels.skyreels.sampling.replay import Recording, decibels, record, replay
 from comfyui_skyreels.skyreels.sampling.sample import sample
 from comfyui_skyreels.skyreels.sampling.settings import SamplingSettings, get_sigmas
@@ -44,7 +45,6 @@ from comfyui_skyreels.skyreels.sampling.step_cache import (
     Forward,
     StepCache,
 )
-from comfyui_skyreels.skyreels.text.embeds import PromptEmbeds
 from comfyui_skyreels.skyreels.text.encode import DEFAULT_NEGATIVE_PROMPT, encode_prompt
 from comfyui_skyreels.skyreels.text.load import load_text_encoder
 from comfyui_skyreels.skyreels.transformer.model import call

@@ -10,9 +10,10 @@ import pytest
 import torch
 from bench import quality
 from comfyui_skyreels.skyreels import builtin
+from comfyui_skyreels.skyreels.conditioning import embeds as text_embeds
 from comfyui_skyreels.skyreels.errors import DependencyError, OptionError
+from comfyui_skyreels.skyreels.image import example_image
 from comfyui_skyreels.skyreels.runtime import TorchRuntime
-from comfyui_skyreels.skyreels.text import embeds as text_embeds
 from comfyui_skyreels.skyreels.text import encode, load
 from comfyui_skyreels.skyreels.transformer.quant import QuantLinear, is_quantizable
 from comfyui_skyreels.skyreels.weights.inspect import inspect
@@ -259,7 +260,7 @@ def test_without_transformers_the_command_that_installs_it_is_named(monkeypatch)
 
 
 def test_the_example_is_a_picture_of_the_kind_it_knows():
-    image = builtin.example_image()
+    image = example_image()
     assert image.shape == (1, 64, 64, 3)
     assert image.dtype == torch.float32
     red = torch.tensor(data.COLOURS["red"])

@@ -17,19 +17,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from comfyui_skyreels.skyreels import cli, media, outcomes, pipeline
+from comfyui_skyreels.skyreels import cli, media, pipeline
 from comfyui_skyreels.skyreels.builtin import (
     BUILTIN_FOLDER,
     BUILTIN_NOTICE,
     builtin_text_encoder,
     builtin_transformer,
     builtin_vae,
-    example_image,
 )
 from comfyui_skyreels.skyreels.config import ContextWindows, TransformerConfig
 from comfyui_skyreels.skyreels.errors import OptionError
+from comfyui_skyreels.skyreels.image import example_image
 from comfyui_skyreels.skyreels.pipeline import image_to_video
-from comfyui_skyreels.skyreels.runtime import TorchRuntime
+from comfyui_skyreels.skyreels.runtime import TorchRuntime, outcomes
 from comfyui_skyreels.skyreels.sampling.settings import SamplingSettings, get_sigmas
 from comfyui_skyreels.skyreels.text.encode import DEFAULT_NEGATIVE_PROMPT, encode_prompt
 from comfyui_skyreels.skyreels.transformer.model import SkyReelsTransformer
@@ -1038,7 +1038,7 @@ def test_a_calibrated_cache_is_stored_beside_the_weights_and_used(
 
 
 def test_an_interrupted_calibration_continues_with_the_next_clip(capsys, two_prompts, monkeypatch):
-    from comfyui_skyreels.skyreels import calibration
+    from comfyui_skyreels.skyreels.pipeline import calibration
 
     recorded = []
     real = calibration.record

@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from comfyui_skyreels.skyreels.errors import OptionError, ShapeError
-from comfyui_skyreels.skyreels.image import ImageSettings, encode_image, fit_image
-from comfyui_skyreels.skyreels.latents import (
+from comfyui_skyreels.skyreels.conditioning.latents import (
     to_model_space,
 )
+from comfyui_skyreels.skyreels.errors import OptionError, ShapeError
+from comfyui_skyreels.skyreels.image import ImageSettings, encode_image, fit_image
 from comfyui_skyreels.skyreels.runtime import TorchRuntime
 from comfyui_skyreels.skyreels.vae.budget import encode_bytes, streamed_bytes
 from comfyui_skyreels.skyreels.vae.model import VideoVAE

@@ -16,8 +16,6 @@ from comfyui_skyreels.skyreels.config import (
     VAEConfig,
 )
 from comfyui_skyreels.skyreels.errors import OutOfRoomError
-from comfyui_skyreels.skyreels.offload import reserve_bytes
-from comfyui_skyreels.skyreels.outcomes import corrections, device_key, learn, remember
 from comfyui_skyreels.skyreels.plan import (
     Choice,
     Job,
@@ -42,7 +40,9 @@ from comfyui_skyreels.skyreels.plan import (
 )
 from comfyui_skyreels.skyreels.plan.advice import least_free_bytes
 from comfyui_skyreels.skyreels.runtime import TorchRuntime
-from comfyui_skyreels.skyreels.streaming import SLOTS, least_bytes
+from comfyui_skyreels.skyreels.runtime.offload import reserve_bytes
+from comfyui_skyreels.skyreels.runtime.outcomes import corrections, device_key, learn, remember
+from comfyui_skyreels.skyreels.runtime.streaming import SLOTS, least_bytes
 from comfyui_skyreels.skyreels.transformer.model import SkyReelsTransformer
 from comfyui_skyreels.skyreels.transformer.placement import sampling_bytes
 from comfyui_skyreels.skyreels.transformer.quant import (

@@ -10,10 +10,10 @@ import pytest
 import torch
 from bench import quality
 from comfyui_skyreels.skyreels.builtin import BUILTIN_FOLDER, builtin_transformer
+from comfyui_skyreels.skyreels.conditioning.embeds import PromptEmbeds
 from comfyui_skyreels.skyreels.config import Guidance
 from comfyui_skyreels.skyreels.kernels import sparse
 from comfyui_skyreels.skyreels.runtime import TorchRuntime
-from comfyui_skyreels.skyreels.text.embeds import PromptEmbeds
 from comfyui_skyreels.skyreels.transformer.sparse_attention import SparseConfig
 from comfyui_skyreels.skyreels.weights.inspect import inspect
 from support.memory import reused_memory

@@ -41,8 +41,8 @@ import nodes
 sys.path.append(str(pack / "tests"))  # behind ComfyUI's own `tests`
 
 import comfyui_skyreels
+from comfyui_skyreels.skyreels.conditioning.latents import to_model_space
 from comfyui_skyreels.skyreels.config import ContextWindows, TransformerConfig, VAEConfig
-from comfyui_skyreels.skyreels.latents import to_model_space
 from comfyui_skyreels.skyreels.runtime import TorchRuntime
 from comfyui_skyreels.skyreels.sampling.settings import get_sigmas
 from comfyui_skyreels.skyreels.text.encode import _weighted_states

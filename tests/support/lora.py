@@ -8,8 +8,8 @@ from typing import NamedTuple
 
 import torch
 from comfyui_skyreels.skyreels.config import TransformerConfig
-from comfyui_skyreels.skyreels.lora.names import parameter_shapes
 from comfyui_skyreels.skyreels.weights.keymaps import transformer_sources
+from comfyui_skyreels.skyreels.weights.lora.names import parameter_shapes
 from torch import Tensor
 
 from support import tiny

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from typing import ClassVar
 
 import torch
-from comfyui_skyreels.skyreels import streaming
+from comfyui_skyreels.skyreels.runtime import streaming
 
 
 class Stream:

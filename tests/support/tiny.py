@@ -5,8 +5,8 @@ import struct
 from pathlib import Path
 
 import torch
+from comfyui_skyreels.skyreels.conditioning.embeds import PromptEmbeds
 from comfyui_skyreels.skyreels.config import TransformerConfig, VAEConfig
-from comfyui_skyreels.skyreels.text.embeds import PromptEmbeds
 from comfyui_skyreels.skyreels.transformer.model import SkyReelsTransformer
 from comfyui_skyreels.skyreels.weights.keymaps import transformer_sources
 from safetensors.torch import save_file

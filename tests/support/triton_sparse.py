@@ -66,6 +66,11 @@ CASES = (
 )
 
 
+def tile_of(case: Case) -> kernels.Tile:
+    """Pooled keys in twos, so that a clip of few blocks has several."""
+    return kernels.tiles(case.capability)[case.index]._replace(tail_keys=2)
+
+
 def inputs(case: Case) -> tuple[Tensor, Tensor, Tensor]:
     """Strided views of one buffer; tokens of a block are alike, and keys have a mean."""
     tokens = case.image + case.text
@@ -86,7 +91,7 @@ def compared(case: Case) -> dict:
     given = inputs(case)
     wide = [x.float() for x in given]
     count = case.image // 64
-    tile = kernels.tiles(case.capability)[case.index]
+    tile = tile_of(case)
     got = kernels.sparse_attention(*given, beta=case.beta, num_image_blocks=count, tile=tile)
     exact = sparse.unpack(got.exact)
     chosen = exact
@@ -111,7 +116,7 @@ def given_lists() -> dict[str, float]:
     chosen = torch.eye(4, dtype=torch.bool)[None]
     chosen[0, 1] = True
     chosen[0, 2, :2] = True
-    tile = kernels.tiles(case.capability)[case.index]
+    tile = tile_of(case)
     bitmap = sparse.pack(chosen)
     got = kernels.sparse_attention(*given, beta=9.0, num_image_blocks=4, exact=bitmap, tile=tile)
     twin = sparse.attend(*given, sparse.pool(*given), chosen)
@@ -133,15 +138,12 @@ def routing() -> dict[str, bool]:
         query, key, _ = inputs(Case(32, 64 * 9, 0, torch.float32, (8, 0), 1))
         bitmap = routed(query, key, 0.85)
         twin = sparse.route(query, key, 0.85, 9)
-        apart = [
-            routed(query[:, head : head + 1], key[:, head : head + 1], 0.85) for head in (0, 1)
-        ]
         alike = torch.ones_like(key[:, :1])
         same = routed(query[:, :1], 3 * alike, 0.0)
         return {
             "as the twin": torch.equal(bitmap, sparse.pack(twin)),
             "some and not all": 0.3 < twin.float().mean().item() < 0.7,
-            "by heads": torch.equal(torch.cat(apart), bitmap),
+            "by heads": torch.equal(routed(query[:, 1:], key[:, 1:], 0.85), bitmap[1:]),
             "neighbours where all are alike": torch.equal(
                 same, sparse.pack(sparse.route(query[:, :1], 3 * alike, 0.0, 9))
             ),
@@ -157,7 +159,7 @@ def poisoned() -> dict[str, bool]:
         case = Case(32, 66, 2, torch.float32, (9, 0), index)
         given = [x.clone() for x in inputs(case)]
         given[1][0, 0, 3, 5] = value
-        tile = kernels.tiles(case.capability)[case.index]
+        tile = tile_of(case)
         got = kernels.sparse_attention(*given, beta=0.3, num_image_blocks=1, tile=tile).out
         found[f"{value} {index}"] = bool(got[:, 1].isfinite().all()) and not bool(
             got[:, 0, :, 5].isfinite().any()
@@ -172,7 +174,6 @@ def interpret() -> dict:
         "second": taken(kernels.tiles((9, 0))[0], is_second=True),
         "work": {beta: work(NORMAL_SHARE[beta] + 3 * 64 / IMAGE_TOKENS) for beta in NORMAL_SHARE},
     }
-    kernels._TAIL_KEYS = 2  # several in a clip of few blocks
     return {
         "cases": [compared(case) for case in CASES],
         "given": given_lists(),
@@ -241,25 +242,28 @@ def taken(tile: kernels.Tile, *, is_second: bool = False) -> dict[str, int]:
     }
 
 
-def work(density: float, tokens: int = TOKENS, image_tokens: int = IMAGE_TOKENS) -> dict:
+def work(
+    density: float, tail_keys: int = 32, tokens: int = TOKENS, image_tokens: int = IMAGE_TOKENS
+) -> dict:
     """Products of one head, over those of dense attention.
 
     Sums of weights are products with 16 columns of ones. Scores of parts are computed twice.
 
     Args:
         density: share of the pairs of image blocks that are exact.
+        tail_keys: of the tile; the last ones may be padding.
         tokens: of image and text.
         image_tokens: the first of them.
     """
     blocks, count, width = sparse.num_blocks(tokens), image_tokens // 64, HEAD_DIM
     dense = 2 * tokens**2 * 2 * width
     tile = 2 * 64 * 64 * (2 * width + 16)
-    pooled = 2 * 64 * kernels._TAIL_KEYS * (3 * width + 16)
+    pooled = 2 * 64 * tail_keys * (3 * width + 16)
     parts = count * (sparse.BLOCK // sparse.PART)
     shares = {
         "exact": count * (density * count + blocks - count) * tile / dense,
         "text": (blocks - count) * blocks * tile / dense,
-        "tail": count * -(-count // kernels._TAIL_KEYS) * pooled / dense,
+        "tail": count * -(-count // tail_keys) * pooled / dense,
         "routing": 2 * 2 * parts**2 * width / dense,
     }
     return shares | {"all": sum(shares.values())}

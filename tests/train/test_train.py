@@ -3,9 +3,9 @@
 import pytest
 import torch
 from comfyui_skyreels.skyreels.builtin import BUILTIN_FOLDER
+from comfyui_skyreels.skyreels.conditioning.embeds import PromptEmbeds
 from comfyui_skyreels.skyreels.config import SCALING_FACTOR
 from comfyui_skyreels.skyreels.runtime import TorchRuntime
-from comfyui_skyreels.skyreels.text.embeds import PromptEmbeds
 from comfyui_skyreels.skyreels.transformer.layers import rope_table
 from comfyui_skyreels.skyreels.vae.model import VideoVAE
 from comfyui_skyreels.skyreels.weights.load import load_transformer, load_vae

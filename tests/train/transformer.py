@@ -29,10 +29,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from comfyui_skyreels.skyreels.conditioning.embeds import PromptEmbeds
+from comfyui_skyreels.skyreels.conditioning.latents import to_model_space
 from comfyui_skyreels.skyreels.config import TransformerConfig
-from comfyui_skyreels.skyreels.latents import to_model_space
 from comfyui_skyreels.skyreels.runtime import TorchRuntime
-from comfyui_skyreels.skyreels.text.embeds import PromptEmbeds
 from comfyui_skyreels.skyreels.text.encode import DEFAULT_NEGATIVE_PROMPT, encode_prompt
 from comfyui_skyreels.skyreels.text.load import load_text_encoder
 from comfyui_skyreels.skyreels.transformer.attention import sdpa

@@ -6,8 +6,8 @@ import pytest
 import torch
 from comfyui_skyreels.nodes.host.core_patches import core_names, loras_of
 from comfyui_skyreels.skyreels.errors import CheckpointError
-from comfyui_skyreels.skyreels.lora.apply import use_loras
 from comfyui_skyreels.skyreels.runtime import TorchRuntime
+from comfyui_skyreels.skyreels.weights.lora.apply import use_loras
 from support import tiny
 
 CONFIG = tiny.TRANSFORMER

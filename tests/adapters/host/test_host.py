@@ -7,8 +7,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 from comfyui_skyreels.nodes import host
-from comfyui_skyreels.skyreels import offload
-from comfyui_skyreels.skyreels.offload import RESERVE_BYTES, weight_bytes
+from comfyui_skyreels.skyreels.runtime import offload
+from comfyui_skyreels.skyreels.runtime.offload import RESERVE_BYTES, weight_bytes
 from comfyui_skyreels.skyreels.transformer import placement
 from comfyui_skyreels.skyreels.transformer.placement import placed
 from support import tiny

@@ -10,7 +10,7 @@ import pytest
 import torch
 from comfyui_skyreels.nodes import host
 from comfyui_skyreels.nodes.host import preview
-from comfyui_skyreels.skyreels.latents import latents_to_rgb
+from comfyui_skyreels.skyreels.conditioning.latents import latents_to_rgb
 from PIL import Image
 from support import tiny
 from support.host import InterruptProcessingException, NamedPatcher

@@ -5,9 +5,9 @@ import pytest
 import torch
 from comfyui_skyreels.nodes import host
 from comfyui_skyreels.nodes.local.lora import NO_LORA
+from comfyui_skyreels.skyreels.conditioning.latents import ImageConditioning
 from comfyui_skyreels.skyreels.errors import CheckpointError, OptionError
-from comfyui_skyreels.skyreels.latents import ImageConditioning
-from comfyui_skyreels.skyreels.offload import weight_bytes
+from comfyui_skyreels.skyreels.runtime.offload import weight_bytes
 from comfyui_skyreels.skyreels.vae.model import VideoVAE
 from support import host as stand_ins
 from support import lora as dialects

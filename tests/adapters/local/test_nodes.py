@@ -13,12 +13,12 @@ import torch
 from comfyui_skyreels.nodes.local import convert, loaders
 from comfyui_skyreels.nodes.local import extend as extend_module
 from comfyui_skyreels.skyreels.builtin import BUILTIN_NAME
+from comfyui_skyreels.skyreels.conditioning.latents import ImageConditioning, to_vae_space
 from comfyui_skyreels.skyreels.config import ContextWindows, FreSca, Guidance, SkipLayers, Tiling
 from comfyui_skyreels.skyreels.errors import CheckpointError, OptionError, ShapeError, TextError
-from comfyui_skyreels.skyreels.extend import ExtendSettings, extend_video
 from comfyui_skyreels.skyreels.image import ImageSettings, encode_image
-from comfyui_skyreels.skyreels.latents import ImageConditioning, to_vae_space
 from comfyui_skyreels.skyreels.pipeline import image_to_video
+from comfyui_skyreels.skyreels.pipeline.extend import ExtendSettings, extend_video
 from comfyui_skyreels.skyreels.runtime import TorchRuntime
 from comfyui_skyreels.skyreels.sampling.calibrate import (
     Calibration,

@@ -2,7 +2,7 @@
 
 import ast
 import contextlib
-import subprocess
+import os
 import sys
 from dataclasses import replace
 from types import SimpleNamespace
@@ -13,6 +13,7 @@ from comfyui_skyreels.skyreels.kernels import dispatch, operators, reference
 from comfyui_skyreels.skyreels.kernels.dispatch import DeviceInfo, Finding
 from comfyui_skyreels.skyreels.transformer import attention, linear, quant
 from comfyui_skyreels.skyreels.transformer.fast_attention import FAST, FastKernel
+from support.forked import forks
 from support.project import ROOT
 
 CPU, BF16, INT8 = torch.device("cpu"), torch.bfloat16, torch.int8
@@ -370,8 +371,6 @@ print("ok")
 
 
 def test_copies_under_two_names_and_a_reload_work_side_by_side():
-    run = subprocess.run(
-        [sys.executable, "-c", TWO_COPIES], cwd=ROOT, capture_output=True, text=True, check=False
-    )
+    run = forks("torch").run(["-c", TWO_COPIES], {**os.environ})
     assert run.returncode == 0, run.stderr[-2000:]
     assert run.stdout.split() == ["ok"]

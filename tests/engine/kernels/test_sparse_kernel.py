@@ -94,16 +94,21 @@ def test_every_kernel_compiles_for_every_gpu_without_spilling(compiled):
 
 
 @pytest.mark.slow
-def test_two_programs_share_a_multiprocessor_of_sm90(compiled):
-    """65,536 registers in steps of 8 a thread, 228 KiB of shared memory of which each takes 1."""
-    (row,) = (
-        row for row in compiled
-        if (row["kernel"], row["capability"], row["tile"]) == ("_attend_kernel", 90, 0)
-    )  # fmt: skip
-    by_registers = 65_536 // (row["threads"] * (-(-row["registers"] // 8) * 8))
-    by_memory = 228 * 1024 // (row["shared"] + 1024)
-    assert min(by_registers, by_memory) >= 2, row
-    assert row["wgmma"] > 0
+def test_two_programs_share_a_multiprocessor(compiled):
+    """65,536 registers in steps of 8 a thread; of shared memory each program takes 1 KiB more."""
+    memory = {80: 164, 86: 100, 89: 100, 90: 228, 120: 100}
+    found = []
+    for row in compiled:
+        if row["kernel"] != "_attend_kernel":
+            continue
+        by_registers = 65_536 // (row["threads"] * (-(-row["registers"] // 8) * 8))
+        by_memory = memory[row["capability"]] * 1024 // (row["shared"] + 1024)
+        found.append(min(by_registers, by_memory))
+        # what a GPU runs first, and on those for servers in 16 bits too
+        if row["tile"] == 0 or row["capability"] in (80, 90):
+            assert found[-1] >= 2, row
+        assert (row["wgmma"] > 0) == (row["capability"] == 90), row
+    assert len(found) == 13
 
 
 @pytest.mark.gpu

@@ -6,13 +6,13 @@ import pytest
 import torch
 from comfyui_skyreels.skyreels.config import TransformerConfig
 from comfyui_skyreels.skyreels.errors import OutOfRoomError, ShapeError
-from comfyui_skyreels.skyreels.lora.apply import AppliedLora
-from comfyui_skyreels.skyreels.lora.read import load_lora
 from comfyui_skyreels.skyreels.runtime import TorchRuntime
 from comfyui_skyreels.skyreels.sampling import evaluator as module
 from comfyui_skyreels.skyreels.sampling.evaluator import Evaluator
 from comfyui_skyreels.skyreels.sampling.settings import get_sigmas
 from comfyui_skyreels.skyreels.weights.load import load_transformer
+from comfyui_skyreels.skyreels.weights.lora.apply import AppliedLora
+from comfyui_skyreels.skyreels.weights.lora.read import load_lora
 from support import lora, tiny
 from support.tiny import embeds
 

@@ -5,9 +5,9 @@ from dataclasses import replace
 
 import pytest
 import torch
+from comfyui_skyreels.skyreels.conditioning.latents import ImageConditioning
 from comfyui_skyreels.skyreels.config import FreSca, Guidance, SkipLayers
 from comfyui_skyreels.skyreels.errors import OptionError
-from comfyui_skyreels.skyreels.latents import ImageConditioning
 from comfyui_skyreels.skyreels.runtime import TorchRuntime
 from comfyui_skyreels.skyreels.sampling.guidance import combine, guided_velocity, scale_frequencies
 from comfyui_skyreels.skyreels.sampling.sample import _job, _RunPrompts, sample

@@ -7,11 +7,10 @@ from itertools import chain
 
 import pytest
 import torch
-from comfyui_skyreels.skyreels import outcomes
+from comfyui_skyreels.skyreels.conditioning.latents import ImageConditioning
 from comfyui_skyreels.skyreels.config import CHUNKINGS, Guidance, TransformerConfig
 from comfyui_skyreels.skyreels.errors import OutOfRoomError
-from comfyui_skyreels.skyreels.latents import ImageConditioning
-from comfyui_skyreels.skyreels.runtime import TorchRuntime
+from comfyui_skyreels.skyreels.runtime import TorchRuntime, outcomes
 from comfyui_skyreels.skyreels.sampling import planned
 from comfyui_skyreels.skyreels.sampling.sample import sample
 from comfyui_skyreels.skyreels.sampling.settings import SamplingSettings, get_sigmas
@@ -203,7 +202,7 @@ def device(model, monkeypatch, conditioning, tmp_path):
     made = []
 
     def make(capacity_in_loops, **kwargs):
-        from comfyui_skyreels.skyreels import offload
+        from comfyui_skyreels.skyreels.runtime import offload
         from comfyui_skyreels.skyreels.sampling import sample as sampling
 
         monkeypatch.setattr(offload, "RESERVE_BYTES", 0)

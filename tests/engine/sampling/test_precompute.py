@@ -7,12 +7,12 @@ import logging
 
 import pytest
 import torch
+from comfyui_skyreels.skyreels.conditioning.embeds import PromptEmbeds
 from comfyui_skyreels.skyreels.config import CHUNKINGS, Chunking, TransformerConfig
 from comfyui_skyreels.skyreels.runtime import TorchRuntime
 from comfyui_skyreels.skyreels.sampling import precompute as modulation
 from comfyui_skyreels.skyreels.sampling.precompute import host_memory, pack, precompute, unpack
 from comfyui_skyreels.skyreels.sampling.settings import get_sigmas
-from comfyui_skyreels.skyreels.text.embeds import PromptEmbeds
 from comfyui_skyreels.skyreels.transformer.attention import sdpa
 from comfyui_skyreels.skyreels.transformer.model import StepModulation, call
 from comfyui_skyreels.skyreels.transformer.quant import is_quantizable

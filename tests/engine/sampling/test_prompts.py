@@ -5,9 +5,9 @@ from dataclasses import replace
 
 import pytest
 import torch
+from comfyui_skyreels.skyreels.conditioning.latents import ImageConditioning
 from comfyui_skyreels.skyreels.config import Guidance
 from comfyui_skyreels.skyreels.errors import OptionError
-from comfyui_skyreels.skyreels.latents import ImageConditioning
 from comfyui_skyreels.skyreels.runtime import TorchRuntime
 from comfyui_skyreels.skyreels.sampling.guidance import guided_velocity
 from comfyui_skyreels.skyreels.sampling.precompute import precompute

@@ -6,9 +6,9 @@ import pytest
 import torch
 from bench import replay as bench
 from bench.quality import Studio
+from comfyui_skyreels.skyreels.conditioning.latents import ImageConditioning, to_vae_space
 from comfyui_skyreels.skyreels.config import Guidance
 from comfyui_skyreels.skyreels.errors import OptionError
-from comfyui_skyreels.skyreels.latents import ImageConditioning, to_vae_space
 from comfyui_skyreels.skyreels.runtime import TorchRuntime
 from comfyui_skyreels.skyreels.sampling.calibrate import THRESHOLDS, scores_of_thresholds
 from comfyui_skyreels.skyreels.sampling.replay import Recording, decibels, record, replay

@@ -5,12 +5,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from comfyui_skyreels.skyreels.conditioning.embeds import PromptEmbeds
+from comfyui_skyreels.skyreels.conditioning.latents import ImageConditioning
 from comfyui_skyreels.skyreels.config import ContextWindows, FreSca, Guidance, SkipLayers
-from comfyui_skyreels.skyreels.latents import ImageConditioning
 from comfyui_skyreels.skyreels.sampling.resume import NOT_IN_FINGERPRINT, fingerprint_run
 from comfyui_skyreels.skyreels.sampling.settings import SamplingSettings, euler
 from comfyui_skyreels.skyreels.sampling.step_cache import CacheConfig
-from comfyui_skyreels.skyreels.text.embeds import PromptEmbeds
 from support import tiny
 
 

@@ -8,12 +8,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from comfyui_skyreels.skyreels.conditioning.embeds import PromptEmbeds
+from comfyui_skyreels.skyreels.conditioning.latents import ImageConditioning
 from comfyui_skyreels.skyreels.config import Guidance
 from comfyui_skyreels.skyreels.errors import OptionError, ShapeError, TextError
 from comfyui_skyreels.skyreels.image import fit_image
-from comfyui_skyreels.skyreels.latents import ImageConditioning
-from comfyui_skyreels.skyreels.lora.apply import AppliedLora
-from comfyui_skyreels.skyreels.lora.read import Lora
 from comfyui_skyreels.skyreels.pipeline import image_to_video
 from comfyui_skyreels.skyreels.runtime import TorchRuntime
 from comfyui_skyreels.skyreels.sampling.finite import FiniteWatch, suspects
@@ -22,10 +21,11 @@ from comfyui_skyreels.skyreels.sampling.precompute import precompute
 from comfyui_skyreels.skyreels.sampling.sample import initial_noise, sample
 from comfyui_skyreels.skyreels.sampling.settings import SamplingSettings, euler, get_sigmas
 from comfyui_skyreels.skyreels.sampling.step_cache import CACHES
-from comfyui_skyreels.skyreels.text.embeds import PromptEmbeds
 from comfyui_skyreels.skyreels.transformer.layers import rope_table
 from comfyui_skyreels.skyreels.transformer.model import call
 from comfyui_skyreels.skyreels.vae.model import VideoVAE
+from comfyui_skyreels.skyreels.weights.lora.apply import AppliedLora
+from comfyui_skyreels.skyreels.weights.lora.read import Lora
 from support import tiny
 from support.tiny import embeds
 from support.waits import Waits

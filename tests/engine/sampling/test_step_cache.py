@@ -6,9 +6,9 @@ from itertools import pairwise
 
 import pytest
 import torch
+from comfyui_skyreels.skyreels.conditioning.latents import ImageConditioning
 from comfyui_skyreels.skyreels.config import Guidance, TransformerConfig
 from comfyui_skyreels.skyreels.errors import OptionError
-from comfyui_skyreels.skyreels.latents import ImageConditioning
 from comfyui_skyreels.skyreels.runtime import TorchRuntime
 from comfyui_skyreels.skyreels.sampling.guidance import combine
 from comfyui_skyreels.skyreels.sampling.sample import initial_noise, run_bytes, sample

@@ -6,12 +6,12 @@ from dataclasses import replace
 
 import pytest
 import torch
+from comfyui_skyreels.skyreels.conditioning.embeds import check_prompt_embeds
 from comfyui_skyreels.skyreels.config import TransformerConfig
 from comfyui_skyreels.skyreels.errors import OutOfRoomError, TextError
-from comfyui_skyreels.skyreels.offload import on_device, weight_bytes
 from comfyui_skyreels.skyreels.runtime import TorchRuntime
+from comfyui_skyreels.skyreels.runtime.offload import on_device, weight_bytes
 from comfyui_skyreels.skyreels.text import encode, load
-from comfyui_skyreels.skyreels.text.embeds import check_prompt_embeds
 
 CONFIG = TransformerConfig(text_embed_dim=24, pooled_projection_dim=12)
 RUNTIME = TorchRuntime()
@@ -42,13 +42,15 @@ def test_an_overlong_prompt_is_cut_as_diffusers_does_and_says_so(
 ):
     prompt = "a cat walks over the bridge " * 60
     theirs, pooled = diffusers_embeds(diffusers_pipeline, folder, encoder, prompt)
-    with caplog.at_level(logging.WARNING, logger="skyreels.text.embeds"):
+    with caplog.at_level(logging.WARNING, logger="skyreels.conditioning.embeds"):
         ours = encode.encode_prompt(encoder, prompt, fps_prefix=False, runtime=RUNTIME)
     assert ours.prompt_embeds.shape == theirs.shape == (1, 256, 24)
     assert (ours.prompt_embeds - theirs).abs().max() <= 1e-5
     assert (ours.pooled_prompt_embeds - pooled).abs().max() <= 1e-5
     assert [
-        r for r in caplog.records if r.name == "skyreels.text.embeds" and "256" in r.getMessage()
+        r
+        for r in caplog.records
+        if r.name == "skyreels.conditioning.embeds" and "256" in r.getMessage()
     ]
 
 

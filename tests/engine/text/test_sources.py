@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 from comfyui_skyreels.skyreels.errors import CheckpointError, TextError
-from comfyui_skyreels.skyreels.offload import on_device, weight_bytes
 from comfyui_skyreels.skyreels.runtime import TorchRuntime
+from comfyui_skyreels.skyreels.runtime.offload import on_device, weight_bytes
 from comfyui_skyreels.skyreels.text import encode, load
 from comfyui_skyreels.skyreels.text.encode import encode_prompt
 from comfyui_skyreels.skyreels.text.load import fingerprint_text_encoder, load_text_encoder

@@ -15,6 +15,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from comfyui_skyreels.skyreels import cli
+from comfyui_skyreels.skyreels.conditioning.embeds import PromptEmbeds
+from comfyui_skyreels.skyreels.conditioning.latents import ImageConditioning
 from comfyui_skyreels.skyreels.errors import OptionError, OutOfRoomError
 from comfyui_skyreels.skyreels.kernels import dispatch
 from comfyui_skyreels.skyreels.kernels.dispatch import DeviceInfo
@@ -23,10 +25,8 @@ from comfyui_skyreels.skyreels.kernels.reference import (
     VALUES_FP16,
     quantized_attention,
 )
-from comfyui_skyreels.skyreels.latents import ImageConditioning
 from comfyui_skyreels.skyreels.sampling.sample import run_bytes
 from comfyui_skyreels.skyreels.sampling.settings import SamplingSettings
-from comfyui_skyreels.skyreels.text.embeds import PromptEmbeds
 from comfyui_skyreels.skyreels.transformer import attention, attention_quality, fast_attention
 from comfyui_skyreels.skyreels.transformer.attention import choose_attention, sdpa
 from support import tiny

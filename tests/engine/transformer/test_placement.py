@@ -2,15 +2,14 @@
 
 import pytest
 import torch
-from comfyui_skyreels.skyreels import offload, streaming
 from comfyui_skyreels.skyreels.config import CHUNKINGS, TransformerConfig
 from comfyui_skyreels.skyreels.errors import OutOfRoomError
 from comfyui_skyreels.skyreels.kernels import dispatch
 from comfyui_skyreels.skyreels.kernels.blocks import BLOCK_TYPES
-from comfyui_skyreels.skyreels.offload import weight_bytes
-from comfyui_skyreels.skyreels.runtime import TorchRuntime
+from comfyui_skyreels.skyreels.runtime import TorchRuntime, offload, streaming
+from comfyui_skyreels.skyreels.runtime.offload import weight_bytes
+from comfyui_skyreels.skyreels.runtime.streaming import CopiesInOrder, least_bytes, padded_bytes
 from comfyui_skyreels.skyreels.sampling.step_cache import FirstBlockCache
-from comfyui_skyreels.skyreels.streaming import CopiesInOrder, least_bytes, padded_bytes
 from comfyui_skyreels.skyreels.transformer import placement
 from comfyui_skyreels.skyreels.transformer.block_linear import BlockLinear
 from comfyui_skyreels.skyreels.transformer.layers import rope_table

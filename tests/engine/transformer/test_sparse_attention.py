@@ -6,11 +6,11 @@ from dataclasses import replace
 
 import pytest
 import torch
+from comfyui_skyreels.skyreels.conditioning.latents import ImageConditioning
 from comfyui_skyreels.skyreels.config import ATTENTIONS, CHUNKINGS, ContextWindows, Guidance
 from comfyui_skyreels.skyreels.errors import OptionError
 from comfyui_skyreels.skyreels.kernels import dispatch, sparse
 from comfyui_skyreels.skyreels.kernels.dispatch import Decision, DeviceInfo
-from comfyui_skyreels.skyreels.latents import ImageConditioning
 from comfyui_skyreels.skyreels.plan import Job, activation_bytes
 from comfyui_skyreels.skyreels.plan.predict import block_seconds
 from comfyui_skyreels.skyreels.runtime import TorchRuntime

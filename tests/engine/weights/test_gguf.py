@@ -8,9 +8,9 @@ import torch
 from comfyui_skyreels.skyreels.config import TransformerConfig
 from comfyui_skyreels.skyreels.errors import CheckpointError
 from comfyui_skyreels.skyreels.kernels.blocks import BLOCK_TYPES
-from comfyui_skyreels.skyreels.offload import weight_bytes
 from comfyui_skyreels.skyreels.plan import Job, plan_run, weights_as, weights_of
 from comfyui_skyreels.skyreels.runtime import TorchRuntime
+from comfyui_skyreels.skyreels.runtime.offload import weight_bytes
 from comfyui_skyreels.skyreels.transformer.block_linear import BlockLinear
 from comfyui_skyreels.skyreels.transformer.model import SkyReelsTransformer
 from comfyui_skyreels.skyreels.transformer.quant import QuantLinear, dequantize

@@ -595,7 +595,7 @@ import re
 from pathlib import Path
 from skyreels.weights.load import load_transformer
 from skyreels.runtime import TorchRuntime
-from skyreels.offload import weight_bytes
+from skyreels.runtime.offload import weight_bytes
 def resident(item):  # ru_maxrss would start at what the parent process held
     status = Path("/proc/self/status").read_text()
     return 1024 * int(re.search(item + r":\s+(\d+)", status)[1])
