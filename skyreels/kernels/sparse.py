@@ -130,9 +130,9 @@ def route(query: Tensor, key: Tensor, beta: float, num_image_blocks: int) -> Ten
     dtype = torch.promote_types(query.dtype, torch.float32)
     means = [
         x[:, :, :image_tokens].flatten(0, 1).to(dtype).unflatten(1, (-1, PART)).mean(dim=2)
-        for x in (query * width**-0.5, key)
+        for x in (query, key)
     ]
-    means[1] = means[1] - means[1].mean(dim=1, keepdim=True)
+    means = [means[0] * width**-0.5, means[1] - means[1].mean(dim=1, keepdim=True)]
     shape = (num_image_blocks, BLOCK // PART) * 2
     chosen = []
     for q, k in zip(*means, strict=True):  # one head at a time, the same for any grouping of them

@@ -3,7 +3,7 @@
 `SparseRun` is the attention of one run (kernels/sparse.py says what sparse attention computes). The
 sampler tells it the step and the branches of guidance before each forward pass, and it wraps
 `run_block` to know the block; the calls of the text refiner, outside any block, are dense. The
-first 20 % of the steps and the first block are dense: errors made there grow most.
+first 20 % of the steps and the first two blocks are dense: errors made there grow most.
 
 All branches of a step share the lists of exact blocks of the first one, as they share the decision
 of a step cache: errors of the two predictions then cancel in their difference, which guidance
@@ -46,13 +46,15 @@ class SparseConfig:
     Raises:
         OptionError: a value outside its range.
 
-    Source: Sol-Attn arXiv:2607.24027 (20 % of the steps and the first block dense).
+    Source: Sol-Attn arXiv:2607.24027 (20 % of the steps dense); Chipmunk (two blocks dense). The
+        second block costs 1 % of a run, and dense it halves the error of the velocity on the second
+        yardstick (tests/bench/LOG.md).
     """
 
     beta: float = 0.85
     dense_share: float = 0.2
     dense_last: float = 0.0
-    dense_blocks: int = 1
+    dense_blocks: int = 2
     min_tokens: int = 12_000
 
     def __post_init__(self) -> None:
@@ -62,7 +64,7 @@ class SparseConfig:
             if not 0.0 <= getattr(self, name) <= 1.0:
                 raise OptionError(f"{name} {getattr(self, name)} is not within 0..1: use 0.2.")
         if self.dense_blocks < 0:
-            raise OptionError(f"dense_blocks {self.dense_blocks} is negative: use 1.")
+            raise OptionError(f"dense_blocks {self.dense_blocks} is negative: use 2.")
 
     def is_dense(self, step: int, num_steps: int) -> bool:
         """Whether all blocks of a step are dense."""

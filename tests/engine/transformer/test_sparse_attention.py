@@ -37,7 +37,7 @@ PROMPT, NEGATIVE = embeds(7, 1), embeds(4, 2)
 GRID, LATENT = (3, 8, 8), (1, 16, 3, 16, 16)
 SIGMAS = get_sigmas(5)
 #: the last four of five steps, and all blocks but the first
-CONFIG = SparseConfig(beta=0.5, min_tokens=0)
+CONFIG = SparseConfig(beta=0.5, dense_blocks=1, min_tokens=0)
 
 
 @pytest.fixture(scope="module")
