@@ -129,7 +129,7 @@ def route(query: Tensor, key: Tensor, beta: float, num_image_blocks: int) -> Ten
     width, image_tokens = query.shape[3], num_image_blocks * BLOCK
     dtype = torch.promote_types(query.dtype, torch.float32)
     means = [
-        x[:, :, :image_tokens].flatten(0, 1).to(dtype).unflatten(1, (-1, PART)).mean(dim=2)
+        torch.unflatten(x[:, :, :image_tokens].flatten(0, 1).to(dtype), 1, (-1, PART)).mean(dim=2)
         for x in (query, key)
     ]
     means = [means[0] * width**-0.5, means[1] - means[1].mean(dim=1, keepdim=True)]
