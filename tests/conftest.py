@@ -27,13 +27,13 @@ LONGEST = (
     "engine/sampling/test_sample.py", "engine/vae/test_tiling.py", "engine/test_gpu_check.py",
     "train/test_train.py", "engine/sampling/test_step_cache.py", "client/test_schedules.py",
     "engine/vae/test_vae.py", "adapters/test_contract.py", "client/test_transport.py",
-    "engine/sampling/test_planned.py", "engine/vae/test_synced.py", "engine/test_ladder.py",
-    "engine/vae/test_budget.py", "engine/lora/test_apply.py", "client/test_faults.py",
+    "engine/sampling/test_planned.py", "engine/vae/test_synced.py", "engine/runtime/test_ladder.py",
+    "engine/vae/test_budget.py", "engine/weights/lora/test_apply.py", "client/test_faults.py",
     "adapters/remote/test_outputs.py", "engine/transformer/test_placement.py",
     "engine/kernels/test_dispatch.py", "engine/vae/test_exact.py", "test_workflows.py",
     "engine/test_odd_files.py", "client/test_downloads.py", "client/test_refusals.py",
     "adapters/remote/test_page.py", "test_layout.py", "adapters/remote/test_models.py",
-    "engine/sampling/test_prompts.py", "engine/text/test_sources.py", "engine/test_extend.py",
+    "engine/sampling/test_prompts.py", "engine/text/test_sources.py", "engine/pipeline/test_extend.py",
 )  # fmt: skip
 if "PYTEST_XDIST_WORKER" in os.environ:
     # threads of several processes that wait for one another on the same cores are slower than one

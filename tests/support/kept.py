@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -11,7 +12,7 @@ def kept(load: Callable[..., Any]) -> Callable[..., Any]:
     """A loader that returns a model again as long as nobody has changed it.
 
     Args:
-        load: takes a path or nothing before its keywords, and `runtime`; what is in a file counts,
+        load: takes paths and options, and `runtime`; what is in a file counts,
             not its name. What is in folders is read each time.
 
     Returns:
@@ -21,10 +22,10 @@ def kept(load: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(load)
     def again(*args, runtime, **options):
-        if any(path.is_dir() for path in args):
+        if any(isinstance(arg, Path) and arg.is_dir() for arg in args):
             return load(*args, runtime=runtime, **options)
         key = (
-            *(path.read_bytes() for path in args),
+            *(arg.read_bytes() if isinstance(arg, Path) else arg for arg in args),
             *sorted(options.items()),
             runtime.offload_device,
             type(runtime),

@@ -980,6 +980,7 @@ def test_a_cache_does_what_the_librarys_does_and_says_so(comfy, picture, name, c
     assert not torch.equal(cached, plain)
 
 
+@pytest.mark.usefixtures("read_each_time")
 def test_a_calibrated_cache_takes_what_is_stored_for_the_weights(comfy, picture, caplog):
     caplog.set_level("INFO")
     _, inputs = prepare(picture)
