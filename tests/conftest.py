@@ -33,7 +33,8 @@ LONGEST = (
     "engine/kernels/test_dispatch.py", "engine/vae/test_exact.py", "test_workflows.py",
     "engine/test_odd_files.py", "client/test_downloads.py", "client/test_refusals.py",
     "adapters/remote/test_page.py", "test_layout.py", "adapters/remote/test_models.py",
-    "engine/sampling/test_prompts.py", "engine/text/test_sources.py", "engine/pipeline/test_extend.py",
+    "engine/sampling/test_prompts.py", "engine/text/test_sources.py",
+    "engine/pipeline/test_extend.py",
 )  # fmt: skip
 if "PYTEST_XDIST_WORKER" in os.environ:
     # threads of several processes that wait for one another on the same cores are slower than one
