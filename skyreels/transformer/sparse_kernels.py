@@ -228,28 +228,9 @@ def _load_triton(
 
     problem = triton_sparse.refusal(size.head_dim, size.tokens)
     tiles = triton_sparse.tiles(info.capability or (0, 0))
-    if problem or index >= len(tiles):
-        raise RuntimeError(problem or f"it has {len(tiles) or 'no'} tile for {dispatch.sm(info)}")
-
-    def attention(
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        beta: float,
-        num_image_blocks: int,
-        exact: Tensor | None,
-    ) -> SparseResult:
-        return triton_sparse.sparse_attention(
-            query,
-            key,
-            value,
-            beta=beta,
-            num_image_blocks=num_image_blocks,
-            exact=exact,
-            tile=tiles[index],
-        )
-
-    return attention
+    if problem or not tiles:
+        raise RuntimeError(problem or f"it has no tile for {dispatch.sm(info)}")
+    return partial(triton_sparse.sparse_attention, tile=tiles[index])
 
 
 #: name -> load(info, device, size) -> the attention; the likely fastest first

@@ -579,10 +579,10 @@ def sparse_attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    *,
     beta: float,
     num_image_blocks: int,
     exact: Tensor | None = None,
+    *,
     tile: Tile,
 ) -> SparseResult:
     """Route and attend, as `kernels.sparse.route` and `attend` do with the tail "variance".

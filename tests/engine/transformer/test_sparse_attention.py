@@ -19,7 +19,7 @@ from comfyui_skyreels.skyreels.sampling.sample import sample
 from comfyui_skyreels.skyreels.sampling.settings import SamplingSettings, get_sigmas
 from comfyui_skyreels.skyreels.sampling.step_cache import CACHES, CacheConfig
 from comfyui_skyreels.skyreels.transformer import sparse_kernels
-from comfyui_skyreels.skyreels.transformer.attention import sdpa
+from comfyui_skyreels.skyreels.transformer.attention import Size, sdpa
 from comfyui_skyreels.skyreels.transformer.layers import rope_table
 from comfyui_skyreels.skyreels.transformer.model import SkyReelsTransformer
 from comfyui_skyreels.skyreels.transformer.sparse_attention import (
@@ -326,6 +326,15 @@ def test_where_no_kernel_is_usable_attention_is_dense_and_each_reason_is_named(m
     assert "not available, so attention is dense (cuDNN)" in message
     assert "it is not built for this card" in message
     assert "comfy-kitchen: comfy_kitchen is not installed" in message
+
+
+@pytest.mark.parametrize("name", ["Triton 8 bits", "Triton 16 bits"])
+def test_a_card_without_tiles_is_named(name):
+    pytest.importorskip("triton", reason="triton is not installed")
+    info = DeviceInfo("cuda", "card", (10, 0), triton="3.9.0")
+    size = Size(24, 128, 51_060, torch.bfloat16)
+    with pytest.raises(RuntimeError, match="it has no tile for sm100"):
+        sparse_kernels.SPARSE_KERNELS[name](info, torch.device("cpu"), size)
 
 
 def test_the_fastest_kernel_that_is_right_is_used(monkeypatch):
