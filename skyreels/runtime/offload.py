@@ -89,27 +89,28 @@ _PORTABLE = 1
 
 
 def whole_pages(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """The memory of some tensors in whole pages, which is how it is locked.
+    """The pages that hold nothing but some tensors: memory is locked page by page.
 
-    Tensors that share a page come in one piece, so that no page is locked twice.
+    A page of which a part belongs to somebody else is left out: CUDA copies nothing that is
+    page-locked in part (`cudaErrorInvalidValue`), so whoever read that neighbour would fail.
 
     Args:
         tensors: contiguous, on the host.
 
     Returns:
-        Each [num_bytes] uint8, in the order of their addresses.
+        Each [num_bytes] uint8, in the order of their addresses, none next to another.
     """
-    merged: list[list[int]] = []
+    runs: list[list[int]] = []
     for address, num_bytes in sorted((t.data_ptr(), t.nbytes) for t in tensors if t.nbytes):
-        start = address // PAGESIZE * PAGESIZE
-        end = -(-(address + num_bytes) // PAGESIZE) * PAGESIZE
-        if merged and start < merged[-1][1]:
-            merged[-1][1] = max(end, merged[-1][1])
+        if runs and address <= runs[-1][1]:
+            runs[-1][1] = max(address + num_bytes, runs[-1][1])
         else:
-            merged.append([start, end])
+            runs.append([address, address + num_bytes])
+    pages = [(-(-start // PAGESIZE) * PAGESIZE, end // PAGESIZE * PAGESIZE) for start, end in runs]
     return [
         torch.frombuffer((ctypes.c_ubyte * (end - start)).from_address(start), dtype=torch.uint8)
-        for start, end in merged
+        for start, end in pages
+        if start < end
     ]
 
 

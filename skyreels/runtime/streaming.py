@@ -11,10 +11,13 @@ after the other, and it is copied once.
 A block is tensors to bring, then a module to run: which precision it is in does not matter here.
 """
 
+from bisect import bisect_left, bisect_right
 from collections import defaultdict, deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import pairwise
+from mmap import PAGESIZE
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -28,6 +31,11 @@ RATES = 256
 ALIGNMENT = 512
 #: of each of the two buffers of a staging ring, the first that can be had
 RING_BYTES = (32 * 1024**2, 8 * 1024**2, 2 * 1024**2, 512 * 1024)
+
+#: targets on the device and sources on the host, both [num_bytes] uint8
+Pairs = Sequence[tuple[Tensor, Tensor]]
+#: for each tensor of each block its bytes in parts, each [num_bytes] uint8
+Sources = Sequence[Sequence[list[Tensor]]]
 
 
 @dataclass(frozen=True)
@@ -197,7 +205,7 @@ class Copies(Protocol):
         """
         ...
 
-    def bring(self, slot: int, pairs: Sequence[tuple[Tensor, Tensor]]) -> None:
+    def bring(self, slot: int, pairs: Pairs) -> None:
         """Queue copies into a slot, after the block that used it last.
 
         Args:
@@ -232,7 +240,7 @@ class CopiesInOrder:
         """There is no ring."""
         return 0
 
-    def bring(self, slot: int, pairs: Sequence[tuple[Tensor, Tensor]]) -> None:
+    def bring(self, slot: int, pairs: Pairs) -> None:
         """Copy."""
         for target, source in pairs:
             target.copy_(source, non_blocking=True)
@@ -274,7 +282,7 @@ class CudaCopies:
             return 2 * num_bytes
         return 0
 
-    def bring(self, slot: int, pairs: Sequence[tuple[Tensor, Tensor]]) -> None:
+    def bring(self, slot: int, pairs: Pairs) -> None:
         """Queue copies on the copy stream."""
         self._stream.wait_event(self._used[slot])
         with torch.cuda.stream(self._stream):
@@ -369,6 +377,7 @@ class BlockStream:
         blocks: tensors of each streamed block, in the order in which these run; contiguous.
         slots: [num_bytes] uint8 on the device; each holds any of the blocks, see `padded_bytes`.
         copies: how bytes come there.
+        sources: from `cut_sources`; without, bytes are read where the tensors lie.
         in_background: queue copies in a thread, because some make their thread wait.
     """
 
@@ -378,17 +387,23 @@ class BlockStream:
         slots: Sequence[Tensor],
         copies: Copies,
         *,
+        sources: Sources | None = None,
         in_background: bool = False,
     ) -> None:
         self._blocks = [[(tensor, tensor.data) for tensor in block] for block in blocks]
         self._copies = copies
         self._thread = ThreadPoolExecutor(1, "weights") if in_background else None
         # all views are made before the loop
-        self._sources = [[_bytes_of(home) for _, home in block] for block in self._blocks]
-        self._targets = [[_cut(slot, block) for slot in slots] for block in self._sources]
+        homes = [[home for _, home in block] for block in self._blocks]
+        sources = sources or [[[_bytes_of(home)] for home in block] for block in homes]
+        targets = [[_cut(slot, block) for slot in slots] for block in homes]
         self._views = [
             [_shaped(parts, block) for parts in of_slots]
-            for of_slots, block in zip(self._targets, self._blocks, strict=True)
+            for of_slots, block in zip(targets, self._blocks, strict=True)
+        ]
+        self._pairs = [
+            [_paired(parts, block) for parts in of_slots]
+            for of_slots, block in zip(targets, sources, strict=True)
         ]
         for slot in range(len(slots)):  # its memory may be in use by what was queued before
             copies.mark_used(slot)
@@ -479,7 +494,7 @@ class BlockStream:
     def _bring(self) -> None:
         """Queue the copies of the block that follows."""
         position, slot = self._following, self._free.popleft()
-        pairs = list(zip(self._targets[position][slot], self._sources[position], strict=True))
+        pairs = self._pairs[position][slot]
         queued = None
         if self._thread is None:
             self._copies.bring(slot, pairs)
@@ -488,9 +503,66 @@ class BlockStream:
         self._coming.append(_Brought(position, slot, queued))
         self._following = (position + 1) % len(self._blocks)
 
-    def _bring_in_background(self, slot: int, pairs: Sequence[tuple[Tensor, Tensor]]) -> None:
+    def _bring_in_background(self, slot: int, pairs: Pairs) -> None:
         with torch.inference_mode():  # the mode is the thread's; slots may be of that mode
             self._copies.bring(slot, pairs)
+
+
+def cut_sources(blocks: Sequence[Sequence[Tensor]], locked: Sequence[Tensor]) -> Sources:
+    """Where the bytes of blocks are read if some memory is page-locked.
+
+    The ends of a tensor may lie in pages that are not locked because others have a part of them.
+    CUDA copies from inside such a page or from outside, and never across.
+
+    Args:
+        blocks: tensors of each block, contiguous.
+        locked: memory from `offload.whole_pages` of these tensors that is page-locked.
+
+    Returns:
+        For each tensor of each block its bytes in parts, each [num_bytes] uint8.
+    """
+    pieces = sorted((memory.data_ptr(), memory.data_ptr() + memory.nbytes) for memory in locked)
+    return [[_parts_of(_bytes_of(tensor.data), pieces) for tensor in block] for block in blocks]
+
+
+def page_lock_ends(sources: Sources) -> None:
+    """Copy the ends of tensors, less than a page each, to memory that is page-locked.
+
+    Args:
+        sources: from `cut_sources`; those parts are exchanged.
+
+    Raises:
+        RuntimeError: torch cannot have the memory; nothing is exchanged.
+    """
+    ends = [
+        (parts, index)
+        for block in sources
+        for parts in block
+        for index, part in enumerate(parts)
+        if part.nbytes < PAGESIZE or (len(parts) == 1 and part.nbytes < 2 * PAGESIZE)
+    ]
+    sizes = [parts[index].nbytes for parts, index in ends]
+    copies = torch.split(page_locked(sum(sizes)), sizes)
+    for (parts, index), copy in zip(ends, copies, strict=True):
+        parts[index] = copy.copy_(parts[index])
+
+
+def _parts_of(memory: Tensor, pieces: Sequence[tuple[int, int]]) -> list[Tensor]:
+    """Cut [num_bytes] uint8 where pieces of memory, ordered by their addresses, start and end."""
+    first = memory.data_ptr()
+    last = first + memory.nbytes
+    near = pieces[max(0, bisect_right(pieces, (first, 0)) - 1) : bisect_left(pieces, (last, 0))]
+    cuts = {0, memory.nbytes}
+    cuts |= {place - first for piece in near for place in piece if first < place < last}
+    return [memory[start:end] for start, end in pairwise(sorted(cuts))]
+
+
+def _paired(targets: Sequence[Tensor], sources: Sequence[list[Tensor]]) -> Pairs:
+    """A part of a target for each part of a source."""
+    pairs: list[tuple[Tensor, Tensor]] = []
+    for target, parts in zip(targets, sources, strict=True):
+        pairs += zip(torch.split(target, [len(part) for part in parts]), parts, strict=True)
+    return pairs
 
 
 def _bytes_of(tensor: Tensor) -> Tensor:
@@ -507,7 +579,7 @@ def _cut(slot: Tensor, tensors: Sequence[Tensor]) -> list[Tensor]:
     return parts
 
 
-def _shaped(parts: Sequence[Tensor], block: Sequence[tuple[Tensor, Tensor]]) -> list[Tensor]:
+def _shaped(parts: Sequence[Tensor], block: Pairs) -> list[Tensor]:
     """Parts of a slot as tensors like those of a block."""
     return [
         part.view(home.dtype).view(home.shape) for part, (_, home) in zip(parts, block, strict=True)

@@ -24,10 +24,13 @@ from ..runtime.streaming import (
     SLOTS,
     BlockStream,
     Copies,
+    Sources,
     choose_resident,
+    cut_sources,
     least_bytes,
     open_copies,
     padded_bytes,
+    page_lock_ends,
 )
 from .model import RunBlock, SkyReelsTransformer
 
@@ -228,8 +231,11 @@ def _load(
         return None, {}
     streamed = [module for index, module in enumerate(away) if index not in resident]
     blocks = [away[module] for module in streamed]
-    in_background = copies.runs_beside and not _pin(stack, blocks, copies, runtime)
-    stream = BlockStream(blocks, slots, copies, in_background=in_background)
+    sources, in_background = None, False
+    if copies.runs_beside:
+        sources, is_pinned = _pin(stack, blocks, copies, runtime)
+        in_background = not is_pinned
+    stream = BlockStream(blocks, slots, copies, sources=sources, in_background=in_background)
     stack.callback(stream.close)
     stream.start()
     num_bytes = sum(map(padded_bytes, blocks))
@@ -242,12 +248,13 @@ def _load(
 
 def _pin(
     stack: ExitStack, blocks: Sequence[Sequence[Tensor]], copies: Copies, runtime: Runtime
-) -> bool:
+) -> tuple[Sources, bool]:
     """Page-lock blocks as far as possible, until `stack` undoes it; say it if that is not all.
 
     Returns:
-        Whether all are.
+        Where their bytes are read, and whether all of it is page-locked.
     """
+    locked: list[Tensor] = []
     refused_bytes, reason = 0, ""
     homes = [tensor.data for tensors in blocks for tensor in tensors]
     for memory in whole_pages([home for home in homes if not home.is_pinned()]):
@@ -259,8 +266,14 @@ def _pin(
             reason = reason or dispatch.brief(error)
         else:
             stack.callback(runtime.unpin, memory)
+            locked.append(memory)
+    sources = cut_sources(blocks, locked)
+    try:
+        page_lock_ends(sources)
+    except RuntimeError as error:
+        refused_bytes, reason = refused_bytes or 1, reason or dispatch.brief(error)
     if not refused_bytes:
-        return True
+        return sources, True
     ring = copies.stage()
     by = f"a ring of {ring / 1e6:.1f} MB" if ring else "pageable copies"
     dispatch.log_once(
@@ -268,7 +281,7 @@ def _pin(
         f"({reason}). They go through {by}, slower.",
         source=logger,
     )
-    return False
+    return sources, False
 
 
 def _run_block(

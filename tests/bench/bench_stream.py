@@ -31,9 +31,11 @@ from comfyui_skyreels.skyreels.runtime.streaming import (
     SLOTS,
     BlockStream,
     choose_resident,
+    cut_sources,
     least_bytes,
     open_copies,
     padded_bytes,
+    page_lock_ends,
     simulate,
 )
 
@@ -83,16 +85,21 @@ def stream_of(
 ) -> BlockStream:
     """A stream with no block on the device, its sources page-locked or not."""
     copies = open_copies(device)
+    sources = None
     if way == "page-locked" and copies.runs_beside:
-        for memory in whole_pages([tensor for block in blocks for tensor in block]):
+        locked = whole_pages([tensor for block in blocks for tensor in block])
+        for memory in locked:
             page_lock(memory)
             stack.callback(page_unlock, memory)
+        sources = cut_sources(blocks, locked)
+        page_lock_ends(sources)
     if way == "ring":
         copies.stage()
     num_bytes = max(map(padded_bytes, blocks))
     count = SLOTS if copies.runs_beside else 1
     slots = [torch.empty(num_bytes, dtype=torch.uint8, device=device) for _ in range(count)]
-    stream = BlockStream(blocks, slots, copies, in_background=way in ("ring", "pageable"))
+    in_background = way in ("ring", "pageable")
+    stream = BlockStream(blocks, slots, copies, sources=sources, in_background=in_background)
     stack.callback(stream.close)
     stream.start()
     return stream

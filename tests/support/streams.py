@@ -37,6 +37,13 @@ class Event:
         Machine.host = max(Machine.host, self.time)
 
 
+def little_memory(num_bytes):
+    """Page-locked memory for the ends of tensors, not for a ring."""
+    if num_bytes >= min(streaming.RING_BYTES):
+        raise RuntimeError("CUDA error: out of memory")
+    return torch.empty(num_bytes, dtype=torch.uint8)
+
+
 class Machine:
     """What the stand-ins share; `install` replaces torch's classes for a test.
 
@@ -48,8 +55,10 @@ class Machine:
         host: the time that the host has seen pass.
         copied: bytes, copy by copy.
         waits: of the host: the time of the event, or "a stream".
+        locked: address -> end of page-locked memory of the host.
     """
 
+    locked: ClassVar[dict[int, int]] = {}
     copied: ClassVar[list[int]] = []
     waits: ClassVar[list[float | str]] = []
     host: ClassVar[float] = 0.0
@@ -59,7 +68,7 @@ class Machine:
         self.stall = 0.0
         self.readers: dict[int, float] = {}
         self.left: dict[int, float] = {}
-        Machine.copied, Machine.waits, Machine.host = [], [], 0.0
+        Machine.copied, Machine.waits, Machine.host, Machine.locked = [], [], 0.0, {}
 
     def install(self, monkeypatch):
         @contextmanager
@@ -70,6 +79,7 @@ class Machine:
         monkeypatch.setattr(torch.cuda, "Event", Event)
         monkeypatch.setattr(torch.cuda, "current_stream", lambda device: self.compute)
         monkeypatch.setattr(torch.cuda, "stream", on)
+        monkeypatch.setattr(streaming, "page_locked", little_memory)
         return self
 
     def open_copies(self, device=None):
@@ -97,6 +107,10 @@ class TimedCopies(streaming.CudaCopies):
     def _copy(self, target, source):
         read_until = self.machine.readers.get(target.untyped_storage().data_ptr(), 0.0)
         assert self._stream.clock >= read_until, "a block that still runs would be overwritten"
+        first, last = source.data_ptr(), source.data_ptr() + source.nbytes
+        for start, end in Machine.locked.items():
+            inside, outside = start <= first and last <= end, last <= start or end <= first
+            assert inside or outside, "CUDA copies nothing that is page-locked in part"
         super()._copy(target, source)
         self._stream.clock += target.nbytes / self.machine.bytes_per_s
         buffer = source.untyped_storage().data_ptr()

@@ -1,10 +1,12 @@
 """Which blocks stay, what streaming the others costs, and the stream itself on stand-ins."""
 
 from itertools import pairwise
+from mmap import PAGESIZE
 
 import pytest
 import torch
 from comfyui_skyreels.skyreels.runtime import streaming
+from comfyui_skyreels.skyreels.runtime.offload import whole_pages
 from comfyui_skyreels.skyreels.runtime.streaming import (
     BlockStream,
     CopiesInOrder,
@@ -402,6 +404,28 @@ def lockable(monkeypatch):
 def test_the_ring_is_as_large_as_can_be_page_locked(machine, lockable, limit, ring):
     lockable[0] = limit
     assert machine.open_copies().stage() == ring
+
+
+def test_ends_of_tensors_are_read_from_page_locked_copies(lockable):
+    storage = torch.randint(256, (20 * PAGESIZE,), dtype=torch.uint8)
+    page = PAGESIZE  # two that touch, a gap, one of whole pages and a bit
+    pairs = [(5, 9), (9, 3 * page + 1), (4 * page, 8 * page), (9 * page + 8, 19 * page + 3)]
+    blocks = [[storage[first:last] for first, last in pairs]]
+    locked = whole_pages(blocks[0])
+    sources = streaming.cut_sources(blocks, locked)
+    lockable[0] = 4 * PAGESIZE
+    streaming.page_lock_ends(sources)
+    assert lockable[0] > PAGESIZE  # little was copied
+    ranges = [(memory.data_ptr(), memory.data_ptr() + memory.nbytes) for memory in locked]
+    in_place = range(storage.data_ptr(), storage.data_ptr() + storage.nbytes)
+    for tensor, parts in zip(blocks[0], sources[0], strict=True):
+        assert torch.equal(torch.cat(parts), tensor)
+        for part in parts:
+            first, last = part.data_ptr(), part.data_ptr() + part.nbytes
+            assert first not in in_place or any(a <= first and last <= b for a, b in ranges)
+    lockable[0] = 0
+    with pytest.raises(RuntimeError, match="out of memory"):
+        streaming.page_lock_ends(streaming.cut_sources(blocks, locked))
 
 
 @pytest.mark.parametrize("size", [1, 255, 256, 257, 1000, 1024])

@@ -153,11 +153,13 @@ class Locking(SmallDevice):
             raise RuntimeError("CUDA error: out of memory")
         self.lockable -= memory.nbytes
         self.locked.append(memory.data_ptr())
+        Machine.locked[memory.data_ptr()] = memory.data_ptr() + memory.nbytes
 
     def unpin(self, memory):
         assert Machine.waits[-1:] == ["a stream"], "copies may be under way"
         self.lockable += memory.nbytes
         self.locked.remove(memory.data_ptr())
+        del Machine.locked[memory.data_ptr()]
 
 
 @pytest.mark.parametrize("beside", [True, False])
@@ -379,6 +381,30 @@ def test_a_step_cache_that_runs_the_first_block_alone_gets_it(machine):
                     )
         assert cache.skipped
     assert all(torch.equal(*pair) for pair in zip(results[:18], results[18:], strict=True))
+
+
+def test_no_neighbour_of_a_streamed_block_is_page_locked_in_part(machine):
+    model = tiny.transformer()
+    file = torch.empty(sum(p.nbytes for p in model.parameters()) + 12, dtype=torch.uint8)
+    start = 12  # as in a mapped file: one tensor right after the other, on no boundary of pages
+    for parameter in model.parameters():
+        place = file[start : start + parameter.nbytes].view(parameter.dtype).view(parameter.shape)
+        parameter.data = place.copy_(parameter)
+        start += parameter.nbytes
+    kept, away = placement._split(model, torch.device("meta"))
+    streamed = {t.data_ptr() for tensors in away.values() for t in tensors}
+    sizes = [padded_bytes(tensors) for tensors in away.values()]
+    inputs = denoise_inputs(model)
+    expected = model.denoise(*inputs)
+    room = sum(t.nbytes for t in kept) + least_bytes(sizes)
+    with placed(model, Locking(room), 0) as run_block:
+        others = [p for p in model.parameters() if p.data_ptr() not in streamed]
+        assert Machine.locked and others
+        for tensor in others:
+            first, last = tensor.data_ptr(), tensor.data_ptr() + tensor.nbytes
+            assert not any(first < end and start < last for start, end in Machine.locked.items())
+        result = model.denoise(*inputs, run_block=run_block)
+    assert torch.equal(result, expected)
 
 
 def test_what_cannot_be_page_locked_goes_through_a_ring_and_that_is_said_once(
