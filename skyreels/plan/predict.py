@@ -15,7 +15,7 @@ in one pass, without seams, in tiles (vae/tiling.py).
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -49,9 +49,11 @@ from .weights import Weights
 #: (tests/engine/test_budget.py counts them), in 16 bits and where inputs are rounded to 8
 MOVED_TENSORS = {False: (13.2, 9.1), True: (19.7, 17.2)}
 
-#: what a sparse kernel reaches of the rate of a dense one, until a run has shown it: Sol-Attn's own
-#: figures, 2.12 times as fast end to end with 14 % of the blocks (arXiv:2607.24027)
-SPARSE_EFFICIENCY = 0.61
+#: what our sparse kernel reaches of the rate of exact attention, until a run has shown it: on an
+#: H100, 51,060 tokens with 17 % of the blocks took 19.9 ms, cuDNN 52.8 (tests/bench/LOG.md)
+SPARSE_EFFICIENCY = 0.47
+#: seconds of a block at least, which the host takes to launch it: the built-in model on that H100
+LAUNCH_SECONDS = 1e-3
 
 #: of the time of a step, what running both branches block by block must save to be chosen
 LEAST_GAIN = 0.01
@@ -179,6 +181,9 @@ def plan_run(
         The plan; see `Plan.fits`.
     """
     config = job.config
+    sparse = SPARSE.get(choice.attention)
+    if sparse is not None and job.tokens < sparse.min_tokens:  # then it is dense
+        choice = replace(choice, attention="exact")
     if activations is None:
         activations = activation_bytes(
             config, job.tokens, weights, choice.attention, job.held_bytes
@@ -334,7 +339,7 @@ def block_seconds(
     unit = tokens * hidden * weights.dtype.itemsize / memory
     moved = MOVED_TENSORS[weights.gemm in STORAGE_DTYPES]
     factor = machine.corrections.get(kind_of_work(weights, attention), 1.0)
-    double, single = (factor * (common + tensors * unit) for tensors in moved)
+    double, single = (max(LAUNCH_SECONDS, factor * (common + tensors * unit)) for tensors in moved)
     return [double] * config.num_layers + [single] * config.num_single_layers
 
 

@@ -1,10 +1,12 @@
 """What a device reaches: operations and bytes a second, each measured once in a short probe.
 
-A probe takes a few milliseconds of work of the shapes of a run, and at most 0.7 GB. What it finds
-is remembered (runtime/outcomes.py) until the device, the driver or torch change.
+A probe works on the shapes of a run, and takes at most 0.7 GB. A GPU first works for half a second,
+until it has the clock that it keeps under load. What is found is remembered (runtime/outcomes.py)
+until the device, the driver or torch change.
 """
 
 import logging
+import time
 from collections.abc import Callable, Iterable
 from functools import partial
 from typing import NamedTuple
@@ -35,6 +37,9 @@ NAMES = (
 HEADS, HEAD_DIM = 24, 128
 #: of the work on a GPU, where once takes less than a millisecond
 REPEATS = 5
+#: of the same work before a GPU is timed. A cool one is faster than its power lets it be for long:
+#: an H100 was probed at 679 TFLOP/s of attention, and a whole forward pass has 555
+WARM_SECONDS = 0.5
 
 
 class _Size(NamedTuple):
@@ -111,12 +116,21 @@ def _measure(name: str, device: torch.device) -> float | None:
         return None
     work, amount = made
     repeats = REPEATS if device.type == "cuda" else 1
+    if device.type == "cuda" and name != "link":
+        _warm(work, device)
     milliseconds = dispatch.median_ms({name: partial(_repeat, work, repeats)}, device)[name]
     seconds = milliseconds / 1e3 / repeats
     del work, made
     if device.type == "cuda":
         torch.cuda.empty_cache()
     return amount / seconds if seconds > 0 else None
+
+
+def _warm(work: Callable[[], object], device: torch.device) -> None:
+    started = time.monotonic()
+    while time.monotonic() - started < WARM_SECONDS:
+        _repeat(work, REPEATS)
+        torch.cuda.synchronize(device)
 
 
 def _repeat(work: Callable[[], object], repeats: int) -> None:

@@ -246,6 +246,14 @@ def test_the_predicted_peak_of_a_synced_decode_is_what_shapes_take(meta_vae, gig
     assert 0.95 <= plan.peak_bytes["decode"] / (counted.peak + weights) <= 1.10
 
 
+def test_a_clip_too_short_to_be_sparse_is_planned_dense():
+    machine, weights = card("RTX 4090", 24), weights_as(CONFIG, "bf16", "auto")
+    plan = plan_run(machine, SHORT, weights, Choice("sparse"))
+    assert plan == plan_run(machine, SHORT, weights) and plan.is_exact
+    long = plan_run(machine, JOB, weights, Choice("sparse"))
+    assert long.attention == "sparse" and not long.is_exact
+
+
 @pytest.mark.parametrize("mode", DECODE_MODES)
 @pytest.mark.parametrize("gigabytes", [3, 8, 24, 80])
 def test_a_decode_is_planned_as_it_is_chosen_in_a_run(mode, gigabytes):

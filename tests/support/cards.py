@@ -4,12 +4,12 @@ from comfyui_skyreels.skyreels.kernels.dispatch import DeviceInfo
 from comfyui_skyreels.skyreels.plan import Machine
 
 #: rates of an H100: measured, tests/bench/LOG.md (convolutions: the decode of 97 frames of 544x960,
-#: 663 TFLOP in 3.35 s); of the others: published dense rates, of which products reach nine tenths,
+#: 663 TFLOP in 1.65 s); of the others: published dense rates, of which products reach nine tenths,
 #: and memory and links as data sheets have them, of which eight tenths
 CARDS = {
     "H100": ((9, 0), {
         "GEMM fp32": 50e12, "GEMM bf16": 780e12, "GEMM fp8": 1300e12, "GEMM int8": 1050e12,
-        "attention exact": 587e12, "convolution": 198e12, "memory": 2.6e12, "link": 53.5e9,
+        "attention exact": 587e12, "convolution": 402e12, "memory": 2.6e12, "link": 53.5e9,
     }),
     "RTX 4090": ((8, 9), {
         "GEMM fp32": 60e12, "GEMM bf16": 150e12, "GEMM fp8": 280e12, "GEMM int8": 480e12,
