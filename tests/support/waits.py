@@ -1,5 +1,8 @@
 """What makes the host wait for a device, counted without one: the meta device stands for it."""
 
+import warnings
+from contextlib import contextmanager
+
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -51,3 +54,19 @@ class Waits(TorchDispatchMode):
 
     def _holds(self, device):
         return device.type == self.device
+
+
+@contextmanager
+def no_wait_for_the_gpu():
+    """On a GPU, make every operation inside the block an error that lets the host wait for it."""
+    _tell_waits("error")
+    try:
+        yield
+    finally:
+        _tell_waits("default")
+
+
+def _tell_waits(mode):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that this is a prototype
+        torch.cuda.set_sync_debug_mode(mode)

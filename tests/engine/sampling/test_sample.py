@@ -28,7 +28,7 @@ from comfyui_skyreels.skyreels.weights.lora.apply import AppliedLora
 from comfyui_skyreels.skyreels.weights.lora.read import Lora
 from support import tiny
 from support.tiny import embeds
-from support.waits import Waits
+from support.waits import Waits, no_wait_for_the_gpu
 
 RUNTIME = TorchRuntime()
 
@@ -481,12 +481,9 @@ def test_on_this_gpu_the_watch_never_makes_the_host_wait():
     device = torch.device("cuda:0")
     latents = torch.zeros(1, 16, 3, 4, 6, device=device)
     watch = FiniteWatch(4, device, "why")
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with no_wait_for_the_gpu():
         for step in range(1, 4):
             watch.note(step, latents)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
     with pytest.raises(ShapeError, match="after step 4 of 4"):  # at the latest when it is over
         watch.note(4, latents * torch.nan)
         watch.finish(latents * torch.nan)
@@ -671,11 +668,8 @@ def test_on_this_gpu_a_step_never_makes_the_host_wait(model):
         )  # fmt: skip
         latents = torch.zeros(shape, device=runtime.device)
         euler(velocity, latents, SIGMAS, lambda *_: None)  # self-tests read their results
-        torch.cuda.set_sync_debug_mode("error")
-        try:
+        with no_wait_for_the_gpu():
             euler(velocity, latents, SIGMAS, lambda *_: None)
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
 
 
 # --- the whole pipeline -------------------------------------------------------------------------
