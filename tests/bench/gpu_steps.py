@@ -394,7 +394,7 @@ def yardstick(context: Context) -> None:
     from train import measure
 
     studio = quality.Studio(device=str(context.device))
-    cases, names = measure.held_out_cases(10), ["fp32", "bf16", "fp8", "int8", "easy cache"]
+    cases, names = measure.held_out_cases(4), ["fp32", "bf16", "fp8", "int8", "easy cache"]
     if not context.full:  # one clip whose shape is there at the end, in every other setting
         cases, names = [case for case in cases if case.verb != "fade"][:1], names[::2]
     exact = None

@@ -69,19 +69,19 @@ class Step(NamedTuple):
 
 #: the most valuable first
 STEPS = (
-    Step("environment", 20, "gpu_steps:environment"),
+    Step("environment", 15, "gpu_steps:environment"),
     Step("exact", 90, "gpu_model_steps:exact"),
-    Step("fp8", 60, "gpu_model_steps:fp8"),
-    Step("attention", 30, "gpu_steps:attention"),
-    Step("sparse attention", 65, "gpu_sparse_steps:sparse_attention"),
     Step("sparse forward", 50, "gpu_sparse_steps:forward"),
-    Step("int8", 30, "gpu_model_steps:int8"),
-    Step("vae", 60, "gpu_vae_steps:vae"),
-    Step("rates", 30, "gpu_steps:rates"),
-    Step("memory", 60, "gpu_check:process_memory"),
-    Step("accuracy", 25, "gpu_model_steps:accuracy"),
-    Step("yardstick", 35, "gpu_steps:yardstick"),
-    Step("plan", 25, "gpu_model_steps:plan"),
+    Step("vae", 75, "gpu_vae_steps:vae"),
+    Step("fp8", 50, "gpu_model_steps:fp8"),
+    Step("int8", 45, "gpu_model_steps:int8"),
+    Step("attention", 30, "gpu_steps:attention"),
+    Step("sparse attention", 70, "gpu_sparse_steps:sparse_attention"),
+    Step("plan", 22, "gpu_model_steps:plan"),
+    Step("memory", 50, "gpu_check:process_memory"),
+    Step("rates", 32, "gpu_steps:rates"),
+    Step("accuracy", 20, "gpu_model_steps:accuracy"),
+    Step("yardstick", 31, "gpu_steps:yardstick"),
 )
 #: parts of steps that may break the CUDA context, or whose memory is measured as a whole
 CHILDREN = {

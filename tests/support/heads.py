@@ -11,10 +11,9 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from comfyui_skyreels.skyreels.config import TransformerConfig
+from comfyui_skyreels.skyreels.transformer.layers import rope_table
 from torch import Tensor
-
-from skyreels.config import TransformerConfig
-from skyreels.transformer.layers import rope_table
 
 
 class Taste(NamedTuple):
