@@ -11,6 +11,7 @@ NODES = comfyui_skyreels.NODE_CLASS_MAPPINGS
 LANGUAGES = locales.languages()
 HELP = "run `python tests/scripts/locales.py` (CONTRIBUTING.md, Languages)"
 
+pytestmark = pytest.mark.usefixtures("comfy")
 each_language = pytest.mark.parametrize("language", LANGUAGES)
 
 
@@ -53,6 +54,19 @@ def test_help_pages_are_titled_with_the_name_in_the_menu(language):
     for name in NODES:
         page = texts[f"docs.{name}"]
         assert page.startswith(f"# {texts[f'nodeDefs.{name}.display_name']}\n"), name
+
+
+@each_language
+def test_help_pages_say_what_the_inputs_are_called_on_the_node(language):
+    texts = locales.texts_in(language)
+    unsaid = []
+    for name, cls in NODES.items():
+        for key in locales.texts_of(name, cls)["inputs"]:
+            label = texts[f"nodeDefs.{name}.inputs.{key}.name"]
+            is_numbered = re.search(r"\d$", key)  # image_2: as image
+            if not is_numbered and label.lower() not in texts[f"docs.{name}"].lower():
+                unsaid.append(f"{name}: {key} ({label})")
+    assert unsaid == []
 
 
 def test_every_text_of_the_panel_goes_through_the_dictionary():
