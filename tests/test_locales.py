@@ -107,7 +107,7 @@ def test_a_translation_with_other_facts_is_found(source, text, fault):
         ("# A\n\n## B\n", "# 甲\n", "headings"),
         ("- **width** (16)", "- **高** (16)", "names of inputs"),
         ("| a |\n| b |", "| 甲 |", "table rows"),
-        ("see [x](a.md)", "见 [x](b.md)", "links"),
+        ("see [x](#a)", "见 [x](#b)", "links"),
     ],
 )
 def test_a_help_page_of_another_structure_is_found(source, text, fault):

@@ -25,7 +25,7 @@ DOCS = ROOT / "web" / "docs"
 PANEL = ROOT / "web" / "wiro" / "lang"
 #: language -> key -> digest of the English text that was translated
 TRANSLATED = Path(__file__).parent / "translated.json"
-#: the files that ComfyUI reads of a pack (app/custom_node_manager.py)
+#: the files that ComfyUI reads of a pack
 FILES = ("main", "nodeDefs", "commands", "settings")
 TEXTS_OF_MESSAGES = re.compile(r"[{}@|]")  # signs with a meaning in the page's message format
 
