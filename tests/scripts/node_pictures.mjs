@@ -117,7 +117,8 @@ async function draw({ name, place, margin }) {
   }
   const boxes = app.graph._nodes.map((one) => {
     const width = one.flags.collapsed ? 190 : one.size[0];
-    return [one.pos[0], one.pos[1] - 30, one.pos[0] + width, one.pos[1] + (one.flags.collapsed ? 0 : one.size[1])];
+    const height = one.flags.collapsed ? 0 : one.size[1];
+    return [one.pos[0], one.pos[1] - 30, one.pos[0] + width, one.pos[1] + height];
   });
   const low = [0, 1].map((axis) => Math.min(...boxes.map((box) => box[axis])));
   const high = [2, 3].map((axis) => Math.max(...boxes.map((box) => box[axis])));
@@ -154,8 +155,8 @@ try {
   };
   await page.request.post(`${url}/api/settings`, { data });
   await page.goto(url);
-  await page.waitForFunction(() => window.app?.graph && window.LiteGraph?.registered_node_types?.SkyReelsSampler,
-                             null, { timeout: 90000 });
+  const isReady = () => window.app?.graph && window.LiteGraph?.registered_node_types?.SkyReelsSampler;
+  await page.waitForFunction(isReady, null, { timeout: 90000 });
   await page.waitForTimeout(2000);
   for (let count = 0; count < 3; count += 1) await page.keyboard.press("Escape");
   const session = await page.context().newCDPSession(page);

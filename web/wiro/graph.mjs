@@ -1,6 +1,6 @@
 // Add a task's result node to the graph.
 import { app } from "../../../scripts/app.js";
-import { t } from "./language.mjs";
+import { mark, t } from "./language.mjs";
 
 const NODE = "WiroTaskResult";
 const STEP = 24; // offset of nodes that are added one after another
@@ -11,7 +11,8 @@ let added = 0;
 export function addResultNode(taskid, panel) {
   const node = window.LiteGraph.createNode(NODE);
   if (!node) {
-    throw new Error(t("The node {name} is not registered: check that the package was loaded.", { name: NODE }));
+    const text = mark("The node {name} is not registered: check that the package was loaded.");
+    throw new Error(t(text, { name: NODE }));
   }
   const widget = node.widgets?.find((candidate) => candidate.name === "task");
   if (!widget) throw new Error(t("The node {name} has no field \"task\".", { name: NODE }));

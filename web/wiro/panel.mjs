@@ -283,8 +283,9 @@ class Panel {
 
   #countLine(count, isSearch, total) {
     const isOne = this.tasks.size === 1;
-    if (isSearch) return isOne ? t("{count} of {total} task", { count, total }) : t("{count} of {total} tasks", { count, total });
-    return isOne ? t("{total} task", { total }) : t("{total} tasks", { total });
+    const values = { count, total };
+    if (!isSearch) return isOne ? t("{total} task", values) : t("{total} tasks", values);
+    return isOne ? t("{count} of {total} task", values) : t("{count} of {total} tasks", values);
   }
 
   // existing rows never move: moving a video restarts it

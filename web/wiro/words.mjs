@@ -160,7 +160,9 @@ export function usable(account) {
 export function spentLine(account) {
   const { spent, limits } = account;
   const of = (amount, limit) =>
-    limit === null ? dollars(amount) : t("{amount} of {limit}", { amount: dollars(amount), limit: dollars(limit) });
+    limit === null
+      ? dollars(amount)
+      : t("{amount} of {limit}", { amount: dollars(amount), limit: dollars(limit) });
   return t("Spent {day} today, {month} this month", {
     day: of(spent.day, limits.per_day), month: of(spent.month, limits.per_month),
   });
