@@ -77,7 +77,8 @@ def main() -> None:
     path = ROOT / "web" / "docs" / "gallery.webp"
     durations = [MS] * (len(sheets) - 1) + [LAST_MS]
     sheets[0].save(
-        path, save_all=True, append_images=sheets[1:], duration=durations, loop=0, quality=70, method=6
+        path, save_all=True, append_images=sheets[1:], duration=durations, loop=0,
+        quality=70, method=6,
     )  # fmt: skip
     print(f"{path}: {path.stat().st_size} bytes")
 
