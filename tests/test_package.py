@@ -52,7 +52,7 @@ def test_the_published_zip_holds_the_pack_and_no_test_bench_or_recipe(published,
     assert not {name.split("/")[0] for name in published} & UNSHIPPED
     assert {"__init__.py", "pyproject.toml", "requirements.txt", "LICENSE"} <= set(published)
     folders = {name.split("/")[0] for name in published if "/" in name}
-    assert folders >= {"nodes", "skyreels", "wiro_api", "web", "workflows"}
+    assert folders >= {"nodes", "skyreels", "wiro_api", "web", "workflows", "locales"}
     assert archive.stat().st_size <= LARGEST_ZIP_BYTES
 
 

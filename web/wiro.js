@@ -4,7 +4,8 @@ import { api } from "../../scripts/api.js";
 
 import { createAccountForm } from "./wiro/account.mjs";
 import { addPriceBadge, refreshPrices, watchPrices } from "./wiro/badge.mjs";
-import { guard } from "./wiro/dom.mjs";
+import { complain, guard } from "./wiro/dom.mjs";
+import { languageOf, loadLanguage, t } from "./wiro/language.mjs";
 import { addModelButton } from "./wiro/models.mjs";
 import { createPanel } from "./wiro/panel.mjs";
 
@@ -26,6 +27,22 @@ function showPanel(container) {
   panel.mount(container);
 }
 
+function rebuild() {
+  const container = panel?.element.parentNode;
+  panel?.unmount();
+  panel = settingsForm = null;
+  if (container) showPanel(container);
+}
+
+/** Take the page's language; it may change at any time, as the nodes' texts do. */
+async function followLanguage() {
+  const take = (locale) => loadLanguage(languageOf(locale)).catch(complain); // English shows then
+  app.ui?.settings?.addEventListener("Comfy.Locale.change", ({ detail }) =>
+    take(detail.value).then(guard(rebuild)),
+  );
+  await take(app.extensionManager?.setting?.get("Comfy.Locale"));
+}
+
 function addListeners() {
   api.addEventListener("skyreels.wiro", guard(({ detail }) => {
     panel?.onTask(detail);
@@ -34,6 +51,21 @@ function addListeners() {
   api.addEventListener("reconnecting", guard(() => panel?.onDisconnect()));
   api.addEventListener("reconnected", guard(() => panel?.onReconnect()));
 }
+
+const addPage = guard(() => {
+  addStyle();
+  addListeners();
+  watchPrices();
+  app.extensionManager.registerSidebarTab({
+    id: "skyreels-wiro",
+    icon: "pi pi-cloud",
+    title: "Wiro",
+    tooltip: t("Wiro: remote tasks"),
+    type: "custom",
+    render: guard(showPanel),
+    destroy: guard(() => panel?.unmount()),
+  });
+});
 
 // a setting of a custom type: its value stays "", so the page stores nothing
 function showSettings() {
@@ -57,18 +89,8 @@ app.registerExtension({
     if (node.comfyClass === "WiroRunModel") addModelButton(node);
     addPriceBadge(node);
   }),
-  setup: guard(() => {
-    addStyle();
-    addListeners();
-    watchPrices();
-    app.extensionManager.registerSidebarTab({
-      id: "skyreels-wiro",
-      icon: "pi pi-cloud",
-      title: "Wiro",
-      tooltip: "Wiro: remote tasks",
-      type: "custom",
-      render: guard(showPanel),
-      destroy: guard(() => panel?.unmount()),
-    });
-  }),
+  setup: async () => {
+    await followLanguage().catch(complain);
+    addPage();
+  },
 });

@@ -1,5 +1,6 @@
 """What a saved workflow and the page rely on: ids, order of inputs, sockets, tooltips, help."""
 
+import ast
 import inspect
 import json
 import os
@@ -209,6 +210,46 @@ def test_every_node_has_a_help_page_that_names_its_inputs_and_outputs(name):
     assert page.startswith(f"# {comfyui_skyreels.NODE_DISPLAY_NAME_MAPPINGS[name]}\n")
     for word in (*inputs_of(cls), *cls.RETURN_NAMES):
         assert re.search(rf"\b{word}\b", page), word
+
+
+@pytest.mark.parametrize("name", NODES)
+def test_every_help_page_has_a_picture_an_example_and_two_mistakes(name):
+    page = (ROOT / "web" / "docs" / f"{name}.md").read_text(encoding="utf-8")
+    (picture,) = re.findall(r"!\[[^\]]+\]\((pictures/\w+\.webp)\)", page)
+    assert Path(picture).stem == name
+    assert 1000 < (ROOT / "web" / "docs" / picture).stat().st_size < 40_000
+    example, mistakes = re.search(
+        r"(?s)\n## Example\n(.*)\n## Common mistakes\n(.*)", page
+    ).groups()
+    assert example.count("\n|") >= 4  # a head, a line, two rows
+    assert mistakes.count("\n- ") == 2
+
+
+@pytest.fixture(scope="module")
+def messages() -> str:
+    """All texts in the code, one a line, with a blank for what is filled in."""
+    lines = []
+    for folder in ("nodes", "skyreels", "wiro_api"):
+        for path in sorted((ROOT / folder).rglob("*.py")):
+            for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+                if isinstance(node, ast.JoinedStr):
+                    lines.append(
+                        "".join(
+                            getattr(part, "value", " ")
+                            for part in node.values
+                            if isinstance(getattr(part, "value", ""), str)
+                        )
+                    )
+                elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                    lines.append(node.value)
+    return "\n".join(lines)
+
+
+@pytest.mark.parametrize("name", NODES)
+def test_messages_quoted_as_mistakes_are_those_of_the_code(name, messages):
+    page = (ROOT / "web" / "docs" / f"{name}.md").read_text(encoding="utf-8")
+    quoted = re.findall(r"(?m)^- `([^`]+)`:", page.split("## Common mistakes")[1])
+    assert [text for text in quoted if text not in messages] == []
 
 
 def test_figures_of_the_cache_in_a_tooltip_are_those_of_the_help_page():

@@ -23,7 +23,7 @@ import pytest
 import websocket
 from comfyui_skyreels.skyreels.builtin import BUILTIN_NAME
 from comfyui_skyreels.skyreels.vae.model import VideoVAE
-from support import gguf_files, lora, tiny
+from support import gguf_files, locales, lora, tiny
 from support.checkout import Checkout
 from support.clip import make_clip
 from support.wiro_server import KEY, SECRET, WiroServer
@@ -214,6 +214,20 @@ def test_templates_thumbnails_help_and_script_are_served(server):
         assert server.get(f"/extensions/{PACK}/docs/{name}.md").startswith(b"# ")
     assert f"/extensions/{PACK}/wiro.js" in json.loads(server.get("/extensions"))
     assert b"createPanel" in server.get(f"/extensions/{PACK}/wiro/panel.mjs")
+
+
+@pytest.mark.parametrize("language", ["en", *locales.languages()])
+def test_texts_of_a_language_reach_the_page(server, language):
+    merged = json.loads(server.get("/i18n"))[language]
+    for name in locales.FILES:
+        tree = json.loads(locales.read(locales.LOCALES / language / f"{name}.json"))
+        shown = merged if name == "main" else merged[name]
+        for key, text in locales.flat(tree).items():
+            assert locales.flat(shown)[key] == text
+    if language != "en":
+        for name in comfyui_skyreels.NODE_CLASS_MAPPINGS:
+            page = server.get(f"/extensions/{PACK}/docs/{name}/{language}.md")
+            assert page == (locales.DOCS / name / f"{language}.md").read_bytes()
 
 
 @pytest.mark.parametrize("name", WORKFLOWS)

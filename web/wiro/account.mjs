@@ -1,30 +1,36 @@
 // The account: a store that both forms (panel and settings) subscribe to, and the form itself.
 import { actionButton, confirmButton, complain, make, setLine, setText } from "./dom.mjs";
+import { mark, t } from "./language.mjs";
 import { get, post } from "./server.mjs";
 import { accountNotes, keyLine, usable } from "./words.mjs";
 
 const LIMITS = [
-  ["per_run", "Per run"],
-  ["per_day", "Per day"],
-  ["per_month", "Per month"],
+  ["per_run", mark("Per run")],
+  ["per_day", mark("Per day")],
+  ["per_month", mark("Per month")],
 ];
-const ABOUT_DEFAULT =
+const ABOUT_DEFAULT = mark(
   "These are defaults until you save your own limits; until then, models without a published " +
-  "price do not run. Leave a field empty for no limit.";
-const BAD_LIMIT = "Type a limit in US dollars, such as 0.50, or leave it empty for no limit.";
-const ABOUT_KEY =
+  "price do not run. Leave a field empty for no limit.",
+);
+const BAD_LIMIT = mark("Type a limit in US dollars, such as 0.50, or leave it empty for no limit.");
+const ABOUT_KEY = mark(
   "The key is stored in a file on the ComfyUI server, never in a workflow or in this browser. " +
-  "WIRO_API_KEY and WIRO_API_SECRET in the server's environment take precedence.";
-const ABOUT_PROOF =
+  "WIRO_API_KEY and WIRO_API_SECRET in the server's environment take precedence.",
+);
+const ABOUT_PROOF = mark(
   "Required to replace or remove the key, and to raise or remove a limit. Lowering a limit does " +
-  "not require it.";
-const COLLECT = "Collect unfinished tasks when ComfyUI starts";
-const ABOUT_COLLECT =
+  "not require it.",
+);
+const COLLECT = mark("Collect unfinished tasks when ComfyUI starts");
+const ABOUT_COLLECT = mark(
   "Tasks that were still running when ComfyUI closed are followed and their files downloaded, " +
-  "four at a time. This costs nothing.";
-const PLAIN_HTTP =
+  "four at a time. This costs nothing.",
+);
+const PLAIN_HTTP = mark(
   "This page is not encrypted: others on the network could read a key typed here. Set the key " +
-  "in the server's environment instead.";
+  "in the server's environment instead.",
+);
 
 const listeners = new Set();
 let account = null;
@@ -84,9 +90,9 @@ export function createAccountForm() {
 function createProofPart() {
   const input = secretInput();
   const element = make(
-    "section", "skw-part", { "aria-label": "Proof" },
-    make("label", "skw-field", {}, "Last 4 characters of the key in use", input),
-    make("p", "skw-faint", {}, ABOUT_PROOF),
+    "section", "skw-part", { "aria-label": t("Proof") },
+    make("label", "skw-field", {}, t("Last 4 characters of the key in use"), input),
+    make("p", "skw-faint", {}, t(ABOUT_PROOF)),
   );
   subscribeAccount((now) => (element.hidden = !usable(now).proof));
   return {
@@ -118,18 +124,18 @@ function createKeyPart(proof) {
     result.say(text);
   };
   const save = result.wrap(async () => {
-    if (!key.value.trim()) return result.say("Type the API key first.", true);
-    await store("Saved.", key.value.trim(), secret.value.trim());
+    if (!key.value.trim()) return result.say(t("Type the API key first."), true);
+    await store(t("Saved."), key.value.trim(), secret.value.trim());
   });
-  const remove = result.wrap(() => store("The stored key was removed.", "", ""));
+  const remove = result.wrap(() => store(t("The stored key was removed."), "", ""));
   const test = result.wrap(async () => {
-    result.say("Asking Wiro…");
+    result.say(t("Asking Wiro…"));
     result.say((await post("account/test")).message);
   });
   const buttons = {
-    save: actionButton("Save key", save),
-    test: actionButton("Test connection", test),
-    remove: confirmButton("Remove key", "Really remove?", remove),
+    save: actionButton(t("Save key"), save),
+    test: actionButton(t("Test connection"), test),
+    remove: confirmButton(t("Remove key"), t("Really remove?"), remove),
   };
   for (const input of [key, secret]) onEnter(input, buttons.save);
   subscribeAccount((now) => {
@@ -141,16 +147,16 @@ function createKeyPart(proof) {
     buttons.test.disabled = !can.test;
   });
   const element = make(
-    "section", "skw-part", { "aria-label": "Wiro key" },
+    "section", "skw-part", { "aria-label": t("Wiro key") },
     status,
     problem,
-    make("label", "skw-field", {}, "API key", key),
-    make("label", "skw-field", {}, "API secret (if the project has one)", secret),
+    make("label", "skw-field", {}, t("API key"), key),
+    make("label", "skw-field", {}, t("API secret (if the project has one)"), secret),
     make("div", "skw-buttons", {}, ...Object.values(buttons)),
     result.element,
-    make("p", "skw-faint", {}, ABOUT_KEY),
+    make("p", "skw-faint", {}, t(ABOUT_KEY)),
   );
-  if (!window.isSecureContext) element.append(make("p", "skw-warning", {}, PLAIN_HTTP));
+  if (!window.isSecureContext) element.append(make("p", "skw-warning", {}, t(PLAIN_HTTP)));
   return { element, clear, say: result.say, focus: () => key.focus() };
 }
 
@@ -164,33 +170,33 @@ function createLimitsPart(proof) {
       const amount = input.value.trim().replace(",", ".");
       if (!/^(\d{1,9}(\.\d{1,9})?)?$/.test(amount)) {
         input.focus();
-        return result.say(BAD_LIMIT, true);
+        return result.say(t(BAD_LIMIT), true);
       }
       limits[name] = amount || null;
     }
     const answer = await proof.post("limits", limits);
     edited.clear();
     publish(answer);
-    result.say("Saved.");
+    result.say(t("Saved."));
   });
-  const button = actionButton("Save limits", save);
+  const button = actionButton(t("Save limits"), save);
   for (const [name, input] of Object.entries(inputs)) {
     input.addEventListener("input", () => edited.add(name));
     onEnter(input, button);
   }
   const origin = make("p", "skw-faint", {});
   subscribeAccount((now) => {
-    setLine(origin, now.has_default_limits ? ABOUT_DEFAULT : "");
+    setLine(origin, now.has_default_limits ? t(ABOUT_DEFAULT) : "");
     for (const [name, input] of Object.entries(inputs)) {
       input.disabled = !usable(now).limits;
       if (!edited.has(name)) input.value = now.limits[name] ?? "";
     }
     button.disabled = !usable(now).limits;
   });
-  const fields = LIMITS.map(([name, text]) => make("label", "skw-field", {}, text, inputs[name]));
+  const fields = LIMITS.map(([name, text]) => make("label", "skw-field", {}, t(text), inputs[name]));
   const element = make(
-    "section", "skw-part", { "aria-label": "Limits" },
-    make("p", "skw-strong", {}, "Spending limits in US dollars"),
+    "section", "skw-part", { "aria-label": t("Limits") },
+    make("p", "skw-strong", {}, t("Spending limits in US dollars")),
     make("div", "skw-thirds", {}, ...fields),
     origin,
     make("div", "skw-buttons", {}, button),
@@ -207,7 +213,7 @@ function createCollectPart() {
     box.disabled = true;
     try {
       publish(await post("settings", { collect_at_start: box.checked }));
-      result.say("Saved.");
+      result.say(t("Saved."));
     } catch (error) {
       box.checked = !box.checked; // undo the click
       throw error;
@@ -220,9 +226,9 @@ function createCollectPart() {
     if (!box.disabled) box.checked = now.collect_at_start === true;
   });
   const element = make(
-    "section", "skw-part", { "aria-label": "When ComfyUI starts" },
-    make("label", "skw-check", {}, box, COLLECT),
-    make("p", "skw-faint", {}, ABOUT_COLLECT),
+    "section", "skw-part", { "aria-label": t("When ComfyUI starts") },
+    make("label", "skw-check", {}, box, t(COLLECT)),
+    make("p", "skw-faint", {}, t(ABOUT_COLLECT)),
     result.element,
   );
   return { element };
@@ -235,7 +241,7 @@ function secretInput() {
 
 function limitInput() {
   const attributes = { type: "text", inputmode: "decimal", autocomplete: "off" };
-  return make("input", "skw-input", { ...attributes, placeholder: "no limit" });
+  return make("input", "skw-input", { ...attributes, placeholder: t("no limit") });
 }
 
 function onEnter(input, button) {

@@ -1,5 +1,6 @@
 // Add a task's result node to the graph.
 import { app } from "../../../scripts/app.js";
+import { mark, t } from "./language.mjs";
 
 const NODE = "WiroTaskResult";
 const STEP = 24; // offset of nodes that are added one after another
@@ -9,9 +10,12 @@ let added = 0;
 /** Add a Wiro Task Result node for a task in the middle of the visible canvas and select it. */
 export function addResultNode(taskid, panel) {
   const node = window.LiteGraph.createNode(NODE);
-  if (!node) throw new Error(`The node ${NODE} is not registered: check that the package was loaded.`);
+  if (!node) {
+    const text = mark("The node {name} is not registered: check that the package was loaded.");
+    throw new Error(t(text, { name: NODE }));
+  }
   const widget = node.widgets?.find((candidate) => candidate.name === "task");
-  if (!widget) throw new Error(`The node ${NODE} has no field "task".`);
+  if (!widget) throw new Error(t("The node {name} has no field \"task\".", { name: NODE }));
   const graph = app.canvas.graph ?? app.graph; // the open subgraph, if any
   node.pos = place(node, panel);
   graph.beforeChange?.();

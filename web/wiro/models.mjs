@@ -3,6 +3,7 @@
 // All state is in the node's widgets, which the form writes, so a workflow works without the dialog.
 import { app } from "../../../scripts/app.js";
 import { actionButton, guard, make, setLine, setText } from "./dom.mjs";
+import { mark, t } from "./language.mjs";
 import {
   SOCKETS, applyExample, dropMember, examplesOf, factsOf, fieldsOf, groupsOf, isWiroPage,
   line, membersOf, placeOf, resetField, setPlace, shorten, shownIn, socketsFor, typeInto, unknownKeys,
@@ -13,11 +14,13 @@ const SEARCH_MS = 350;
 const PRICE_MS = 600;
 const MAX_OPTIONS = 2000;
 
-const LINKED = "set by another node: change it there.";
-const ABOUT_FILES =
+const MODEL_LINKED = mark("The model is set by another node: change it there.");
+const PARAMETERS_LINKED = mark("The node's parameters are set by another node: change it there.");
+const ABOUT_FILES = mark(
   "Connect an image, video or audio to the node and choose here which parameter takes it, or type " +
-  "the URL of a file (several: one per line).";
-const ABOUT_URLS = "The files belong to somebody else.";
+  "the URL of a file (several: one per line).",
+);
+const ABOUT_URLS = mark("The files belong to somebody else.");
 
 let dialog = null;
 
@@ -27,7 +30,7 @@ export function addModelButton(node) {
     dialog ??= new ModelDialog();
     dialog.open(node);
   });
-  const button = node.addWidget("button", "Choose model…", null, open, { serialize: false });
+  const button = node.addWidget("button", t("Choose model…"), null, open, { serialize: false });
   button.serialize = false;
 }
 
@@ -44,20 +47,20 @@ class ModelDialog {
 
   #build() {
     this.search = make("input", "skw-input", {
-      type: "search", placeholder: "Search models", "aria-label": "Search models",
+      type: "search", placeholder: t("Search models"), "aria-label": t("Search models"),
       autocomplete: "off", spellcheck: "false", maxlength: "200",
     });
     this.search.addEventListener("input", () => this.#debounce("search", SEARCH_MS, () => this.#find()));
     this.found = make("p", "skw-faint", { role: "status" });
-    this.list = make("ul", "skm-list", { "aria-label": "Models" });
+    this.list = make("ul", "skm-list", { "aria-label": t("Models") });
     this.form = make("div", "skm-form");
-    this.close = actionButton("Close", () => this.element.close());
+    this.close = actionButton(t("Close"), () => this.element.close());
     this.price = make("p", "skw-strong", { role: "status" });
     this.source = make("p", "skw-faint", {});
     this.problem = make("p", "skw-warning", {});
     const money = make("div", "skm-money", {}, this.price, this.source, this.problem);
     this.element = make(
-      "dialog", "skw skm-dialog", { "aria-label": "Wiro model" },
+      "dialog", "skw skm-dialog", { "aria-label": t("Wiro model") },
       make("div", "skm-left", {}, this.search, this.found, this.list),
       make("div", "skm-right", {}, this.form, make("div", "skm-foot", {}, money, this.close)),
     );
@@ -130,14 +133,14 @@ class ModelDialog {
 
   async #find() {
     const number = ++this.counters.search;
-    setText(this.found, "Asking Wiro…");
+    setText(this.found, t("Asking Wiro…"));
     try {
       const path = `models?${new URLSearchParams({ search: this.search.value.trim() })}`;
       const { models } = await get(path);
       if (number !== this.counters.search) return;
       this.list.replaceChildren(...models.map((model) => this.#entry(model)));
       this.#markChosen();
-      setText(this.found, models.length ? `Found: ${models.length}` : "No model matches.");
+      setText(this.found, models.length ? t("Found: {count}", { count: models.length }) : t("No model matches."));
     } catch (error) {
       if (number !== this.counters.search) return;
       this.list.replaceChildren();
@@ -160,7 +163,7 @@ class ModelDialog {
   }
 
   #choose(slug) {
-    if (this.#isLinked("model")) return this.#say(`The model is ${LINKED}`);
+    if (this.#isLinked("model")) return this.#say(t(MODEL_LINKED));
     this.#write("model", slug);
     this.#markChosen();
     this.#load();
@@ -185,9 +188,9 @@ class ModelDialog {
     this.controls = [];
     this.counters.price += 1;
     for (const element of [this.price, this.source, this.problem]) setLine(element, "");
-    if (!slug) return this.#say("Choose a model on the left.");
-    if (this.#isLinked("model")) return this.#say(`The model is ${LINKED}`);
-    this.#say(`Asking Wiro about ${slug}…`);
+    if (!slug) return this.#say(t("Choose a model on the left."));
+    if (this.#isLinked("model")) return this.#say(t(MODEL_LINKED));
+    this.#say(t("Asking Wiro about {slug}…", { slug }));
     try {
       const model = await get(`models/one?${new URLSearchParams({ slug })}`);
       if (number !== this.counters.model) return;
@@ -207,15 +210,15 @@ class ModelDialog {
     const head = make("div", "skm-head", {}, title, make("span", "skw-faint", {}, model.slug));
     if (isWiroPage(model.page)) {
       const link = { href: model.page, target: "_blank", rel: "noopener noreferrer" };
-      head.append(make("a", "skw-faint", { ...link, referrerpolicy: "no-referrer" }, "Page on Wiro"));
+      head.append(make("a", "skw-faint", { ...link, referrerpolicy: "no-referrer" }, t("Page on Wiro")));
     }
     this.unknown = make("div", "skm-unknown");
     const parts = [head];
     if (model.about) parts.push(make("p", "skw-faint skm-about", {}, shorten(model.about, 600)));
-    if (isFixed) parts.push(make("p", "skw-warning", {}, `The node's parameters are ${LINKED}`));
+    if (isFixed) parts.push(make("p", "skw-warning", {}, t(PARAMETERS_LINKED)));
     else parts.push(...this.#examples());
     for (const group of groups) parts.push(...this.#group(group));
-    if (!groups.length) parts.push(make("p", "skw-faint", {}, "The model lists no parameters."));
+    if (!groups.length) parts.push(make("p", "skw-faint", {}, t("The model lists no parameters.")));
     parts.push(this.unknown);
     parts.push(this.#jsonPart(isFixed));
     this.form.replaceChildren(...parts);
@@ -228,17 +231,17 @@ class ModelDialog {
     const examples = examplesOf(this.model, this.groups);
     if (!examples.length) return [];
     const rows = examples.map((example) => {
-      const use = actionButton("Use", () => this.#apply(example, false));
+      const use = actionButton(t("Use"), () => this.#apply(example, false));
       const row = make("li", "skm-example", {}, make("span", "", {}, example.line), use);
       use.hidden = !example.entries.length;
       if (example.addresses.length) {
-        const all = actionButton("Use with its files", () => this.#apply(example, true));
-        all.title = ABOUT_URLS;
+        const all = actionButton(t("Use with its files"), () => this.#apply(example, true));
+        all.title = t(ABOUT_URLS);
         row.append(all);
       }
       return row;
     });
-    const title = make("summary", "", {}, `Examples (${examples.length})`);
+    const title = make("summary", "", {}, t("Examples ({count})", { count: examples.length }));
     return [make("details", "skm-examples", {}, title, make("ul", "", {}, ...rows))];
   }
 
@@ -254,7 +257,7 @@ class ModelDialog {
     if (title) parts.push(make("h4", "skm-group", {}, title));
     if (usual.length) parts.push(rows(usual));
     if (advanced.length) {
-      const name = make("summary", "", {}, `Advanced (${advanced.length})`);
+      const name = make("summary", "", {}, t("Advanced ({count})", { count: advanced.length }));
       parts.push(make("details", "", {}, name, rows(advanced)));
     }
     return parts;
@@ -263,13 +266,13 @@ class ModelDialog {
   #field(field) {
     const control = makeControl(field);
     const problem = make("p", "skw-warning", {});
-    const reset = actionButton("Reset", () => {
+    const reset = actionButton(t("Reset"), () => {
       this.#write("parameters", resetField(this.#read("parameters"), field));
       this.#refresh();
     });
     control.id = `skm-field-${this.controls.length}`;
     const label = make("label", "skm-label", { for: control.id }, field.label);
-    if (field.isRequired) label.append(make("span", "skm-required", { title: "required" }, " *"));
+    if (field.isRequired) label.append(make("span", "skm-required", { title: t("required") }, " *"));
     const facts = make("span", "skw-faint", {}, factsOf(field));
     const element = make(
       "div", "skm-field", {}, make("div", "skm-facts", {}, label, facts, reset), control,
@@ -300,7 +303,7 @@ class ModelDialog {
           control.value = now.text;
         }
         control.readOnly = now.isOdd;
-        setLine(problem, now.isOdd ? "This value is not a plain one: edit it in the JSON below." : "");
+        setLine(problem, now.isOdd ? t("This value is not a plain one: edit it in the JSON below.") : "");
         sockets?.update();
       },
     });
@@ -320,7 +323,7 @@ class ModelDialog {
     });
     const element = make(
       "div", "skm-sockets", {},
-      make("span", "skw-faint", { title: ABOUT_FILES }, "From input"),
+      make("span", "skw-faint", { title: t(ABOUT_FILES) }, t("From input")),
       ...buttons.map(({ button }) => button),
     );
     const isFixed = this.#isLinked("file_parameters");
@@ -331,7 +334,9 @@ class ModelDialog {
         button.disabled = isFixed;
         const isConnected = this.#isLinked(socket);
         button.classList.toggle("skm-off", !isConnected);
-        button.title = isConnected ? `Send the node's ${socket} to this parameter` : `${socket} is not connected.`;
+        button.title = isConnected
+          ? t("Send the node's {socket} to this parameter", { socket })
+          : t("{socket} is not connected.", { socket });
       }
     };
     return { element, update };
@@ -379,9 +384,11 @@ class ModelDialog {
       ? SOCKETS.filter((socket) => placeOf(places, socket) && !takers.includes(placeOf(places, socket)))
       : [];
     if (!keys.length && !lost.length) return this.unknown.replaceChildren();
-    const names = [...keys, ...lost.map((socket) => `${placeOf(places, socket)} (for ${socket})`)];
-    const text = `Not parameters of this model: ${shorten(names.join(", "), 300)}. Remove them to run it.`;
-    const remove = actionButton("Remove", () => {
+    const names = [...keys, ...lost.map((socket) => t("{name} (for {socket})", { name: placeOf(places, socket), socket }))];
+    const text = t("Not parameters of this model: {names}. Remove them to run it.", {
+      names: shorten(names.join(", "), 300),
+    });
+    const remove = actionButton(t("Remove"), () => {
       this.#write("parameters", keys.reduce(dropMember, this.#read("parameters")));
       const left = lost.reduce((rest, socket) => setPlace(rest, socket, ""), places);
       this.#write("file_parameters", left);
@@ -400,13 +407,13 @@ class ModelDialog {
       const parameters = json.trim() ? JSON.parse(json) : {};
       const answer = await post("models/price", { slug: this.model.slug, parameters, files });
       if (number !== this.counters.price) return;
-      setLine(this.price, answer.price ? `Price ${answer.price}` : "Price not published");
+      setLine(this.price, answer.price ? t("Price {price}", { price: answer.price }) : t("Price not published"));
       const limits = answer.limits[0].toUpperCase() + answer.limits.slice(1);
       setLine(this.source, `${answer.source} ${limits}.`);
       setLine(this.problem, answer.problem);
     } catch (error) {
       if (number !== this.counters.price) return;
-      setLine(this.price, "Price unknown");
+      setLine(this.price, t("Price unknown"));
       setLine(this.source, error.message);
       setLine(this.problem, "");
     }
@@ -419,7 +426,7 @@ function makeControl(field) {
   }
   if (field.kind === "file") {
     const rows = { rows: field.takesMany ? "2" : "1", spellcheck: "false" };
-    return make("textarea", "skw-input", { ...rows, placeholder: "URL of a file" });
+    return make("textarea", "skw-input", { ...rows, placeholder: t("URL of a file") });
   }
   if (field.kind === "choice" || field.kind === "flag") return makeSelect(field);
   const mode = field.kind === "number" ? { inputmode: "decimal" } : {};
@@ -432,7 +439,7 @@ function makeSelect(field) {
   const options =
     field.kind === "flag" ? ["true", "false"].map((value) => ({ value, label: value })) : field.options;
   const initial = options.find(({ value }) => value === field.initial)?.label ?? field.initial;
-  addOption(select, "", initial ? `default (${shorten(initial, 60)})` : "not set");
+  addOption(select, "", initial ? t("default ({value})", { value: shorten(initial, 60) }) : t("not set"));
   for (const { value, label } of options.slice(0, MAX_OPTIONS)) addOption(select, value, label);
   return select;
 }

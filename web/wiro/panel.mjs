@@ -1,6 +1,7 @@
 // The list of remote tasks in the sidebar.
 import { createAccountForm, loadAccount, mayHaveKey, subscribeAccount } from "./account.mjs";
 import { actionButton, complain, make, setLine, setText } from "./dom.mjs";
+import { mark, t } from "./language.mjs";
 import { TaskRow } from "./row.mjs";
 import { get, ServerError } from "./server.mjs";
 import { csvName, FILTERS, isFiltering, NO_FILTER, select, toCsv } from "./table.mjs";
@@ -15,11 +16,13 @@ const MAX_REFRESHED = 20; // tasks of one poll
 const SPENT_DELAY_MS = 1500; // the server books a task's cost shortly after its end
 const MAX_PAUSE = 30; // polls, while the server does not answer
 
-const OFFLINE = "Cannot reach the ComfyUI server. The list updates when it is back.";
+const OFFLINE = mark("Cannot reach the ComfyUI server. The list updates when it is back.");
 const EMPTY = [
-  "No remote tasks yet.",
-  "Add the node Wiro Remote I2V: double-click the canvas and type “wiro”. Once queued, its " +
+  mark("No remote tasks yet."),
+  mark(
+    "Add the node Wiro Remote I2V: double-click the canvas and type “wiro”. Once queued, its " +
     "progress, cost and files appear here.",
+  ),
 ];
 
 export function createPanel() {
@@ -56,28 +59,28 @@ class Panel {
   #build() {
     this.form = createAccountForm();
     this.key = make("span", "skw-key", {}, "…");
-    this.setKey = actionButton("Set key", () => this.#openForm("focus"));
+    this.setKey = actionButton(t("Set key"), () => this.#openForm("focus"));
     this.setKey.hidden = true;
     const refresh = actionButton("", () => this.reload());
     refresh.append(make("i", "pi pi-refresh", { "aria-hidden": "true" }));
-    refresh.setAttribute("aria-label", "Refresh");
-    refresh.title = "Refresh";
+    refresh.title = t("Refresh");
+    refresh.setAttribute("aria-label", refresh.title);
     this.money = make("p", "skw-money skw-faint", { role: "status" }, "\u00a0");
     this.limit = make("span", "skw-faint", {}, "\u00a0");
-    this.setLimit = actionButton("Change", () => this.#openForm("focusLimits"));
-    this.setLimit.setAttribute("aria-label", "Change the spending limits");
+    this.setLimit = actionButton(t("Change"), () => this.#openForm("focusLimits"));
+    this.setLimit.setAttribute("aria-label", t("Change the spending limits"));
     this.setLimit.hidden = true;
     this.notes = make("p", "skw-faint", {});
     this.notes.hidden = true;
-    const title = make("summary", "", {}, "Account and limits");
+    const title = make("summary", "", {}, t("Account and limits"));
     this.accountBox = make("details", "skw-account", {}, title, this.form.element);
-    this.list = make("ul", "skw-list", { "aria-label": "Remote tasks" });
-    this.empty = make("div", "skw-empty", {}, ...EMPTY.map((text) => make("p", "", {}, text)));
+    this.list = make("ul", "skw-list", { "aria-label": t("Remote tasks") });
+    this.empty = make("div", "skw-empty", {}, ...EMPTY.map((text) => make("p", "", {}, t(text))));
     this.empty.hidden = true;
     this.#buildSearch();
     this.spoken = make("div", "skw-spoken", { role: "status" });
     this.element = make(
-      "section", "skw skw-panel", { "aria-label": "Wiro remote tasks" },
+      "section", "skw skw-panel", { "aria-label": t("Wiro remote tasks") },
       make("div", "skw-top", {}, this.key, this.setKey, refresh),
       this.money, make("div", "skw-limit", {}, this.limit, this.setLimit), this.notes,
       this.accountBox, this.search, this.spoken, this.empty, this.list, this.more,
@@ -87,28 +90,28 @@ class Panel {
   #buildSearch() {
     const field = (tag, attributes, ...children) =>
       make(tag, "skw-input", { autocomplete: "off", ...attributes }, ...children);
-    const options = FILTERS.map(([value, text]) => make("option", "", { value }, text));
+    const options = FILTERS.map(([value, text]) => make("option", "", { value }, t(text)));
     this.fields = {
       text: field("input", {
-        type: "search", placeholder: "model, task id or error", "aria-label": "Search tasks",
+        type: "search", placeholder: t("model, task id or error"), "aria-label": t("Search tasks"),
         maxlength: "200",
       }),
-      group: field("select", { "aria-label": "State" }, ...options),
-      from: field("input", { type: "date", "aria-label": "From day", title: "From" }),
-      to: field("input", { type: "date", "aria-label": "To day", title: "To" }),
+      group: field("select", { "aria-label": t("State") }, ...options),
+      from: field("input", { type: "date", "aria-label": t("From day"), title: t("From") }),
+      to: field("input", { type: "date", "aria-label": t("To day"), title: t("To") }),
     };
     const change = () => this.#setFilter();
     for (const input of Object.values(this.fields)) input.addEventListener("input", change);
     const { text, group, from, to } = this.fields;
     this.count = make("span", "skw-faint", { role: "status" });
-    this.exporter = actionButton("Export as CSV", () => this.#export());
+    this.exporter = actionButton(t("Export as CSV"), () => this.#export());
     this.search = make(
-      "section", "skw-search", { "aria-label": "Search and export", role: "search" },
+      "section", "skw-search", { "aria-label": t("Search and export"), role: "search" },
       text, group,
-      make("div", "skw-days", {}, from, make("span", "skw-faint", {}, "to"), to),
+      make("div", "skw-days", {}, from, make("span", "skw-faint", {}, t("to")), to),
       make("div", "skw-found", {}, this.count, this.exporter),
     );
-    this.more = actionButton("Show more", () => this.#showMore());
+    this.more = actionButton(t("Show more"), () => this.#showMore());
     this.more.classList.add("skw-more");
     this.more.hidden = true;
   }
@@ -271,11 +274,18 @@ class Panel {
     this.more.hidden = !left && !this.hasOlder;
     this.search.hidden = !this.tasks.size;
     const older = this.hasOlder ? "+" : "";
-    const total = isSearch ? ` of ${this.tasks.size}${older}` : older;
-    setText(this.count, `${found.length}${total} ${this.tasks.size === 1 ? "task" : "tasks"}`);
-    setText(this.exporter, `Export ${found.length} as CSV`);
+    const total = `${this.tasks.size}${older}`;
+    setText(this.count, this.#countLine(found.length, isSearch, total));
+    setText(this.exporter, t("Export {count} as CSV", { count: found.length }));
     this.exporter.disabled = !found.length;
     this.empty.hidden = this.tasks.size > 0;
+  }
+
+  #countLine(count, isSearch, total) {
+    const isOne = this.tasks.size === 1;
+    const values = { count, total };
+    if (!isSearch) return isOne ? t("{total} task", values) : t("{total} tasks", values);
+    return isOne ? t("{count} of {total} task", values) : t("{count} of {total} tasks", values);
   }
 
   // existing rows never move: moving a video restarts it
@@ -294,7 +304,7 @@ class Panel {
   }
 
   #announceEnd(row) {
-    setText(this.spoken, `Task ${row.task.taskid}: ${row.state.word}`);
+    setText(this.spoken, t("Task {id}: {state}", { id: row.task.taskid, state: t(row.state.word) }));
     clearTimeout(this.spentTimer);
     const update = () => loadAccount().catch(() => {}); // the next poll shows the amount too
     if (this.element.isConnected) this.spentTimer = setTimeout(update, SPENT_DELAY_MS);
@@ -345,7 +355,7 @@ class Panel {
   // a problem replaces the amounts, so that nothing below moves
   #updateTop() {
     const { account } = this;
-    const problem = this.isOffline ? OFFLINE : this.problem;
+    const problem = this.isOffline ? t(OFFLINE) : this.problem;
     if (account) {
       const { text, verb } = limitLine(account);
       setText(this.key, keyLine(account));

@@ -1,4 +1,5 @@
 // The price of a node before it is queued. Does not touch the page.
+import { t } from "./language.mjs";
 import { dollars } from "./words.mjs";
 
 /** Nodes that start a paid run. */
@@ -32,13 +33,15 @@ function isPlain(value) {
  * answer: of the server, an Error, or null while waiting. account: of the page, or null.
  */
 export function badgeOf(answer, account) {
-  if (answer === null) return unknown("price …");
-  if (answer instanceof Error) return unknown(`no price: ${lineOf(answer.message)}`);
-  if (!answer.has_key) return unknown("no API key");
-  if (answer.problem) return unknown(`no price: ${lineOf(answer.problem)}`);
+  if (answer === null) return unknown(t("price …"));
+  if (answer instanceof Error) return unknown(t("no price: {reason}", { reason: lineOf(answer.message) }));
+  if (!answer.has_key) return unknown(t("no API key"));
+  if (answer.problem) return unknown(t("no price: {reason}", { reason: lineOf(answer.problem) }));
   const money = account ? moneyOf(account) : [];
-  if (answer.price === null) return unknown("price not published", ...money);
-  const price = `${answer.is_exact ? "" : "about "}${dollars(answer.price)}${answer.is_each ? " each" : ""}`;
+  if (answer.price === null) return unknown(t("price not published"), ...money);
+  const exact = dollars(answer.price);
+  const amount = answer.is_exact ? exact : t("about {amount}", { amount: exact });
+  const price = answer.is_each ? t("{amount} each", { amount }) : amount;
   return { parts: [price, ...money], isKnown: true };
 }
 
@@ -52,9 +55,10 @@ function lineOf(text) {
 
 function moneyOf({ limits, spent }) {
   const parts = [];
-  if (limits.per_run !== null) parts.push(`limit ${dollars(limits.per_run)} a run`);
-  const of = limits.per_day === null ? "" : ` of ${dollars(limits.per_day)}`;
-  return [...parts, `spent today ${dollars(spent.day)}${of}`];
+  if (limits.per_run !== null) parts.push(t("limit {amount} a run", { amount: dollars(limits.per_run) }));
+  const amount = dollars(spent.day);
+  if (limits.per_day === null) return [...parts, t("spent today {amount}", { amount })];
+  return [...parts, t("spent today {amount} of {limit}", { amount, limit: dollars(limits.per_day) })];
 }
 
 /** The parts that fit a width: the last ones are dropped first, then characters. */

@@ -2,6 +2,7 @@
 // playing video and the keyboard focus survive every event.
 import { actionButton, confirmButton, make, setLine, setText } from "./dom.mjs";
 import { addResultNode } from "./graph.mjs";
+import { t } from "./language.mjs";
 import { fileLink, post } from "./server.mjs";
 import { costOf, describe, durationOf, possible, timeOf } from "./words.mjs";
 
@@ -25,7 +26,7 @@ export class TaskRow {
     this.model = make("div", "skw-model");
     this.when = make("time");
     this.facts = make("span");
-    this.bar = make("div", "skw-bar", { "aria-label": "Progress", role: "progressbar" });
+    this.bar = make("div", "skw-bar", { "aria-label": t("Progress"), role: "progressbar" });
     this.bar.setAttribute("aria-valuemin", "0");
     this.bar.setAttribute("aria-valuemax", "100");
     this.fill = make("div", "skw-fill");
@@ -58,19 +59,19 @@ export class TaskRow {
   #buildButtons() {
     this.links = make("span", "skw-links");
     this.buttons = {
-      collect: actionButton("Collect into graph", () => this.#addNode()),
-      download: actionButton("Download", () => this.#act("collect", "Downloaded.")),
-      stop: confirmButton("Stop", "Really stop?", () => this.#act("stop", "")),
-      erase: confirmButton("Delete remote files", "Really delete?", () =>
-        this.#act("delete_files", "Wiro's copies were deleted."),
+      collect: actionButton(t("Collect into graph"), () => this.#addNode()),
+      download: actionButton(t("Download"), () => this.#act("collect", t("Downloaded."))),
+      stop: confirmButton(t("Stop"), t("Really stop?"), () => this.#act("stop", "")),
+      erase: confirmButton(t("Delete remote files"), t("Really delete?"), () =>
+        this.#act("delete_files", t("Wiro's copies were deleted.")),
       ),
-      forget: confirmButton("Mark as not started", "Really not started?", () =>
+      forget: confirmButton(t("Mark as not started"), t("Really not started?"), () =>
         this.#act("forget", ""),
       ),
     };
-    this.buttons.collect.title = "Add a Wiro Task Result node for this task to the graph";
-    this.buttons.download.title = "Download the files into the output folder";
-    this.buttons.erase.title = "Delete this task's files at Wiro; downloaded files stay";
+    this.buttons.collect.title = t("Add a Wiro Task Result node for this task to the graph");
+    this.buttons.download.title = t("Download the files into the output folder");
+    this.buttons.erase.title = t("Delete this task's files at Wiro; downloaded files stay");
     this.actions = make("div", "skw-buttons", {}, this.links, ...Object.values(this.buttons));
   }
 
@@ -80,25 +81,25 @@ export class TaskRow {
     this.state = state;
     this.onUpdate(task);
     this.element.dataset.tone = state.tone;
-    setText(this.word, state.word);
+    setText(this.word, t(state.word));
     setText(this.cost, costOf(task));
     setText(this.model, task.model);
     this.model.title = task.model;
-    this.group.setAttribute("aria-label", `${task.model} ${task.taskid}: ${state.word}`);
+    this.group.setAttribute("aria-label", `${task.model} ${task.taskid}: ${t(state.word)}`);
     this.tick();
     this.#updateProgress();
     this.#updateFiles();
     this.#updateLog();
     setLine(this.error, task.error);
-    setLine(this.warning, state.warning);
+    setLine(this.warning, t(state.warning));
     this.#updateButtons();
   }
 
   /** Update what changes with time. */
   tick() {
     const { task } = this;
-    const parts = [durationOf(task, Date.now() / 1000), task.taskid && `task ${task.taskid}`];
-    if (task.remote_deleted) parts.push("remote files deleted");
+    const parts = [durationOf(task, Date.now() / 1000), task.taskid && t("task {id}", { id: task.taskid })];
+    if (task.remote_deleted) parts.push(t("remote files deleted"));
     setText(this.when, timeOf(task.created_at));
     setText(this.facts, parts.filter(Boolean).map((part) => ` · ${part}`).join(""));
     this.when.title = new Date(task.created_at * 1000).toLocaleString();
@@ -113,7 +114,7 @@ export class TaskRow {
     if (isKnown) this.bar.setAttribute("aria-valuenow", percent);
     else this.bar.removeAttribute("aria-valuenow");
     this.fill.style.width = isKnown ? `${percent}%` : "";
-    setText(this.line, this.task.line || this.state.line || "\u00a0"); // keeps its height
+    setText(this.line, this.task.line || t(this.state.line) || "\u00a0"); // keeps its height
     this.line.title = this.task.line;
   }
 
@@ -141,10 +142,11 @@ export class TaskRow {
 
   #addFile(file) {
     const name = file.filename;
-    const verb = file.isDownload ? "Save" : "Open";
+    const verb = file.isDownload ? t("Save") : t("Open");
     const how = file.isDownload ? { download: name } : { target: "_blank" };
     const link = make("a", "skw-button", { href: file.url, rel: "noopener", ...how });
-    link.setAttribute("aria-label", file.isDownload ? `Save ${name}` : `Open ${name} in a new tab`);
+    const about = file.isDownload ? t("Save {name}", { name }) : t("Open {name} in a new tab", { name });
+    link.setAttribute("aria-label", about);
     this.links.append(link);
     const isShown = this.media.childElementCount < MAX_FIGURES;
     const figure = isShown ? makeFigure(file) : null;
@@ -155,7 +157,8 @@ export class TaskRow {
   #updateLog() {
     const lines = this.task.log;
     this.log.hidden = !lines.length;
-    setText(this.logTitle, `Log (${lines.length} ${lines.length === 1 ? "line" : "lines"})`);
+    const count = lines.length;
+    setText(this.logTitle, count === 1 ? t("Log (1 line)") : t("Log ({count} lines)", { count }));
     const box = this.logText;
     const isAtEnd = box.scrollTop + box.clientHeight >= box.scrollHeight - 4;
     setText(box, lines.join("\n"));
@@ -171,7 +174,7 @@ export class TaskRow {
     for (const [name, button] of Object.entries(this.buttons)) button.hidden = !can[name];
     this.links.hidden = !this.files.size;
     const isLoss = this.task.verdict === "succeeded" && !this.files.size;
-    setText(this.buttons.erase.lastChild, isLoss ? "Not downloaded! Delete?" : "Really delete?");
+    setText(this.buttons.erase.lastChild, isLoss ? t("Not downloaded! Delete?") : t("Really delete?"));
     this.actions.hidden = !this.files.size && !Object.values(can).some(Boolean);
   }
 
@@ -193,7 +196,7 @@ export class TaskRow {
   #addNode() {
     try {
       addResultNode(this.task.taskid, this.element);
-      this.say("Added to the graph: queue it to collect the files.");
+      this.say(t("Added to the graph: queue it to collect the files."));
     } catch (error) {
       this.say(error.message, true);
     }
@@ -220,7 +223,7 @@ function makeFigure(file) {
   if (!element) return null;
   const figure = make("figure", `skw-figure skw-${file.kind}`, {}, element);
   element.addEventListener("error", () => {
-    figure.replaceChildren(make("span", "skw-faint", {}, `Cannot show ${file.filename}`));
+    figure.replaceChildren(make("span", "skw-faint", {}, t("Cannot show {name}", { name: file.filename })));
   });
   return figure;
 }

@@ -4,6 +4,8 @@
 // JSON is edited member by member as text, so that what the form does not know (other names, numbers
 // beyond a double's precision, whitespace) stays as it was written.
 
+import { t } from "./language.mjs";
+
 const LINE_LENGTH = 200;
 const TEXT_LENGTH = 2000;
 const MAX_FIELDS = 500;
@@ -79,10 +81,12 @@ function kindOfField(type, options, files) {
 /** One line: what values are allowed. */
 export function factsOf(field) {
   const facts = [];
-  if (field.low !== null) facts.push(`${field.low} to ${field.high}`);
-  if (field.step !== null) facts.push(`step ${field.step}`);
-  if (field.kind === "file") facts.push(field.takesMany ? "several files" : "one file");
-  if (field.initial !== "" && field.kind !== "choice") facts.push(`default ${shorten(field.initial)}`);
+  if (field.low !== null) facts.push(t("{low} to {high}", { low: field.low, high: field.high }));
+  if (field.step !== null) facts.push(t("step {step}", { step: field.step }));
+  if (field.kind === "file") facts.push(field.takesMany ? t("several files") : t("one file"));
+  if (field.initial !== "" && field.kind !== "choice") {
+    facts.push(t("default {value}", { value: shorten(field.initial) }));
+  }
   return facts.join(" · ");
 }
 
@@ -91,15 +95,15 @@ export function factsOf(field) {
 /** {members, problem} of a JSON object's text; members are {key, from, start, end}, or null. */
 export function membersOf(json) {
   const source = typeof json === "string" ? json : "";
-  if (source.length > MAX_JSON) return { members: null, problem: "The JSON is too long to edit here." };
+  if (source.length > MAX_JSON) return { members: null, problem: t("The JSON is too long to edit here.") };
   if (!source.trim()) return { members: [], problem: "" };
   let value;
   try {
     value = JSON.parse(source);
   } catch (error) {
-    return { members: null, problem: `This is not valid JSON (${line(error.message)}).` };
+    return { members: null, problem: t("This is not valid JSON ({reason}).", { reason: line(error.message) }) };
   }
-  if (!isObject(value)) return { members: null, problem: 'Write a JSON object: {"name": value}.' };
+  if (!isObject(value)) return { members: null, problem: t("Write a JSON object: {example}.", { example: '{"name": value}' }) };
   return { members: scan(source), problem: "" };
 }
 
@@ -229,7 +233,7 @@ export function typeInto(json, field, typed) {
   if (field.kind === "file") return { json: setUrls(json, field, key, given), problem: "" };
   if (field.kind === "number" || field.kind === "flag") return typeLiteral(json, field, given.trim());
   if (field.kind === "choice" && given === "") return { json: dropMember(json, key), problem: "" };
-  const problem = field.isRequired && !given.trim() ? "It must not be empty." : "";
+  const problem = field.isRequired && !given.trim() ? t("It must not be empty.") : "";
   return { json: setMember(json, key, JSON.stringify(given)), problem };
 }
 
@@ -242,14 +246,14 @@ function typeLiteral(json, field, given) {
   const literal = given.replace(",", ".").replace(/^\+/, "").replace(/^(-?)\./, "$10.")
     .replace(/\.$/, "").replace(/^(-?)0+(?=\d)/, "$1");
   if (!NUMBER.test(literal) || !Number.isFinite(Number(literal))) {
-    return { json, problem: "This is not a number." };
+    return { json, problem: t("This is not a number.") };
   }
   return { json: setMember(json, field.id, literal), problem: rangeProblem(field, literal) };
 }
 
 function rangeProblem(field, literal) {
   if (field.low === null || (field.low <= Number(literal) && Number(literal) <= field.high)) return "";
-  return `The model takes ${field.low} to ${field.high}.`;
+  return t("The model takes {low} to {high}.", { low: field.low, high: field.high });
 }
 
 function setUrls(json, field, key, given) {

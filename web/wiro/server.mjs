@@ -1,8 +1,7 @@
 // Requests to the package's own routes, through the page's api, which knows the base path.
 import { api } from "../../../scripts/api.js";
+import { t } from "./language.mjs";
 import { linkOf } from "./links.mjs";
-
-const UNREACHABLE = "Cannot reach the ComfyUI server.";
 
 /** One sentence. isOffline: there was no answer at all. status: of HTTP. */
 export class ServerError extends Error {
@@ -31,13 +30,13 @@ async function answer(path, options) {
   try {
     response = await api.fetchApi(`/skyreels/wiro/${path}`, options);
   } catch {
-    throw new ServerError(UNREACHABLE, { isOffline: true });
+    throw new ServerError(t("Cannot reach the ComfyUI server."), { isOffline: true });
   }
   const body = await response.json().catch(() => null); // a proxy's error page is not JSON
   if (response.ok && body !== null) return body;
   const { status } = response;
   if (typeof body?.error === "string" && body.error) throw new ServerError(body.error, { status });
-  throw new ServerError(`The ComfyUI server answered with HTTP ${status}.`, { status });
+  throw new ServerError(t("The ComfyUI server answered with HTTP {status}.", { status }), { status });
 }
 
 /** {url, kind, isDownload} of a task's file. */

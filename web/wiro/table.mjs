@@ -1,14 +1,15 @@
 // The rows of the panel as a table: filters and CSV export. Does not touch the page.
+import { mark } from "./language.mjs";
 import { describe } from "./words.mjs";
 
 /** [value, label] of the state filter. */
 export const FILTERS = [
-  ["", "all"],
-  ["running", "running"],
-  ["waiting", "needs action"],
-  ["done", "done"],
-  ["failed", "failed"],
-  ["stopped", "stopped"],
+  ["", mark("all")],
+  ["running", mark("running")],
+  ["waiting", mark("needs action")],
+  ["done", mark("done")],
+  ["failed", mark("failed")],
+  ["stopped", mark("stopped")],
 ];
 
 export const NO_FILTER = { text: "", group: "", from: "", to: "" };

@@ -1,41 +1,44 @@
 // What a task's record means for people, and what can be done with it. No page in here.
+import { mark, t } from "./language.mjs";
 
 // The phases of STATUSES in wiro_api/task.py, which the server sends: word, tone, and what is shown
-// until the task reports something itself.
+// until the task reports something itself. Words name states in the code and in exported files: `t`
+// translates them where they are shown.
 const PHASES = {
-  queued: ["queued", "wait", "waiting for its turn at the service"],
-  preparing: ["preparing", "run", "loading files and model"],
-  running: ["running", "run"],
-  finishing: ["finishing", "run", "writing the files"],
-  ended: ["finishing", "run", "writing the files"], // the server is fetching the result
+  queued: [mark("queued"), "wait", mark("waiting for its turn at the service")],
+  preparing: [mark("preparing"), "run", mark("loading files and model")],
+  running: [mark("running"), "run"],
+  finishing: [mark("finishing"), "run", mark("writing the files")],
+  ended: [mark("finishing"), "run", mark("writing the files")], // the server is fetching the result
 };
 
 const VERDICTS = {
-  succeeded: { word: "succeeded", tone: "good" },
-  failed: { word: "failed", tone: "bad" },
-  cancelled: { word: "cancelled", tone: "off" },
-  no_output: { word: "ended without a file", tone: "warn" },
+  succeeded: { word: mark("succeeded"), tone: "good" },
+  failed: { word: mark("failed"), tone: "bad" },
+  cancelled: { word: mark("cancelled"), tone: "off" },
+  no_output: { word: mark("ended without a file"), tone: "warn" },
 };
 
-const NEVER_SENT = "It was never sent to the service, so it cost nothing.";
-const UNKNOWN =
+const NEVER_SENT = mark("It was never sent to the service, so it cost nothing.");
+const UNKNOWN = mark(
   "It was sent, but no answer came back: the task may be running, and may be paid for. " +
   "Look for it in the Wiro dashboard. Only if it is not there, say so here: the node may then " +
-  "start another run, which is paid for as well.";
+  "start another run, which is paid for as well.",
+);
 
 /** {word, tone, isActive, line, warning}: line is shown while the task says nothing itself. */
 export function describe(task) {
   const ended = VERDICTS[task.verdict];
-  if (task.state === "refused") return state("not started", "bad");
+  if (task.state === "refused") return state(mark("not started"), "bad");
   if (task.state === "intent" && !task.is_live) {
-    return { ...state("not started", "off"), warning: task.error ? "" : NEVER_SENT };
+    return { ...state(mark("not started"), "off"), warning: task.error ? "" : NEVER_SENT };
   }
   if (task.state === "sending" && !task.is_live) {
-    return { ...state("outcome unknown", "warn"), warning: UNKNOWN };
+    return { ...state(mark("outcome unknown"), "warn"), warning: UNKNOWN };
   }
-  if (task.state === "intent" || task.state === "sending") return active("starting", "wait");
+  if (task.state === "intent" || task.state === "sending") return active(mark("starting"), "wait");
   if (ended) return state(ended.word, ended.tone);
-  if (task.state === "ended") return state("ended", "off");
+  if (task.state === "ended") return state(mark("ended"), "off");
   // a status that this version does not know is one of a running task
   return active(...PHASES[Object.hasOwn(PHASES, task.phase) ? task.phase : "running"]);
 }
@@ -78,7 +81,7 @@ export function dollars(amount) {
 
 export function costOf(task) {
   if (task.cost) return dollars(task.cost);
-  return task.projected ? `about ${dollars(task.projected)}` : "";
+  return task.projected ? t("about {amount}", { amount: dollars(task.projected) }) : "";
 }
 
 /** How long it took, or has taken so far. */
@@ -90,10 +93,10 @@ export function durationOf(task, nowS) {
 function duration(seconds) {
   const whole = Math.round(seconds);
   if (!(whole >= 0)) return ""; // no number, or clocks that differ
-  if (whole < 60) return `${whole} s`;
+  if (whole < 60) return t("{s} s", { s: whole });
   const minutes = Math.floor(whole / 60);
-  if (minutes < 60) return `${minutes} min ${whole % 60} s`;
-  return `${Math.floor(minutes / 60)} h ${minutes % 60} min`;
+  if (minutes < 60) return t("{min} min {s} s", { min: minutes, s: whole % 60 });
+  return t("{h} h {min} min", { h: Math.floor(minutes / 60), min: minutes % 60 });
 }
 
 export function timeOf(seconds, now = new Date()) {
@@ -105,34 +108,40 @@ export function timeOf(seconds, now = new Date()) {
 }
 
 export function keyLine(account) {
-  if (!account.has_key) return "No key";
-  const place = account.source === "environment" ? "from the environment" : "stored on the server";
-  return `Key ${place}`;
+  if (!account.has_key) return t("No key");
+  return account.source === "environment" ? t("Key from the environment") : t("Key stored on the server");
 }
 
-const SHARED =
+const SHARED = mark(
   "All users of this server (--multi-user) share one Wiro account: key, limits and what was spent " +
-  "are everybody's. Tasks are listed for the user who queued them only.";
-const LOCKED =
-  "Key and limits are frozen by SKYREELS_WIRO_LOCKED in the environment of the ComfyUI server.";
+  "are everybody's. Tasks are listed for the user who queued them only.",
+);
+const LOCKED = mark(
+  "Key and limits are frozen by SKYREELS_WIRO_LOCKED in the environment of the ComfyUI server.",
+);
 
 /** What holds for the account as a whole, one sentence each. */
 export function accountNotes(account) {
   const notes = [];
-  if (account.is_shared) notes.push(SHARED);
-  if (account.is_locked) notes.push(LOCKED);
+  if (account.is_shared) notes.push(t(SHARED));
+  if (account.is_locked) notes.push(t(LOCKED));
   return notes;
 }
+
+const PER = {
+  per_run: mark("{amount} a run"),
+  per_day: mark("{amount} a day"),
+  per_month: mark("{amount} a month"),
+};
 
 /** {text, verb}: the limits in one line, and what the button beside them says ("" for none). */
 export function limitLine(account) {
   const { limits, has_default_limits: isDefault, is_locked: isLocked } = account;
-  const names = { per_run: "run", per_day: "day", per_month: "month" };
-  const parts = Object.keys(names)
+  const parts = Object.keys(PER)
     .filter((name) => limits[name] !== null)
-    .map((name) => `${dollars(limits[name])} a ${names[name]}`);
-  const text = parts.length ? `Limit ${parts.join(", ")}` : "No spending limit";
-  return { text: isDefault ? `${text} (default)` : text, verb: isLocked ? "" : "change" };
+    .map((name) => t(PER[name], { amount: dollars(limits[name]) }));
+  const text = parts.length ? t("Limit {amounts}", { amounts: parts.join(", ") }) : t("No spending limit");
+  return { text: isDefault ? t("{text} (default)", { text }) : text, verb: isLocked ? "" : "change" };
 }
 
 /** Which parts of the account's form can be used. */
@@ -150,7 +159,11 @@ export function usable(account) {
 
 export function spentLine(account) {
   const { spent, limits } = account;
-  const of = (limit) => (limit === null ? "" : ` of ${dollars(limit)}`);
-  const day = `${dollars(spent.day)}${of(limits.per_day)} today`;
-  return `Spent ${day}, ${dollars(spent.month)}${of(limits.per_month)} this month`;
+  const of = (amount, limit) =>
+    limit === null
+      ? dollars(amount)
+      : t("{amount} of {limit}", { amount: dollars(amount), limit: dollars(limit) });
+  return t("Spent {day} today, {month} this month", {
+    day: of(spent.day, limits.per_day), month: of(spent.month, limits.per_month),
+  });
 }
