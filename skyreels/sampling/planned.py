@@ -276,10 +276,10 @@ def compare_devices(first: PlannedRun, second: PlannedRun) -> None:
     if own_s is None or other_s is None:
         logger.info("Two devices, %s and %s: one branch of guidance each.", one, other)
         return
+    shown = [outcomes.in_seconds(seconds) for seconds in (own_s, other_s, 2 * own_s)]
     logger.info(
-        "Two devices, one branch of guidance each: %s needs about %s a step, %s %s; alone, %s would "
-        "need %s.", one, outcomes.in_seconds(own_s), other, outcomes.in_seconds(other_s), one,
-        outcomes.in_seconds(2 * own_s),
+        "Two devices, one branch of guidance each: %s takes about %s a step, %s %s; %s alone takes "
+        "%s.", one, shown[0], other, shown[1], one, shown[2],
     )  # fmt: skip
     if other_s >= 2 * own_s:
         logger.warning(

@@ -95,7 +95,6 @@ def sample(
     settings: SamplingSettings,
     *,
     runtime: Runtime,
-    second: Runtime | None = None,
 ) -> Tensor:
     """Noise to the latents of a clip.
 
@@ -107,8 +106,7 @@ def sample(
         negative: likewise; needed if true CFG is on.
         settings: schedule, seed, guidance, solver, shortcuts.
         runtime: progress "sample" in steps with the denoised estimate; asked for an interrupt
-            before every block.
-        second: of another device, which takes the negative predictions; see pair.py.
+            before every block. Its partner, if any, makes the negative predictions (pair.py).
 
     Returns:
         [1, 16, T, h, w] float32 on the CPU, VAE space.
@@ -126,7 +124,7 @@ def sample(
     """
     run = _RunPrompts(prompt, negative if settings.uses_cfg else None)
     _check_inputs(transformer, image, prompt, negative, settings)
-    if second is not None:
+    if runtime.partner is not None:
         check_pair(settings)
     use_loras(transformer, settings.loras, runtime=runtime)
     num_steps, last_sigma = settings.num_steps, settings.sigmas[-1].cpu()
@@ -160,7 +158,7 @@ def sample(
         first_step=first_step,
         on_step=on_step,
         runtime=runtime,
-        second=_second_device(settings, second),
+        second=_second_device(settings, runtime.partner),
     )
     watch.finish(latents)
     if reported != num_steps:  # solvers may take fewer or more steps than there are sigmas

@@ -61,7 +61,8 @@ class Slow(TorchRuntime):
 
 def run(model, image, runtime, second=None, **settings):
     settings = SamplingSettings(**{"sigmas": SIGMAS, **settings})
-    return sample(model, image, PROMPT, NEGATIVE, settings, runtime=runtime, second=second)
+    runtime.partner = second
+    return sample(model, image, PROMPT, NEGATIVE, settings, runtime=runtime)
 
 
 SETTINGS = {
@@ -134,9 +135,10 @@ def test_what_two_devices_cannot_share_is_refused_before_anything_is_loaded(mode
 
 
 def test_without_guidance_the_second_device_is_not_used(model, image, caplog):
-    second = Slow()
+    first, second = Slow(), Slow()
+    first.partner = second
     settings = SamplingSettings(sigmas=SIGMAS, guidance=Guidance(true_cfg_scale=1.0))
-    sample(model, image, PROMPT, None, settings, runtime=Slow(), second=second)
+    sample(model, image, PROMPT, None, settings, runtime=first)
     assert second.checks == 0
     assert "The second device, cpu, is not used: with CFG 1" in caplog.text
 
@@ -159,5 +161,5 @@ def test_what_the_pair_takes_is_said(model, image, caplog):
     caplog.set_level(logging.INFO)
     run(model, image, Slow(), Slow())
     assert "Two devices, cpu and cpu: one branch of guidance each." in caplog.text or (
-        "Two devices, one branch of guidance each: cpu needs about" in caplog.text
+        "Two devices, one branch of guidance each: cpu takes about" in caplog.text
     )
