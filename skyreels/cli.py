@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from .image import ImageSettings
     from .pipeline.calibration import Case
     from .pipeline.extend import ExtendSettings
-    from .runtime import Runtime
+    from .runtime import Runtime, TorchRuntime
     from .sampling.step_cache import CacheConfig
     from .weights.inspect import CheckpointInfo
     from .weights.lora.apply import AppliedLora
@@ -188,7 +188,11 @@ def build_parser() -> argparse.ArgumentParser:
     generate.add_argument("--noise-augmentation", type=float, default=0.0, metavar="S")
     generate.add_argument("--latent-strength", type=float, default=1.0, metavar="S")
     generate.add_argument("--precision", choices=TRANSFORMER_PRECISIONS, default="auto")
-    generate.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    generate.add_argument(
+        "--device", "--devices", default="auto",
+        help="auto, cpu, cuda or cuda:N; or two with a comma between them, each of which makes one "
+        "of the two predictions of a step: cuda:0,cuda:1",
+    )  # fmt: skip
     generate.add_argument("--decode", choices=DECODE_MODES, default="auto")
     generate.add_argument(
         "--attention",
@@ -508,8 +512,6 @@ def _generate(
     from .media import open_frames, read_image
     from .pipeline import image_to_latents
     from .pipeline.extend import Continuation, extend_latents
-    from .runtime import TorchRuntime
-    from .runtime.outcomes import user_folder
     from .sampling.settings import SamplingSettings, get_sigmas
     from .vae.frames import FrameSink
     from .vae.tiling import decode_into
@@ -535,12 +537,7 @@ def _generate(
         latent_strength=arguments.latent_strength,
     )
     end_image = None if arguments.end_image is None else read_image(arguments.end_image)
-    runtime = TorchRuntime(
-        pick_device(arguments.device),
-        on_progress=report,
-        on_check=check,
-        state_folder=user_folder(),
-    )
+    runtime = _runtime_of(arguments, report, check)
     if not is_builtin:  # minutes before they are loaded
         config = check_transformer(arguments.transformer).config
         check_vae(arguments.vae)
@@ -744,6 +741,46 @@ def pick_device(name: str) -> str:
             "see `python -m skyreels doctor`."
         )
     return name
+
+
+def _runtime_of(
+    arguments: argparse.Namespace, report: Any, check: Callable[[], None]
+) -> "TorchRuntime":
+    """Where a clip is made, on one device or two."""
+    from .runtime import TorchRuntime
+    from .runtime.outcomes import user_folder
+
+    (device, second), folder = pick_devices(arguments.device), user_folder()
+    partner = None
+    if second is not None:
+        partner = TorchRuntime(second, on_check=check, state_folder=folder)
+    return TorchRuntime(
+        device, on_progress=report, on_check=check, state_folder=folder, partner=partner
+    )
+
+
+def pick_devices(names: str) -> tuple[str, str | None]:
+    """The device of a run, and a second one where two are named.
+
+    Args:
+        names: as for `pick_device`; or two with a comma between them.
+
+    Returns:
+        Their names for torch.
+
+    Raises:
+        OptionError: as for `pick_device`; more than two, or one of them twice.
+    """
+    listed = [name.strip() for name in names.split(",")]
+    if len(listed) > 2:
+        raise OptionError(
+            f"{len(listed)} devices are named ({names!r}): use one or two, as a step has two "
+            "predictions."
+        )
+    picked = [pick_device(name) for name in listed]
+    if len({"cuda:0" if name == "cuda" else name for name in picked}) < len(picked):
+        raise OptionError(f"Device {picked[0]} is named twice in {names!r}: name two, or one.")
+    return picked[0], picked[1] if len(picked) > 1 else None
 
 
 @contextlib.contextmanager

@@ -76,6 +76,7 @@ class ComfyRuntime:
         if self.offload_device.type != "cpu":  # --highvram keeps models where they compute
             self.offload_device = torch.device("cpu")
         self.state_folder = state_folder()
+        self.partner: ComfyRuntime | None = None
         self._previewer = _previewer(self.device) if with_preview else None
         self._moving = moving_preview(self._previewer, unique_id) if with_preview else None
         self._models = {model.module: model for model in models}

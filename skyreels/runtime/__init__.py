@@ -33,6 +33,9 @@ class Runtime(Protocol):
     """Where idle weights rest."""
     state_folder: Path | None
     """Where runs leave what they learned about the device (outcomes.py beside); None: nowhere."""
+    partner: "Runtime | None"
+    """A second device, for the negative predictions of guidance (sampling/pair.py); or None. Its
+    interrupt is asked for in a thread of its own."""
 
     def free_bytes(self) -> int:
         """Bytes that can be allocated on `device` right now."""
@@ -116,6 +119,7 @@ class TorchRuntime:
         on_progress: Callable[[str, int, int, Tensor | None], None] = ignore_progress,
         on_check: Callable[[], None] = never_interrupt,
         state_folder: Path | None = None,
+        partner: Runtime | None = None,
     ) -> None:
         # as tensors name it: "cuda" becomes "cuda:0"
         try:
@@ -127,6 +131,7 @@ class TorchRuntime:
             ) from error
         self.offload_device = torch.device("cpu")
         self.state_folder = state_folder
+        self.partner = partner
         #: page-locked by `pin`
         self.pinned_bytes = 0
         self._on_progress = on_progress

@@ -5,6 +5,7 @@ from typing import TypedDict
 
 import torch
 
+from ..errors import OptionError
 from ..kernels import dispatch
 from ..plan import Job
 from ..runtime import Runtime
@@ -39,6 +40,8 @@ def attention_of_run(
     job: Job,
     mode: Attention | SparseConfig | str,
     runtime: Runtime,
+    *,
+    follows: DenseRun | None = None,
 ) -> DenseRun:
     """The attention of a run, see `choose_attention` and `choose_sparse`.
 
@@ -47,9 +50,13 @@ def attention_of_run(
         job: what is made.
         mode: of config.ATTENTIONS, or how sparse it is; a function is taken as it is.
         runtime: where; it makes room for trying kernels.
+        follows: that of the other branch of guidance, on the first of two devices.
 
     Returns:
         The attention, which may be told of steps and blocks.
+
+    Raises:
+        OptionError: of two devices only one has a sparse kernel.
     """
     if not isinstance(mode, str | SparseConfig):
         return DenseRun(mode)
@@ -79,6 +86,12 @@ def attention_of_run(
         )
         return DenseRun(dense.impl)
     sparse = choose_sparse(device, dense, config.beta, **size)
+    leader = follows if isinstance(follows, SparseRun) else None
+    if follows is not None and (leader is None) != (sparse.impl is None):
+        raise OptionError(
+            f"Of two devices only one has a kernel for sparse attention ({device}: "
+            f"{sparse.reason}): use attention exact or fast, or one device."
+        )
     if sparse.impl is None:
         return DenseRun(dense.impl)
     return SparseRun(
@@ -90,6 +103,7 @@ def attention_of_run(
         blocks=transformer.blocks,
         heads=size["heads"],
         device=device,
+        follows=leader,
     )
 
 

@@ -10,7 +10,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import Any
 
@@ -256,3 +256,32 @@ def start_run(
         work=f"{work} blocks of {max(weights.blocks)} bytes",
         peak=outcomes.watch_peak(device, loaded),
     )
+
+
+def compare_devices(first: PlannedRun, second: PlannedRun) -> None:
+    """Chunk both devices of a pair alike, and say what the pair takes; each has its plan.
+
+    Args:
+        first: of the device with the positive predictions; its plan is what both keep to.
+        second: of the other device.
+    """
+    order = list(first.needed)
+    chunking = max(first.plan.chunking, second.plan.chunking, key=order.index)
+    for run in (first, second):
+        if run.plan.chunking != chunking:
+            num_bytes = run.needed[chunking]
+            run.plan = replace(run.plan, chunking=chunking, activation_bytes=num_bytes)
+    one, other = first.runtime.device, second.runtime.device
+    own_s, other_s = first.plan.seconds["step"], second.plan.seconds["step"]
+    if own_s is None or other_s is None:
+        logger.info("Two devices, %s and %s: one branch of guidance each.", one, other)
+        return
+    shown = [outcomes.in_seconds(seconds) for seconds in (own_s, other_s, 2 * own_s)]
+    logger.info(
+        "Two devices, one branch of guidance each: %s takes about %s a step, %s %s; %s alone takes "
+        "%s.", one, shown[0], other, shown[1], one, shown[2],
+    )  # fmt: skip
+    if other_s >= 2 * own_s:
+        logger.warning(
+            "%s is so slow that %s alone would take no longer: use one device.", other, one
+        )

@@ -8,9 +8,11 @@ The Euler loop reads nothing back from the device, so that the host can queue on
 runs: sigmas and timesteps stay on the CPU, where a scalar multiplies a tensor of any device.
 """
 
+import logging
 import math
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -38,14 +40,17 @@ from ..runtime import Runtime
 from ..runtime.ladder import retried
 from ..runtime.offload import weight_bytes
 from ..transformer.layers import rope_table
-from ..transformer.model import SkyReelsTransformer
+from ..transformer.model import RunBlock, SkyReelsTransformer
 from ..transformer.placement import placed
+from ..transformer.sparse_attention import DenseRun
 from ..weights.lora.apply import check_loras, use_loras
 from .attend import attention_of_run, name_of, warn_of_few_steps
 from .finite import FiniteWatch, suspects
-from .guidance import blocks_to_skip, guided_velocity
-from .planned import start_run
-from .precompute import precompute
+from .guidance import guided_velocity
+from .network import Network, blocks_to_skip
+from .pair import Partner, check_pair, twin_of
+from .planned import PlannedRun, compare_devices, start_run
+from .precompute import StepLookup, precompute
 from .prompts import (
     Prompt,
     report_gaps,
@@ -55,7 +60,9 @@ from .prompts import (
 from .resume import SaveStep, fingerprint_run, resume_run
 from .settings import OnStep, SamplingSettings, Velocity, euler
 from .step_cache import cache_bytes
-from .windows import evaluated_shape, picture_of_run
+from .windows import Picture, evaluated_shape, picture_of_run
+
+logger = logging.getLogger("skyreels.sampling.sample")
 
 
 def initial_noise(seed: int, num_frames: int, height: int, width: int, index: int = 0) -> Tensor:
@@ -99,7 +106,7 @@ def sample(
         negative: likewise; needed if true CFG is on.
         settings: schedule, seed, guidance, solver, shortcuts.
         runtime: progress "sample" in steps with the denoised estimate; asked for an interrupt
-            before every block.
+            before every block. Its partner, if any, makes the negative predictions (pair.py).
 
     Returns:
         [1, 16, T, h, w] float32 on the CPU, VAE space.
@@ -117,6 +124,8 @@ def sample(
     """
     run = _RunPrompts(prompt, negative if settings.uses_cfg else None)
     _check_inputs(transformer, image, prompt, negative, settings)
+    if runtime.partner is not None:
+        check_pair(settings)
     use_loras(transformer, settings.loras, runtime=runtime)
     num_steps, last_sigma = settings.num_steps, settings.sigmas[-1].cpu()
     latents, first_step = _start(image, settings), 0
@@ -149,6 +158,7 @@ def sample(
         first_step=first_step,
         on_step=on_step,
         runtime=runtime,
+        second=_second_device(settings, runtime.partner),
     )
     watch.finish(latents)
     if reported != num_steps:  # solvers may take fewer or more steps than there are sigmas
@@ -167,13 +177,20 @@ class _RunPrompts:
         self.embeds = [each.embeds for each in self.all]
         self.weights = weights_of_prompts(*both)
 
-    def at(self, step: int, sigmas: Tensor, guidance: Guidance | None = None) -> list[int]:
-        """Indices of those that a step takes; with `guidance`, in its window only."""
+    def at(
+        self, step: int, sigmas: Tensor, guidance: Guidance | None = None, only: int | None = None
+    ) -> list[int]:
+        """Indices of those that a step takes; in the window of `guidance`, or of one side alone."""
         is_guided = self.has_negative
         if guidance is not None:
             is_guided = is_guided and guidance.is_in_window(step, len(sigmas) - 1)
         sides = range(2 if is_guided else 1)
-        return [index for side in sides for index, _ in self.weights(side, sigmas[step])]
+        return [
+            index
+            for side in sides
+            if only in (None, side)
+            for index, _ in self.weights(side, sigmas[step])
+        ]
 
     def embedded_guidance(self, guidance: Guidance) -> Tensor:
         """[P] float32, of each, times 1000."""
@@ -208,6 +225,15 @@ def _start(image: ImageConditioning, settings: SamplingSettings) -> Tensor:
     return latents
 
 
+def _second_device(settings: SamplingSettings, second: Runtime | None) -> Runtime | None:
+    if second is None or settings.uses_cfg:
+        return second
+    logger.warning(
+        "The second device, %s, is not used: with CFG 1 a step has one prediction.", second.device
+    )
+    return None
+
+
 def _denoise(
     transformer: SkyReelsTransformer,
     image: ImageConditioning,
@@ -218,31 +244,128 @@ def _denoise(
     first_step: int,
     on_step: OnStep,
     runtime: Runtime,
+    second: Runtime | None,
 ) -> Tensor:
     """Latents at the last sigma, on the device, from those after `first_step` steps."""
-    device, sigmas = runtime.device, settings.sigmas[first_step:]
+    sigmas = settings.sigmas[first_step:]
     guidance, is_euler = settings.guidance, settings.solver is euler
+    prepare = partial(_prepare, image, prompts, settings, first_step)
+    with ExitStack() as stack:
+        twin = None if second is None else twin_of(transformer)
+        stack.enter_context(torch.inference_mode())
+        side = None if twin is None else 0
+        own = stack.enter_context(prepare(transformer, runtime, side=side))
+        other = None
+        if twin is not None and second is not None:
+            other = stack.enter_context(prepare(twin, second, side=1, leader=own.attention))
+            compare_devices(own.run, other.run)
+        warn_of_few_steps(settings)
+        kept = None if settings.noise_mask is None else _Kept(image, settings, runtime.device)
+
+        @contextmanager
+        def on_rung(rung: Rung) -> Iterator[Velocity]:
+            with ExitStack() as rung_stack:
+                run_block = rung_stack.enter_context(
+                    placed(transformer, runtime, own.run.bytes_on(rung))
+                )
+                partner = None
+                if other is not None:
+                    theirs = placed(
+                        other.transformer, other.runtime, other.run.needed[rung.chunking]
+                    )
+                    network = other.network(rung_stack.enter_context(theirs), rung)
+                    partner = rung_stack.enter_context(Partner(network, runtime.device))
+                    run_block = partner.beside(run_block)
+                velocity = guided_velocity(
+                    own.network(run_block, rung),
+                    settings.sigmas,
+                    guidance,
+                    weights=prompts.weights,
+                    cache=settings.cache,
+                    interleaves=rung.interleaves,
+                    partner=partner,
+                )
+                yield velocity if kept is None else kept.around(velocity)
+
+        sigmas = sigmas.to("cpu" if is_euler else runtime.device)
+        with own.run.descending(on_rung) as velocity:
+            result = settings.solver(
+                velocity, latents.to(runtime.device), sigmas, own.run.marking(on_step)
+            )
+            is_plain = settings.cache.kind == "off" and guidance.skip_layers is None
+            own.attention.report()
+            own.run.finish(is_alike=is_euler and is_plain and other is None)
+        return result
+
+
+@dataclass(frozen=True, eq=False)
+class _Prepared:
+    """What a run needs on a device before its first step."""
+
+    transformer: SkyReelsTransformer
+    runtime: Runtime
+    attention: DenseRun
+    run: PlannedRun
+    lookup: StepLookup
+    picture: Picture
+    rope: Tensor
+
+    def network(self, run_block: RunBlock, rung: Rung) -> Network:
+        """What makes predictions, once its weights are placed."""
+        return Network(
+            self.transformer, self.attention, self.lookup, self.picture, self.rope, run_block,
+            CHUNKINGS[rung.chunking],
+        )  # fmt: skip
+
+
+@contextmanager
+def _prepare(
+    image: ImageConditioning,
+    prompts: _RunPrompts,
+    settings: SamplingSettings,
+    first_step: int,
+    transformer: SkyReelsTransformer,
+    runtime: Runtime,
+    *,
+    side: int | None = None,
+    leader: DenseRun | None = None,
+) -> Iterator[_Prepared]:
+    """Plan a device's part of a run and compute what its steps need of text and time.
+
+    Args:
+        image: size of the clip, and its picture.
+        prompts: of the run.
+        settings: of the run.
+        first_step: that is not yet done.
+        transformer: of the device.
+        runtime: of the device.
+        side: of guidance, 0 or 1, of which it makes the predictions; None for both.
+        leader: attention of the first device, where this is the second one.
+
+    Yields:
+        What was prepared; weights are as the host placed them.
+    """
+    device, steps = runtime.device, range(first_step, settings.num_steps)
     needed = run_bytes(transformer, image, prompts.embeds, settings)
-    taken = [
-        prompts.at(step, settings.sigmas.cpu()) for step in range(first_step, settings.num_steps)
-    ]
-    if not is_euler or sum(map(len, taken)) > MAX_KEPT:
+    taken = [prompts.at(step, settings.sigmas.cpu(), only=side) for step in steps]
+    if settings.solver is not euler or sum(map(len, taken)) > MAX_KEPT:
         # a timestep that is not kept, between two steps or late in a long run, is computed when it
         # is looked up, and its weights need room
         largest = max(weight_bytes(module) for module in transformer.conditioners)
         needed = {name: num_bytes + largest for name, num_bytes in needed.items()}
-    with runtime.place(transformer, needed["chunks"]), torch.inference_mode():
+    with runtime.place(transformer, needed["chunks"]):
         job = _job(transformer, image, prompts, settings)
-        attention = attention_of_run(transformer, job, settings.attention, runtime)
-        warn_of_few_steps(settings)
+        if side is not None:
+            job = replace(job, num_guided=0)
+        attention = attention_of_run(transformer, job, settings.attention, runtime, follows=leader)
         run = start_run(transformer, job, needed, runtime, name_of(settings.attention))
         lookup = retried(
             partial(
                 precompute,
                 transformer,
                 prompts.embeds,
-                (sigmas[:-1] * NUM_TRAIN_TIMESTEPS).tolist(),
-                prompts.embedded_guidance(guidance),
+                (settings.sigmas[first_step:-1] * NUM_TRAIN_TIMESTEPS).tolist(),
+                prompts.embedded_guidance(settings.guidance),
                 needed=taken,
                 attention=attention,
                 runtime=runtime,
@@ -251,41 +374,14 @@ def _denoise(
             run.plan.peak_bytes["condition"],
             "Preparing the text for every step",
         )
-        picture = picture_of_run(image, settings.windows, device)
-        kept = None if settings.noise_mask is None else _Kept(image, settings, device)
         rope = rope_table(
             transformer.token_grid(evaluated_shape(image, settings.windows)),
             transformer.config,
             riflex_k=settings.riflex_k,
             device=device,
         )
-
-        @contextmanager
-        def on_rung(rung: Rung) -> Iterator[Velocity]:
-            with placed(transformer, runtime, run.bytes_on(rung)) as run_block:
-                velocity = guided_velocity(
-                    transformer,
-                    picture,
-                    lookup,
-                    settings.sigmas,
-                    guidance,
-                    weights=prompts.weights,
-                    rope=rope,
-                    run_block=run_block,
-                    attention=attention,
-                    chunking=CHUNKINGS[rung.chunking],
-                    cache=settings.cache,
-                    interleaves=rung.interleaves,
-                )
-                yield velocity if kept is None else kept.around(velocity)
-
-        sigmas = sigmas.to("cpu" if is_euler else device)
-        with run.descending(on_rung) as velocity:
-            result = settings.solver(velocity, latents.to(device), sigmas, run.marking(on_step))
-            is_plain = settings.cache.kind == "off" and guidance.skip_layers is None
-            attention.report()
-            run.finish(is_alike=is_euler and is_plain)
-        return result
+        picture = picture_of_run(image, settings.windows, device)
+        yield _Prepared(transformer, runtime, attention, run, lookup, picture, rope)
 
 
 def _job(

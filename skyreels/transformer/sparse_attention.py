@@ -15,7 +15,8 @@ step cache keeps fits every step.
 
 import logging
 import math
-from collections.abc import Collection, Sequence
+import threading
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -29,6 +30,13 @@ from .model import RunBlock
 from .token_order import hilbert_order
 
 logger = logging.getLogger("skyreels.transformer.sparse_attention")
+
+#: between two looks whether the run that makes lists has stopped
+WAIT_SECONDS = 0.05
+
+
+def _never_stop() -> None:
+    """The check of a run that waits for nobody."""
 
 
 @dataclass(frozen=True)
@@ -153,6 +161,8 @@ class SparseRun(DenseRun):
         blocks: the transformer's, in order.
         heads: of its attention.
         device: that computes.
+        follows: a run of the same step on another device, whose lists it takes; it is asked for
+            them from another thread than the one that makes them.
     """
 
     def __init__(
@@ -166,8 +176,11 @@ class SparseRun(DenseRun):
         blocks: Sequence[nn.Module],
         heads: int,
         device: torch.device | str,
+        follows: "SparseRun | None" = None,
     ) -> None:
         super().__init__(dense)
+        self._follows = follows
+        self.check: Callable[[], None] = _never_stop
         self.always = (config.first_sparse(num_steps),)  # the first of its kind
         self.config, self._kernel, self._num_steps = config, kernel, num_steps
         #: [N] the token at each place of the curve, for `SkyReelsTransformer.denoise`
@@ -181,6 +194,9 @@ class SparseRun(DenseRun):
         self._last_block, self._place = -1, 0
         #: (part, block, first head) -> bits that the leader chose in this step
         self._lists: dict[tuple[int, int, int], Tensor] = {}
+        #: likewise -> the step of these lists, and on a GPU what tells that they are on the host
+        self._made: dict[tuple[int, int, int], tuple[int, Any]] = {}
+        self._is_made = threading.Condition()
         # pairs of blocks, [steps, blocks, heads]: visited by sparse attention, all of it, dense
         shape = (num_steps, len(self._indices), heads)
         self._visited = torch.zeros(shape, dtype=torch.int64, device=device)
@@ -228,11 +244,9 @@ class SparseRun(DenseRun):
             self._dense_pairs[of_call] += pairs
             return self._dense(query, key, value)
         place, leads = (self._part, self._block, first), self._leads()
-        known = None if leads else self._lists.get(place)
-        if known is not None:
-            known = known.to(query.device, non_blocking=True)
+        known = None if leads else self._known(place, query.device)
         result = self._kernel(query, key, value, self.config.beta, rows, known)
-        if leads and result.exact is not None:
+        if leads:
             self._keep(place, result.exact)
         visited = result.counts.view(-1, count, rows).sum(dim=(0, 2))
         self._visited[of_call] += visited + query.shape[0] * rows * (all_blocks - rows)
@@ -240,15 +254,39 @@ class SparseRun(DenseRun):
         return result.out
 
     def _leads(self) -> bool:
-        return self._branches[self._place] == self._leader
+        return self._follows is None and self._branches[self._place] == self._leader
 
-    def _keep(self, place: tuple[int, int, int], bits: Tensor) -> None:
-        if bits.device.type != "cuda":
+    def _keep(self, place: tuple[int, int, int], bits: Tensor | None) -> None:
+        """Keep what the leader chose, None where its kernel tells nothing."""
+        arrived = None
+        if bits is not None and bits.device.type == "cuda":
+            if place not in self._lists:
+                self._lists[place] = torch.empty(bits.shape, dtype=bits.dtype, pin_memory=True)
+            self._lists[place].copy_(bits, non_blocking=True)
+            arrived = torch.cuda.current_stream(bits.device).record_event()
+        elif bits is not None:
             self._lists[place] = bits
-            return
-        if place not in self._lists:
-            self._lists[place] = torch.empty(bits.shape, dtype=bits.dtype, pin_memory=True)
-        self._lists[place].copy_(bits, non_blocking=True)
+        with self._is_made:
+            self._made[place] = self._step, arrived
+            self._is_made.notify_all()
+
+    def _known(self, place: tuple[int, int, int], device: torch.device) -> Tensor | None:
+        """What the leader chose in this step, on the device."""
+        leader = self._follows or self
+        if self._follows is not None:
+            arrived = leader._wait_for(place, self._step, self.check)
+            if arrived is not None and device.type == "cuda":
+                torch.cuda.current_stream(device).wait_event(arrived)
+        known = leader._lists.get(place)
+        return None if known is None else known.to(device, non_blocking=True)
+
+    def _wait_for(self, place: tuple[int, int, int], step: int, check: Callable[[], None]) -> Any:
+        """Wait until lists of a step are made, in the thread of another run."""
+        with self._is_made:
+            while self._made.get(place, (-1, None))[0] != step:
+                check()
+                self._is_made.wait(WAIT_SECONDS)
+            return self._made[place][1]
 
     def densities(self) -> Densities:
         """What has been measured so far; waits for the device."""

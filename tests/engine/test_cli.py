@@ -1114,3 +1114,22 @@ def test_a_place_that_cannot_be_written_names_the_one_that_can(capsys, tmp_path,
     assert found["file"] in message
     assert Path(found["file"]).is_file()
     assert "drawn pictures" in err
+
+
+def test_two_devices_are_named_with_a_comma(monkeypatch):
+    from comfyui_skyreels.skyreels.cli import pick_devices
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert pick_devices("auto") == ("cuda", None)
+    assert pick_devices("cuda:0, cuda:1") == ("cuda:0", "cuda:1")
+    assert pick_devices("cuda,cuda:1") == ("cuda", "cuda:1")
+    for names, words in (
+        ("cuda,cuda:0", "cuda is named twice in 'cuda,cuda:0'"),
+        ("cuda:1,cuda:1", "cuda:1 is named twice"),
+        ("cuda:0,cuda:2", r"'cuda:2' not found \(CUDA devices: 2\)"),
+        ("cuda:0,cuda:1,cpu", "3 devices are named"),
+        ("cuda:0,", "Device '' is not one of"),
+    ):
+        with pytest.raises(OptionError, match=words):
+            pick_devices(names)

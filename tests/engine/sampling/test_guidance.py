@@ -10,11 +10,14 @@ from comfyui_skyreels.skyreels.config import FreSca, Guidance, SkipLayers
 from comfyui_skyreels.skyreels.errors import OptionError
 from comfyui_skyreels.skyreels.runtime import TorchRuntime
 from comfyui_skyreels.skyreels.sampling.guidance import combine, guided_velocity, scale_frequencies
+from comfyui_skyreels.skyreels.sampling.network import Network
 from comfyui_skyreels.skyreels.sampling.sample import _job, _RunPrompts, sample
 from comfyui_skyreels.skyreels.sampling.settings import SamplingSettings, get_sigmas
 from comfyui_skyreels.skyreels.sampling.step_cache import CACHES
+from comfyui_skyreels.skyreels.transformer.attention import sdpa
 from comfyui_skyreels.skyreels.transformer.layers import rope_table
 from comfyui_skyreels.skyreels.transformer.model import SkyReelsTransformer, call
+from comfyui_skyreels.skyreels.transformer.sparse_attention import DenseRun
 from support import tiny
 from support.tiny import embeds
 from torch import nn
@@ -68,8 +71,11 @@ def velocity_at(model, image, guidance, latents, sigma, *, interleaves=False):
             attention=torch.nn.functional.scaled_dot_product_attention, runtime=RUNTIME,
         )  # fmt: skip
         function = guided_velocity(
-            model, image.padded(), lookup, SIGMAS, guidance,
-            rope=rope_table((3, 2, 3), model.config), run_block=call, interleaves=interleaves,
+            Network(
+                model, DenseRun(sdpa), lookup, image.padded(), rope_table((3, 2, 3), model.config),
+                call,
+            ),
+            SIGMAS, guidance, interleaves=interleaves,
         )  # fmt: skip
         return function(latents, sigma)
 

@@ -10,6 +10,7 @@ from comfyui_skyreels.skyreels.config import Guidance
 from comfyui_skyreels.skyreels.errors import OptionError
 from comfyui_skyreels.skyreels.runtime import TorchRuntime
 from comfyui_skyreels.skyreels.sampling.guidance import guided_velocity
+from comfyui_skyreels.skyreels.sampling.network import Network
 from comfyui_skyreels.skyreels.sampling.precompute import precompute
 from comfyui_skyreels.skyreels.sampling.prompts import (
     ScheduledPrompt,
@@ -19,7 +20,10 @@ from comfyui_skyreels.skyreels.sampling.prompts import (
 from comfyui_skyreels.skyreels.sampling.sample import sample
 from comfyui_skyreels.skyreels.sampling.settings import SamplingSettings, euler, get_sigmas
 from comfyui_skyreels.skyreels.sampling.step_cache import CACHES
+from comfyui_skyreels.skyreels.transformer.attention import sdpa
 from comfyui_skyreels.skyreels.transformer.layers import rope_table
+from comfyui_skyreels.skyreels.transformer.model import call
+from comfyui_skyreels.skyreels.transformer.sparse_attention import DenseRun
 from support import tiny
 from support.tiny import embeds
 
@@ -205,10 +209,12 @@ def test_branches_by_twos_give_the_same_bits_with_three(model, conditioning):
         plain, interleaved = (
             euler(
                 guided_velocity(
-                    model, conditioning.padded(), lookup, SIGMAS, Guidance(),
-                    weights=weights_of_prompts(positive, negative),
-                    rope=rope_table((3, 2, 3), tiny.TRANSFORMER),
-                    run_block=lambda block, *args: block(*args), interleaves=interleaves,
+                    Network(
+                        model, DenseRun(sdpa), lookup, conditioning.padded(),
+                        rope_table((3, 2, 3), tiny.TRANSFORMER), call,
+                    ),
+                    SIGMAS, Guidance(), weights=weights_of_prompts(positive, negative),
+                    interleaves=interleaves,
                 ),
                 latents, SIGMAS, lambda *_: None,
             )

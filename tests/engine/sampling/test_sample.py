@@ -17,12 +17,15 @@ from comfyui_skyreels.skyreels.pipeline import image_to_video
 from comfyui_skyreels.skyreels.runtime import TorchRuntime
 from comfyui_skyreels.skyreels.sampling.finite import FiniteWatch, suspects
 from comfyui_skyreels.skyreels.sampling.guidance import combine, guided_velocity
+from comfyui_skyreels.skyreels.sampling.network import Network
 from comfyui_skyreels.skyreels.sampling.precompute import precompute
 from comfyui_skyreels.skyreels.sampling.sample import initial_noise, sample
 from comfyui_skyreels.skyreels.sampling.settings import SamplingSettings, euler, get_sigmas
 from comfyui_skyreels.skyreels.sampling.step_cache import CACHES
+from comfyui_skyreels.skyreels.transformer.attention import sdpa
 from comfyui_skyreels.skyreels.transformer.layers import rope_table
 from comfyui_skyreels.skyreels.transformer.model import call
+from comfyui_skyreels.skyreels.transformer.sparse_attention import DenseRun
 from comfyui_skyreels.skyreels.vae.model import VideoVAE
 from comfyui_skyreels.skyreels.weights.lora.apply import AppliedLora
 from comfyui_skyreels.skyreels.weights.lora.read import Lora
@@ -522,8 +525,8 @@ def test_branches_run_block_by_block_where_both_are_needed_and_give_the_same_bit
                 return block(*args)
 
             velocity = guided_velocity(
-                model, image_latents, lookup, SIGMAS, guidance, rope=ROPE, run_block=run_block,
-                interleaves=interleaves,
+                Network(model, DenseRun(sdpa), lookup, image_latents, ROPE, run_block), SIGMAS,
+                guidance, interleaves=interleaves,
             )  # fmt: skip
             result = euler(velocity, latents, SIGMAS, lambda *_: None)
             runs = "".join("x" if first else " " for first in calls).split()
@@ -568,8 +571,10 @@ def test_the_euler_loop_reads_nothing_from_the_device_and_copies_once_a_forward(
         shape = (1, 16, 3, 4, 6)
         rope = rope_table(on_meta.token_grid(shape), on_meta.config, device=META)
         velocity = guided_velocity(
-            on_meta, torch.empty(shape, device=META), lookup, SIGMAS, guidance, rope=rope,
-            run_block=call, interleaves=interleaves,
+            Network(
+                on_meta, DenseRun(sdpa), lookup, torch.empty(shape, device=META), rope, call
+            ),
+            SIGMAS, guidance, interleaves=interleaves,
         )  # fmt: skip
         steps, copied = [], []
 
@@ -642,8 +647,11 @@ def test_a_solver_with_sigmas_of_the_device_pays_for_itself_and_euler_does_not()
     on_meta, lookup, _ = precomputed_on_meta(tiny.transformer())
     shape = (1, 16, 3, 4, 6)
     velocity = guided_velocity(
-        on_meta, torch.empty(shape, device=META), lookup, SIGMAS, Guidance(),
-        rope=rope_table(on_meta.token_grid(shape), on_meta.config, device=META), run_block=call,
+        Network(
+            on_meta, DenseRun(sdpa), lookup, torch.empty(shape, device=META),
+            rope_table(on_meta.token_grid(shape), on_meta.config, device=META), call,
+        ),
+        SIGMAS, Guidance(),
     )  # fmt: skip
     for sigma, waited in ((SIGMAS[0], 0), (SIGMAS.to(META)[0], 1)):
         with Waits() as waits, suppress(NotImplementedError):
@@ -662,9 +670,11 @@ def test_on_this_gpu_a_step_never_makes_the_host_wait(model):
             attention=torch.nn.functional.scaled_dot_product_attention, runtime=runtime,
         )  # fmt: skip
         velocity = guided_velocity(
-            on_gpu, torch.zeros(shape, device=runtime.device), lookup, SIGMAS, REFINED,
-            rope=rope_table(on_gpu.token_grid(shape), on_gpu.config, device=runtime.device),
-            run_block=call,
+            Network(
+                on_gpu, DenseRun(sdpa), lookup, torch.zeros(shape, device=runtime.device),
+                rope_table(on_gpu.token_grid(shape), on_gpu.config, device=runtime.device), call,
+            ),
+            SIGMAS, REFINED,
         )  # fmt: skip
         latents = torch.zeros(shape, device=runtime.device)
         euler(velocity, latents, SIGMAS, lambda *_: None)  # self-tests read their results

@@ -10,13 +10,16 @@ from comfyui_skyreels.skyreels.errors import OptionError
 from comfyui_skyreels.skyreels.plan import Job
 from comfyui_skyreels.skyreels.runtime import TorchRuntime
 from comfyui_skyreels.skyreels.sampling.guidance import guided_velocity
+from comfyui_skyreels.skyreels.sampling.network import Network
 from comfyui_skyreels.skyreels.sampling.resume import fingerprint_run
 from comfyui_skyreels.skyreels.sampling.sample import run_bytes, sample
 from comfyui_skyreels.skyreels.sampling.settings import SamplingSettings, get_sigmas
 from comfyui_skyreels.skyreels.sampling.step_cache import CACHES
 from comfyui_skyreels.skyreels.sampling.windows import picture_of_run
+from comfyui_skyreels.skyreels.transformer.attention import sdpa
 from comfyui_skyreels.skyreels.transformer.layers import rope_table
 from comfyui_skyreels.skyreels.transformer.model import call
+from comfyui_skyreels.skyreels.transformer.sparse_attention import DenseRun
 from support import tiny
 from support.tiny import embeds
 
@@ -153,18 +156,21 @@ def test_a_prediction_is_the_weighted_mean_of_its_windows(model, windows, given,
     guidance = torch.tensor([1000.0])
     with torch.inference_mode():
         velocity = guided_velocity(
-            model,
-            picture_of_run(clip, windows, torch.device("cpu")),
-            lambda branch, timestep, run_block: model.condition(
-                torch.tensor([timestep]),
-                prompts[branch].prompt_embeds,
-                prompts[branch].pooled_prompt_embeds,
-                guidance,
+            Network(
+                model,
+                DenseRun(sdpa),
+                lambda branch, timestep, run_block: model.condition(
+                    torch.tensor([timestep]),
+                    prompts[branch].prompt_embeds,
+                    prompts[branch].pooled_prompt_embeds,
+                    guidance,
+                ),
+                picture_of_run(clip, windows, torch.device("cpu")),
+                rope_table((windows.length, 2, 3), tiny.TRANSFORMER),
+                call,
             ),
             SIGMAS,
             Guidance(),
-            rope=rope_table((windows.length, 2, 3), tiny.TRANSFORMER),
-            run_block=call,
             interleaves=interleaves,
         )
         guided, negative = velocity(latents, sigma)
