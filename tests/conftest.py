@@ -5,6 +5,7 @@ import gc
 import itertools
 import logging
 import os
+import re
 import sys
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from support.checkout import Checkout, parameters
 from support.memory import keep_memory
 
 ROOT = Path(__file__).resolve().parent.parent
-STATE_NUMBERS = itertools.count()
+FOLDER_NUMBERS = itertools.count()
 #: files of more than eight seconds
 LONGEST = (
     "engine/test_builtin.py", "adapters/local/test_nodes.py",
@@ -88,15 +89,21 @@ def levels_kept():
     assert {logger.name: logger.level for logger in loggers} == levels
 
 
+@pytest.fixture
+def tmp_path(request, tmp_path_factory) -> Path:
+    """As pytest's own, which looks through the folders of all tests so far for the next number."""
+    name = re.sub(r"\W", "_", request.node.name)[:30]
+    path = tmp_path_factory.getbasetemp() / f"{name}{next(FOLDER_NUMBERS)}"
+    path.mkdir(mode=0o700)
+    return path
+
+
 @pytest.fixture(autouse=True)
 def own_state(monkeypatch, tmp_path_factory) -> None:
-    """No test finds or leaves anything in the journal of who runs it, or waits for its disk.
-
-    `mktemp` would look through the folders of all tests so far to find the next number.
-    """
+    """No test finds or leaves anything in the journal of who runs it, or waits for its disk."""
     monkeypatch.setattr("comfyui_skyreels.wiro_api.journal.SYNCHRONOUS", "OFF")
     monkeypatch.delenv("WIRO_STATE_DIR", raising=False)
-    folder = tmp_path_factory.getbasetemp() / "states" / str(next(STATE_NUMBERS))
+    folder = tmp_path_factory.getbasetemp() / "states" / str(next(FOLDER_NUMBERS))
     for name in ("XDG_STATE_HOME", "LOCALAPPDATA"):
         monkeypatch.setenv(name, str(folder / name))
 
