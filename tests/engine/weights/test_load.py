@@ -629,7 +629,7 @@ def test_loading_gigabytes_needs_little_beyond_the_weights(
     path = tiny.sparse_file(tmp_path / "x.safetensors", state)
     assert path.stat().st_size >= num_bytes
     code = MEASURE.format(path=str(path), precision=precision)
-    run = forks("skyreels.cli").run(["-c", code], {**os.environ})
+    run = forks("torch").run(["-c", code], {**os.environ})
     assert run.returncode == 0, run.stderr
     weights, grown = map(int, run.stdout.split())
     largest_fused = 7 * config.hidden_size**2 * 2
