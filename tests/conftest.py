@@ -5,6 +5,7 @@ import gc
 import itertools
 import logging
 import os
+import re
 import sys
 from pathlib import Path
 
@@ -16,25 +17,26 @@ from support.checkout import Checkout, parameters
 from support.memory import keep_memory
 
 ROOT = Path(__file__).resolve().parent.parent
-STATE_NUMBERS = itertools.count()
-#: files of more than eight seconds
+FOLDER_NUMBERS = itertools.count()
+#: files of more than three seconds of a processor, by what they take
 LONGEST = (
-    "engine/test_builtin.py", "adapters/local/test_nodes.py",
-    "engine/transformer/test_attention.py", "engine/weights/test_load.py", "client/test_hostile.py",
-    "client/test_lost_runs.py", "engine/kernels/test_kernels.py", "engine/test_cli.py",
-    "adapters/remote/test_nodes.py", "test_package.py", "engine/test_plan.py",
-    "client/test_wiro_cli.py", "engine/transformer/test_quant.py", "adapters/remote/test_batch.py",
-    "engine/sampling/test_sample.py", "engine/vae/test_tiling.py", "engine/test_gpu_check.py",
-    "train/test_train.py", "engine/sampling/test_step_cache.py", "client/test_schedules.py",
-    "engine/vae/test_vae.py", "adapters/test_contract.py", "client/test_transport.py",
-    "engine/sampling/test_planned.py", "engine/vae/test_synced.py", "engine/runtime/test_ladder.py",
-    "engine/vae/test_budget.py", "engine/weights/lora/test_apply.py", "client/test_faults.py",
-    "adapters/remote/test_outputs.py", "engine/transformer/test_placement.py",
-    "engine/kernels/test_dispatch.py", "engine/vae/test_exact.py", "test_workflows.py",
-    "engine/test_odd_files.py", "client/test_downloads.py", "client/test_refusals.py",
-    "adapters/remote/test_page.py", "test_layout.py", "adapters/remote/test_models.py",
-    "engine/sampling/test_prompts.py", "engine/text/test_sources.py",
-    "engine/pipeline/test_extend.py",
+    "engine/test_cli.py", "engine/test_builtin.py", "engine/transformer/test_attention.py",
+    "adapters/local/test_nodes.py", "engine/kernels/test_kernels.py", "engine/weights/test_load.py",
+    "engine/transformer/test_quant.py", "client/test_hostile.py", "adapters/remote/test_batch.py",
+    "client/test_wiro_cli.py", "client/test_lost_runs.py", "engine/test_gpu_check.py",
+    "engine/sampling/test_step_cache.py", "engine/test_odd_files.py",
+    "engine/sampling/test_sample.py", "engine/vae/test_exact.py", "engine/kernels/test_sparse.py",
+    "test_package.py", "engine/test_plan.py", "client/test_schedules.py",
+    "engine/vae/test_synced.py", "engine/vae/test_tiling.py", "adapters/test_contract.py",
+    "adapters/remote/test_nodes.py", "engine/vae/test_vae.py", "train/test_train.py",
+    "test_workflows.py", "engine/sampling/test_planned.py", "engine/transformer/test_placement.py",
+    "engine/kernels/test_dispatch.py", "engine/runtime/test_ladder.py", "engine/vae/test_budget.py",
+    "client/test_faults.py", "engine/pipeline/test_extend.py", "engine/weights/lora/test_apply.py",
+    "test_layout.py", "engine/text/test_sources.py", "client/test_transport.py",
+    "adapters/remote/test_page.py", "engine/kernels/test_low_rank.py", "client/test_refusals.py",
+    "adapters/remote/test_models.py", "engine/sampling/test_prompts.py",
+    "adapters/remote/test_outputs.py", "adapters/local/test_lora_node.py",
+    "client/test_downloads.py",
 )  # fmt: skip
 if "PYTEST_XDIST_WORKER" in os.environ:
     # threads of several processes that wait for one another on the same cores are slower than one
@@ -88,15 +90,21 @@ def levels_kept():
     assert {logger.name: logger.level for logger in loggers} == levels
 
 
+@pytest.fixture
+def tmp_path(request, tmp_path_factory) -> Path:
+    """As pytest's own, which looks through the folders of all tests so far for the next number."""
+    name = re.sub(r"\W", "_", request.node.name)[:30]
+    path = tmp_path_factory.getbasetemp() / f"{name}{next(FOLDER_NUMBERS)}"
+    path.mkdir(mode=0o700)
+    return path
+
+
 @pytest.fixture(autouse=True)
 def own_state(monkeypatch, tmp_path_factory) -> None:
-    """No test finds or leaves anything in the journal of who runs it, or waits for its disk.
-
-    `mktemp` would look through the folders of all tests so far to find the next number.
-    """
+    """No test finds or leaves anything in the journal of who runs it, or waits for its disk."""
     monkeypatch.setattr("comfyui_skyreels.wiro_api.journal.SYNCHRONOUS", "OFF")
     monkeypatch.delenv("WIRO_STATE_DIR", raising=False)
-    folder = tmp_path_factory.getbasetemp() / "states" / str(next(STATE_NUMBERS))
+    folder = tmp_path_factory.getbasetemp() / "states" / str(next(FOLDER_NUMBERS))
     for name in ("XDG_STATE_HOME", "LOCALAPPDATA"):
         monkeypatch.setenv(name, str(folder / name))
 

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from support.checkout import Checkout, checkouts
 from support.convolutions import fast_convolutions
 from support.forked import forks
-from support.peak import PeakBytes
+from support.peak import PeakBytes, _returned
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -77,3 +77,19 @@ def test_shapes_that_are_known_count_as_much_as_new_ones():
         return flops.get_total_flops(), memory.peak
 
     assert count() == count() == (2 * 3 * 40 * 5, 2 * 3 * 5 * 4)
+
+
+def test_several_results_and_what_is_overwritten_count_as_much_when_they_are_known():
+    x = torch.empty(300, 40, device="meta")
+
+    def count() -> tuple[int, int]:
+        known = len(_returned)
+        with PeakBytes() as memory:
+            spread, mean = torch.var_mean(x, 1)
+            assert spread.shape == mean.shape == (300,)
+            assert spread.mul_(2) is spread
+            assert torch.add(mean, 1, out=spread) is spread
+        return memory.peak, len(_returned) - known
+
+    assert count() == (2 * 300 * 4, 3)
+    assert count() == (2 * 300 * 4, 0)

@@ -44,7 +44,7 @@ QUICK = """
 import sys
 from wiro_api import candidates, cli, client
 client.NO_OUTPUT_WAIT_S = 0.02
-client.POLL_SCHEDULE = ((float("inf"), 0.1),)
+client.POLL_SCHEDULE = ((float("inf"), 0.02),)
 candidates.RECONCILE_AT_S = tuple(moment / 10 for moment in candidates.RECONCILE_AT_S)
 sys.exit(cli.main())
 """

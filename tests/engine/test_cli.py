@@ -595,7 +595,7 @@ def test_ctrl_c_stops_with_one_line_and_leaves_nothing(tmp_path):
     out_file = tmp_path / "clip.mp4"
     arguments = ["generate", "--prompt", "x", "--steps", "1000", "--out", str(out_file)]
     end = time.monotonic() + 300
-    program = forks("skyreels.cli").start(["-c", PROGRAM, *arguments], {**os.environ})
+    program = forks("torch").start(["-c", PROGRAM, *arguments], {**os.environ})
     try:
         while "Plan for" not in program.output()[1]:  # said before the first step
             assert time.monotonic() < end, program.output()
@@ -860,7 +860,7 @@ def test_what_no_check_foresaw_is_still_one_sentence(capsys, tmp_path, monkeypat
 
 def test_wrong_usage_answers_with_json_too(tmp_path):
     command = ["-m", "skyreels", "generate", "--json", "--steps", "abc"]
-    done = forks("skyreels.cli").run(command, {**os.environ})
+    done = forks("torch").run(command, {**os.environ})
     assert done.returncode == 2
     assert "steps" in json.loads(done.stdout)["error"]
 

@@ -60,27 +60,47 @@ def _run(func: Any, args: tuple, kwargs: dict) -> Any:
     is_watched = bool(_get_current_dispatch_mode_stack())
     if is_watched or kind == "view" or not tensors or not all(each.is_meta for each in tensors):
         return func(*args, **kwargs)
-    key = (func, _key(args), _key(tuple(sorted(kwargs.items()))))
+    key = _key_of(func, args, kwargs)
     if key not in _returned:
         result = func(*args, **kwargs)
         if kind == "new" and isinstance(result, Tensor):
-            _returned[key] = (result.shape, result.stride(), result.dtype)
+            _returned[key] = _key((result,))[0]
+        elif kind == "new" and type(result) is tuple and len(list(_tensors(result))) == len(result):
+            _returned[key] = [_key((each,))[0] for each in result]
+        elif kind == "written" and key == _key_of(func, args, kwargs):  # its shape is as before
+            places = [place for place, each in enumerate(tensors) if each is result]
+            if places:
+                _returned[key] = places[0]
         elif kind == "nothing" and result is None:
             _returned[key] = None
         return result
-    if kind == "nothing":
-        return None
-    shape, stride, dtype = _returned[key]
+    known = _returned[key]
+    if isinstance(known, int):
+        return tensors[known]
+    if isinstance(known, list):
+        return tuple(map(_new, known))
+    return None if known is None else _new(known)
+
+
+def _key_of(func: Any, args: tuple, kwargs: dict) -> tuple:
+    return func, _key(args), _key(tuple(sorted(kwargs.items())))
+
+
+def _new(known: tuple) -> Tensor:
+    shape, stride, dtype = known
     return torch.empty_strided(shape, stride, dtype=dtype, device="meta")
 
 
 @functools.cache
 def _kind(func: Any) -> str:
-    """Whether an operator returns "new" tensors, "nothing", or a "view" of an argument or it."""
+    """Whether an operator returns "new" tensors, "nothing", what it has "written", or a "view"."""
     schema = func._schema
     if not schema.returns:
         return "nothing"
-    aliases = any(each.alias_info is not None for each in schema.returns)
+    infos = [each.alias_info for each in schema.returns]
+    if len(infos) == 1 and infos[0] is not None and infos[0].is_write:
+        return "written"
+    aliases = any(info is not None for info in infos)
     return "view" if aliases or schema.is_mutable else "new"
 
 
