@@ -77,6 +77,7 @@ class ComfyRuntime:
             self.offload_device = torch.device("cpu")
         self.state_folder = state_folder()
         self.partner: ComfyRuntime | None = None
+        self.group = None
         self._previewer = _previewer(self.device) if with_preview else None
         self._moving = moving_preview(self._previewer, unique_id) if with_preview else None
         self._models = {model.module: model for model in models}

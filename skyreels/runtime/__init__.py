@@ -8,13 +8,16 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import OptionError
 from .offload import missing_bytes, page_lock, page_unlock
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 #: if neither Linux nor psutil reports it (the extra "standalone" brings psutil)
 ASSUMED_HOST_BYTES = 16 * 1024**3
@@ -36,6 +39,8 @@ class Runtime(Protocol):
     partner: "Runtime | None"
     """A second device, for the negative predictions of guidance (sampling/pair.py); or None. Its
     interrupt is asked for in a thread of its own."""
+    group: "ProcessGroup | None"
+    """Ranks that share each prediction, this one among them (transformer/ulysses.py); or None."""
 
     def free_bytes(self) -> int:
         """Bytes that can be allocated on `device` right now."""
@@ -120,6 +125,7 @@ class TorchRuntime:
         on_check: Callable[[], None] = never_interrupt,
         state_folder: Path | None = None,
         partner: Runtime | None = None,
+        group: "ProcessGroup | None" = None,
     ) -> None:
         # as tensors name it: "cuda" becomes "cuda:0"
         try:
@@ -131,7 +137,7 @@ class TorchRuntime:
             ) from error
         self.offload_device = torch.device("cpu")
         self.state_folder = state_folder
-        self.partner = partner
+        self.partner, self.group = partner, group
         #: page-locked by `pin`
         self.pinned_bytes = 0
         self._on_progress = on_progress

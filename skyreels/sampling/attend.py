@@ -1,6 +1,7 @@
 """The attention of a run: exact, in 8 bits, or sparse where it may be."""
 
 import logging
+import math
 from typing import TypedDict
 
 import torch
@@ -13,6 +14,7 @@ from ..transformer.attention import Attention, choose_attention, trial_bytes
 from ..transformer.model import SkyReelsTransformer
 from ..transformer.sparse_attention import SPARSE, DenseRun, SparseConfig, SparseRun
 from ..transformer.sparse_kernels import choose_sparse
+from ..transformer.ulysses import UlyssesRun, check_ranks
 from .settings import SamplingSettings
 
 logger = logging.getLogger("skyreels.sampling.attend")
@@ -61,8 +63,12 @@ def attention_of_run(
     if not isinstance(mode, str | SparseConfig):
         return DenseRun(mode)
     config = mode if isinstance(mode, SparseConfig) else SPARSE.get(mode)
+    heads = transformer.config.num_attention_heads
+    if runtime.group is not None:  # each rank attends with some of them
+        check_ranks(runtime.group.size(), heads)
+        heads //= runtime.group.size()
     size: _Size = {
-        "heads": transformer.config.num_attention_heads,
+        "heads": heads,
         "head_dim": transformer.config.attention_head_dim,
         "tokens": job.tokens,
         "dtype": transformer.compute_dtype,
@@ -104,6 +110,32 @@ def attention_of_run(
         heads=size["heads"],
         device=device,
         follows=leader,
+    )
+
+
+def shared_out(
+    attention: DenseRun, transformer: SkyReelsTransformer, job: Job, runtime: Runtime
+) -> DenseRun:
+    """The attention of a rank, where ranks share each prediction.
+
+    Args:
+        attention: from `attention_of_run`.
+        transformer: whose blocks run.
+        job: what is made.
+        runtime: of this rank.
+
+    Returns:
+        `attention` itself where there is one rank.
+    """
+    if runtime.group is None:
+        return attention
+    return UlyssesRun(
+        attention,
+        math.prod(transformer.token_grid(job.evaluated_shape)),
+        transformer.config.num_attention_heads,
+        blocks=transformer.blocks,
+        device=runtime.device,
+        group=runtime.group,
     )
 
 

@@ -65,10 +65,15 @@ class Network(NamedTuple):
         def forward(latents: Tensor, image_latents: Tensor | None) -> Sequence[Tensor]:
             self.run.begin(branches, next(parts))
             return self.transformer.denoise_together(
-                _with_picture(latents, image_latents), conditioned, rope=self.rope,
-                order=self.run.order, attention=self.run, chunking=self.chunking,
+                _with_picture(latents, image_latents),
+                conditioned,
+                rope=self.rope,
+                order=self.run.order,
+                gather=self.run.gather,
+                attention=self.run,
+                chunking=self.chunking,
                 run_block=run_block or self.run_block,
-            )  # fmt: skip
+            )
 
         velocities = predict_clip(forward, latents, self.picture, step)
         return [velocity.float() for velocity in velocities]

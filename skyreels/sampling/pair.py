@@ -34,7 +34,7 @@ class _StoppedError(Exception):
 
 
 def check_pair(settings: SamplingSettings) -> None:
-    """Refuse settings that two devices cannot share.
+    """Refuse settings that several devices cannot share.
 
     Args:
         settings: of the run.
@@ -44,8 +44,8 @@ def check_pair(settings: SamplingSettings) -> None:
     """
     if settings.cache.kind == "first-block":
         raise OptionError(
-            "Cache first-block decides in the midst of a prediction, which a second device cannot "
-            "wait for: use cache easy or fast, or one device."
+            "Cache first-block decides in the midst of a prediction, and other devices cannot wait "
+            "for that: use cache easy or fast, or one device."
         )
 
 

@@ -44,7 +44,7 @@ from ..transformer.model import RunBlock, SkyReelsTransformer
 from ..transformer.placement import placed
 from ..transformer.sparse_attention import DenseRun
 from ..weights.lora.apply import check_loras, use_loras
-from .attend import attention_of_run, name_of, warn_of_few_steps
+from .attend import attention_of_run, name_of, shared_out, warn_of_few_steps
 from .finite import FiniteWatch, suspects
 from .guidance import guided_velocity
 from .network import Network, blocks_to_skip
@@ -124,7 +124,7 @@ def sample(
     """
     run = _RunPrompts(prompt, negative if settings.uses_cfg else None)
     _check_inputs(transformer, image, prompt, negative, settings)
-    if runtime.partner is not None:
+    if runtime.partner is not None or runtime.group is not None:
         check_pair(settings)
     use_loras(transformer, settings.loras, runtime=runtime)
     num_steps, last_sigma = settings.num_steps, settings.sigmas[-1].cpu()
@@ -358,6 +358,7 @@ def _prepare(
         if side is not None:
             job = replace(job, num_guided=0)
         attention = attention_of_run(transformer, job, settings.attention, runtime, follows=leader)
+        attention = shared_out(attention, transformer, job, runtime)
         run = start_run(transformer, job, needed, runtime, name_of(settings.attention))
         lookup = retried(
             partial(

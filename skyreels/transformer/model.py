@@ -12,7 +12,6 @@ A prediction is made in two parts: `condition` sees text and time and no latents
 once for all of them.
 """
 
-import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -257,6 +256,7 @@ class SkyReelsTransformer(nn.Module):
         *,
         rope: Tensor | None = None,
         order: Tensor | None = None,
+        gather: Callable[[Tensor], Tensor] | None = None,
         attention: Attention = sdpa,
         run_block: RunBlock = call,
         chunking: Chunking = CHUNKINGS["whole"],
@@ -273,6 +273,8 @@ class SkyReelsTransformer(nn.Module):
             order: [N] the image token at each place, a permutation, in which the blocks see them;
                 None is the raster order (time, row, column). Only the order of summation in
                 attention depends on it, and what an attention makes of places.
+            gather: where other ranks have a part of the tokens: takes [B, n, C] of those here,
+                which then are all that `order` names, and returns [B, N, C] in raster order.
             attention: as for `forward`.
             run_block: as for `forward`; a block is called once for each prediction, in a row.
             chunking: as for `forward`.
@@ -290,7 +292,7 @@ class SkyReelsTransformer(nn.Module):
         streams = [
             (self._tokens(hidden_states, order), modulation.text) for modulation in modulations
         ]
-        num_image_tokens, num_double = math.prod(grid), len(self.double_blocks)
+        num_image_tokens, num_double = len(rope), len(self.double_blocks)
         for index, block in enumerate(self.double_blocks):
             for place, modulation in enumerate(modulations):
                 mods = modulation.mods[index]
@@ -303,7 +305,9 @@ class SkyReelsTransformer(nn.Module):
         velocities = []
         for each in modulations:
             patches = self.final_layer(joined.pop(0)[:, :num_image_tokens], *each.mods[-1])
-            if order is not None:
+            if gather is not None:
+                patches = gather(patches)
+            elif order is not None:
                 patches = torch.empty_like(patches).index_copy_(1, order, patches)
             velocities.append(self._unpatch(patches, grid))
         return velocities

@@ -116,6 +116,8 @@ class DenseRun:
 
     #: of the tokens, see `SkyReelsTransformer.denoise_together`; None is the raster order
     order: Tensor | None = None
+    #: likewise; None where all tokens are here
+    gather: Callable[[Tensor], Tensor] | None = None
     #: steps that a cache must not skip
     always: Collection[int] = ()
 

@@ -1,0 +1,152 @@
+"""A forward pass on several ranks beside the same on one: gloo, on this machine's CPU.
+
+    python -m support.ranks 3       (from tests/) prints one JSON line of rows, of rank 0
+
+A row: {grid, text, heads, sparse, difference: the largest of any rank to one rank, in units of the
+result's largest number, ranks_agree: bit by bit, bytes: exchanged by a block, expected: what 4
+tensors of the image tokens take, divided by the ranks, and one of the text}.
+"""
+
+import itertools
+import json
+import multiprocessing
+import os
+import sys
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from comfyui_skyreels.skyreels.conditioning.latents import ImageConditioning
+from comfyui_skyreels.skyreels.config import CHUNKINGS
+from comfyui_skyreels.skyreels.kernels.sparse import sparse_attention
+from comfyui_skyreels.skyreels.runtime import TorchRuntime
+from comfyui_skyreels.skyreels.sampling.sample import sample
+from comfyui_skyreels.skyreels.sampling.settings import SamplingSettings, get_sigmas
+from comfyui_skyreels.skyreels.sampling.step_cache import CacheConfig
+from comfyui_skyreels.skyreels.transformer.attention import sdpa
+from comfyui_skyreels.skyreels.transformer.model import call
+from comfyui_skyreels.skyreels.transformer.sparse_attention import (
+    DenseRun,
+    SparseConfig,
+    SparseRun,
+)
+from comfyui_skyreels.skyreels.transformer.ulysses import UlyssesRun
+
+from support import tiny
+
+#: latents whose tokens are 27, 105, 64 and 1
+GRIDS = ((3, 6, 6), (5, 6, 14), (1, 16, 16), (1, 2, 2))
+TEXTS = (1, 7, 256)
+SPARSE = SparseConfig(beta=0.3, dense_blocks=1, min_tokens=0)
+
+
+def config_of(heads: int):
+    return replace(tiny.TRANSFORMER, num_attention_heads=heads)
+
+
+def predict(model, inputs, run):
+    """One prediction, in the midst of a run."""
+    run.begin_step(3)
+    run.begin([0])
+    run_block = run.around(call)
+    latents, *others = inputs.values()
+    conditioning = model.condition(*others, attention=run, run_block=run_block)
+    (velocity,) = model.denoise_together(
+        latents, [conditioning], order=run.order, gather=run.gather, attention=run,
+        run_block=run_block, chunking=CHUNKINGS["chunks"],
+    )  # fmt: skip
+    return velocity
+
+
+def run_of(model, grid, heads, is_sparse):
+    if not is_sparse:
+        return DenseRun(sdpa)
+    return SparseRun(
+        SPARSE, sparse_attention, sdpa, grid=grid, num_steps=4, blocks=model.blocks, heads=heads,
+        device="cpu",
+    )  # fmt: skip
+
+
+def case(model, grid, text, is_sparse) -> dict:
+    """The row of one case; all ranks take part."""
+    heads, num_ranks = model.config.num_attention_heads, dist.get_world_size()
+    inputs = tiny.inputs(model.config, text, grid)
+    tokens = model.token_grid(inputs["hidden_states"].shape)
+    num_tokens = tokens[0] * tokens[1] * tokens[2]
+    alone = predict(model, inputs, run_of(model, tokens, heads, is_sparse))
+    shared = UlyssesRun(
+        run_of(model, tokens, heads // num_ranks, is_sparse), num_tokens, heads,
+        blocks=model.blocks, device=torch.device("cpu"),
+    )  # fmt: skip
+    got = predict(model, inputs, shared)
+    difference = (got - alone).abs().max() / alone.abs().max()
+    dist.all_reduce(difference, dist.ReduceOp.MAX)
+    first = got.clone()
+    dist.broadcast(first, 0)
+    agree = torch.tensor(int(torch.equal(first, got)))
+    dist.all_reduce(agree, dist.ReduceOp.MIN)
+    sent = torch.tensor(shared.num_bytes)
+    dist.all_reduce(sent)
+    tensors = (4 * num_tokens + num_ranks * text) * model.config.hidden_size * got.element_size()
+    return {
+        "grid": grid, "text": text, "heads": heads, "sparse": is_sparse,
+        "difference": difference.item(), "ranks_agree": bool(agree),
+        "bytes": sent.item() / num_ranks / len(model.blocks), "expected": tensors / num_ranks,
+    }  # fmt: skip
+
+
+def whole_run() -> dict:
+    """A run with sparse attention and a step cache, beside the same on one rank."""
+    model, embeds = tiny.transformer(config_of(12)), tiny.embeds
+    image = ImageConditioning(torch.zeros(1, 16, 1, 16, 16), 128, 128, 9)
+    settings = SamplingSettings(
+        sigmas=get_sigmas(6), attention=SPARSE, cache=CacheConfig("easy", 0.2)
+    )
+    clips = [
+        sample(model, image, embeds(7, 1), embeds(4, 2), settings, runtime=runtime)
+        for runtime in (TorchRuntime(), TorchRuntime(group=dist.group.WORLD))
+    ]
+    difference = (clips[1] - clips[0]).abs().max() / clips[0].abs().max()
+    dist.all_reduce(difference, dist.ReduceOp.MAX)
+    return {"run": True, "difference": difference.item()}
+
+
+def take_part(rank: int, num_ranks: int, store: str) -> None:
+    """Be a rank; the first one prints the rows."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=num_ranks)
+    rows = []
+    with torch.inference_mode():
+        for heads in (12, num_ranks):
+            model = tiny.transformer(config_of(heads))
+            for grid, text in itertools.product(GRIDS, TEXTS):
+                rows.append(case(model, grid, text, False))
+        model = tiny.transformer(config_of(12))
+        rows.append(case(model, (3, 16, 16), 9, True))
+        rows.append(case(model, (5, 24, 24), 2, False))
+    rows.append(whole_run())
+    if rank == 0:
+        sys.stdout.write(json.dumps(rows) + "\n")
+    dist.destroy_process_group()
+
+
+def main() -> None:
+    num_ranks = int(sys.argv[1])
+    fork = multiprocessing.get_context("fork")
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    with tempfile.TemporaryDirectory() as folder:
+        store = str(Path(folder) / "store")
+        ranks = [
+            fork.Process(target=take_part, args=(r, num_ranks, store)) for r in range(num_ranks)
+        ]
+        for each in ranks:
+            each.start()
+        for each in ranks:
+            each.join()
+    sys.exit(max(abs(each.exitcode) for each in ranks))
+
+
+if __name__ == "__main__":
+    main()
