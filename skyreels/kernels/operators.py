@@ -604,11 +604,8 @@ def _outputs(
 
 
 def _copy(x: Tensor, device: torch.device) -> Tensor:
-    """The same numbers and strides; what lies between rows is 0.
-
-    Some CPUs (AMX) read on beyond the end of a row of bfloat16 in torch's GEMM and multiply what
-    they find by 0, so it must not be NaN.
-    """
+    """The same numbers and strides; what lies between rows is 0."""
+    # torch's GEMM of bfloat16 on CPUs with AMX reads on beyond a row and multiplies that by 0
     reach = 1 + sum((size - 1) * step for size, step in zip(x.shape, x.stride(), strict=True))
     storage = torch.zeros(reach, dtype=x.dtype, device=device)
     return storage.as_strided(x.shape, x.stride()).copy_(x)
