@@ -5,6 +5,7 @@
     ├── ShapeError          a size, frame count or tensor shape breaks a rule of the model
     ├── OptionError         a setting has an illegal value
     ├── TextError           prompt embeddings or a text encoder that do not fit the model
+    ├── BadRenderError      a clip that would be a still, jump or change colours, and was stopped
     ├── DependencyError     an optional package is missing or unusable
     └── OutOfRoomError      the device has too little memory for the request
 
@@ -82,6 +83,18 @@ class OptionError(SkyReelsError):
 
 class TextError(SkyReelsError):
     """Prompt embeddings or a text encoder that do not fit the model."""
+
+
+class BadRenderError(SkyReelsError):
+    """A run was stopped because its clip would be a still, jump or change colours.
+
+    Attributes:
+        seen: what was seen, at which step and with which seed, as a sentence.
+    """
+
+    def __init__(self, message: str, seen: str = "") -> None:
+        super().__init__(message)
+        self.seen = seen
 
 
 class DependencyError(SkyReelsError):

@@ -70,6 +70,7 @@ class ComfyRuntime:
         self._unique_id = unique_id
         self._bar = comfy.utils.ProgressBar(1, node_id=unique_id)
         self._started: dict[str, tuple[float, int]] = {}
+        self._line, self._notes = "", list[str]()
         # as weights name it: "mps" becomes "mps:0"
         self.device = torch.empty(0, device=device or mm.get_torch_device()).device
         self.offload_device = mm.unet_offload_device()
@@ -208,7 +209,16 @@ class ComfyRuntime:
         if preview is not None and self._moving is not None:
             self._moving.offer(preview)
         start, first = self._started[stage]
-        self.say(status_line(stage, done, total, (now - start) / max(1, done - first)))
+        self._line = status_line(stage, done, total, (now - start) / max(1, done - first))
+        self._show()
+
+    def note(self, text: str) -> None:
+        """Keep a sentence below the status line, while this node runs."""
+        self._notes.append(text)
+        self._show()
+
+    def _show(self) -> None:
+        self.say("\n".join(filter(None, [self._line, *self._notes])))
 
     def check_interrupt(self) -> None:
         """Raise ComfyUI's own exception if the user pressed Cancel."""

@@ -5,6 +5,8 @@ and goes through the same loaders. README.md there says what it can do, how it w
 well it does it; show `BUILTIN_NOTICE` wherever it is used.
 """
 
+import logging
+from dataclasses import replace
 from pathlib import Path
 
 from ..runtime import Runtime
@@ -13,12 +15,27 @@ from ..transformer.model import SkyReelsTransformer
 from ..vae.model import VideoVAE
 from ..weights.load import load_transformer, load_vae
 
+logger = logging.getLogger("skyreels.builtin")
+
 BUILTIN_NAME = "built-in (tiny, 64x64)"
 BUILTIN_NOTICE = (
     "This is the built-in model, not SkyReels-V1: a tiny network of the same architecture that "
     "only makes coloured circles, squares and triangles move, grow, shrink or fade in 17 frames of "
     '64x64 pixels, as in "a red circle moves left".'
 )
+#: words that it was trained on, and those of the default negative prompt
+_WORDS = (
+    "red green blue yellow magenta cyan white orange circle circles square squares triangle "
+    "triangles move moves moving go goes going slide slides sliding left right up down upwards "
+    "downwards stay stays staying stand stands standing still grow grows growing shrink shrinks "
+    "shrinking get gets getting bigger larger smaller fade fades fading out away disappear "
+    "disappears disappearing does do not a the is and one it to of that video fps aerial view "
+    "overexposed low quality deformation poor composition bad hands teeth eyes limbs distortion"
+)
+KNOWN_WORDS = frozenset(_WORDS.split(" "))
+#: pixels a side and frames of its training; beyond LARGEST it makes no picture that can be used
+TRAINED_SIZE, TRAINED_FRAMES = 64, 17
+LARGEST_SIZE, LARGEST_FRAMES = 96, 33
 #: contains transformer/, vae/, text_encoder/, text_encoder_2/, tokenizer/, tokenizer_2/, README.md
 BUILTIN_FOLDER = Path(__file__).parent
 
@@ -72,7 +89,31 @@ def builtin_text_encoder(*, runtime: Runtime) -> TextEncoder:
         CheckpointError: the installation is damaged.
         DependencyError: transformers is missing.
     """
-    return load_text_encoder(BUILTIN_FOLDER, exact=True, runtime=runtime)
+    encoder = load_text_encoder(BUILTIN_FOLDER, exact=True, runtime=runtime)
+    return replace(encoder, known_words=KNOWN_WORDS)
+
+
+def warn_of_builtin_size(width: int, height: int, num_frames: int) -> str | None:
+    """Warn of a size at which the built-in model makes no picture that can be used.
+
+    Args:
+        width: of the clip in pixels.
+        height: of the clip in pixels.
+        num_frames: of the clip.
+
+    Returns:
+        What was logged; None where the size will do.
+    """
+    sides_will_do = all(TRAINED_SIZE <= side <= LARGEST_SIZE for side in (width, height))
+    if sides_will_do and TRAINED_FRAMES <= num_frames <= LARGEST_FRAMES:
+        return None
+    text = (
+        f"{width}x{height} and {num_frames} frames are not for the built-in model, which was "
+        f"trained on {TRAINED_SIZE}x{TRAINED_SIZE} and {TRAINED_FRAMES} frames: use these (up to "
+        f"{LARGEST_SIZE}x{LARGEST_SIZE} and {LARGEST_FRAMES} may do), or load SkyReels-V1."
+    )
+    logger.warning(text)
+    return text
 
 
 def _exact(precision: str) -> str:

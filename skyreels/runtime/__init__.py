@@ -90,6 +90,10 @@ class Runtime(Protocol):
         """
         ...
 
+    def note(self, text: str) -> None:
+        """Show a sentence where the run is shown, until it ends; the log has it already."""
+        ...
+
     def check_interrupt(self) -> None:
         """Raise the host's own exception if the user asked to stop.
 
@@ -172,6 +176,9 @@ class TorchRuntime:
     def progress(self, stage: str, done: int, total: int, preview: Tensor | None = None) -> None:
         """Hand the report to the callback given at construction."""
         self._on_progress(stage, done, total, preview)
+
+    def note(self, text: str) -> None:
+        """Do nothing: the log is all that there is."""
 
     def check_interrupt(self) -> None:
         """Hand the check to the callback given at construction."""

@@ -88,6 +88,7 @@ class TextEncoder:
         template: text with "{}" where the prompt goes.
         crop_start: tokens before that place, which are cut off the states.
         fingerprint: hex digest of everything that decides the numbers; part of the cache key.
+        known_words: all words that mean something to it, in lower case; empty where any may.
     """
 
     llm: nn.Module
@@ -97,6 +98,7 @@ class TextEncoder:
     template: str
     crop_start: int
     fingerprint: str
+    known_words: frozenset[str] = frozenset()
 
 
 def prompt_template() -> str:
