@@ -55,10 +55,30 @@ def _shortened(text: str, limit: int) -> str:
 
 
 class SkyReelsError(Exception):
-    """Base of all errors a user can act on; its message fits on a screen, see `shown`."""
+    """Base of all errors a user can act on; its message fits on a screen, see `shown`.
+
+    Tracebacks and ComfyUI's error report name the class without the path of this module, which says
+    nothing to who reads them: hence `__module__`, and `__reduce__` so that other processes find it.
+    """
+
+    __module__ = "builtins"
+
+    def __init_subclass__(cls) -> None:
+        cls.__module__ = "builtins"
 
     def __init__(self, message: str = "") -> None:
         super().__init__(shown(message, MAX_MESSAGE))
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return _again, (type(self).__name__, self.args, self.__dict__)
+
+
+def _again(name: str, args: tuple[str, ...], state: dict[str, object]) -> SkyReelsError:
+    """An error as it was before it was pickled."""
+    kind = globals()[name]
+    error: SkyReelsError = kind.__new__(kind, *args)
+    error.__dict__.update(state)
+    return error
 
 
 class CheckpointError(SkyReelsError):

@@ -70,7 +70,8 @@ class ComfyRuntime:
         self._unique_id = unique_id
         self._bar = comfy.utils.ProgressBar(1, node_id=unique_id)
         self._started: dict[str, tuple[float, int]] = {}
-        self._line, self._notes = "", list[str]()
+        self._line, self._said, self._notes = "", "", list[str]()
+        self._console: Any = None
         # as weights name it: "mps" becomes "mps:0"
         self.device = torch.empty(0, device=device or mm.get_torch_device()).device
         self.offload_device = mm.unet_offload_device()
@@ -96,8 +97,10 @@ class ComfyRuntime:
         return sum(each.model_loaded_memory() for each in loaded if each.device == self.device)
 
     def say(self, text: str) -> None:
-        """Write lines on the node."""
-        show_on_node(text, self._unique_id)
+        """Write lines on the node, if they are not there already."""
+        if text != self._said:
+            self._said = text
+            show_on_node(text, self._unique_id)
 
     def make_room(self, num_bytes: int) -> None:
         """Let ComfyUI unload other models until `free_bytes` are num_bytes."""
@@ -134,6 +137,7 @@ class ComfyRuntime:
             self._in_use.remove(model.patcher)
             if self._moving is not None:
                 self._moving.stop()
+            self._end_console()
 
     def stream(self, module: nn.Module) -> None:
         """Let everything leave the device; the engine brings what it needs of the module."""
@@ -206,11 +210,33 @@ class ComfyRuntime:
         if preview is not None and self._previewer is not None:
             image = self._previewer.decode_latent_to_preview_image("JPEG", preview)
         self._bar.update_absolute(done, max(1, total), image)  # also checks for Cancel
+        self._draw_on_console(stage, done, total)
         if preview is not None and self._moving is not None:
             self._moving.offer(preview)
         start, first = self._started[stage]
         self._line = status_line(stage, done, total, (now - start) / max(1, done - first))
         self._show()
+
+    def _draw_on_console(self, stage: str, done: int, total: int) -> None:
+        """Draw the bar in the console that core's samplers draw there, one line in place."""
+        import comfy.utils
+
+        if stage != "sample" or not getattr(comfy.utils, "PROGRESS_BAR_ENABLED", True):
+            return
+        from tqdm import tqdm
+
+        if self._console is not None and done < self._console.n:  # a run that begins anew
+            self._end_console()
+        if self._console is None:
+            self._console = tqdm(total=total, initial=done)
+        self._console.update(done - self._console.n)
+        if done >= total:
+            self._end_console()
+
+    def _end_console(self) -> None:
+        if self._console is not None:
+            self._console.close()
+            self._console = None
 
     def note(self, text: str) -> None:
         """Keep a sentence below the status line, while this node runs."""

@@ -18,6 +18,8 @@ from .offload import missing_bytes, page_lock, page_unlock
 
 #: if neither Linux nor psutil reports it (the extra "standalone" brings psutil)
 ASSUMED_HOST_BYTES = 16 * 1024**3
+#: of a stage that is reported in parts, beside the first
+REPORTS = 40
 #: of main memory that may be page-locked; Windows refuses about half
 PINNABLE_SHARE = 0.4 if sys.platform == "win32" else 0.9
 #: of main memory never page-locked by us, and free at least while we do
@@ -100,6 +102,29 @@ class Runtime(Protocol):
         Called between blocks, tiles and weight loads.
         """
         ...
+
+
+def in_parts(runtime: Runtime, stage: str, total: int) -> Callable[[int], None]:
+    """Reports of a stage of very many units, such as bytes, at most REPORTS + 1 of them.
+
+    Args:
+        runtime: that is told; of 0 at once.
+        stage: its name.
+        total: units.
+
+    Returns:
+        report(done), to be called after every part.
+    """
+    runtime.progress(stage, 0, total)
+    told = 0
+
+    def report(done: int) -> None:
+        nonlocal told
+        if done >= total or (done - told) * REPORTS >= total:
+            told = done
+            runtime.progress(stage, done, total)
+
+    return report
 
 
 def ignore_progress(stage: str, done: int, total: int, preview: Tensor | None = None) -> None:
