@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ...skyreels.builtin import BUILTIN_NAME
 from ...skyreels.runtime import check_pinnable, pinnable_limit
 from ...skyreels.runtime.ladder import is_out_of_memory
 from ...skyreels.runtime.offload import (
@@ -20,7 +21,7 @@ from ...skyreels.runtime.offload import (
     weight_bytes,
 )
 from .files import state_folder
-from .preview import moving_preview
+from .preview import moving_preview, preview_format
 from .server import show_on_node
 
 logger = logging.getLogger("skyreels.nodes.host.runtime")
@@ -65,6 +66,7 @@ class ComfyRuntime:
     ) -> None:
         import comfy.model_management as mm
         import comfy.utils
+        import latent_preview
 
         self._mm = mm
         self._unique_id = unique_id
@@ -78,8 +80,12 @@ class ComfyRuntime:
         if self.offload_device.type != "cpu":  # --highvram keeps models where they compute
             self.offload_device = torch.device("cpu")
         self.state_folder = state_folder()
-        self._previewer = _previewer(self.device) if with_preview else None
-        self._moving = moving_preview(self._previewer, unique_id) if with_preview else None
+        self._previewer = self._moving = None
+        if with_preview:
+            is_builtin = any(model.name == BUILTIN_NAME for model in models)
+            latent_format = preview_format(is_builtin)
+            self._previewer = latent_preview.get_previewer(self.device, latent_format)
+            self._moving = moving_preview(self._previewer, latent_format, unique_id)
         self._models = {model.module: model for model in models}
         self._in_use: list[Any] = []
         self._pinned_bytes = 0
@@ -278,14 +284,6 @@ def status_line(stage: str, done: int, total: int, seconds_each: float) -> str:
         each = f"{seconds_each:.1f}" if seconds_each >= 1 else f"{seconds_each:.2f}"
         line += f" · {each} s/{unit} · about {short} left"
     return line
-
-
-def _previewer(device: torch.device) -> Any:
-    """ComfyUI's previewer with its own factors, or None where previews are switched off."""
-    import comfy.latent_formats
-    import latent_preview
-
-    return latent_preview.get_previewer(device, comfy.latent_formats.HunyuanVideo())
 
 
 def register(module: nn.Module, name: str, runtime: ComfyRuntime) -> LoadedModel:
