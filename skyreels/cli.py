@@ -39,6 +39,8 @@ if TYPE_CHECKING:
 
 #: prompts of a calibration, and clips to check it with
 MAX_CLIPS = 256
+#: between two lines of progress where standard error is a file, in seconds
+LINE_PERIOD_S = 60.0
 EXIT_ERROR = 1
 EXIT_INTERRUPTED = 130
 
@@ -781,23 +783,30 @@ def pick_device(name: str) -> str:
 
 @contextlib.contextmanager
 def progress_bar() -> Iterator[Any]:
-    """A bar on standard error: one line that is rewritten, or nothing if it is not a terminal.
+    """A bar on standard error: one line that is rewritten; in a file, a line now and then.
 
     Yields:
         The callback for progress reports.
     """
     started: dict[str, float] = {}
     is_terminal = sys.stderr.isatty()
+    last_line = time.perf_counter()
 
     def report(stage: str, done: int, total: int, preview: "Tensor | None" = None) -> None:
+        nonlocal last_line
         now = time.perf_counter()
         if done <= 0:
             started[stage] = now
         elapsed = now - started.setdefault(stage, now)
-        if not is_terminal or total <= 0:
+        if total <= 0:
+            return
+        left = f"{elapsed / done * (total - done):.0f} s left" if done > 0 and elapsed else ""
+        if not is_terminal:
+            if now - last_line >= LINE_PERIOD_S:
+                last_line = now
+                say(f"{stage} {100 * done // total} %, {left or 'just begun'}")
             return
         filled = 24 * done // total
-        left = f"{elapsed / done * (total - done):.0f} s left" if done and elapsed else ""
         bar = "█" * filled + "·" * (24 - filled)
         sys.stderr.write(f"\r{stage:7} {bar} {100 * done // total:3d} %  {left:14}")
         if done >= total:

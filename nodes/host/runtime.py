@@ -234,7 +234,9 @@ class ComfyRuntime:
         if self._console is not None and done < self._console.n:  # a run that begins anew
             self._end_console()
         if self._console is None:
-            self._console = tqdm(total=total, initial=done)
+            if done == self._started[stage][1]:  # what is logged before the first step stands above
+                return
+            self._console = tqdm(total=total, initial=self._started[stage][1])
         self._console.update(done - self._console.n)
         if done >= total:
             self._end_console()

@@ -28,12 +28,12 @@ logger = logging.getLogger("skyreels.sampling.bad_render")
 
 #: the first estimate made at this sigma or below is looked at
 LOOK_SIGMA = 0.9
-#: a still: motion below it; of 212 clips in which something happens the least had 0.82, of 76
+#: a still: motion below it; of 209 clips in which something happens the least had 0.82, of 76
 #: stills the most 0.83 and all others 0.74 or less
 STILL_BELOW = 0.78
 #: a jump: above it; of 288 clips without a cut the most had 0.24, and 3 of 104 with one had less
 JUMP_ABOVE = 0.25
-#: a drift: above it; of 212 clips without one the most had 0.43. Of those that end in quite another
+#: a drift: above it; of 209 clips without one the most had 0.43. Of those that end in quite another
 #: colour about two thirds have more: the limit is for those that cannot be missed
 DRIFT_ABOVE = 0.47
 #: share of the places where a moving thing shows most, where least, and where colours count

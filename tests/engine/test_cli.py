@@ -1175,3 +1175,15 @@ def test_an_illegal_size_is_refused_before_any_weight_file_is_looked_at(
     assert code == 1
     assert f" {size[1]} " in err
     assert " use " in err
+
+
+def test_where_standard_error_is_a_file_a_line_a_minute_says_how_far_it_is(capsys, monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(cli.time, "perf_counter", lambda: now[0])
+    with cli.progress_bar() as report:
+        for step in range(31):
+            report("sample", step, 30)
+            now[0] += 25.0
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0] == "sample 10 %, 675 s left"
+    assert len(lines) == 10
