@@ -1,6 +1,7 @@
 """How well bad renders are seen: clips of the built-in model, good ones and planted bad ones.
 
     python -m tests.bench.bad_render [--good 64] [--still 32] [--jump 32] [--drift 16] [--seed 1]
+        [--cfg 6]
 
     good    runs of prompts that move, grow, shrink or fade the shape; movers with as little as 4
             pixels of way before them among them
@@ -30,6 +31,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from comfyui_skyreels.skyreels import builtin
 from comfyui_skyreels.skyreels.conditioning.embeds import PromptEmbeds
 from comfyui_skyreels.skyreels.conditioning.latents import ImageConditioning
+from comfyui_skyreels.skyreels.config import Guidance
 from comfyui_skyreels.skyreels.image import encode_image
 from comfyui_skyreels.skyreels.runtime import TorchRuntime
 from comfyui_skyreels.skyreels.sampling.bad_render import Look, look_at, step_to_look_at
@@ -182,10 +184,11 @@ KINDS: dict[str, Callable[..., tuple[Tensor, Tensor]]] = {
 }
 
 
-def called(look: Look) -> str:
-    """What a clip is taken for, in a word."""
+def called(look: Look, scale: float = 6.0) -> str:
+    """What a clip is taken for, in a word; `scale` of CFG."""
     words = {"stands": "still", "cuts": "jump", "drifts": "drift"}
-    return words[look.fault.split()[0]] if look.fault else "good"
+    fault = look.fault(scale)
+    return words[fault.split()[0]] if fault else "good"
 
 
 def main() -> None:
@@ -194,8 +197,9 @@ def main() -> None:
     for kind, count in (("good", 64), ("still", 32), ("jump", 32), ("drift", 16)):
         parser.add_argument(f"--{kind}", type=int, default=count)
     parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--cfg", type=float, default=6.0)
     arguments = parser.parse_args()
-    planter = Planter(SamplingSettings(riflex_k=0))
+    planter = Planter(SamplingSettings(guidance=Guidance(arguments.cfg), riflex_k=0))
     cases = moving_cases(max(getattr(arguments, kind) for kind in KINDS), arguments.seed)
     results = {}
     for kind, plant in KINDS.items():
@@ -207,12 +211,13 @@ def main() -> None:
             seconds.append(time.perf_counter() - start)
         if not looks:
             continue
-        print(f"{kind}: {len(looks)} clips, called {dict(Counter(map(called, looks)))}")
+        calls = [called(look, arguments.cfg) for look in looks]
+        print(f"{kind}: {len(looks)} clips, called {dict(Counter(calls))}")
         for name in ("motion", "jump", "drift"):
             values = sorted(getattr(look, name) for look in looks)
             median = statistics.median(values)
             print(f"  {name:6} {values[0]:.3f} to {values[-1]:.3f}, median {median:.3f}")
-        caught = sum(look.fault is not None for look in looks) / len(looks)
+        caught = sum(call != "good" for call in calls) / len(calls)
         results[kind] = {"clips": len(looks), "called_bad": round(caught, 4)}
     results["seconds_a_look"] = round(statistics.median(seconds), 6)
     print(json.dumps(results))

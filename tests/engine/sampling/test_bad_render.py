@@ -102,19 +102,19 @@ def test_a_change_of_colour_in_the_quiet_places_is_a_drift():
     moving = torch.randn(1, 16, 9, 8, 8, generator=torch.Generator().manual_seed(1))
     moving[:, :, :, 2:] = moving[:, :, :1, 2:]  # the rest of the picture stays as it is
     given = moving[:, :, :1]
-    assert look_at(moving, given).fault is None
+    assert look_at(moving, given).fault() is None
     shift = torch.linspace(0, 0.8, 9)[:, None, None] * torch.ones(16, 1, 1, 1)
-    assert look_at(moving + shift, given).fault.startswith("drifts to other colours")
+    assert look_at(moving + shift, given).fault().startswith("drifts to other colours")
 
 
 def test_a_cut_is_named_with_its_frame_and_a_pan_is_none():
     generator = torch.Generator().manual_seed(1)
     wide = torch.randn(1, 16, 1, 8, 24, generator=generator)
     pan = torch.cat([wide[..., frame : frame + 8] for frame in range(9)], dim=2)
-    assert look_at(pan, pan[:, :, :1]).fault is None
+    assert look_at(pan, pan[:, :, :1]).fault() is None
     cut = torch.cat([wide[..., :8].expand(-1, -1, 5, -1, -1),
                      wide[..., 8:16].expand(-1, -1, 4, -1, -1)], dim=2)  # fmt: skip
-    fault = look_at(cut, cut[:, :, :1]).fault
+    fault = look_at(cut, cut[:, :, :1]).fault()
     assert fault is not None
     assert fault.startswith("cuts to another scene near frame 17 ")
 
@@ -124,7 +124,7 @@ def test_frames_that_are_given_are_not_judged():
     clip = still.expand(-1, -1, 9, -1, -1).clone()
     given = torch.randn(1, 16, 4, 8, 8, generator=torch.Generator().manual_seed(2))
     given[:, :, -1:] = still
-    assert look_at(clip, given).fault.startswith("stands still")
+    assert look_at(clip, given).fault().startswith("stands still")
 
 
 def test_the_step_that_is_looked_at_follows_the_noise_not_the_count():
@@ -133,6 +133,24 @@ def test_the_step_that_is_looked_at_follows_the_noise_not_the_count():
     assert step_to_look_at(SamplingSettings(sigmas=get_sigmas(30)[:10])) is None
     late = SamplingSettings(sigmas=get_sigmas(30), guidance=Guidance(zero_init_steps=18))
     assert step_to_look_at(late) == 19
+
+
+@pytest.mark.parametrize(("scale", "least"), [(0.0, 0.15), (1.0, 0.15), (3.0, 0.54), (9.0, 0.78)])
+def test_the_limit_of_a_still_follows_guidance(scale, least):
+    assert Look(least + 0.02, 0.0, 0.0, 1).fault(scale) is None
+    assert f"below {least:.2f}" in Look(least - 0.02, 0.0, 0.0, 1).fault(scale)
+
+
+@pytest.mark.parametrize(
+    "guidance", [Guidance(1.0), Guidance(6.0, cfg_end=0.4), Guidance(6.0, cfg_start=0.6)]
+)
+def test_without_guidance_at_that_step_the_limit_is_the_lower_one(model, seen, guidance):
+    seen.append(Look(0.4, 0.0, 0.0, 1))
+    run(model, bad_render="stop", guidance=guidance)
+    assert seen == []
+    seen.append(Look(0.4, 0.0, 0.0, 1))
+    with pytest.raises(BadRenderError, match="motion 0.40, below 0.78"):
+        run(model, bad_render="stop")
 
 
 # --- what follows -------------------------------------------------------------------------------
