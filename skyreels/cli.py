@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from .config import ATTENTIONS, DECODE_MODES, PRESETS, TRANSFORMER_PRECISIONS
+from .config import ATTENTIONS, BAD_RENDERS, DECODE_MODES, PRESETS, TRANSFORMER_PRECISIONS
 from .errors import MAX_MESSAGE, OptionError, SkyReelsError, shown
 from .files import check_regular
 from .runtime.interrupt import remembered_interrupt
@@ -30,12 +30,17 @@ if TYPE_CHECKING:
     from .pipeline.calibration import Case
     from .pipeline.extend import ExtendSettings
     from .runtime import Runtime, TorchRuntime
+    from .sampling.settings import SamplingSettings
     from .sampling.step_cache import CacheConfig
+    from .transformer.model import SkyReelsTransformer
+    from .vae.model import VideoVAE
     from .weights.inspect import CheckpointInfo
     from .weights.lora.apply import AppliedLora
 
 #: prompts of a calibration, and clips to check it with
 MAX_CLIPS = 256
+#: between two lines of progress where standard error is a file, in seconds
+LINE_PERIOD_S = 60.0
 EXIT_ERROR = 1
 EXIT_INTERRUPTED = 130
 
@@ -207,29 +212,19 @@ def build_parser() -> argparse.ArgumentParser:
         help="skip predictable steps; off is exact, calibrated takes what `calibrate` has stored",
     )
     generate.add_argument(
+        "--bad-render",
+        choices=BAD_RENDERS,
+        default="off",
+        help="halfway, look whether the clip will stand still, cut to another scene or change "
+        "colours: say so, stop, or go on with the next seed (four tries in all)",
+    )
+    generate.add_argument(
         "--riflex",
         choices=("auto", "off"),
         default="auto",
         help="auto keeps clips beyond 177 frames from repeating; shorter ones do not change",
     )
-    generate.add_argument(
-        "--extend",
-        type=_path,
-        metavar="CLIP",
-        help="continue this video (or .npy) instead of a picture; it gives the size",
-    )
-    generate.add_argument(
-        "--overlap",
-        type=int,
-        metavar="N",
-        help="with --extend, last frames of CLIP to start from, 4k+1 (default 1, as in training); "
-        "--frames includes them",
-    )
-    generate.add_argument(
-        "--no-color-match",
-        action="store_true",
-        help="with --extend, leave the colours of the new frames as they are",
-    )
+    _add_extend(generate)
     generate.add_argument(
         "--resume",
         type=_path,
@@ -292,6 +287,28 @@ def build_parser() -> argparse.ArgumentParser:
     for command in (generate, calibrate, inspect, doctor):
         command.add_argument("--json", action="store_true")
     return parser
+
+
+def _add_extend(generate: argparse.ArgumentParser) -> None:
+    """The options of `generate` that continue a clip."""
+    generate.add_argument(
+        "--extend",
+        type=_path,
+        metavar="CLIP",
+        help="continue this video (or .npy) instead of a picture; it gives the size",
+    )
+    generate.add_argument(
+        "--overlap",
+        type=int,
+        metavar="N",
+        help="with --extend, last frames of CLIP to start from, 4k+1 (default 1, as in training); "
+        "--frames includes them",
+    )
+    generate.add_argument(
+        "--no-color-match",
+        action="store_true",
+        help="with --extend, leave the colours of the new frames as they are",
+    )
 
 
 def _add_calibrate(commands: Any) -> argparse.ArgumentParser:
@@ -418,7 +435,7 @@ def run_generate(arguments: argparse.Namespace) -> dict[str, Any]:
         default if value is None else value for value, default in zip(given, defaults, strict=True)
     )
 
-    from .builtin import BUILTIN_NOTICE
+    from .builtin import BUILTIN_NOTICE, warn_of_builtin_size
     from .conditioning.latents import check_size
     from .image import example_image
     from .media import read_clip, read_image
@@ -436,12 +453,13 @@ def run_generate(arguments: argparse.Namespace) -> dict[str, Any]:
             image = example_image()
     if is_builtin:
         say(BUILTIN_NOTICE)
+        warn_of_builtin_size(width, height, num_frames)
     with (
         remembered_interrupt() as check,
         _chosen_options_logged(arguments),
         progress_bar() as report,
     ):
-        count = _generate(arguments, image, (width, height, num_frames), report, check)
+        count, seed = _generate(arguments, image, (width, height, num_frames), report, check)
     if arguments.resume is not None:
         arguments.resume.unlink(missing_ok=True)  # the video is safe
     seconds = time.perf_counter() - start
@@ -452,7 +470,7 @@ def run_generate(arguments: argparse.Namespace) -> dict[str, Any]:
         "width": width,
         "height": height,
         "frames": count,
-        "seed": arguments.seed,
+        "seed": seed,
         "elapsed_s": round(seconds, 3),
     }
 
@@ -500,37 +518,25 @@ def _generate(
     size: tuple[int, int, int],
     report: Any,
     check: Callable[[], None],
-) -> int:
+) -> tuple[int, int]:
     """Make the clip and write it, frame by frame as it is decoded.
 
     Returns:
-        The number of frames in the file.
+        The number of frames in the file, and the seed of the clip.
     """
-    from .builtin import builtin_transformer, builtin_vae
-    from .config import ContextWindows, Guidance
     from .image import ImageSettings
     from .media import open_frames, read_image
     from .pipeline import image_to_latents
     from .pipeline.extend import Continuation, extend_latents
-    from .sampling.settings import SamplingSettings, get_sigmas
+    from .sampling.bad_render import with_retries
     from .vae.frames import FrameSink
     from .vae.tiling import decode_into
-    from .weights.load import check_transformer, check_vae, load_transformer, load_vae
+    from .weights.load import check_transformer, check_vae
     from .weights.lora.apply import check_loras
     from .weights.lora.report import describe_lora
 
     is_builtin = arguments.transformer is None
-    settings = SamplingSettings(
-        seed=arguments.seed,
-        sigmas=get_sigmas(arguments.steps, arguments.shift),
-        guidance=Guidance(arguments.cfg, arguments.embedded_guidance),
-        riflex_k=riflex_k(arguments),
-        cache=_chosen_cache(arguments),
-        attention=arguments.attention,
-        resume=arguments.resume,
-        loras=_read_loras(arguments),
-        windows=arguments.window and ContextWindows.of_frames(*arguments.window),
-    )
+    settings = _sampling_settings(arguments)
     image_settings = ImageSettings(
         arguments.fit,
         noise_augmentation=arguments.noise_augmentation,
@@ -543,14 +549,7 @@ def _generate(
         check_vae(arguments.vae)
         _check_picture(arguments, config, image is not None, image_settings)
     prompt, negative = _encode_prompts(arguments, runtime)
-    if is_builtin:
-        transformer = builtin_transformer(precision=arguments.precision, runtime=runtime)
-        vae = builtin_vae(runtime=runtime)
-    else:
-        transformer = load_transformer(
-            arguments.transformer, precision=arguments.precision, runtime=runtime
-        )
-        vae = load_vae(arguments.vae, runtime=runtime)
+    transformer, vae = _load_models(arguments, runtime)
     check_loras(transformer, settings.loras)
     for applied in settings.loras:
         say(describe_lora(applied, transformer))
@@ -560,22 +559,58 @@ def _generate(
     if clip is None:
         options |= {"width": width, "height": height, "num_frames": num_frames,
                     "end_image": end_image}  # fmt: skip
-        vae_latents = image_to_latents(
-            transformer, vae, image, prompt, negative, settings, **options
-        )
     else:
         extend = _extend_settings(arguments, num_frames)
-        vae_latents = extend_latents(
-            transformer, vae, clip, prompt, negative, settings, extend=extend, **options
-        )
+        options["extend"] = extend
         num_frames += len(clip) - extend.overlap_frames
+
+    def run(settings: "SamplingSettings") -> "Tensor":
+        inputs = (prompt, negative, settings)
+        if clip is None:
+            return image_to_latents(transformer, vae, image, *inputs, **options)
+        return extend_latents(transformer, vae, clip, *inputs, **options)
+
+    vae_latents, used = with_retries(settings, run)
     with open_frames(arguments.out, num_frames, height, width) as file:
         sink: FrameSink = file
         if clip is not None:
             sink = Continuation(clip, extend, file, check=runtime.check_interrupt)
         decode_into(sink, vae, vae_latents, arguments.decode, runtime=runtime)
         check()
-    return num_frames
+    return num_frames, used.seed
+
+
+def _load_models(
+    arguments: argparse.Namespace, runtime: "Runtime"
+) -> "tuple[SkyReelsTransformer, VideoVAE]":
+    from .builtin import builtin_transformer, builtin_vae
+    from .weights.load import load_transformer, load_vae
+
+    precision = arguments.precision
+    if arguments.transformer is None:
+        transformer = builtin_transformer(precision=precision, runtime=runtime)
+        return transformer, builtin_vae(runtime=runtime)
+    transformer = load_transformer(arguments.transformer, precision=precision, runtime=runtime)
+    return transformer, load_vae(arguments.vae, runtime=runtime)
+
+
+def _sampling_settings(arguments: argparse.Namespace) -> "SamplingSettings":
+    """What the options ask the sampler for."""
+    from .config import ContextWindows, Guidance
+    from .sampling.settings import SamplingSettings, get_sigmas
+
+    return SamplingSettings(
+        seed=arguments.seed,
+        sigmas=get_sigmas(arguments.steps, arguments.shift),
+        guidance=Guidance(arguments.cfg, arguments.embedded_guidance),
+        riflex_k=riflex_k(arguments),
+        cache=_chosen_cache(arguments),
+        attention=arguments.attention,
+        resume=arguments.resume,
+        loras=_read_loras(arguments),
+        windows=arguments.window and ContextWindows.of_frames(*arguments.window),
+        bad_render=arguments.bad_render,
+    )
 
 
 def _chosen_cache(arguments: argparse.Namespace) -> "CacheConfig":
@@ -785,23 +820,30 @@ def pick_devices(names: str) -> tuple[str, str | None]:
 
 @contextlib.contextmanager
 def progress_bar() -> Iterator[Any]:
-    """A bar on standard error: one line that is rewritten, or nothing if it is not a terminal.
+    """A bar on standard error: one line that is rewritten; in a file, a line now and then.
 
     Yields:
         The callback for progress reports.
     """
     started: dict[str, float] = {}
     is_terminal = sys.stderr.isatty()
+    last_line = time.perf_counter()
 
     def report(stage: str, done: int, total: int, preview: "Tensor | None" = None) -> None:
+        nonlocal last_line
         now = time.perf_counter()
         if done <= 0:
             started[stage] = now
         elapsed = now - started.setdefault(stage, now)
-        if not is_terminal or total <= 0:
+        if total <= 0:
+            return
+        left = f"{elapsed / done * (total - done):.0f} s left" if done > 0 and elapsed else ""
+        if not is_terminal:
+            if now - last_line >= LINE_PERIOD_S:
+                last_line = now
+                say(f"{stage} {100 * done // total} %, {left or 'just begun'}")
             return
         filled = 24 * done // total
-        left = f"{elapsed / done * (total - done):.0f} s left" if done and elapsed else ""
         bar = "█" * filled + "·" * (24 - filled)
         sys.stderr.write(f"\r{stage:7} {bar} {100 * done // total:3d} %  {left:14}")
         if done >= total:

@@ -405,3 +405,5 @@ DECODE_MODES = ("auto", "full", *TILINGS, "synced", "exact")
 #: how attention is computed; new ones go to the end likewise. The last two are sparse in most
 #: steps, see transformer/sparse_attention.py
 ATTENTIONS = ("exact", "fast", "sparse", "sparser")
+#: what happens when a render goes wrong, see sampling/bad_render.py
+BAD_RENDERS = ("off", "warn", "stop", "retry")

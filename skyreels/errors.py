@@ -5,6 +5,7 @@
     ├── ShapeError          a size, frame count or tensor shape breaks a rule of the model
     ├── OptionError         a setting has an illegal value
     ├── TextError           prompt embeddings or a text encoder that do not fit the model
+    ├── BadRenderError      a clip that would be a still, jump or change colours, and was stopped
     ├── DependencyError     an optional package is missing or unusable
     └── OutOfRoomError      the device has too little memory for the request
 
@@ -54,10 +55,30 @@ def _shortened(text: str, limit: int) -> str:
 
 
 class SkyReelsError(Exception):
-    """Base of all errors a user can act on; its message fits on a screen, see `shown`."""
+    """Base of all errors a user can act on; its message fits on a screen, see `shown`.
+
+    Tracebacks and ComfyUI's error report name the class without the path of this module, which says
+    nothing to who reads them: hence `__module__`, and `__reduce__` so that other processes find it.
+    """
+
+    __module__ = "builtins"
+
+    def __init_subclass__(cls) -> None:
+        cls.__module__ = "builtins"
 
     def __init__(self, message: str = "") -> None:
         super().__init__(shown(message, MAX_MESSAGE))
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return _again, (type(self).__name__, self.args, self.__dict__)
+
+
+def _again(name: str, args: tuple[str, ...], state: dict[str, object]) -> SkyReelsError:
+    """An error as it was before it was pickled."""
+    kind = globals()[name]
+    error: SkyReelsError = kind.__new__(kind, *args)
+    error.__dict__.update(state)
+    return error
 
 
 class CheckpointError(SkyReelsError):
@@ -82,6 +103,18 @@ class OptionError(SkyReelsError):
 
 class TextError(SkyReelsError):
     """Prompt embeddings or a text encoder that do not fit the model."""
+
+
+class BadRenderError(SkyReelsError):
+    """A run was stopped because its clip would be a still, jump or change colours.
+
+    Attributes:
+        seen: what was seen, at which step and with which seed, as a sentence.
+    """
+
+    def __init__(self, message: str, seen: str = "") -> None:
+        super().__init__(message)
+        self.seen = seen
 
 
 class DependencyError(SkyReelsError):

@@ -244,3 +244,22 @@ def test_of_two_copies_on_one_server_the_first_serves_and_the_second_says_so(two
     (warning,) = found["warnings"]
     assert first in warning
     assert second in warning
+
+
+@pytest.mark.parametrize("module", ["skyreels", "wiro_api"])
+def test_errors_are_named_without_the_path_of_a_module_and_cross_processes(module):
+    import importlib
+    import pickle
+    import traceback
+
+    errors = importlib.import_module(f"comfyui_skyreels.{module}.errors")
+    kinds = [kind for kind in vars(errors).values() if isinstance(kind, type)]
+    kinds = [kind for kind in kinds if issubclass(kind, Exception)]
+    assert len(kinds) >= 8
+    for kind in kinds:
+        error = kind.__new__(kind, "what is wrong")
+        error.args, error.extra = ("what is wrong",), 3
+        said = traceback.format_exception_only(error)[-1]
+        assert said == f"{kind.__name__}: what is wrong\n"
+        again = pickle.loads(pickle.dumps(error))
+        assert (type(again), again.args, again.extra) == (kind, error.args, 3)

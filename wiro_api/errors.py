@@ -33,11 +33,31 @@ if TYPE_CHECKING:
 
 
 class WiroError(Exception):
-    """Base of all errors; `taskid` is "" unless the error is about one task."""
+    """Base of all errors; `taskid` is "" unless the error is about one task.
+
+    Tracebacks and ComfyUI's error report name the class without the path of this module, which says
+    nothing to who reads them: hence `__module__`, and `__reduce__` so that other processes find it.
+    """
+
+    __module__ = "builtins"
+
+    def __init_subclass__(cls) -> None:
+        cls.__module__ = "builtins"
 
     def __init__(self, message: str, *, taskid: str = "") -> None:
         super().__init__(message)
         self.taskid = taskid
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return _again, (type(self).__name__, self.args, self.__dict__)
+
+
+def _again(name: str, args: tuple[str, ...], state: dict[str, object]) -> WiroError:
+    """An error as it was before it was pickled."""
+    kind = globals()[name]
+    error: WiroError = kind.__new__(kind, *args)
+    error.__dict__.update(state)
+    return error
 
 
 def add_task(error: WiroError, taskid: str, advice: str = "") -> None:

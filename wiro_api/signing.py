@@ -50,7 +50,9 @@ def account_of(credentials: Credentials) -> str:
 
 
 def load_credentials(
-    environment: Mapping[str, str] = os.environ, file: Path | None = None
+    environment: Mapping[str, str] = os.environ,
+    file: Path | None = None,
+    how_to_set: str = HOW_TO_SET,
 ) -> Credentials:
     """Load key and secret from the environment, else from a file.
 
@@ -59,6 +61,7 @@ def load_credentials(
     Args:
         environment: where WIRO_API_KEY and WIRO_API_SECRET are looked for.
         file: lines NAME=VALUE with the same names, as `save_credentials` writes it.
+        how_to_set: what a message advises.
 
     Returns:
         Both; the secret may be "".
@@ -74,12 +77,12 @@ def load_credentials(
     api_key = _trimmed(values.get(KEY_VARIABLE, ""))
     api_secret = _trimmed(values.get(SECRET_VARIABLE, ""))
     if not api_key:
-        raise ConfigError(f"There is no Wiro API key: {HOW_TO_SET}.")
+        raise ConfigError(f"There is no Wiro API key: {how_to_set}.")
     for words, value in (("key", api_key), ("secret", api_secret)):
         if not value.isascii() or not value.isprintable() or " " in value:
             raise ConfigError(
                 f"The API {words} holds a blank or a character no key has: copy it again; "
-                f"{HOW_TO_SET}."
+                f"{how_to_set}."
             )
     return Credentials(api_key, api_secret)
 

@@ -9,6 +9,7 @@ import base64
 import io
 import logging
 import math
+import os
 import threading
 import time
 from typing import Any
@@ -16,12 +17,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...skyreels.builtin import RGB_BIAS, RGB_FACTORS
 from ...skyreels.conditioning.latents import latents_to_rgb
 from ...skyreels.config import FRAMES_PER_SECOND, TEMPORAL_COMPRESSION
 from .server import page_address, prompt_client, send_event
 
 logger = logging.getLogger("skyreels.nodes.host.preview")
 
+#: environment variable: frames of a clip at most
+FRAMES_VARIABLE = "SKYREELS_PREVIEW_FRAMES"
 #: between the starts of two clips
 PERIOD_S = 1.0
 #: of a JPEG; as base64 it takes a third more
@@ -47,13 +51,20 @@ class MovingPreview:
         factors: [16, 3].
         bias: [3].
         max_edge: in pixels, of ComfyUI's own previews.
+        most: frames of a clip at most; None for all latent frames.
     """
 
     def __init__(
-        self, unique_id: str, client: str, factors: Tensor, bias: Tensor, max_edge: int
+        self,
+        unique_id: str,
+        client: str,
+        factors: Tensor,
+        bias: Tensor,
+        max_edge: int,
+        most: int | None = None,
     ) -> None:
         self._unique_id, self._client, self._max_edge = unique_id, client, max_edge
-        self._factors, self._bias = factors, bias
+        self._factors, self._bias, self._most = factors, bias, most
         self._due_s = -math.inf
         self._has_failed = False
         self._thread: threading.Thread | None = None
@@ -71,13 +82,16 @@ class MovingPreview:
             return
         self._due_s = now_s + PERIOD_S
         try:
-            frames = latents_to_rgb(latents, self._factors, self._bias, MAX_PIXELS).cpu()
+            places = spread_frames(latents.shape[2], self._most)
+            fps = FRAMES_PER_SECOND / TEMPORAL_COMPRESSION * len(places) / latents.shape[2]
+            shown = latents[:, :, places]
+            frames = latents_to_rgb(shown, self._factors, self._bias, MAX_PIXELS).cpu()
             address = page_address(self._unique_id)
         except Exception:  # noqa: BLE001 - a preview never ends a run
             self._give_up()
             return
         self._thread = threading.Thread(
-            target=self._send, args=(frames, address), name="skyreels preview", daemon=True
+            target=self._send, args=(frames, fps, address), name="skyreels preview", daemon=True
         )
         self._thread.start()
 
@@ -88,9 +102,9 @@ class MovingPreview:
             self._thread.join()
         self._thread, self._stop_event = None, threading.Event()
 
-    def _send(self, frames: Tensor, address: dict[str, str]) -> None:
+    def _send(self, frames: Tensor, fps: float, address: dict[str, str]) -> None:
         try:
-            clip = {**contact_sheet(frames), **address, "max_edge": self._max_edge}
+            clip = {**contact_sheet(frames), "fps": fps, **address, "max_edge": self._max_edge}
             if not self._stop_event.is_set():
                 send_event("skyreels.preview", clip, self._client)
         except Exception:  # noqa: BLE001 - a preview never ends a run
@@ -101,31 +115,76 @@ class MovingPreview:
         logger.warning("No more moving previews in this run, because of an error:", exc_info=True)
 
 
-def moving_preview(previewer: Any, unique_id: str | None) -> MovingPreview | None:
+def preview_format(is_builtin: bool) -> Any:
+    """What ComfyUI makes previews by: HunyuanVideo's colours, or those of the built-in model.
+
+    Args:
+        is_builtin: the built-in model has latents of its own, which no other decoder fits either.
+
+    Returns:
+        A latent format of ComfyUI.
+    """
+    import comfy.latent_formats
+
+    latent_format: Any = comfy.latent_formats.HunyuanVideo()
+    if is_builtin:
+        latent_format.latent_rgb_factors = [list(row) for row in RGB_FACTORS]
+        latent_format.latent_rgb_factors_bias = list(RGB_BIAS)
+        latent_format.taesd_decoder_name = None
+    return latent_format
+
+
+def moving_preview(
+    previewer: Any, latent_format: Any, unique_id: str | None
+) -> MovingPreview | None:
     """The moving previews of a run.
 
     Args:
         previewer: of ComfyUI, for this run.
+        latent_format: from `preview_format`.
         unique_id: of the node that runs.
 
     Returns:
         None where there is no page, and where ComfyUI draws none or otherwise: previews are
         switched off, made by a decoder that the user has chosen, or by another pack.
     """
-    import comfy.latent_formats
     import latent_preview
 
     client = prompt_client()
     if not (client and unique_id and isinstance(previewer, latent_preview.Latent2RGBPreviewer)):
         return None
-    latent_format = comfy.latent_formats.HunyuanVideo
     return MovingPreview(
         unique_id,
         client,
         torch.tensor(latent_format.latent_rgb_factors),
         torch.tensor(latent_format.latent_rgb_factors_bias),
         int(latent_preview.MAX_PREVIEW_RESOLUTION),
+        max_frames_wanted(),
     )
+
+
+def max_frames_wanted() -> int | None:
+    """Frames of a clip at most, as SKYREELS_PREVIEW_FRAMES says; None for all of them."""
+    text = os.environ.get(FRAMES_VARIABLE, "").strip()
+    if not text:
+        return None
+    if not text.isascii() or not text.isdigit() or int(text) < 1:
+        logger.warning(
+            "%s is %r, and must be a whole number from 1: all frames are shown.",
+            FRAMES_VARIABLE,
+            text,
+        )
+        return None
+    return int(text)
+
+
+def spread_frames(count: int, most: int | None) -> list[int]:
+    """Which of `count` frames are shown, evenly apart, the first and the last among them."""
+    if most is None or count <= most:
+        return list(range(count))
+    if most == 1:
+        return [0]
+    return [round(index * (count - 1) / (most - 1)) for index in range(most)]
 
 
 def contact_sheet(frames: Tensor) -> dict[str, Any]:

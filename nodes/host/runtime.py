@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ...skyreels.builtin import BUILTIN_NAME
 from ...skyreels.runtime import check_pinnable, pinnable_limit
 from ...skyreels.runtime.ladder import is_out_of_memory
 from ...skyreels.runtime.offload import (
@@ -20,7 +21,7 @@ from ...skyreels.runtime.offload import (
     weight_bytes,
 )
 from .files import state_folder
-from .preview import moving_preview
+from .preview import moving_preview, preview_format
 from .server import show_on_node
 
 logger = logging.getLogger("skyreels.nodes.host.runtime")
@@ -65,11 +66,14 @@ class ComfyRuntime:
     ) -> None:
         import comfy.model_management as mm
         import comfy.utils
+        import latent_preview
 
         self._mm = mm
         self._unique_id = unique_id
         self._bar = comfy.utils.ProgressBar(1, node_id=unique_id)
         self._started: dict[str, tuple[float, int]] = {}
+        self._line, self._said, self._notes = "", "", list[str]()
+        self._console: Any = None
         # as weights name it: "mps" becomes "mps:0"
         self.device = torch.empty(0, device=device or mm.get_torch_device()).device
         self.offload_device = mm.unet_offload_device()
@@ -78,8 +82,12 @@ class ComfyRuntime:
         self.state_folder = state_folder()
         self.partner: ComfyRuntime | None = None
         self.group = None
-        self._previewer = _previewer(self.device) if with_preview else None
-        self._moving = moving_preview(self._previewer, unique_id) if with_preview else None
+        self._previewer = self._moving = None
+        if with_preview:
+            is_builtin = any(model.name == BUILTIN_NAME for model in models)
+            latent_format = preview_format(is_builtin)
+            self._previewer = latent_preview.get_previewer(self.device, latent_format)
+            self._moving = moving_preview(self._previewer, latent_format, unique_id)
         self._models = {model.module: model for model in models}
         self._in_use: list[Any] = []
         self._pinned_bytes = 0
@@ -97,8 +105,10 @@ class ComfyRuntime:
         return sum(each.model_loaded_memory() for each in loaded if each.device == self.device)
 
     def say(self, text: str) -> None:
-        """Write lines on the node."""
-        show_on_node(text, self._unique_id)
+        """Write lines on the node, if they are not there already."""
+        if text != self._said:
+            self._said = text
+            show_on_node(text, self._unique_id)
 
     def make_room(self, num_bytes: int) -> None:
         """Let ComfyUI unload other models until `free_bytes` are num_bytes."""
@@ -135,6 +145,7 @@ class ComfyRuntime:
             self._in_use.remove(model.patcher)
             if self._moving is not None:
                 self._moving.stop()
+            self._end_console()
 
     def stream(self, module: nn.Module) -> None:
         """Let everything leave the device; the engine brings what it needs of the module."""
@@ -207,10 +218,43 @@ class ComfyRuntime:
         if preview is not None and self._previewer is not None:
             image = self._previewer.decode_latent_to_preview_image("JPEG", preview)
         self._bar.update_absolute(done, max(1, total), image)  # also checks for Cancel
+        self._draw_on_console(stage, done, total)
         if preview is not None and self._moving is not None:
             self._moving.offer(preview)
         start, first = self._started[stage]
-        self.say(status_line(stage, done, total, (now - start) / max(1, done - first)))
+        self._line = status_line(stage, done, total, (now - start) / max(1, done - first))
+        self._show()
+
+    def _draw_on_console(self, stage: str, done: int, total: int) -> None:
+        """Draw the bar in the console that core's samplers draw there, one line in place."""
+        import comfy.utils
+
+        if stage != "sample" or not getattr(comfy.utils, "PROGRESS_BAR_ENABLED", True):
+            return
+        from tqdm import tqdm
+
+        if self._console is not None and done < self._console.n:  # a run that begins anew
+            self._end_console()
+        if self._console is None:
+            if done == self._started[stage][1]:  # what is logged before the first step stands above
+                return
+            self._console = tqdm(total=total, initial=self._started[stage][1])
+        self._console.update(done - self._console.n)
+        if done >= total:
+            self._end_console()
+
+    def _end_console(self) -> None:
+        if self._console is not None:
+            self._console.close()
+            self._console = None
+
+    def note(self, text: str) -> None:
+        """Keep a sentence below the status line, while this node runs."""
+        self._notes.append(text)
+        self._show()
+
+    def _show(self) -> None:
+        self.say("\n".join(filter(None, [self._line, *self._notes])))
 
     def check_interrupt(self) -> None:
         """Raise ComfyUI's own exception if the user pressed Cancel."""
@@ -244,14 +288,6 @@ def status_line(stage: str, done: int, total: int, seconds_each: float) -> str:
         each = f"{seconds_each:.1f}" if seconds_each >= 1 else f"{seconds_each:.2f}"
         line += f" · {each} s/{unit} · about {short} left"
     return line
-
-
-def _previewer(device: torch.device) -> Any:
-    """ComfyUI's previewer with its own factors, or None where previews are switched off."""
-    import comfy.latent_formats
-    import latent_preview
-
-    return latent_preview.get_previewer(device, comfy.latent_formats.HunyuanVideo())
 
 
 def register(module: nn.Module, name: str, runtime: ComfyRuntime) -> LoadedModel:

@@ -17,7 +17,7 @@ from ...skyreels.config import (
     Guidance,
     TransformerConfig,
 )
-from ...skyreels.errors import ShapeError, TextError
+from ...skyreels.errors import OptionError, ShapeError, TextError
 from ...skyreels.sampling.prompts import Prompt, ScheduledPrompt, percent_to_sigma, scheduled
 
 logger = logging.getLogger("skyreels.nodes.local.convert")
@@ -263,6 +263,32 @@ def latent_samples(latent: Latent, name: str = "latent") -> Tensor:
     if not bool(samples.isfinite().all()):
         raise ShapeError(f"The {name} holds NaN or infinity: check the node that made it.")
     return samples
+
+
+def check_denoise(denoise: float, sigmas: Tensor | None, start: Tensor | None) -> None:
+    """Refuse a run of the schedule's end alone that has no clip to start from.
+
+    Args:
+        denoise: the widget.
+        sigmas: that replace it, if connected.
+        start: latents to start from, if connected.
+
+    Raises:
+        OptionError: denoise below 1 and no latent, or sigmas that begin below 1 and none.
+    """
+    if sigmas is not None and denoise < 1:
+        logger.warning("denoise %g is not used: `sigmas` is connected.", denoise)
+    begin = denoise if sigmas is None else float(sigmas[0]) if sigmas.numel() else 1.0
+    if begin > 0.99 or (start is not None and bool(start.any())):
+        return
+    what = f"denoise is {denoise:g}" if sigmas is None else f"`sigmas` begin at {begin:.3g}"
+    if start is not None:
+        logger.warning("%s, and `latent` is empty: the clip starts from a grey one.", what)
+        return
+    raise OptionError(
+        f"{what}, so only the end of the schedule would run, and no clip to start from is "
+        "connected: connect one to `latent`, or set denoise to 1."
+    )
 
 
 def size_without_picture(

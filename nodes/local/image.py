@@ -145,11 +145,14 @@ class SkyReelsImageConditioning:
         }
 
     @classmethod
-    def VALIDATE_INPUTS(cls, num_frames: int | None = None) -> bool | str:
-        # only this one, because core shows the answer once for every input that is named here;
-        # the rest, and linked values, are checked when the node runs
+    def VALIDATE_INPUTS(
+        cls, num_frames: int | None = None, width: int | None = None, height: int | None = None
+    ) -> bool | str:
+        # before minutes of loading; linked values are not known yet, and checked when the node runs
+        given = (width, height, num_frames)
+        known = zip(given, (SIZE_MULTIPLE, SIZE_MULTIPLE, 1), strict=True)
         try:
-            check_size(SIZE_MULTIPLE, SIZE_MULTIPLE, 1 if num_frames is None else num_frames)
+            check_size(*(least if value is None else value for value, least in known))
         except ShapeError as error:
             return str(error)
         return True

@@ -2,13 +2,15 @@
 
 import logging
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from torch import Tensor
 
+from ...skyreels.builtin import BUILTIN_NAME, warn_of_builtin_size
 from ...skyreels.conditioning.latents import ImageConditioning
-from ...skyreels.config import ATTENTIONS, MAX_STEPS, ContextWindows, Guidance
-from ...skyreels.sampling.batch import Clip, sample_batch
+from ...skyreels.config import ATTENTIONS, BAD_RENDERS, MAX_STEPS, ContextWindows, Guidance
+from ...skyreels.sampling.batch import Clip, sample_clips
 from ...skyreels.sampling.calibrate import CACHE_CHOICES, choose_cache
 from ...skyreels.sampling.schedules import SCHEDULES, named_sigmas
 from ...skyreels.sampling.settings import SamplingSettings, euler, get_sigmas
@@ -310,6 +312,18 @@ class SkyReelsSampler:
                         "Not together with a cache."
                     },
                 ),
+                "bad_render": (
+                    list(BAD_RENDERS),
+                    {
+                        "default": "off",
+                        "advanced": True,
+                        "tooltip": "Halfway (step 15 of 30 with shift 7) look whether the clip "
+                        "will stand still, cut to another scene or change colours. warn says so, "
+                        "stop ends the run, retry goes on with the next seed, four tries in all; "
+                        "the seed that was used is in the log and in the latent. The limits were "
+                        "measured on the built-in model only, so off is the default.",
+                    },
+                ),
             },
             "hidden": {"unique_id": "UNIQUE_ID"},
         }
@@ -341,6 +355,7 @@ class SkyReelsSampler:
         attention: str = "exact",
         guidance: Guidance | None = None,
         windows: ContextWindows | None = None,
+        bad_render: str = "off",
         unique_id: str | None = None,
     ) -> tuple[convert.Latent]:
         convert.warn_unused(positive, negative)
@@ -351,6 +366,7 @@ class SkyReelsSampler:
             image = convert.image_from_conditioning(positive, latent)
         elif any("concat_latent_image" in extras for _, extras in positive):
             logger.warning("The picture in the conditioning is not used: `image` is connected.")
+        connected = sigmas
         if sigmas is None:
             sigmas = get_sigmas(steps, shift, denoise)
         combined = replace(
@@ -372,7 +388,10 @@ class SkyReelsSampler:
             resume=host.resume_folder() if resume else None,
             loras=model.loras,
             windows=windows,
+            bad_render=bad_render,
         )
+        if add_noise:
+            convert.check_denoise(denoise, connected, start)
         count = convert.num_clips(image, start)
         convert.warn_surplus(positive, "positive", count)
         convert.warn_surplus(negative, "negative", count)
@@ -383,9 +402,10 @@ class SkyReelsSampler:
             prompts = convert.to_prompts(
                 positive, negative, combined, shift, model.module.config, index=index
             )
-            solver = euler
+            solver, solver_of = euler, None
             if sampler is not None:  # one that adds noise of its own has another seed a clip
-                solver = host.core_solver(sampler, shift, (seed + index) % 2**64)
+                solver_of = partial(_solver_of_clip, sampler, shift, index)
+                solver = solver_of(seed)
             own = replace(
                 settings,
                 seed=seed,
@@ -395,7 +415,18 @@ class SkyReelsSampler:
                 noise_index=indices[index],
                 noise_mask=convert.clip_of(mask, index),
             )
-            clips.append(Clip(convert.of_batch(image, index, count), *prompts, own))
+            picture = convert.of_batch(image, index, count)
+            clips.append(Clip(picture, *prompts, own, solver_of))
         runtime = host.ComfyRuntime(unique_id, model, with_preview=True)
-        samples = sample_batch(model.module, clips, runtime=runtime)
-        return ({**(latent or {}), "samples": samples},)
+        if model.name == BUILTIN_NAME:
+            told = warn_of_builtin_size(image.width, image.height, image.num_frames)
+            if told is not None:
+                runtime.note(told)
+        samples, seeds = sample_clips(model.module, clips, runtime=runtime)
+        used = {"seeds": seeds} if bad_render == "retry" else {}
+        return ({**(latent or {}), **used, "samples": samples},)
+
+
+def _solver_of_clip(sampler: Any, shift: float, index: int, seed: int) -> Any:
+    """The solver of a clip of a batch, for the seed of the batch."""
+    return host.core_solver(sampler, shift, (seed + index) % 2**64)

@@ -22,6 +22,11 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("skyreels.nodes.remote.account")
 
+HOW_TO_SET = (
+    "paste it into Settings > SkyReels > Wiro, or set WIRO_API_KEY (and WIRO_API_SECRET for a "
+    "project with signature) in the environment of ComfyUI; the key is on the project's page in "
+    "the Wiro dashboard"
+)
 #: file of the page's other settings
 SETTINGS_NAME = "settings.json"
 
@@ -113,17 +118,12 @@ def make_client(sleep: Callable[[float], None] = time.sleep) -> "Client":
         ConfigError: no key; the message says where to set it.
     """
     from ...wiro_api.client import Client
-    from ...wiro_api.errors import ConfigError
     from ...wiro_api.signing import load_credentials
     from ...wiro_api.transport import base_url
     from ...wiro_api.websocket import socket_url
 
-    try:
-        credentials = load_credentials(file=credentials_file())
-    except ConfigError as error:
-        raise ConfigError(f"{error} In ComfyUI: Settings > SkyReels > Wiro.") from None
     return Client(
-        credentials,
+        load_credentials(file=credentials_file(), how_to_set=HOW_TO_SET),
         base_url=base_url(),
         socket_url=socket_url(),
         sleep=sleep,

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
 #: if neither Linux nor psutil reports it (the extra "standalone" brings psutil)
 ASSUMED_HOST_BYTES = 16 * 1024**3
+#: of a stage that is reported in parts, beside the first
+REPORTS = 40
 #: of main memory that may be page-locked; Windows refuses about half
 PINNABLE_SHARE = 0.4 if sys.platform == "win32" else 0.9
 #: of main memory never page-locked by us, and free at least while we do
@@ -98,12 +100,39 @@ class Runtime(Protocol):
         """
         ...
 
+    def note(self, text: str) -> None:
+        """Show a sentence where the run is shown, until it ends; the log has it already."""
+        ...
+
     def check_interrupt(self) -> None:
         """Raise the host's own exception if the user asked to stop.
 
         Called between blocks, tiles and weight loads.
         """
         ...
+
+
+def in_parts(runtime: Runtime, stage: str, total: int) -> Callable[[int], None]:
+    """Reports of a stage of very many units, such as bytes, at most REPORTS + 1 of them.
+
+    Args:
+        runtime: that is told; of 0 at once.
+        stage: its name.
+        total: units.
+
+    Returns:
+        report(done), to be called after every part.
+    """
+    runtime.progress(stage, 0, total)
+    told = 0
+
+    def report(done: int) -> None:
+        nonlocal told
+        if done >= total or (done - told) * REPORTS >= total:
+            told = done
+            runtime.progress(stage, done, total)
+
+    return report
 
 
 def ignore_progress(stage: str, done: int, total: int, preview: Tensor | None = None) -> None:
@@ -183,6 +212,9 @@ class TorchRuntime:
     def progress(self, stage: str, done: int, total: int, preview: Tensor | None = None) -> None:
         """Hand the report to the callback given at construction."""
         self._on_progress(stage, done, total, preview)
+
+    def note(self, text: str) -> None:
+        """Do nothing: the log is all that there is."""
 
     def check_interrupt(self) -> None:
         """Hand the check to the callback given at construction."""

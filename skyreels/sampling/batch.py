@@ -3,8 +3,8 @@
 Each clip is a run of its own, so a batch needs the memory of one clip and the time of all.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import torch
@@ -13,19 +13,25 @@ from torch import Tensor
 from ..conditioning.latents import ImageConditioning
 from ..runtime import Runtime
 from ..transformer.model import SkyReelsTransformer
+from .bad_render import with_retries
 from .prompts import Prompt
 from .sample import sample
-from .settings import SamplingSettings
+from .settings import SamplingSettings, Solver
 
 
 @dataclass(frozen=True)
 class Clip:
-    """One clip of a batch; its attributes are the inputs of `sample`."""
+    """One clip of a batch; its attributes are the inputs of `sample`.
+
+    Attributes:
+        solver_of: makes the solver for a seed; None where `settings` has one for every seed.
+    """
 
     image: ImageConditioning
     prompt: Prompt
     negative: Prompt | None
     settings: SamplingSettings
+    solver_of: Callable[[int], Solver] | None = None
 
 
 def sample_batch(
@@ -44,14 +50,47 @@ def sample_batch(
     Raises:
         SkyReelsError: see `sample`.
     """
+    return sample_clips(transformer, clips, runtime=runtime)[0]
+
+
+def sample_clips(
+    transformer: SkyReelsTransformer, clips: Sequence[Clip], *, runtime: Runtime
+) -> tuple[Tensor, list[int]]:
+    """The same, for a caller who asks which seeds were used.
+
+    Args:
+        transformer: as for `sample`.
+        clips: at least one, of one size. With `bad_render` "retry" each has tries of its own.
+        runtime: as for `sample_batch`.
+
+    Returns:
+        As of `sample_batch`, and the seed of each clip.
+
+    Raises:
+        SkyReelsError: see `sample`; of the first clip that cannot be had.
+    """
     total = sum(clip.settings.num_steps for clip in clips)
-    made, done = [], 0
+    made, seeds, done = [], [], 0
     for clip in clips:
-        inputs = (clip.image, clip.prompt, clip.negative, clip.settings)
         part = runtime if len(clips) == 1 else _PartOfBatch(runtime, done, total)
-        made.append(sample(transformer, *inputs, runtime=cast(Runtime, part)))
+        latents, used = _sample_clip(transformer, clip, cast(Runtime, part))
+        made.append(latents)
+        seeds.append(used.seed)
         done += clip.settings.num_steps
-    return torch.cat(made)
+    return torch.cat(made), seeds
+
+
+def _sample_clip(
+    transformer: SkyReelsTransformer, clip: Clip, runtime: Runtime
+) -> tuple[Tensor, SamplingSettings]:
+    def run(settings: SamplingSettings) -> Tensor:
+        if clip.solver_of is not None:
+            settings = replace(settings, solver=clip.solver_of(settings.seed))
+        return sample(
+            transformer, clip.image, clip.prompt, clip.negative, settings, runtime=runtime
+        )
+
+    return with_retries(clip.settings, run)
 
 
 class _PartOfBatch:

@@ -21,7 +21,7 @@ from .settings import SamplingSettings
 logger = logging.getLogger("skyreels.sampling.resume")
 
 #: settings that do not decide the result of a run that can be resumed: its solver is Euler
-NOT_IN_FINGERPRINT = {"solver", "resume", "loras"}
+NOT_IN_FINGERPRINT = {"solver", "resume", "loras", "bad_render"}
 #: options of later versions, part of it only where they are used: files of earlier versions fit
 ADDED_LATER: dict[str, object] = {"noise_index": 0, "noise_mask": None, "windows": None}
 

@@ -45,6 +45,7 @@ from ..transformer.placement import placed
 from ..transformer.sparse_attention import DenseRun
 from ..weights.lora.apply import check_loras, use_loras
 from .attend import attention_of_run, name_of, shared_out, warn_of_few_steps
+from .bad_render import watch_of_run
 from .finite import FiniteWatch, suspects
 from .guidance import guided_velocity
 from .network import Network, blocks_to_skip
@@ -118,6 +119,7 @@ def sample(
         ShapeError: latents of another size than the video's, an input with NaN or infinity, or a
             step whose result has them.
         TextError: embeddings that do not fit the transformer.
+        BadRenderError: the clip would be bad, and `settings.bad_render` is "stop" or "retry".
         OutOfRoomError: not even one block fits the device.
         CheckpointError: a damaged file of saved steps; a LoRA that does not fit these weights, or
             weights that must be read again and are gone.
@@ -141,11 +143,13 @@ def sample(
     run.report_gaps(settings)
     reported = first_step
     watch = FiniteWatch(num_steps, runtime.device, suspects(transformer, settings))
+    look = watch_of_run(image, settings, first_step, runtime)
 
     def on_step(step: int, latents: Tensor, denoised: Tensor) -> None:
         nonlocal reported
         reported = first_step + step + 1
         watch.note(reported, latents)
+        look(reported, denoised)  # before it is saved: a resumed run looks again
         save_step(reported, latents)
         runtime.progress("sample", reported, num_steps, denoised)
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..conditioning.latents import is_whole, seeded_generator
-from ..config import ATTENTIONS, MAX_STEPS, ContextWindows, Guidance
+from ..config import ATTENTIONS, BAD_RENDERS, MAX_STEPS, ContextWindows, Guidance
 from ..errors import OptionError, ShapeError
 from ..transformer.attention import Attention
 from ..transformer.sparse_attention import SparseConfig
@@ -133,6 +133,9 @@ class SamplingSettings:
         loras: in use together; the transformer is brought to exactly these before the first step,
             and keeps them until another run asks for others.
         windows: see `ContextWindows`; None predicts the whole clip at once. Not with a cache.
+        bad_render: one of config.BAD_RENDERS, see bad_render.py: what happens when the estimate
+            halfway is a still, jumps or drifts in colour. "warn" logs it, "stop" and "retry" end
+            the run with an error, which `with_retries` answers with the next seed for "retry".
 
     Raises:
         OptionError: a value outside its range, or two that contradict each other.
@@ -153,6 +156,7 @@ class SamplingSettings:
     noise_mask: Tensor | None = None
     loras: tuple[AppliedLora, ...] = ()
     windows: ContextWindows | None = None
+    bad_render: str = "off"
 
     def __post_init__(self) -> None:
         seeded_generator(self.seed)  # refuses a seed outside its range
@@ -170,6 +174,7 @@ class SamplingSettings:
             raise OptionError(
                 f"Attention {self.attention!r} is not one of {', '.join(ATTENTIONS)}."
             )
+        _check_bad_render(self.bad_render, self.resume)
         if self.resume is not None and self.solver is not euler:
             raise OptionError(
                 "Resuming needs the Euler solver: the state of other solvers is not saved. "
@@ -201,6 +206,18 @@ class SamplingSettings:
     def uses_cfg(self) -> bool:
         """Whether the negative prompt is used at all."""
         return self.guidance.true_cfg_scale > 1
+
+
+def _check_bad_render(bad_render: str, resume: Path | None) -> None:
+    if bad_render not in BAD_RENDERS:
+        raise OptionError(
+            f"bad_render {bad_render!r} is not one of {', '.join(BAD_RENDERS)}: use off."
+        )
+    if resume is not None and bad_render == "retry":
+        raise OptionError(
+            "Resuming and bad_render retry do not go together: the saved steps are those of "
+            "one seed. Set bad_render to stop, or switch resuming off."
+        )
 
 
 def _check_sigmas(sigmas: Tensor) -> None:

@@ -3,6 +3,7 @@
 import hashlib
 import logging
 import os
+import re
 import threading
 from collections import OrderedDict
 from collections.abc import Iterator
@@ -34,6 +35,8 @@ DEFAULT_NEGATIVE_PROMPT = (
 
 #: context of CLIP-L
 MAX_CLIP_TOKENS = 77
+#: words of a prompt that a message names
+_MAX_NAMED = 12
 #: prompts kept in memory: 4 MB each at most
 _CACHE_ENTRIES = 32
 
@@ -79,6 +82,7 @@ def encode_prompt(
             f"Character {error.start + 1} of the prompt is an unpaired surrogate (invalid "
             "Unicode): re-type it."
         ) from None
+    _warn_of_unknown(encoder, prompt, runtime)
     key = _cache_key(encoder.fingerprint, text)
     if (cached := _find_cached(key, cache_dir)) is not None:
         if cache_dir is not None and not _cache_path(key, cache_dir).is_file():
@@ -100,6 +104,21 @@ def encode_prompt(
     if cache_dir is not None:
         _write_cache(_cache_path(key, cache_dir), embeds)
     return embeds
+
+
+def _warn_of_unknown(encoder: TextEncoder, prompt: str, runtime: Runtime) -> None:
+    """Name the words of a prompt that mean nothing to the encoder, in one warning."""
+    words = dict.fromkeys(re.findall(r"[^\W\d_]+", prompt.lower()))
+    unknown = [word for word in words if word not in encoder.known_words]
+    if not encoder.known_words or not unknown:
+        return
+    named = ", ".join(unknown[:_MAX_NAMED]) + (", ..." if len(unknown) > _MAX_NAMED else "")
+    text = (
+        f"The built-in model does not know {shown(named, 300)}: it reads prompts like "
+        '"a red circle moves left".'
+    )
+    logger.warning(text)
+    runtime.note(text)
 
 
 def cached_prompt(

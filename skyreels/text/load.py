@@ -88,6 +88,7 @@ class TextEncoder:
         template: text with "{}" where the prompt goes.
         crop_start: tokens before that place, which are cut off the states.
         fingerprint: hex digest of everything that decides the numbers; part of the cache key.
+        known_words: all words that mean something to it, in lower case; empty where any may.
     """
 
     llm: nn.Module
@@ -97,6 +98,7 @@ class TextEncoder:
     template: str
     crop_start: int
     fingerprint: str
+    known_words: frozenset[str] = frozenset()
 
 
 def prompt_template() -> str:
@@ -143,7 +145,7 @@ def load_text_encoder(
         source: a folder that contains text_encoder/, text_encoder_2/, tokenizer/ and tokenizer_2/,
             or what `find_text_sources` found.
         exact: compute in fp32, which needs 30 GB for the real encoders.
-        runtime: progress "load", in models or bytes; asked for an interrupt before each of the two.
+        runtime: progress "load" in bytes; asked for an interrupt before each of the two.
 
     Returns:
         Both models in eval mode, without gradients.
@@ -177,13 +179,14 @@ def load_text_encoder(
     clip_dtype = _compute_dtype(root / "text_encoder_2", exact, torch.float32, runtime.device)
 
     runtime.check_interrupt()
-    runtime.progress("load", 0, 2)
+    sizes = [_weight_bytes(root / name) for name in ("text_encoder", "text_encoder_2")]
+    runtime.progress("load", 0, sum(sizes))
     if llm_dtype is None:
         llm, _ = load_llama(root / "text_encoder", exact=exact, runtime=runtime, config=llm_config)
     else:
         llm = _load_model(transformers.LlamaModel, root / "text_encoder", llm_config, llm_dtype)
         llm.norm = nn.Identity()
-    runtime.progress("load", 1, 2)
+    runtime.progress("load", sizes[0], sum(sizes))
     runtime.check_interrupt()
     if clip_dtype is None:
         clip, _ = load_clip(
@@ -197,9 +200,16 @@ def load_text_encoder(
         clip = _load_model(
             transformers.CLIPTextModel, root / "text_encoder_2", clip_config, clip_dtype
         )
-    runtime.progress("load", 2, 2)
+    runtime.progress("load", sum(sizes), sum(sizes))
     fingerprint = fingerprint_text_encoder(root, exact=exact, runtime=runtime)
     return _encoder(llm, clip, llm_tokenizer, clip_tokenizer, fingerprint, runtime)
+
+
+def _weight_bytes(folder: Path) -> int:
+    """Bytes of the weight files in a folder."""
+    return sum(
+        file.stat().st_size for file in folder.iterdir() if file.suffix in (".safetensors", ".bin")
+    )
 
 
 def _load_files(source: TextSources, exact: bool, runtime: Runtime) -> TextEncoder:

@@ -30,7 +30,7 @@ from ..errors import CheckpointError, OptionError, shown
 from ..kernels import QuantFormat
 from ..kernels.blocks import factors
 from ..kernels.dispatch import is_passing
-from ..runtime import Runtime
+from ..runtime import Runtime, in_parts
 from ..transformer.block_linear import BlockLinear, unpack
 from ..transformer.model import SkyReelsTransformer
 from ..transformer.quant import (
@@ -575,7 +575,7 @@ def _assemble(
     total = sum(part.entry.num_bytes for target in targets for part in target.parts)
     done = 0
     device = runtime.offload_device
-    runtime.progress("load", 0, total)
+    report = in_parts(runtime, "load", total)
     with ExitStack() as stack, torch.inference_mode(False), torch.no_grad():
         reader = _Reader(stack)
         _check_formats(info, reader)
@@ -593,7 +593,7 @@ def _assemble(
                 bias = dict(layer.named_parameters()).get("bias")
                 module.set_submodule(layer_name, BlockLinear(weight.to(device), kind, bias))
                 done += sum(part.entry.num_bytes for part in target.parts)
-                runtime.progress("load", done, total)
+                report(done)
                 continue
             hadamard_block, weight_only = 0, True
             if quant_format is not None and _is_stored_as(weight, quant_format.dtype):
@@ -622,7 +622,7 @@ def _assemble(
                 parameter = nn.Parameter(weight.to(device), requires_grad=False)
                 setattr(layer, attribute, parameter)
             done += sum(part.entry.num_bytes for part in target.parts)
-            runtime.progress("load", done, total)
+            report(done)
     return module.eval()
 
 

@@ -1,6 +1,7 @@
 """The built-in model: it does what it was trained for, in every way it can be run, and says what
 it is. The full yardstick is a bench (tests/bench/quality.py); this is a handful of its cases."""
 
+import re
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -242,6 +243,14 @@ def test_any_text_encodes(encoder, words):
     config = builtin.builtin_transformer(runtime=RUNTIME).config
     embeds = encode.encode_prompt(encoder, words, runtime=RUNTIME)
     text_embeds.check_prompt_embeds(embeds, config)
+
+
+def test_the_words_it_knows_are_those_of_its_training(encoder):
+    generator = torch.Generator().manual_seed(1)
+    scenes = data.draw_scenes(4000, generator, held_out=None)
+    texts = [*data.write_prompts(scenes, generator), encode.DEFAULT_NEGATIVE_PROMPT]
+    trained = {word for text in texts for word in re.findall(r"[^\W\d_]+", text.lower())}
+    assert encoder.known_words == trained | {"fps"}
 
 
 def test_the_template_takes_as_many_tokens_as_the_real_one(encoder):

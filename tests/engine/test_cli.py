@@ -30,6 +30,7 @@ from comfyui_skyreels.skyreels.errors import OptionError
 from comfyui_skyreels.skyreels.image import example_image
 from comfyui_skyreels.skyreels.pipeline import image_to_video
 from comfyui_skyreels.skyreels.runtime import TorchRuntime, outcomes
+from comfyui_skyreels.skyreels.sampling import bad_render
 from comfyui_skyreels.skyreels.sampling.settings import SamplingSettings, get_sigmas
 from comfyui_skyreels.skyreels.text.encode import DEFAULT_NEGATIVE_PROMPT, encode_prompt
 from comfyui_skyreels.skyreels.transformer.model import SkyReelsTransformer
@@ -1133,3 +1134,75 @@ def test_two_devices_are_named_with_a_comma(monkeypatch):
     ):
         with pytest.raises(OptionError, match=words):
             pick_devices(names)
+
+
+# --- nothing is silent --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("choice", ["stop", "retry"])
+def test_a_bad_render_ends_the_command_or_takes_the_next_seed(
+    capsys, tmp_path, monkeypatch, choice
+):
+    looks = [bad_render.Look(0.1, 0.0, 0.0, 1)]
+    good = bad_render.Look(2.0, 0.0, 0.0, 1)
+    monkeypatch.setattr(bad_render, "look_at", lambda *_: looks.pop() if looks else good)
+    command = ["generate", "--prompt", "a red circle moves left", "--steps", "4", "--seed", "6"]
+    options = ["--bad-render", choice, "--out", tmp_path / "a.npy", "--json"]
+    code, out, err = run(capsys, *command, *options)
+    if choice == "stop":
+        assert code == 1
+        assert "seed 6: at step 3 of 4 the clip stands still" in json.loads(out)["error"]
+        assert not (tmp_path / "a.npy").exists()
+    else:
+        assert json.loads(out)["seed"] == 7
+        assert run(capsys, *command[:-1], "7", "--out", tmp_path / "b.npy")[0] == 0
+        assert (tmp_path / "a.npy").read_bytes() == (tmp_path / "b.npy").read_bytes()
+    assert err.count("Bad render") == 1 - (choice == "retry")  # a warning is in the log
+
+
+def test_words_that_the_built_in_model_does_not_know_are_named_once(capsys, tmp_path, caplog):
+    prompt = "a purple dog moves left, quickly, past a purple (tree:1.2)"
+    made = run(capsys, "generate", "--prompt", prompt, "--steps", "1", "--out", tmp_path / "a.npy")
+    assert made[0] == 0
+    lines = [line for line in caplog.messages if "does not know" in line]
+    assert len(lines) == 1
+    assert "does not know purple, dog, quickly, past, tree:" in lines[0]
+
+
+@pytest.mark.parametrize("size", [(["--width", "32"]), (["--height", "112"]), (["--frames", "37"])])
+def test_a_size_that_the_built_in_model_cannot_do_is_named(capsys, tmp_path, caplog, size):
+    command = ["generate", *FAST, "--cfg", "1", "--out", tmp_path / "a.npy"]
+    assert run(capsys, *command, *size)[0] == 0
+    assert "trained on 64x64 and 17 frames" in caplog.text
+
+
+def test_sizes_that_will_do_and_known_words_are_not_named(capsys, tmp_path, caplog):
+    command = ["generate", *FAST, "--out", tmp_path / "a.npy", "--width", "96", "--frames", "33"]
+    assert run(capsys, *command)[0] == 0
+    assert "built-in" not in caplog.text
+
+
+@pytest.mark.parametrize("size", [["--width", "100"], ["--height", "8"], ["--frames", "98"]])
+def test_an_illegal_size_is_refused_before_any_weight_file_is_looked_at(
+    capsys, tmp_path, monkeypatch, size
+):
+    from comfyui_skyreels.skyreels.weights import load
+
+    monkeypatch.setattr(load, "check_transformer", lambda *_, **__: pytest.fail("looked"))
+    weights = ["--transformer", "t", "--vae", "v", "--text-encoder", "e"]
+    code, _, err = run(capsys, "generate", *FAST, *weights, *size, "--out", tmp_path / "a.npy")
+    assert code == 1
+    assert f" {size[1]} " in err
+    assert " use " in err
+
+
+def test_where_standard_error_is_a_file_a_line_a_minute_says_how_far_it_is(capsys, monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(cli.time, "perf_counter", lambda: now[0])
+    with cli.progress_bar() as report:
+        for step in range(31):
+            report("sample", step, 30)
+            now[0] += 25.0
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0] == "sample 10 %, 675 s left"
+    assert len(lines) == 10

@@ -52,6 +52,7 @@ class Host:
     checks: int = 0
     progress: list[tuple[int, int]] = field(default_factory=list)
     texts: list[str] = field(default_factory=list)
+    latent_formats: list[Any] = field(default_factory=list)
     previews: list[Any] = field(default_factory=list)
     loaded: list[Any] = field(default_factory=list)
     loads: list[dict[str, Any]] = field(default_factory=list)
@@ -257,7 +258,12 @@ def stand_ins(host: Host) -> dict[str, ModuleType]:
     preview: Any = modules["latent_preview"]
     preview.MAX_PREVIEW_RESOLUTION = 512
     preview.Latent2RGBPreviewer = Latent2RGBPreviewer
-    preview.get_previewer = lambda device, latent_format: get_previewer(host.preview_method)
+
+    def previewer_of(device: Any, latent_format: Any) -> Any:
+        host.latent_formats.append(latent_format)
+        return get_previewer(host.preview_method)
+
+    preview.get_previewer = previewer_of
     latest: Any = modules["comfy_api.latest"]
     latest.InputImpl = SimpleNamespace(
         VideoFromFile=VideoFromFile, VideoFromComponents=VideoFromComponents

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from ...config import TransformerConfig
 from ...errors import CheckpointError, OptionError
-from ...runtime import Runtime
+from ...runtime import Runtime, in_parts
 from ...transformer.model import SkyReelsTransformer
 from ...transformer.side_branch import Factors, SideBranch
 from ..load import reload_parameters
@@ -241,7 +241,7 @@ def use_loras(
     total, done = sum(sizes.values()), 0
     largest = max(math.prod(shapes[name]) for name in changed)
     runtime.make_room(HELD_TENSORS * largest * torch.float32.itemsize)
-    runtime.progress("load", 0, total)
+    report = in_parts(runtime, "load", total)
     with torch.inference_mode(False), torch.no_grad():
         for name, base in _bases(transformer, changed, state, runtime):
             runtime.check_interrupt()
@@ -255,7 +255,7 @@ def use_loras(
             else:
                 del state[name]
             done += sizes[name]
-            runtime.progress("load", done, total)
+            report(done)
     named = ", ".join(f"{each.lora.name} ({each.strength:g})" for each in loras)
     logger.info("LoRAs in use: %s; %d weights were changed.", named or "none", len(changed))
 

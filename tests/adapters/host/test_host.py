@@ -307,3 +307,40 @@ def test_a_loaded_model_whose_handle_is_gone_gives_nothing_back(comfy):
     runtime = host.ComfyRuntime()
     comfy.others.append(SimpleNamespace(device=runtime.device, model=None))
     assert runtime.reclaimable_bytes() == 0
+
+
+# --- the console and the node -------------------------------------------------------------------
+
+
+def test_the_console_has_one_line_for_all_steps_of_a_run(comfy, capsys):
+    runtime = host.ComfyRuntime(unique_id="1")
+    with runtime.place(tiny.transformer(), 0):
+        for done in range(4):
+            runtime.progress("load", done, 3)
+            runtime.progress("sample", done, 3)
+    assert "3/3" in capsys.readouterr().err
+    for done in (0, 1, 2, 0, 1):  # the last try is another run
+        runtime.progress("sample", done, 3)
+    lines = capsys.readouterr().err
+    assert lines.count("\n") == 1
+    assert "100%" not in lines
+
+
+def test_the_console_stays_quiet_where_core_keeps_its_own_bars_off(comfy, capsys, monkeypatch):
+    import comfy.utils
+
+    monkeypatch.setattr(comfy.utils, "PROGRESS_BAR_ENABLED", False, raising=False)
+    host.ComfyRuntime(unique_id="1").progress("sample", 1, 3)
+    assert capsys.readouterr().err == ""
+
+
+def test_a_line_that_is_on_the_node_already_is_not_sent_again(comfy):
+    runtime = host.ComfyRuntime(unique_id="1")
+    for done in (1, 2, 3):
+        runtime.progress("load", done, 200_000_000)
+    assert comfy.texts == ["loading 0.0 of 0.2 GB"]
+    runtime.note("Something to know.")
+    runtime.progress("sample", 3, 3)
+    assert comfy.texts[1:] == [
+        "loading 0.0 of 0.2 GB\nSomething to know.", "step 3/3\nSomething to know.",
+    ]  # fmt: skip

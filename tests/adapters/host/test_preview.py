@@ -8,9 +8,17 @@ from itertools import count
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from comfyui_skyreels.nodes import host
 from comfyui_skyreels.nodes.host import preview
+from comfyui_skyreels.skyreels import builtin
 from comfyui_skyreels.skyreels.conditioning.latents import latents_to_rgb
+from comfyui_skyreels.skyreels.config import Guidance
+from comfyui_skyreels.skyreels.image import example_image
+from comfyui_skyreels.skyreels.pipeline import image_to_video
+from comfyui_skyreels.skyreels.runtime import TorchRuntime
+from comfyui_skyreels.skyreels.sampling.settings import SamplingSettings, get_sigmas
+from comfyui_skyreels.skyreels.text.encode import encode_prompt
 from PIL import Image
 from support import tiny
 from support.host import InterruptProcessingException, NamedPatcher
@@ -222,3 +230,92 @@ def test_an_error_is_logged_once_and_the_run_goes_on_without(
     assert [step for step, _ in comfy.progress] == [0, 1, 2]
     assert caplog.text.count("No more moving previews in this run") == 1
     assert ("no space" if where == "thread" else "T, h, w") in caplog.text
+
+
+# --- colours, frames, cost ----------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def half_and_end():
+    """Of three clips of the built-in model: the estimate at half the steps, and the video."""
+    runtime = TorchRuntime()
+    transformer = builtin.builtin_transformer(runtime=runtime)
+    vae = builtin.builtin_vae(runtime=runtime)
+    encoder = builtin.builtin_text_encoder(runtime=runtime)
+    prompts = ("a red circle moves left", "a red circle fades out", "a red circle grows")
+    made = []
+    for seed, prompt in enumerate(prompts):
+        estimates = []
+
+        def keep(stage, done, total, estimate, estimates=estimates):
+            if estimate is not None:
+                estimates.append(estimate)
+
+        settings = SamplingSettings(
+            seed=seed, sigmas=get_sigmas(16), riflex_k=0, guidance=Guidance(6.0)
+        )
+        video = image_to_video(
+            transformer, vae, example_image(),
+            *(encode_prompt(encoder, text, runtime=runtime) for text in (prompt, "")), settings,
+            width=64, height=64, num_frames=17, runtime=TorchRuntime(on_progress=keep),
+        )  # fmt: skip
+        made.append((estimates[7], video))
+    return made
+
+
+def test_previews_of_the_built_in_model_look_like_its_clips_at_half_the_steps(comfy, half_and_end):
+    model = host.LoadedModel(tiny.transformer(), NamedPatcher("ours"), builtin.BUILTIN_NAME)
+    for estimate, video in half_and_end:
+        comfy.events.clear()
+        runtime = host.ComfyRuntime("1", model, with_preview=True)
+        runtime.progress("sample", 8, 16, estimate)
+        (clip,) = wait(comfy, 1)
+        frames = torch.from_numpy(cut(clip).copy()).permute(0, 3, 1, 2) / 255
+        frames = F.interpolate(frames, size=(64, 64), mode="bilinear")
+        frames = frames[[0, *(1 + frame // 4 for frame in range(16))]].permute(0, 2, 3, 1)
+        assert -10 * torch.log10((frames - video).square().mean()) >= 12
+    own = comfy.latent_formats[-1]  # of ComfyUI's still
+    assert own.latent_rgb_factors == [list(row) for row in builtin.RGB_FACTORS]
+    assert own.taesd_decoder_name is None
+    host.ComfyRuntime("1", with_preview=True)
+    assert comfy.latent_formats[-1].latent_rgb_factors[1] == [0.01, -0.02, 0.03]
+
+
+@pytest.mark.parametrize(
+    ("value", "places"),
+    [
+        ("", [0, 1, 2, 3, 4, 5, 6, 7, 8]),
+        ("100", [0, 1, 2, 3, 4, 5, 6, 7, 8]),
+        ("5", [0, 2, 4, 6, 8]),
+        ("2", [0, 8]),
+        ("1", [0]),
+    ],
+)
+def test_the_number_of_frames_can_be_limited(comfy, monkeypatch, value, places):
+    monkeypatch.setenv("SKYREELS_PREVIEW_FRAMES", value)
+    estimate = latents(9, 1, 1).repeat(1, 1, 1, 4, 6)
+    host.ComfyRuntime("1", with_preview=True).progress("sample", 1, 30, estimate)
+    (clip,) = wait(comfy, 1)
+    assert clip["count"] == len(places)
+    assert clip["fps"] * 9 == pytest.approx(6 * len(places))  # it lasts as long
+    factors = torch.tensor([[0.01 * i, -0.02, 0.03] for i in range(16)])
+    whole = latents_to_rgb(estimate, factors, torch.tensor([0.1, -0.2, 0.3]), 2**18).numpy()
+    assert abs(cut(clip).astype(int) - whole[places].astype(int)).max() <= 6
+
+
+def test_a_number_of_frames_that_is_none_is_named(comfy, monkeypatch, caplog):
+    monkeypatch.setenv("SKYREELS_PREVIEW_FRAMES", "many")
+    host.ComfyRuntime("1", with_preview=True).progress("sample", 1, 30, latents())
+    assert wait(comfy, 1)[0]["count"] == 3
+    assert "SKYREELS_PREVIEW_FRAMES is 'many'" in caplog.text
+
+
+def test_at_full_size_a_preview_costs_less_than_a_hundredth_of_a_step():
+    from torch.utils.flop_counter import FlopCounterMode
+
+    estimate = torch.zeros(1, 16, 25, 68, 120)
+    with FlopCounterMode(display=False) as counter:
+        latents_to_rgb(estimate, torch.zeros(16, 3), torch.zeros(3), preview.MAX_PIXELS)
+    tokens, parameters, evaluations = 25 * 34 * 60, 12.8e9, 2
+    assert 0 < counter.get_total_flops() < 0.01 * 2 * parameters * tokens * evaluations
+    assert estimate.nbytes < 0.01 * 2 * parameters * evaluations  # read, against bf16 weights

@@ -10,16 +10,24 @@ from typing import Any
 import comfyui_skyreels
 import pytest
 import torch
+from comfyui_skyreels.nodes import host as adapter
 from comfyui_skyreels.nodes.local import convert, loaders
 from comfyui_skyreels.nodes.local import extend as extend_module
 from comfyui_skyreels.skyreels.builtin import BUILTIN_NAME
 from comfyui_skyreels.skyreels.conditioning.latents import ImageConditioning, to_vae_space
 from comfyui_skyreels.skyreels.config import ContextWindows, FreSca, Guidance, SkipLayers, Tiling
-from comfyui_skyreels.skyreels.errors import CheckpointError, OptionError, ShapeError, TextError
+from comfyui_skyreels.skyreels.errors import (
+    BadRenderError,
+    CheckpointError,
+    OptionError,
+    ShapeError,
+    TextError,
+)
 from comfyui_skyreels.skyreels.image import ImageSettings, encode_image
 from comfyui_skyreels.skyreels.pipeline import image_to_video
 from comfyui_skyreels.skyreels.pipeline.extend import ExtendSettings, extend_video
 from comfyui_skyreels.skyreels.runtime import TorchRuntime
+from comfyui_skyreels.skyreels.sampling import bad_render
 from comfyui_skyreels.skyreels.sampling.calibrate import (
     Calibration,
     Score,
@@ -28,7 +36,7 @@ from comfyui_skyreels.skyreels.sampling.calibrate import (
     save_calibration,
 )
 from comfyui_skyreels.skyreels.sampling.sample import sample
-from comfyui_skyreels.skyreels.sampling.settings import SamplingSettings, get_sigmas
+from comfyui_skyreels.skyreels.sampling.settings import SamplingSettings, euler, get_sigmas
 from comfyui_skyreels.skyreels.sampling.step_cache import CACHES, CacheConfig
 from comfyui_skyreels.skyreels.transformer.block_linear import BlockLinear
 from comfyui_skyreels.skyreels.transformer.placement import sampling_bytes
@@ -394,6 +402,14 @@ def test_a_length_that_cannot_be_is_refused_before_anything_runs(comfy, num_fram
     assert validate(97) is True
     assert validate() is True  # linked
     assert words in validate(num_frames)
+
+
+@pytest.mark.parametrize("size", [{"width": 100}, {"height": 0}, {"height": 8192}])
+def test_a_width_that_cannot_be_is_refused_before_anything_runs(comfy, size):
+    validate = NODES["SkyReelsImageConditioning"].VALIDATE_INPUTS
+    assert str(next(iter(size.values()))) in validate(**{**SIZE, **size})
+    assert str(next(iter(size.values()))) in validate(**size)  # the others are linked
+    assert validate(**SIZE) is True
 
 
 @pytest.mark.parametrize(
@@ -1245,3 +1261,92 @@ def test_an_adaptive_samplers_steps_are_reported_as_they_come(comfy, picture):
     make_clip(picture, sampler=sampler, unique_id="1")
     lines = [line for line in comfy.texts if line.startswith("step")]
     assert lines[-2:] == ["step 4", "step 2/2"]
+
+
+# --- nothing is silent --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"denoise": 0.5}, "denoise is 0.5"),
+        ({"sigmas": get_sigmas(2, denoise=0.5)}, "`sigmas` begin at 0.875"),
+    ],
+    ids=str,
+)
+def test_the_end_of_a_schedule_needs_a_clip_to_start_from(comfy, picture, caplog, change, words):
+    _, inputs = prepare(picture)
+    comfy.loads.clear()
+    with pytest.raises(OptionError, match=f"{words}, .*connect one to `latent`, or set denoise"):
+        node("SkyReelsSampler", **inputs, **change)
+    assert not comfy.loads  # before the model moves
+    empty = {"samples": torch.zeros(1, 16, 3, 4, 6)}
+    node("SkyReelsSampler", **inputs, **change, latent=empty)
+    assert f"{words}, and `latent` is empty" in caplog.text
+
+
+def test_a_denoise_that_connected_sigmas_replace_is_named(comfy, picture, caplog):
+    _, inputs = prepare(picture)
+    node("SkyReelsSampler", **inputs, sigmas=get_sigmas(2), denoise=0.5)
+    assert "denoise 0.5 is not used: `sigmas` is connected" in caplog.text
+
+
+def test_a_bad_render_is_said_on_the_node_stops_it_or_takes_another_seed(
+    comfy, picture, monkeypatch
+):
+    looks, bad = [], bad_render.Look(0.1, 0.0, 0.0, 1)
+    good = bad_render.Look(2.0, 0.0, 0.0, 1)
+    monkeypatch.setattr(bad_render, "look_at", lambda *_: looks.pop(0) if looks else good)
+    _, inputs = prepare(picture)
+    inputs["steps"] = 4
+    expected = node("SkyReelsSampler", **inputs)
+    looks.append(bad)
+    warned = node("SkyReelsSampler", **inputs, bad_render="warn", unique_id="1")
+    assert torch.equal(warned["samples"], expected["samples"])
+    assert "seeds" not in warned
+    assert comfy.texts[-1].startswith("step 4/4")
+    assert "stands still" in comfy.texts[-1]
+    looks.append(bad)
+    with pytest.raises(BadRenderError, match="seed 5: at step 3 of 4"):
+        node("SkyReelsSampler", **inputs, bad_render="stop")
+    looks.append(bad)
+    retried = node("SkyReelsSampler", **inputs, bad_render="retry")
+    assert retried["seeds"] == [6]
+    alone = node("SkyReelsSampler", **{**inputs, "seed": 6})
+    assert torch.equal(retried["samples"], alone["samples"])
+
+
+def test_a_retry_with_a_core_sampler_is_the_run_of_that_seed(comfy, picture, monkeypatch):
+    seeds = []
+    looks = [bad_render.Look(0.1, 0.0, 0.0, 1)]
+    good = bad_render.Look(2.0, 0.0, 0.0, 1)
+    monkeypatch.setattr(bad_render, "look_at", lambda *_: looks.pop() if looks else good)
+
+    def solver(sampler, shift, seed):
+        seeds.append(seed)
+        return euler
+
+    monkeypatch.setattr(adapter, "core_solver", solver)
+    _, inputs = prepare(picture)
+    inputs["steps"] = 4
+    node("SkyReelsSampler", **inputs, sampler=object(), bad_render="retry")
+    assert seeds[-2:] == [5, 6]
+
+
+def test_words_and_sizes_that_the_built_in_model_does_not_know_are_said_on_the_node(
+    comfy, picture, caplog
+):
+    encoder = node("SkyReelsTextEncoderLoader", text_encoder=BUILTIN_NAME)
+    texts = {
+        side: node("SkyReelsTextEncode", text_encoder=encoder, prompt=prompt, add_fps_prefix=False,
+                   unique_id="7")
+        for side, prompt in (("positive", "a dog moves left"), ("negative", ""))
+    }  # fmt: skip
+    assert "does not know dog:" in comfy.texts[-1] + comfy.texts[0]
+    model = node("SkyReelsTransformerLoader", transformer=BUILTIN_NAME, precision="auto")
+    vae = node("SkyReelsVAELoader", vae=BUILTIN_NAME, precision="auto")
+    image = node("SkyReelsImageConditioning", vae=vae, image=picture, fit="crop", **SIZE)
+    node("SkyReelsSampler", model=model, image=image, seed=1, steps=1, cfg=6.0, shift=7.0,
+         embedded_guidance=1.0, unique_id="8", **texts)  # fmt: skip
+    assert "48x32 and 9 frames are not for the built-in model" in comfy.texts[-1]
+    assert "48x32 and 9 frames" in caplog.text

@@ -435,7 +435,12 @@ def test_a_job_that_was_known_by_its_bytes_is_still_known(comfy, wiro):
 @pytest.mark.parametrize(
     ("environment", "inputs", "error", "words"),
     [
-        ({"WIRO_API_KEY": ""}, {}, ConfigError, "no Wiro API key.*Settings > SkyReels > Wiro"),
+        (
+            {"WIRO_API_KEY": ""},
+            {},
+            ConfigError,
+            "no Wiro API key: paste it into Settings > .* WIRO_API_KEY",
+        ),
         ({"WIRO_API_KEY": "wrong"}, {}, AuthError, "check key, secret"),
         ({"WIRO_API_SECRET": "wrong"}, {}, AuthError, "check key, secret"),
         ({"WIRO_API_KEY": "test key"}, {}, ConfigError, "API key holds a blank"),

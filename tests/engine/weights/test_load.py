@@ -530,6 +530,7 @@ def test_a_file_on_a_slow_disk_shows_its_progress_and_can_be_cancelled(
     tmp_path, state, monkeypatch
 ):
     """Every read waits until the test lets it go on, and then brings a thousand bytes."""
+    monkeypatch.setattr("comfyui_skyreels.skyreels.runtime.REPORTS", 10**9)  # of every tensor
     path = tiny.save(tmp_path / "x.safetensors", state)
     done = []
     load_transformer(path, runtime=TorchRuntime(on_progress=lambda *report: done.append(report[1])))
@@ -813,3 +814,15 @@ def test_a_pickle_that_is_none_is_refused_without_torchs_advice(tmp_path, kind, 
         load_transformer(path, runtime=RUNTIME)
     assert "weights_only" not in str(caught.value)
     assert "never run" not in capsys.readouterr().out
+
+
+def test_a_load_is_reported_in_few_parts_that_end_with_all_bytes():
+    from comfyui_skyreels.skyreels import builtin
+
+    for read in (builtin.builtin_transformer, builtin.builtin_vae, builtin.builtin_text_encoder):
+        reports: list = []
+        read(runtime=TorchRuntime(on_progress=lambda *report: reports.append(report)))  # noqa: B023
+        assert len(reports) <= 42
+        total = reports[0][2]
+        assert total > 100_000, "these are no bytes"
+        assert [reports[0][1], reports[-1][1]] == [0, total]
