@@ -6,48 +6,84 @@ import uuid
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from comfyui_skyreels.skyreels.builtin import BUILTIN_NAME
 from comfyui_skyreels.skyreels.vae.model import VideoVAE
 from PIL import Image
 from support import gguf_files, host, lora, tiny
-from support.workflows import NODES, PAGE_ONLY, placed, read, widgets
+from support.workflows import NODES, PAGE_ONLY, TITLES, placed, read, shipped, widgets
 
 ROOT = Path(__file__).resolve().parents[1]
-FILES = sorted((ROOT / "workflows").glob("*.json"))
+FILES = [shipped(name) for name in TITLES]
+NAMES = {path: name for name, path in zip(TITLES, FILES, strict=True)}
 #: as users may have saved them from version 0.1.0
 SAVED = sorted(path for path in (ROOT / "tests" / "workflows" / "saved").glob("*.json")
                if not path.name.endswith(".api.json"))  # fmt: skip
 MODEL_HOSTS = ("https://huggingface.co/", "https://civitai.com/")
 
 pytestmark = pytest.mark.usefixtures("comfy")
-each_file = pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+each_file = pytest.mark.parametrize("path", FILES, ids=list(TITLES))
 each_saved_file = pytest.mark.parametrize("path", SAVED, ids=lambda path: path.stem)
+
+
+def name_of(path: Path) -> str:
+    """Of the graph in a file."""
+    return NAMES.get(path, path.stem)
 
 
 def api_form(path: Path) -> dict:
     folder = ROOT / "tests" / "workflows" if path in FILES else path.parent
-    return read(folder / f"{path.stem}.api.json")
+    return read(folder / f"{name_of(path)}.api.json")
 
 
 #: a saved graph that is still the shipped one runs once
 GRAPHS = [
     *FILES,
-    *(path for path in SAVED if api_form(path) != api_form(ROOT / "workflows" / path.name)),
+    *(path for path in SAVED if api_form(path) != api_form(shipped(path.stem))),
 ]
 #: core's own sampler runs in a real ComfyUI only (tests/adapters/test_real_comfyui.py)
 each_graph = pytest.mark.parametrize(
     "path",
-    [path for path in GRAPHS if path.stem != "core_samplers"],
-    ids=lambda path: f"{path.parent.name}-{path.stem}",
+    [path for path in GRAPHS if name_of(path) != "core_samplers"],
+    ids=lambda path: f"{path.parent.name}-{name_of(path)}",
 )
 
 
 def test_the_workflows_are_here():
-    local = {"quick_start", "extend_video", "local_bf16", "local_low_memory"}
-    local |= {"local_text_to_video", "local_few_steps", "local_gguf", "core_samplers"}
-    assert {path.stem for path in FILES} == {*local, "remote", "wiro_batch", "local_and_remote"}
+    assert set((ROOT / "workflows").glob("*.json")) == set(FILES)
+    assert set((ROOT / "workflows").iterdir()) == {
+        p for f in FILES for p in (f, f.with_suffix(".jpg"))
+    }
+
+
+def test_the_titles_are_for_people_and_in_order():
+    titles = list(TITLES.values())
+    assert titles == sorted(titles)
+    for number, title in enumerate(titles, 1):
+        assert re.fullmatch(rf"SkyReels {number:02} [A-Z][\w ,-]+", title), title
+        assert len(title) <= 40
+        assert "_" not in title
+
+
+def test_the_portrait_is_the_one_that_the_script_draws():
+    from scripts.draw_pictures import portrait
+
+    shipped_picture = np.asarray(Image.open(ROOT / "web" / "portrait.jpg"), np.float32)
+    drawn = np.asarray(portrait(), np.float32)
+    assert shipped_picture.shape == drawn.shape == (544, 960, 3)
+    assert abs(shipped_picture - drawn).mean() < 3
+
+
+@each_file
+def test_who_asks_for_a_person_shows_one(path):
+    """Run never pays for a mascot with the prompt of a woman."""
+    nodes = read(path)["nodes"]
+    pictures = {n["widgets_values"][0] for n in nodes if n["type"] == "LoadImage"}
+    assert pictures <= {"skyreels_portrait.jpg"}
+    asks = any("A woman in a green coat" in str(n["widgets_values"]) for n in nodes)
+    assert bool(pictures) == (asks and name_of(path) != "local_text_to_video")
 
 
 @each_file
@@ -72,7 +108,7 @@ def test_ids_and_links_are_sound(path):
 
 
 @pytest.mark.parametrize(
-    "path", [*FILES, *SAVED], ids=lambda path: f"{path.parent.name}-{path.stem}"
+    "path", [*FILES, *SAVED], ids=lambda path: f"{path.parent.name}-{name_of(path)}"
 )
 def test_every_value_stands_in_its_place_and_range(path):
     for node in read(path)["nodes"]:
@@ -89,7 +125,7 @@ def test_every_value_stands_in_its_place_and_range(path):
                 assert type(value) is bool, where
             else:
                 assert type(value) is str, where
-                is_file = value.endswith((".safetensors", ".gguf", ".png"))
+                is_file = value.endswith((".safetensors", ".gguf", ".png", ".jpg"))
                 assert kind != "COMBO" or is_file or value in options["options"], where
 
 
@@ -176,7 +212,7 @@ def test_the_thumbnail_is_what_the_template_browser_takes(path):
 @each_graph
 def test_the_graph_runs_to_a_video_on_tiny_weights(path, comfy, wiro):
     prompt = api_form(path)
-    channels = 16 if path.stem == "local_text_to_video" else 32
+    channels = 16 if name_of(path) == "local_text_to_video" else 32
     tiny_transformer = tiny.transformer(replace(tiny.TRANSFORMER, in_channels=channels))
     tiny_vae = tiny.randomize(VideoVAE(tiny.VAE))
     saved = {"transformer": tiny_transformer, "vae": tiny_vae}
@@ -213,7 +249,7 @@ def test_the_graph_runs_to_a_video_on_tiny_weights(path, comfy, wiro):
         "extend_video": [(9, 32, 48, 3)],
         "local_and_remote": [(5, 32, 48, 3), (5, 32, 96, 3)],
     }
-    assert shapes == expected.get(path.stem, [(5, 32, 48, 3)])
+    assert shapes == expected.get(name_of(path), [(5, 32, 48, 3)])
     assert types["SaveVideo"] in results
     if "SkyReelsLoraLoader" in types:
         model, report = results[types["SkyReelsLoraLoader"]]
@@ -227,7 +263,7 @@ def test_the_graph_runs_to_a_video_on_tiny_weights(path, comfy, wiro):
     if "WiroRemoteI2V" in types:
         frames, video, taskid, receipt = results[types["WiroRemoteI2V"]]
         assert taskid == "2221"
-        if path.stem == "remote":  # nothing wants the frames
+        if name_of(path) == "remote":  # nothing wants the frames
             assert isinstance(frames, host.ExecutionBlocker)
         else:
             assert tuple(frames.shape) == (5, 32, 48, 3)

@@ -24,6 +24,7 @@ from comfyui_skyreels.skyreels.config import PRESETS
 from comfyui_skyreels.skyreels.text.encode import DEFAULT_NEGATIVE_PROMPT
 from support import host
 from support.project import PYPROJECT, ROOT
+from support.workflows import shipped
 
 PROJECT = PYPROJECT["project"]
 CORE_VERSION = "0.3.64"
@@ -57,6 +58,9 @@ class Node:
 
 #: column -> name -> node; columns become groups, left to right
 Graph = dict[str, dict[str, Node]]
+
+#: drawn by draw_pictures.py; the page puts it into the input folder when a template asks for it
+PORTRAIT = "skyreels_portrait.jpg"
 
 HUGGING_FACE = "https://huggingface.co/"
 COMFY_ORG = HUGGING_FACE + "Comfy-Org/HunyuanVideo_repackaged/resolve/main/split_files/"
@@ -131,7 +135,7 @@ def quick_start() -> Graph:
         "the same architecture, trained on circles, squares and triangles of eight colours "
         "that move left, right, up or down, stay still, grow, shrink or fade out. Change "
         "the prompt, or replace the image with a Load Image node.\n\nFor real videos open "
-        "the template *local_bf16* or *local_low_memory*.",
+        "one of the templates *Local, ...*.",
         250,
     )
     return {
@@ -156,7 +160,7 @@ def core_samplers() -> Graph:
             "ComfyUI's own *KSampler*.\n\n*SkyReels Core Model* makes a MODEL for core's samplers, "
             "guiders and model nodes: LoRA loaders, EasyCache, Skip Layer Guidance, context "
             "windows. The engine still streams what does not fit the card.\n\nFor real videos load "
-            "the weights as in *local_bf16*.",
+            "the weights as in the template *Local, bf16*.",
             250,
         ),
         x=30,
@@ -243,7 +247,8 @@ def extend_video() -> Graph:
             "## A clip, continued\n\nPress **Run**: the built-in model makes a clip of 17 frames, "
             "and *SkyReels Extend Video* adds 16 that start from its last one.\n\nFor your own "
             "clip replace everything before *images* with core's Load Video and Get Video "
-            "Components, and load the real weights as in *local_bf16*, with 97 frames.",
+            "Components, and load the real weights as in the template *Local, bf16*, with "
+            "97 frames.",
             250,
         ),
         x=38,
@@ -252,7 +257,7 @@ def extend_video() -> Graph:
     clip = sample_decode_save(
         "skyreels_extended",
         {},
-        note("The clip to continue: nothing here differs from *quick_start*.", 70),
+        note("The clip to continue: nothing here differs from *Quick start*.", 70),
     )
     save = clip.pop("decode and save")
     decode, video = save.pop("decode"), save.pop("video")
@@ -300,7 +305,7 @@ def local(transformer: str, prefix: str, introduction: Node, sample_note: Node) 
                 {"clip_name1": clips[0], "clip_name2": clips[1], "type": "hunyuan_video"},
                 models=clips,
             ),
-            "image": Node("LoadImage", {"image": "example.png"}, height=320),
+            "image": Node("LoadImage", {"image": PORTRAIT}, height=320),
         },
         "encode": {
             "positive": Node(
@@ -425,8 +430,8 @@ def local_text_to_video() -> Graph:
         "skyreels_text_to_video",
         note(
             "## SkyReels-V1 from text alone\n\nThe text-to-video file in 8 bits, 13.2 GB: as "
-            "*local_low_memory*, without an image. The size and length of the video are those of "
-            "*Empty HunyuanLatentVideo*.\n\n"
+            "the template *Local, 8-bit*, without an image. The size and length of the video are "
+            "those of *Empty HunyuanLatentVideo*.\n\n"
             f"[Transformer]({HUGGING_FACE}Kijai/SkyReels-V1-Hunyuan_comfy) · "
             f"[VAE and text encoders]({HUGGING_FACE}Comfy-Org/HunyuanVideo_repackaged)\n\n"
             "The settings are those of image to video: the authors use the same for both.",
@@ -499,7 +504,7 @@ def remote() -> Graph:
     return {
         "image": {
             "note": note(WIRO_NOTE, 260),
-            "image": Node("LoadImage", {"image": "example.png"}, height=320),
+            "image": Node("LoadImage", {"image": PORTRAIT}, height=320),
         },
         "prompt": {"prompt": prompt_text()},
         "run on Wiro": {"remote": wiro_node(), "take note": note(TAKE_NOTE, 150)},
@@ -513,8 +518,8 @@ def wiro_batch() -> Graph:
     return {
         "images": {
             "note": note(BATCH_NOTE, 300),
-            "image": Node("LoadImage", {"image": "example.png"}, title="Image 1", height=320),
-            "second": Node("LoadImage", {"image": "example.png"}, title="Image 2", height=320),
+            "image": Node("LoadImage", {"image": PORTRAIT}, title="Image 1", height=320),
+            "second": Node("LoadImage", {"image": PORTRAIT}, title="Image 2", height=320),
             "batch": Node("ImageBatch", {}, images),
         },
         "prompt": {"prompt": prompt_text()},
@@ -782,7 +787,7 @@ def build() -> dict[Path, str]:
         sys.modules.update(host.stand_ins(host.Host(Path(folder))))
         for name, graph in GRAPHS.items():
             forms = {
-                ROOT / "workflows" / f"{name}.json": to_ui(name, graph()),
+                shipped(name): to_ui(name, graph()),
                 ROOT / "tests" / "workflows" / f"{name}.api.json": to_api(graph()),
             }
             files |= {p: json.dumps(v, indent=1, ensure_ascii=False) for p, v in forms.items()}
