@@ -5,6 +5,7 @@ import { api } from "../../scripts/api.js";
 import { createAccountForm } from "./wiro/account.mjs";
 import { addPriceBadge, refreshPrices, watchPrices } from "./wiro/badge.mjs";
 import { guard } from "./wiro/dom.mjs";
+import { keepCached, keepOutcome, restoreOutcome } from "./wiro/kept.mjs";
 import { addModelButton } from "./wiro/models.mjs";
 import { createPanel } from "./wiro/panel.mjs";
 
@@ -31,6 +32,8 @@ function addListeners() {
     panel?.onTask(detail);
     if (detail.state === "ended") refreshPrices();
   }));
+  api.addEventListener("skyreels.wiro.outcome", guard(({ detail }) => keepOutcome(detail)));
+  api.addEventListener("execution_cached", guard(({ detail }) => keepCached(detail?.nodes)));
   api.addEventListener("reconnecting", guard(() => panel?.onDisconnect()));
   api.addEventListener("reconnected", guard(() => panel?.onReconnect()));
 }
@@ -57,6 +60,7 @@ app.registerExtension({
     if (node.comfyClass === "WiroRunModel") addModelButton(node);
     addPriceBadge(node);
   }),
+  loadedGraphNode: guard(restoreOutcome),
   setup: guard(() => {
     addStyle();
     addListeners();

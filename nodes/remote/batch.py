@@ -24,6 +24,7 @@ from .inputs import png_part
 from .nodes import or_blocked, video_output
 from .run import (
     ALL_BUSY,
+    NOTHING_SENT,
     SLICE_S,
     Result,
     RunView,
@@ -53,7 +54,6 @@ logger = logging.getLogger("skyreels.nodes.remote.batch")
 
 #: a picture for each frame of a clip that was connected by mistake is more than this
 MAX_RUNS = 48
-NOTHING_SENT = "cancelled before anything was sent"
 
 
 @dataclass(frozen=True)

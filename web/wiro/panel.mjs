@@ -15,6 +15,7 @@ const MAX_REFRESHED = 20; // tasks of one poll
 const SPENT_DELAY_MS = 1500; // the server books a task's cost shortly after its end
 const MAX_PAUSE = 30; // polls, while the server does not answer
 
+const BALANCE = "Your balance is shown on wiro.ai only; Wiro starts nothing below $0.50.";
 const OFFLINE = "Cannot reach the ComfyUI server. The list updates when it is back.";
 const EMPTY = [
   "No remote tasks yet.",
@@ -79,7 +80,8 @@ class Panel {
     this.element = make(
       "section", "skw skw-panel", { "aria-label": "Wiro remote tasks" },
       make("div", "skw-top", {}, this.key, this.setKey, refresh),
-      this.money, make("div", "skw-limit", {}, this.limit, this.setLimit), this.notes,
+      this.money, make("div", "skw-limit", {}, this.limit, this.setLimit),
+      make("p", "skw-faint", {}, BALANCE), this.notes,
       this.accountBox, this.search, this.spoken, this.empty, this.list, this.more,
     );
   }
