@@ -67,6 +67,90 @@ def test_the_titles_are_for_people_and_in_order():
         assert "_" not in title
 
 
+@each_file
+def test_app_mode_is_offered_widgets_that_are_there_and_the_saved_videos(path):
+    graph = read(path)
+    nodes = {node["id"]: node for node in graph["nodes"]}
+    offered = graph["extra"]["linearData"]
+    assert offered["inputs"]
+    for node_id, name in offered["inputs"]:
+        node = nodes[node_id]
+        assert name in [widget[0] for widget in widgets(node["type"])], node["type"]
+        assert next(i for i in node["inputs"] if i["name"] == name)["link"] is None
+    saved = [node["id"] for node in graph["nodes"] if node["type"] == "SaveVideo"]
+    assert offered["outputs"] == saved != []
+
+
+# --- blueprints: a graph as one node ------------------------------------------------------------
+
+BLUEPRINTS = sorted((ROOT / "subgraphs").glob("*.json"))
+each_blueprint = pytest.mark.parametrize("path", BLUEPRINTS, ids=lambda path: path.stem)
+
+
+def test_the_blueprints_are_here():
+    names = ["Extend Video (SkyReels V1)", "Image to Video (SkyReels V1)"]
+    assert [path.stem for path in BLUEPRINTS] == names
+
+
+@each_blueprint
+def test_a_blueprint_is_one_node_whose_graph_is_sound(path):
+    file = read(path)
+    (outer,), (graph,) = file["nodes"], file["definitions"]["subgraphs"]
+    assert outer["type"] == graph["id"] == str(uuid.UUID(graph["id"]))
+    assert outer["title"] == graph["name"] == path.stem
+    assert graph["category"] == "SkyReels"
+    assert len(file["extra"]["BlueprintDescription"]) > 40
+    assert {"hunyuan", "skyreels"} <= set(file["extra"]["BlueprintSearchAliases"])
+    nodes = {node["id"]: node for node in graph["nodes"]}
+    links = {link["id"]: link for link in graph["links"]}
+    assert len(nodes) == len(graph["nodes"])
+    assert len(links) == len(graph["links"])
+    ends = {("in", s): e for s, e in enumerate(graph["inputs"])}
+    ends |= {("out", s): e for s, e in enumerate(graph["outputs"])}
+    for number, link in links.items():
+        origin, target = link["origin_id"], link["target_id"]
+        if origin == -10:
+            assert number in ends["in", link["origin_slot"]]["linkIds"]
+        else:
+            output = nodes[origin]["outputs"][link["origin_slot"]]
+            assert output["type"] == link["type"]
+            assert number in output["links"]
+        if target == -20:
+            assert number in ends["out", link["target_slot"]]["linkIds"]
+        else:
+            socket = nodes[target]["inputs"][link["target_slot"]]
+            assert (socket["link"], socket["type"]) == (number, link["type"])
+    used = [i["link"] for n in nodes.values() for i in n["inputs"] if i["link"] is not None]
+    left = [number for end in graph["outputs"] for number in end["linkIds"]]
+    assert sorted([*used, *left]) == sorted(links), "nothing is linked twice or not at all"
+    required = [i for n in nodes.values() for i in n["inputs"] if "widget" not in i]
+    assert all(i["link"] for i in required if i.get("shape") != 7)
+
+
+@each_blueprint
+def test_a_blueprint_shows_the_widgets_of_its_graph_with_their_values(path):
+    file = read(path)
+    (outer,), (graph,) = file["nodes"], file["definitions"]["subgraphs"]
+    nodes = {node["id"]: node for node in graph["nodes"]}
+    shown = [i["name"] for i in outer["inputs"] if "widget" in i]
+    assert outer["properties"]["proxyWidgets"] == [["-1", name] for name in shown]
+    targets = {link["origin_slot"]: link for link in graph["links"] if link["origin_id"] == -10}
+    values = []
+    for slot, end in enumerate(graph["inputs"]):
+        assert (end["name"], end["type"]) == (outer["inputs"][slot]["name"],
+                                              outer["inputs"][slot]["type"])  # fmt: skip
+        node = nodes[targets[slot]["target_id"]]
+        name = node["inputs"][targets[slot]["target_slot"]]["name"]
+        values += [value for widget, _, _, value in placed(node) if widget == name]
+    assert values == outer["widgets_values"]
+    assert [(o["name"], o["type"]) for o in outer["outputs"]] == [
+        (o["name"], o["type"]) for o in graph["outputs"]
+    ]
+    for node in graph["nodes"]:
+        if node["type"] not in PAGE_ONLY:
+            assert len(list(placed(node))) == len(widgets(node["type"]))
+
+
 def test_the_portrait_is_the_one_that_the_script_draws():
     from scripts.draw_pictures import portrait
 

@@ -217,6 +217,18 @@ def test_templates_thumbnails_help_and_script_are_served(server):
     assert b"createPanel" in server.get(f"/extensions/{PACK}/wiro/panel.mjs")
 
 
+def test_blueprints_are_listed_where_comfyui_looks_for_them(server):
+    try:
+        listed = json.loads(server.get("/global_subgraphs"))
+    except urllib.error.HTTPError:
+        pytest.skip("this ComfyUI has no blueprints of packs")
+    ours = {key: e["name"] for key, e in listed.items() if e["info"]["node_pack"].endswith(PACK)}
+    assert sorted(ours.values()) == sorted(p.stem for p in (ROOT / "subgraphs").glob("*.json"))
+    for key, name in ours.items():
+        entry = json.loads(server.get(f"/global_subgraphs/{key}"))
+        assert json.loads(entry["data"])["nodes"][0]["title"] == name
+
+
 @pytest.mark.parametrize("name", WORKFLOWS)
 def test_a_workflow_runs_to_a_playable_video(server, name):
     import av

@@ -1,4 +1,4 @@
-"""Write workflows/*.json and their API form in tests/workflows/ from the graphs below.
+"""Write workflows/, their API form in tests/workflows/, and subgraphs/, from the graphs below.
 
     python tests/scripts/build_workflows.py [--check]
 
@@ -38,7 +38,10 @@ GROUP_COLORS = {
     "run on Wiro": "#A88", "decode and extend": "#A88", "decode and save": "#3f789e",
     "save": "#3f789e",
 }  # fmt: skip
-COLUMN_GAP, ROW_GAP, TITLE_HEIGHT = 60, 20, 30
+#: a row's gap holds the badges above a node, and the footer of Nodes 2.0 where a model is missing
+COLUMN_GAP, ROW_GAP, TITLE_HEIGHT = 60, 54, 30
+#: of the first node of a column: the title of the group is above its badges
+TOP = 110
 #: a running node grows by a status line, the sampler also by a preview
 STATUS_HEIGHT, SAMPLER_HEIGHT = 30, 790
 
@@ -585,6 +588,91 @@ GRAPHS = {
 }
 
 
+# --- blueprints: a graph as one node ------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Blueprint:
+    """A graph that the page offers as one node.
+
+    inputs: name -> the inputs (node, name) of the graph that it feeds. outputs: name -> (node,
+    output). words: by which it is found.
+    """
+
+    graph: Graph
+    inputs: dict[str, tuple[str, str]]
+    outputs: dict[str, tuple[str, int]]
+    description: str
+    words: tuple[str, ...]
+
+
+def image_to_video_blueprint() -> Blueprint:
+    """The 8-bit template between Load Image and Save Video."""
+    graph = local_low_memory()
+    del graph["load"]["image"], graph["decode and save"]["save"]
+    for name in ("positive", "conditioning"):
+        node = graph["encode"][name]
+        links = {key: link for key, link in node.links.items() if link[0] != "image"}
+        graph["encode"][name] = replace(node, links=links)
+    inputs = {
+        "image": ("conditioning", "image"),
+        "prompt": ("positive", "text"),
+        "negative_prompt": ("negative", "text"),
+        "width": ("conditioning", "width"),
+        "height": ("conditioning", "height"),
+        "num_frames": ("conditioning", "num_frames"),
+        "steps": ("sampler", "steps"),
+        "cfg": ("sampler", "cfg"),
+        "seed": ("sampler", "seed"),
+        "transformer": ("transformer", "transformer"),
+    }
+    return Blueprint(
+        graph,
+        inputs,
+        {"VIDEO": ("video", 0), "IMAGE": ("decode", 0)},
+        "A picture and a prompt become a video with SkyReels-V1 on this machine.",
+        ("image to video", "i2v", "hunyuan", "skyreels", "animate image"),
+    )
+
+
+def extend_video_blueprint() -> Blueprint:
+    """The weights of the 8-bit template and one Extend Video node."""
+    graph = local_low_memory()
+    files, encode = graph["load"], graph["encode"]
+    del files["image"], encode["conditioning"]
+    extend = extend_video()["decode and extend"]["extend"]
+    links = {**extend.links, "positive": ("positive", 0)}
+    del links["images"]
+    extend = replace(extend, links=links, values={"num_frames": 97, "seed": 1})
+    return Blueprint(
+        {
+            "load": files,
+            "encode": encode,
+            "decode and extend": {"extend": extend},
+            "save": {"video": Node("CreateVideo", {"fps": 24.0}, {"images": ("extend", 0)})},
+        },
+        {
+            "images": ("extend", "images"),
+            "prompt": ("positive", "text"),
+            "negative_prompt": ("negative", "text"),
+            "num_frames": ("extend", "num_frames"),
+            "overlap_frames": ("extend", "overlap_frames"),
+            "seed": ("extend", "seed"),
+            "transformer": ("transformer", "transformer"),
+        },
+        {"VIDEO": ("video", 0), "IMAGE": ("extend", 0)},
+        "Continues a clip with SkyReels-V1 on this machine: its frames and what comes next.",
+        ("extend video", "continue video", "longer video", "hunyuan", "skyreels"),
+    )
+
+
+#: name of the file, which the page shows -> blueprint
+BLUEPRINTS = {
+    "Image to Video (SkyReels V1)": image_to_video_blueprint,
+    "Extend Video (SkyReels V1)": extend_video_blueprint,
+}
+
+
 # --- from definitions to files ------------------------------------------------------------------
 
 
@@ -663,7 +751,7 @@ def to_ui(name: str, graph: Graph) -> dict[str, Any]:
     x = 40
     for title, column in graph.items():
         width = 400 if title in ("load", "encode") else 340
-        y = 80
+        y = TOP
         for key, node in column.items():
             height = node_height(node)
             nodes.append(ui_node(ids, key, node, flat, links, (x, y), (width, height)))
@@ -672,7 +760,7 @@ def to_ui(name: str, graph: Graph) -> dict[str, Any]:
             {
                 "id": len(groups) + 1,
                 "title": title,
-                "bounding": [x - 20, 0, width + 40, y - TITLE_HEIGHT],
+                "bounding": [x - 20, 0, width + 40, y - TITLE_HEIGHT - 14],
                 "color": GROUP_COLORS.get(title, "#b58b2a"),
                 "font_size": 24,
                 "flags": {},
@@ -691,7 +779,137 @@ def to_ui(name: str, graph: Graph) -> dict[str, Any]:
         "links": links,
         "groups": groups,
         "config": {},
+        "extra": {"linearData": app_mode(ids, flat)} if "save" in flat else {},
+        "version": 0.4,
+    }
+
+
+#: what an app asks for: name of a node -> its widgets
+APP_INPUTS = {
+    "image": ("image",),
+    "second": ("image",),
+    "prompt": ("value",),
+    "positive": ("text", "prompt"),
+    "conditioning": ("num_frames",),
+    "sampler": ("seed", "steps"),
+    "next": ("prompt",),
+    "remote": ("size", "num_frames", "take"),
+    "submit": ("size", "num_frames", "take"),
+}
+
+
+def app_mode(ids: dict[str, int], flat: dict[str, Node]) -> dict[str, Any]:
+    """What the page's app mode shows of a graph: these widgets, and the saved videos."""
+    inputs = [
+        [ids[key], name]
+        for key, names in APP_INPUTS.items()
+        for name in names
+        if key in flat and name in widget_values(flat[key]) and name not in flat[key].links
+    ]
+    return {"inputs": inputs, "outputs": [ids[k] for k, n in flat.items() if n.type == "SaveVideo"]}
+
+
+def to_blueprint(name: str, blueprint: Blueprint) -> dict[str, Any]:
+    """A workflow file of one node, whose type is the graph."""
+    whole = to_ui(name, blueprint.graph)
+    flat = {key: node for column in blueprint.graph.values() for key, node in column.items()}
+    ids = {key: number for number, key in enumerate(flat, 1)}
+    nodes = {node["id"]: node for node in whole["nodes"]}
+    keys = ("id", "origin_id", "origin_slot", "target_id", "target_slot", "type")
+    links = [dict(zip(keys, link, strict=True)) for link in whole["links"]]
+
+    def identity(*parts: str) -> str:
+        return str(uuid.uuid5(uuid.NAMESPACE_URL, "/".join(("skyreels-wiro", name, *parts))))
+
+    def connect(origin: tuple[int, int], target: tuple[int, int], kind: str) -> int:
+        number = len(links) + 1
+        links.append(dict(zip(keys, (number, *origin, *target, kind), strict=True)))
+        return number
+
+    right = max(node["pos"][0] + node["size"][0] for node in nodes.values())
+    inner_inputs, outer_inputs, values = [], [], []
+    for slot, (label, (key, target)) in enumerate(blueprint.inputs.items()):
+        entries = nodes[ids[key]]["inputs"]
+        place = next(i for i, entry in enumerate(entries) if entry["name"] == target)
+        kind = entries[place]["type"]
+        entries[place]["link"] = connect((-10, slot), (ids[key], place), kind)
+        here = {"name": label, "type": kind}
+        inner_inputs.append(
+            {"id": identity("input", label), **here, "linkIds": [entries[place]["link"]],
+             "pos": [-120, 100 + 20 * slot]}
+        )  # fmt: skip
+        is_widget = "widget" in entries[place]
+        outer_inputs.append({**here, **({"widget": {"name": label}} if is_widget else {}),
+                             "link": None})  # fmt: skip
+        if is_widget:
+            values.append((label, widget_values(flat[key])[target]))
+    inner_outputs, outer_outputs = [], []
+    for slot, (label, (key, place)) in enumerate(blueprint.outputs.items()):
+        output = nodes[ids[key]]["outputs"][place]
+        number = connect((ids[key], place), (-20, slot), output["type"])
+        output["links"] = [*(output["links"] or []), number]
+        here = {"name": label, "type": output["type"]}
+        inner_outputs.append(
+            {"id": identity("output", label), **here, "linkIds": [number],
+             "pos": [right + 120, 100 + 20 * slot]}
+        )  # fmt: skip
+        outer_outputs.append({**here, "links": None})
+    outer = {
+        "id": 1,
+        "type": identity("graph"),
+        "pos": [40, TOP],
+        "size": [400, 480],
+        "flags": {},
+        "order": 0,
+        "mode": 0,
+        "inputs": outer_inputs,
+        "outputs": outer_outputs,
+        "properties": {
+            "proxyWidgets": [["-1", label] for label, _ in values],
+            "cnr_id": PROJECT["name"],
+            "ver": PROJECT["version"],
+        },
+        "widgets_values": [value for _, value in values],
+        "title": name,
+    }
+    inner = {
+        "id": identity("graph"),
+        "version": 1,
+        "state": {
+            "lastGroupId": len(whole["groups"]),
+            "lastNodeId": len(nodes),
+            "lastLinkId": len(links),
+            "lastRerouteId": 0,
+        },
+        "revision": 0,
+        "config": {},
+        "name": name,
+        "inputNode": {"id": -10, "bounding": [-180, 60, 120, 60 + 20 * len(inner_inputs)]},
+        "outputNode": {"id": -20, "bounding": [right + 60, 60, 120, 60 + 20 * len(inner_outputs)]},
+        "inputs": inner_inputs,
+        "outputs": inner_outputs,
+        "widgets": [],
+        "nodes": whole["nodes"],
+        "groups": whole["groups"],
+        "links": links,
         "extra": {},
+        "category": "SkyReels",
+        "description": blueprint.description,
+    }
+    return {
+        "id": whole["id"],
+        "revision": 0,
+        "last_node_id": 1,
+        "last_link_id": 0,
+        "nodes": [outer],
+        "links": [],
+        "groups": [],
+        "definitions": {"subgraphs": [inner]},
+        "config": {},
+        "extra": {
+            "BlueprintDescription": blueprint.description,
+            "BlueprintSearchAliases": list(blueprint.words),
+        },
         "version": 0.4,
     }
 
@@ -791,6 +1009,11 @@ def build() -> dict[Path, str]:
                 ROOT / "tests" / "workflows" / f"{name}.api.json": to_api(graph()),
             }
             files |= {p: json.dumps(v, indent=1, ensure_ascii=False) for p, v in forms.items()}
+        for name, blueprint in BLUEPRINTS.items():
+            content = to_blueprint(name, blueprint())
+            files[ROOT / "subgraphs" / f"{name}.json"] = json.dumps(
+                content, indent=1, ensure_ascii=False
+            )
     return {path: text + "\n" for path, text in files.items()}
 
 
