@@ -160,6 +160,17 @@ def test_the_portrait_is_the_one_that_the_script_draws():
     assert abs(shipped_picture - drawn).mean() < 3
 
 
+def test_the_picture_in_the_readme_shows_the_quick_start_as_it_is():
+    from scripts.draw_graph import digest, digest_of, shown
+
+    graph = read(shipped("quick_start"))
+    assert digest_of(ROOT / "web" / "docs" / "graph.png") == digest(graph)
+    nodes, _, _ = shown(graph)
+    for kind, _, _, _, lines in nodes:
+        if kind in NODES:
+            assert [name for name, _ in lines] == [widget[0] for widget in widgets(kind)]
+
+
 @each_file
 def test_who_asks_for_a_person_shows_one(path):
     """Run never pays for a mascot with the prompt of a woman."""

@@ -18,10 +18,11 @@ from typing import Any
 from unittest.mock import patch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from comfyui_skyreels.nodes import NODE_CLASS_MAPPINGS
+from comfyui_skyreels.nodes import NODE_CLASS_MAPPINGS, NODE_DISPLAY_NAME_MAPPINGS
 from comfyui_skyreels.skyreels.builtin import BUILTIN_NAME
 from comfyui_skyreels.skyreels.config import PRESETS
 from comfyui_skyreels.skyreels.text.encode import DEFAULT_NEGATIVE_PROMPT
+from scripts.draw_graph import digest, digest_of, draw
 from support import host
 from support.project import PYPROJECT, ROOT
 from support.workflows import shipped
@@ -1017,6 +1018,23 @@ def build() -> dict[Path, str]:
     return {path: text + "\n" for path, text in files.items()}
 
 
+#: of the quick start, in README.md
+PICTURE = ROOT / "web" / "docs" / "graph.png"
+
+
+def draw_picture(*, is_check: bool) -> bool:
+    """Draw the quick start again if the picture shows another graph; returns whether it did."""
+    with tempfile.TemporaryDirectory() as folder, patch.dict(sys.modules):
+        sys.modules.update(host.stand_ins(host.Host(Path(folder))))
+        graph = to_ui("quick_start", quick_start())
+        if digest_of(PICTURE) == digest(graph):
+            return False
+        names = {"MarkdownNote": "Note", **NODE_DISPLAY_NAME_MAPPINGS}
+        if not is_check:
+            PICTURE.write_bytes(draw(graph, names))
+    return True
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--check", action="store_true")
@@ -1029,6 +1047,8 @@ def main() -> int:
         if not check:
             path.parent.mkdir(exist_ok=True)
             path.write_text(text, encoding="utf-8")
+    if draw_picture(is_check=check):
+        stale.append(PICTURE.relative_to(ROOT))
     for path in stale:
         print(f"{path} {'differs from its graph' if check else 'written'}")
     return 1 if check and stale else 0
