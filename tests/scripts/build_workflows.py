@@ -780,7 +780,7 @@ def to_ui(name: str, graph: Graph) -> dict[str, Any]:
         "links": links,
         "groups": groups,
         "config": {},
-        "extra": {"linearData": app_mode(ids, flat)} if "save" in flat else {},
+        "extra": {"linearData": app_mode(ids, flat)} if is_app(flat) else {},
         "version": 0.4,
     }
 
@@ -788,15 +788,19 @@ def to_ui(name: str, graph: Graph) -> dict[str, Any]:
 #: what an app asks for: name of a node -> its widgets
 APP_INPUTS = {
     "image": ("image",),
-    "second": ("image",),
     "prompt": ("value",),
     "positive": ("text", "prompt"),
     "conditioning": ("num_frames",),
     "sampler": ("seed", "steps"),
     "next": ("prompt",),
-    "remote": ("size", "num_frames", "take"),
-    "submit": ("size", "num_frames", "take"),
 }
+#: nodes that cost money, with the price above them: app mode would hide it
+PAID = {"WiroRemoteI2V", "WiroSubmit", "WiroRunModel"}
+
+
+def is_app(flat: dict[str, Node]) -> bool:
+    """Whether a graph is one for the page's app mode: it saves a video, and costs nothing."""
+    return "save" in flat and PAID.isdisjoint(node.type for node in flat.values())
 
 
 def app_mode(ids: dict[str, int], flat: dict[str, Node]) -> dict[str, Any]:
