@@ -281,6 +281,20 @@ def test_groups_and_notes_explain_the_graph(path):
 
 
 @each_file
+def test_nodes_leave_room_for_badges_above_and_for_a_footer_below(path):
+    """As measured in the pages: badges of two rows, and the footer of a node without its model."""
+    columns: dict[float, list[tuple[float, float]]] = {}
+    for node in read(path)["nodes"]:
+        (x, y), (_, height) = node["pos"], node["size"]
+        columns.setdefault(x, []).append((y, y + height))
+    for boxes in columns.values():
+        boxes.sort()
+        assert boxes[0][0] >= 110
+        for (_, bottom), (top, _) in zip(boxes, boxes[1:], strict=False):
+            assert top - 30 - bottom >= 50
+
+
+@each_file
 def test_prompts_for_the_real_model_name_the_frame_rate(path):
     titles = {
         node["title"]: node["widgets_values"][0]

@@ -43,8 +43,10 @@ GROUP_COLORS = {
 COLUMN_GAP, ROW_GAP, TITLE_HEIGHT = 60, 54, 30
 #: of the first node of a column: the title of the group is above its badges
 TOP = 110
-#: a running node grows by a status line, the sampler also by a preview
-STATUS_HEIGHT, SAMPLER_HEIGHT = 30, 790
+#: a running node grows by a status line, the sampler also by a preview as wide as the node
+STATUS_HEIGHT, SAMPLER_HEIGHT = 60, 550
+#: of a preview
+SQUARE, LANDSCAPE = 340, 195
 
 
 @dataclass(frozen=True)
@@ -92,8 +94,10 @@ def note(text: str, height: int) -> Node:
     return Node("MarkdownNote", {"text": text}, look=NOTE, height=height)
 
 
-def sample_decode_save(prefix: str, decode: dict[str, Any], sample_note: Node) -> Graph:
-    """The right half, the same in every graph."""
+def sample_decode_save(
+    prefix: str, decode: dict[str, Any], sample_note: Node, preview: int = SQUARE
+) -> Graph:
+    """The right half, the same in every graph; preview: its height."""
     return {
         "sample": {
             "sample note": sample_note,
@@ -105,7 +109,7 @@ def sample_decode_save(prefix: str, decode: dict[str, Any], sample_note: Node) -
                     "negative": ("negative", 0),
                     "image": ("conditioning", 0),
                 },
-                height=SAMPLER_HEIGHT,
+                height=SAMPLER_HEIGHT + preview,
             ),
         },
         "decode and save": {
@@ -325,7 +329,7 @@ def local(transformer: str, prefix: str, introduction: Node, sample_note: Node) 
             ),
             "conditioning": conditioning(960, 544, 97),
         },
-        **sample_decode_save(prefix, {}, sample_note),
+        **sample_decode_save(prefix, {}, sample_note, LANDSCAPE),
     }  # fmt: skip
 
 
@@ -761,7 +765,7 @@ def to_ui(name: str, graph: Graph) -> dict[str, Any]:
             {
                 "id": len(groups) + 1,
                 "title": title,
-                "bounding": [x - 20, 0, width + 40, y - TITLE_HEIGHT - 14],
+                "bounding": [x - 20, 0, width + 40, y - TITLE_HEIGHT],
                 "color": GROUP_COLORS.get(title, "#b58b2a"),
                 "font_size": 24,
                 "flags": {},
