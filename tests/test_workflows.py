@@ -1,5 +1,6 @@
 """Every shipped workflow: a file the page opens without complaint, and a graph that runs."""
 
+import itertools
 import json
 import re
 import uuid
@@ -290,7 +291,7 @@ def test_nodes_leave_room_for_badges_above_and_for_a_footer_below(path):
     for boxes in columns.values():
         boxes.sort()
         assert boxes[0][0] >= 110
-        for (_, bottom), (top, _) in zip(boxes, boxes[1:], strict=False):
+        for (_, bottom), (top, _) in itertools.pairwise(boxes):
             assert top - 30 - bottom >= 50
 
 
