@@ -11,6 +11,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from PIL import Image
 from support.forked import forks
 from support.project import PYPROJECT, ROOT
 
@@ -56,14 +57,44 @@ def test_the_published_zip_holds_the_pack_and_no_test_bench_or_recipe(published,
     assert archive.stat().st_size <= LARGEST_ZIP_BYTES
 
 
+def test_the_registry_finds_icon_banner_devices_and_no_second_copy_of_the_page(published):
+    comfy, project = PYPROJECT["tool"]["comfy"], PYPROJECT["project"]
+    repository = project["urls"]["Repository"]
+    served = repository.replace("//github.com", "//raw.githubusercontent.com") + "/main/"
+    sizes = {"Icon": (400, 400), "Banner": (1260, 540)}  # at most 800x400; 21:9
+    for field, size in sizes.items():
+        name = comfy[field].removeprefix(served)
+        assert name in published
+        with Image.open(ROOT / name) as image:
+            assert image.size == size
+    assert "web" not in comfy
+    # one value that the registry does not know blanks all
+    devices = {text for text in project["classifiers"] if text.startswith("Environment ::")}
+    known = {"NVIDIA CUDA", "AMD ROCm", "Apple Metal"}
+    assert devices == {f"Environment :: GPU :: {name}" for name in known}
+    for word in ("image to video", "i2v", "hunyuan", "wiro"):
+        assert word in project["description"].lower()
+
+
 def test_the_readme_makes_sense_without_the_repository(published):
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     assert FIRST_COMMAND in text
     assert TEST_COMMAND in text
     assert "tests/" not in text.replace(TEST_COMMAND, "")
     assert "tests." not in text
-    for target in re.findall(r"\]\(([^)#]+)", text):
-        assert target.startswith("https://") or target in published, target
+    repository = PYPROJECT["project"]["urls"]["Repository"]
+    raw = repository.replace("//github.com", "//raw.githubusercontent.com")
+    own = 0
+    for is_picture, target in re.findall(r"(!?)\[[^\]]*\]\(([^)#]+)", text):
+        assert target.startswith("https://"), (
+            f"{target}: the registry's page shows no relative link"
+        )
+        for place in (f"{repository}/blob/main/", f"{raw}/main/"):
+            if target.startswith(place):
+                own += 1
+                assert target.removeprefix(place) in published, target
+                assert bool(is_picture) == place.startswith(raw)
+    assert own > 5
 
 
 def test_the_changelog_names_the_version_with_a_date_below_an_unreleased_section():

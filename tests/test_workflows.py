@@ -1,53 +1,188 @@
 """Every shipped workflow: a file the page opens without complaint, and a graph that runs."""
 
+import itertools
 import json
 import re
 import uuid
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from comfyui_skyreels.skyreels.builtin import BUILTIN_NAME
 from comfyui_skyreels.skyreels.vae.model import VideoVAE
 from PIL import Image
 from support import gguf_files, host, lora, tiny
-from support.workflows import NODES, PAGE_ONLY, placed, read, widgets
+from support.workflows import NODES, PAGE_ONLY, TITLES, placed, read, shipped, widgets
 
 ROOT = Path(__file__).resolve().parents[1]
-FILES = sorted((ROOT / "workflows").glob("*.json"))
+FILES = [shipped(name) for name in TITLES]
+NAMES = {path: name for name, path in zip(TITLES, FILES, strict=True)}
 #: as users may have saved them from version 0.1.0
 SAVED = sorted(path for path in (ROOT / "tests" / "workflows" / "saved").glob("*.json")
                if not path.name.endswith(".api.json"))  # fmt: skip
 MODEL_HOSTS = ("https://huggingface.co/", "https://civitai.com/")
 
 pytestmark = pytest.mark.usefixtures("comfy")
-each_file = pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+each_file = pytest.mark.parametrize("path", FILES, ids=list(TITLES))
 each_saved_file = pytest.mark.parametrize("path", SAVED, ids=lambda path: path.stem)
+
+
+def name_of(path: Path) -> str:
+    """Of the graph in a file."""
+    return NAMES.get(path, path.stem)
 
 
 def api_form(path: Path) -> dict:
     folder = ROOT / "tests" / "workflows" if path in FILES else path.parent
-    return read(folder / f"{path.stem}.api.json")
+    return read(folder / f"{name_of(path)}.api.json")
 
 
 #: a saved graph that is still the shipped one runs once
 GRAPHS = [
     *FILES,
-    *(path for path in SAVED if api_form(path) != api_form(ROOT / "workflows" / path.name)),
+    *(path for path in SAVED if api_form(path) != api_form(shipped(path.stem))),
 ]
 #: core's own sampler runs in a real ComfyUI only (tests/adapters/test_real_comfyui.py)
 each_graph = pytest.mark.parametrize(
     "path",
-    [path for path in GRAPHS if path.stem != "core_samplers"],
-    ids=lambda path: f"{path.parent.name}-{path.stem}",
+    [path for path in GRAPHS if name_of(path) != "core_samplers"],
+    ids=lambda path: f"{path.parent.name}-{name_of(path)}",
 )
 
 
 def test_the_workflows_are_here():
-    local = {"quick_start", "extend_video", "local_bf16", "local_low_memory"}
-    local |= {"local_text_to_video", "local_few_steps", "local_gguf", "core_samplers"}
-    assert {path.stem for path in FILES} == {*local, "remote", "wiro_batch", "local_and_remote"}
+    assert set((ROOT / "workflows").glob("*.json")) == set(FILES)
+    assert set((ROOT / "workflows").iterdir()) == {
+        p for f in FILES for p in (f, f.with_suffix(".jpg"))
+    }
+
+
+def test_the_titles_are_for_people_and_in_order():
+    titles = list(TITLES.values())
+    assert titles == sorted(titles)
+    for number, title in enumerate(titles, 1):
+        assert re.fullmatch(rf"SkyReels {number:02} [A-Z][\w ,-]+", title), title
+        assert len(title) <= 40
+        assert "_" not in title
+
+
+@each_file
+def test_app_mode_is_offered_widgets_that_are_there_and_the_saved_videos(path):
+    graph = read(path)
+    nodes = {node["id"]: node for node in graph["nodes"]}
+    if any(node["type"].startswith("Wiro") for node in nodes.values()):
+        assert graph["extra"] == {}, "app mode hides the price that stands above the node"
+        return
+    offered = graph["extra"]["linearData"]
+    assert offered["inputs"]
+    for node_id, name in offered["inputs"]:
+        node = nodes[node_id]
+        assert name in [widget[0] for widget in widgets(node["type"])], node["type"]
+        assert next(i for i in node["inputs"] if i["name"] == name)["link"] is None
+    saved = [node["id"] for node in graph["nodes"] if node["type"] == "SaveVideo"]
+    assert offered["outputs"] == saved != []
+
+
+# --- blueprints: a graph as one node ------------------------------------------------------------
+
+BLUEPRINTS = sorted((ROOT / "subgraphs").glob("*.json"))
+each_blueprint = pytest.mark.parametrize("path", BLUEPRINTS, ids=lambda path: path.stem)
+
+
+def test_the_blueprints_are_here():
+    names = ["Extend Video (SkyReels V1)", "Image to Video (SkyReels V1)"]
+    assert [path.stem for path in BLUEPRINTS] == names
+
+
+@each_blueprint
+def test_a_blueprint_is_one_node_whose_graph_is_sound(path):
+    file = read(path)
+    (outer,), (graph,) = file["nodes"], file["definitions"]["subgraphs"]
+    assert outer["type"] == graph["id"] == str(uuid.UUID(graph["id"]))
+    assert outer["title"] == graph["name"] == path.stem
+    assert graph["category"] == "SkyReels"
+    assert len(file["extra"]["BlueprintDescription"]) > 40
+    assert {"hunyuan", "skyreels"} <= set(file["extra"]["BlueprintSearchAliases"])
+    nodes = {node["id"]: node for node in graph["nodes"]}
+    links = {link["id"]: link for link in graph["links"]}
+    assert len(nodes) == len(graph["nodes"])
+    assert len(links) == len(graph["links"])
+    ends = {("in", s): e for s, e in enumerate(graph["inputs"])}
+    ends |= {("out", s): e for s, e in enumerate(graph["outputs"])}
+    for number, link in links.items():
+        origin, target = link["origin_id"], link["target_id"]
+        if origin == -10:
+            assert number in ends["in", link["origin_slot"]]["linkIds"]
+        else:
+            output = nodes[origin]["outputs"][link["origin_slot"]]
+            assert output["type"] == link["type"]
+            assert number in output["links"]
+        if target == -20:
+            assert number in ends["out", link["target_slot"]]["linkIds"]
+        else:
+            socket = nodes[target]["inputs"][link["target_slot"]]
+            assert (socket["link"], socket["type"]) == (number, link["type"])
+    used = [i["link"] for n in nodes.values() for i in n["inputs"] if i["link"] is not None]
+    left = [number for end in graph["outputs"] for number in end["linkIds"]]
+    assert sorted([*used, *left]) == sorted(links), "nothing is linked twice or not at all"
+    required = [i for n in nodes.values() for i in n["inputs"] if "widget" not in i]
+    assert all(i["link"] for i in required if i.get("shape") != 7)
+
+
+@each_blueprint
+def test_a_blueprint_shows_the_widgets_of_its_graph_with_their_values(path):
+    file = read(path)
+    (outer,), (graph,) = file["nodes"], file["definitions"]["subgraphs"]
+    nodes = {node["id"]: node for node in graph["nodes"]}
+    shown = [i["name"] for i in outer["inputs"] if "widget" in i]
+    assert outer["properties"]["proxyWidgets"] == [["-1", name] for name in shown]
+    targets = {link["origin_slot"]: link for link in graph["links"] if link["origin_id"] == -10}
+    values = []
+    for slot, end in enumerate(graph["inputs"]):
+        assert (end["name"], end["type"]) == (outer["inputs"][slot]["name"],
+                                              outer["inputs"][slot]["type"])  # fmt: skip
+        node = nodes[targets[slot]["target_id"]]
+        name = node["inputs"][targets[slot]["target_slot"]]["name"]
+        values += [value for widget, _, _, value in placed(node) if widget == name]
+    assert values == outer["widgets_values"]
+    assert [(o["name"], o["type"]) for o in outer["outputs"]] == [
+        (o["name"], o["type"]) for o in graph["outputs"]
+    ]
+    for node in graph["nodes"]:
+        if node["type"] not in PAGE_ONLY:
+            assert len(list(placed(node))) == len(widgets(node["type"]))
+
+
+def test_the_portrait_is_the_one_that_the_script_draws():
+    from scripts.draw_pictures import portrait
+
+    shipped_picture = np.asarray(Image.open(ROOT / "web" / "portrait.jpg"), np.float32)
+    drawn = np.asarray(portrait(), np.float32)
+    assert shipped_picture.shape == drawn.shape == (544, 960, 3)
+    assert abs(shipped_picture - drawn).mean() < 3
+
+
+def test_the_picture_in_the_readme_shows_the_quick_start_as_it_is():
+    from scripts.draw_graph import digest, digest_of, shown
+
+    graph = read(shipped("quick_start"))
+    assert digest_of(ROOT / "web" / "docs" / "graph.png") == digest(graph)
+    nodes, _, _ = shown(graph)
+    for kind, _, _, _, lines in nodes:
+        if kind in NODES:
+            assert [name for name, _ in lines] == [widget[0] for widget in widgets(kind)]
+
+
+@each_file
+def test_who_asks_for_a_person_shows_one(path):
+    """Run never pays for a mascot with the prompt of a woman."""
+    nodes = read(path)["nodes"]
+    pictures = {n["widgets_values"][0] for n in nodes if n["type"] == "LoadImage"}
+    assert pictures <= {"skyreels_portrait.jpg"}
+    asks = any("A woman in a green coat" in str(n["widgets_values"]) for n in nodes)
+    assert bool(pictures) == (asks and name_of(path) != "local_text_to_video")
 
 
 @each_file
@@ -72,7 +207,7 @@ def test_ids_and_links_are_sound(path):
 
 
 @pytest.mark.parametrize(
-    "path", [*FILES, *SAVED], ids=lambda path: f"{path.parent.name}-{path.stem}"
+    "path", [*FILES, *SAVED], ids=lambda path: f"{path.parent.name}-{name_of(path)}"
 )
 def test_every_value_stands_in_its_place_and_range(path):
     for node in read(path)["nodes"]:
@@ -89,7 +224,7 @@ def test_every_value_stands_in_its_place_and_range(path):
                 assert type(value) is bool, where
             else:
                 assert type(value) is str, where
-                is_file = value.endswith((".safetensors", ".gguf", ".png"))
+                is_file = value.endswith((".safetensors", ".gguf", ".png", ".jpg"))
                 assert kind != "COMBO" or is_file or value in options["options"], where
 
 
@@ -147,6 +282,20 @@ def test_groups_and_notes_explain_the_graph(path):
 
 
 @each_file
+def test_nodes_leave_room_for_badges_above_and_for_a_footer_below(path):
+    """As measured in the pages: badges of two rows, and the footer of a node without its model."""
+    columns: dict[float, list[tuple[float, float]]] = {}
+    for node in read(path)["nodes"]:
+        (x, y), (_, height) = node["pos"], node["size"]
+        columns.setdefault(x, []).append((y, y + height))
+    for boxes in columns.values():
+        boxes.sort()
+        assert boxes[0][0] >= 110
+        for (_, bottom), (top, _) in itertools.pairwise(boxes):
+            assert top - 30 - bottom >= 50
+
+
+@each_file
 def test_prompts_for_the_real_model_name_the_frame_rate(path):
     titles = {
         node["title"]: node["widgets_values"][0]
@@ -176,7 +325,7 @@ def test_the_thumbnail_is_what_the_template_browser_takes(path):
 @each_graph
 def test_the_graph_runs_to_a_video_on_tiny_weights(path, comfy, wiro):
     prompt = api_form(path)
-    channels = 16 if path.stem == "local_text_to_video" else 32
+    channels = 16 if name_of(path) == "local_text_to_video" else 32
     tiny_transformer = tiny.transformer(replace(tiny.TRANSFORMER, in_channels=channels))
     tiny_vae = tiny.randomize(VideoVAE(tiny.VAE))
     saved = {"transformer": tiny_transformer, "vae": tiny_vae}
@@ -213,7 +362,7 @@ def test_the_graph_runs_to_a_video_on_tiny_weights(path, comfy, wiro):
         "extend_video": [(9, 32, 48, 3)],
         "local_and_remote": [(5, 32, 48, 3), (5, 32, 96, 3)],
     }
-    assert shapes == expected.get(path.stem, [(5, 32, 48, 3)])
+    assert shapes == expected.get(name_of(path), [(5, 32, 48, 3)])
     assert types["SaveVideo"] in results
     if "SkyReelsLoraLoader" in types:
         model, report = results[types["SkyReelsLoraLoader"]]
@@ -227,7 +376,7 @@ def test_the_graph_runs_to_a_video_on_tiny_weights(path, comfy, wiro):
     if "WiroRemoteI2V" in types:
         frames, video, taskid, receipt = results[types["WiroRemoteI2V"]]
         assert taskid == "2221"
-        if path.stem == "remote":  # nothing wants the frames
+        if name_of(path) == "remote":  # nothing wants the frames
             assert isinstance(frames, host.ExecutionBlocker)
         else:
             assert tuple(frames.shape) == (5, 32, 48, 3)

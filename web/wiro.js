@@ -6,6 +6,7 @@ import { createAccountForm } from "./wiro/account.mjs";
 import { addPriceBadge, refreshPrices, watchPrices } from "./wiro/badge.mjs";
 import { complain, guard } from "./wiro/dom.mjs";
 import { languageOf, loadLanguage, t } from "./wiro/language.mjs";
+import { keepCached, keepOutcome, restoreOutcome } from "./wiro/kept.mjs";
 import { addModelButton } from "./wiro/models.mjs";
 import { createPanel } from "./wiro/panel.mjs";
 
@@ -48,6 +49,8 @@ function addListeners() {
     panel?.onTask(detail);
     if (detail.state === "ended") refreshPrices();
   }));
+  api.addEventListener("skyreels.wiro.outcome", guard(({ detail }) => keepOutcome(detail)));
+  api.addEventListener("execution_cached", guard(({ detail }) => keepCached(detail?.nodes)));
   api.addEventListener("reconnecting", guard(() => panel?.onDisconnect()));
   api.addEventListener("reconnected", guard(() => panel?.onReconnect()));
 }
@@ -89,6 +92,7 @@ app.registerExtension({
     if (node.comfyClass === "WiroRunModel") addModelButton(node);
     addPriceBadge(node);
   }),
+  loadedGraphNode: guard(restoreOutcome),
   setup: async () => {
     await followLanguage().catch(complain);
     addPage();

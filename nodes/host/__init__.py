@@ -43,6 +43,7 @@ from .server import (
     run_in_thread,
     running_graph,
     send_event,
+    show_outcome,
 )
 
 __all__ = [
@@ -74,6 +75,7 @@ __all__ = [
     "run_in_thread",
     "running_graph",
     "send_event",
+    "show_outcome",
     "state_folder",
     "status_line",
     "tokenizer_folders",

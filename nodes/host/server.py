@@ -11,6 +11,8 @@ T = TypeVar("T")
 
 #: attribute of the server: the folder of the copy of this pack that serves it
 _OWNER_MARK = "skyreels_wiro_folder"
+#: event of the page: what came of a node's run
+_OUTCOME_EVENT = "skyreels.wiro.outcome"
 #: field of a prompt's extra data that names its user, on a server with several users
 _USER_FIELD = "skyreels_user"
 
@@ -42,6 +44,22 @@ def send_event(name: str, data: dict[str, Any], client: str | None = None) -> No
     server = _prompt_server()
     if server is not None and (client or not is_multi_user()):
         server.send_sync(name, data, client)
+
+
+def show_outcome(line: str, unique_id: str | None, *, must_act: bool) -> None:
+    """Let the page that queued the prompt keep on a node what came of its run.
+
+    A line of `show_on_node` is gone with the prompt's end in newer front ends.
+
+    Args:
+        line: for people; no path of this machine.
+        unique_id: of the node; None does nothing.
+        must_act: whether the user has to act, so that the page says it loudly.
+    """
+    if _prompt_server() is None or unique_id is None:
+        return
+    outcome = {**page_address(unique_id), "line": line, "must_act": must_act}
+    send_event(_OUTCOME_EVENT, outcome, prompt_client())
 
 
 def page_address(unique_id: str) -> dict[str, str]:

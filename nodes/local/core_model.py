@@ -8,6 +8,7 @@ from .. import host
 
 class SkyReelsCoreModel:
     CATEGORY = "SkyReels/sampling"
+    SEARCH_ALIASES = ["ksampler", "model", "hunyuan video"]
     DESCRIPTION = (
         "Makes a MODEL for core's KSampler, SamplerCustomAdvanced and guiders of a SkyReels model. "
         "Weights stay with the engine, which streams what does not fit. SkyReels Sampler is "

@@ -13,6 +13,7 @@ from . import convert
 
 class SkyReelsVAEDecode:
     CATEGORY = "SkyReels/video"
+    SEARCH_ALIASES = ["decode", "latent to video", "hunyuan vae decode", "tiled decode"]
     DESCRIPTION = (
         "Decodes latents, ours or core's, to frames. auto takes the best that fits: the whole clip "
         "in one pass, else synced (a few frames at a time, without seams), else tiles."

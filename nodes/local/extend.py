@@ -19,6 +19,7 @@ from .sampler import SkyReelsSampler
 
 class SkyReelsExtendVideo:
     CATEGORY = "SkyReels/video"
+    SEARCH_ALIASES = ["continue video", "longer video", "video to video", "hunyuan"]
     DESCRIPTION = (
         "Continues a clip: its last frames start a new one, which is sampled, decoded, matched in "
         "colour and joined to it. Chain several of these nodes for longer videos; each adds a "

@@ -30,6 +30,7 @@ def block_indices(text: str) -> tuple[int, ...]:
 
 class SkyReelsGuidance:
     CATEGORY = "SkyReels/sampling"
+    SEARCH_ALIASES = ["skip layer guidance", "slg", "fresca"]
     DESCRIPTION = (
         "Skip-layer guidance (SLG, STG) and FreSca for SkyReels Sampler. Both are off by default, "
         "and untested on the SkyReels weights: compare with a run without them."

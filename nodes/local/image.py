@@ -19,6 +19,14 @@ BATCHES = ("first picture", "one clip each")
 
 class SkyReelsImageConditioning:
     CATEGORY = "SkyReels/conditioning"
+    SEARCH_ALIASES = [
+        "image to video",
+        "i2v",
+        "first frame",
+        "start image",
+        "end image",
+        "hunyuan image to video",
+    ]
     DESCRIPTION = (
         "Fits a picture to the size of the video and encodes it as its first frame. Size and "
         "length of the video are chosen here."

@@ -62,6 +62,15 @@ def naming_the_loader() -> Iterator[None]:
 
 class SkyReelsTransformerLoader:
     CATEGORY = "SkyReels/loaders"
+    SEARCH_ALIASES = [
+        "load model",
+        "unet loader",
+        "diffusion model",
+        "hunyuan video",
+        "gguf",
+        "image to video",
+        "i2v",
+    ]
     DESCRIPTION = (
         "Loads a SkyReels-V1 transformer (13 B parameters), image-to-video or text-to-video. "
         "Layout, variant and 8-bit format are read from the file's tensors, never from its name. "
@@ -119,6 +128,7 @@ class SkyReelsTransformerLoader:
 
 class SkyReelsVAELoader:
     CATEGORY = "SkyReels/loaders"
+    SEARCH_ALIASES = ["load vae", "hunyuan video vae"]
     DESCRIPTION = (
         "Loads the HunyuanVideo VAE in either key layout. Unlike core's, its decoder uses the "
         "frame-causal attention that the weights were trained with."

@@ -19,6 +19,7 @@ NO_LORA = "no file in models/loras"
 
 class SkyReelsLoraLoader:
     CATEGORY = "SkyReels/loaders"
+    SEARCH_ALIASES = ["load lora", "hunyuan lora", "few steps"]
     DESCRIPTION = (
         "Adds a HunyuanVideo LoRA to the transformer; chain several. Files of every usual trainer "
         "are read. The model that comes in stays as it is: one loaded transformer serves branches "

@@ -26,6 +26,7 @@ from .sampler import STEPS
 
 class SkyReelsPlan:
     CATEGORY = "SkyReels/sampling"
+    SEARCH_ALIASES = ["vram", "memory", "will it fit", "out of memory"]
     DESCRIPTION = (
         "Shows memory and time of a clip in each precision, resident and streamed, before anything "
         "is loaded: from the file's header, the free memory and a short probe of the card. -> "

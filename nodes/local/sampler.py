@@ -63,6 +63,7 @@ DENOISE = {
 
 class SkyReelsScheduler:
     CATEGORY = "SkyReels/sampling"
+    SEARCH_ALIASES = ["sigmas", "hunyuan scheduler"]
     DESCRIPTION = (
         "The default schedule of SkyReels Sampler as SIGMAS, or one of core's by name, to split it "
         "between two samplers or to modify it."
@@ -96,6 +97,15 @@ class SkyReelsScheduler:
 
 class SkyReelsSampler:
     CATEGORY = "SkyReels/sampling"
+    SEARCH_ALIASES = [
+        "image to video",
+        "i2v",
+        "text to video",
+        "t2v",
+        "hunyuan sampler",
+        "ksampler",
+        "generate video",
+    ]
     DESCRIPTION = (
         "Turns noise into the latents of a video: 30 Euler steps with true CFG 6 by default, as "
         "the authors do. A transformer that does not fit the card is streamed block by block. "

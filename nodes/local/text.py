@@ -46,6 +46,7 @@ def tokenizer_choices() -> dict[str, Path]:
 
 class SkyReelsTextEncoderLoader:
     CATEGORY = "SkyReels/loaders"
+    SEARCH_ALIASES = ["load clip", "llama", "hunyuan text encoder"]
     DESCRIPTION = (
         "Loads LLaMA-3 and CLIP-L through transformers: from a diffusers-style folder, or from the "
         "two files that core uses (llava_llama3 in fp16 or fp8, clip_l). Core's DualCLIPLoader, "
@@ -131,6 +132,7 @@ class SkyReelsTextEncoderLoader:
 
 class SkyReelsTextEncode:
     CATEGORY = "SkyReels/conditioning"
+    SEARCH_ALIASES = ["prompt", "clip text encode", "hunyuan"]
     DESCRIPTION = (
         "Encodes a prompt with HunyuanVideo's video template into the same CONDITIONING that "
         "core's CLIPTextEncode makes with the hunyuan_video CLIP."

@@ -7,6 +7,7 @@ from ...skyreels.config import MAX_FRAMES, WINDOW_BLENDS, WINDOW_SCHEDULES, Cont
 
 class SkyReelsContextWindows:
     CATEGORY = "SkyReels/sampling"
+    SEARCH_ALIASES = ["long video", "context options"]
     DESCRIPTION = (
         "Samples a long clip in windows that overlap in time: each step needs the memory of one "
         "window, and every window shows the picture again. Untested on the SkyReels weights."

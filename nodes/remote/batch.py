@@ -24,6 +24,7 @@ from .inputs import png_part
 from .nodes import or_blocked, video_output
 from .run import (
     ALL_BUSY,
+    NOTHING_SENT,
     SLICE_S,
     Result,
     RunView,
@@ -53,7 +54,6 @@ logger = logging.getLogger("skyreels.nodes.remote.batch")
 
 #: a picture for each frame of a clip that was connected by mistake is more than this
 MAX_RUNS = 48
-NOTHING_SENT = "cancelled before anything was sent"
 
 
 @dataclass(frozen=True)
@@ -82,6 +82,15 @@ class NoSlotError(Exception):
 
 class WiroSubmit:
     CATEGORY = "SkyReels/remote"
+    SEARCH_ALIASES = [
+        "image to video",
+        "i2v",
+        "skyreels",
+        "hunyuan",
+        "wiro.ai",
+        "batch",
+        "many videos",
+    ]
     DESCRIPTION = (
         "Starts a SkyReels-V1 run on wiro.ai for each image of a batch or list (or each prompt), "
         "as many as the account has task slots, and does not wait. Wiro Collect starts the others "
@@ -198,6 +207,7 @@ class WiroSubmit:
 
 class WiroCollect:
     CATEGORY = "SkyReels/remote"
+    SEARCH_ALIASES = ["wiro.ai", "batch", "wait for videos"]
     DESCRIPTION = (
         "Follows the runs of Wiro Submit, starts the waiting ones as slots become free, and "
         "outputs the results in the order of the images. A failed run is left out of the lists "

@@ -27,6 +27,16 @@ _FROM_IMAGE = "the image"
 
 class WiroRemoteI2V:
     CATEGORY = "SkyReels/remote"
+    SEARCH_ALIASES = [
+        "image to video",
+        "i2v",
+        "skyreels",
+        "hunyuan",
+        "wiro.ai",
+        "api",
+        "cloud",
+        "generate video",
+    ]
     DESCRIPTION = (
         "Generates a video on wiro.ai with SkyReels-V1 instead of on this machine. Costs money: "
         "the price is shown before the run and the cost after it; Cancel stops the remote task. "
@@ -140,6 +150,7 @@ _MODEL_OUTPUT_TOOLTIPS = (
 
 class WiroRunModel:
     CATEGORY = "SkyReels/remote"
+    SEARCH_ALIASES = ["wiro.ai", "api", "cloud", "any model", "skyreels"]
     DESCRIPTION = (
         "Runs any model on wiro.ai, named by the owner/project of its page. Costs money: the price "
         "is shown before the run if Wiro publishes it; Cancel stops the remote task."
@@ -282,6 +293,7 @@ class WiroRunModel:
 
 class WiroTaskResult:
     CATEGORY = "SkyReels/remote"
+    SEARCH_ALIASES = ["wiro.ai", "download", "collect task"]
     DESCRIPTION = (
         "Downloads the result of a task that was started earlier, here or elsewhere; waits for it "
         "if it is still running. Costs nothing. Cancel stops the wait, not the task."
@@ -331,6 +343,7 @@ class WiroTaskResult:
 
 class WiroUploadFile:
     CATEGORY = "SkyReels/remote"
+    SEARCH_ALIASES = ["wiro.ai", "upload image"]
     DESCRIPTION = (
         "Uploads an image, or a file of the input folder, to your files at Wiro once and outputs "
         "its URL for model parameters. Costs nothing."

@@ -37,8 +37,13 @@ logger = logging.getLogger("skyreels.nodes.remote.run")
 #: the parameters of a model -> (parameter, part) of files
 FilesFor = Callable[[Sequence[Mapping[str, Any]]], "list[tuple[str, FilePart]]"]
 
+#: in place of a cost
+COST_UNKNOWN = "cost unknown"
 #: on a node that waits
 ALL_BUSY = "all task slots of the account are in use"
+#: in the last line of a node whose task nobody has stopped: the user has to
+GOES_ON = "may go on at Wiro"
+NOTHING_SENT = "cancelled before anything was sent: nothing paid"
 #: seconds between two looks at the cancel button
 SLICE_S = 0.25
 #: longest that a cancelled prompt waits for the service to confirm
@@ -102,7 +107,7 @@ class Result:
 
     @property
     def line(self) -> str:
-        """What stands on the node in the end."""
+        """What the task cost and is called, for the node."""
         line = f"{self.cost} · task {self.taskid}"
         return f"{line} · {self.warning}" if self.warning else line
 
@@ -181,6 +186,7 @@ class RunView:
         progress: host.RemoteProgress | None = None,
     ) -> None:
         self._progress = progress or host.RemoteProgress(unique_id)
+        self._unique_id = unique_id
         self._stop_event = stop_event
         self._fraction, self._line = 0.0, "asking Wiro"
         self._began = time.monotonic()
@@ -281,11 +287,21 @@ class RunView:
         if self.row:
             live_tasks.publish(self.row)
 
-    def close(self, line: str) -> None:
-        """Show the last line, without looking at the cancel button."""
+    def close(self, line: str, *, must_act: bool = False) -> None:
+        """Show what came of it, without looking at the cancel button: it stays on the node.
+
+        Args:
+            line: the last one.
+            must_act: whether the user has to act; known from the line if a task may go on.
+        """
+        must_act = must_act or GOES_ON in line
         # every open page gets this one: it needs no path of this machine
         self.state.line = line.replace(str(host.output_folder()), "output")
         self._progress.say(line)
+        if self._unique_id is not None:
+            level = logging.WARNING if must_act else logging.INFO
+            logger.log(level, "Wiro, node %s: %s", self._unique_id, " ".join(line.split()))
+            host.show_outcome(self.state.line, self._unique_id, must_act=must_act)
         if self.row:
             live_tasks.unsubscribe(self.row)
         if self._client is not None:
@@ -390,12 +406,12 @@ def run_job(
         As `run_model`.
     """
     from ...wiro_api.client import check_wait
-    from ...wiro_api.errors import WiroError
+    from ...wiro_api.errors import RunOutcomeUnknownError, WiroError
     from ...wiro_api.jobs import is_complete, quote, start, to_handle
     from ...wiro_api.schema import items_of
     from ...wiro_api.spending import describe_price
 
-    line, parameters = "not started", job.values
+    line, parameters, must_act = "not started, nothing paid", job.values, False
     try:
         check_fields([job.values, dict(job.files)])
         check_wait(60.0 * timeout_minutes)
@@ -428,19 +444,20 @@ def run_job(
         delivery = _Delivery(view, client, receipt, wants)
         if is_complete(journal, entry):
             result = delivery.read(entry, entry.files)
-            line = f"made before by task {entry.taskid}: nothing was paid for it now"
+            line = f"made before by task {entry.taskid}: nothing paid now"
         else:
             result = delivery.follow(to_handle(entry), entry, timeout_minutes)
-            line = f"done · {result.line}"
+            charged = "" if result.cost == COST_UNKNOWN else "charged "
+            line = f"done · {charged}{result.line}"
         return result
     except BaseException as error:
         if is_stop(error):
             line = stop_job(view, job, parameters)
         elif isinstance(error, WiroError):
-            line = str(error)
+            line, must_act = str(error), isinstance(error, RunOutcomeUnknownError)
         raise
     finally:
-        view.close(line)
+        view.close(line, must_act=must_act)
 
 
 def load_limits() -> "Limits":
@@ -592,7 +609,7 @@ class _Delivery:
             text=text,
             paths=tuple(paths),
             receipt=json.dumps(receipt, indent=2, ensure_ascii=False),
-            cost=money(Decimal(bill.cost)) if bill.cost else "cost unknown",
+            cost=money(Decimal(bill.cost)) if bill.cost else COST_UNKNOWN,
             warning=warning,
         )
 
@@ -714,7 +731,7 @@ def stop_job(view: RunView, job: "Job", parameters: Mapping[str, Any]) -> str:
     is_sent = entry is not None and entry.state == "sending"
     if handle is None and (row == 0 or (entry is not None and not is_sent)):
         if entry is None or not entry.taskid:
-            return "cancelled before anything was sent"
+            return NOTHING_SENT
         handle = to_handle(entry)
     taskid = handle.taskid if handle is not None else ""
     try:
@@ -728,7 +745,7 @@ def stop_job(view: RunView, job: "Job", parameters: Mapping[str, Any]) -> str:
                 except LostEntryError:  # the answer has come
                     entry = journal.get(row) or entry
                     if not entry.taskid:
-                        return "cancelled, and Wiro made no task"
+                        return "cancelled, Wiro made no task: nothing paid"
                     handle = to_handle(entry)
                 taskid = handle.taskid
                 patience.restart()
@@ -736,13 +753,12 @@ def stop_job(view: RunView, job: "Job", parameters: Mapping[str, Any]) -> str:
     except WiroError as error:
         what = f"task {taskid}" if taskid else "the run"
         logger.error("Cancelled, but %s may go on at Wiro and cost money: %s", what, error)
-        return f"cancelled here, but {what} may go on at Wiro: stop it in the Wiro panel"
+        return f"cancelled here, but {what} {GOES_ON}: stop it in the Wiro panel"
     if row:
         journal.mark_ended(row, task, () if entry is None else entry.files)
     charged = f"charged {money(task.totalcost)}" if task.totalcost else "nothing was charged"
-    logger.info("Wiro task %s: %s, %s.", task.taskid, task.status, charged)
     word = "stopped" if task.status == "task_cancel" else "had ended"
-    return f"task {task.taskid} {word} · {charged}"
+    return f"cancelled, {charged} · task {task.taskid} {word}"
 
 
 def collect(view: RunView, text: str, timeout_minutes: float, wants: frozenset[str]) -> Result:
@@ -763,7 +779,7 @@ def collect(view: RunView, text: str, timeout_minutes: float, wants: frozenset[s
         receipt = {"model": task.model, "parameters": dict(task.parameters)}
         delivery = _Delivery(view, client, receipt, wants)
         result = delivery.follow(RunHandle(task.taskid, task.token), entry, timeout_minutes)
-        line = f"done · {result.line}"
+        line = f"collected, nothing paid now; its run: {result.line}"
         return result
     except WiroError as error:
         line = str(error)

@@ -170,6 +170,32 @@ def test_every_input_and_output_is_explained_with_its_numbers(cls):
 
 
 @pytest.mark.parametrize("cls", NODES.values(), ids=NODES)
+def test_every_node_has_words_by_which_it_is_searched(cls):
+    """Newer front ends search in them; older ones in ids and names only."""
+    words = cls.SEARCH_ALIASES
+    assert words
+    assert all(word == word.lower().strip() and len(word) > 1 for word in words)
+    assert len(set(words)) == len(words)
+
+
+@pytest.mark.parametrize(
+    ("search", "found"),
+    [
+        ("image to video", {"SkyReelsSampler", "SkyReelsImageConditioning", "WiroRemoteI2V"}),
+        ("i2v", {"SkyReelsSampler", "SkyReelsImageConditioning", "WiroRemoteI2V"}),
+        ("hunyuan", {"SkyReelsTransformerLoader", "SkyReelsSampler", "WiroRemoteI2V"}),
+        ("skyreels", {"SkyReelsSampler", "WiroRemoteI2V", "WiroRunModel", "WiroSubmit"}),
+        ("wiro", {"WiroRemoteI2V", "WiroRunModel", "WiroTaskResult", "WiroUploadFile"}),
+    ],
+)
+def test_what_people_type_finds_our_nodes(search, found):
+    names = comfyui_skyreels.NODE_DISPLAY_NAME_MAPPINGS
+    texts = {name: [name, names[name], *cls.SEARCH_ALIASES] for name, cls in NODES.items()}
+    hits = {name for name, words in texts.items() if any(search in w.lower() for w in words)}
+    assert found <= hits
+
+
+@pytest.mark.parametrize("cls", NODES.values(), ids=NODES)
 def test_the_function_takes_the_inputs_with_the_widgets_defaults(cls):
     groups = cls.INPUT_TYPES()
     parameters = dict(inspect.signature(getattr(cls, cls.FUNCTION)).parameters)

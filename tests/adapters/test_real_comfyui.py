@@ -27,11 +27,12 @@ from support import gguf_files, locales, lora, tiny
 from support.checkout import Checkout
 from support.clip import make_clip
 from support.wiro_server import KEY, SECRET, WiroServer
+from support.workflows import TITLES, shipped
 
 ROOT = Path(__file__).resolve().parents[2]
 SUPPORT = ROOT / "tests" / "support"
 PACK = "skyreels-wiro"
-WORKFLOWS = [path.stem for path in sorted((ROOT / "workflows").glob("*.json"))]
+WORKFLOWS = list(TITLES)
 TRANSFORMERS = (
     "skyreels_hunyuan_i2v_bf16.safetensors",
     "skyreels_hunyuan_i2v_fp8_e4m3fn.safetensors",
@@ -146,9 +147,8 @@ def server(checkout, tmp_path_factory):
     factors = lora.letters(lora.whole_modules(lora.draw_parts()), "transformer.")
     tiny.save(models / "loras" / LORA, factors)
     (base / "input").mkdir()
-    (base / "input" / "example.png").write_bytes(
-        (checkout.folder / "input" / "example.png").read_bytes()
-    )
+    portrait = (ROOT / "web" / "portrait.jpg").read_bytes()
+    (base / "input" / "skyreels_portrait.jpg").write_bytes(portrait)
     with WiroServer(pace_s=2.0, with_socket=True, schema=True) as wiro:
         wiro.files["0.mp4"] = make_clip(5, 48, 32)
         server = Server(checkout, base, wiro)
@@ -204,10 +204,11 @@ def test_the_pack_is_imported_quickly_and_all_nodes_are_listed(server):
 
 
 def test_templates_thumbnails_help_and_script_are_served(server):
-    assert sorted(json.loads(server.get("/api/workflow_templates"))[PACK]) == WORKFLOWS
-    for name in WORKFLOWS:
-        template = f"/api/workflow_templates/{PACK}/{name}"
-        assert server.get(template + ".json") == (ROOT / "workflows" / f"{name}.json").read_bytes()
+    listed = json.loads(server.get("/api/workflow_templates"))[PACK]
+    assert sorted(listed) == sorted(TITLES.values())
+    for name, title in TITLES.items():
+        template = f"/api/workflow_templates/{PACK}/{urllib.parse.quote(title)}"
+        assert server.get(template + ".json") == shipped(name).read_bytes()
         assert server.get(template + ".jpg")[:2] == b"\xff\xd8"
     assert f"/extensions/{PACK}/skyreels.js" in json.loads(server.get("/extensions"))
     for name in comfyui_skyreels.NODE_CLASS_MAPPINGS:
@@ -228,6 +229,18 @@ def test_texts_of_a_language_reach_the_page(server, language):
         for name in comfyui_skyreels.NODE_CLASS_MAPPINGS:
             page = server.get(f"/extensions/{PACK}/docs/{name}/{language}.md")
             assert page == (locales.DOCS / name / f"{language}.md").read_bytes()
+
+
+def test_blueprints_are_listed_where_comfyui_looks_for_them(server):
+    try:
+        listed = json.loads(server.get("/global_subgraphs"))
+    except urllib.error.HTTPError:
+        pytest.skip("this ComfyUI has no blueprints of packs")
+    ours = {key: e["name"] for key, e in listed.items() if e["info"]["node_pack"].endswith(PACK)}
+    assert sorted(ours.values()) == sorted(p.stem for p in (ROOT / "subgraphs").glob("*.json"))
+    for key, name in ours.items():
+        entry = json.loads(server.get(f"/global_subgraphs/{key}"))
+        assert json.loads(entry["data"])["nodes"][0]["title"] == name
 
 
 @pytest.mark.parametrize("name", WORKFLOWS)
@@ -601,9 +614,8 @@ def open_server(checkout, tmp_path_factory):
     (base / "custom_nodes").mkdir()
     (base / "custom_nodes" / PACK).symlink_to(ROOT)
     (base / "input").mkdir()
-    (base / "input" / "example.png").write_bytes(
-        (checkout.folder / "input" / "example.png").read_bytes()
-    )
+    portrait = (ROOT / "web" / "portrait.jpg").read_bytes()
+    (base / "input" / "skyreels_portrait.jpg").write_bytes(portrait)
     with WiroServer(pace_s=1.0, schema=True) as wiro:
         wiro.files["0.mp4"] = make_clip(5, 48, 32)
         flags = ("--multi-user", "--enable-cors-header", "--preview-method", "latent2rgb")

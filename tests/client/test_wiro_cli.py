@@ -16,7 +16,7 @@ from support.wiro_socket import SocketServer
 
 ROOT = Path(__file__).resolve().parents[2]
 CLIP = make_clip()
-PICTURE = ROOT / "workflows" / "quick_start.jpg"
+PICTURE = ROOT / "web" / "portrait.jpg"
 RUN = ["run", "wiro/SkyReels-V1", "--param", "size=960x544", "--file", f"inputImage={PICTURE}",
        "--param", "prompt=FPS-24, a woman smiles", "--param", "steps=30"]  # fmt: skip
 ENDED = ("task_postprocess_end",)  # nothing to wait for

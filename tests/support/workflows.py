@@ -9,6 +9,21 @@ import comfyui_skyreels
 
 from .host import CORE_NODES
 
+ROOT = Path(__file__).resolve().parents[2]
+#: graph -> name of its file, which the template browser shows as its title, in the order of people
+TITLES = {
+    "quick_start": "SkyReels 01 Quick start",
+    "remote": "SkyReels 02 On Wiro, no GPU",
+    "local_bf16": "SkyReels 03 Local, bf16, 24 GB",
+    "local_low_memory": "SkyReels 04 Local, 8-bit, 12 GB",
+    "local_gguf": "SkyReels 05 Local, GGUF, 8 GB",
+    "local_text_to_video": "SkyReels 06 Text to video",
+    "local_few_steps": "SkyReels 07 Few steps with a LoRA",
+    "extend_video": "SkyReels 08 Extend a video",
+    "wiro_batch": "SkyReels 09 Many images on Wiro",
+    "local_and_remote": "SkyReels 10 Local and Wiro compared",
+    "core_samplers": "SkyReels 11 Core samplers",
+}
 NODES = comfyui_skyreels.NODE_CLASS_MAPPINGS
 WIDGET_TYPES = ("INT", "FLOAT", "STRING", "BOOLEAN", "COMBO")
 #: nodes without a class on the server
@@ -19,6 +34,11 @@ ADDED = {"control_after_generate": {"fixed"}, "image_upload": {"image"}}
 
 def read(path: Path) -> dict:
     return json.loads(path.read_text(encoding="utf-8"))
+
+
+def shipped(name: str, suffix: str = ".json") -> Path:
+    """The file of a graph, or its thumbnail."""
+    return ROOT / "workflows" / f"{TITLES.get(name, name)}{suffix}"
 
 
 def widgets(node_type: str) -> list[tuple[str, str, dict]]:

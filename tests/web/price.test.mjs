@@ -2,7 +2,7 @@
 import assert from "node:assert/strict";
 import { test } from "node:test";
 
-import { badgeOf, fitText, isDue, PRICED, requestOf } from "../../web/wiro/price.mjs";
+import { badgeOf, fitText, FREE, isDue, PRICED, requestOf } from "../../web/wiro/price.mjs";
 
 const ANSWER = { has_key: true, price: "0.30", is_exact: true, problem: "" };
 const ACCOUNT = {
@@ -77,4 +77,10 @@ test("a field is asked about once, and not while somebody types", () => {
   const looks = ["a", "ab", "abc", "abc", "abc", "abcd", "abc", "abc", "x", "x"];
   const asked = looks.filter((question) => isDue(state, question));
   assert.deepEqual(asked, ["abc", "x"]);
+});
+
+test("each remote node says what it costs, or that it costs nothing", () => {
+  const all = ["WiroCollect", "WiroRemoteI2V", "WiroRunModel", "WiroSubmit", "WiroTaskResult",
+    "WiroUploadFile"];
+  assert.deepEqual([...PRICED, ...Object.keys(FREE)].sort(), all);
 });

@@ -2,7 +2,7 @@
 import { app } from "../../../scripts/app.js";
 import { loadAccount, subscribeAccount } from "./account.mjs";
 import { complain } from "./dom.mjs";
-import { badgeOf, fitText, isDue, requestOf } from "./price.mjs";
+import { badgeOf, fitText, FREE, isDue, requestOf } from "./price.mjs";
 import { post } from "./server.mjs";
 
 const CHECK_MS = 700; // a price is requested once a node is unchanged between two checks
@@ -10,6 +10,8 @@ const MAX_AGE_MS = 300000; // of an answer
 const MAX_ANSWERS = 200;
 const VERSION = "skyreelsPrices"; // a field of the page's reactive store, never saved
 const GAP = 2; // between two rows of badges
+const LETTER = 5.6; // pixels of a letter, about, where nothing measures them
+const OTHERS = 120; // pixels of the other badges and the margins
 const KNOWN = { fgColor: "#fff", bgColor: "#2b6b48" };
 const UNKNOWN = { fgColor: "#bbb", bgColor: "#4a4a4a" };
 
@@ -31,7 +33,9 @@ export function watchPrices() {
 
 /** Add the badge to a new node: some front ends read badges only then. */
 export function addPriceBadge(node) {
-  if (requestOf(node) && !states.has(node)) attach(node);
+  const free = FREE[node.comfyClass];
+  if (free) node.badges?.push(() => makeRow(node, [free], UNKNOWN));
+  else if (requestOf(node) && !states.has(node)) attach(node);
 }
 
 /** Forget all prices: a run has ended, so spending and a model's cost may have changed. */
@@ -91,16 +95,21 @@ function attach(node) {
   return state;
 }
 
-/** A badge in a row of its own above the others, at most as wide as the node. */
 function makeBadge(node, state) {
   void app.extensionManager?.[VERSION];
   const { parts, isKnown } = badgeOf(state.answer, account);
-  const create = (text) => new window.LGraphBadge({ text, ...(isKnown ? KNOWN : UNKNOWN) });
-  const badge = create(parts.join(" · ")); // front ends without a canvas use its text
+  return makeRow(node, parts, isKnown ? KNOWN : UNKNOWN);
+}
+
+/** A badge in a row of its own above the others, at most as wide as the node. */
+function makeRow(node, parts, colors) {
+  const create = (text) => new window.LGraphBadge({ text, ...colors });
+  const width = () => node.width ?? node.size[0];
+  // front ends without a canvas show the text in a row with the other badges
+  const badge = create(fitText(parts, (text) => LETTER * text.length, width() - OTHERS));
   badge.getWidth = () => 0;
   badge.draw = (context, x, y) => {
-    const widthOf = (text) => create(text).getWidth(context);
-    const shown = create(fitText(parts, widthOf, node.width ?? node.size[0]));
+    const shown = create(fitText(parts, (text) => create(text).getWidth(context), width()));
     shown.draw(context, 0, y - shown.height - GAP);
   };
   return badge;

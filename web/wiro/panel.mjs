@@ -16,6 +16,7 @@ const MAX_REFRESHED = 20; // tasks of one poll
 const SPENT_DELAY_MS = 1500; // the server books a task's cost shortly after its end
 const MAX_PAUSE = 30; // polls, while the server does not answer
 
+const BALANCE = mark("Your balance is shown on wiro.ai only; Wiro starts nothing below $0.50.");
 const OFFLINE = mark("Cannot reach the ComfyUI server. The list updates when it is back.");
 const EMPTY = [
   mark("No remote tasks yet."),
@@ -82,7 +83,8 @@ class Panel {
     this.element = make(
       "section", "skw skw-panel", { "aria-label": t("Wiro remote tasks") },
       make("div", "skw-top", {}, this.key, this.setKey, refresh),
-      this.money, make("div", "skw-limit", {}, this.limit, this.setLimit), this.notes,
+      this.money, make("div", "skw-limit", {}, this.limit, this.setLimit),
+      make("p", "skw-faint", {}, t(BALANCE)), this.notes,
       this.accountBox, this.search, this.spoken, this.empty, this.list, this.more,
     );
   }

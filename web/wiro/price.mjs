@@ -5,6 +5,13 @@ import { dollars } from "./words.mjs";
 /** Nodes that start a paid run. */
 export const PRICED = ["WiroRemoteI2V", "WiroRunModel", "WiroSubmit"];
 
+/** What stands on the other nodes. */
+export const FREE = {
+  WiroTaskResult: "costs nothing",
+  WiroUploadFile: "costs nothing",
+  WiroCollect: "price: see Wiro Submit",
+};
+
 const MAX_REASON = 120; // characters
 
 /**

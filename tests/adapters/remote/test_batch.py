@@ -533,7 +533,7 @@ def test_cancel_of_a_run_that_is_being_refused_waits_for_the_no(comfy, wiro):
     with pytest.raises(InterruptProcessingException), torch.inference_mode():
         asyncio.run(node.generate(*inputs, unique_id="9"))
     watching.join()
-    assert comfy.texts[-1] == "cancelled, and Wiro made no task"
+    assert comfy.texts[-1] == "cancelled, Wiro made no task: nothing paid"
     assert [entry.state for entry in account.journal().newest()] == ["intent"]
     wiro.max_tasks = None
     with torch.inference_mode():

@@ -172,7 +172,35 @@ def test_the_price_stands_on_the_node_before_and_the_cost_after(comfy, wiro):
         "sending · price $0.30, limit $2.00 a run, $20.00 a day (default; change it in Settings > "
         "SkyReels > Wiro or with python -m wiro_api limits --per-run USD)"
     ) in comfy.texts
-    assert comfy.texts[-1] == "done · $0.30 · task 2221"
+    assert comfy.texts[-1] == "done · charged $0.30 · task 2221"
+
+
+def outcomes(comfy) -> list[dict]:
+    """What pages were told to keep on nodes."""
+    return [data for name, data in comfy.events if name == "skyreels.wiro.outcome"]
+
+
+def test_what_a_run_cost_is_kept_on_its_node_and_logged_in_one_line(comfy, wiro, caplog):
+    caplog.set_level("INFO")
+    wiro.price = [{"inputs": {}, "price": 0.3, "priceMethod": "cpr"}]
+    generate()
+    generate()
+    where = {"node": "7", "class_type": "class of 7", "prompt_id": "prompt 1"}
+    lines = [
+        "done · charged $0.30 · task 2221",
+        "made before by task 2221: nothing paid now",
+    ]
+    assert outcomes(comfy) == [{**where, "line": line, "must_act": False} for line in lines]
+    logged = [r.getMessage() for r in caplog.records if "node 7" in r.getMessage()]
+    assert logged == [f"Wiro, node 7: {line}" for line in lines]
+
+
+def test_a_run_that_a_limit_forbids_is_kept_as_the_sentence_that_says_so(comfy, wiro):
+    wiro.price = [{"inputs": {}, "price": 2.5, "priceMethod": "cpr"}]
+    with pytest.raises(LimitError) as caught:
+        generate()
+    (kept,) = outcomes(comfy)
+    assert (kept["line"], kept["must_act"]) == (str(caught.value), False)
 
 
 def test_progress_comes_from_the_socket_and_never_moves_back(comfy, wiro, monkeypatch):
@@ -190,7 +218,8 @@ def test_progress_comes_from_the_socket_and_never_moves_back(comfy, wiro, monkey
     assert any("it/s" in text and "left" in text and "task 2221" in text for text in steps)
     logs = [data["log"] for name, data in comfy.events if name == live_tasks.EVENT]
     assert "Loading pipeline components" in logs[-1]
-    assert [data["is_live"] for _, data in comfy.events][-1] is False
+    rows = [data for name, data in comfy.events if name == live_tasks.EVENT]
+    assert rows[-1]["is_live"] is False
 
 
 def test_several_nodes_run_at_the_same_time(comfy, wiro):
@@ -237,7 +266,11 @@ def test_cancel_stops_the_remote_task_as_its_state_demands(comfy, wiro, state, c
     watching.join()
     assert wiro.tasks["2221"]["status"] == "task_cancel"
     assert call in wiro.paths()
-    assert comfy.texts[-1].startswith("task 2221 stopped · ")
+    assert comfy.texts[-1].startswith("cancelled, ")
+    assert [(kept["line"], kept["must_act"]) for kept in outcomes(comfy)] == [
+        (comfy.texts[-1], False)
+    ]
+    assert comfy.texts[-1].endswith(" · task 2221 stopped")
     (entry,) = account.journal().newest()
     assert (entry.state, entry.verdict) == ("ended", "cancelled")
     wiro.states = ("task_postprocess_end",)
@@ -273,7 +306,7 @@ def test_cancel_before_the_end_of_the_upload_sends_nothing(comfy, wiro):
         generate()
     assert runs(wiro) == []
     assert wiro.tasks == {}
-    assert comfy.texts[-1] == "cancelled before anything was sent"
+    assert comfy.texts[-1] == "cancelled before anything was sent: nothing paid"
     assert generate()[2] == "2221"
 
 
@@ -305,6 +338,8 @@ def test_a_service_that_does_not_answer_the_stop_is_not_waited_for(
     watching.join()
     assert 2 < wiro.paths().count("Task/Detail") < 50, "it asked, and gave up"
     assert "task 2221 may go on at Wiro: stop it in the Wiro panel" in comfy.texts[-1]
+    (kept,) = outcomes(comfy)
+    assert (kept["line"], kept["must_act"]) == (comfy.texts[-1], True)
     assert "task 2221 may go on at Wiro and cost money" in caplog.text
 
 
@@ -316,7 +351,7 @@ def test_cancel_in_mid_download_leaves_nothing_half_written(comfy, wiro):
         generate()
     watching.join()
     assert [p for p in (comfy.root / "output").rglob("*") if p.is_file()] == []
-    assert comfy.texts[-1].startswith("task 2221 had ended · charged $0.00351")
+    assert comfy.texts[-1].startswith("cancelled, charged $0.00351 · task 2221 had ended")
     assert generate()[0].shape == (5, 32, 48, 3)
     assert len(runs(wiro)) == 1
 
@@ -335,7 +370,7 @@ def test_cancel_waits_for_an_answer_that_is_on_its_way_and_stops_what_it_names(c
         run_node(remote.WiroRunModel, model="wiro/SkyReels-V1", parameters=json.dumps(values))
     watching.join()
     assert [task["status"] for task in wiro.tasks.values()] == ["task_cancel", "task_start"]
-    assert comfy.texts[-1].startswith("task 2221 stopped")
+    assert comfy.texts[-1].endswith(" · task 2221 stopped")
 
 
 def test_cancel_of_a_lost_run_stops_no_task_of_another_picture(comfy, wiro, monkeypatch):
@@ -715,7 +750,8 @@ def test_a_task_of_an_earlier_start_is_refreshed_and_stopped(comfy, wiro):
     task = tasks.act(row, "stop")["task"]
     assert (task["state"], task["verdict"]) == ("ended", "cancelled")
     assert wiro.tasks["2221"]["status"] == "task_cancel"
-    assert comfy.events[-1][1]["verdict"] == "cancelled"
+    rows = [data for name, data in comfy.events if name == live_tasks.EVENT]
+    assert rows[-1]["verdict"] == "cancelled"
 
 
 def test_an_ended_task_is_downloaded_and_its_remote_files_deleted(comfy, wiro):

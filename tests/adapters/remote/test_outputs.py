@@ -421,7 +421,7 @@ def test_a_side_file_that_does_not_come_is_a_warning_on_the_node(comfy, wiro, ca
     words = "1 of 2 files of task 2221 cannot be fetched: cover.png (the server answered HTTP 410)"
     assert words in caplog.text
     assert words in comfy.texts[-1]
-    assert comfy.texts[-1].startswith("done · $0.00351 · task 2221 · ")
+    assert comfy.texts[-1].startswith("done · charged $0.00351 · task 2221 · ")
     wiro._faults.clear()
     wiro.fetched.clear()
     got = run("images", "video", "files")
