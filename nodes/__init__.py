@@ -15,6 +15,7 @@ from .local.image import SkyReelsImageConditioning
 from .local.loaders import SkyReelsTransformerLoader, SkyReelsVAELoader
 from .local.lora import SkyReelsLoraLoader
 from .local.plan import SkyReelsPlan
+from .local.receipts import SkyReelsFromReceipt
 from .local.sampler import SkyReelsSampler, SkyReelsScheduler
 from .local.text import SkyReelsTextEncode, SkyReelsTextEncoderLoader
 from .local.windows import SkyReelsContextWindows
@@ -39,6 +40,7 @@ NODE_CLASS_MAPPINGS = {
     "SkyReelsExtendVideo": SkyReelsExtendVideo,
     "SkyReelsPlan": SkyReelsPlan,
     "SkyReelsCoreModel": SkyReelsCoreModel,
+    "SkyReelsFromReceipt": SkyReelsFromReceipt,
     "WiroRemoteI2V": WiroRemoteI2V,
     "WiroRunModel": WiroRunModel,
     "WiroTaskResult": WiroTaskResult,
@@ -62,6 +64,7 @@ NODE_DISPLAY_NAME_MAPPINGS = {
     "SkyReelsExtendVideo": "SkyReels Extend Video",
     "SkyReelsPlan": "SkyReels Plan",
     "SkyReelsCoreModel": "SkyReels Core Model",
+    "SkyReelsFromReceipt": "SkyReels From Receipt",
     "WiroRemoteI2V": "Wiro Remote I2V",
     "WiroRunModel": "Wiro Run Model",
     "WiroTaskResult": "Wiro Task Result",

@@ -275,6 +275,33 @@ def linked_outputs(graph: dict[str, Any] | None, unique_id: str | None) -> set[i
     return found
 
 
+def prompt_node(graph: Any, node_id: str | None) -> dict[str, Any] | None:
+    """A node of the prompt that runs, in API format.
+
+    Args:
+        graph: hidden input DYNPROMPT, with nodes that other nodes made too; or PROMPT.
+        node_id: of the node.
+
+    Returns:
+        None if there is none of that id.
+    """
+    if graph is None or node_id is None:
+        return None
+    if isinstance(graph, dict):
+        return graph.get(node_id)
+    found: dict[str, Any] | None = graph.get_node(node_id) if graph.has_node(node_id) else None
+    return found
+
+
+def prompt_nodes(graph: Any) -> list[dict[str, Any]]:
+    """All nodes of the prompt that runs, see `prompt_node`."""
+    if graph is None:
+        return []
+    if isinstance(graph, dict):
+        return list(graph.values())
+    return [graph.get_node(node_id) for node_id in graph.all_node_ids()]
+
+
 def running_graph() -> dict[str, Any] | None:
     """The prompt of the node that is being evaluated, in API format.
 

@@ -1,6 +1,7 @@
 """The sampler."""
 
 import logging
+import time
 from dataclasses import replace
 from typing import Any
 
@@ -15,6 +16,7 @@ from ...skyreels.sampling.settings import SamplingSettings, euler, get_sigmas
 from ...skyreels.weights.load import checkpoint_of
 from .. import host
 from . import convert
+from .receipts import is_plain, sampler_receipt
 
 logger = logging.getLogger("skyreels.nodes.local.sampler")
 
@@ -100,10 +102,12 @@ class SkyReelsSampler:
         "Cancel works between blocks."
     )
     FUNCTION = "sample"
-    RETURN_TYPES = ("LATENT",)
-    RETURN_NAMES = ("samples",)
+    RETURN_TYPES = ("LATENT", "STRING")
+    RETURN_NAMES = ("samples", "receipt")
     OUTPUT_TOOLTIPS = (
         "[1, 16, T, h, w] in VAE space, for SkyReels VAE Decode or core's VAE Decode nodes.",
+        "JSON: prompt, seed, settings, weights with their hashes, versions, seconds; for SkyReels "
+        "From Receipt.",
     )
 
     @classmethod
@@ -311,7 +315,7 @@ class SkyReelsSampler:
                     },
                 ),
             },
-            "hidden": {"unique_id": "UNIQUE_ID"},
+            "hidden": {"unique_id": "UNIQUE_ID", "graph": "DYNPROMPT"},
         }
 
     def sample(
@@ -342,7 +346,13 @@ class SkyReelsSampler:
         guidance: Guidance | None = None,
         windows: ContextWindows | None = None,
         unique_id: str | None = None,
-    ) -> tuple[convert.Latent]:
+        graph: Any = None,
+    ) -> tuple[convert.Latent, str]:
+        begun = time.monotonic()
+        sockets = {"sampler": sampler, "latent": latent, "guidance": guidance, "windows": windows}
+        by_hand = [name for name, given in sockets.items() if given is not None]
+        if not is_plain(sigmas, steps, shift, denoise):
+            by_hand.append("sigmas")
         convert.warn_unused(positive, negative)
         start = None if latent is None else convert.latent_samples(latent, "start latent")
         if not model.module.config.takes_image:
@@ -398,4 +408,16 @@ class SkyReelsSampler:
             clips.append(Clip(convert.of_batch(image, index, count), *prompts, own))
         runtime = host.ComfyRuntime(unique_id, model, with_preview=True)
         samples = sample_batch(model.module, clips, runtime=runtime)
-        return ({**(latent or {}), "samples": samples},)
+        widgets = {"steps": steps, "shift": shift, "denoise": denoise, "cache": cache}
+        receipt = sampler_receipt(
+            model,
+            image,
+            replace(settings, seed=seed),
+            widgets,
+            by_hand,
+            graph,
+            unique_id,
+            runtime,
+            time.monotonic() - begun,
+        )
+        return {**(latent or {}), "samples": samples}, receipt

@@ -9,6 +9,9 @@ from pathlib import Path
 
 import comfyui_skyreels
 import pytest
+from comfyui_skyreels.skyreels.config import ATTENTIONS, DECODE_MODES, TRANSFORMER_PRECISIONS
+from comfyui_skyreels.skyreels.image import FITS
+from comfyui_skyreels.skyreels.sampling.calibrate import CACHE_CHOICES
 from support.forked import forks
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -19,6 +22,8 @@ CORE_SOCKETS = {
 }  # fmt: skip
 #: nodes whose results lie in files that may be deleted
 WITH_FILES = {"WiroRemoteI2V", "WiroRunModel", "WiroTaskResult", "WiroCollect"}
+#: nodes that read a file whose name is a text
+WITH_INPUT_FILES = {"SkyReelsFromReceipt"}
 #: nodes whose results depend on the memory that is free
 WITH_MEMORY = {"SkyReelsPlan"}
 
@@ -57,7 +62,7 @@ FROZEN = {
          "image", "latent", "sampler", "sigmas", "denoise", "cfg_start", "cfg_end",
          "guidance_rescale", "cfg_zero_star", "zero_init_steps", "riflex_k", "resume",
          "add_noise", "cache", "attention", "guidance", "windows"],
-        [("samples", "LATENT")],
+        [("samples", "LATENT"), ("receipt", "STRING")],
     ),
     "SkyReelsGuidance": (
         "SkyReels Guidance",
@@ -95,6 +100,18 @@ FROZEN = {
         [("plan", "STRING")],
     ),
     "SkyReelsCoreModel": ("SkyReels Core Model", ["model", "image"], [("model", "MODEL")]),
+    "SkyReelsFromReceipt": (
+        "SkyReels From Receipt",
+        ["receipt"],
+        [("prompt", "STRING"), ("negative_prompt", "STRING"), ("seed", "INT"), ("steps", "INT"),
+         ("cfg", "FLOAT"), ("embedded_guidance", "FLOAT"), ("shift", "FLOAT"), ("width", "INT"),
+         ("height", "INT"), ("num_frames", "INT"), ("fit", list(FITS)),
+         ("noise_augmentation", "FLOAT"), ("latent_strength", "FLOAT"),
+         ("augmentation_seed", "INT"), ("denoise", "FLOAT"), ("cache", list(CACHE_CHOICES)),
+         ("attention", list(ATTENTIONS)), ("precision", list(TRANSFORMER_PRECISIONS)),
+         ("decode", list(DECODE_MODES)), ("riflex_k", "INT"), ("add_fps_prefix", "BOOLEAN"),
+         ("report", "STRING")],
+    ),
     "WiroRemoteI2V": (
         "Wiro Remote I2V",
         ["image", "prompt", "size", "fit", "num_frames", "steps", "cfg", "negative_prompt",
@@ -190,14 +207,17 @@ def test_the_function_takes_the_inputs_with_the_widgets_defaults(cls):
 @pytest.mark.parametrize("cls", NODES.values(), ids=NODES)
 def test_a_core_type_is_named_only_for_what_core_accepts(cls):
     sockets = [kind for kind, _ in inputs_of(cls).values() if isinstance(kind, str)]
-    for kind in {*sockets, *cls.RETURN_TYPES} - set(TYPES):
+    given = {kind for kind in cls.RETURN_TYPES if not isinstance(kind, list)}  # a list is a choice
+    for kind in {*sockets, *given} - set(TYPES):
         assert kind in CORE_SOCKETS or kind.startswith("SKYREELS_"), kind
 
 
 @pytest.mark.parametrize("cls", NODES.values(), ids=NODES)
 def test_nodes_hold_no_state_and_are_cached_like_any_other(cls):
     assert "__init__" not in vars(cls)
-    assert hasattr(cls, "IS_CHANGED") is (cls.__name__ in WITH_FILES | WITH_MEMORY)
+    assert hasattr(cls, "IS_CHANGED") is (
+        cls.__name__ in WITH_FILES | WITH_INPUT_FILES | WITH_MEMORY
+    )
     source = inspect.getsource(cls)
     assert not re.search(r"\bself\.\w+ =", source)
 
