@@ -7,6 +7,7 @@ import logging
 from pathlib import Path
 
 from . import host
+from .i2v import SkyReelsI2V
 from .local.core_model import SkyReelsCoreModel
 from .local.decode import SkyReelsVAEDecode
 from .local.extend import SkyReelsExtendVideo
@@ -26,6 +27,7 @@ from .remote.nodes import WiroRemoteI2V, WiroRunModel, WiroTaskResult, WiroUploa
 logger = logging.getLogger("skyreels.nodes")
 
 NODE_CLASS_MAPPINGS = {
+    "SkyReelsI2V": SkyReelsI2V,
     "SkyReelsTransformerLoader": SkyReelsTransformerLoader,
     "SkyReelsVAELoader": SkyReelsVAELoader,
     "SkyReelsLoraLoader": SkyReelsLoraLoader,
@@ -50,6 +52,7 @@ NODE_CLASS_MAPPINGS = {
 }
 
 NODE_DISPLAY_NAME_MAPPINGS = {
+    "SkyReelsI2V": "SkyReels I2V",
     "SkyReelsTransformerLoader": "SkyReels Load Transformer",
     "SkyReelsVAELoader": "SkyReels Load VAE",
     "SkyReelsLoraLoader": "SkyReels Load LoRA",

@@ -34,7 +34,16 @@ def show_on_node(text: str, unique_id: str | None) -> None:
         return
     client = prompt_client()
     if client or not is_multi_user():
-        server.send_progress_text(text, unique_id, client)
+        server.send_progress_text(text, _node_on_page(unique_id), client)
+
+
+def _node_on_page(unique_id: str) -> str:
+    """The node of the page that a running node belongs to: another one if that one made it."""
+    if "." not in unique_id:
+        return unique_id
+    from comfy_execution.progress import get_progress_state
+
+    return str(get_progress_state().dynprompt.get_display_node_id(unique_id))
 
 
 def send_event(name: str, data: dict[str, Any], client: str | None = None) -> None:

@@ -561,6 +561,7 @@ class _Delivery:
         kinds = _by_kind(paths)
         videos, pictures = kinds.get("video", []), kinds.get("image", [])
         receipt = {
+            "backend": "wiro",
             **shown(self.receipt),
             "taskid": bill.taskid,
             "cost_usd": bill.cost or None,

@@ -21,7 +21,7 @@ CORE_SOCKETS = {
     "IMAGE", "MASK", "VIDEO", "AUDIO", "LATENT", "CONDITIONING", "SAMPLER", "SIGMAS", "MODEL",
 }  # fmt: skip
 #: nodes whose results lie in files that may be deleted
-WITH_FILES = {"WiroRemoteI2V", "WiroRunModel", "WiroTaskResult", "WiroCollect"}
+WITH_FILES = {"SkyReelsI2V", "WiroRemoteI2V", "WiroRunModel", "WiroTaskResult", "WiroCollect"}
 #: nodes that read a file whose name is a text
 WITH_INPUT_FILES = {"SkyReelsFromReceipt"}
 #: nodes whose results depend on the memory that is free
@@ -29,6 +29,15 @@ WITH_MEMORY = {"SkyReelsPlan"}
 
 #: frozen: display name, inputs in order, outputs. New widgets only at the end of a list
 FROZEN = {
+    "SkyReelsI2V": (
+        "SkyReels I2V",
+        ["image", "prompt", "backend", "transformer", "width", "height", "num_frames", "fit",
+         "seed", "steps", "cfg", "negative_prompt", "add_fps_prefix", "vae", "text_encoder",
+         "precision", "embedded_guidance", "shift", "attention", "cache", "decode",
+         "allow_paid_remote", "take", "wait_when_busy", "timeout_minutes"],
+        [("images", "IMAGE"), ("video", "VIDEO"), ("task_id", "STRING"), ("receipt", "STRING"),
+         ("report", "STRING")],
+    ),
     "SkyReelsTransformerLoader": (
         "SkyReels Load Transformer",
         ["transformer", "precision"],
@@ -177,7 +186,7 @@ def test_ids_names_inputs_and_outputs_are_frozen():
 @pytest.mark.parametrize("cls", NODES.values(), ids=NODES)
 def test_every_input_and_output_is_explained_with_its_numbers(cls):
     assert len(cls.DESCRIPTION) > 40
-    assert cls.CATEGORY.startswith("SkyReels/")
+    assert cls.CATEGORY.split("/")[0] == "SkyReels"
     assert [bool(t) for t in cls.OUTPUT_TOOLTIPS] == [True] * len(cls.RETURN_TYPES)
     for name, (kind, options) in inputs_of(cls).items():
         assert len(options["tooltip"]) > 10, name

@@ -386,6 +386,7 @@ def run_prompt(
     A list of a node that gives lists is handed on as it is: only core nodes stand behind one.
     """
     assert validate(prompt, classes) == {}
+    prompt = dict(prompt)
     results: dict[str, tuple] = {}
 
     def result(key: str) -> tuple:
@@ -404,11 +405,19 @@ def run_prompt(
                     inputs = {name: [value] for name, value in inputs.items()}
                 with torch.inference_mode():  # as ComfyUI does
                     outputs = getattr(cls(), cls.FUNCTION)(**inputs)
-                    results[key] = asyncio.run(outputs) if asyncio.iscoroutine(outputs) else outputs
+                    if asyncio.iscoroutine(outputs):
+                        outputs = asyncio.run(outputs)
+                if isinstance(outputs, dict) and "expand" in outputs:  # nodes in place of the node
+                    prompt.update(outputs["expand"])
+                    outputs = tuple(
+                        result(value[0])[value[1]] if isinstance(value, list) else value
+                        for value in outputs["result"]
+                    )
+                results[key] = outputs
             else:
                 results[key] = core_node(class_type, inputs, text_sizes)
         return results[key]
 
-    for key in prompt:
+    for key in list(prompt):
         result(key)
     return results
