@@ -309,7 +309,8 @@ class SkyReelsI2V:
             precision=precision,
             decode=decode,
         )
-        report = f"Made here with {local.transformer}, {local.vae} and {local.text_encoder}."
+        names = dict.fromkeys((local.transformer, local.vae, local.text_encoder))
+        report = f"Made here with {', '.join(map(shown, names))}."
         if backend == AUTO:
             report = f"{report} {why}"
         logger.info("%s", report)

@@ -365,7 +365,7 @@ def _outputs_of(receipt: Receipt) -> tuple[Any, ...]:
 
 
 def _report(receipt: Receipt) -> list[str]:
-    where = "on wiro.ai" if receipt.backend == "wiro" else "on a machine of its own"
+    where = "on wiro.ai" if receipt.backend == "wiro" else "locally"
     lines = [f"Made {where} with {receipt.model or 'a model that is not named'}."]
     for part, told in receipt.weights.items():
         found = _find(part, told.name)

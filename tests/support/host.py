@@ -357,7 +357,16 @@ def core_node(class_type: str, inputs: dict[str, Any], text_sizes: tuple[int, in
     if class_type == "PrimitiveStringMultiline":
         return (inputs["value"],)
     if class_type == "ImageStitch":
-        return (torch.cat([inputs["image1"], inputs["image2"]], dim=2),)
+        side = 1 if inputs.get("direction") == "down" else 2
+        return (torch.cat([inputs["image1"], inputs["image2"]], dim=side),)
+    if class_type == "ImageBlend":
+        assert inputs["blend_mode"] == "difference"
+        return (inputs["image1"] - inputs["image2"],)
+    if class_type == "ImageFromBatch":
+        index = min(inputs["batch_index"], len(inputs["image"]) - 1)
+        return (inputs["image"][index : index + 1],)
+    if class_type in ("PreviewAny", "PreviewImage"):
+        return ()
     if class_type == "SaveVideo":
         return ()
     raise AssertionError(f"unknown core node {class_type}")
