@@ -517,6 +517,7 @@ class _Delivery:
                 timeout_s=60.0 * timeout_minutes,
                 listener=self.view,
                 asked=self.receipt,
+                is_labelled=True,
             )
         except WiroError as error:
             warning = str(error)
