@@ -1,5 +1,6 @@
 """Receipts: what a clip was made from, and the inputs that make it again."""
 
+import json
 import logging
 from collections.abc import Iterable, Mapping
 from dataclasses import fields
@@ -15,7 +16,10 @@ from ...skyreels.config import ATTENTIONS, DECODE_MODES, TRANSFORMER_PRECISIONS,
 from ...skyreels.errors import SkyReelsError, shown
 from ...skyreels.image import FITS, PictureOrigin
 from ...skyreels.pipeline.receipt import (
+    FORMAT,
+    MARK,
     PARAMETERS,
+    NoReceiptError,
     Receipt,
     base_name,
     describe_source,
@@ -321,7 +325,7 @@ class SkyReelsFromReceipt:
                         "default": "",
                         "tooltip": "The receipt as JSON, linked or pasted; or the name of a file "
                         "in the input or output folder: a .json, or a video or PNG that holds one "
-                        "or has NAME.receipt.json beside it.",
+                        "(or the workflow of a local clip) or has NAME.receipt.json beside it.",
                     },
                 ),
             },
@@ -352,7 +356,85 @@ def _is_json(text: str) -> bool:
 def _read(text: str) -> Receipt:
     if _is_json(text) or not text.strip():
         return parse_receipt(text)
-    return parse_receipt(receipt_text(host.media_file(text.strip())))
+    try:
+        return parse_receipt(receipt_text(host.media_file(text.strip())))
+    except NoReceiptError as error:
+        receipt = graph_receipt(error.graph)
+        if receipt is None:
+            raise
+        return parse_receipt(json.dumps(receipt))
+
+
+def graph_receipt(text: str) -> dict[str, Any] | None:
+    """A receipt without hashes, from the graph that core writes into videos and pictures.
+
+    Args:
+        text: the graph in API format; it comes from outside.
+
+    Returns:
+        For `parse_receipt`; None unless exactly one node of ours in it has sampled locally.
+    """
+    try:
+        graph = json.loads(text or "{}")
+        made = [
+            (key, node["class_type"], node["inputs"])
+            for key, node in graph.items()
+            if node["class_type"] == "SkyReelsSampler"
+            or (node["class_type"] == "SkyReelsI2V" and node["inputs"]["backend"] != "remote")
+        ]
+        if len(made) != 1:
+            return None
+        key, class_type, inputs = made[0]
+        if class_type == "SkyReelsI2V":
+            prompt = _string(graph, inputs.get("prompt"))
+            if prompt is not None and inputs.get("add_fps_prefix", True):
+                prompt = with_fps_prefix(prompt)
+            given = {**inputs, "prompt": prompt, "augmentation_seed": inputs.get("seed")}
+            loader: dict[str, Any] = inputs
+            loras: list[dict[str, Any]] = []
+        else:
+            picture = _node_at(graph, inputs.get("image"))
+            loader, loras = _loader_of(graph, inputs.get("model"))
+            given = {
+                **picture,
+                **inputs,
+                "prompt": prompt_text(graph, key, "positive"),
+                "negative_prompt": prompt_text(graph, key, "negative"),
+                "decode": decode_mode(graph, key),
+                "precision": loader.get("precision"),
+            }
+        sockets = ("latent", "sampler", "sigmas", "guidance", "windows")
+        parameters = {k: v for k, v in given.items() if k in PARAMETERS and not isinstance(v, list)}
+        return {
+            MARK: FORMAT,
+            "model": loader.get("transformer", ""),
+            "parameters": parameters,
+            "weights": {"transformer": {"name": loader.get("transformer", "")}},
+            "loras": loras,
+            "by_hand": [name for name in sockets if name in inputs],
+        }
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        logger.info("The graph in the file is none of ours: %s", shown(error))
+        return None
+
+
+def _node_at(graph: Any, link: Any) -> dict[str, Any]:
+    """The inputs of the node at the other end of a link; {} if there is none."""
+    node = host.prompt_node(graph, str(link[0])) if isinstance(link, list) else None
+    return {} if node is None else dict(node["inputs"])
+
+
+def _loader_of(graph: Any, link: Any) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Inputs of the loader that a model comes from, and the LoRAs on the way."""
+    loras: list[dict[str, Any]] = []
+    inputs = _node_at(graph, link)
+    for _ in range(MAX_DEPTH):
+        if "model" not in inputs:
+            break
+        names = {"lora": "name", "strength": "strength", "blocks": "blocks"}
+        loras.insert(0, {names[k]: v for k, v in inputs.items() if k in names})
+        inputs = _node_at(graph, inputs["model"])
+    return inputs, loras
 
 
 def _outputs_of(receipt: Receipt) -> tuple[Any, ...]:

@@ -64,6 +64,18 @@ _WIRO_NAMES = {"prompt": "prompt", "negativePrompt": "negative_prompt", "scale":
                "steps": "steps", "numFrames": "num_frames", "seed": "seed"}  # fmt: skip
 
 
+class NoReceiptError(OptionError):
+    """A file holds no receipt.
+
+    Attributes:
+        graph: what ComfyUI has written into it instead, in API format; else "".
+    """
+
+    def __init__(self, message: str, graph: str = "") -> None:
+        super().__init__(message)
+        self.graph = graph
+
+
 @dataclass(frozen=True)
 class Weights:
     """A file or folder of weights as a receipt names it.
@@ -517,7 +529,8 @@ def receipt_text(path: Path) -> str | bytes:
         JSON, not checked.
 
     Raises:
-        OptionError: there is none.
+        NoReceiptError: there is none.
+        OptionError: it is too large, or the file cannot be read.
         CheckpointError: not a regular file.
     """
     from ..media import read_metadata
@@ -534,7 +547,10 @@ def receipt_text(path: Path) -> str | bytes:
     fix = "give the receipt as JSON text, or a clip that `generate` wrote"
     if "prompt" in held:
         fix = "drop it on ComfyUI's page to open its workflow"
-    raise OptionError(f"{shown(path.name)} holds no receipt, and none lies beside it: {fix}.")
+    raise NoReceiptError(
+        f"{shown(path.name)} holds no receipt, and none lies beside it: {fix}.",
+        held.get("prompt", ""),
+    )
 
 
 def _small_text(path: Path) -> bytes:

@@ -9,6 +9,7 @@ import pytest
 import torch
 from comfyui_skyreels.nodes.local import receipts
 from comfyui_skyreels.nodes.local.receipts import decode_mode, prompt_text
+from comfyui_skyreels.skyreels import media
 from comfyui_skyreels.skyreels.builtin import BUILTIN_NAME
 from comfyui_skyreels.skyreels.errors import OptionError
 from comfyui_skyreels.skyreels.pipeline.receipt import MARK, make_receipt
@@ -114,6 +115,59 @@ def test_a_file_of_the_input_or_output_folder_is_read(comfy):
     os.utime(comfy.root / "input" / "a.json", ns=(1, 1))
     assert changed(receipt="a.json") != before
     assert changed(receipt=text) == changed(receipt=None) == ""
+
+
+def saved_by_core(folder, name: str, graph: dict) -> str:
+    """A video as core's SaveVideo leaves it: with the graph."""
+    held = {"prompt": json.dumps(graph), "workflow": "{}"}
+    with media.open_frames(folder / name, 1, 16, 16, metadata=held) as file:
+        file.restart()
+        file.write(torch.zeros(1, 16, 16, 3))
+    return name
+
+
+def test_a_video_that_core_saved_gives_the_inputs_of_its_graph(comfy):
+    graph = builtin_graph()
+    graph["0"] = {
+        "class_type": "SkyReelsLoraLoader",
+        "inputs": {"model": ["1", 0], "lora": "x/l.safetensors", "strength": 0.5},
+    }
+    graph["8"]["inputs"] |= {"model": ["0", 0], "latent": ["9", 0]}
+    told = read(saved_by_core(comfy.root / "input", "a.mp4", graph))
+    own = host.run_prompt(builtin_graph(), NODES)["8"][1]
+    assert {**told, "report": ""} == {**read(own), "report": ""}
+    assert "LoRA l.safetensors" in told["report"]
+    assert "Connect or set by hand: latent." in told["report"]
+
+
+def test_a_video_of_sky_reels_i2v_gives_its_inputs(comfy):
+    inputs = {
+        "prompt": "a fox",
+        "backend": "auto",
+        "transformer": "t.safetensors",
+        "seed": 7,
+        "width": 64,
+        "height": 64,
+        "num_frames": 9,
+        "image": ["1", 0],
+        "steps": ["2", 0],
+    }
+    graph = {"3": {"class_type": "SkyReelsI2V", "inputs": inputs}}
+    told = read(saved_by_core(comfy.root / "input", "a.mp4", graph))
+    assert (told["prompt"], told["seed"], told["width"]) == ("FPS-24, a fox", 7, 64)
+    assert "t.safetensors" in told["report"]
+    assert "steps" in told["report"]  # linked: not known
+
+
+@pytest.mark.parametrize(
+    "graph",
+    [{}, [], "x", {"1": {}}, {"1": {"class_type": "SkyReelsSampler", "inputs": 5}},
+     {"1": {"class_type": "SkyReelsI2V", "inputs": {"backend": "remote"}}},
+     {k: {"class_type": "SkyReelsSampler", "inputs": {}} for k in "12"}],
+)  # fmt: skip
+def test_a_graph_without_one_local_clip_holds_no_receipt(comfy, graph):
+    with pytest.raises(OptionError, match="holds no receipt"):
+        read(saved_by_core(comfy.root / "input", "a.mp4", graph))
 
 
 @pytest.mark.parametrize(
