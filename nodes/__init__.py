@@ -7,6 +7,7 @@ import logging
 from pathlib import Path
 
 from . import host
+from .i2v import SkyReelsI2V
 from .local.core_model import SkyReelsCoreModel
 from .local.decode import SkyReelsVAEDecode
 from .local.extend import SkyReelsExtendVideo
@@ -15,6 +16,7 @@ from .local.image import SkyReelsImageConditioning
 from .local.loaders import SkyReelsTransformerLoader, SkyReelsVAELoader
 from .local.lora import SkyReelsLoraLoader
 from .local.plan import SkyReelsPlan
+from .local.receipts import SkyReelsFromReceipt
 from .local.sampler import SkyReelsSampler, SkyReelsScheduler
 from .local.text import SkyReelsTextEncode, SkyReelsTextEncoderLoader
 from .local.windows import SkyReelsContextWindows
@@ -25,6 +27,7 @@ from .remote.nodes import WiroRemoteI2V, WiroRunModel, WiroTaskResult, WiroUploa
 logger = logging.getLogger("skyreels.nodes")
 
 NODE_CLASS_MAPPINGS = {
+    "SkyReelsI2V": SkyReelsI2V,
     "SkyReelsTransformerLoader": SkyReelsTransformerLoader,
     "SkyReelsVAELoader": SkyReelsVAELoader,
     "SkyReelsLoraLoader": SkyReelsLoraLoader,
@@ -39,6 +42,7 @@ NODE_CLASS_MAPPINGS = {
     "SkyReelsExtendVideo": SkyReelsExtendVideo,
     "SkyReelsPlan": SkyReelsPlan,
     "SkyReelsCoreModel": SkyReelsCoreModel,
+    "SkyReelsFromReceipt": SkyReelsFromReceipt,
     "WiroRemoteI2V": WiroRemoteI2V,
     "WiroRunModel": WiroRunModel,
     "WiroTaskResult": WiroTaskResult,
@@ -48,6 +52,7 @@ NODE_CLASS_MAPPINGS = {
 }
 
 NODE_DISPLAY_NAME_MAPPINGS = {
+    "SkyReelsI2V": "SkyReels I2V",
     "SkyReelsTransformerLoader": "SkyReels Load Transformer",
     "SkyReelsVAELoader": "SkyReels Load VAE",
     "SkyReelsLoraLoader": "SkyReels Load LoRA",
@@ -62,6 +67,7 @@ NODE_DISPLAY_NAME_MAPPINGS = {
     "SkyReelsExtendVideo": "SkyReels Extend Video",
     "SkyReelsPlan": "SkyReels Plan",
     "SkyReelsCoreModel": "SkyReels Core Model",
+    "SkyReelsFromReceipt": "SkyReels From Receipt",
     "WiroRemoteI2V": "Wiro Remote I2V",
     "WiroRunModel": "Wiro Run Model",
     "WiroTaskResult": "Wiro Task Result",

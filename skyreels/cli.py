@@ -12,21 +12,23 @@ import logging
 import re
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from .config import ATTENTIONS, BAD_RENDERS, DECODE_MODES, PRESETS, TRANSFORMER_PRECISIONS
 from .errors import MAX_MESSAGE, OptionError, SkyReelsError, shown
-from .files import check_regular
+from .files import check_regular, write_json
 from .runtime.interrupt import remembered_interrupt
 from .sampling.calibrate import CACHE_CHOICES, CALIBRATED, choose_cache
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
     from .conditioning.embeds import PromptEmbeds
     from .image import ImageSettings
+    from .media import FrameFile
     from .pipeline.calibration import Case
     from .pipeline.extend import ExtendSettings
     from .runtime import Runtime, TorchRuntime
@@ -55,6 +57,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         The exit code: 0 done, 1 an error that was explained, 2 wrong usage, 130 interrupted.
     """
     arguments = build_parser().parse_args(argv)
+    try:
+        if getattr(arguments, "from_receipt", None) is not None:
+            arguments = _with_receipt(arguments, argv)
+    except (SkyReelsError, OSError) as error:
+        return _fail(arguments, str(error), EXIT_ERROR)
+    if arguments.run is run_generate and arguments.prompt is None:
+        build_parser().error("the following arguments are required: --prompt")
     # on a terminal over the progress bar, which is drawn again
     line = "\r\033[K%(message)s" if sys.stderr.isatty() else "%(message)s"
     logging.basicConfig(level=logging.WARNING, format=line, stream=sys.stderr)
@@ -140,6 +149,11 @@ def _path(text: str) -> Path:
 @functools.cache
 def build_parser() -> argparse.ArgumentParser:
     """All commands and options."""
+    return _make_parser({})
+
+
+def _make_parser(generate_defaults: Mapping[str, Any]) -> argparse.ArgumentParser:
+    """All commands and options, with defaults of `generate` in place of the usual ones."""
     parser = _Parser(prog="python -m skyreels", description="SkyReels-V1 image-to-video.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
@@ -164,7 +178,7 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="FILE",
         help="picture that the clip ends with; the model was not trained with one",
     )
-    generate.add_argument("--prompt", required=True, help="what happens ('FPS-24, ' is added)")
+    generate.add_argument("--prompt", help="what happens ('FPS-24, ' is added)")
     generate.add_argument("--negative", help="what to avoid (default: the official list)")
     generate.add_argument("--out", type=_path, required=True, help="FILE.mp4 or FILE.npy")
     generate.add_argument(
@@ -264,14 +278,22 @@ def build_parser() -> argparse.ArgumentParser:
         help="folder of a tokenizer, or of both, for text encoders in single files; default: "
         "beside them",
     )
-
+    _add_from_receipt(generate, generate_defaults)
     calibrate = _add_calibrate(commands)
 
     inspect = commands.add_parser("inspect", help="what a checkpoint is, from its header alone")
     inspect.set_defaults(run=run_inspect)
     inspect.add_argument("path", type=_path)
 
-    doctor = commands.add_parser(
+    doctor = _add_doctor(commands)
+    for command in (generate, calibrate, inspect, doctor):
+        command.add_argument("--json", action="store_true")
+    return parser
+
+
+def _add_doctor(commands: Any) -> argparse.ArgumentParser:
+    """The command `doctor`, and its options."""
+    doctor: argparse.ArgumentParser = commands.add_parser(
         "doctor", help="devices, kernels and why each is used or not, versions, weights found"
     )
     doctor.set_defaults(run=run_doctor)
@@ -284,9 +306,18 @@ def build_parser() -> argparse.ArgumentParser:
         )
     doctor.add_argument("--cfg", type=float, default=6.0, help="of that clip, default 6")
     doctor.add_argument("--device", default="auto", help="of that clip: auto, cpu, cuda or cuda:N")
-    for command in (generate, calibrate, inspect, doctor):
-        command.add_argument("--json", action="store_true")
-    return parser
+    return doctor
+
+
+def _add_from_receipt(generate: argparse.ArgumentParser, defaults: Mapping[str, Any]) -> None:
+    generate.add_argument(
+        "--from-receipt",
+        type=_path,
+        metavar="FILE",
+        help="take prompt, seed and settings of an earlier clip from its .mp4, or from its receipt "
+        "as .json; what is given beside it counts",
+    )
+    generate.set_defaults(**defaults)
 
 
 def _add_extend(generate: argparse.ArgumentParser) -> None:
@@ -378,6 +409,47 @@ def _add_calibrate(commands: Any) -> argparse.ArgumentParser:
     return calibrate
 
 
+def _with_receipt(arguments: argparse.Namespace, argv: Sequence[str] | None) -> argparse.Namespace:
+    """The arguments again, with what a receipt says where nothing was given.
+
+    Returns:
+        Complete ones; `receipt` is what was read.
+
+    Raises:
+        OptionError: the receipt cannot be read, or names weights that were not given.
+    """
+    from .builtin import BUILTIN_NAME
+    from .pipeline.receipt import read_receipt
+
+    receipt = read_receipt(arguments.from_receipt)
+    known = {k: v for k, v in receipt.parameters.items() if k not in receipt.unknown}
+    names = {"negative_prompt": "negative", "num_frames": "frames"}
+    defaults = {names.get(name, name): value for name, value in known.items()}
+    if known.get("riflex_k") == 0:
+        defaults["riflex"] = "off"
+    defaults["receipt"] = receipt
+    if arguments.extend is not None:  # the clip has a size
+        defaults = {k: v for k, v in defaults.items() if k not in ("width", "height")}
+    again = _make_parser(defaults).parse_args(argv)
+    if receipt.model != BUILTIN_NAME and again.transformer is None:
+        told = receipt.weights.get("transformer", receipt.model)
+        raise OptionError(
+            f"The clip of the receipt was made with {told}, and a receipt names no folder: give "
+            "--transformer, --vae and --text-encoder."
+        )
+    if receipt.loras and not again.lora:
+        loras = " ".join(f"--lora PATH/{each.name}:{each.strength:g}" for each in receipt.loras)
+        raise OptionError(
+            f"The clip of the receipt was made with LoRAs, and a receipt names no folder: give "
+            f"{loras}."
+        )
+    if receipt.by_hand:
+        say(f"Not in the receipt, and missing now: {', '.join(receipt.by_hand)}.")
+    if "seed" in receipt.unknown:
+        say("The receipt names no seed (Wiro picks its own): the clip will be another one.")
+    return again
+
+
 def parse_lora(text: str) -> tuple[Path, float]:
     """Read the value of --lora.
 
@@ -459,7 +531,7 @@ def run_generate(arguments: argparse.Namespace) -> dict[str, Any]:
         _chosen_options_logged(arguments),
         progress_bar() as report,
     ):
-        count, seed = _generate(arguments, image, (width, height, num_frames), report, check)
+        count, receipt = _generate(arguments, image, (width, height, num_frames), report, check)
     if arguments.resume is not None:
         arguments.resume.unlink(missing_ok=True)  # the video is safe
     seconds = time.perf_counter() - start
@@ -470,8 +542,9 @@ def run_generate(arguments: argparse.Namespace) -> dict[str, Any]:
         "width": width,
         "height": height,
         "frames": count,
-        "seed": seed,
+        "seed": receipt["parameters"]["seed"],
         "elapsed_s": round(seconds, 3),
+        "receipt": receipt,
     }
 
 
@@ -518,14 +591,14 @@ def _generate(
     size: tuple[int, int, int],
     report: Any,
     check: Callable[[], None],
-) -> tuple[int, int]:
+) -> tuple[int, dict[str, Any]]:
     """Make the clip and write it, frame by frame as it is decoded.
 
     Returns:
-        The number of frames in the file, and the seed of the clip.
+        The number of frames in the file, and the clip's receipt, which an .mp4 holds and which
+        lies beside an .npy.
     """
-    from .image import ImageSettings
-    from .media import open_frames, read_image
+    from .media import read_image
     from .pipeline import image_to_latents
     from .pipeline.extend import Continuation, extend_latents
     from .sampling.bad_render import with_retries
@@ -536,12 +609,9 @@ def _generate(
     from .weights.lora.report import describe_lora
 
     is_builtin = arguments.transformer is None
+    start = time.perf_counter()
     settings = _sampling_settings(arguments)
-    image_settings = ImageSettings(
-        arguments.fit,
-        noise_augmentation=arguments.noise_augmentation,
-        latent_strength=arguments.latent_strength,
-    )
+    image_settings = _image_settings(arguments)
     end_image = None if arguments.end_image is None else read_image(arguments.end_image)
     runtime = _runtime_of(arguments, report, check)
     if not is_builtin:  # minutes before they are loaded
@@ -571,13 +641,16 @@ def _generate(
         return extend_latents(transformer, vae, clip, *inputs, **options)
 
     vae_latents, used = with_retries(settings, run)
-    with open_frames(arguments.out, num_frames, height, width) as file:
+    models = {"transformer": transformer, "vae": vae}
+    elapsed_s = time.perf_counter() - start
+    receipt = _make_receipt(arguments, models, image, size, used, runtime.device, elapsed_s)
+    with _clip_file(arguments.out, (num_frames, height, width), receipt) as file:
         sink: FrameSink = file
         if clip is not None:
             sink = Continuation(clip, extend, file, check=runtime.check_interrupt)
         decode_into(sink, vae, vae_latents, arguments.decode, runtime=runtime)
         check()
-    return num_frames, used.seed
+    return num_frames, receipt
 
 
 def _load_models(
@@ -610,6 +683,135 @@ def _sampling_settings(arguments: argparse.Namespace) -> "SamplingSettings":
         loras=_read_loras(arguments),
         windows=arguments.window and ContextWindows.of_frames(*arguments.window),
         bad_render=arguments.bad_render,
+    )
+
+
+@contextlib.contextmanager
+def _clip_file(
+    path: Path, shape: tuple[int, int, int], receipt: Mapping[str, Any]
+) -> "Iterator[FrameFile]":
+    """The file of a clip, with its receipt inside, or beside it where it has no place for texts.
+
+    Args:
+        path: of an .mp4 or .npy.
+        shape: frames, height, width.
+        receipt: of the clip.
+
+    Yields:
+        What takes the frames.
+    """
+    from .media import open_frames
+    from .pipeline.receipt import MARK, MOMENTARY, SUFFIX, to_text
+
+    # the same inputs give the same file, whenever and however fast it was made
+    held = {MARK: to_text({k: v for k, v in receipt.items() if k not in MOMENTARY})}
+    with open_frames(path, *shape, metadata=held) as file:
+        yield file
+    if path.suffix.lower() == ".npy":
+        write_json(path.with_name(path.stem + SUFFIX), receipt)
+
+
+def _make_receipt(  # noqa: PLR0917 - of one caller
+    arguments: argparse.Namespace,
+    models: Mapping[str, Any],
+    image: "Tensor | None",
+    size: tuple[int, int, int],
+    settings: "SamplingSettings",
+    device: "torch.device",
+    elapsed_s: float,
+) -> dict[str, Any]:
+    """The receipt of the clip; says what differs from the one that the settings came from."""
+    from .builtin import BUILTIN_NAME
+    from .conditioning.embeds import with_fps_prefix
+    from .image import PictureOrigin, picture_digest
+    from .pipeline.receipt import describe_source, difference, make_receipt
+    from .text.encode import DEFAULT_NEGATIVE_PROMPT
+
+    is_builtin = arguments.transformer is None
+    width, height, num_frames = size
+    negative = DEFAULT_NEGATIVE_PROMPT if arguments.negative is None else arguments.negative
+    parameters = {
+        "prompt": with_fps_prefix(arguments.prompt),
+        "negative_prompt": negative if settings.uses_cfg else None,
+        "seed": settings.seed,
+        "steps": arguments.steps,
+        "cfg": arguments.cfg,
+        "embedded_guidance": arguments.embedded_guidance,
+        "shift": arguments.shift,
+        "width": width,
+        "height": height,
+        "num_frames": num_frames,
+        "cache": arguments.cache,
+        "attention": arguments.attention,
+        "precision": arguments.precision,
+        "decode": arguments.decode,
+        "riflex_k": settings.riflex_k,
+    }
+    name = BUILTIN_NAME if is_builtin else arguments.transformer.name
+    weights = {
+        **{
+            part: describe_source(module.source, BUILTIN_NAME if is_builtin else "")
+            for part, module in models.items()
+        },
+        **_describe_text_encoders(arguments),
+    }
+    origin = None
+    if image is not None:
+        origin = PictureOrigin(
+            _image_settings(arguments),
+            settings.seed,
+            *(image.shape[2], image.shape[1]),
+            picture_digest(image),
+            arguments.end_image is not None,
+            models["vae"].source,
+        )
+    untold = {"window": arguments.window, "extend": arguments.extend}
+    receipt = make_receipt(
+        name,
+        parameters,
+        weights={part: told for part, told in weights.items() if told is not None},
+        loras=settings.loras,
+        origin=origin,
+        by_hand=[option for option, given in untold.items() if given is not None],
+        device=device,
+        elapsed_s=elapsed_s,
+    )
+    given = getattr(arguments, "receipt", None)
+    if given is not None:
+        differences = [difference(given, part, told) for part, told in weights.items()]
+        if given.picture_sha256 and origin and given.picture_sha256 != origin.sha256:
+            differences.append("The picture is not the one of the receipt.")
+        for line in filter(None, differences):
+            say(line)
+    return receipt
+
+
+def _describe_text_encoders(arguments: argparse.Namespace) -> dict[str, Any]:
+    """What a receipt says of the two text encoders."""
+    from .builtin import BUILTIN_FOLDER, BUILTIN_NAME
+    from .pipeline.receipt import describe_weights
+    from .text.sources import TextSources, find_text_sources
+    from .weights.inspect import inspect
+
+    given = arguments.text_encoder
+    source = find_text_sources(given, arguments.tokenizer or ()) if given else BUILTIN_FOLDER
+    if isinstance(source, TextSources):
+        places = {"llama": source.llm, "clip": source.clip}
+        return {part: describe_weights(inspect(place)) for part, place in places.items()}
+    name = source.resolve().name if given else BUILTIN_NAME
+    folders = {"llama": "text_encoder", "clip": "text_encoder_2"}
+    return {
+        part: describe_weights(inspect(source / folder), name) for part, folder in folders.items()
+    }
+
+
+def _image_settings(arguments: argparse.Namespace) -> "ImageSettings":
+    from .image import ImageSettings
+
+    return ImageSettings(
+        arguments.fit,
+        noise_augmentation=arguments.noise_augmentation,
+        latent_strength=arguments.latent_strength,
     )
 
 

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 
 from .errors import OptionError
 
+#: of this package, as pyproject.toml says
+VERSION = "0.1.0"
 #: model-space latents = VAE-space latents * SCALING_FACTOR (config.json of the HunyuanVideo VAE)
 SCALING_FACTOR = 0.476986
 #: flow-matching times run 1 -> 0 as sigmas and 1000 -> 0 as timesteps

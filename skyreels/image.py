@@ -1,7 +1,9 @@
 """Encode an image as the first-frame latents that condition the transformer."""
 
+import hashlib
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -159,6 +161,50 @@ class ImageSettings:
             raise OptionError(f"Latent strength {self.latent_strength} is not within 0..10: use 1.")
 
 
+@dataclass(frozen=True)
+class PictureOrigin:
+    """How a picture became the start of a clip, for the clip's receipt.
+
+    Attributes:
+        settings: of the picture.
+        seed: of its noise.
+        width: of the picture in pixels, before it was fitted.
+        height: likewise.
+        sha256: of the picture, see `picture_digest`.
+        has_end: whether the clip ends with a picture too.
+        vae: what the VAE was loaded from, see `VideoVAE.source`.
+    """
+
+    settings: ImageSettings
+    seed: int
+    width: int
+    height: int
+    sha256: str
+    has_end: bool
+    vae: object
+
+    @property
+    def picture(self) -> dict[str, Any]:
+        """Size and hash, as a receipt has them."""
+        return {"width": self.width, "height": self.height, "sha256": self.sha256}
+
+
+def picture_digest(image: Tensor) -> str:
+    """A hash of a picture that is the same however its file was packed.
+
+    Args:
+        image: [F, H, W, C] float in 0..1; the first frame and three channels count.
+
+    Returns:
+        64 hexadecimal digits, of its size and its pixels in 8 bits.
+    """
+    pixels = image[0, :, :, :3].detach().to("cpu", torch.float32)
+    levels = pixels.clamp(0.0, 1.0).mul(255.0).round().to(torch.uint8).contiguous()
+    digest = hashlib.sha256(f"{list(levels.shape)}".encode())
+    digest.update(levels.numpy().tobytes())
+    return digest.hexdigest()
+
+
 def encode_image(
     vae: VideoVAE,
     image: Tensor,
@@ -249,7 +295,18 @@ def encode_image(
             f"The picture's latents hold NaN or infinity; the VAE computes in "
             f"{str(weight.dtype).removeprefix('torch.')}: {_vae_advice(weight.dtype)}"
         )
-    return ImageConditioning(start, width, height, num_frames, *ends)
+    _, picture_height, picture_width, _ = image.shape
+    origin = PictureOrigin(
+        settings,
+        seed,
+        picture_width,
+        picture_height,
+        picture_digest(image),
+        end_image is not None,
+        vae.source,
+    )
+    end_latents = ends[0] if ends else None
+    return ImageConditioning(start, width, height, num_frames, end_latents, origin)
 
 
 def example_image(

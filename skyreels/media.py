@@ -10,7 +10,7 @@ import errno
 import importlib.util
 import logging
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from fractions import Fraction
@@ -129,6 +129,59 @@ def read_clip(
     for index, pixels in enumerate(frames):
         clip[index].copy_(torch.from_numpy(pixels)).div_(255.0)
     return clip
+
+
+def read_metadata(
+    path: str | os.PathLike[str], names: Sequence[str], max_chars: int
+) -> dict[str, str]:
+    """Texts that a video or a PNG carries beside its pictures.
+
+    Args:
+        path: of a file that PyAV or, for a PNG, Pillow opens.
+        names: of the texts that are wanted, in small letters.
+        max_chars: of each; a longer text is cut one character behind them.
+
+    Returns:
+        Those that are there, by name.
+
+    Raises:
+        OptionError: missing, or no such file.
+        DependencyError: PyAV or Pillow is missing.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise OptionError(f"There is no file {path}: check the path.")
+    read = _png_texts if path.suffix.lower() == ".png" else _container_texts
+    found = {str(name).lower(): text for name, text in read(path).items()}
+    return {name: str(found[name])[: max_chars + 1] for name in names if name in found}
+
+
+def _png_texts(path: Path) -> Mapping[str, Any]:
+    try:
+        from PIL import Image
+    except ImportError as error:
+        raise DependencyError("Reading an image needs Pillow: pip install pillow.") from error
+    try:
+        with Image.open(path, formats=("PNG",)) as file:
+            return dict(getattr(file, "text", None) or file.info)
+    except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
+        raise OptionError(
+            f"{path} cannot be read as a PNG ({error}): it may be damaged; save it again."
+        ) from error
+
+
+def _container_texts(path: Path) -> Mapping[str, Any]:
+    try:
+        import av
+    except ImportError as error:
+        raise DependencyError("Reading a video needs PyAV: pip install av.") from error
+    try:
+        with av.open(str(path)) as container:
+            return dict(container.metadata)
+    except (av.error.FFmpegError, ValueError) as error:
+        raise OptionError(
+            f"{path} cannot be read as a video ({error}): use an MP4, WebM or MOV file that plays."
+        ) from error
 
 
 def _decode_frames(path: Path, container: Any, check: Callable[[], None]) -> list[np.ndarray]:
@@ -306,11 +359,20 @@ def _check_video(height: int, width: int, fps: int | float) -> None:
 class _VideoFile:
     """A video that is being written."""
 
-    def __init__(self, part: Path, height: int, width: int, fps: int | float) -> None:
+    def __init__(
+        self,
+        part: Path,
+        height: int,
+        width: int,
+        fps: int | float,
+        metadata: Mapping[str, str] | None = None,
+    ) -> None:
         import av
 
-        options = {"movflags": "+faststart"}
+        # the container keeps names of our own only if it is told so, as ComfyUI does
+        options = {"movflags": "+faststart+use_metadata_tags" if metadata else "+faststart"}
         self._container: Any = av.open(str(part), "w", format="mp4", options=options)
+        self._container.metadata.update(metadata or {})
         rate = Fraction(fps).limit_denominator(1001)
         options = {"crf": str(VIDEO_CRF)}
         self._stream = self._container.add_stream("libx264", rate=rate, options=options)
@@ -383,6 +445,7 @@ def open_frames(
     height: int,
     width: int,
     fps: int | float = FRAMES_PER_SECOND,
+    metadata: Mapping[str, str] | None = None,
 ) -> Iterator["FrameFile"]:
     """Write a clip while it is made: the file that `write_frames` would make of all its frames.
 
@@ -394,6 +457,7 @@ def open_frames(
         height: in pixels; even for a video.
         width: in pixels; even for a video.
         fps: frames per second of a video.
+        metadata: texts that a video carries, by name; an .npy file has no place for them.
 
     Yields:
         What takes the frames.
@@ -406,7 +470,9 @@ def open_frames(
     begin: Callable[[Path], _Writer]
     if path.suffix.lower() == ".mp4":
         _check_video(height, width, fps)
-        begin = partial(_VideoFile, height=height, width=width, fps=fps)
+        begin = partial(
+            _VideoFile, height=height, width=width, fps=fps, metadata=dict(metadata or {})
+        )
     else:
         begin = partial(_ArrayFile, shape=(num_frames, height, width, 3))
     with _complete_file(path) as part:

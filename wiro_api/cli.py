@@ -345,6 +345,7 @@ def _finish(
         timeout_s=arguments.timeout,
         listener=_Printer(arguments),
         asked=asked,
+        is_labelled=True,
     )
     return _report(task, paths)
 

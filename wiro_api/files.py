@@ -15,10 +15,11 @@ import random
 import re
 import threading
 import time
-from collections.abc import Callable, Generator, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from datetime import datetime, timezone
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 from urllib.parse import urljoin
 
 import requests
@@ -80,6 +81,9 @@ _SUFFIXES = {
     "application/json": ".json",
     "application/zip": ".zip",
 }
+#: words of the prompt, and their bytes, in the name of a file
+LABEL_WORDS, LABEL_BYTES = 6, 48
+_LABEL = r"\d{4}-\d\d-\d\d_[\w-]+_"
 _WINDOWS_NAMES = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?", re.IGNORECASE)
 
 
@@ -611,10 +615,41 @@ def safe_name(output: Output) -> str:
     return name
 
 
+def label_of(started: int | None, parameters: Mapping[str, Any]) -> str:
+    """What tells a file from others in a list of names: day, first words of the prompt, seed.
+
+    Args:
+        started: seconds of the service's clock, which are the same whenever the file is fetched.
+        parameters: of the run.
+
+    Returns:
+        As "2026-11-27_a-fox-runs_seed7_", for the front of a name on every system; "" without a
+        day.
+    """
+    try:
+        moment = None if started is None else datetime.fromtimestamp(started, timezone.utc)
+    except (ValueError, OverflowError, OSError):
+        moment = None
+    if moment is None:
+        return ""
+    prompt = re.sub(r"^\W*FPS-?\d+\W*", "", str(parameters.get("prompt") or "")[:1000])
+    words = "-".join(re.findall(r"\w+", prompt)[:LABEL_WORDS])
+    words = words.encode()[:LABEL_BYTES].decode(errors="ignore").strip("-_")
+    seed = re.fullmatch(r"\d{1,20}", str(parameters.get("seed", "")))
+    parts = [f"{moment:%Y-%m-%d}", words or "task", f"seed{seed[0]}" if seed else ""]
+    return "".join(f"{part}_" for part in parts if part)
+
+
+def labelled(output: Output, label: str) -> Output:
+    """The same output under a name with a label, if that is not too long."""
+    name = label + safe_name(output)
+    return output if len(name.encode()) > MAX_NAME_BYTES else replace(output, name=name)
+
+
 def is_name_of(name: str, output: Output) -> bool:
-    """Whether a file of that name may be the output's: its own, perhaps with a number."""
-    stem, dot, suffix = safe_name(output).rpartition(".")
-    return re.fullmatch(rf"{re.escape(stem)}( \(\d+\))?{re.escape(dot + suffix)}", name) is not None
+    """Whether a file of that name may be the output's: its own, with a label or a number or not."""
+    stem, dot, suffix = (re.escape(part) for part in safe_name(output).rpartition("."))
+    return re.fullmatch(rf"({_LABEL})?{stem}( \(\d+\))?{dot}{suffix}", name) is not None
 
 
 def free_name(folder: Path, name: str) -> Path:

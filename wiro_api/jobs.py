@@ -36,7 +36,17 @@ from .errors import (
     TransportError,
     WiroError,
 )
-from .files import BEHIND_S, NOT_YET_S, TICK_S, download, is_name_of, is_whole, safe_name
+from .files import (
+    BEHIND_S,
+    NOT_YET_S,
+    TICK_S,
+    download,
+    is_name_of,
+    is_whole,
+    label_of,
+    labelled,
+    safe_name,
+)
 from .handles import Model, RunHandle
 from .journal import Entry, Journal, LostEntryError
 from .listener import SILENT, RunListener
@@ -416,6 +426,7 @@ def finish(
     timeout_s: float = WATCH_S,
     listener: RunListener = SILENT,
     asked: Mapping[str, Any] | None = None,
+    is_labelled: bool = False,
 ) -> tuple[Task, list[Path]]:
     """Follow a task to its end, download what it made, and write a receipt beside it.
 
@@ -430,6 +441,7 @@ def finish(
         timeout_s: longest wait for the task's end.
         listener: sees records, progress, log lines and bytes; its `check` may raise to stop.
         asked: model, parameters and take for the receipt; without it, what the record says.
+        is_labelled: names of files begin with the day and the prompt's first words.
 
     Returns:
         The final record and the paths, those of an earlier call among them.
@@ -447,7 +459,8 @@ def finish(
     with _one_at_a_time(row, listener.check):
         paths: Sequence[Path] = ()
         try:
-            paths = _Delivery(client, task, folder, row, timeout_s, listener).fetch()
+            label = _label_of(task, asked) if is_labelled else ""
+            paths = _Delivery(client, task, folder, row, timeout_s, listener, label).fetch()
         except DownloadError as error:
             paths = error.paths
             raise
@@ -455,6 +468,13 @@ def finish(
             if paths:
                 write_receipt(task, paths, asked, secrets=client.secrets, check=listener.check)
     return task, list(paths)
+
+
+def _label_of(task: Task, asked: Mapping[str, Any] | None) -> str:
+    told = (asked or {}).get("parameters") or {}
+    parameters = told if isinstance(told, Mapping) else {}
+    started = task.endtime if task.starttime is None else task.starttime
+    return label_of(started, {**task.parameters, **parameters})
 
 
 @dataclass(frozen=True)
@@ -530,6 +550,7 @@ class _Delivery:
     row: _Row | None
     timeout_s: float
     listener: RunListener
+    label: str = ""
 
     def __post_init__(self) -> None:
         self.outputs = [output for output in self.task.outputs if output.url]
@@ -589,7 +610,7 @@ class _Delivery:
             waits = zip(NOT_YET_S, itertools.accumulate(NOT_YET_S), strict=True)
             try:
                 path = download(
-                    output,
+                    labelled(output, self.label),
                     self.folder,
                     taskid=self.task.taskid,
                     base_url=self.client.base_url,

@@ -113,6 +113,7 @@ def _describe(
     missing = names[len(here) :] if len(names) > len(here) else []
     return {
         MARK: 1,
+        "backend": "wiro",
         "taskid": task.taskid,
         **shown(given, secrets),
         "status": task.status,

@@ -8,7 +8,7 @@ import time
 from pathlib import Path, PureWindowsPath
 from typing import Any
 
-from ...skyreels.errors import CheckpointError, shown
+from ...skyreels.errors import CheckpointError, OptionError, shown
 from ...skyreels.weights.kinds import is_shard
 
 logger = logging.getLogger("skyreels.nodes.host.files")
@@ -197,6 +197,43 @@ def input_file(name: str) -> Path:
     import folder_paths
 
     return Path(folder_paths.get_annotated_filepath(name))
+
+
+def media_file(name: str) -> Path:
+    """A file in the input or the output folder, by its name below it.
+
+    Args:
+        name: as "clip.mp4", "video/clip.mp4" or "clip.mp4 [output]".
+
+    Returns:
+        Its path.
+
+    Raises:
+        OptionError: there is none, or the name leads out of both folders.
+    """
+    import folder_paths
+
+    folders = {
+        "input": Path(folder_paths.get_input_directory()),
+        "output": Path(folder_paths.get_output_directory()),
+    }
+    for label, folder in folders.items():
+        if name.endswith(f" [{label}]"):
+            name = name.removesuffix(f" [{label}]")
+            folders = {label: folder}
+            break
+    try:
+        for folder in folders.values():
+            path = (folder / name).resolve()
+            if path.is_relative_to(folder.resolve()) and path.is_file():
+                return path
+    except (OSError, ValueError):  # a name that no file can have
+        pass
+    where = " or ".join(folders)
+    raise OptionError(
+        f"There is no file {shown(name)} in the {where} folder of ComfyUI: give the name of one, "
+        "with its folder below that one."
+    )
 
 
 def resume_folder() -> Path:

@@ -39,12 +39,14 @@ class LoadedModel:
         patcher: ComfyUI's handle on it, through which its memory manager moves it.
         name: for messages.
         loras: that a run brings the module to, see `SamplingSettings`.
+        precision: that it was asked for in.
     """
 
     module: Any
     patcher: Any
     name: str
     loras: tuple[Any, ...] = ()
+    precision: str = "auto"
 
 
 class ComfyRuntime:
@@ -290,14 +292,16 @@ def status_line(stage: str, done: int, total: int, seconds_each: float) -> str:
     return line
 
 
-def register(module: nn.Module, name: str, runtime: ComfyRuntime) -> LoadedModel:
+def register(
+    module: nn.Module, name: str, runtime: ComfyRuntime, precision: str = "auto"
+) -> LoadedModel:
     """Hand a module to ComfyUI's memory manager, idle until it is used."""
     from comfy.model_patcher import ModelPatcher
 
     patcher = ModelPatcher(
         module, load_device=runtime.device, offload_device=runtime.offload_device
     )
-    return LoadedModel(module, patcher, name)
+    return LoadedModel(module, patcher, name, precision=precision)
 
 
 def free_host_bytes() -> int:

@@ -36,7 +36,16 @@ def show_on_node(text: str, unique_id: str | None) -> None:
         return
     client = prompt_client()
     if client or not is_multi_user():
-        server.send_progress_text(text, unique_id, client)
+        server.send_progress_text(text, _node_on_page(unique_id), client)
+
+
+def _node_on_page(unique_id: str) -> str:
+    """The node of the page that a running node belongs to: another one if that one made it."""
+    if "." not in unique_id:
+        return unique_id
+    from comfy_execution.progress import get_progress_state
+
+    return str(get_progress_state().dynprompt.get_display_node_id(unique_id))
 
 
 def send_event(name: str, data: dict[str, Any], client: str | None = None) -> None:
@@ -291,6 +300,33 @@ def linked_outputs(graph: dict[str, Any] | None, unique_id: str | None) -> set[i
             if is_link and str(value[0]) == unique_id and isinstance(value[1], int):
                 found.add(value[1])
     return found
+
+
+def prompt_node(graph: Any, node_id: str | None) -> dict[str, Any] | None:
+    """A node of the prompt that runs, in API format.
+
+    Args:
+        graph: hidden input DYNPROMPT, with nodes that other nodes made too; or PROMPT.
+        node_id: of the node.
+
+    Returns:
+        None if there is none of that id.
+    """
+    if graph is None or node_id is None:
+        return None
+    if isinstance(graph, dict):
+        return graph.get(node_id)
+    found: dict[str, Any] | None = graph.get_node(node_id) if graph.has_node(node_id) else None
+    return found
+
+
+def prompt_nodes(graph: Any) -> list[dict[str, Any]]:
+    """All nodes of the prompt that runs, see `prompt_node`."""
+    if graph is None:
+        return []
+    if isinstance(graph, dict):
+        return list(graph.values())
+    return [graph.get_node(node_id) for node_id in graph.all_node_ids()]
 
 
 def running_graph() -> dict[str, Any] | None:

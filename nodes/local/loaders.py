@@ -123,7 +123,7 @@ class SkyReelsTransformerLoader:
             else:
                 path = host.resolve("diffusion_models", transformer, transformer_folders())
                 module = load_transformer(path, precision=precision, runtime=runtime)
-        return (host.register(module, transformer, runtime),)
+        return (host.register(module, transformer, runtime, precision),)
 
 
 class SkyReelsVAELoader:

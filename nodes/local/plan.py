@@ -16,7 +16,7 @@ from ...skyreels.config import (
     TransformerConfig,
     VAEConfig,
 )
-from ...skyreels.plan import STORED, Choice, Job, preflight, vae_dtype
+from ...skyreels.plan import STORED, Choice, Job, Preflight, preflight, vae_dtype
 from ...skyreels.weights.inspect import CheckpointInfo, inspect
 from ...skyreels.weights.load import check_transformer
 from .. import host
@@ -119,32 +119,64 @@ class SkyReelsPlan:
         decode: str = "auto",
         unique_id: str | None = None,
     ) -> dict[str, Any]:
-        check_size(width, height, num_frames)
         runtime = host.ComfyRuntime(unique_id)
-        info, vae = header(transformer)
-        if transformer == BUILTIN_NAME and precision == "auto":
-            precision = "fp32"  # as its loader
-        assert isinstance(info.config, TransformerConfig)
-        job = Job(
-            width=width,
-            height=height,
-            num_frames=num_frames,
-            num_steps=steps,
-            num_guided=steps if cfg > 1 else 0,
-            config=info.config,
-            vae=vae,
-            vae_dtype=torch.float32 if transformer == BUILTIN_NAME else vae_dtype(runtime.device),
-        )
-        found = preflight(
-            runtime,
-            job,
-            STORED.get(next(iter(info.dtypes)), "bf16"),
-            precision,
-            Choice(attention, decode),
-            reclaimable=runtime.reclaimable_bytes(),
-        )
+        size = (width, height, num_frames)
+        choice = Choice(attention, decode)
+        found = plan_clip(runtime, transformer, size, steps, cfg, precision, choice)
         runtime.say(found.text)
         return {"ui": {"text": (found.text,)}, "result": (found.text,)}
+
+
+def plan_clip(
+    runtime: host.ComfyRuntime,
+    transformer: str,
+    size: tuple[int, int, int],
+    steps: int,
+    cfg: float,
+    precision: str,
+    choice: Choice,
+) -> Preflight:
+    """What a clip would take here, with memory of other models counted as free.
+
+    Args:
+        runtime: whose device computes.
+        transformer: as its loader lists it.
+        size: width, height, frames.
+        steps: of the schedule.
+        cfg: above 1 there are two evaluations a step.
+        precision: that the loader is asked for.
+        choice: attention and decode.
+
+    Returns:
+        The chosen plan and the others.
+
+    Raises:
+        SkyReelsError: an illegal size, or a file that cannot be used.
+    """
+    width, height, num_frames = size
+    check_size(width, height, num_frames)
+    info, vae = header(transformer)
+    if transformer == BUILTIN_NAME and precision == "auto":
+        precision = "fp32"  # as its loader
+    assert isinstance(info.config, TransformerConfig)
+    job = Job(
+        width=width,
+        height=height,
+        num_frames=num_frames,
+        num_steps=steps,
+        num_guided=steps if cfg > 1 else 0,
+        config=info.config,
+        vae=vae,
+        vae_dtype=torch.float32 if transformer == BUILTIN_NAME else vae_dtype(runtime.device),
+    )
+    return preflight(
+        runtime,
+        job,
+        STORED.get(next(iter(info.dtypes)), "bf16"),
+        precision,
+        choice,
+        reclaimable=runtime.reclaimable_bytes(),
+    )
 
 
 def header(transformer: str) -> tuple[CheckpointInfo, VAEConfig]:

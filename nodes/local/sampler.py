@@ -1,6 +1,7 @@
 """The sampler."""
 
 import logging
+import time
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -17,6 +18,7 @@ from ...skyreels.sampling.settings import SamplingSettings, euler, get_sigmas
 from ...skyreels.weights.load import checkpoint_of
 from .. import host
 from . import convert
+from .receipts import is_plain, sampler_receipt
 
 logger = logging.getLogger("skyreels.nodes.local.sampler")
 
@@ -112,10 +114,12 @@ class SkyReelsSampler:
         "Cancel works between blocks."
     )
     FUNCTION = "sample"
-    RETURN_TYPES = ("LATENT",)
-    RETURN_NAMES = ("samples",)
+    RETURN_TYPES = ("LATENT", "STRING")
+    RETURN_NAMES = ("samples", "receipt")
     OUTPUT_TOOLTIPS = (
         "[1, 16, T, h, w] in VAE space, for SkyReels VAE Decode or core's VAE Decode nodes.",
+        "JSON: prompt, seed, settings, weights with their hashes, versions, seconds; for SkyReels "
+        "From Receipt.",
     )
 
     @classmethod
@@ -335,7 +339,7 @@ class SkyReelsSampler:
                     },
                 ),
             },
-            "hidden": {"unique_id": "UNIQUE_ID"},
+            "hidden": {"unique_id": "UNIQUE_ID", "graph": "DYNPROMPT"},
         }
 
     def sample(
@@ -367,7 +371,13 @@ class SkyReelsSampler:
         windows: ContextWindows | None = None,
         bad_render: str = "off",
         unique_id: str | None = None,
-    ) -> tuple[convert.Latent]:
+        graph: Any = None,
+    ) -> tuple[convert.Latent, str]:
+        begun = time.monotonic()
+        sockets = {"sampler": sampler, "latent": latent, "guidance": guidance, "windows": windows}
+        by_hand = [name for name, given in sockets.items() if given is not None]
+        if not is_plain(sigmas, steps, shift, denoise):
+            by_hand.append("sigmas")
         convert.warn_unused(positive, negative)
         start = None if latent is None else convert.latent_samples(latent, "start latent")
         if not model.module.config.takes_image:
@@ -434,7 +444,19 @@ class SkyReelsSampler:
                 runtime.note(told)
         samples, seeds = sample_clips(model.module, clips, runtime=runtime)
         used = {"seeds": seeds} if bad_render == "retry" else {}
-        return ({**(latent or {}), **used, "samples": samples},)
+        widgets = {"steps": steps, "shift": shift, "denoise": denoise, "cache": cache}
+        receipt = sampler_receipt(
+            model,
+            image,
+            replace(settings, seed=seeds[0] if bad_render == "retry" else seed),
+            widgets,
+            by_hand,
+            graph,
+            unique_id,
+            runtime,
+            time.monotonic() - begun,
+        )
+        return {**(latent or {}), **used, "samples": samples}, receipt
 
 
 def _solver_of_clip(sampler: Any, shift: float, index: int, seed: int) -> Any:

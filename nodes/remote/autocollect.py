@@ -164,6 +164,7 @@ def collect(entry: "Entry") -> None:
                 journal=account.journal(),
                 entry_id=entry.id,
                 listener=follower,
+                is_labelled=True,
             )
     except (WiroError, OSError) as problem:
         error = f"Not collected: {problem}"

@@ -534,6 +534,7 @@ class _Delivery:
                 timeout_s=60.0 * timeout_minutes,
                 listener=self.view,
                 asked=self.receipt,
+                is_labelled=True,
             )
         except WiroError as error:
             warning = str(error)
@@ -578,6 +579,7 @@ class _Delivery:
         kinds = _by_kind(paths)
         videos, pictures = kinds.get("video", []), kinds.get("image", [])
         receipt = {
+            "backend": "wiro",
             **shown(self.receipt),
             "taskid": bill.taskid,
             "cost_usd": bill.cost or None,

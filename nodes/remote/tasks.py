@@ -148,6 +148,7 @@ def collect(entry: "Entry") -> None:
             journal=account.journal(),
             entry_id=entry.id,
             listener=VideoCheck(),
+            is_labelled=True,
         )
 
 

@@ -32,6 +32,7 @@ class ImageConditioning:
         num_frames: of the video, 4n + 1.
         end_latents: [1, 16, 1, h, w] likewise, of the picture that the clip ends with; None leaves
             the end open. The model was not trained with one.
+        origin: how the picture became latents, see `image.PictureOrigin`; it decides nothing.
     """
 
     image_latents: Tensor | None
@@ -39,6 +40,7 @@ class ImageConditioning:
     height: int
     num_frames: int
     end_latents: Tensor | None = None
+    origin: object = None
 
     @property
     def latent_shape(self) -> tuple[int, int, int, int, int]:

@@ -23,6 +23,7 @@ class Preflight:
         chosen: the plan that would be taken.
         modes: every plan, the chosen one among them.
         text: for people.
+        obstacle: why the chosen plan does not fit, and what would; "" if it does.
     """
 
     machine: Machine
@@ -30,6 +31,7 @@ class Preflight:
     chosen: Plan
     modes: tuple[Plan, ...]
     text: str
+    obstacle: str = ""
 
     def to_json(self) -> dict[str, Any]:
         """The same for json.dumps: sizes in bytes, times in seconds, rates a second."""
@@ -84,14 +86,15 @@ def preflight(
         expectation(chosen, job),
         *table(modes, chosen),
     ]
-    if not chosen.fits:
-        lines.append(why_not(machine, job, weights, choice))
+    obstacle = "" if chosen.fits else why_not(machine, job, weights, choice)
+    if obstacle:
+        lines.append(obstacle)
     if weights.total > machine.ram_bytes:
         lines.append(
             f"The weights take {weights.total / 1e9:.1f} GB of main memory, more than is free: "
             "close other programs, or use a file in 8 bits."
         )
-    return Preflight(machine, job, chosen, tuple(modes), "\n".join(lines))
+    return Preflight(machine, job, chosen, tuple(modes), "\n".join(lines), obstacle)
 
 
 def plans(machine: Machine, job: Job, stored: str, choice: Choice = AUTO) -> list[Plan]:

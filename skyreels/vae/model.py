@@ -823,6 +823,9 @@ def _push(streams: list[Any], check: Check, frames: Tensor) -> Iterator[Tensor]:
 class VideoVAE(nn.Module):
     """The whole autoencoder. Inference only; it keeps no state between calls."""
 
+    #: where its weights were read from (weights/load.py)
+    source: object = None
+
     def __init__(self, config: VAEConfig) -> None:
         super().__init__()
         self.config = config

@@ -167,7 +167,7 @@ def load_vae(path: str | PathLike[str], *, precision: str = "auto", runtime: Run
     if precision == "auto":
         precision = "bf16" if runtime.device.type == "cuda" else "fp32"
     levels = len(config.block_out_channels)
-    return _assemble(
+    vae = _assemble(
         info,
         lambda: VideoVAE(config),
         lambda name: vae_sources(name, info.layout, levels),
@@ -177,11 +177,13 @@ def load_vae(path: str | PathLike[str], *, precision: str = "auto", runtime: Run
         compute_dtype=_FLOAT_DTYPES[precision],
         runtime=runtime,
     )
+    vae.source = Source(info, _stamps(info))
+    return vae
 
 
 @dataclass(frozen=True)
 class Source:
-    """Where the weights of a transformer came from.
+    """Where the weights of a transformer or a VAE came from.
 
     Attributes:
         info: of the checkpoint.
@@ -190,6 +192,14 @@ class Source:
 
     info: CheckpointInfo
     stamps: dict[Path, tuple[int, int]]
+
+    @property
+    def is_unchanged(self) -> bool:
+        """Whether the files are still those that were read, by size and time."""
+        try:
+            return _stamps(self.info) == self.stamps
+        except OSError:
+            return False
 
 
 def checkpoint_of(transformer: SkyReelsTransformer) -> CheckpointInfo | None:

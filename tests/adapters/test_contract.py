@@ -10,6 +10,9 @@ from pathlib import Path
 
 import comfyui_skyreels
 import pytest
+from comfyui_skyreels.skyreels.config import ATTENTIONS, DECODE_MODES, TRANSFORMER_PRECISIONS
+from comfyui_skyreels.skyreels.image import FITS
+from comfyui_skyreels.skyreels.sampling.calibrate import CACHE_CHOICES
 from support.forked import forks
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -19,12 +22,23 @@ CORE_SOCKETS = {
     "IMAGE", "MASK", "VIDEO", "AUDIO", "LATENT", "CONDITIONING", "SAMPLER", "SIGMAS", "MODEL",
 }  # fmt: skip
 #: nodes whose results lie in files that may be deleted
-WITH_FILES = {"WiroRemoteI2V", "WiroRunModel", "WiroTaskResult", "WiroCollect"}
+WITH_FILES = {"SkyReelsI2V", "WiroRemoteI2V", "WiroRunModel", "WiroTaskResult", "WiroCollect"}
+#: nodes that read a file whose name is a text
+WITH_INPUT_FILES = {"SkyReelsFromReceipt"}
 #: nodes whose results depend on the memory that is free
 WITH_MEMORY = {"SkyReelsPlan"}
 
 #: frozen: display name, inputs in order, outputs. New widgets only at the end of a list
 FROZEN = {
+    "SkyReelsI2V": (
+        "SkyReels I2V",
+        ["image", "prompt", "backend", "transformer", "width", "height", "num_frames", "fit",
+         "seed", "steps", "cfg", "negative_prompt", "add_fps_prefix", "vae", "text_encoder",
+         "precision", "embedded_guidance", "shift", "attention", "cache", "decode",
+         "allow_paid_remote", "take", "wait_when_busy", "timeout_minutes"],
+        [("images", "IMAGE"), ("video", "VIDEO"), ("task_id", "STRING"), ("receipt", "STRING"),
+         ("report", "STRING")],
+    ),
     "SkyReelsTransformerLoader": (
         "SkyReels Load Transformer",
         ["transformer", "precision"],
@@ -58,7 +72,7 @@ FROZEN = {
          "image", "latent", "sampler", "sigmas", "denoise", "cfg_start", "cfg_end",
          "guidance_rescale", "cfg_zero_star", "zero_init_steps", "riflex_k", "resume",
          "add_noise", "cache", "attention", "guidance", "windows", "bad_render"],
-        [("samples", "LATENT")],
+        [("samples", "LATENT"), ("receipt", "STRING")],
     ),
     "SkyReelsGuidance": (
         "SkyReels Guidance",
@@ -96,6 +110,18 @@ FROZEN = {
         [("plan", "STRING")],
     ),
     "SkyReelsCoreModel": ("SkyReels Core Model", ["model", "image"], [("model", "MODEL")]),
+    "SkyReelsFromReceipt": (
+        "SkyReels From Receipt",
+        ["receipt"],
+        [("prompt", "STRING"), ("negative_prompt", "STRING"), ("seed", "INT"), ("steps", "INT"),
+         ("cfg", "FLOAT"), ("embedded_guidance", "FLOAT"), ("shift", "FLOAT"), ("width", "INT"),
+         ("height", "INT"), ("num_frames", "INT"), ("fit", list(FITS)),
+         ("noise_augmentation", "FLOAT"), ("latent_strength", "FLOAT"),
+         ("augmentation_seed", "INT"), ("denoise", "FLOAT"), ("cache", list(CACHE_CHOICES)),
+         ("attention", list(ATTENTIONS)), ("precision", list(TRANSFORMER_PRECISIONS)),
+         ("decode", list(DECODE_MODES)), ("riflex_k", "INT"), ("add_fps_prefix", "BOOLEAN"),
+         ("report", "STRING")],
+    ),
     "WiroRemoteI2V": (
         "Wiro Remote I2V",
         ["image", "prompt", "size", "fit", "num_frames", "steps", "cfg", "negative_prompt",
@@ -161,7 +187,7 @@ def test_ids_names_inputs_and_outputs_are_frozen():
 @pytest.mark.parametrize("cls", NODES.values(), ids=NODES)
 def test_every_input_and_output_is_explained_with_its_numbers(cls):
     assert len(cls.DESCRIPTION) > 40
-    assert cls.CATEGORY.startswith("SkyReels/")
+    assert cls.CATEGORY.split("/")[0] == "SkyReels"
     assert [bool(t) for t in cls.OUTPUT_TOOLTIPS] == [True] * len(cls.RETURN_TYPES)
     for name, (kind, options) in inputs_of(cls).items():
         assert len(options["tooltip"]) > 10, name
@@ -217,14 +243,17 @@ def test_the_function_takes_the_inputs_with_the_widgets_defaults(cls):
 @pytest.mark.parametrize("cls", NODES.values(), ids=NODES)
 def test_a_core_type_is_named_only_for_what_core_accepts(cls):
     sockets = [kind for kind, _ in inputs_of(cls).values() if isinstance(kind, str)]
-    for kind in {*sockets, *cls.RETURN_TYPES} - set(TYPES):
+    given = {kind for kind in cls.RETURN_TYPES if not isinstance(kind, list)}  # a list is a choice
+    for kind in {*sockets, *given} - set(TYPES):
         assert kind in CORE_SOCKETS or kind.startswith("SKYREELS_"), kind
 
 
 @pytest.mark.parametrize("cls", NODES.values(), ids=NODES)
 def test_nodes_hold_no_state_and_are_cached_like_any_other(cls):
     assert "__init__" not in vars(cls)
-    assert hasattr(cls, "IS_CHANGED") is (cls.__name__ in WITH_FILES | WITH_MEMORY)
+    assert hasattr(cls, "IS_CHANGED") is (
+        cls.__name__ in WITH_FILES | WITH_INPUT_FILES | WITH_MEMORY
+    )
     source = inspect.getsource(cls)
     assert not re.search(r"\bself\.\w+ =", source)
 

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 from comfyui_skyreels.wiro_api import files
 from comfyui_skyreels.wiro_api.errors import DownloadError
-from comfyui_skyreels.wiro_api.files import download, safe_name
+from comfyui_skyreels.wiro_api.files import download, is_name_of, label_of, safe_name
 from comfyui_skyreels.wiro_api.task import Output, parse_task
 from support.wiro_server import MP4
 
@@ -154,3 +154,31 @@ def test_an_output_of_a_record_is_fetched(server, tmp_path):
     record = {"outputs": [{"name": "0.mp4", "url": server.file_url("0.mp4"), "size": "1000"}]}
     (output,) = parse_task(record).outputs
     assert fetch(server, tmp_path, output).read_bytes() == MP4
+
+
+@pytest.mark.parametrize(
+    ("started", "parameters", "label"),
+    [
+        (1750513340, {"prompt": "FPS-24, A fox runs: fast!"}, "2025-06-21_A-fox-runs-fast_"),
+        (1750513340, {"prompt": "a fox", "seed": "42"}, "2025-06-21_a-fox_seed42_"),
+        (1750513340, {"prompt": "one two three four five six seven"},
+         "2025-06-21_one-two-three-four-five-six_"),
+        (1750513340, {"prompt": "ein Füchslein läuft"}, "2025-06-21_ein-Füchslein-läuft_"),
+        (1750513340, {"prompt": "../..\\con:*?<>|\x00\u202e"}, "2025-06-21_con_"),
+        (1750513340, {"prompt": "ä" * 100}, f"2025-06-21_{'ä' * 24}_"),
+        (1750513340, {"seed": "../x"}, "2025-06-21_task_"),
+        (None, {"prompt": "a fox"}, ""),
+        (10**18, {"prompt": "a fox"}, ""),
+    ],
+)  # fmt: skip
+def test_a_label_tells_day_words_and_seed_and_is_safe_on_every_system(started, parameters, label):
+    assert label_of(started, parameters) == label
+
+
+def test_a_file_is_known_by_its_name_with_and_without_a_label():
+    output = Output("0.mp4", "video/mp4", "", None, "")
+    label = label_of(1750513340, {"prompt": "a fox", "seed": 1})
+    for name in ("0.mp4", "0 (1).mp4", f"{label}0.mp4", f"{label}0 (2).mp4"):
+        assert is_name_of(name, output)
+    for name in ("1.mp4", "a_0.mp4", f"{label}1.mp4", f"x{label}0.mp4", f"{label}0.mp4.part"):
+        assert not is_name_of(name, output)

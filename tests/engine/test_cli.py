@@ -579,7 +579,7 @@ def test_resumable_run_leaves_no_state_behind(capsys, tmp_path):
     out_file, state = tmp_path / "clip.npy", tmp_path / "state"
     size = ["--width", "32", "--height", "32", "--frames", "5"]
     assert run(capsys, "generate", *FAST, *size, "--resume", state, "--out", out_file)[0] == 0
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["clip.npy"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["clip.npy", "clip.receipt.json"]
 
 
 #: as `python -m skyreels`, also where the tests run in the background, which ignores SIGINT
@@ -719,8 +719,10 @@ def test_the_file_holds_the_frames_that_a_library_user_gets(capsys, tmp_path, de
     for name in ("a.npy", "a.mp4"):
         assert run(capsys, "generate", *FAST, *options, "--out", tmp_path / name)[0] == 0
         media.write_frames(tmp_path / f"whole{name[1:]}", frames)
-        written, whole = (tmp_path / name).read_bytes(), (tmp_path / f"whole{name[1:]}")
-        assert written == whole.read_bytes()
+    assert (tmp_path / "a.npy").read_bytes() == (tmp_path / "whole.npy").read_bytes()
+    # not the bytes of the video: its encoder has threads, and on a busy machine they may differ
+    written, whole = (media.read_clip(tmp_path / name) for name in ("a.mp4", "whole.mp4"))
+    assert (written - whole).abs().mean() < 0.02
 
 
 def test_a_decode_that_runs_out_of_memory_begins_the_file_anew(capsys, tmp_path, monkeypatch):

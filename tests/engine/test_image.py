@@ -148,6 +148,8 @@ def test_augmentation_noise_follows_the_clips_noise_and_spares_black_bars(vae):
     seen = []
 
     class Spy(torch.nn.Module):
+        source = None
+
         def __init__(self):
             super().__init__()
             self.weight = torch.nn.Parameter(torch.zeros(1))

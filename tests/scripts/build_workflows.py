@@ -578,7 +578,70 @@ def local_and_remote() -> Graph:
     }
 
 
+def compare() -> Graph:
+    """One node with two backends, and what they made beside each other."""
+    inputs = {"image": ("image", 0), "prompt": ("prompt", 0)}
+    values = {"negative_prompt": DEFAULT_NEGATIVE_PROMPT}
+
+    def i2v(backend: str, title: str) -> Node:
+        return Node("SkyReelsI2V", {**values, "backend": backend}, inputs, title, height=880)
+
+    def beside(first: str, second: tuple[str, int], direction: str, title: str) -> Node:
+        values = {"direction": direction, "spacing_width": 8, "spacing_color": "black"}
+        return Node("ImageStitch", values, {"image1": (first, 0), "image2": second}, title)
+
+    def frame(index: int) -> Node:
+        return Node("ImageFromBatch", {"batch_index": index}, {"image": ("three", 0)})
+
+    return {
+        "image": {
+            "note": note(
+                "## Here and on Wiro\n\nThe same image and prompt in two *SkyReels I2V* nodes, of "
+                "which only **backend** differs: *local* and *remote*, **which costs money**. "
+                "Weights are found in ComfyUI's folders by their headers.\n\nTo see one, mute "
+                "the other (Ctrl+M). The two use different noise: the clips differ as with two "
+                "seeds.",
+                230,
+            ),
+            "image": Node("LoadImage", {"image": "example.png"}, height=320),
+            "prompt": prompt_text(),
+        },
+        "here": {"here": i2v("local", "SkyReels I2V (here)")},
+        "on Wiro": {"there": i2v("remote", "SkyReels I2V (Wiro)")},
+        "receipts": {
+            "receipt note": note(
+                "Time and cost of each are in its receipt: `elapsed_s` and `cost_usd`. Here it is "
+                "the time of sampling, without the decode; at Wiro what was billed.",
+                110,
+            ),
+            "receipt here": Node("PreviewAny", {}, {"source": ("here", 3)}, "Receipt (here)",
+                                 height=330),
+            "receipt there": Node("PreviewAny", {}, {"source": ("there", 3)}, "Receipt (Wiro)",
+                                  height=330),
+        },
+        "compare": {
+            "difference": Node(
+                "ImageBlend", {"blend_factor": 1.0, "blend_mode": "difference"},
+                {"image1": ("here", 0), "image2": ("there", 0)}, "Difference (black: the same)",
+            ),
+            "two": beside("here", ("there", 0), "right", "Here | Wiro"),
+            "three": beside("two", ("difference", 0), "right", "Here | Wiro | difference"),
+            "video": Node("CreateVideo", {"fps": 24.0}, {"images": ("three", 0)}),
+            "save": save("skyreels_compared", ("video", 0)),
+        },
+        "contact sheet": {
+            "first": frame(0),
+            "middle": frame(48),
+            "last": frame(96),
+            "upper": beside("first", ("middle", 0), "down", "First and middle frame"),
+            "sheet": beside("upper", ("last", 0), "down", "and the last"),
+            "show": Node("PreviewImage", {}, {"images": ("sheet", 0)}, "Contact sheet", height=330),
+        },
+    }  # fmt: skip
+
+
 GRAPHS = {
+    "compare": compare,
     "quick_start": quick_start,
     "extend_video": extend_video,
     "core_samplers": core_samplers,
@@ -946,7 +1009,7 @@ def ui_node(
         if name in node.links:
             origin, slot = node.links[name]
             given = definition(flat[origin].type)["output"][slot]
-            if given != kind:
+            if kind not in (given, "*"):
                 raise ValueError(f"{key}.{name} takes {kind}, and {origin} gives {given}")
             links.append([len(links) + 1, ids[origin], slot, ids[key], len(inputs), given])
             entry["link"] = len(links)

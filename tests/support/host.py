@@ -363,7 +363,16 @@ def core_node(class_type: str, inputs: dict[str, Any], text_sizes: tuple[int, in
     if class_type == "PrimitiveStringMultiline":
         return (inputs["value"],)
     if class_type == "ImageStitch":
-        return (torch.cat([inputs["image1"], inputs["image2"]], dim=2),)
+        side = 1 if inputs.get("direction") == "down" else 2
+        return (torch.cat([inputs["image1"], inputs["image2"]], dim=side),)
+    if class_type == "ImageBlend":
+        assert inputs["blend_mode"] == "difference"
+        return (inputs["image1"] - inputs["image2"],)
+    if class_type == "ImageFromBatch":
+        index = min(inputs["batch_index"], len(inputs["image"]) - 1)
+        return (inputs["image"][index : index + 1],)
+    if class_type in ("PreviewAny", "PreviewImage"):
+        return ()
     if class_type == "SaveVideo":
         return ()
     raise AssertionError(f"unknown core node {class_type}")
@@ -392,6 +401,7 @@ def run_prompt(
     A list of a node that gives lists is handed on as it is: only core nodes stand behind one.
     """
     assert validate(prompt, classes) == {}
+    prompt = dict(prompt)
     results: dict[str, tuple] = {}
 
     def result(key: str) -> tuple:
@@ -410,11 +420,19 @@ def run_prompt(
                     inputs = {name: [value] for name, value in inputs.items()}
                 with torch.inference_mode():  # as ComfyUI does
                     outputs = getattr(cls(), cls.FUNCTION)(**inputs)
-                    results[key] = asyncio.run(outputs) if asyncio.iscoroutine(outputs) else outputs
+                    if asyncio.iscoroutine(outputs):
+                        outputs = asyncio.run(outputs)
+                if isinstance(outputs, dict) and "expand" in outputs:  # nodes in place of the node
+                    prompt.update(outputs["expand"])
+                    outputs = tuple(
+                        result(value[0])[value[1]] if isinstance(value, list) else value
+                        for value in outputs["result"]
+                    )
+                results[key] = outputs
             else:
                 results[key] = core_node(class_type, inputs, text_sizes)
         return results[key]
 
-    for key in prompt:
+    for key in list(prompt):
         result(key)
     return results

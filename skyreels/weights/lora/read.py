@@ -146,7 +146,7 @@ def load_lora(path: str | os.PathLike[str], config: TransformerConfig) -> Lora:
         raise CheckpointError(f"{shown(path.name)} cannot be used: {'; '.join(skipped)}.")
     return Lora(
         path=path,
-        digest=_digest(path),
+        digest=file_digest(path),
         dialect=info.layout,
         changes=tuple(changes),
         num_matched=len(names) - len(ignored) - len(unknown),
@@ -169,7 +169,8 @@ def _listed(names: Sequence[str]) -> str:
     return ", ".join(map(shown, names[:NAMED]))
 
 
-def _digest(path: Path) -> str:
+def file_digest(path: Path) -> str:
+    """SHA-256 of all bytes of a file, in hexadecimal digits."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while block := file.read(2**22):

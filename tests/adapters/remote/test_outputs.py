@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from comfyui_skyreels.nodes import host
+from comfyui_skyreels.nodes.local.receipts import SkyReelsFromReceipt
 from comfyui_skyreels.nodes.remote import account
 from comfyui_skyreels.nodes.remote import decode as wiro_decode
 from comfyui_skyreels.nodes.remote import nodes as remote
@@ -577,3 +578,20 @@ def test_cancel_is_seen_while_a_file_server_says_nothing(comfy, wiro, fault):
     assert wiro.held_s == 0, "it would be silent for a minute"
     assert Path(run("video")["video"].file).is_file(), "the next run is good"
     assert len(wiro.tasks) == 1
+
+
+def test_files_say_what_they_are_and_are_not_copied_again(comfy, wiro):
+    wiro.final = {**wiro.final, "starttime": "1750513340"}
+    first = run("video", parameters=json.dumps({"prompt": "FPS-24, a fox runs"}))
+    name = "2025-06-21_a-fox-runs_0"
+    folder = comfy.root / "output" / "wiro" / "2221"
+    names = sorted([f"{name}.mp4", f"{name}.receipt.json"])
+    assert sorted(path.name for path in folder.iterdir()) == names
+    assert Path(first["video"].file).name == f"{name}.mp4"
+    fetched = len(wiro.fetched)
+    again = asyncio.run(remote.WiroTaskResult().collect("2221"))
+    assert again[NAMES.index("files")] == first["files"]
+    assert len(wiro.fetched) == fetched
+    assert sorted(path.name for path in folder.iterdir()) == names
+    told = SkyReelsFromReceipt().read(receipt=f"wiro/2221/{name}.mp4 [output]")
+    assert told[0] == "FPS-24, a fox runs"
