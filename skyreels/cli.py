@@ -16,10 +16,25 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from .config import ATTENTIONS, BAD_RENDERS, DECODE_MODES, PRESETS, TRANSFORMER_PRECISIONS
+from .config import (
+    ATTENTIONS,
+    BAD_RENDERS,
+    DECODE_MODES,
+    PRESETS,
+    TRANSFORMER_PRECISIONS,
+    TransformerConfig,
+)
 from .errors import MAX_MESSAGE, OptionError, SkyReelsError, shown
 from .files import check_regular, write_json
 from .runtime.interrupt import remembered_interrupt
+from .runtime.ranks import (
+    check_devices,
+    is_first,
+    is_rank,
+    join_ranks,
+    leave_ranks,
+    start_ranks,
+)
 from .sampling.calibrate import CACHE_CHOICES, CALIBRATED, choose_cache
 
 if TYPE_CHECKING:
@@ -57,17 +72,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         The exit code: 0 done, 1 an error that was explained, 2 wrong usage, 130 interrupted.
     """
     arguments = build_parser().parse_args(argv)
-    try:
-        if getattr(arguments, "from_receipt", None) is not None:
-            arguments = _with_receipt(arguments, argv)
-    except (SkyReelsError, OSError) as error:
-        return _fail(arguments, str(error), EXIT_ERROR)
-    if arguments.run is run_generate and arguments.prompt is None:
-        build_parser().error("the following arguments are required: --prompt")
     # on a terminal over the progress bar, which is drawn again
     line = "\r\033[K%(message)s" if sys.stderr.isatty() else "%(message)s"
     logging.basicConfig(level=logging.WARNING, format=line, stream=sys.stderr)
     try:
+        if getattr(arguments, "from_receipt", None) is not None:
+            arguments = _with_receipt(arguments, argv)
+        if arguments.run is run_generate and arguments.prompt is None:
+            build_parser().error("the following arguments are required: --prompt")
+        if getattr(arguments, "ranks", None) is not None and not is_rank():
+            return _start_ranks(arguments, argv)
         result = arguments.run(arguments)
     except SkyReelsError as error:
         return _fail(arguments, str(error), EXIT_ERROR)
@@ -82,6 +96,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments.json:
         print(json.dumps(result))  # noqa: T201
     return 0
+
+
+def _start_ranks(arguments: argparse.Namespace, argv: Sequence[str] | None) -> int:
+    """Run the same command on several ranks; what can be refused is refused before."""
+    from .builtin import BUILTIN_FOLDER
+    from .transformer.ulysses import check_ranks
+    from .weights.load import check_transformer
+
+    check_devices(arguments.ranks, pick_device(arguments.device))
+    if arguments.resume is not None:
+        raise OptionError("--resume is of one rank: leave it out, or leave out --ranks.")
+    config = check_transformer(arguments.transformer or BUILTIN_FOLDER / "transformer").config
+    assert isinstance(config, TransformerConfig)
+    check_ranks(arguments.ranks, config.num_attention_heads)
+    given = sys.argv[1:] if argv is None else argv
+    return start_ranks(arguments.ranks, ["-m", __package__, *map(str, given)])
 
 
 def _interrupted(arguments: argparse.Namespace) -> str:
@@ -211,6 +241,11 @@ def _make_parser(generate_defaults: Mapping[str, Any]) -> argparse.ArgumentParse
         "--device", "--devices", default="auto",
         help="auto, cpu, cuda or cuda:N; or two with a comma between them, each of which makes one "
         "of the two predictions of a step: cuda:0,cuda:1",
+    )  # fmt: skip
+    generate.add_argument(
+        "--ranks", type=int, metavar="N",
+        help="share each prediction among N cards of this machine (2 to 8), whose number divides "
+        "the heads of attention: 2, 3, 4, 6 or 8",
     )  # fmt: skip
     generate.add_argument("--decode", choices=DECODE_MODES, default="auto")
     generate.add_argument(
@@ -644,6 +679,9 @@ def _generate(
     models = {"transformer": transformer, "vae": vae}
     elapsed_s = time.perf_counter() - start
     receipt = _make_receipt(arguments, models, image, size, used, runtime.device, elapsed_s)
+    leave_ranks()
+    if not is_first():  # the first rank has the same latents, and writes the file
+        return num_frames, receipt
     with _clip_file(arguments.out, (num_frames, height, width), receipt) as file:
         sink: FrameSink = file
         if clip is not None:
@@ -988,11 +1026,18 @@ def _runtime_of(
     from .runtime.outcomes import user_folder
 
     (device, second), folder = pick_devices(arguments.device), user_folder()
-    partner = None
+    partner = group = None
+    if is_rank():
+        device, group = join_ranks(device)
     if second is not None:
         partner = TorchRuntime(second, on_check=check, state_folder=folder)
     return TorchRuntime(
-        device, on_progress=report, on_check=check, state_folder=folder, partner=partner
+        device,
+        on_progress=report,
+        on_check=check,
+        state_folder=folder,
+        partner=partner,
+        group=group,
     )
 
 

@@ -20,10 +20,12 @@ from .files import (
     weight_files,
 )
 from .runtime import (
+    SECOND_DEVICES,
     ComfyRuntime,
     LoadedModel,
     free_host_bytes,
     register,
+    second_runtime,
     status_line,
     without_inference_mode,
 )
@@ -50,6 +52,7 @@ from .server import (
 )
 
 __all__ = [
+    "SECOND_DEVICES",
     "ComfyRuntime",
     "LoadedModel",
     "RemoteProgress",
@@ -80,6 +83,7 @@ __all__ = [
     "run_at_startup",
     "run_in_thread",
     "running_graph",
+    "second_runtime",
     "send_event",
     "show_outcome",
     "state_folder",

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ...skyreels.builtin import BUILTIN_NAME
+from ...skyreels.errors import OptionError
 from ...skyreels.runtime import check_pinnable, pinnable_limit
 from ...skyreels.runtime.ladder import is_out_of_memory
 from ...skyreels.runtime.offload import (
@@ -290,6 +291,44 @@ def status_line(stage: str, done: int, total: int, seconds_each: float) -> str:
         each = f"{seconds_each:.1f}" if seconds_each >= 1 else f"{seconds_each:.2f}"
         line += f" · {each} s/{unit} · about {short} left"
     return line
+
+
+#: names for `second_runtime`
+SECOND_DEVICES = ("off", "auto", "cuda:0", "cuda:1", "cuda:2", "cuda:3")
+
+
+def second_runtime(name: str, first: ComfyRuntime) -> ComfyRuntime | None:
+    """The device that makes the negative predictions, beside the one that samples.
+
+    Args:
+        name: of SECOND_DEVICES; auto is the first card that is not the one that samples.
+        first: that one.
+
+    Returns:
+        None for off, and for auto where there is no second card, which is said.
+
+    Raises:
+        OptionError: there is no such device, or it is the one that samples.
+    """
+    if name == "off":
+        return None
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    others = [f"cuda:{i}" for i in range(count) if f"cuda:{i}" != str(first.device)]
+    if name == "auto":
+        if first.device.type == "cuda" and others:
+            return ComfyRuntime(device=torch.device(others[0]))
+        first.note(f"second_device is auto, and beside {first.device} there is no other CUDA card.")
+        return None
+    if name == str(first.device):
+        raise OptionError(
+            f"second_device {name} is the card that samples already: choose another one, or off."
+        )
+    if name not in others:
+        raise OptionError(
+            f"second_device {name} is not here ({', '.join(others) or 'no other CUDA card'}): "
+            "choose auto, which takes what is there, or off."
+        )
+    return ComfyRuntime(device=torch.device(name))
 
 
 def register(

@@ -338,6 +338,17 @@ class SkyReelsSampler:
                         "measured on the built-in model only, so off is the default.",
                     },
                 ),
+                "second_device": (
+                    list(host.SECOND_DEVICES),
+                    {
+                        "default": "off",
+                        "advanced": True,
+                        "tooltip": "A second card makes the negative prediction of each step while "
+                        "this one makes the positive one: about half the time, the same clip. auto "
+                        "takes the first other CUDA card. Each card needs room for the model as if "
+                        "it were alone. Not with cache first-block.",
+                    },
+                ),
             },
             "hidden": {"unique_id": "UNIQUE_ID", "graph": "DYNPROMPT"},
         }
@@ -370,6 +381,7 @@ class SkyReelsSampler:
         guidance: Guidance | None = None,
         windows: ContextWindows | None = None,
         bad_render: str = "off",
+        second_device: str = "off",
         unique_id: str | None = None,
         graph: Any = None,
     ) -> tuple[convert.Latent, str]:
@@ -438,6 +450,7 @@ class SkyReelsSampler:
             picture = convert.of_batch(image, index, count)
             clips.append(Clip(picture, *prompts, own, solver_of))
         runtime = host.ComfyRuntime(unique_id, model, with_preview=True)
+        runtime.partner = host.second_runtime(second_device, runtime)
         if model.name == BUILTIN_NAME:
             told = warn_of_builtin_size(image.width, image.height, image.num_frames)
             if told is not None:

@@ -71,7 +71,8 @@ FROZEN = {
         ["model", "positive", "seed", "steps", "cfg", "embedded_guidance", "shift", "negative",
          "image", "latent", "sampler", "sigmas", "denoise", "cfg_start", "cfg_end",
          "guidance_rescale", "cfg_zero_star", "zero_init_steps", "riflex_k", "resume",
-         "add_noise", "cache", "attention", "guidance", "windows", "bad_render"],
+         "add_noise", "cache", "attention", "guidance", "windows", "bad_render",
+         "second_device"],
         [("samples", "LATENT"), ("receipt", "STRING")],
     ),
     "SkyReelsGuidance": (

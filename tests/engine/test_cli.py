@@ -1208,3 +1208,46 @@ def test_where_standard_error_is_a_file_a_line_a_minute_says_how_far_it_is(capsy
     lines = capsys.readouterr().err.splitlines()
     assert lines[0] == "sample 10 %, 675 s left"
     assert len(lines) == 10
+
+
+# --- several ranks ------------------------------------------------------------------------------
+
+
+def test_ranks_make_the_clip_of_one_process_and_only_the_first_is_heard(capsys, tmp_path):
+    command = ["generate", *FAST, "--device", "cpu", "--json"]
+    assert run(capsys, *command, "--out", tmp_path / "one.npy")[0] == 0
+    done = subprocess.run(
+        [sys.executable, "-m", "skyreels", *map(str, command), "--ranks", "2", "--out",
+         str(tmp_path / "two.npy")],
+        cwd=ROOT, capture_output=True, text=True, check=False, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert json.loads(done.stdout)["frames"] == 17  # one object, of one rank
+    one, two = (np.load(tmp_path / f"{name}.npy") for name in ("one", "two"))
+    assert abs(one - two).max() <= 1e-4
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--ranks", "3"], "3 ranks cannot share 4 heads of attention: use 2, 4."),
+        (["--ranks", "9"], "--ranks 9 is not within 2..8"),
+        (["--ranks", "2", "--resume", "a"], "--resume is of one rank"),
+        (["--ranks", "2", "--device", "cpu,cpu"], "Device 'cpu,cpu' is not one of"),
+    ],
+)
+def test_what_ranks_cannot_do_is_said_before_they_are_started(capsys, tmp_path, options, words):
+    command = ["generate", *FAST, "--device", "cpu", "--out", tmp_path / "a.npy"]
+    code, _, err = run(capsys, *command, *options)
+    assert code == 1 and words in err
+
+
+def test_an_error_of_all_ranks_is_told_once(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-m", "skyreels", "generate", *FAST, "--device", "cpu", "--ranks", "2",
+         "--lora", str(tmp_path / "no.safetensors"), "--out", str(tmp_path / "a.npy")],
+        cwd=ROOT, capture_output=True, text=True, check=False, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 1
+    assert done.stderr.count("does not exist") == 1
+    assert "Traceback" not in done.stderr

@@ -7,6 +7,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 from comfyui_skyreels.nodes import host
+from comfyui_skyreels.nodes.host import runtime as runtime_module
+from comfyui_skyreels.skyreels.errors import OptionError
 from comfyui_skyreels.skyreels.runtime import offload
 from comfyui_skyreels.skyreels.runtime.offload import RESERVE_BYTES, weight_bytes
 from comfyui_skyreels.skyreels.transformer import placement
@@ -344,3 +346,44 @@ def test_a_line_that_is_on_the_node_already_is_not_sent_again(comfy):
     assert comfy.texts[1:] == [
         "loading 0.0 of 0.2 GB\nSomething to know.", "step 3/3\nSomething to know.",
     ]  # fmt: skip
+
+
+# --- a second device ------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def cards(monkeypatch):
+    """Three cards; a runtime on one of them is its device."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
+    monkeypatch.setattr(runtime_module, "ComfyRuntime", lambda *, device: device)
+
+
+@pytest.mark.parametrize(
+    ("name", "chosen"),
+    [("off", None), ("auto", "cuda:1"), ("cuda:1", "cuda:1"), ("cuda:2", "cuda:2")],
+)
+def test_a_second_device_is_another_card(on_gpu, cards, name, chosen):
+    found = host.second_runtime(name, on_gpu)
+    assert found == (None if chosen is None else torch.device(chosen))
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("cuda:0", "cuda:0 is the card that samples already: choose another one, or off"),
+        ("cuda:3", r"cuda:3 is not here \(cuda:1, cuda:2\): choose auto"),
+    ],
+)
+def test_a_second_device_that_is_none_is_refused(on_gpu, cards, name, words):
+    with pytest.raises(OptionError, match=words):
+        host.second_runtime(name, on_gpu)
+
+
+def test_where_there_is_no_second_card_auto_says_so_and_takes_one(comfy, on_gpu, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert host.second_runtime("auto", on_gpu) is None
+    assert "beside cuda:0 there is no other CUDA card" in comfy.texts[-1]
+    with pytest.raises(OptionError, match=r"cuda:1 is not here \(no other CUDA card\)"):
+        host.second_runtime("cuda:1", on_gpu)

@@ -2,6 +2,7 @@
 
 import logging
 import shutil
+import threading
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -35,6 +36,7 @@ from comfyui_skyreels.skyreels.sampling.calibrate import (
     place_of_user,
     save_calibration,
 )
+from comfyui_skyreels.skyreels.sampling.network import Network
 from comfyui_skyreels.skyreels.sampling.sample import sample
 from comfyui_skyreels.skyreels.sampling.settings import SamplingSettings, euler, get_sigmas
 from comfyui_skyreels.skyreels.sampling.step_cache import CACHES, CacheConfig
@@ -1350,3 +1352,31 @@ def test_words_and_sizes_that_the_built_in_model_does_not_know_are_said_on_the_n
          embedded_guidance=1.0, unique_id="8", **texts)  # fmt: skip
     assert "48x32 and 9 frames are not for the built-in model" in comfy.texts[-1]
     assert "48x32 and 9 frames" in caplog.text
+
+
+def test_a_second_device_makes_the_negative_predictions_of_the_same_clip(
+    comfy, picture, monkeypatch
+):
+    threads = []
+    true = Network.predict
+
+    def predict(self, latents, sigma, step, branches, run_block=None):
+        threads.append((threading.current_thread() is threading.main_thread(), tuple(branches)))
+        return true(self, latents, sigma, step, branches, run_block)
+
+    monkeypatch.setattr(Network, "predict", predict)
+    _, inputs = prepare(picture)
+    expected = node("SkyReelsSampler", **inputs)
+    assert {main for main, _ in threads} == {True}
+    threads.clear()
+    asked = []
+
+    def second(name, first):
+        asked.append(name)
+        return adapter.ComfyRuntime()
+
+    monkeypatch.setattr(adapter, "second_runtime", second)
+    got = node("SkyReelsSampler", **inputs, second_device="auto")
+    assert asked == ["auto"]
+    assert set(threads) == {(True, (0,)), (False, (1,))}
+    assert torch.equal(got["samples"], expected["samples"])

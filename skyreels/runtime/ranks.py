@@ -1,0 +1,115 @@
+"""The ranks of one clip on one host: processes that torchrun's launcher starts, one a device."""
+
+import logging
+import os
+import sys
+import uuid
+from collections.abc import Sequence
+
+import torch
+
+from ..errors import DependencyError, OptionError
+
+#: tells a process that it is one of the ranks
+_VARIABLE = "SKYREELS_RANKS"
+MAX_RANKS = 8
+
+
+def is_rank() -> bool:
+    """Whether this process was started by `start_ranks`."""
+    return _VARIABLE in os.environ
+
+
+def is_first() -> bool:
+    """Whether this process is the one that writes: the first of the ranks, or the only process."""
+    return not is_rank() or os.environ.get("RANK") == "0"
+
+
+def check_devices(num_ranks: int, device: str) -> None:
+    """Refuse a number of ranks for which there are not the devices.
+
+    Args:
+        num_ranks: 2..MAX_RANKS.
+        device: "cuda" for one card a rank, or "cpu".
+
+    Raises:
+        OptionError: another number, another device, or too few cards.
+        DependencyError: this torch knows no ranks.
+    """
+    if not 2 <= num_ranks <= MAX_RANKS:
+        raise OptionError(
+            f"--ranks {num_ranks} is not within 2..{MAX_RANKS}: use the cards you have."
+        )
+    if device not in ("cuda", "cpu"):
+        raise OptionError(
+            f"--ranks takes the first cards in turn, not {device!r}: use --device cuda, and "
+            "CUDA_VISIBLE_DEVICES to choose among them."
+        )
+    if device == "cuda" and torch.cuda.device_count() < num_ranks:
+        raise OptionError(
+            f"--ranks {num_ranks} needs as many CUDA devices, and there are "
+            f"{torch.cuda.device_count()}: use no more ranks than cards."
+        )
+    if not torch.distributed.is_available():
+        raise DependencyError("This torch is built without torch.distributed: use one device.")
+
+
+def start_ranks(num_ranks: int, command: Sequence[str]) -> int:
+    """Run a command on several ranks, of which only the first one is heard.
+
+    Args:
+        num_ranks: processes.
+        command: arguments of `python`, such as -m and a module.
+
+    Returns:
+        The exit code: 0 if all ranks ended well, else that of the first one that did not.
+    """
+    from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    logging.getLogger("torch.distributed").setLevel(logging.CRITICAL)  # the ranks say it
+    os.environ[_VARIABLE] = str(num_ranks)
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // num_ranks)))
+    config = LaunchConfig(
+        min_nodes=1, max_nodes=1, nproc_per_node=num_ranks, run_id=uuid.uuid4().hex,
+        rdzv_backend="c10d", rdzv_endpoint="localhost:0", max_restarts=0, monitor_interval=0.2,
+        logs_specs=DefaultLogsSpecs(local_ranks_filter={0}),
+    )  # fmt: skip
+    try:
+        elastic_launch(config, sys.executable)("-u", *command)
+    except ChildFailedError as error:
+        code = error.get_first_failure()[1].exitcode
+        return code if code > 0 else 1
+    except SignalException as signal:
+        return 128 + int(signal.sigval)
+    finally:
+        del os.environ[_VARIABLE]
+    return 0
+
+
+def join_ranks(device: str) -> "tuple[str, torch.distributed.ProcessGroup]":
+    """Join the other ranks, in a process that `start_ranks` started.
+
+    Args:
+        device: "cuda" or "cpu".
+
+    Returns:
+        The device of this rank, and the group of all.
+    """
+    import torch.distributed as dist
+
+    if device == "cuda":
+        device = f"cuda:{os.environ['LOCAL_RANK']}"
+        torch.cuda.set_device(device)
+    dist.init_process_group("gloo" if device == "cpu" else "nccl")
+    assert dist.group.WORLD is not None
+    return device, dist.group.WORLD
+
+
+def leave_ranks() -> None:
+    """Leave the group, once all is done."""
+    import torch.distributed as dist
+
+    if is_rank() and dist.is_initialized():
+        dist.destroy_process_group()
