@@ -28,7 +28,7 @@ def rows_of(num_ranks: int) -> list[dict]:
 def test_several_ranks_predict_what_one_does(num_ranks):
     *rows, run = rows_of(num_ranks)
     assert run["run"] and run["difference"] <= 1e-5  # six steps, guidance 6
-    assert len(rows) == 26 and any(row["sparse"] for row in rows)
+    assert len(rows) == 16 and any(row["sparse"] for row in rows)
     for row in rows:
         assert row["difference"] <= 1e-6, row
         assert row["ranks_agree"], row
