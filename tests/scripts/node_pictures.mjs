@@ -72,8 +72,15 @@ const PLACES = {
     values: { prompt: "A woman in a red coat turns to the camera and smiles." },
   },
   WiroCollect: { before: { runs: ["WiroSubmit", "runs"] }, after: { video: SAVE } },
-  SkyReelsI2V: { before: { image: LOADED }, after: { video: SAVE } },
-  SkyReelsFromReceipt: {},
+  SkyReelsI2V: {
+    before: { image: LOADED }, after: { video: SAVE },
+    values: { prompt: "A woman in a red coat turns to the camera and smiles." },
+  },
+  SkyReelsFromReceipt: {
+    after: { seed: SAMPLER("seed"), width: ["SkyReelsImageConditioning", "width"] },
+    more: { precision: ["SkyReelsTransformerLoader", "precision"], decode: ["SkyReelsVAEDecode", "mode"] },
+    values: { receipt: "video/clip.mp4 [output]" },
+  },
 };
 
 /** In the page: draw one node with collapsed neighbours; {x, y, width, height} of the drawing. */

@@ -3,6 +3,7 @@
 import { app } from "../../../scripts/app.js";
 import { findNode } from "../preview/player.mjs";
 import { make, setText } from "./dom.mjs";
+import { t } from "./language.mjs";
 import { cachedOutcome, lineOf, outcomeOf, PROPERTY, readOutcome } from "./outcome.mjs";
 
 const NODES = ["WiroRemoteI2V", "WiroRunModel", "WiroTaskResult", "WiroSubmit", "WiroCollect"];
@@ -66,6 +67,6 @@ function addLine(node) {
 
 // no `life`: it stays until the user closes it
 function warn(detail) {
-  const summary = "Wiro: you have to act";
+  const summary = t("Wiro: you have to act");
   app.extensionManager?.toast?.add({ severity: "warn", summary, detail });
 }

@@ -1,15 +1,15 @@
 // The price of a node before it is queued. Does not touch the page.
-import { t } from "./language.mjs";
+import { mark, t } from "./language.mjs";
 import { dollars } from "./words.mjs";
 
 /** Nodes that start a paid run. */
 export const PRICED = ["WiroRemoteI2V", "WiroRunModel", "WiroSubmit"];
 
-/** What stands on the other nodes. */
+/** What stands on the other nodes; `t` translates it where it is shown. */
 export const FREE = {
-  WiroTaskResult: "costs nothing",
-  WiroUploadFile: "costs nothing",
-  WiroCollect: "price: see Wiro Submit",
+  WiroTaskResult: mark("costs nothing"),
+  WiroUploadFile: mark("costs nothing"),
+  WiroCollect: mark("price: see Wiro Submit"),
 };
 
 const MAX_REASON = 120; // characters
