@@ -29,6 +29,15 @@ AUTO, LOCAL, REMOTE = "auto", "local", "remote"
 
 class SkyReelsI2V:
     CATEGORY = "SkyReels"
+    SEARCH_ALIASES = [
+        "image to video",
+        "i2v",
+        "hunyuan",
+        "wiro.ai",
+        "generate video",
+        "animate image",
+        "all in one",
+    ]
     DESCRIPTION = (
         "Picture and prompt to video in one node, on this machine or on wiro.ai. auto runs here if "
         "the weights are in ComfyUI's folders and the clip fits; it goes to Wiro, which costs "
