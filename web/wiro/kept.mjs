@@ -6,7 +6,8 @@ import { make, setText } from "./dom.mjs";
 import { t } from "./language.mjs";
 import { cachedOutcome, lineOf, outcomeOf, PROPERTY, readOutcome } from "./outcome.mjs";
 
-const NODES = ["WiroRemoteI2V", "WiroRunModel", "WiroTaskResult", "WiroSubmit", "WiroCollect"];
+const NODES = ["SkyReelsI2V", "WiroRemoteI2V", "WiroRunModel", "WiroTaskResult", "WiroSubmit",
+  "WiroCollect"];
 const HEIGHT = 58; // pixels: two lines, and the margins of the canvas page
 const elements = new WeakMap(); // node -> element
 
