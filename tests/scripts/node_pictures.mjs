@@ -135,7 +135,7 @@ async function draw({ name, place, margin }) {
   app.canvas.deselectAllNodes?.();
   app.canvas.setDirty(true, true);
   await new Promise((resolve) => setTimeout(resolve, 900));
-  const badges = name.startsWith("Wiro") ? 26 : 0; // above the node
+  const badges = name.startsWith("Wiro") || name === "SkyReelsI2V" ? 26 : 0; // above the node
   return {
     x: corner[0] - margin, y: corner[1] - margin - badges,
     width: high[0] - low[0] + 2 * margin, height: high[1] - low[1] + 2 * margin + badges,
