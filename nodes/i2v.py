@@ -20,7 +20,13 @@ from .local.sampler import SkyReelsSampler
 from .local.text import encoder_choices
 from .remote.nodes import WiroRemoteI2V
 from .remote.run import fingerprint
-from .remote.widgets import SKYREELS_OPTIONAL, TAKE, TIMEOUT_MINUTES, WAIT_WHEN_BUSY
+from .remote.widgets import (
+    SKYREELS_OPTIONAL,
+    TAKE,
+    TIMEOUT_MINUTES,
+    WAIT_WHEN_BUSY,
+    size_at_wiro,
+)
 
 logger = logging.getLogger("skyreels.nodes.i2v")
 
@@ -29,6 +35,15 @@ AUTO, LOCAL, REMOTE = "auto", "local", "remote"
 
 class SkyReelsI2V:
     CATEGORY = "SkyReels"
+    SEARCH_ALIASES = [
+        "image to video",
+        "i2v",
+        "hunyuan",
+        "wiro.ai",
+        "generate video",
+        "animate image",
+        "all in one",
+    ]
     DESCRIPTION = (
         "Picture and prompt to video in one node, on this machine or on wiro.ai. auto runs here if "
         "the weights are in ComfyUI's folders and the clip fits; it goes to Wiro, which costs "
@@ -274,7 +289,7 @@ class SkyReelsI2V:
             made = await WiroRemoteI2V().generate(
                 image=image,
                 prompt=prompt,
-                size=_remote_size(width, height, why),
+                size=size_at_wiro(width, height, why),
                 fit=fit,
                 num_frames=num_frames,
                 steps=steps,
@@ -314,6 +329,7 @@ class SkyReelsI2V:
         if backend == AUTO:
             report = f"{report} {why}"
         logger.info("%s", report)
+        host.show_outcome("on this machine · nothing paid", unique_id, must_act=False)
         outputs = [[f"{unique_id}.{name}", slot] for name, slot in
                    (("decode", 0), ("video", 0), ("sampler", 1))]  # fmt: skip
         return {"expand": nodes, "result": (*outputs[:2], "", outputs[2], report)}
@@ -411,27 +427,6 @@ def _both_ways(why: str, backend: str) -> str:
         f"The clip cannot be made here: {why} Nothing was sent. Either {here}, or switch "
         "allow_paid_remote on to let it be made on wiro.ai, which costs money within your limits."
     )
-
-
-def _remote_size(width: int, height: int, why: str) -> str:
-    """The size as Wiro names it.
-
-    Returns:
-        As "960x544".
-
-    Raises:
-        ConfigError: Wiro does not make it.
-    """
-    from ..wiro_api.errors import ConfigError
-    from ..wiro_api.schema import SIZES
-
-    size = f"{width}x{height}"
-    if size not in SIZES:
-        raise ConfigError(
-            f"Wiro makes {' and '.join(SIZES)}, and the clip is {size}: change width and height. "
-            f"Nothing was sent ({why.rstrip('.')})."
-        )
-    return size
 
 
 # --- here ---------------------------------------------------------------------------------------

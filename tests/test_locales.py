@@ -69,13 +69,15 @@ def test_help_pages_say_what_the_inputs_are_called_on_the_node(language):
     assert unsaid == []
 
 
-def test_every_text_of_the_panel_goes_through_the_dictionary():
+def test_every_text_of_the_page_goes_through_the_dictionary():
     """What looks like words and is in no call of `t` or `mark`; a few strings are no texts."""
     no_texts = {"Enter", "Escape", "Wiro", "SkyReels", "Account", "JSON"}
     in_settings = {"Wiro account and limits"}  # locales/*/settings.json
     words = re.compile(r"^[A-Z][a-z]+(?![\w.-])|[a-z]{2,} [a-z]{2,} [a-z]{2,}")
     found = []
-    for path in [locales.ROOT / "web" / "wiro.js", *sorted(locales.PANEL.parent.glob("*.mjs"))]:
+    for path in sorted((locales.ROOT / "web").glob("*.js")) + sorted(
+        (locales.ROOT / "web").glob("*/*.mjs")
+    ):
         text = re.sub(r"(?m)(^|\s)//.*$|/\*.*?\*/", "", locales.read(path))
         text = re.sub(r"(?s)/\*\*.*?\*/", "", text)
         text = re.sub(r"console\.\w+\(.*?\)", "", locales.MARKED.sub("", text))

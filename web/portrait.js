@@ -4,6 +4,7 @@ import { app } from "../../scripts/app.js";
 import { api } from "../../scripts/api.js";
 
 import { asksForPortrait, PORTRAIT, offer } from "./portrait/find.mjs";
+import { t } from "./wiro/language.mjs"; // wiro.js loads the texts
 
 let isThere = false; // as far as this page knows
 
@@ -15,11 +16,11 @@ function known() {
 async function bring() {
   if (isThere || !offer(known(), PORTRAIT)) return;
   const picture = await fetch(new URL("./portrait.jpg", import.meta.url));
-  if (!picture.ok) throw new Error(`HTTP ${picture.status} for the picture`);
+  if (!picture.ok) throw new Error(t("HTTP {status} for the picture", { status: picture.status }));
   const body = new FormData();
   body.append("image", new File([await picture.blob()], PORTRAIT, { type: "image/jpeg" }));
   const answer = await api.fetchApi("/upload/image", { method: "POST", body });
-  if (!answer.ok) throw new Error(`HTTP ${answer.status} for the upload`);
+  if (!answer.ok) throw new Error(t("HTTP {status} for the upload", { status: answer.status }));
   isThere = true;
 }
 
@@ -30,8 +31,10 @@ app.registerExtension({
     try {
       await bring();
     } catch (error) {
-      const detail = `${PORTRAIT} could not be put into the input folder (${error.message}): choose ` +
-        "another picture in Load Image.";
+      const detail = t(
+        "{name} could not be put into the input folder ({reason}): choose another picture in Load Image.",
+        { name: PORTRAIT, reason: error.message },
+      );
       app.extensionManager?.toast?.add({ severity: "warn", summary: "SkyReels", detail });
     }
   },

@@ -297,6 +297,7 @@ _TYPES: dict[str, Any] = {
 
 class SkyReelsFromReceipt:
     CATEGORY = "SkyReels/sampling"
+    SEARCH_ALIASES = ["metadata", "prompt from video", "load settings", "reproduce"]
     DESCRIPTION = (
         "Gives the inputs of an earlier clip again, from its receipt: the text itself, or a file "
         "that holds one. Link the outputs to the widgets of the same names; the report says which "

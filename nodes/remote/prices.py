@@ -12,16 +12,16 @@ from typing import TYPE_CHECKING, Any
 from . import account
 from .models import checked_text
 from .run import check_fields, model_record
-from .widgets import ORIENTATION, parse_parameters, skyreels_parameters
+from .widgets import ORIENTATION, parse_parameters, size_at_wiro, skyreels_parameters
 
 if TYPE_CHECKING:
     from ...wiro_api.handles import Model
     from ...wiro_api.transport import FilePart
 
-#: the node that starts a run for each picture
-_BATCH_NODE = "WiroSubmit"
-#: widgets of Wiro Remote I2V and Wiro Submit that a price may depend on
-_PRICED_WIDGETS = {"prompt", "size", "num_frames", "steps", "cfg"}
+#: the node that starts a run for each picture, and the one that runs on this machine too
+_BATCH_NODE, _EITHER_NODE = "WiroSubmit", "SkyReelsI2V"
+#: widgets of the nodes for SkyReels-V1 that a price may depend on
+_PRICED_WIDGETS = {"prompt", "size", "width", "height", "num_frames", "steps", "cfg"}
 #: stands for a file of which only the presence counts
 _ANY_FILE = ("", b"", "")
 _BAD_FIELD = "A field of the node has a value of the wrong type: reload the page."
@@ -43,7 +43,8 @@ def node_price(body: dict[str, Any]) -> dict[str, Any]:
 
     Returns:
         has_key; price: of one run, in US dollars, or None; is_exact; is_each: whether the node
-        starts several runs; problem: why there is no price, or "".
+        starts several runs; is_free: whether it runs on this machine for certain, so that nothing
+        else is told; is_most: whether it may; problem: why there is no price, or "".
     """
     from ...wiro_api.errors import ConfigError, WiroError
     from ...wiro_api.jobs import Job, quote
@@ -56,13 +57,23 @@ def node_price(body: dict[str, Any]) -> dict[str, Any]:
         "is_exact": False,
         "problem": "",
         "is_each": body.get("node") == _BATCH_NODE,
+        "is_free": False,
+        "is_most": False,
     }
+    try:
+        given, linked = _fields(body)
+    except ConfigError as error:
+        return {**answer, "problem": str(error)}
+    runs_here = _runs_here(body["node"], given)
+    if runs_here:
+        return {**answer, "is_free": True}
+    answer["is_most"] = runs_here is None
     try:
         load_credentials(file=account.credentials_file())
     except ConfigError:
         return {**answer, "has_key": False}
     try:
-        model, values, files, is_known = _draft(body)
+        model, values, files, is_known = _draft(body["node"], given, linked)
         check_fields([values, dict(files)])
         record, earlier = _price_sources(model)
         price = quote(record, Job(model, values, files), earlier, is_draft=True).price
@@ -73,8 +84,35 @@ def node_price(body: dict[str, Any]) -> dict[str, Any]:
     return {**answer, "price": dollars(price.amount), "is_exact": price.is_exact and is_known}
 
 
+def _fields(body: Mapping[str, Any]) -> tuple[dict[str, Any], list[Any]]:
+    """What a request says of a node.
+
+    Returns:
+        Widgets whose values are known, and names of linked inputs.
+
+    Raises:
+        ConfigError: the request is of the wrong form.
+    """
+    from ...wiro_api.errors import ConfigError
+
+    node, values, linked = (body.get(name) for name in ("node", "values", "linked"))
+    is_form = isinstance(node, str) and isinstance(values, dict) and isinstance(linked, list)
+    if not is_form:
+        raise ConfigError("The request lacks node, values or linked: reload the page.")
+    return {name: value for name, value in values.items() if name not in linked}, linked
+
+
+def _runs_here(node: str, given: Mapping[str, Any]) -> bool | None:
+    """Whether a node runs on this machine as its widgets are; None if that is not known yet."""
+    if node != _EITHER_NODE or given.get("backend") == "remote":
+        return False
+    is_auto = given.get("backend") == "auto"
+    is_refused = is_auto and given.get("allow_paid_remote") is False
+    return True if is_refused or given.get("backend") == "local" else None
+
+
 def _draft(
-    body: Mapping[str, Any],
+    node: str, given: dict[str, Any], linked: list[Any]
 ) -> "tuple[Model, dict[str, Any], list[tuple[str, FilePart]], bool]":
     """A node's run as far as it is known.
 
@@ -82,19 +120,17 @@ def _draft(
         Model, parameters, files, and whether all that the price depends on is known.
 
     Raises:
-        ConfigError: the request or a widget is of the wrong type, or the model is linked.
+        ConfigError: a widget is of the wrong type or value, or the model is linked.
         ValueError: the parameters are not a JSON object.
     """
     from ...wiro_api.errors import ConfigError
     from ...wiro_api.handles import Model
     from ...wiro_api.schema import SIZES, SKYREELS
 
-    node, values, linked = (body.get(name) for name in ("node", "values", "linked"))
-    if not isinstance(values, dict) or not isinstance(linked, list):
-        raise ConfigError("The request lacks values or linked: reload the page.")
-    given = {name: value for name, value in values.items() if name not in linked}
-    if node in ("WiroRemoteI2V", _BATCH_NODE):
-        if given.get("size") == ORIENTATION:
+    if node in ("WiroRemoteI2V", _BATCH_NODE, _EITHER_NODE):
+        if node == _EITHER_NODE and {"width", "height"}.isdisjoint(linked):
+            given["size"] = size_at_wiro(given.get("width", 0), given.get("height", 0))
+        elif node == _EITHER_NODE or given.get("size") == ORIENTATION:
             given["size"] = SIZES[0]  # as many pixels as the other
             linked = [*linked, "size"]
         frames = given.get("num_frames", 97)

@@ -152,6 +152,33 @@ def skyreels_run(image: Tensor, **widgets: Any) -> tuple[dict[str, Any], str]:
     return parameters, size
 
 
+def size_at_wiro(width: int, height: int, why: str = "") -> str:
+    """The size of a clip as Wiro names it.
+
+    Args:
+        width: pixels.
+        height: pixels.
+        why: why the clip is made there, for the message.
+
+    Returns:
+        As "960x544".
+
+    Raises:
+        ConfigError: Wiro does not make it.
+    """
+    from ...wiro_api.errors import ConfigError
+    from ...wiro_api.schema import SIZES
+
+    size = f"{width}x{height}"
+    if size not in SIZES:
+        unsent = f" Nothing was sent ({why.rstrip('.')})." if why else ""
+        raise ConfigError(
+            f"Wiro makes {' and '.join(SIZES)}, and the clip is {size}: change width and height."
+            f"{unsent}"
+        )
+    return size
+
+
 def skyreels_parameters(**widgets: Any) -> dict[str, Any]:
     """Widgets as parameters of SkyReels-V1; a widget that is left out gives no parameter.
 

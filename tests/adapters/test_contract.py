@@ -208,11 +208,13 @@ def test_every_node_has_words_by_which_it_is_searched(cls):
 @pytest.mark.parametrize(
     ("search", "found"),
     [
-        ("image to video", {"SkyReelsSampler", "SkyReelsImageConditioning", "WiroRemoteI2V"}),
-        ("i2v", {"SkyReelsSampler", "SkyReelsImageConditioning", "WiroRemoteI2V"}),
+        ("image to video", {"SkyReelsI2V", "SkyReelsSampler", "WiroRemoteI2V"}),
+        ("image to video", {"SkyReelsImageConditioning"}),
+        ("i2v", {"SkyReelsI2V", "SkyReelsSampler", "WiroRemoteI2V", "SkyReelsImageConditioning"}),
         ("hunyuan", {"SkyReelsTransformerLoader", "SkyReelsSampler", "WiroRemoteI2V"}),
-        ("skyreels", {"SkyReelsSampler", "WiroRemoteI2V", "WiroRunModel", "WiroSubmit"}),
-        ("wiro", {"WiroRemoteI2V", "WiroRunModel", "WiroTaskResult", "WiroUploadFile"}),
+        ("skyreels", {"SkyReelsI2V", "SkyReelsSampler", "WiroRemoteI2V", "WiroRunModel"}),
+        ("wiro", {"SkyReelsI2V", "WiroRemoteI2V", "WiroRunModel", "WiroTaskResult"}),
+        ("metadata", {"SkyReelsFromReceipt"}),
     ],
 )
 def test_what_people_type_finds_our_nodes(search, found):

@@ -99,6 +99,15 @@ def test_the_same_graph_runs_on_wiro(comfy, wiro, widgets):
         assert "lacks a SkyReels-V1 image-to-video transformer" in made["report"]
 
 
+def test_where_it_ran_and_what_was_paid_is_kept_on_the_node(comfy, wiro):
+    wiro.price = [{"inputs": {}, "price": 0.3, "priceMethod": "cpr"}]
+    run(backend="remote", **WIRO_SIZE)
+    run(backend="local")
+    kept = [data for name, data in comfy.events if name == "skyreels.wiro.outcome"]
+    lines = ["done · charged $0.30 · task 2221", "on this machine · nothing paid"]
+    assert [(data["node"], data["line"]) for data in kept] == [("2", line) for line in lines]
+
+
 @pytest.mark.parametrize("widgets", [{}, {"backend": "local", "allow_paid_remote": True}])
 def test_nothing_is_paid_without_leave(comfy, wiro, widgets):
     with pytest.raises(OptionError) as caught:

@@ -603,7 +603,7 @@ def compare() -> Graph:
                 "seeds.",
                 230,
             ),
-            "image": Node("LoadImage", {"image": "example.png"}, height=320),
+            "image": Node("LoadImage", {"image": PORTRAIT}, height=320),
             "prompt": prompt_text(),
         },
         "here": {"here": i2v("local", "SkyReels I2V (here)")},
@@ -641,7 +641,6 @@ def compare() -> Graph:
 
 
 GRAPHS = {
-    "compare": compare,
     "quick_start": quick_start,
     "extend_video": extend_video,
     "core_samplers": core_samplers,
@@ -653,6 +652,7 @@ GRAPHS = {
     "remote": remote,
     "wiro_batch": wiro_batch,
     "local_and_remote": local_and_remote,
+    "compare": compare,
 }
 
 
@@ -861,8 +861,8 @@ APP_INPUTS = {
     "sampler": ("seed", "steps"),
     "next": ("prompt",),
 }
-#: nodes that cost money, with the price above them: app mode would hide it
-PAID = {"WiroRemoteI2V", "WiroSubmit", "WiroRunModel"}
+#: nodes that may cost money, with the price above them: app mode would hide it
+PAID = {"SkyReelsI2V", "WiroRemoteI2V", "WiroSubmit", "WiroRunModel"}
 
 
 def is_app(flat: dict[str, Node]) -> bool:

@@ -15,7 +15,7 @@ from functools import cache
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageEnhance, ImageFilter, ImageFont
+from PIL import Image, ImageChops, ImageDraw, ImageEnhance, ImageFilter, ImageFont
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from support.workflows import ROOT, TITLES
@@ -370,6 +370,21 @@ def halves(title: str, line: str, labels: tuple[str, str] = ("here", "on Wiro"))
     return image
 
 
+def thirds(title: str, line: str) -> Image.Image:
+    """The card of two backends: a clip of each and their difference, side by side."""
+    here = portrait().crop((413, 20, 627, 416))
+    there = ImageEnhance.Color(portrait().crop((410, 22, 624, 418))).enhance(0.55)
+    image = Image.new("RGB", (CARD, CARD), (12, 14, 26))
+    image.paste(here, (0, 90))
+    image.paste(there, (213, 90))
+    image.paste(ImageEnhance.Brightness(ImageChops.difference(here, there)).enhance(3), (426, 90))
+    for x in (213, 426):
+        ImageDraw.Draw(image).line((x, 90, x, 485), (255, 255, 255), 3)
+    for number, label in enumerate(("here", "on Wiro", "difference")):
+        write(image, label, 14 + 213 * number, 100, 28, (255, 255, 255))
+    return card(image, title, line)
+
+
 def shapes(title: str, line: str, *clips: tuple[str, np.ndarray]) -> Image.Image:
     """The card of a template of the built-in model: frames [F, 64, 64, 3] that it made."""
     image = Image.new("RGB", (CARD, CARD), (24, 26, 40))
@@ -421,6 +436,7 @@ def thumbnails() -> dict[str, Image.Image]:
         "remote": person("On Wiro", "no graphics card; costs money"),
         "wiro_batch": several("Many on Wiro", "a video of each picture; costs money"),
         "local_and_remote": halves("Here and on Wiro", "the same job, side by side; costs money"),
+        "compare": thirds("One node", "here and on Wiro; costs money"),
     }  # fmt: skip
 
 

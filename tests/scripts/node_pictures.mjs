@@ -2,8 +2,9 @@
 //
 //   PW_DIR=FOLDER node tests/scripts/node_pictures.mjs http://127.0.0.1:8188 [NodeId...]
 //
-// A ComfyUI with this pack must be running there. FOLDER holds playwright-core (npm); CHROMIUM names
-// the browser (/usr/bin/chromium). Requests to other hosts are blocked.
+// A ComfyUI with this pack must be running there, set to the stand-in of Wiro (CONTRIBUTING.md,
+// Tests) so that the badges show prices. FOLDER holds playwright-core (npm); CHROMIUM names the
+// browser (/usr/bin/chromium). Requests to other hosts are blocked.
 import { mkdirSync, writeFileSync } from "node:fs";
 import { createRequire } from "node:module";
 import { join } from "node:path";
@@ -72,8 +73,15 @@ const PLACES = {
     values: { prompt: "A woman in a red coat turns to the camera and smiles." },
   },
   WiroCollect: { before: { runs: ["WiroSubmit", "runs"] }, after: { video: SAVE } },
-  SkyReelsI2V: { before: { image: LOADED }, after: { video: SAVE } },
-  SkyReelsFromReceipt: {},
+  SkyReelsI2V: {
+    before: { image: LOADED }, after: { video: SAVE },
+    values: { prompt: "A woman in a red coat turns to the camera and smiles." },
+  },
+  SkyReelsFromReceipt: {
+    after: { seed: SAMPLER("seed"), width: ["SkyReelsImageConditioning", "width"] },
+    more: { precision: ["SkyReelsTransformerLoader", "precision"], decode: ["SkyReelsVAEDecode", "mode"] },
+    values: { receipt: "video/clip.mp4 [output]" },
+  },
 };
 
 /** In the page: draw one node with collapsed neighbours; {x, y, width, height} of the drawing. */
@@ -127,8 +135,8 @@ async function draw({ name, place, margin }) {
   app.canvas.ds.offset = [corner[0] - low[0], corner[1] - low[1]];
   app.canvas.deselectAllNodes?.();
   app.canvas.setDirty(true, true);
-  await new Promise((resolve) => setTimeout(resolve, 900));
-  const badges = name.startsWith("Wiro") ? 26 : 0; // above the node
+  const badges = name.startsWith("Wiro") || name === "SkyReelsI2V" ? 26 : 0; // above the node
+  await new Promise((resolve) => setTimeout(resolve, badges ? 2600 : 900)); // a price comes by then
   return {
     x: corner[0] - margin, y: corner[1] - margin - badges,
     width: high[0] - low[0] + 2 * margin, height: high[1] - low[1] + 2 * margin + badges,

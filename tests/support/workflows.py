@@ -23,6 +23,7 @@ TITLES = {
     "wiro_batch": "SkyReels 09 Many images on Wiro",
     "local_and_remote": "SkyReels 10 Local and Wiro compared",
     "core_samplers": "SkyReels 11 Core samplers",
+    "compare": "SkyReels 12 One node, here and on Wiro",
 }
 NODES = comfyui_skyreels.NODE_CLASS_MAPPINGS
 WIDGET_TYPES = ("INT", "FLOAT", "STRING", "BOOLEAN", "COMBO")

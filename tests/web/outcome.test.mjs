@@ -2,6 +2,7 @@
 import assert from "node:assert/strict";
 import { test } from "node:test";
 
+import { loadLanguage } from "../../web/wiro/language.mjs";
 import { cachedOutcome, lineOf, outcomeOf, PROPERTY, readOutcome } from "../../web/wiro/outcome.mjs";
 
 const NOW = new Date(2026, 10, 27, 18, 30);
@@ -20,8 +21,21 @@ test("a run that ComfyUI spares itself costs nothing, and what the last one cost
   const once = cachedOutcome(PAID, NOW.getTime());
   assert.equal(once.text, `not run again, nothing paid · last: ${PAID.text}`);
   assert.equal(cachedOutcome(once, NOW.getTime()).text, once.text);
-  assert.equal(cachedOutcome(null, 1).text, "not run again, nothing paid");
+  const nothing = cachedOutcome(null, 1);
+  assert.equal(nothing.text, "not run again, nothing paid");
+  assert.equal(cachedOutcome(nothing, 1).text, nothing.text);
   assert.equal(cachedOutcome({ ...PAID, mustAct: true }, 1).mustAct, true);
+});
+
+test("a run that was spared is told in the page's language, and kept in English", async (context) => {
+  context.after(() => loadLanguage(""));
+  const [english, once] = [cachedOutcome(null, 0), cachedOutcome(PAID, 0)];
+  await loadLanguage("zh");
+  assert.deepEqual([cachedOutcome(null, 0), cachedOutcome(PAID, 0)], [english, once]);
+  assert.deepEqual(cachedOutcome(once, 0), once);
+  assert.equal(lineOf(english), "未重新运行，没有费用");
+  assert.equal(lineOf(once), `未重新运行，没有费用 · 上次：${PAID.text}`);
+  assert.equal(lineOf({ ...PAID, at: 0 }), PAID.text);
 });
 
 test("a file from anyone breaks nothing", () => {

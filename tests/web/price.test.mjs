@@ -41,6 +41,12 @@ test("the line on a node", () => {
       "about $0.30 · limit $2.00 a run · spent today $1.20 of $20.00", true],
     [ANSWER, null, "$0.30", true],
     [{ ...ANSWER, is_each: true, is_exact: false }, null, "about $0.30 each", true],
+    [{ ...ANSWER, is_most: true }, ACCOUNT, "up to $0.30 · nothing if made here · "
+      + "limit $2.00 a run · spent today $1.20 of $20.00", true],
+    [{ ...ANSWER, is_most: true, is_exact: false }, null,
+      "up to about $0.30 · nothing if made here", true],
+    [{ ...ANSWER, is_most: true, has_key: false, price: null }, null, "no API key", false],
+    [{ ...ANSWER, is_free: true, price: null }, ACCOUNT, "costs nothing", false],
     [{ ...ANSWER, price: null }, null, "price not published", false],
     [{ ...ANSWER, price: null, problem: "No\nsuch  model." }, null,
       "no price: No such model.", false],
@@ -79,8 +85,8 @@ test("a field is asked about once, and not while somebody types", () => {
   assert.deepEqual(asked, ["abc", "x"]);
 });
 
-test("each remote node says what it costs, or that it costs nothing", () => {
-  const all = ["WiroCollect", "WiroRemoteI2V", "WiroRunModel", "WiroSubmit", "WiroTaskResult",
+test("each node that may be remote says what it costs, or that it costs nothing", () => {
+  const all = ["SkyReelsI2V", "WiroCollect", "WiroRemoteI2V", "WiroRunModel", "WiroSubmit", "WiroTaskResult",
     "WiroUploadFile"];
   assert.deepEqual([...PRICED, ...Object.keys(FREE)].sort(), all);
 });

@@ -2,6 +2,7 @@
 import { app } from "../../../scripts/app.js";
 import { loadAccount, subscribeAccount } from "./account.mjs";
 import { complain } from "./dom.mjs";
+import { t } from "./language.mjs";
 import { badgeOf, fitText, FREE, isDue, requestOf } from "./price.mjs";
 import { post } from "./server.mjs";
 
@@ -34,7 +35,7 @@ export function watchPrices() {
 /** Add the badge to a new node: some front ends read badges only then. */
 export function addPriceBadge(node) {
   const free = FREE[node.comfyClass];
-  if (free) node.badges?.push(() => makeRow(node, [free], UNKNOWN));
+  if (free) node.badges?.push(() => makeRow(node, [t(free)], UNKNOWN));
   else if (requestOf(node) && !states.has(node)) attach(node);
 }
 

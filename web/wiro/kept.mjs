@@ -3,9 +3,11 @@
 import { app } from "../../../scripts/app.js";
 import { findNode } from "../preview/player.mjs";
 import { make, setText } from "./dom.mjs";
+import { t } from "./language.mjs";
 import { cachedOutcome, lineOf, outcomeOf, PROPERTY, readOutcome } from "./outcome.mjs";
 
-const NODES = ["WiroRemoteI2V", "WiroRunModel", "WiroTaskResult", "WiroSubmit", "WiroCollect"];
+const NODES = ["SkyReelsI2V", "WiroRemoteI2V", "WiroRunModel", "WiroTaskResult", "WiroSubmit",
+  "WiroCollect"];
 const HEIGHT = 58; // pixels: two lines, and the margins of the canvas page
 const elements = new WeakMap(); // node -> element
 
@@ -66,6 +68,6 @@ function addLine(node) {
 
 // no `life`: it stays until the user closes it
 function warn(detail) {
-  const summary = "Wiro: you have to act";
+  const summary = t("Wiro: you have to act");
   app.extensionManager?.toast?.add({ severity: "warn", summary, detail });
 }

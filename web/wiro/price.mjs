@@ -1,21 +1,23 @@
 // The price of a node before it is queued. Does not touch the page.
-import { t } from "./language.mjs";
+import { mark, t } from "./language.mjs";
 import { dollars } from "./words.mjs";
 
-/** Nodes that start a paid run. */
-export const PRICED = ["WiroRemoteI2V", "WiroRunModel", "WiroSubmit"];
+/** Nodes that start a paid run, SkyReels I2V only as its widgets say. */
+export const PRICED = ["SkyReelsI2V", "WiroRemoteI2V", "WiroRunModel", "WiroSubmit"];
 
-/** What stands on the other nodes. */
+const NOTHING = mark("costs nothing");
+
+/** What stands on the other nodes, for `t`. */
 export const FREE = {
-  WiroTaskResult: "costs nothing",
-  WiroUploadFile: "costs nothing",
-  WiroCollect: "price: see Wiro Submit",
+  WiroTaskResult: NOTHING,
+  WiroUploadFile: NOTHING,
+  WiroCollect: mark("price: see Wiro Submit"),
 };
 
 const MAX_REASON = 120; // characters
 
 /**
- * The body of a price request for a node, or null if the node costs nothing.
+ * The body of a price request for a node, or null if the node never costs anything.
  *
  * Only what a price depends on: names and plain values of its widgets, names of its links.
  */
@@ -42,12 +44,16 @@ function isPlain(value) {
 export function badgeOf(answer, account) {
   if (answer === null) return unknown(t("price …"));
   if (answer instanceof Error) return unknown(t("no price: {reason}", { reason: lineOf(answer.message) }));
+  if (answer.is_free) return unknown(t(NOTHING));
   if (!answer.has_key) return unknown(t("no API key"));
   if (answer.problem) return unknown(t("no price: {reason}", { reason: lineOf(answer.problem) }));
   const money = account ? moneyOf(account) : [];
   if (answer.price === null) return unknown(t("price not published"), ...money);
   const exact = dollars(answer.price);
   const amount = answer.is_exact ? exact : t("about {amount}", { amount: exact });
+  if (answer.is_most) {
+    return { parts: [t("up to {amount}", { amount }), t("nothing if made here"), ...money], isKnown: true };
+  }
   const price = answer.is_each ? t("{amount} each", { amount }) : amount;
   return { parts: [price, ...money], isKnown: true };
 }

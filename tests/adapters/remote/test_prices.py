@@ -1,12 +1,16 @@
 """What a run will cost, told before it is queued."""
 
 import asyncio
+import contextlib
+import itertools
 import json
 
 import pytest
 import torch
+from comfyui_skyreels.nodes.i2v import SkyReelsI2V
 from comfyui_skyreels.nodes.remote import account, prices, widgets
 from comfyui_skyreels.nodes.remote import nodes as remote
+from comfyui_skyreels.skyreels.errors import OptionError
 from comfyui_skyreels.wiro_api import jobs
 from comfyui_skyreels.wiro_api.client import Model
 from comfyui_skyreels.wiro_api.errors import ConfigError
@@ -26,6 +30,16 @@ WIDGETS = {
     "wait_when_busy": False,
     "timeout_minutes": 40.0,
 }
+#: of SkyReels I2V
+EITHER = {
+    **WIDGETS,
+    "backend": "remote",
+    "width": 960,
+    "height": 544,
+    "seed": 0,
+    "transformer": "auto",
+    "allow_paid_remote": False,
+}
 ANY = {
     "model": "wiro/SkyReels-V1",
     "parameters": '{"prompt": "x"}',
@@ -34,7 +48,8 @@ ANY = {
 
 
 def ask(node="WiroRemoteI2V", linked=("image",), values=None, **changes):
-    shown = {**(ANY if node == "WiroRunModel" else WIDGETS), **changes}
+    default = {"WiroRunModel": ANY, "SkyReelsI2V": EITHER}.get(node, WIDGETS)
+    shown = {**default, **changes}
     return prices.node_price({"node": node, "values": values or shown, "linked": list(linked)})
 
 
@@ -49,8 +64,10 @@ def runs(wiro):
 def test_the_price_of_a_node_is_told_and_nothing_is_started_or_written(comfy, wiro):
     wiro.price = listed()
     before = sorted(comfy.root.rglob("*"))
-    told = {"has_key": True, "price": "0.3", "is_exact": True, "is_each": False, "problem": ""}
+    told = {"has_key": True, "price": "0.3", "is_exact": True, "is_each": False, "is_free": False,
+            "is_most": False, "problem": ""}  # fmt: skip
     assert ask() == told
+    assert ask("SkyReelsI2V") == told
     assert ask("WiroRunModel") == told
     assert ask("WiroSubmit") == {**told, "is_exact": False, "is_each": True}
     assert sorted(comfy.root.rglob("*")) == before
@@ -93,6 +110,57 @@ def test_what_a_link_brings_is_not_known_and_the_price_is_about(comfy, wiro, lin
     assert ask(size=widgets.ORIENTATION)["is_exact"] is False
 
 
+@pytest.mark.parametrize(
+    ("changes", "linked", "runs_here"),
+    [
+        ({"backend": "remote"}, [], "no"),
+        ({"backend": "remote", "allow_paid_remote": True}, [], "no"),
+        ({"backend": "auto"}, [], "yes"),
+        ({"backend": "auto", "allow_paid_remote": True}, [], "maybe"),
+        ({"backend": "auto"}, ["allow_paid_remote"], "maybe"),
+        ({"backend": "local"}, [], "yes"),
+        ({"backend": "local", "allow_paid_remote": True}, [], "yes"),
+        ({"backend": "local"}, ["allow_paid_remote"], "yes"),
+        ({"backend": "local"}, ["backend"], "maybe"),
+    ],
+)
+def test_the_node_with_two_backends_has_a_price_where_it_may_be_paid_for(
+    comfy, wiro, monkeypatch, changes, linked, runs_here
+):
+    wiro.price = listed()
+    told = ask("SkyReelsI2V", linked, **changes)
+    assert (told["is_free"], told["is_most"]) == (runs_here == "yes", runs_here == "maybe")
+    assert told["price"] == (None if runs_here == "yes" else "0.3")
+    assert len(wiro.seen) == (runs_here != "yes")
+    monkeypatch.delenv("WIRO_API_KEY")
+    assert ask("SkyReelsI2V", linked, **changes)["has_key"] == (runs_here == "yes")
+
+
+def test_where_nothing_can_be_made_here_a_price_stands_on_the_node_if_and_only_if_it_is_paid(
+    comfy, wiro
+):
+    wiro.price = listed()
+    backends = SkyReelsI2V.INPUT_TYPES()["required"]["backend"][0]
+    for take, (backend, is_allowed) in enumerate(itertools.product(backends, (False, True)), 1):
+        widgets = {**EITHER, "backend": backend, "allow_paid_remote": is_allowed, "take": take}
+        del widgets["size"]
+        before = len(runs(wiro))
+        with torch.inference_mode(), contextlib.suppress(OptionError):
+            node = SkyReelsI2V()
+            asyncio.run(node.generate(image=torch.zeros(1, 48, 64, 3), **widgets, unique_id="7"))
+        is_paid = len(runs(wiro)) > before
+        assert (ask("SkyReelsI2V", values=widgets)["price"] is not None) == is_paid, widgets
+    assert len(runs(wiro)) == 3
+
+
+def test_the_price_of_the_node_with_two_backends_is_that_of_its_size(comfy, wiro):
+    wiro.price = [*listed("0.10", size="960x544"), *listed("0.05", size="544x960")]
+    assert ask("SkyReelsI2V")["price"] == "0.1"
+    assert ask("SkyReelsI2V", width=544, height=960)["price"] == "0.05"
+    linked = ask("SkyReelsI2V", ["image", "width"])
+    assert (linked["price"], linked["is_exact"]) == ("0.1", False)
+
+
 def test_what_is_still_missing_hinders_no_price(comfy, wiro):
     wiro.price = listed()
     assert ask(prompt="", linked=[])["price"] == "0.3"
@@ -113,6 +181,9 @@ def test_what_is_still_missing_hinders_no_price(comfy, wiro):
         ("WiroRemoteI2V", {"num_frames": 1}, "the least is 5"),
         ("WiroRemoteI2V", {"num_frames": "many"}, "wrong type"),
         ("WiroRunModel", {"parameters": 5}, "wrong type"),
+        ("SkyReelsI2V", {"width": 64, "height": 64}, "960x544 and 544x960, and the clip is 64x64"),
+        ("SkyReelsI2V", {"width": "x"}, "change width and height"),
+        ("SkyReelsI2V", {"steps": 101}, "takes 1 to 100"),
     ],
 )
 def test_a_price_that_cannot_be_had_is_a_sentence(comfy, wiro, node, changes, words):
