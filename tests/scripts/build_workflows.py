@@ -36,8 +36,8 @@ NEGATIVE = {"color": "#322", "bgcolor": "#533"}
 NOTE = {"color": "#432", "bgcolor": "#653"}
 GROUP_COLORS = {
     "load": "#8A8", "encode": "#88A", "prompt": "#88A", "sample": "#A88",
-    "here": "#A88", "on Wiro": "#A88", "run on Wiro": "#A88", "decode and extend": "#A88", "decode and save": "#3f789e",
-    "save": "#3f789e",
+    "here": "#A88", "on Wiro": "#A88", "run on Wiro": "#A88", "decode and extend": "#A88",
+    "decode and save": "#3f789e", "save": "#3f789e",
 }  # fmt: skip
 #: a row's gap holds the badges above a node, and the footer of Nodes 2.0 where a model is missing
 COLUMN_GAP, ROW_GAP, TITLE_HEIGHT = 60, 54, 30
