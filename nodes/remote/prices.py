@@ -96,10 +96,9 @@ def _fields(body: Mapping[str, Any]) -> tuple[dict[str, Any], list[Any]]:
     from ...wiro_api.errors import ConfigError
 
     node, values, linked = (body.get(name) for name in ("node", "values", "linked"))
-    is_form = isinstance(node, str) and isinstance(values, dict) and isinstance(linked, list)
-    if not is_form:
-        raise ConfigError("The request lacks node, values or linked: reload the page.")
-    return {name: value for name, value in values.items() if name not in linked}, linked
+    if isinstance(node, str) and isinstance(values, dict) and isinstance(linked, list):
+        return {name: value for name, value in values.items() if name not in linked}, linked
+    raise ConfigError("The request lacks node, values or linked: reload the page.")
 
 
 def _runs_here(node: str, given: Mapping[str, Any]) -> bool | None:

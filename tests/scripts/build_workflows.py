@@ -36,15 +36,15 @@ NEGATIVE = {"color": "#322", "bgcolor": "#533"}
 NOTE = {"color": "#432", "bgcolor": "#653"}
 GROUP_COLORS = {
     "load": "#8A8", "encode": "#88A", "prompt": "#88A", "sample": "#A88",
-    "run on Wiro": "#A88", "decode and extend": "#A88", "decode and save": "#3f789e",
-    "save": "#3f789e",
+    "here": "#A88", "on Wiro": "#A88", "run on Wiro": "#A88", "decode and extend": "#A88",
+    "decode and save": "#3f789e", "save": "#3f789e",
 }  # fmt: skip
 #: a row's gap holds the badges above a node, and the footer of Nodes 2.0 where a model is missing
 COLUMN_GAP, ROW_GAP, TITLE_HEIGHT = 60, 54, 30
 #: of the first node of a column: the title of the group is above its badges
 TOP = 110
-#: a running node grows by a status line, the sampler also by a preview as wide as the node
-STATUS_HEIGHT, SAMPLER_HEIGHT = 60, 550
+#: a running node grows by a status line, one that samples also by a preview as wide as the node
+STATUS_HEIGHT, SAMPLER_HEIGHT, I2V_HEIGHT = 60, 550, 900
 #: of a preview
 SQUARE, LANDSCAPE = 340, 195
 
@@ -584,7 +584,8 @@ def compare() -> Graph:
     values = {"negative_prompt": DEFAULT_NEGATIVE_PROMPT}
 
     def i2v(backend: str, title: str) -> Node:
-        return Node("SkyReelsI2V", {**values, "backend": backend}, inputs, title, height=880)
+        height = I2V_HEIGHT + LANDSCAPE
+        return Node("SkyReelsI2V", {**values, "backend": backend}, inputs, title, height=height)
 
     def beside(first: str, second: tuple[str, int], direction: str, title: str) -> Node:
         values = {"direction": direction, "spacing_width": 8, "spacing_color": "black"}
