@@ -9,6 +9,7 @@ import importlib.util
 import math
 import os
 import platform
+import re
 import socket
 import tempfile
 import time
@@ -26,6 +27,8 @@ from .batch import MAX_TRIES, Ended, Task, read_files, write_whole
 
 #: seconds without any worker until that is said
 PATIENCE_S = 60.0
+#: seconds in which a cluster answers
+CONNECT_S = 15.0
 #: of memory that jobs and clips on their way take on this machine, with `local`
 LOCAL_STORE_BYTES = 256 * 1024**2
 
@@ -238,6 +241,7 @@ def _connected(crew: Crew) -> Iterator[None]:
             "runtime_env": {"env_vars": {"PYTHONPATH": _python_path()}},
         }
     try:
+        _check_address(crew.address)
         ray.init(crew.address, **options)
     except Exception as error:  # noqa: BLE001 - of many kinds; all say that there is no cluster
         raise OptionError(
@@ -249,6 +253,15 @@ def _connected(crew: Crew) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+
+
+def _check_address(address: str) -> None:
+    """Raise OSError where nothing answers: Ray itself would wait for it for minutes."""
+    found = re.fullmatch(r"(?:ray://)?\[?([^/]+?)\]?:(\d{1,5})", address)
+    if found:
+        socket.create_connection((found[1], int(found[2])), CONNECT_S).close()
+    elif address not in ("auto", "local"):
+        raise ValueError("neither HOST:PORT nor auto nor local")
 
 
 def _python_path() -> str:
