@@ -63,11 +63,13 @@ def test_lines_become_clips_in_their_order_and_equal_lines_one(capsys, tmp_path)
 
 
 def test_a_clip_is_that_of_generate(capsys, tmp_path):
-    jobs = write(tmp_path / "jobs.jsonl", {"prompt": PROMPT, "seed": 3})
+    job = {"prompt": PROMPT, "seed": 3, "steps": 1, "width": 128, "height": 128}
+    jobs = write(tmp_path / "jobs.jsonl", job)
     _, told, _ = run(capsys, jobs, tmp_path / "out")
     single = tmp_path / "single.mp4"
-    options = ["--prompt", PROMPT, "--seed", "3", "--out", str(single)]
-    assert cli.main(["generate", *options, *SMALL]) == 0
+    # x264 writes other bits now and then where a row has fewer than eight macroblocks
+    options = [f"--{name}={value}" for name, value in job.items()]
+    assert cli.main(["generate", "--out", str(single), "--frames", "5", *options]) == 0
     assert (tmp_path / "out" / told["jobs"][0]["file"]).read_bytes() == single.read_bytes()
 
 
@@ -162,14 +164,14 @@ def test_a_finished_clip_is_not_made_again(capsys, tmp_path):
     jobs = write(tmp_path / "jobs.jsonl", {"prompt": PROMPT}, {"prompt": PROMPT, "seed": 1})
     _, first, _ = run(capsys, jobs, tmp_path / "out")
     kept, gone = (tmp_path / "out" / job["file"] for job in first["jobs"])
-    content = gone.read_bytes()
+    receipt = read_receipt(gone)
     kept.write_bytes(b"as it was")
     gone.unlink()
     _, told, err = run(capsys, jobs, tmp_path / "out")
     assert (told["found"], told["made"]) == (1, 1)
     assert [job["tries"] for job in told["jobs"]] == [0, 1]
     assert "1 clips are there, 1 to make" in err
-    assert (kept.read_bytes(), gone.read_bytes()) == (b"as it was", content)
+    assert (kept.read_bytes(), read_receipt(gone)) == (b"as it was", receipt)
 
 
 def names(tmp_path: Path, jobs: list[dict], *options) -> list[str]:

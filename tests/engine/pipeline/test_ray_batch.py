@@ -16,7 +16,8 @@ import pytest
 pytest.importorskip("ray", reason="Ray is not installed: pip install '.[ray]'")
 
 ROOT = Path(__file__).resolve().parents[3]
-SMALL = ["--steps", "2", "--width", "32", "--height", "32", "--frames", "5"]
+#: x264 writes other bits now and then where a row has fewer than eight macroblocks
+SMALL = ["--steps", "1", "--width", "128", "--height", "128", "--frames", "5"]
 LIMIT_S = 300.0
 
 
@@ -67,7 +68,7 @@ def test_each_clip_is_made_once_whoever_is_killed(tmp_path):
     from PIL import Image
 
     Image.new("RGB", (32, 32), "red").save(tmp_path / "a.png")
-    lines = [{"prompt": "a red circle moves left", "seed": seed} for seed in range(20)]
+    lines = [{"prompt": "a red circle moves left", "seed": seed} for seed in range(10)]
     lines.append({"prompt": "a red circle moves left", "image": "a.png"})
     lines += [lines[0], {"prompt": "x", "image": "gone.png"}]
     jobs = tmp_path / "jobs.jsonl"
@@ -105,7 +106,7 @@ def test_each_clip_is_made_once_whoever_is_killed(tmp_path):
     alone = end(start(jobs, single))
     assert [job["file"] for job in alone["jobs"]] == [job["file"] for job in told["jobs"]]
     names = sorted(file.name for file in single.glob("*.mp4"))
-    assert len(names) == 21
+    assert len(names) == 11
     assert names == sorted(file.name for file in out.glob("*.mp4*"))
     for name in names:
         assert (out / name).read_bytes() == (single / name).read_bytes(), name
