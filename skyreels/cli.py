@@ -9,6 +9,7 @@ import contextlib
 import functools
 import json
 import logging
+import os
 import re
 import sys
 import time
@@ -1249,7 +1250,12 @@ def run_batch(arguments: argparse.Namespace) -> dict[str, Any]:
         lines = _read_jobs(arguments, {"weights": weights, "strengths": strengths})
         if is_builtin:
             say(BUILTIN_NOTICE)
-        with remembered_interrupt() as check, progress_bar() as report:
+        with (
+            remembered_interrupt() as check,
+            progress_bar() as report,
+            open(os.devnull, "w", encoding="utf-8") as nowhere,
+            contextlib.redirect_stdout(nowhere),  # Ray tells of lost workers there
+        ):
 
             def work(tasks: "Sequence[Task]") -> "Iterator[Ended]":
                 if crew is not None:
