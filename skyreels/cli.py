@@ -1,4 +1,4 @@
-"""The command line: generate, calibrate, inspect, doctor.
+"""The command line: generate, batch, calibrate, inspect, doctor.
 
 Exit code 0 only when the job is done. With --json, standard output carries exactly one JSON object;
 everything meant for people goes to standard error.
@@ -9,6 +9,7 @@ import contextlib
 import functools
 import json
 import logging
+import os
 import re
 import sys
 import time
@@ -44,11 +45,14 @@ if TYPE_CHECKING:
     from .conditioning.embeds import PromptEmbeds
     from .image import ImageSettings
     from .media import FrameFile
+    from .pipeline.batch import Ended, Line, Task
     from .pipeline.calibration import Case
     from .pipeline.extend import ExtendSettings
     from .runtime import Runtime, TorchRuntime
     from .sampling.settings import SamplingSettings
     from .sampling.step_cache import CacheConfig
+    from .text.load import TextEncoder
+    from .text.sources import TextSources
     from .transformer.model import SkyReelsTransformer
     from .vae.model import VideoVAE
     from .weights.inspect import CheckpointInfo
@@ -56,6 +60,8 @@ if TYPE_CHECKING:
 
 #: prompts of a calibration, and clips to check it with
 MAX_CLIPS = 256
+#: of a batch
+MAX_WORKERS = 256
 #: between two lines of progress where standard error is a file, in seconds
 LINE_PERIOD_S = 60.0
 EXIT_ERROR = 1
@@ -95,7 +101,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _fail(arguments, _unexpected(error), EXIT_ERROR)
     if arguments.json:
         print(json.dumps(result))  # noqa: T201
-    return 0
+    return EXIT_ERROR if arguments.run is run_batch and result["failed"] else 0
 
 
 def _start_ranks(arguments: argparse.Namespace, argv: Sequence[str] | None) -> int:
@@ -117,6 +123,8 @@ def _start_ranks(arguments: argparse.Namespace, argv: Sequence[str] | None) -> i
 def _interrupted(arguments: argparse.Namespace) -> str:
     if arguments.run is run_calibrate:
         return "Interrupted; the same command continues with the first clip that is not finished."
+    if arguments.run is run_batch:
+        return "Interrupted; the same command makes the clips that are not finished."
     state = getattr(arguments, "resume", None)
     if state is not None and state.is_file():
         return f"Interrupted; the same command continues from {state}."
@@ -208,71 +216,14 @@ def _make_parser(generate_defaults: Mapping[str, Any]) -> argparse.ArgumentParse
         metavar="FILE",
         help="picture that the clip ends with; the model was not trained with one",
     )
-    generate.add_argument("--prompt", help="what happens ('FPS-24, ' is added)")
-    generate.add_argument("--negative", help="what to avoid (default: the official list)")
     generate.add_argument("--out", type=_path, required=True, help="FILE.mp4 or FILE.npy")
-    generate.add_argument(
-        "--transformer", type=_path, help="safetensors, GGUF or .pt file, or diffusers folder"
-    )
-    generate.add_argument("--vae", type=_path, help="VAE file or folder")
-    generate.add_argument(
-        "--text-encoder",
-        type=_path,
-        action="append",
-        metavar="PATH",
-        help="folder with both text encoders and their tokenizers; or given twice, the files of "
-        "LLaMA-3 and CLIP-L",
-    )
-    generate.add_argument("--width", type=int, help="multiple of 16 (default 960; built-in 64)")
-    generate.add_argument("--height", type=int, help="multiple of 16 (default 544; built-in 64)")
-    generate.add_argument("--frames", type=int, help="4k+1 (default 97; built-in 17)")
-    generate.add_argument("--steps", type=int, help="default 30")
-    generate.add_argument("--cfg", type=float, help="true CFG scale, default 6")
-    generate.add_argument(
-        "--embedded-guidance", type=float, help="keep 1.0, the value of the training"
-    )
-    generate.add_argument("--shift", type=float, help="schedule shift, default 7")
-    generate.add_argument("--seed", type=int, default=0, help="default 0")
-    generate.add_argument("--fit", choices=("crop", "pad", "stretch"), default="crop")
-    generate.add_argument("--noise-augmentation", type=float, default=0.0, metavar="S")
-    generate.add_argument("--latent-strength", type=float, default=1.0, metavar="S")
-    generate.add_argument("--precision", choices=TRANSFORMER_PRECISIONS, default="auto")
-    generate.add_argument(
-        "--device", "--devices", default="auto",
-        help="auto, cpu, cuda or cuda:N; or two with a comma between them, each of which makes one "
-        "of the two predictions of a step: cuda:0,cuda:1",
-    )  # fmt: skip
+    _add_weights(generate)
+    _add_clip(generate)
     generate.add_argument(
         "--ranks", type=int, metavar="N",
         help="share each prediction among N cards of this machine (2 to 8), whose number divides "
         "the heads of attention: 2, 3, 4, 6 or 8",
     )  # fmt: skip
-    generate.add_argument("--decode", choices=DECODE_MODES, default="auto")
-    generate.add_argument(
-        "--attention",
-        choices=ATTENTIONS,
-        default="exact",
-        help="fast uses 8 bits on a GPU; sparse and sparser also skip distant detail",
-    )
-    generate.add_argument(
-        "--cache",
-        choices=CACHE_CHOICES,
-        default="off",
-        help="skip predictable steps; off is exact, calibrated takes what `calibrate` has stored",
-    )
-    generate.add_argument(
-        "--bad-render",
-        choices=BAD_RENDERS,
-        default="off",
-        help="halfway, look whether the clip will stand still, cut to another scene or change "
-        "colours: say so, stop, or go on with the next seed (four tries in all)",
-    )
-    generate.add_argument(
-        "--riflex",
-        choices=("auto", "off"),
-        default="auto",
-        help="auto keeps clips beyond 177 frames from repeating; shorter ones do not change",
-    )
     _add_extend(generate)
     generate.add_argument(
         "--resume",
@@ -280,40 +231,8 @@ def _make_parser(generate_defaults: Mapping[str, Any]) -> argparse.ArgumentParse
         metavar="FILE",
         help="save finished steps here and continue from them",
     )
-    generate.add_argument(
-        "--lora",
-        type=parse_lora,
-        action="append",
-        default=[],
-        metavar="FILE[:STRENGTH]",
-        help="a HunyuanVideo LoRA, default strength 1; may be given several times",
-    )
-    generate.add_argument(
-        "--window",
-        type=parse_window,
-        metavar="FRAMES[:OVERLAP]",
-        help="sample a longer clip in windows of so many frames, 4k+1, that overlap by a multiple "
-        "of 4 (default a quarter); 97 is the trained length",
-    )
-    generate.add_argument(
-        "--preset",
-        choices=tuple(PRESETS),
-        default="official",
-        help="defaults of --steps, --cfg, --embedded-guidance and --shift; few-steps (6, 1, 6, 17) "
-        "is experimental, for a step-distilled LoRA",
-    )
-    generate.add_argument(
-        "--prompt-cache", type=_path, metavar="DIR", help="cache encoded prompts in this folder"
-    )
-    generate.add_argument(
-        "--tokenizer",
-        type=_path,
-        action="append",
-        metavar="DIR",
-        help="folder of a tokenizer, or of both, for text encoders in single files; default: "
-        "beside them",
-    )
     _add_from_receipt(generate, generate_defaults)
+    batch = _add_batch(commands)
     calibrate = _add_calibrate(commands)
 
     inspect = commands.add_parser("inspect", help="what a checkpoint is, from its header alone")
@@ -321,9 +240,142 @@ def _make_parser(generate_defaults: Mapping[str, Any]) -> argparse.ArgumentParse
     inspect.add_argument("path", type=_path)
 
     doctor = _add_doctor(commands)
-    for command in (generate, calibrate, inspect, doctor):
+    for command in (generate, batch, calibrate, inspect, doctor):
         command.add_argument("--json", action="store_true")
     return parser
+
+
+def _add_batch(commands: Any) -> argparse.ArgumentParser:
+    """The command `batch`, and its options."""
+    batch: argparse.ArgumentParser = commands.add_parser(
+        "batch",
+        help="many clips, on this machine or on a Ray cluster",
+        description="Makes a clip of each line of JOBS, a JSON object whose keys are options of "
+        'generate without their dashes, as {"image": "a.png", "prompt": "a red circle", "seed": '
+        "1}. What a line leaves out is taken from the options given here. Clips are named by what "
+        "they are made from; those that are there are not made again, so the same command "
+        "continues a batch that was stopped. Weights are loaded once and kept, the text encoder "
+        "too.",
+    )
+    batch.set_defaults(run=run_batch)
+    batch.add_argument(
+        "jobs", type=_path, metavar="JOBS.jsonl", help="paths of pictures are relative to it"
+    )
+    batch.add_argument(
+        "--out", type=_path, required=True, metavar="DIR", help="folder of the clips"
+    )
+    _add_weights(batch)
+    _add_clip(batch)
+    batch.add_argument(
+        "--ray", metavar="ADDRESS",
+        help="make the clips on a Ray cluster, or with `local` in several processes of this "
+        "machine; a worker for each GPU",
+    )  # fmt: skip
+    batch.add_argument(
+        "--workers", type=int, metavar="N",
+        help="with --ray, so many (default: as there are GPUs, or machines without any)",
+    )  # fmt: skip
+    return batch
+
+
+def _add_weights(command: argparse.ArgumentParser) -> None:
+    """The options of `generate` that stay the same in a batch: weights, and where they compute."""
+    command.add_argument(
+        "--transformer", type=_path, help="safetensors, GGUF or .pt file, or diffusers folder"
+    )
+    command.add_argument("--vae", type=_path, help="VAE file or folder")
+    command.add_argument(
+        "--text-encoder",
+        type=_path,
+        action="append",
+        metavar="PATH",
+        help="folder with both text encoders and their tokenizers; or given twice, the files of "
+        "LLaMA-3 and CLIP-L",
+    )
+    command.add_argument(
+        "--tokenizer",
+        type=_path,
+        action="append",
+        metavar="DIR",
+        help="folder of a tokenizer, or of both, for text encoders in single files; default: "
+        "beside them",
+    )
+    command.add_argument("--precision", choices=TRANSFORMER_PRECISIONS, default="auto")
+    command.add_argument(
+        "--device", "--devices", default="auto",
+        help="auto, cpu, cuda or cuda:N; or two with a comma between them, each of which makes one "
+        "of the two predictions of a step: cuda:0,cuda:1",
+    )  # fmt: skip
+    command.add_argument(
+        "--lora",
+        type=parse_lora,
+        action="append",
+        default=[],
+        metavar="FILE[:STRENGTH]",
+        help="a HunyuanVideo LoRA, default strength 1; may be given several times",
+    )
+    command.add_argument(
+        "--prompt-cache", type=_path, metavar="DIR", help="cache encoded prompts in this folder"
+    )
+
+
+def _add_clip(command: argparse.ArgumentParser) -> None:
+    """The options of `generate` that a job of a batch may have too."""
+    command.add_argument("--prompt", help="what happens ('FPS-24, ' is added)")
+    command.add_argument("--negative", help="what to avoid (default: the official list)")
+    command.add_argument("--width", type=int, help="multiple of 16 (default 960; built-in 64)")
+    command.add_argument("--height", type=int, help="multiple of 16 (default 544; built-in 64)")
+    command.add_argument("--frames", type=int, help="4k+1 (default 97; built-in 17)")
+    command.add_argument("--steps", type=int, help="default 30")
+    command.add_argument("--cfg", type=float, help="true CFG scale, default 6")
+    command.add_argument(
+        "--embedded-guidance", type=float, help="keep 1.0, the value of the training"
+    )
+    command.add_argument("--shift", type=float, help="schedule shift, default 7")
+    command.add_argument("--seed", type=int, default=0, help="default 0")
+    command.add_argument("--fit", choices=("crop", "pad", "stretch"), default="crop")
+    command.add_argument("--noise-augmentation", type=float, default=0.0, metavar="S")
+    command.add_argument("--latent-strength", type=float, default=1.0, metavar="S")
+    command.add_argument("--decode", choices=DECODE_MODES, default="auto")
+    command.add_argument(
+        "--attention",
+        choices=ATTENTIONS,
+        default="exact",
+        help="fast uses 8 bits on a GPU; sparse and sparser also skip distant detail",
+    )
+    command.add_argument(
+        "--cache",
+        choices=CACHE_CHOICES,
+        default="off",
+        help="skip predictable steps; off is exact, calibrated takes what `calibrate` has stored",
+    )
+    command.add_argument(
+        "--bad-render",
+        choices=BAD_RENDERS,
+        default="off",
+        help="halfway, look whether the clip will stand still, cut to another scene or change "
+        "colours: say so, stop, or go on with the next seed (four tries in all)",
+    )
+    command.add_argument(
+        "--riflex",
+        choices=("auto", "off"),
+        default="auto",
+        help="auto keeps clips beyond 177 frames from repeating; shorter ones do not change",
+    )
+    command.add_argument(
+        "--window",
+        type=parse_window,
+        metavar="FRAMES[:OVERLAP]",
+        help="sample a longer clip in windows of so many frames, 4k+1, that overlap by a multiple "
+        "of 4 (default a quarter); 97 is the trained length",
+    )
+    command.add_argument(
+        "--preset",
+        choices=tuple(PRESETS),
+        default="official",
+        help="defaults of --steps, --cfg, --embedded-guidance and --shift; few-steps (6, 1, 6, 17) "
+        "is experimental, for a step-distilled LoRA",
+    )
 
 
 def _add_doctor(commands: Any) -> argparse.ArgumentParser:
@@ -525,27 +577,14 @@ def run_generate(arguments: argparse.Namespace) -> dict[str, Any]:
     """`generate`: load, encode, sample, decode, write."""
     start = time.perf_counter()
     _check_places(arguments)  # before minutes of work, not after
-    paths = (arguments.transformer, arguments.vae, arguments.text_encoder)
-    if any(paths) and not all(paths):
-        raise OptionError(
-            "--transformer, --vae and --text-encoder belong together: give all three, or none for "
-            "the built-in model."
-        )
-    is_builtin = not any(paths)
-    if arguments.tokenizer is not None and is_builtin:
-        raise OptionError("--tokenizer belongs to --text-encoder: give it, or leave it out.")
+    is_builtin = _check_weights(arguments)
     _check_extend(arguments)
     apply_preset(arguments)
-    defaults = (64, 64, 17) if is_builtin else (960, 544, 97)
-    given = (arguments.width, arguments.height, arguments.frames)
-    width, height, num_frames = (
-        default if value is None else value for value, default in zip(given, defaults, strict=True)
-    )
+    width, height, num_frames = _size_of(arguments)
 
     from .builtin import BUILTIN_NOTICE, warn_of_builtin_size
     from .conditioning.latents import check_size
-    from .image import example_image
-    from .media import read_clip, read_image
+    from .media import read_clip
     from .pipeline.extend import check_clip
 
     image: Tensor | None
@@ -555,9 +594,7 @@ def run_generate(arguments: argparse.Namespace) -> dict[str, Any]:
         check_clip(image, _extend_settings(arguments, num_frames))
     else:
         check_size(width, height, num_frames)
-        image = read_image(arguments.image) if arguments.image else None
-        if is_builtin and image is None:
-            image = example_image()
+        image = _picture_of(arguments)
     if is_builtin:
         say(BUILTIN_NOTICE)
         warn_of_builtin_size(width, height, num_frames)
@@ -581,6 +618,46 @@ def run_generate(arguments: argparse.Namespace) -> dict[str, Any]:
         "elapsed_s": round(seconds, 3),
         "receipt": receipt,
     }
+
+
+def _check_weights(arguments: argparse.Namespace) -> bool:
+    """Refuse weights of which some are not named.
+
+    Returns:
+        Whether the built-in model is asked for.
+
+    Raises:
+        OptionError: names the options.
+    """
+    paths = (arguments.transformer, arguments.vae, arguments.text_encoder)
+    if any(paths) and not all(paths):
+        raise OptionError(
+            "--transformer, --vae and --text-encoder belong together: give all three, or none for "
+            "the built-in model."
+        )
+    if arguments.tokenizer is not None and not any(paths):
+        raise OptionError("--tokenizer belongs to --text-encoder: give it, or leave it out.")
+    return not any(paths)
+
+
+def _size_of(arguments: argparse.Namespace) -> tuple[int, int, int]:
+    """Width, height and frames, given or usual."""
+    defaults = (64, 64, 17) if arguments.transformer is None else (960, 544, 97)
+    given = (arguments.width, arguments.height, arguments.frames)
+    width, height, num_frames = (
+        default if value is None else value for value, default in zip(given, defaults, strict=True)
+    )
+    return width, height, num_frames
+
+
+def _picture_of(arguments: argparse.Namespace) -> "Tensor | None":
+    """The picture that a clip begins with."""
+    from .image import example_image
+    from .media import read_image
+
+    if arguments.image:
+        return read_image(arguments.image)
+    return example_image() if arguments.transformer is None else None
 
 
 def _check_places(arguments: argparse.Namespace) -> None:
@@ -627,39 +704,73 @@ def _generate(
     report: Any,
     check: Callable[[], None],
 ) -> tuple[int, dict[str, Any]]:
+    """Load what makes the clip, and make it; see `_make_clip`."""
+    start = time.perf_counter()
+    settings = _sampling_settings(arguments, _read_loras(arguments))
+    _image_settings(arguments)  # refuses illegal ones
+    end_image = _end_image(arguments)
+    runtime = _runtime_of(arguments, report, check)
+    if arguments.transformer is not None:  # minutes before they are loaded
+        _check_files(arguments, image is not None)
+    prompts = _encode_prompts(arguments, runtime, _load_encoder)
+    models = _load_models(arguments, runtime)
+    _describe_loras(settings.loras, models[0])
+    return _make_clip(
+        arguments, image, end_image, size, settings, models, prompts, runtime=runtime, start=start
+    )
+
+
+def _end_image(arguments: argparse.Namespace) -> "Tensor | None":
+    from .media import read_image
+
+    return None if arguments.end_image is None else read_image(arguments.end_image)
+
+
+def _check_files(arguments: argparse.Namespace, has_picture: bool) -> None:
+    """Refuse weights that cannot be loaded, and a picture where they take none, or the reverse."""
+    from .weights.load import check_transformer, check_vae
+
+    config = check_transformer(arguments.transformer).config
+    check_vae(arguments.vae)
+    _check_picture(arguments, config, has_picture, _image_settings(arguments))
+
+
+def _describe_loras(loras: "tuple[AppliedLora, ...]", transformer: "SkyReelsTransformer") -> None:
+    from .weights.lora.apply import check_loras
+    from .weights.lora.report import describe_lora
+
+    check_loras(transformer, loras)
+    for applied in loras:
+        say(describe_lora(applied, transformer))
+
+
+def _make_clip(  # noqa: PLR0917 - of two callers
+    arguments: argparse.Namespace,
+    image: "Tensor | None",
+    end_image: "Tensor | None",
+    size: tuple[int, int, int],
+    settings: "SamplingSettings",
+    models: "tuple[SkyReelsTransformer, VideoVAE]",
+    prompts: "tuple[PromptEmbeds, PromptEmbeds | None]",
+    *,
+    runtime: "TorchRuntime",
+    start: float,
+) -> tuple[int, dict[str, Any]]:
     """Make the clip and write it, frame by frame as it is decoded.
 
     Returns:
         The number of frames in the file, and the clip's receipt, which an .mp4 holds and which
         lies beside an .npy.
     """
-    from .media import read_image
     from .pipeline import image_to_latents
     from .pipeline.extend import Continuation, extend_latents
     from .sampling.bad_render import with_retries
     from .vae.frames import FrameSink
     from .vae.tiling import decode_into
-    from .weights.load import check_transformer, check_vae
-    from .weights.lora.apply import check_loras
-    from .weights.lora.report import describe_lora
 
-    is_builtin = arguments.transformer is None
-    start = time.perf_counter()
-    settings = _sampling_settings(arguments)
-    image_settings = _image_settings(arguments)
-    end_image = None if arguments.end_image is None else read_image(arguments.end_image)
-    runtime = _runtime_of(arguments, report, check)
-    if not is_builtin:  # minutes before they are loaded
-        config = check_transformer(arguments.transformer).config
-        check_vae(arguments.vae)
-        _check_picture(arguments, config, image is not None, image_settings)
-    prompt, negative = _encode_prompts(arguments, runtime)
-    transformer, vae = _load_models(arguments, runtime)
-    check_loras(transformer, settings.loras)
-    for applied in settings.loras:
-        say(describe_lora(applied, transformer))
+    transformer, vae = models
     width, height, num_frames = size
-    options: Any = {"image_settings": image_settings, "runtime": runtime}
+    options: Any = {"image_settings": _image_settings(arguments), "runtime": runtime}
     clip = None if arguments.extend is None else image
     if clip is None:
         options |= {"width": width, "height": height, "num_frames": num_frames,
@@ -670,15 +781,15 @@ def _generate(
         num_frames += len(clip) - extend.overlap_frames
 
     def run(settings: "SamplingSettings") -> "Tensor":
-        inputs = (prompt, negative, settings)
+        inputs = (*prompts, settings)
         if clip is None:
             return image_to_latents(transformer, vae, image, *inputs, **options)
         return extend_latents(transformer, vae, clip, *inputs, **options)
 
     vae_latents, used = with_retries(settings, run)
-    models = {"transformer": transformer, "vae": vae}
+    named = {"transformer": transformer, "vae": vae}
     elapsed_s = time.perf_counter() - start
-    receipt = _make_receipt(arguments, models, image, size, used, runtime.device, elapsed_s)
+    receipt = _make_receipt(arguments, named, image, size, used, runtime.device, elapsed_s)
     leave_ranks()
     if not is_first():  # the first rank has the same latents, and writes the file
         return num_frames, receipt
@@ -687,7 +798,7 @@ def _generate(
         if clip is not None:
             sink = Continuation(clip, extend, file, check=runtime.check_interrupt)
         decode_into(sink, vae, vae_latents, arguments.decode, runtime=runtime)
-        check()
+        runtime.check_interrupt()
     return num_frames, receipt
 
 
@@ -705,7 +816,9 @@ def _load_models(
     return transformer, load_vae(arguments.vae, runtime=runtime)
 
 
-def _sampling_settings(arguments: argparse.Namespace) -> "SamplingSettings":
+def _sampling_settings(
+    arguments: argparse.Namespace, loras: "tuple[AppliedLora, ...]"
+) -> "SamplingSettings":
     """What the options ask the sampler for."""
     from .config import ContextWindows, Guidance
     from .sampling.settings import SamplingSettings, get_sigmas
@@ -718,7 +831,7 @@ def _sampling_settings(arguments: argparse.Namespace) -> "SamplingSettings":
         cache=_chosen_cache(arguments),
         attention=arguments.attention,
         resume=arguments.resume,
-        loras=_read_loras(arguments),
+        loras=loras,
         windows=arguments.window and ContextWindows.of_frames(*arguments.window),
         bad_render=arguments.bad_render,
     )
@@ -947,19 +1060,30 @@ def _extend_settings(arguments: argparse.Namespace, num_frames: int) -> "ExtendS
     return ExtendSettings(num_frames, overlap, not arguments.no_color_match)
 
 
+def _load_encoder(source: "Path | TextSources | None", runtime: "Runtime") -> "TextEncoder":
+    """The text encoder of files or a folder; without any, the built-in one."""
+    from .builtin import builtin_text_encoder
+    from .text.load import load_text_encoder
+
+    if source is None:
+        return builtin_text_encoder(runtime=runtime)
+    return load_text_encoder(source, runtime=runtime)
+
+
 def _encode_prompts(
-    arguments: argparse.Namespace, runtime: "Runtime"
+    arguments: argparse.Namespace,
+    runtime: "Runtime",
+    load: "Callable[[Path | TextSources | None, Runtime], TextEncoder]",
 ) -> "tuple[PromptEmbeds, PromptEmbeds | None]":
     """Prompt and negative prompt; the text encoder (8 B parameters) is freed when this returns.
 
-    With --prompt-cache, prompts encoded earlier are found without loading it at all.
+    Unless `load` keeps it. With --prompt-cache, prompts encoded earlier are found without it.
 
     Returns:
         The negative one is None if CFG does not use it.
     """
-    from .builtin import builtin_text_encoder
     from .text.encode import DEFAULT_NEGATIVE_PROMPT, cached_prompt, encode_prompt
-    from .text.load import fingerprint_text_encoder, load_text_encoder
+    from .text.load import fingerprint_text_encoder
     from .text.sources import find_text_sources
 
     given, cache = arguments.text_encoder, arguments.prompt_cache
@@ -976,10 +1100,7 @@ def _encode_prompts(
             for text, prefix in texts
         ]
     if not found or None in found:
-        if source is None:
-            encoder = builtin_text_encoder(runtime=runtime)
-        else:
-            encoder = load_text_encoder(source, runtime=runtime)
+        encoder = load(source, runtime)
         found = [
             encode_prompt(encoder, text, fps_prefix=prefix, cache_dir=cache, runtime=runtime)
             for text, prefix in texts
@@ -1098,6 +1219,225 @@ def progress_bar() -> Iterator[Any]:
         sys.stderr.flush()
 
     yield report
+
+
+# --- batch --------------------------------------------------------------------------------------
+
+
+def run_batch(arguments: argparse.Namespace) -> dict[str, Any]:
+    """`batch`: a clip of each line, and a summary."""
+    from .builtin import BUILTIN_NOTICE
+    from .media import check_output
+    from .pipeline import batch
+    from .pipeline.ray_workers import Crew, check_crew, work_on_ray
+
+    is_builtin = _check_weights(arguments)
+    check_output(arguments.out / "clip.mp4")
+    count = arguments.workers
+    if count is not None and (arguments.ray is None or not 1 <= count <= MAX_WORKERS):
+        raise OptionError(f"--workers {count} is for --ray, and within 1..{MAX_WORKERS}: use 2.")
+    if arguments.ray is None:
+        pick_devices(arguments.device)
+        crew = None
+    else:
+        arguments = argparse.Namespace(**_absolute(vars(arguments)))  # workers are elsewhere
+        crew = Crew(arguments.ray, count, arguments.device, batch_maker, _fingerprints)
+        check_crew(crew)
+    weights = _fingerprints(arguments)
+    with batch.locked(arguments.out):
+        batch.remove_parts(arguments.out)
+        strengths = [strength for _, strength in arguments.lora]
+        lines = _read_jobs(arguments, {"weights": weights, "strengths": strengths})
+        if is_builtin:
+            say(BUILTIN_NOTICE)
+        with (
+            remembered_interrupt() as check,
+            progress_bar() as report,
+            open(os.devnull, "w", encoding="utf-8") as nowhere,
+            contextlib.redirect_stdout(nowhere),  # Ray tells of lost workers there
+        ):
+
+            def work(tasks: "Sequence[Task]") -> "Iterator[Ended]":
+                if crew is not None:
+                    return work_on_ray(tasks, arguments, crew, weights, say, check)
+                make = batch_maker(arguments, report, check)
+                return batch.work_here(tasks, make, arguments.out)
+
+            result = batch.run_lines(lines, arguments.out, work, say)
+    say(
+        f"{arguments.out}: {result['made']} made, {result['found']} were there, "
+        f"{result['failed']} failed, in {result['elapsed_s']:.1f} s; see {batch.SUMMARY}"
+    )
+    return result
+
+
+def _absolute(value: Any) -> Any:
+    """Arguments with absolute paths."""
+    if isinstance(value, dict):
+        return {name: _absolute(each) for name, each in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(map(_absolute, value))
+    return value.absolute() if isinstance(value, Path) else value
+
+
+def batch_maker(
+    given: argparse.Namespace, report: Any = None, check: Callable[[], None] | None = None
+) -> Callable[[argparse.Namespace], None]:
+    """What makes the clips of a batch, with weights that are loaded when first needed, once.
+
+    Args:
+        given: arguments of `batch`.
+        report: takes the progress.
+        check: may interrupt.
+
+    Returns:
+        Makes the clip of arguments of `generate`; raises SkyReelsError.
+    """
+    from .runtime import never_interrupt
+
+    runtime = _runtime_of(given, report or (lambda *_: None), check or never_interrupt)
+    load_encoder: Any = functools.cache(_load_encoder)
+    loras = _read_loras(given)
+
+    @functools.cache
+    def load_models() -> "tuple[SkyReelsTransformer, VideoVAE]":
+        models = _load_models(given, runtime)
+        _describe_loras(loras, models[0])
+        return models
+
+    def make(arguments: argparse.Namespace) -> None:
+        try:
+            make_checked(arguments)
+        except SkyReelsError:
+            raise
+        except OSError as error:
+            raise SkyReelsError(_of_file(error)) from error
+        except Exception as error:  # of this clip; the others go on
+            if sys.flags.dev_mode:
+                raise
+            raise SkyReelsError(_unexpected(error)) from error
+
+    def make_checked(arguments: argparse.Namespace) -> None:
+        start = time.perf_counter()
+        image, end_image = _picture_of(arguments), _end_image(arguments)
+        settings = _sampling_settings(arguments, loras)
+        if arguments.transformer is not None:
+            _check_files(arguments, image is not None)
+        prompts = _encode_prompts(arguments, runtime, load_encoder)
+        models, size = load_models(), _size_of(arguments)
+        _make_clip(
+            arguments, image, end_image, size, settings, models, prompts,
+            runtime=runtime, start=start,
+        )  # fmt: skip
+
+    return make
+
+
+def _fingerprints(arguments: argparse.Namespace) -> dict[str, str]:
+    """What the weights of a batch are.
+
+    Returns:
+        Part -> hash of samples of it.
+
+    Raises:
+        SkyReelsError: they are not there, or others than are needed.
+    """
+    from .builtin import BUILTIN_FOLDER
+    from .pipeline.receipt import describe_weights
+    from .weights.load import check_transformer, check_vae
+
+    given = (arguments.transformer, arguments.vae)
+    transformer, vae = given if all(given) else [BUILTIN_FOLDER / n for n in ("transformer", "vae")]
+    told = {
+        "transformer": describe_weights(check_transformer(transformer)),
+        "vae": describe_weights(check_vae(vae)),
+        **_describe_text_encoders(arguments),
+    }
+    found = {part: each["sampled_sha256"] for part, each in told.items()}
+    for number, each in enumerate(_read_loras(arguments), 1):
+        found[f"LoRA {number}"] = each.lora.digest
+    return found
+
+
+class _JobParser(argparse.ArgumentParser):
+    """The options of a job; an illegal value is an OptionError."""
+
+    def error(self, message: str) -> NoReturn:
+        raise OptionError(
+            message.removeprefix("argument ").removeprefix("--") + ": correct the line."
+        )
+
+
+def _read_jobs(arguments: argparse.Namespace, shared: Mapping[str, Any]) -> "list[Line]":
+    """The jobs of a batch, each checked.
+
+    Args:
+        arguments: of `batch`, the defaults of jobs.
+        shared: what all clips are made from.
+
+    Returns:
+        A task, or an error, for each line.
+    """
+    from .pipeline import batch
+
+    parser = _JobParser(add_help=False, allow_abbrev=False)
+    for option in ("--image", "--end-image"):
+        parser.add_argument(option, type=_path)
+    _add_clip(parser)
+    # a parser's actions have no public list
+    keys = sorted(name[2:] for name in parser._option_string_actions)
+    lines = []
+    usual = {**vars(arguments), "extend": None, "resume": None, "ranks": None, "receipt": None}
+    folder = arguments.jobs.absolute().parent
+    digests = functools.cache(batch.file_digest)  # of a picture that many lines name
+    for number, text in batch.read_lines(arguments.jobs):
+        try:
+            given = [f"--{key}={value}" for key, value in batch.parse_line(text, keys).items()]
+            job = parser.parse_args(given, argparse.Namespace(**usual))
+            files = {}
+            for name in ("image", "end_image"):
+                path = getattr(job, name, None)
+                if path is not None:
+                    setattr(job, name, folder / path)
+                    files[name] = digests(folder / path)
+            made_from = {**_check_job(job), **files, **shared}
+            lines.append(batch.Line(number, batch.Task(batch.content_hash(made_from), job, files)))
+        except SkyReelsError as error:
+            lines.append(batch.Line(number, None, str(error)))
+    return lines
+
+
+#: arguments that a clip depends on, beside its pictures and the weights
+_HASHED = (
+    *("prompt", "width", "height", "frames", "steps", "cfg", "embedded_guidance", "shift", "seed"),
+    *("fit", "noise_augmentation", "latent_strength", "precision", "decode", "attention"),
+    *("bad_render", "riflex", "window"),
+)
+
+
+def _check_job(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Complete the arguments of a job, and refuse illegal ones before any work.
+
+    Returns:
+        What the clip is made from, by name, but for its pictures and the weights.
+
+    Raises:
+        OptionError: there is no prompt, or an illegal value.
+        SkyReelsError: a size or a schedule that breaks a rule.
+    """
+    from .conditioning.latents import check_size
+    from .text.encode import DEFAULT_NEGATIVE_PROMPT
+
+    if not arguments.prompt:
+        raise OptionError("There is no prompt: write one in the line, or give --prompt for all.")
+    apply_preset(arguments)
+    arguments.width, arguments.height, arguments.frames = _size_of(arguments)
+    check_size(arguments.width, arguments.height, arguments.frames)
+    settings = _sampling_settings(arguments, ())
+    _image_settings(arguments)
+    negative = DEFAULT_NEGATIVE_PROMPT if arguments.negative is None else arguments.negative
+    told = {name: getattr(arguments, name) for name in _HASHED}
+    return {**told, "negative": negative, "cache": repr(settings.cache)}
 
 
 # --- calibrate ----------------------------------------------------------------------------------

@@ -21,7 +21,7 @@ HOST = {
     "comfy_api",
     "node_helpers",
 }
-HEAVY = {"diffusers", "transformers", "triton", "av", "PIL", "websocket", "tokenizers"}
+HEAVY = {"diffusers", "transformers", "triton", "av", "PIL", "websocket", "tokenizers", "ray"}
 
 #: a room of skyreels/ (a file, or a folder) may import those of a later row, and of its own folder
 LAYERS = [

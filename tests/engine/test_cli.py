@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import gc
 import importlib
 import json
 import os
@@ -1242,6 +1243,8 @@ def test_what_ranks_cannot_do_is_said_before_they_are_started(capsys, tmp_path, 
     assert code == 1 and words in err
 
 
+# torch's launcher leaves a file open for each rank that is not heard
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.parametrize("code", [0, 3])
 def test_only_the_first_rank_is_heard_and_the_worst_code_is_that_of_all(capfd, code):
     from comfyui_skyreels.skyreels.runtime.ranks import start_ranks
@@ -1252,3 +1255,4 @@ def test_only_the_first_rank_is_heard_and_the_worst_code_is_that_of_all(capfd, c
     assert out == "rank 0\n"
     assert "Traceback" not in err and "rank 1" not in err
     assert "SKYREELS_RANKS" not in os.environ
+    gc.collect()
