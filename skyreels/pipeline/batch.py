@@ -4,7 +4,7 @@ A folder of results holds HASH.mp4 of every finished clip, `summary.json`, and `
 process that fills it. What is finished is never made again, so the same command continues a batch
 that was stopped, however it was stopped.
 
-Imports neither torch nor Ray: who makes the clips is a function, see `Work`.
+Knows nothing of models or of Ray: who makes the clips is a function, see `Work`.
 """
 
 import contextlib
