@@ -168,7 +168,8 @@ class UlyssesRun(DenseRun):
         """[B, n, C] of the tokens of this rank -> [B, N, C] of all, in raster order."""
         most = max(self._shares)
         padded = nn.functional.pad(patches, (0, 0, 0, most - patches.shape[1]))
-        all_of = [torch.empty_like(padded) for _ in self._shares]
+        with torch.inference_mode(False):  # gloo of torch 2.5 fills them in a thread of its own
+            all_of = [torch.empty_like(padded) for _ in self._shares]
         dist.all_gather(all_of, padded.contiguous(), group=self._group)
         joined = torch.cat(
             [part[:, :count] for part, count in zip(all_of, self._shares, strict=True)], dim=1
