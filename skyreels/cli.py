@@ -790,8 +790,9 @@ def _make_clip(  # noqa: PLR0917 - of two callers
     named = {"transformer": transformer, "vae": vae}
     elapsed_s = time.perf_counter() - start
     receipt = _make_receipt(arguments, named, image, size, used, runtime.device, elapsed_s)
-    leave_ranks()
-    if not is_first():  # the first rank has the same latents, and writes the file
+    if not is_first():  # it helps the first one, which writes the file
+        decode_into(None, vae, vae_latents, arguments.decode, runtime=runtime)
+        leave_ranks()
         return num_frames, receipt
     with _clip_file(arguments.out, (num_frames, height, width), receipt) as file:
         sink: FrameSink = file
@@ -799,6 +800,7 @@ def _make_clip(  # noqa: PLR0917 - of two callers
             sink = Continuation(clip, extend, file, check=runtime.check_interrupt)
         decode_into(sink, vae, vae_latents, arguments.decode, runtime=runtime)
         runtime.check_interrupt()
+    leave_ranks()
     return num_frames, receipt
 
 
@@ -1147,9 +1149,9 @@ def _runtime_of(
     from .runtime.outcomes import user_folder
 
     (device, second), folder = pick_devices(arguments.device), user_folder()
-    partner = group = None
+    partner = ranks = None
     if is_rank():
-        device, group = join_ranks(device)
+        device, ranks = join_ranks(device)
     if second is not None:
         partner = TorchRuntime(second, on_check=check, state_folder=folder)
     return TorchRuntime(
@@ -1158,7 +1160,7 @@ def _runtime_of(
         on_check=check,
         state_folder=folder,
         partner=partner,
-        group=group,
+        ranks=ranks,
     )
 
 

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 import torch
 
 from ..errors import DependencyError, OptionError
+from .collectives import Ranks
 
 #: tells a process that it is one of the ranks
 _VARIABLE = "SKYREELS_RANKS"
@@ -88,14 +89,14 @@ def start_ranks(num_ranks: int, command: Sequence[str]) -> int:
     return 0
 
 
-def join_ranks(device: str) -> "tuple[str, torch.distributed.ProcessGroup]":
+def join_ranks(device: str) -> tuple[str, Ranks]:
     """Join the other ranks, in a process that `start_ranks` started.
 
     Args:
         device: "cuda" or "cpu".
 
     Returns:
-        The device of this rank, and the group of all.
+        The device of this rank, and who the ranks are.
     """
     import torch.distributed as dist
 
@@ -104,7 +105,7 @@ def join_ranks(device: str) -> "tuple[str, torch.distributed.ProcessGroup]":
         torch.cuda.set_device(device)
     dist.init_process_group("gloo" if device == "cpu" else "nccl")
     assert dist.group.WORLD is not None
-    return device, dist.group.WORLD
+    return device, Ranks(dist.group.WORLD, dist.group.WORLD)
 
 
 def leave_ranks() -> None:

@@ -64,9 +64,9 @@ def attention_of_run(
         return DenseRun(mode)
     config = mode if isinstance(mode, SparseConfig) else SPARSE.get(mode)
     heads = transformer.config.num_attention_heads
-    if runtime.group is not None:  # each rank attends with some of them
-        check_ranks(runtime.group.size(), heads)
-        heads //= runtime.group.size()
+    if runtime.ranks is not None:  # each rank attends with some of them
+        check_ranks(runtime.ranks.num_shares, heads)
+        heads //= runtime.ranks.num_shares
     size: _Size = {
         "heads": heads,
         "head_dim": transformer.config.attention_head_dim,
@@ -127,7 +127,7 @@ def shared_out(
     Returns:
         `attention` itself where there is one rank.
     """
-    if runtime.group is None:
+    if runtime.ranks is None or runtime.ranks.share is None:
         return attention
     return UlyssesRun(
         attention,
@@ -135,7 +135,7 @@ def shared_out(
         transformer.config.num_attention_heads,
         blocks=transformer.blocks,
         device=runtime.device,
-        group=runtime.group,
+        group=runtime.ranks.share,
     )
 
 

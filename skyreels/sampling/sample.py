@@ -126,7 +126,7 @@ def sample(
     """
     run = _RunPrompts(prompt, negative if settings.uses_cfg else None)
     _check_inputs(transformer, image, prompt, negative, settings)
-    if runtime.partner is not None or runtime.group is not None:
+    if runtime.partner is not None or runtime.ranks is not None:
         check_pair(settings)
     use_loras(transformer, settings.loras, runtime=runtime)
     num_steps, last_sigma = settings.num_steps, settings.sigmas[-1].cpu()

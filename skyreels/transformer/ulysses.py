@@ -18,6 +18,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ..errors import OptionError
+from ..runtime.collectives import exchange, shares
 from .model import RunBlock
 from .sparse_attention import DenseRun
 
@@ -37,12 +38,6 @@ def check_ranks(num_ranks: int, heads: int) -> None:
         raise OptionError(
             f"{num_ranks} ranks cannot share {heads} heads of attention: use {fitting or 1}."
         )
-
-
-def shares(num_tokens: int, num_ranks: int) -> list[int]:
-    """How many tokens each rank has; they differ by one at most."""
-    least, more = divmod(num_tokens, num_ranks)
-    return [least + (rank < more) for rank in range(num_ranks)]
 
 
 def exchanged_bytes(
@@ -153,16 +148,8 @@ class UlyssesRun(DenseRun):
 
     def _exchange(self, sent: Sequence[Tensor], shapes: Sequence[tuple[int, ...]]) -> list[Tensor]:
         """Send a tensor to each rank; of those that come, one from each, the shapes are known."""
-        buffer = torch.cat([part.reshape(-1) for part in sent])
-        sizes = [torch.Size(shape).numel() for shape in shapes]
-        got = buffer.new_empty(sum(sizes))
-        dist.all_to_all_single(
-            got, buffer, sizes, [part.numel() for part in sent], group=self._group
-        )
-        self.num_bytes += buffer.nbytes
-        return [
-            part.view(shape) for part, shape in zip(torch.split(got, sizes), shapes, strict=True)
-        ]
+        self.num_bytes += sum(part.nbytes for part in sent)
+        return exchange(sent, shapes, self._group)
 
     def _gather(self, patches: Tensor) -> Tensor:
         """[B, n, C] of the tokens of this rank -> [B, N, C] of all, in raster order."""

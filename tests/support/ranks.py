@@ -1,16 +1,20 @@
-"""A forward pass on several ranks beside the same on one: gloo, on this machine's CPU.
+"""Work of several ranks beside the same of one: gloo, on this machine's CPU.
 
-    python -m support.ranks 3       (from tests/) prints one JSON line of rows, of rank 0
+    python -m support.ranks 3 predictions     (from tests/) prints one JSON line of rows, of rank 0
+    python -m support.ranks 3 decodes
 
-A row: {grid, text, heads, sparse, difference: the largest of any rank to one rank, in units of the
-result's largest number, ranks_agree: bit by bit, bytes: exchanged by a block, expected: what 4
-tensors of the image tokens take, divided by the ranks, and one of the text}.
+A row of predictions: {grid, text, heads, sparse, difference: the largest of any rank to one rank,
+in units of the result's largest number, ranks_agree: bit by bit, bytes: exchanged by a block,
+expected: what 4 tensors of the image tokens take, divided by the ranks, and one of the text}. A row
+of decodes: {name, shape: of the latents, difference: of the frames, plan: what was chosen}.
 """
 
+import functools
 import itertools
 import json
 import multiprocessing
 import os
+import subprocess
 import sys
 import tempfile
 from dataclasses import replace
@@ -18,10 +22,12 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from comfyui_skyreels.skyreels.builtin import builtin_vae
 from comfyui_skyreels.skyreels.conditioning.latents import ImageConditioning
 from comfyui_skyreels.skyreels.config import CHUNKINGS
 from comfyui_skyreels.skyreels.kernels.sparse import sparse_attention
 from comfyui_skyreels.skyreels.runtime import TorchRuntime
+from comfyui_skyreels.skyreels.runtime.collectives import Ranks
 from comfyui_skyreels.skyreels.sampling.sample import sample
 from comfyui_skyreels.skyreels.sampling.settings import SamplingSettings, get_sigmas
 from comfyui_skyreels.skyreels.sampling.step_cache import CacheConfig
@@ -33,9 +39,15 @@ from comfyui_skyreels.skyreels.transformer.sparse_attention import (
     SparseRun,
 )
 from comfyui_skyreels.skyreels.transformer.ulysses import UlyssesRun
+from comfyui_skyreels.skyreels.vae import model as vae_model
+from comfyui_skyreels.skyreels.vae import tiling
+from comfyui_skyreels.skyreels.vae.model import VideoVAE
+from comfyui_skyreels.skyreels.vae.tiling import decode_frames, decode_into
 
 from support import tiny
+from support.convolutions import fast_convolutions
 
+TESTS = Path(__file__).resolve().parents[1]
 #: latents whose tokens are 27, 105, 64 and 1
 GRIDS = ((3, 6, 6), (5, 6, 14), (1, 16, 16), (1, 2, 2))
 TEXTS = (1, 7, 256)
@@ -106,18 +118,71 @@ def whole_run() -> dict:
     )
     clips = [
         sample(model, image, embeds(7, 1), embeds(4, 2), settings, runtime=runtime)
-        for runtime in (TorchRuntime(), TorchRuntime(group=dist.group.WORLD))
+        for runtime in (
+            TorchRuntime(),
+            TorchRuntime(ranks=Ranks(dist.group.WORLD, dist.group.WORLD)),
+        )
     ]
     difference = (clips[1] - clips[0]).abs().max() / clips[0].abs().max()
     dist.all_reduce(difference, dist.ReduceOp.MAX)
     return {"run": True, "difference": difference.item()}
 
 
-def take_part(rank: int, num_ranks: int, store: str) -> None:
-    """Be a rank; the first one prints the rows."""
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=num_ranks)
-    rows = []
+class Sink:
+    """Takes frames as they come."""
+
+    def __init__(self) -> None:
+        self.frames: list[torch.Tensor] = []
+
+    def restart(self) -> None:
+        self.frames.clear()
+
+    def write(self, frames: torch.Tensor) -> None:
+        self.frames.append(frames)
+
+
+def decode_case(name: str, vae: VideoVAE, shape: tuple[int, int, int], mode: str) -> dict:
+    """The row of one decode; all ranks take part."""
+    generator = torch.Generator().manual_seed(4)
+    latents = torch.randn(1, 16, *shape, generator=generator)
+    runtime = TorchRuntime(ranks=Ranks(dist.group.WORLD, dist.group.WORLD))
+    is_first = dist.get_rank() == 0
+    sink, plans = Sink() if is_first else None, []
+    decode_clip = tiling._decode_clip
+    try:
+        tiling._decode_clip = lambda *args: plans.append(args[2]) or decode_clip(*args)
+        decode_into(sink, vae, latents, mode, runtime=runtime)
+    finally:
+        tiling._decode_clip = decode_clip
+    difference = None
+    if sink is not None:
+        alone = decode_frames(vae, latents, "full", runtime=TorchRuntime())
+        difference = (torch.cat(sink.frames) - alone).abs().max().item()
+    plan = str(plans[0]) if plans else ""
+    return {"name": name, "shape": shape, "difference": difference, "plan": plan}
+
+
+def decodes() -> list[dict]:
+    """Rows of decodes in strips: of a row each, of unequal heights, of several pieces."""
+    num_ranks, rows = dist.get_world_size(), []
+    builtin = builtin_vae(runtime=TorchRuntime())
+    shapes = [(1, num_ranks, 3), (2, 2 * num_ranks + 1, 4)]
+    rows += [decode_case("built-in", builtin, shape, "full") for shape in shapes]
+    rows.append(decode_case("chosen", builtin, shapes[0], "auto"))
+    rows.append(decode_case("fewer rows than ranks", builtin, (2, num_ranks - 1, 3), "full"))
+    double = tiny.randomize(VideoVAE(tiny.VAE)).double()
+    vae_model.PIECE_ELEMENTS = 20_000  # a few frames at a time
+    rows.append(decode_case("float64 in pieces", double, shapes[1], "full"))
+    tiling.EXACT_LADDER = tuple(
+        replace(plan, piece_elements=40_000) for plan in tiling.EXACT_LADDER[1:2]
+    )
+    rows.append(decode_case("float64 out of main memory", double, shapes[1], "exact"))
+    return rows
+
+
+def predictions() -> list[dict]:
+    """Rows of predictions, and of a whole run."""
+    num_ranks, rows = dist.get_world_size(), []
     with torch.inference_mode():
         model = tiny.transformer(config_of(num_ranks))  # a head each
         rows += [case(model, GRIDS[1], text, False) for text in TEXTS[:2]]
@@ -126,20 +191,40 @@ def take_part(rank: int, num_ranks: int, store: str) -> None:
             rows.append(case(model, grid, text, False))
         rows.append(case(model, (3, 16, 16), 9, True))
         rows.append(case(model, (5, 24, 24), 2, False))
-    rows.append(whole_run())
+    return [*rows, whole_run()]
+
+
+def take_part(rank: int, num_ranks: int, store: str, what: str) -> None:
+    """Be a rank; the first one prints the rows."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=num_ranks)
+    with fast_convolutions():
+        rows = {"predictions": predictions, "decodes": decodes}[what]()
     if rank == 0:
         sys.stdout.write(json.dumps(rows) + "\n")
     dist.destroy_process_group()
 
 
+@functools.cache
+def rows_of(num_ranks: int, what: str) -> list[dict]:
+    """Rows that as many processes print."""
+    done = subprocess.run(
+        [sys.executable, "-m", "support.ranks", str(num_ranks), what], cwd=TESTS, check=False,
+        capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
 def main() -> None:
-    num_ranks = int(sys.argv[1])
+    num_ranks, what = int(sys.argv[1]), sys.argv[2]
     fork = multiprocessing.get_context("fork")
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     with tempfile.TemporaryDirectory() as folder:
         store = str(Path(folder) / "store")
         ranks = [
-            fork.Process(target=take_part, args=(r, num_ranks, store)) for r in range(num_ranks)
+            fork.Process(target=take_part, args=(r, num_ranks, store, what))
+            for r in range(num_ranks)
         ]
         for each in ranks:
             each.start()
