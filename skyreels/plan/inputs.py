@@ -129,6 +129,7 @@ class Job:
         vae: of the VAE that decodes; None plans no decode.
         vae_dtype: it computes in.
         windows: in which the clip is predicted; None predicts it whole.
+        num_ranks: that share each prediction (transformer/ulysses.py).
     """
 
     width: int = 960
@@ -143,6 +144,7 @@ class Job:
     vae: VAEConfig | None = field(default_factory=VAEConfig)
     vae_dtype: torch.dtype = torch.bfloat16
     windows: ContextWindows | None = None
+    num_ranks: int = 1
 
     @property
     def latent_shape(self) -> torch.Size:
@@ -164,6 +166,11 @@ class Job:
         patch = self.config.patch_size
         patches = frames // self.config.patch_size_t * (height // patch) * (width // patch)
         return patches + self.text_tokens
+
+    @property
+    def tokens_here(self) -> int:
+        """Of these, those of a rank outside attention; it has all of the text."""
+        return -(-(self.tokens - self.text_tokens) // self.num_ranks) + self.text_tokens
 
     @property
     def num_predictions(self) -> int:

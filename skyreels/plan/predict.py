@@ -331,10 +331,11 @@ def block_seconds(
     gemm, attend, memory = (machine.rates.get(name, 0.0) for name in names)
     if not gemm or not attend or not memory:
         return None
-    config, tokens = job.config, job.tokens
+    config, tokens = job.config, job.tokens_here
     hidden = config.hidden_size
     per_token = int((4 + 2 * config.mlp_ratio) * hidden**2)
-    attend_s = 4 * tokens**2 * hidden / attend * _attention_share(job, attention)
+    attend_s = 4 * job.tokens**2 * hidden / attend * _attention_share(job, attention)
+    attend_s /= job.num_ranks  # each has some of the heads
     common = 2 * tokens * per_token / gemm + attend_s
     unit = tokens * hidden * weights.dtype.itemsize / memory
     moved = MOVED_TENSORS[weights.gemm in STORAGE_DTYPES]

@@ -2,13 +2,15 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -18,10 +20,21 @@ class Ranks:
     Attributes:
         all: every rank; each has the whole clip between two steps.
         share: those that share each prediction of this rank; None where it makes them alone.
+        side: of guidance, 0 or 1, of which this rank's group makes the predictions; None where
+            there is one group for both (sampling/branches.py).
+        mates: this rank and that of the other group with the same share, the first group's first.
     """
 
     all: "ProcessGroup"
     share: "ProcessGroup | None"
+    side: int | None = None
+    mates: "ProcessGroup | None" = None
+
+    def __str__(self) -> str:
+        if self.side is None:
+            return f"{self.all.size()} ranks share each prediction"
+        text = f"{self.all.size()} ranks in two groups, one for each branch of guidance"
+        return text if self.share is None else f"{text}; {self.num_shares} share a prediction"
 
     @property
     def is_first(self) -> bool:
@@ -32,6 +45,32 @@ class Ranks:
     def num_shares(self) -> int:
         """Ranks that share each prediction."""
         return 1 if self.share is None else self.share.size()
+
+
+def one_group() -> Ranks:
+    """All processes of torch.distributed as ranks that share each prediction."""
+    import torch.distributed as dist
+
+    assert dist.group.WORLD is not None
+    return Ranks(dist.group.WORLD, dist.group.WORLD)
+
+
+def two_groups() -> Ranks:
+    """All processes, an even number, as two groups, one for each branch of guidance."""
+    import torch.distributed as dist
+
+    num_shares, side = dist.get_world_size() // 2, dist.get_rank() * 2 // dist.get_world_size()
+    # every process takes part in making every group
+    halves = [dist.new_group(list(range(first, first + num_shares))) for first in (0, num_shares)]
+    mates = [dist.new_group([share, share + num_shares]) for share in range(num_shares)]
+    world = dist.group.WORLD
+    assert world is not None
+    return Ranks(
+        world,
+        halves[side] if num_shares > 1 else None,
+        side,
+        mates[dist.get_rank() % num_shares],
+    )
 
 
 def shares(count: int, num_ranks: int) -> list[int]:
@@ -63,6 +102,25 @@ def exchange(
         part.view(torch.Size(shape))
         for part, shape in zip(torch.split(got, sizes), shapes, strict=True)
     ]
+
+
+def first_says(decision: bool, device: torch.device, group: "ProcessGroup") -> bool:
+    """The decision of the first rank, on all."""
+    import torch.distributed as dist
+
+    told = torch.tensor([decision], dtype=torch.uint8, device=device)
+    dist.broadcast(told, dist.get_global_rank(group, 0), group=group)
+    return bool(told)
+
+
+def told_by_first(value: T, device: torch.device, group: "ProcessGroup") -> T:
+    """What the first rank has, on all: any object that can be pickled."""
+    import torch.distributed as dist
+
+    values = [value]
+    source = dist.get_global_rank(group, 0)
+    dist.broadcast_object_list(values, source, group=group, device=device)
+    return values[0]
 
 
 def least_of(numbers: Sequence[int], device: torch.device, group: "ProcessGroup") -> list[int]:

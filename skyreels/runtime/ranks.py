@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import torch
 
 from ..errors import DependencyError, OptionError
-from .collectives import Ranks
+from .collectives import Ranks, one_group
 
 #: tells a process that it is one of the ranks
 _VARIABLE = "SKYREELS_RANKS"
@@ -105,7 +105,7 @@ def join_ranks(device: str) -> tuple[str, Ranks]:
         torch.cuda.set_device(device)
     dist.init_process_group("gloo" if device == "cpu" else "nccl")
     assert dist.group.WORLD is not None
-    return device, Ranks(dist.group.WORLD, dist.group.WORLD)
+    return device, one_group()
 
 
 def leave_ranks() -> None:

@@ -128,14 +128,21 @@ class StepCache:
         num_steps: of the whole schedule.
         run_block: runs one block of the transformer.
         always: steps that are computed beside the protected ones.
+        agree: gives all ranks of a run the same decision.
     """
 
     kind = "off"
 
     def __init__(
-        self, num_steps: int, run_block: RunBlock, *, always: Collection[int] = ()
+        self,
+        num_steps: int,
+        run_block: RunBlock,
+        *,
+        always: Collection[int] = (),
+        agree: Callable[[bool], bool] = bool,
     ) -> None:
         self.num_steps = num_steps
+        self.agree = agree
         self.run_block = run_block
         self.always = frozenset(always)
         self.skipped: list[int] = []
@@ -197,8 +204,9 @@ class EasyCache(StepCache):
         threshold: float,
         *,
         always: Collection[int] = (),
+        agree: Callable[[bool], bool] = bool,
     ) -> None:
-        super().__init__(num_steps, run_block, always=always)
+        super().__init__(num_steps, run_block, always=always, agree=agree)
         self.threshold = threshold
         self._latents: Tensor | None = None  # input of this step
         self._computed: Tensor | None = None  # input of the last computed step, its outputs
@@ -212,7 +220,7 @@ class EasyCache(StepCache):
         known = all(branch in self._outputs for branch in branches)
         if branches[0] != self._leader:  # its outputs cannot be compared with another prompt's
             known, self._rate, self._leader = False, None, branches[0]
-        self.skips = known and self.may_skip(step) and self._change() < self.threshold
+        self.skips = known and self.may_skip(step) and self.agree(self._change() < self.threshold)
         if self.skips:
             self.skipped.append(step)
 
@@ -345,6 +353,7 @@ def start_cache(
     run_block: RunBlock,
     blocks: Sequence[nn.Module],
     always: Collection[int] = (),
+    agree: Callable[[bool], bool] = bool,
 ) -> StepCache:
     """The cache of one run.
 
@@ -355,12 +364,13 @@ def start_cache(
         blocks: the transformer's, in order.
         always: steps that are computed beside the protected ones, as the first one of another kind
             of attention.
+        agree: gives all ranks of a run the same decision.
 
     Returns:
         A cache that has not seen a step.
     """
     if config.kind == "easy":
-        return EasyCache(num_steps, run_block, config.threshold, always=always)
+        return EasyCache(num_steps, run_block, config.threshold, always=always, agree=agree)
     if config.kind == "first-block":
         return FirstBlockCache(
             num_steps,

@@ -22,6 +22,10 @@ from ..runtime.collectives import exchange, shares
 from .model import RunBlock
 from .sparse_attention import DenseRun
 
+#: tensors as large as a rank's tokens that an exchange takes beside queries, keys and values: these
+#: stacked, those that came, and all in order
+EXCHANGED_TENSORS = 9
+
 
 def check_ranks(num_ranks: int, heads: int) -> None:
     """Refuse a number of ranks by which heads do not divide.
@@ -136,6 +140,7 @@ class UlyssesRun(DenseRun):
         shapes = [(3, batch, own, tokens, width) for tokens in self._shares]
         parts = self._exchange(list(by_rank.movedim(2, 0)), shapes)
         q, k, v = torch.cat([*parts, stacked[:, :, mine, here:]], dim=3)
+        del stacked, by_rank, parts
         out = self._run(q, k, v)  # [B, own, N + text, D]
 
         *images, words = torch.split(out, [*self._shares, text], dim=2)

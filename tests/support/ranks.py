@@ -2,6 +2,7 @@
 
     python -m support.ranks 3 predictions     (from tests/) prints one JSON line of rows, of rank 0
     python -m support.ranks 3 decodes
+    python -m support.ranks 4 branches
 
 A row of predictions: {grid, text, heads, sparse, difference: the largest of any rank to one rank,
 in units of the result's largest number, ranks_agree: bit by bit, bytes: exchanged by a block,
@@ -12,27 +13,34 @@ of decodes: {name, shape: of the latents, difference: of the frames, plan: what 
 import functools
 import itertools
 import json
+import logging
 import multiprocessing
 import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from comfyui_skyreels.skyreels.builtin import builtin_vae
+from comfyui_skyreels.skyreels.conditioning.embeds import PromptEmbeds
 from comfyui_skyreels.skyreels.conditioning.latents import ImageConditioning
-from comfyui_skyreels.skyreels.config import CHUNKINGS
+from comfyui_skyreels.skyreels.config import CHUNKINGS, ContextWindows, Guidance, SkipLayers
+from comfyui_skyreels.skyreels.errors import OutOfRoomError
 from comfyui_skyreels.skyreels.kernels.sparse import sparse_attention
 from comfyui_skyreels.skyreels.runtime import TorchRuntime
-from comfyui_skyreels.skyreels.runtime.collectives import Ranks
+from comfyui_skyreels.skyreels.runtime.collectives import Ranks, one_group, two_groups
+from comfyui_skyreels.skyreels.sampling.network import Network
+from comfyui_skyreels.skyreels.sampling.prompts import Prompt, ScheduledPrompt
 from comfyui_skyreels.skyreels.sampling.sample import sample
 from comfyui_skyreels.skyreels.sampling.settings import SamplingSettings, get_sigmas
 from comfyui_skyreels.skyreels.sampling.step_cache import CacheConfig
 from comfyui_skyreels.skyreels.transformer.attention import sdpa
-from comfyui_skyreels.skyreels.transformer.model import call
+from comfyui_skyreels.skyreels.transformer.model import SkyReelsTransformer, call
 from comfyui_skyreels.skyreels.transformer.sparse_attention import (
     DenseRun,
     SparseConfig,
@@ -120,7 +128,7 @@ def whole_run() -> dict:
         sample(model, image, embeds(7, 1), embeds(4, 2), settings, runtime=runtime)
         for runtime in (
             TorchRuntime(),
-            TorchRuntime(ranks=Ranks(dist.group.WORLD, dist.group.WORLD)),
+            TorchRuntime(ranks=one_group()),
         )
     ]
     difference = (clips[1] - clips[0]).abs().max() / clips[0].abs().max()
@@ -145,7 +153,7 @@ def decode_case(name: str, vae: VideoVAE, shape: tuple[int, int, int], mode: str
     """The row of one decode; all ranks take part."""
     generator = torch.Generator().manual_seed(4)
     latents = torch.randn(1, 16, *shape, generator=generator)
-    runtime = TorchRuntime(ranks=Ranks(dist.group.WORLD, dist.group.WORLD))
+    runtime = TorchRuntime(ranks=one_group())
     is_first = dist.get_rank() == 0
     sink, plans = Sink() if is_first else None, []
     decode_clip = tiling._decode_clip
@@ -194,12 +202,121 @@ def predictions() -> list[dict]:
     return [*rows, whole_run()]
 
 
+SKIP = {"double_blocks": (1,), "single_blocks": (0,)}
+#: settings of runs in two groups of ranks
+RUNS = {
+    "plain": {},
+    "sparse and easy": {"attention": SPARSE, "cache": CacheConfig("easy", 1.0)},
+    "sparse, in windows": {"attention": SPARSE, "windows": ContextWindows(length=2, overlap=1)},
+    "guided to the half": {"attention": SPARSE, "guidance": Guidance(cfg_end=0.5)},
+    "skip layers": {
+        "attention": SPARSE, "guidance": Guidance(skip_layers=SkipLayers(**SKIP, scale=2.0))
+    },
+    "skip layers, negative": {
+        "attention": SPARSE, "guidance": Guidance(skip_layers=SkipLayers(**SKIP, scale=0.0))
+    },
+}  # fmt: skip
+
+
+def several(one: PromptEmbeds, other: PromptEmbeds) -> Prompt:
+    """Two prompts that count alike."""
+    return [ScheduledPrompt(one), ScheduledPrompt(other)]
+
+
+def branches() -> list[dict]:
+    """Runs in two groups of ranks beside the same of one group as large."""
+    model, embeds = tiny.transformer(config_of(4)), tiny.embeds
+    image = ImageConditioning(torch.zeros(1, 16, 1, 16, 32), 256, 128, 9)
+    ranks, rows = two_groups(), []
+    alone = None if ranks.share is None else Ranks(ranks.share, ranks.share)
+    prompts = {name: (embeds(7, 1), embeds(4, 2)) for name in RUNS}
+    prompts["several prompts"] = (several(embeds(7, 1), embeds(3, 4)),
+                                  several(embeds(4, 2), embeds(9, 5)))  # fmt: skip
+    if dist.get_world_size() > 2:
+        prompts = {name: prompts[name] for name in ("sparse and easy", "several prompts")}
+    for name, (prompt, negative) in prompts.items():
+        given = RUNS.get(name, RUNS["sparse and easy"])
+        settings = SamplingSettings(**{"sigmas": get_sigmas(5), **given})
+        asked: list[int] = []
+        clips = []
+        for each in (alone, ranks):
+            asked.clear()
+            runtime = TorchRuntime(ranks=each)
+            with noted_branches(asked):
+                clips.append(sample(model, image, prompt, negative, settings, runtime=runtime))
+        same = torch.tensor(int(torch.equal(*clips)))
+        dist.all_reduce(same, dist.ReduceOp.MIN)
+        half = len(prompt) if isinstance(prompt, list) else 1
+        own = all((branch >= half) == (ranks.side == 1) for branch in asked)
+        rows.append({"name": name, "same": bool(same), "own": own, "count": len(asked)})
+    with torch.inference_mode():
+        rows.append(unlike_cards(model, image, ranks))
+    return rows
+
+
+class Card(TorchRuntime):
+    """A rank's device with so much free memory, which may run out at a check."""
+
+    def __init__(self, ranks: Ranks, free: int, runs_out_at: int = 0) -> None:
+        super().__init__(ranks=ranks)
+        self.free, self.runs_out_at, self.checks = free, runs_out_at, 0
+
+    def free_bytes(self) -> int:
+        return self.free
+
+    def check_interrupt(self) -> None:
+        self.checks += 1
+        if self.checks == self.runs_out_at:
+            raise torch.OutOfMemoryError("out of memory")
+
+
+def unlike_cards(model: SkyReelsTransformer, image: ImageConditioning, ranks: Ranks) -> dict:
+    """{name, plans: of all ranks, warnings: of the first, error: of memory that runs out}."""
+    settings = SamplingSettings(sigmas=get_sigmas(3))
+    given = (model, image, tiny.embeds(7, 1), tiny.embeds(4, 2), settings)
+    heard: list[logging.LogRecord] = []
+    handler, log = logging.Handler(), logging.getLogger("skyreels.sampling.planned")
+    handler.emit = heard.append
+    log.addHandler(handler)
+    log.setLevel(logging.INFO)
+    free = 10**9 * (9 - dist.get_rank())
+    sample(*given, runtime=Card(ranks, free))
+    plan = next(text for text in map(str, (r.getMessage() for r in heard)) if "Plan" in text)
+    plans = [None] * dist.get_world_size()
+    dist.all_gather_object(plans, plan)
+    warnings = [r.getMessage() for r in heard if r.levelno == logging.WARNING]
+    error = ""
+    try:
+        sample(*given, runtime=Card(ranks, free, runs_out_at=12))
+    except OutOfRoomError as raised:
+        error = str(raised)
+    return {"name": "unlike cards", "plans": plans, "warnings": warnings, "error": error}
+
+
+@contextmanager
+def noted_branches(asked: list[int]) -> Iterator[None]:
+    """Note which branches this rank predicts."""
+    predict = Network.predict
+
+    def noted(self: Network, latents: torch.Tensor, sigma: torch.Tensor, step: int,
+              branches: Sequence[int], run_block: object = None) -> list[torch.Tensor]:  # fmt: skip
+        asked.extend(branches)
+        return predict(self, latents, sigma, step, branches, run_block)
+
+    Network.predict = noted
+    try:
+        yield
+    finally:
+        Network.predict = predict
+
+
 def take_part(rank: int, num_ranks: int, store: str, what: str) -> None:
     """Be a rank; the first one prints the rows."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=num_ranks)
+    kinds = {"predictions": predictions, "decodes": decodes, "branches": branches}
     with fast_convolutions():
-        rows = {"predictions": predictions, "decodes": decodes}[what]()
+        rows = kinds[what]()
     if rank == 0:
         sys.stdout.write(json.dumps(rows) + "\n")
     dist.destroy_process_group()
