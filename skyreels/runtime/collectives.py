@@ -11,6 +11,8 @@ if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 T = TypeVar("T")
+#: of a clip
+MAX_RANKS = 8
 
 
 @dataclass(frozen=True)

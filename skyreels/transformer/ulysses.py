@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ..errors import OptionError
-from ..runtime.collectives import exchange, shares
+from ..runtime.collectives import MAX_RANKS, exchange, shares
 from .model import RunBlock
 from .sparse_attention import DenseRun
 
@@ -27,20 +27,23 @@ from .sparse_attention import DenseRun
 EXCHANGED_TENSORS = 9
 
 
-def check_ranks(num_ranks: int, heads: int) -> None:
+def check_ranks(num_ranks: int, heads: int, num_groups: int = 1) -> None:
     """Refuse a number of ranks by which heads do not divide.
 
     Args:
-        num_ranks: at least 1.
+        num_ranks: of a group, at least 1.
         heads: of the transformer.
+        num_groups: of so many ranks.
 
     Raises:
         OptionError: the heads of attention cannot be shared out.
     """
     if heads % num_ranks:
-        fitting = ", ".join(str(n) for n in range(2, min(heads, 8) + 1) if heads % n == 0)
+        counts = [num_groups * n for n in range(1, heads + 1) if heads % n == 0]
+        fitting = ", ".join(str(n) for n in counts if 2 <= n <= MAX_RANKS) or 1
+        groups = "" if num_groups == 1 else f" in each of {num_groups} groups"
         raise OptionError(
-            f"{num_ranks} ranks cannot share {heads} heads of attention: use {fitting or 1}."
+            f"{num_ranks} ranks{groups} cannot share {heads} heads of attention: use {fitting}."
         )
 
 
