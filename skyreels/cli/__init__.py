@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ..config import TransformerConfig
-from ..errors import OptionError, SkyReelsError
+from ..errors import SkyReelsError
 from ..runtime.ranks import check_devices, is_rank, start_ranks, tell_launcher, wait_for_others
 from .batch import add_batch, run_batch
 from .calibrate import add_calibrate, run_calibrate
@@ -76,8 +76,6 @@ def _start_ranks(arguments: argparse.Namespace, argv: Sequence[str] | None) -> i
     from ..weights.load import check_transformer
 
     check_devices(arguments.ranks, pick_device(arguments.device))
-    if arguments.resume is not None:
-        raise OptionError("--resume is of one rank: leave it out, or leave out --ranks.")
     config = check_transformer(arguments.transformer or BUILTIN_FOLDER / "transformer").config
     assert isinstance(config, TransformerConfig)
     apply_preset(arguments)

@@ -75,7 +75,7 @@ def makes_groups(arguments: argparse.Namespace) -> bool:
         True with an even number and guidance: a group exchanges nothing with the other one within
         a prediction. The first-block cache decides there, which two groups cannot wait for.
     """
-    return arguments.ranks % 2 == 0 and arguments.cfg > 1 and arguments.cache != "first-block"
+    return bool(arguments.ranks % 2 == 0 and arguments.cfg > 1 and arguments.cache != "first-block")
 
 
 def pick_devices(names: str) -> tuple[str, str | None]:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import OptionError
 from ..runtime.interrupt import remembered_interrupt
+from ..runtime.ranks import is_first
 from .clip import (
     check_files,
     describe_loras,
@@ -149,7 +150,7 @@ def run_generate(arguments: argparse.Namespace) -> dict[str, Any]:
         progress_bar() as report,
     ):
         count, receipt = _generate(arguments, image, (width, height, num_frames), report, check)
-    if arguments.resume is not None:
+    if arguments.resume is not None and is_first():
         arguments.resume.unlink(missing_ok=True)  # the video is safe
     seconds = time.perf_counter() - start
     say(f"{arguments.out}: {count} frames of {width}x{height} in {seconds:.1f} s")

@@ -106,13 +106,48 @@ def exchange(
     ]
 
 
-def first_says(decision: bool, device: torch.device, group: "ProcessGroup") -> bool:
-    """The decision of the first rank, on all."""
-    import torch.distributed as dist
+class Peers:
+    """Who else decides about the steps of a run: nobody."""
 
-    told = torch.tensor([decision], dtype=torch.uint8, device=device)
-    dist.broadcast(told, dist.get_global_rank(group, 0), group=group)
-    return bool(told)
+    def agree(self, decision: bool) -> bool:
+        """The decision of the first one, for all."""
+        return decision
+
+    def add_up(self, sums: Tensor) -> Tensor:
+        """Sums over the tokens that are here, those of all who share a prediction."""
+        return sums
+
+
+class RankPeers(Peers):
+    """The other ranks.
+
+    Args:
+        ranks: of the run.
+        device: of this rank.
+    """
+
+    def __init__(self, ranks: Ranks, device: torch.device) -> None:
+        self._ranks, self._device = ranks, device
+
+    def agree(self, decision: bool) -> bool:
+        """The decision of the first rank, for all."""
+        import torch.distributed as dist
+
+        group = self._ranks.all
+        told = torch.tensor([decision], dtype=torch.uint8, device=self._device)
+        dist.broadcast(told, dist.get_global_rank(group, 0), group=group)
+        return bool(told)
+
+    def add_up(self, sums: Tensor) -> Tensor:
+        """Sums over the tokens of this rank, those of all that share a prediction."""
+        import torch.distributed as dist
+
+        if self._ranks.share is not None:
+            dist.all_reduce(sums, group=self._ranks.share)
+        return sums
+
+
+NOBODY = Peers()
 
 
 def told_by_first(value: T, device: torch.device, group: "ProcessGroup") -> T:

@@ -5,13 +5,14 @@ branches of guidance, one runs after the other, or one block of each in turn: th
 different lengths, and nothing is padded or masked.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 
 import torch
 from torch import Tensor
 
 from ..config import FreSca, Guidance
+from ..runtime.collectives import NOBODY, Peers
 from ..transformer.model import RunBlock
 from .network import ALONE, Alone, Asked, Network, PredictBranch, blocks_to_skip, leaving_out
 from .prompts import Weights, average, one_prompt_each
@@ -85,7 +86,7 @@ def guided_velocity(
     cache: CacheConfig = OFF,
     interleaves: bool = False,
     other: Alone = ALONE,
-    agree: Callable[[bool], bool] = bool,
+    peers: Peers = NOBODY,
 ) -> Velocity:
     """The function a solver integrates.
 
@@ -100,7 +101,7 @@ def guided_velocity(
             before the next one does, which a cache cannot follow. The result is the same.
         other: makes the predictions of one side on another device, or in another group of ranks, at
             the same time; the network's lookup then needs the prompts of its own side alone.
-        agree: gives all ranks the same decision about a step that may be skipped.
+        peers: with whom a cache decides.
 
     Returns:
         The function, for the whole run.
@@ -116,7 +117,7 @@ def guided_velocity(
     network = network._replace(run_block=run_block)
     left_out = blocks_to_skip(network.transformer, guidance.skip_layers)
     steps = start_cache(
-        cache, num_steps, run_block, network.transformer.blocks, always=run.always, agree=agree
+        cache, num_steps, run_block, network.transformer.blocks, always=run.always, peers=peers
     )
 
     def predict(asked: Asked, branch: int, cached: RunBlock = run_block) -> Tensor:

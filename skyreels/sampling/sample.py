@@ -10,7 +10,7 @@ runs: sigmas and timesteps stay on the CPU, where a scalar multiplies a tensor o
 
 import logging
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -37,7 +37,7 @@ from ..config import (
 from ..errors import OptionError, ShapeError
 from ..plan import MAX_KEPT, Job, Rung, activation_bytes, weights_of
 from ..runtime import Runtime
-from ..runtime.collectives import first_says, shares
+from ..runtime.collectives import NOBODY, RankPeers, shares, told_by_first
 from ..runtime.ladder import retried
 from ..runtime.offload import weight_bytes
 from ..transformer.layers import rope_table
@@ -129,7 +129,7 @@ def sample(
     """
     run = _RunPrompts(prompt, negative if settings.uses_cfg else None)
     _check_inputs(transformer, image, prompt, negative, settings)
-    if runtime.partner is not None or runtime.ranks is not None:
+    if runtime.partner is not None or (runtime.ranks and runtime.ranks.mates):
         check_pair(settings)
     if runtime.ranks is not None and runtime.ranks.side is not None and not settings.uses_cfg:
         raise OptionError(
@@ -142,9 +142,13 @@ def sample(
     save_step: SaveStep = _save_nothing
     if settings.resume is not None:
         fingerprint = fingerprint_run(transformer, image, prompt, negative, settings)
-        first_step, latents, save_step = resume_run(
-            settings.resume, fingerprint, latents, num_steps
-        )
+        if runtime.ranks is None or runtime.ranks.is_first:
+            first_step, latents, save_step = resume_run(
+                settings.resume, fingerprint, latents, num_steps
+            )
+        if runtime.ranks is not None:
+            state = (first_step, latents)
+            first_step, latents = told_by_first(state, runtime.device, runtime.ranks.all)
     runtime.progress("sample", first_step, num_steps)
     if first_step == num_steps:
         return to_vae_space(latents / (1 - last_sigma))
@@ -246,13 +250,6 @@ def _second_device(settings: SamplingSettings, second: Runtime | None) -> Runtim
     return None
 
 
-def _agree(runtime: Runtime) -> Callable[[bool], bool]:
-    """Gives all ranks the decision of the first one."""
-    if runtime.ranks is None:
-        return bool
-    return partial(first_says, device=runtime.device, group=runtime.ranks.all)
-
-
 def _denoise(
     transformer: SkyReelsTransformer,
     image: ImageConditioning,
@@ -273,8 +270,9 @@ def _denoise(
         twin = None if second is None else twin_of(transformer)
         stack.enter_context(torch.inference_mode())
         side = None if twin is None else 0
+        peers = NOBODY
         if runtime.ranks is not None:
-            side = runtime.ranks.side
+            side, peers = runtime.ranks.side, RankPeers(runtime.ranks, runtime.device)
         own = stack.enter_context(prepare(transformer, runtime, side=side))
         other = None
         if twin is not None and second is not None:
@@ -313,7 +311,7 @@ def _denoise(
                     cache=settings.cache,
                     interleaves=rung.interleaves,
                     other=elsewhere,
-                    agree=_agree(runtime),
+                    peers=peers,
                 )
                 yield velocity if kept is None else kept.around(velocity)
 

@@ -519,7 +519,7 @@ class CausalAttention(nn.Module):
         normed = torch.addcmul(shift, tokens.to(scale.dtype), scale).to(tokens.dtype)
         query = self.to_q(normed)
         if walk.strips is not None:  # half of what keys and values would be to send
-            by_row = normed.unflatten(1, hidden.shape[2:])
+            by_row = torch.unflatten(normed, 1, hidden.shape[2:])
             normed = walk.strips.whole_rows(by_row).flatten(1, 3)
         key, value = self.to_k(normed), self.to_v(normed)
         del normed

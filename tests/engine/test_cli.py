@@ -1243,7 +1243,6 @@ def test_ranks_make_the_clip_of_one_process_and_only_the_first_is_heard(capsys, 
         ),
         (["--ranks", "6", "--cfg", "1"], "6 ranks cannot share 4 heads of attention: use 2, 4."),
         (["--ranks", "9"], "--ranks 9 is not within 2..8"),
-        (["--ranks", "2", "--resume", "a"], "--resume is of one rank"),
         (["--ranks", "2", "--device", "cpu,cpu"], "Device 'cpu,cpu' is not one of"),
     ],
 )

@@ -16,11 +16,12 @@ import json
 import logging
 import multiprocessing
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -117,23 +118,34 @@ def case(model, grid, text, is_sparse) -> dict:
     }  # fmt: skip
 
 
-def whole_run() -> dict:
+def whole_run(cache: CacheConfig) -> dict:
     """A run with sparse attention and a step cache, beside the same on one rank."""
     model, embeds = tiny.transformer(config_of(12)), tiny.embeds
     image = ImageConditioning(torch.zeros(1, 16, 1, 16, 16), 128, 128, 9)
-    settings = SamplingSettings(
-        sigmas=get_sigmas(6), attention=SPARSE, cache=CacheConfig("easy", 0.2)
-    )
-    clips = [
-        sample(model, image, embeds(7, 1), embeds(4, 2), settings, runtime=runtime)
-        for runtime in (
-            TorchRuntime(),
-            TorchRuntime(ranks=one_group()),
-        )
-    ]
+    settings = SamplingSettings(sigmas=get_sigmas(6), attention=SPARSE, cache=cache)
+    with heard("skyreels.sampling.step_cache") as told:
+        clips = [
+            sample(model, image, embeds(7, 1), embeds(4, 2), settings, runtime=runtime)
+            for runtime in (TorchRuntime(), TorchRuntime(ranks=one_group()))
+        ]
+    skipped = [record.getMessage() for record in told]
     difference = (clips[1] - clips[0]).abs().max() / clips[0].abs().max()
     dist.all_reduce(difference, dist.ReduceOp.MAX)
-    return {"run": True, "difference": difference.item()}
+    return {"run": cache.kind, "difference": difference.item(), "skipped": skipped}
+
+
+@contextmanager
+def heard(name: str) -> Iterator[list[logging.LogRecord]]:
+    """What a logger tells."""
+    records: list[logging.LogRecord] = []
+    handler, log = logging.Handler(), logging.getLogger(name)
+    handler.emit = records.append
+    log.addHandler(handler)
+    log.setLevel(logging.INFO)
+    try:
+        yield records
+    finally:
+        log.removeHandler(handler)
 
 
 class Sink:
@@ -199,9 +211,10 @@ def predictions() -> list[dict]:
             rows.append(case(model, grid, text, False))
         rows.append(case(model, (3, 16, 16), 9, True))
         rows.append(case(model, (5, 24, 24), 2, False))
-    return [*rows, whole_run()]
+    return [*rows, *map(whole_run, CACHES)]
 
 
+CACHES = (CacheConfig("easy", 1.0), CacheConfig("first-block", 0.5))
 SKIP = {"double_blocks": (1,), "single_blocks": (0,)}
 #: settings of runs in two groups of ranks
 RUNS = {
@@ -249,9 +262,39 @@ def branches() -> list[dict]:
         half = len(prompt) if isinstance(prompt, list) else 1
         own = all((branch >= half) == (ranks.side == 1) for branch in asked)
         rows.append({"name": name, "same": bool(same), "own": own, "count": len(asked)})
+    rows.append(resumed(model, image, ranks))
     with torch.inference_mode():
         rows.append(unlike_cards(model, image, ranks))
     return rows
+
+
+def resumed(model: SkyReelsTransformer, image: ImageConditioning, ranks: Ranks) -> dict:
+    """The row of a run that all ranks leave after three steps, and continue."""
+    given = (model, image, tiny.embeds(7, 1), tiny.embeds(4, 2))
+    settings = SamplingSettings(sigmas=get_sigmas(5))
+    whole = sample(*given, settings, runtime=TorchRuntime(ranks=ranks))
+    folder = [tempfile.mkdtemp() if dist.get_rank() == 0 else ""]
+    dist.broadcast_object_list(folder)
+    # each rank its own, of which only that of the first is written
+    place = Path(folder[0]) / f"{dist.get_rank()}.safetensors"
+    steps: list[int] = []
+
+    def leave(stage: str, done: int, total: int, preview: object = None) -> None:
+        steps.append(done)
+        if steps == [0, 1, 2, 3]:
+            raise KeyboardInterrupt
+
+    runtime = TorchRuntime(ranks=ranks, on_progress=leave)
+    settings = replace(settings, resume=place)
+    with suppress(KeyboardInterrupt):
+        sample(*given, settings, runtime=runtime)
+    again = sample(*given, settings, runtime=runtime)
+    same = torch.tensor(int(torch.equal(again, whole) and steps == [0, 1, 2, 3, 3, 4, 5]))
+    dist.all_reduce(same, dist.ReduceOp.MIN)
+    saved = sorted(each.name for each in Path(folder[0]).iterdir())
+    dist.barrier()
+    shutil.rmtree(folder[0], ignore_errors=True)
+    return {"name": "resumed", "same": bool(same), "saved": saved}
 
 
 class Card(TorchRuntime):
@@ -274,17 +317,13 @@ def unlike_cards(model: SkyReelsTransformer, image: ImageConditioning, ranks: Ra
     """{name, plans: of all ranks, warnings: of the first, error: of memory that runs out}."""
     settings = SamplingSettings(sigmas=get_sigmas(3))
     given = (model, image, tiny.embeds(7, 1), tiny.embeds(4, 2), settings)
-    heard: list[logging.LogRecord] = []
-    handler, log = logging.Handler(), logging.getLogger("skyreels.sampling.planned")
-    handler.emit = heard.append
-    log.addHandler(handler)
-    log.setLevel(logging.INFO)
     free = 10**9 * (9 - dist.get_rank())
-    sample(*given, runtime=Card(ranks, free))
-    plan = next(text for text in map(str, (r.getMessage() for r in heard)) if "Plan" in text)
+    with heard("skyreels.sampling.planned") as told:
+        sample(*given, runtime=Card(ranks, free))
+    plan = next(text for text in (r.getMessage() for r in told) if "Plan" in text)
     plans = [None] * dist.get_world_size()
     dist.all_gather_object(plans, plan)
-    warnings = [r.getMessage() for r in heard if r.levelno == logging.WARNING]
+    warnings = [r.getMessage() for r in told if r.levelno == logging.WARNING]
     error = ""
     try:
         sample(*given, runtime=Card(ranks, free, runs_out_at=12))

@@ -18,11 +18,17 @@ from support.ranks import RUNS, rows_of
 
 @pytest.mark.parametrize(("num_ranks", "count"), [(2, len(RUNS) + 1), (4, 2)])
 def test_two_groups_make_the_bits_of_one(num_ranks, count):
-    *rows, _ = rows_of(num_ranks, "branches")
+    *rows, _, _ = rows_of(num_ranks, "branches")
     assert len(rows) == count
     for row in rows:
         assert row["same"], row
         assert row["own"] and row["count"], row  # each group has predicted its own branch alone
+
+
+@pytest.mark.parametrize("num_ranks", [2, 4])
+def test_a_run_of_ranks_continues_from_what_the_first_one_saved(num_ranks):
+    row = rows_of(num_ranks, "branches")[-2]
+    assert row["same"] and row["saved"] == ["0.safetensors"]
 
 
 @pytest.mark.parametrize("num_ranks", [2, 4])
