@@ -263,9 +263,7 @@ def branches() -> list[dict]:
         own = all((branch >= half) == (ranks.side == 1) for branch in asked)
         rows.append({"name": name, "same": bool(same), "own": own, "count": len(asked)})
     rows.append(resumed(model, image, ranks))
-    with torch.inference_mode():
-        rows.append(unlike_cards(model, image, ranks))
-    return rows
+    return [*rows, unlike_cards(model, image, ranks)]
 
 
 def resumed(model: SkyReelsTransformer, image: ImageConditioning, ranks: Ranks) -> dict:
