@@ -86,9 +86,9 @@ class Mate(Alone):
         if self._side == 0:
             told = torch.full((1,), bits is not None, dtype=torch.uint8, device=device)
             body = told.new_zeros(size) if bits is None else bits.reshape(-1)
-            exchange([nothing, torch.cat([told, body])], [(0,), (0,)], self._ranks.mates)
+            exchange([nothing, torch.cat([body, told])], [(0,), (0,)], self._ranks.mates)
             return bits
-        got = exchange([nothing, nothing], [(1 + size,), (0,)], self._ranks.mates)[0]
+        got = exchange([nothing, nothing], [(size + 1,), (0,)], self._ranks.mates)[0]
         if self._tells is None:
-            self._tells = bool(got[0])
-        return got[1:].view(torch.Size(shape)) if self._tells else None
+            self._tells = bool(got[size])
+        return got[:size].view(torch.Size(shape)) if self._tells else None

@@ -257,9 +257,10 @@ def start_run(
     plan = plan_run(machine, job, weights, Choice(attention), needed)
     if machine.streams and not plan.fits:
         raise OutOfRoomError(why_not(machine, job, weights, Choice(attention)))
-    logger.info(expectation(plan, job))
     if runtime.ranks is not None:
+        plan = _chunked_alike(plan, needed, runtime.ranks, device)
         logger.info("%s.", runtime.ranks)
+    logger.info(expectation(plan, job))
     work = f"sample {job.tokens} tokens, {kind_of_work(weights, attention)}, {len(weights.blocks)}"
     return PlannedRun(
         transformer=transformer,
@@ -301,6 +302,22 @@ def least_machine(machine: Machine, ranks: Ranks, device: torch.device) -> Machi
         machine, free_bytes=free, total_bytes=total, ram_bytes=ram,
         rates=found[0], corrections=found[1],
     )  # fmt: skip
+
+
+def _chunked_alike(
+    plan: Plan, needed: Mapping[str, int], ranks: Ranks, device: torch.device
+) -> Plan:
+    """The plan with the smallest chunks of any rank: cards of several kinds need different room."""
+    order = list(needed)
+    index, together = least_of(
+        [-order.index(plan.chunking), int(plan.interleaves)], device, ranks.all
+    )
+    chunking, interleaves = order[-index], bool(together)
+    if (chunking, interleaves) == (plan.chunking, plan.interleaves):
+        return plan
+    return replace(
+        plan, chunking=chunking, interleaves=interleaves, activation_bytes=needed[chunking]
+    )
 
 
 def compare_devices(first: PlannedRun, second: PlannedRun) -> None:

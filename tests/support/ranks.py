@@ -24,6 +24,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -31,10 +32,13 @@ from comfyui_skyreels.skyreels.builtin import builtin_vae
 from comfyui_skyreels.skyreels.conditioning.embeds import PromptEmbeds
 from comfyui_skyreels.skyreels.conditioning.latents import ImageConditioning
 from comfyui_skyreels.skyreels.config import CHUNKINGS, ContextWindows, Guidance, SkipLayers
-from comfyui_skyreels.skyreels.errors import OutOfRoomError
+from comfyui_skyreels.skyreels.errors import OptionError, OutOfRoomError
+from comfyui_skyreels.skyreels.kernels.dispatch import Decision
 from comfyui_skyreels.skyreels.kernels.sparse import sparse_attention
+from comfyui_skyreels.skyreels.plan import Plan
 from comfyui_skyreels.skyreels.runtime import TorchRuntime
 from comfyui_skyreels.skyreels.runtime.collectives import Ranks, one_group, two_groups
+from comfyui_skyreels.skyreels.sampling import attend, planned
 from comfyui_skyreels.skyreels.sampling.network import Network
 from comfyui_skyreels.skyreels.sampling.prompts import Prompt, ScheduledPrompt
 from comfyui_skyreels.skyreels.sampling.sample import sample
@@ -312,12 +316,24 @@ class Card(TorchRuntime):
 
 
 def unlike_cards(model: SkyReelsTransformer, image: ImageConditioning, ranks: Ranks) -> dict:
-    """{name, plans: of all ranks, warnings: of the first, error: of memory that runs out}."""
+    """{name, plans: of all ranks, warnings: of the first, error, refused}.
+
+    The error is that of memory which runs out on all ranks; refused is what each says of sparse
+    attention where one of them has no kernel for it.
+    """
     settings = SamplingSettings(sigmas=get_sigmas(3))
     given = (model, image, tiny.embeds(7, 1), tiny.embeds(4, 2), settings)
     free = 10**9 * (9 - dist.get_rank())
+    is_last, plan_run = dist.get_rank() == dist.get_world_size() - 1, planned.plan_run
+
+    def chunked(*args: Any) -> Plan:
+        """Of another kind of card, which needs more room."""
+        return replace(plan_run(*args), chunking="chunks" if is_last else "whole")
+
+    planned.plan_run = chunked
     with heard("skyreels.sampling.planned") as told:
         sample(*given, runtime=Card(ranks, free))
+    planned.plan_run = plan_run
     plan = next(text for text in (r.getMessage() for r in told) if "Plan" in text)
     plans = [None] * dist.get_world_size()
     dist.all_gather_object(plans, plan)
@@ -327,7 +343,24 @@ def unlike_cards(model: SkyReelsTransformer, image: ImageConditioning, ranks: Ra
         sample(*given, runtime=Card(ranks, free, runs_out_at=12))
     except OutOfRoomError as raised:
         error = str(raised)
-    return {"name": "unlike cards", "plans": plans, "warnings": warnings, "error": error}
+    choose_sparse, refused = attend.choose_sparse, ""
+
+    def choose(*args: Any, **size: Any) -> Decision:
+        """The last card has no kernel for sparse attention."""
+        return Decision(None, "refused", "none") if is_last else choose_sparse(*args, **size)
+
+    attend.choose_sparse = choose
+    try:
+        sample(*given[:-1], replace(settings, attention=SPARSE), runtime=Card(ranks, free))
+    except OptionError as raised:
+        refused = str(raised)
+    attend.choose_sparse = choose_sparse
+    said = [None] * dist.get_world_size()
+    dist.all_gather_object(said, refused)
+    return {
+        "name": "unlike cards", "plans": plans, "warnings": warnings, "error": error,
+        "refused": said,
+    }  # fmt: skip
 
 
 @contextmanager

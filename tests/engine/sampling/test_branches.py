@@ -37,12 +37,19 @@ def test_cards_of_different_memory_are_planned_for_the_least(num_ranks):
     assert len(row["plans"]) == num_ranks and len(set(row["plans"])) == 1
     least = f"{10 - num_ranks}.0"
     assert f"of {least} GB free" in row["plans"][0]
+    assert "activations chunks" in row["plans"][0]  # which the last one alone needs
     (warning,) = row["warnings"]
     assert warning.startswith(f"The ranks have {least} to 9.0 GB of free memory")
 
 
 def test_memory_that_runs_out_ends_the_run_of_all_ranks():
     assert rows_of(2, "branches")[-1]["error"].startswith("Memory ran out in a step")
+
+
+@pytest.mark.parametrize("num_ranks", [2, 4])
+def test_sparse_attention_that_not_all_have_is_refused_by_all(num_ranks):
+    *others, last = rows_of(num_ranks, "branches")[-1]["refused"]
+    assert all("(cpu: has one)" in said for said in others) and "(cpu: has none)" in last
 
 
 @pytest.mark.parametrize(
