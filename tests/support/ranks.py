@@ -194,6 +194,11 @@ def decodes() -> list[dict]:
     rows += [decode_case("built-in", builtin, shape, "full") for shape in shapes]
     rows.append(decode_case("chosen", builtin, shapes[0], "auto"))
     rows.append(decode_case("fewer rows than ranks", builtin, (2, num_ranks - 1, 3), "full"))
+    frames = decode_frames(
+        builtin, torch.zeros(1, 16, *shapes[0]), runtime=TorchRuntime(ranks=one_group())
+    )
+    counts = [0] * num_ranks
+    dist.all_gather_object(counts, list(frames.shape))
     double = tiny.randomize(VideoVAE(tiny.VAE)).double()
     vae_model.PIECE_ELEMENTS = 20_000  # a few frames at a time
     rows.append(decode_case("float64 in pieces", double, shapes[1], "full"))
@@ -201,6 +206,7 @@ def decodes() -> list[dict]:
         replace(plan, piece_elements=40_000) for plan in tiling.EXACT_LADDER[1:2]
     )
     rows.append(decode_case("float64 out of main memory", double, shapes[1], "exact"))
+    rows[0]["frames"] = counts
     return rows
 
 

@@ -32,6 +32,9 @@ def test_strips_are_the_clip_of_one_rank(num_ranks):
         assert row["difference"] <= 1e-6, row
     together = f"full on {num_ranks} ranks"
     assert [row["plan"] for row in rows[:3]] == [together] * 3
+    first, *others = rows[0]["frames"]  # from `decode_frames`
+    assert first == [1, 8 * num_ranks, 24, 3]
+    assert others == [[0, 8 * num_ranks, 24, 3]] * (num_ranks - 1)
     assert rows[3]["plan"] == "full"  # fewer rows than ranks: the first one alone
     assert rows[-1]["plan"].startswith("exact") and rows[-1]["plan"].endswith(" ranks")
 
