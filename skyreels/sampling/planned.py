@@ -195,7 +195,7 @@ class PlannedRun:
             self.machine.corrections,
         )
         logger.info(expected.account(f"Sampled {len(seconds)} steps of", step_s, peak))
-        if self.falls:
+        if self.falls or self.job.num_ranks > 1:  # a share of the work says nothing of the whole
             return
         is_alike &= self.job.num_guided in (0, self.job.num_steps)
         is_alike &= len(seconds) >= MIN_STEPS_TO_LEARN
@@ -285,3 +285,29 @@ def compare_devices(first: PlannedRun, second: PlannedRun) -> None:
         logger.warning(
             "%s is so slow that %s alone would take no longer: use one device.", other, one
         )
+
+
+def compare_ranks(run: PlannedRun) -> None:
+    """Say what ranks take beside one device, and where they do not pay.
+
+    Args:
+        run: of one of the ranks.
+    """
+    number, choice = run.job.num_ranks, Choice(run.plan.attention)
+    alone = plan_run(run.machine, replace(run.job, num_ranks=1), run.weights, choice, run.needed)
+    shared_s, alone_s = run.plan.seconds["step"], alone.seconds["step"]
+    if shared_s is None or alone_s is None:
+        logger.info(
+            "%d ranks share each prediction; whether that is faster than one depends on what goes "
+            "between them: `python -m skyreels doctor --plan` measures it.", number
+        )  # fmt: skip
+        return
+    logger.info(
+        "%d ranks share each prediction and take about %s a step; one takes %s.", number,
+        outcomes.in_seconds(shared_s), outcomes.in_seconds(alone_s),
+    )  # fmt: skip
+    if shared_s >= alone_s:
+        logger.warning(
+            "So much goes between %d ranks that one device would take no longer: use one device, "
+            "or two with a branch of guidance each (--devices cuda:0,cuda:1).", number
+        )  # fmt: skip

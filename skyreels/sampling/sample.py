@@ -50,7 +50,7 @@ from .finite import FiniteWatch, suspects
 from .guidance import guided_velocity
 from .network import Network, blocks_to_skip
 from .pair import Partner, check_pair, twin_of
-from .planned import PlannedRun, compare_devices, start_run
+from .planned import PlannedRun, compare_devices, compare_ranks, start_run
 from .precompute import StepLookup, precompute
 from .prompts import (
     Prompt,
@@ -368,9 +368,13 @@ def _prepare(
         job = _job(transformer, image, prompts, settings)
         if side is not None:
             job = replace(job, num_guided=0)
+        if runtime.group is not None:
+            job = replace(job, num_ranks=runtime.group.size())
         attention = attention_of_run(transformer, job, settings.attention, runtime, follows=leader)
         attention = shared_out(attention, transformer, job, runtime)
         run = start_run(transformer, job, needed, runtime, name_of(settings.attention))
+        if runtime.group is not None:
+            compare_ranks(run)
         lookup = retried(
             partial(
                 precompute,
