@@ -5,7 +5,6 @@ import json
 import os
 import sys
 from argparse import Namespace
-from collections import deque
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +12,7 @@ import pytest
 import torch
 from comfyui_skyreels.skyreels import cli
 from comfyui_skyreels.skyreels.errors import DependencyError, OptionError, SkyReelsError
-from comfyui_skyreels.skyreels.pipeline import batch, ray_workers
+from comfyui_skyreels.skyreels.pipeline import batch, driver, ray_workers
 from comfyui_skyreels.skyreels.pipeline.receipt import read_receipt
 from PIL import Image
 from support.forked import forks
@@ -344,10 +343,6 @@ def test_with_ray_no_single_gpu_is_named(capsys, tmp_path):
 # --- what the driver makes of its workers' answers ----------------------------------------------
 
 
-def books(said: list[str]) -> ray_workers._State:
-    return ray_workers._State({"vae": "1"}, deque(), lambda: None, Path(), said.append)
-
-
 def answer(**changes) -> dict:
     versions = {"python": sys.version.split()[0], "torch": torch.__version__}
     return {"name": "box:1", "package": ray_workers.VERSION, **versions, "weights": {"vae": "1"},
@@ -367,35 +362,91 @@ def answer(**changes) -> dict:
 )
 def test_a_worker_that_differs_is_named(changes, sentence, is_used):
     said = []
-    state, member = books(said), ray_workers._Member(None)
-    ray_workers._admit(state, member, answer(**changes))
-    assert bool(state.free) == is_used
+    assert ray_workers.is_fit(answer(**changes), {"vae": "1"}, said.append) == is_used
     assert [line[: len(sentence)] for line in said] == ([sentence] if sentence else [])
 
 
-def test_a_lost_workers_job_has_three_tries():
-    said = []
-    state = books(said)
-    task = batch.Task("0", None)
-    member = ray_workers._Member(None, "box:1", task)
-    for tries in (1, 2):
-        state.tries["0"], state.lost = tries, 0
-        assert list(ray_workers._lose(state, member, RuntimeError())) == []
-        assert state.queue.popleft() is task
-    state.tries["0"], state.lost = 3, 0
-    (ended,) = ray_workers._lose(state, member, RuntimeError())
-    assert (ended.tries, ended.worker) == (3, "box:1")
-    assert "Its worker was lost 3 times" in ended.error
-    assert not state.queue
+class Rehearsed:
+    """`Workers` that do what was written down: each answers, in turn, or is lost.
+
+    script: of each worker that is started, what is heard of it.
+    """
+
+    def __init__(self, *script: list):
+        self.script, self.heard, self.sent = [*script], [], []
+
+    def start(self):
+        member = driver.Member(iter(self.script.pop(0)))
+        self.heard.append(member)
+        return member
+
+    def send(self, member, task):
+        if task.digest == "unreadable":
+            raise SkyReelsError("a.png is gone")
+        self.sent.append((member.name, task.digest))
+        self.heard.append(member)
+
+    def hear(self):
+        member = self.heard.pop(0)
+        return [(member, next(member.handle))]
+
+
+READY, GONE = {"name": "box"}, driver.Lost("gone")
+MADE = {"clip": b"", "error": "", "seconds": 1.0}
+
+
+def drive(workers, digests, count=1, admit=lambda found: True):
+    said, saved = [], []
+    ended = driver.drive(
+        [batch.Task(digest, None) for digest in digests], workers, count, admit=admit,
+        save=lambda task, clip: saved.append(task.digest), tell=said.append, check=lambda: None,
+    )  # fmt: skip
+    return list(ended), saved, said
+
+
+def test_a_lost_workers_job_is_the_next_and_has_three_tries():
+    lost = [READY, GONE]
+    workers = Rehearsed(lost, lost, lost, [READY, MADE, MADE])
+    (first, *others), saved, said = drive(workers, ["0", "1", "2"])
+    assert (first.digest, first.tries, first.worker) == ("0", 3, "box")
+    assert "Its worker was lost 3 times" in first.error
+    assert [(each.digest, each.tries, each.error) for each in others] == [
+        ("1", 1, ""),
+        ("2", 1, ""),
+    ]
+    assert saved == ["1", "2"]
+    assert [digest for _, digest in workers.sent] == ["0", "0", "0", "1", "2"]
+    assert said == ["box was lost; 0.mp4 is tried again."] * 2
 
 
 def test_workers_that_only_end_are_not_started_for_ever():
-    state = books([])
-    member = ray_workers._Member(None)
-    with pytest.raises(OptionError, match="workers were lost and made nothing"):
-        for _ in range(100):
-            list(ray_workers._lose(state, member, SkyReelsError("gone")))
-    assert state.lost < 10
+    with pytest.raises(OptionError, match=r"workers were lost and made nothing.*\(gone\)"):
+        drive(Rehearsed(*[[GONE]] * 10), ["0"], count=1)
+
+
+def test_a_worker_that_makes_something_forgives_those_that_were_lost():
+    script = [[GONE], [GONE], [GONE], [READY, MADE, GONE], [GONE], [GONE], [READY, MADE]]
+    ended, saved, _ = drive(Rehearsed(*script), ["0", "1"])
+    assert saved == ["0", "1"]
+    assert [each.tries for each in ended] == [1, 2]
+
+
+def test_a_task_that_cannot_be_sent_ends_and_its_worker_goes_on():
+    (bad, good), saved, _ = drive(Rehearsed([READY, MADE]), ["unreadable", "1"])
+    assert (bad.error, bad.worker, bad.tries) == ("a.png is gone", "this process", 1)
+    assert (good.digest, saved) == ("1", ["1"])
+
+
+def test_without_a_worker_that_is_used_the_batch_ends():
+    workers = Rehearsed([{"name": "a"}], [{"name": "b", "is": "fit"}, MADE, MADE])
+    assert drive(workers, ["0", "1"], 2, admit=lambda found: "is" in found)[1] == ["0", "1"]
+    with pytest.raises(OptionError, match="No worker can make a clip, for the reasons above"):
+        drive(Rehearsed([READY], [READY]), ["0", "1"], 2, admit=lambda found: False)
+
+
+def test_no_more_workers_are_started_than_there_are_tasks():
+    workers = Rehearsed([READY, MADE])
+    assert drive(workers, ["0"], count=5)[1] == ["0"]
 
 
 def test_the_process_of_a_worker_answers_with_a_clip_or_a_sentence(tmp_path):
