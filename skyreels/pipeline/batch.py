@@ -29,6 +29,9 @@ MAX_TRIES = 3
 #: hexadecimal digits of the name of a clip
 NAME_DIGITS = 32
 SUMMARY = "summary.json"
+#: seconds between two summaries of a batch that goes on, and the share of the time they may take
+SUMMARY_PERIOD_S = 2.0
+SUMMARY_SHARE = 0.01
 
 
 @dataclass(frozen=True)
@@ -39,11 +42,13 @@ class Task:
         digest: of all it is made from; its file's name.
         arguments: of `generate`.
         files: name of an argument that is a path -> SHA-256 of that file.
+        is_remote: made on Wiro, see remote.py.
     """
 
     digest: str
     arguments: Namespace
     files: Mapping[str, str] = field(default_factory=dict)
+    is_remote: bool = False
 
     def place(self, folder: Path) -> Path:
         """Of its clip."""
@@ -264,13 +269,19 @@ def write_whole(path: Path, content: bytes) -> None:
         part.unlink(missing_ok=True)
 
 
+def python_path() -> str:
+    """PYTHONPATH of a process that imports this package from where this one has it."""
+    root = str(Path(__file__).resolve().parents[2])
+    return os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
+
+
 # --- the run ------------------------------------------------------------------------------------
 
 
 def run_lines(
     lines: Sequence[Line], folder: Path, work: Work, tell: Callable[[str], None]
 ) -> dict[str, Any]:
-    """Make the clips that are not there yet, each once, and write `summary.json`.
+    """Make the clips that are not there yet, each once; write `summary.json` meanwhile and at the end.
 
     Args:
         lines: in the order of the summary.
@@ -298,9 +309,14 @@ def run_lines(
     ended = {name: Ended(name) for name, task in tasks.items() if task.place(folder).is_file()}
     left = [task for name, task in tasks.items() if name not in ended]
     tell(f"{len(lines)} jobs: {len(ended)} clips are there, {len(left)} to make.")
+    write_at = 0.0
     try:
         for count, each in enumerate(work(left), 1):
             ended[each.digest] = each
+            if (now := time.perf_counter()) >= write_at:
+                _write_summary(lines, folder, ended, start)
+                took = time.perf_counter() - now
+                write_at = now + max(SUMMARY_PERIOD_S, took / SUMMARY_SHARE)
             task = tasks[each.digest]
             told = each.error or f"{task.place(folder).name} in {each.seconds:.1f} s"
             rest = (time.perf_counter() - start) / count * (len(left) - count)

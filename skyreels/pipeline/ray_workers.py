@@ -23,7 +23,7 @@ from typing import Any
 
 from ..config import VERSION
 from ..errors import DependencyError, OptionError, SkyReelsError, shown
-from .batch import Ended, Task, read_files, write_whole
+from .batch import Ended, Task, python_path, read_files, write_whole
 from .driver import Lost, Member, drive
 
 #: seconds without any worker until that is said
@@ -285,7 +285,7 @@ def _connected(crew: Crew) -> Iterator[None]:
             "include_dashboard": False,
             "object_store_memory": LOCAL_STORE_BYTES,
             # workers import this package from where this process has it
-            "runtime_env": {"env_vars": {"PYTHONPATH": _python_path()}},
+            "runtime_env": {"env_vars": {"PYTHONPATH": python_path()}},
         }
     try:
         _check_address(crew.address)
@@ -309,11 +309,6 @@ def _check_address(address: str) -> None:
         socket.create_connection((found[1], int(found[2])), CONNECT_S).close()
     elif address not in ("auto", "local"):
         raise ValueError("neither HOST:PORT nor auto nor local")
-
-
-def _python_path() -> str:
-    root = str(Path(__file__).resolve().parents[2])
-    return os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
 
 
 def _starter(crew: Crew, arguments: Namespace) -> tuple[Callable[[], Any], int]:
