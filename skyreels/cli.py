@@ -13,7 +13,7 @@ import os
 import re
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -274,6 +274,11 @@ def _add_batch(commands: Any) -> argparse.ArgumentParser:
     batch.add_argument(
         "--workers", type=int, metavar="N",
         help="with --ray, so many (default: as there are GPUs, or machines without any)",
+    )  # fmt: skip
+    batch.add_argument(
+        "--wiro-limit", metavar="USD",
+        help='what the jobs with "backend": "remote", which are made on wiro.ai, may cost in all; '
+        "none is sent without it",
     )  # fmt: skip
     return batch
 
@@ -1230,6 +1235,7 @@ def run_batch(arguments: argparse.Namespace) -> dict[str, Any]:
     from .media import check_output
     from .pipeline import batch
     from .pipeline.ray_workers import Crew, check_crew, work_on_ray
+    from .pipeline.remote import RemoteRuns, beside, parse_dollars
 
     is_builtin = _check_weights(arguments)
     check_output(arguments.out / "clip.mp4")
@@ -1243,11 +1249,13 @@ def run_batch(arguments: argparse.Namespace) -> dict[str, Any]:
         arguments = argparse.Namespace(**_absolute(vars(arguments)))  # workers are elsewhere
         crew = Crew(arguments.ray, count, arguments.device, batch_maker, _fingerprints)
         check_crew(crew)
+    limit = None if arguments.wiro_limit is None else parse_dollars(arguments.wiro_limit)
     weights = _fingerprints(arguments)
     with batch.locked(arguments.out):
         batch.remove_parts(arguments.out)
         strengths = [strength for _, strength in arguments.lora]
         lines = _read_jobs(arguments, {"weights": weights, "strengths": strengths})
+        remote = None if limit is None else RemoteRuns(arguments.out, limit)
         if is_builtin:
             say(BUILTIN_NOTICE)
         with (
@@ -1257,11 +1265,17 @@ def run_batch(arguments: argparse.Namespace) -> dict[str, Any]:
             contextlib.redirect_stdout(nowhere),  # Ray tells of lost workers there
         ):
 
-            def work(tasks: "Sequence[Task]") -> "Iterator[Ended]":
+            def work_here(tasks: "Sequence[Task]") -> "Iterator[Ended]":
                 if crew is not None:
                     return work_on_ray(tasks, arguments, crew, weights, say, check)
                 make = batch_maker(arguments, report, check)
                 return batch.work_here(tasks, make, arguments.out)
+
+            def work(tasks: "Sequence[Task]") -> "Iterator[Ended]":
+                here = work_here([task for task in tasks if not task.is_remote])
+                if remote is None:
+                    return here
+                return beside(remote, [task for task in tasks if task.is_remote], here, check)
 
             result = batch.run_lines(lines, arguments.out, work, say)
     say(
@@ -1383,6 +1397,7 @@ def _read_jobs(arguments: argparse.Namespace, shared: Mapping[str, Any]) -> "lis
     parser = _JobParser(add_help=False, allow_abbrev=False)
     for option in ("--image", "--end-image"):
         parser.add_argument(option, type=_path)
+    parser.add_argument("--backend", choices=("local", "remote"), default="local")
     _add_clip(parser)
     # a parser's actions have no public list
     keys = sorted(name[2:] for name in parser._option_string_actions)
@@ -1392,16 +1407,22 @@ def _read_jobs(arguments: argparse.Namespace, shared: Mapping[str, Any]) -> "lis
     digests = functools.cache(batch.file_digest)  # of a picture that many lines name
     for number, text in batch.read_lines(arguments.jobs):
         try:
-            given = [f"--{key}={value}" for key, value in batch.parse_line(text, keys).items()]
+            told = batch.parse_line(text, keys)
+            given = [f"--{key}={value}" for key, value in told.items()]
             job = parser.parse_args(given, argparse.Namespace(**usual))
+            is_remote = job.backend == "remote"
             files = {}
             for name in ("image", "end_image"):
                 path = getattr(job, name, None)
                 if path is not None:
                     setattr(job, name, folder / path)
                     files[name] = digests(folder / path)
-            made_from = {**_check_job(job), **files, **shared}
-            lines.append(batch.Line(number, batch.Task(batch.content_hash(made_from), job, files)))
+            if is_remote:
+                made_from = {**_check_remote(job, told), **files}
+            else:
+                made_from = {**_check_job(job), **files, **shared}
+            digest = batch.content_hash(made_from)
+            lines.append(batch.Line(number, batch.Task(digest, job, files, is_remote)))
         except SkyReelsError as error:
             lines.append(batch.Line(number, None, str(error)))
     return lines
@@ -1438,6 +1459,56 @@ def _check_job(arguments: argparse.Namespace) -> dict[str, Any]:
     negative = DEFAULT_NEGATIVE_PROMPT if arguments.negative is None else arguments.negative
     told = {name: getattr(arguments, name) for name in _HASHED}
     return {**told, "negative": negative, "cache": repr(settings.cache)}
+
+
+#: keys of a job that is made on Wiro
+_REMOTE_KEYS = {
+    *("backend", "image", "prompt", "negative", "width", "height", "frames", "steps", "cfg"),
+}
+_REMOTE_SIZES = ((960, 544), (544, 960))
+
+
+def _check_remote(arguments: argparse.Namespace, told: Collection[str]) -> dict[str, Any]:
+    """Complete the arguments of a job for Wiro, and refuse what is not for Wiro.
+
+    Args:
+        arguments: of the job, with the defaults of the batch.
+        told: keys of its line.
+
+    Returns:
+        What the clip is made from, by name, but for its picture.
+
+    Raises:
+        OptionError: no limit, no prompt or picture, or what Wiro's model does not take.
+    """
+    from .conditioning.embeds import with_fps_prefix
+    from .conditioning.latents import check_size
+
+    if arguments.wiro_limit is None:
+        raise OptionError(
+            "It would be made on wiro.ai and cost money, and there is no limit: give --wiro-limit "
+            'with US dollars for all such lines together, or leave out "backend".'
+        )
+    if others := sorted(set(told) - _REMOTE_KEYS):
+        raise OptionError(
+            f"{', '.join(others)} is for clips that are made here, and Wiro's model takes "
+            f"{', '.join(sorted(_REMOTE_KEYS))}: leave it out."
+        )
+    if not arguments.prompt:
+        raise OptionError("There is no prompt: write one in the line, or give --prompt for all.")
+    if arguments.image is None:
+        raise OptionError("Wiro's model starts from a picture: name its file as image.")
+    usual = {"width": 960, "height": 544, "frames": 97, "steps": 30, "cfg": 6.0, "negative": ""}
+    for name, value in usual.items():
+        if getattr(arguments, name) is None:
+            setattr(arguments, name, value)
+    size = (arguments.width, arguments.height)
+    if size not in _REMOTE_SIZES:
+        raise OptionError(f"{size[0]}x{size[1]} is not made on Wiro: use 960x544 or 544x960.")
+    check_size(*size, arguments.frames)
+    arguments.prompt = with_fps_prefix(arguments.prompt)
+    told_of = {name: getattr(arguments, name) for name in usual}
+    return {"backend": "wiro", "prompt": arguments.prompt, **told_of}
 
 
 # --- calibrate ----------------------------------------------------------------------------------

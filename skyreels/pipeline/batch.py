@@ -250,7 +250,7 @@ def remove_parts(folder: Path) -> None:
     """Remove what processes that were killed left half-written; of a locked folder."""
     for path in folder.glob("*.part"):
         if re.fullmatch(
-            rf"(([0-9a-f]{{{NAME_DIGITS}}}|clip)\.mp4|summary\.json)\.\d+\.part", path.name
+            rf"(([0-9a-f]{{{NAME_DIGITS}}}|clip)\.mp4|(summary|wiro)\.json)\.\d+\.part", path.name
         ):
             path.unlink(missing_ok=True)
 
@@ -281,7 +281,7 @@ def python_path() -> str:
 def run_lines(
     lines: Sequence[Line], folder: Path, work: Work, tell: Callable[[str], None]
 ) -> dict[str, Any]:
-    """Make the clips that are not there yet, each once; write `summary.json` meanwhile and at the end.
+    """Make the clips that are not there yet, each once, and keep `summary.json`.
 
     Args:
         lines: in the order of the summary.

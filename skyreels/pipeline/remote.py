@@ -97,9 +97,9 @@ class Ledger:
             others = self.total - self._amounts.get(digest, Decimal(0))
             if others + price > self._limit:
                 raise OptionError(
-                    f"It would cost {_money(price)}, and of --wiro-limit {_money(self._limit)} the "
-                    f"clips of this folder have taken {_money(others)}. Nothing was sent: raise the "
-                    "limit."
+                    f"It would cost {_money(price)}, and of --wiro-limit {_money(self._limit)} "
+                    f"the clips of this folder have taken {_money(others)}. Nothing was sent: "
+                    "raise the limit."
                 )
             self._write({**self._amounts, digest: price})
 

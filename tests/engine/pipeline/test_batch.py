@@ -304,6 +304,42 @@ def test_a_killed_batch_goes_on_where_it_was(capsys, tmp_path):
     assert clips(out) == sorted(job["file"] for job in told["jobs"])
 
 
+def test_the_summary_is_there_while_the_batch_goes_on(tmp_path, monkeypatch):
+    monkeypatch.setattr(batch, "SUMMARY_PERIOD_S", 0.0)
+    monkeypatch.setattr(batch, "SUMMARY_SHARE", float("inf"))
+    lines = [batch.Line(n, batch.Task(f"{n}", Namespace())) for n in range(1, 4)]
+    seen = []
+
+    def work(tasks):
+        for task in tasks:
+            yield batch.Ended(task.digest, 1.0, "box", 1)
+            seen.append(json.loads((tmp_path / batch.SUMMARY).read_text()))
+
+    batch.run_lines(lines, tmp_path, work, lambda line: None)
+    assert [(told["made"], told["left"]) for told in seen] == [(1, 2), (2, 1), (3, 0)]
+    assert [path.name for path in tmp_path.iterdir()] == [batch.SUMMARY]
+
+
+def test_a_summary_that_takes_long_is_written_seldom(tmp_path, monkeypatch):
+    clock, written = [0.0], []
+
+    def write_slowly(*_):
+        clock[0] += 5.0
+        written.append(clock[0])
+
+    monkeypatch.setattr(batch.time, "perf_counter", lambda: clock[0])
+    monkeypatch.setattr(batch, "_write_summary", write_slowly)
+
+    def work(tasks):
+        for task in tasks:
+            clock[0] += 1.0
+            yield batch.Ended(task.digest, 1.0, "box", 1)
+
+    lines = [batch.Line(n, batch.Task(f"{n:032x}", Namespace())) for n in range(1200)]
+    batch.run_lines(lines, tmp_path, work, lambda line: None)
+    assert len(written) == 1200 // 500 + 2  # once in 500 s, and at the end
+
+
 def test_an_interrupted_batch_says_what_continues_it(capsys, tmp_path, monkeypatch):
     def interrupt(*_, **__):
         raise KeyboardInterrupt
@@ -338,6 +374,84 @@ def test_with_ray_no_single_gpu_is_named(capsys, tmp_path):
     code, told, _ = run(capsys, jobs, tmp_path / "out", *options)
     assert code == 1
     assert "--device cuda:1 names a GPU" in told["error"]
+
+
+# --- jobs for Wiro ------------------------------------------------------------------------------
+
+
+REMOTE = {"backend": "remote", "image": "a.png", "prompt": "a fox"}
+BAD_REMOTE = {
+    "seed": ({"seed": 1}, "seed is for clips that are made here"),
+    "picture": ({"image": None}, "starts from a picture"),
+    "prompt": ({"prompt": None}, "There is no prompt"),
+    "size": ({"width": 64}, "64x544 is not made on Wiro: use 960x544 or 544x960"),
+    "frames": ({"frames": 18}, "18"),
+    "backend": ({"backend": "auto"}, "backend: invalid choice"),
+}
+
+
+def remote_lines(tmp_path, *jobs, options=("--wiro-limit", "2")):
+    save_picture(tmp_path / "a.png", 1)
+    cleaned = [{k: v for k, v in job.items() if v is not None} for job in jobs]
+    path = write(tmp_path / "jobs.jsonl", *cleaned)
+    words = ["batch", path, "--out", tmp_path, *options]
+    arguments = cli.build_parser().parse_args([str(word) for word in words])
+    return cli._read_jobs(arguments, {})
+
+
+def test_a_job_for_wiro_is_what_its_model_takes(tmp_path):
+    upright = {"width": 544, "height": 960}
+    jobs = [REMOTE, REMOTE | {"steps": 30, "cfg": 6}, REMOTE | {"steps": 20}, REMOTE | upright]
+    lines = remote_lines(tmp_path, *jobs)
+    assert [line.error for line in lines] == [""] * 4
+    tasks = [line.task for line in lines]
+    assert all(task.is_remote for task in tasks)
+    assert tasks[0].digest == tasks[1].digest
+    assert len({task.digest for task in tasks}) == 3
+    given = tasks[0].arguments
+    assert (given.prompt, given.width, given.height, given.frames) == (
+        "FPS-24, a fox",
+        960,
+        544,
+        97,
+    )
+    assert tasks[0].files == {"image": batch.file_digest(tmp_path / "a.png")}
+
+
+@pytest.mark.parametrize("name", BAD_REMOTE)
+def test_what_wiro_does_not_make_is_refused(tmp_path, name):
+    changes, sentence = BAD_REMOTE[name]
+    (line,) = remote_lines(tmp_path, {**REMOTE, **changes})
+    assert sentence in line.error
+
+
+def test_without_a_limit_no_job_goes_to_wiro(tmp_path, capsys):
+    (line,) = remote_lines(tmp_path, REMOTE, options=())
+    assert "cost money, and there is no limit: give --wiro-limit" in line.error
+    jobs = write(tmp_path / "jobs.jsonl", {"prompt": PROMPT})
+    code, told, _ = run(capsys, jobs, tmp_path / "out", "--wiro-limit", "much")
+    assert (code, "'much' is not an amount" in told["error"]) == (1, True)
+
+
+def test_jobs_for_wiro_are_made_beside_the_others(tmp_path, capsys, monkeypatch):
+    from comfyui_skyreels.skyreels.pipeline import remote
+
+    def call(self, command, *words):
+        assert "--param=prompt=FPS-24, a fox" in words
+        clip = tmp_path / "paid.mp4"
+        clip.write_bytes(b"paid")
+        return {"price": "0.40", "was_sent": False, "cost": "0.40", "files": [str(clip)]}
+
+    monkeypatch.setattr(remote.RemoteRuns, "_call", call)
+    save_picture(tmp_path / "a.png", 1)
+    wide = {**REMOTE, "width": 960, "height": 544, "frames": 97}
+    jobs = write(tmp_path / "jobs.jsonl", {"prompt": PROMPT}, wide, {**wide, "steps": 9})
+    code, told, _ = run(capsys, jobs, tmp_path / "out", "--wiro-limit", "0.50")
+    assert (code, told["made"], told["failed"]) == (1, 2, 1)
+    assert {job["worker"] for job in told["jobs"]} == {"this process", "wiro.ai"}
+    assert (tmp_path / "out" / told["jobs"][1]["file"] if told["jobs"][1]["file"] else
+            tmp_path / "out" / told["jobs"][2]["file"]).read_bytes() == b"paid"  # fmt: skip
+    assert "of --wiro-limit $0.50 the clips of this folder have taken $0.40" in str(told)
 
 
 # --- what the driver makes of its workers' answers ----------------------------------------------
