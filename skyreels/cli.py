@@ -1253,8 +1253,7 @@ def run_batch(arguments: argparse.Namespace) -> dict[str, Any]:
     weights = _fingerprints(arguments)
     with batch.locked(arguments.out):
         batch.remove_parts(arguments.out)
-        strengths = [strength for _, strength in arguments.lora]
-        lines = _read_jobs(arguments, {"weights": weights, "strengths": strengths})
+        lines = _read_jobs(arguments, weights)
         remote = None if limit is None else RemoteRuns(arguments.out, limit)
         if is_builtin:
             say(BUILTIN_NOTICE)
@@ -1311,13 +1310,15 @@ def batch_maker(
 
     runtime = _runtime_of(given, report or (lambda *_: None), check or never_interrupt)
     load_encoder: Any = functools.cache(_load_encoder)
-    loras = _read_loras(given)
+    load_loras = _lora_reader(given)
 
     @functools.cache
     def load_models() -> "tuple[SkyReelsTransformer, VideoVAE]":
-        models = _load_models(given, runtime)
-        _describe_loras(loras, models[0])
-        return models
+        return _load_models(given, runtime)
+
+    @functools.cache
+    def describe(lora: tuple[tuple[Path, float], ...]) -> None:
+        _describe_loras(load_loras(lora), load_models()[0])
 
     def make(arguments: argparse.Namespace) -> None:
         try:
@@ -1334,17 +1335,36 @@ def batch_maker(
     def make_checked(arguments: argparse.Namespace) -> None:
         start = time.perf_counter()
         image, end_image = _picture_of(arguments), _end_image(arguments)
+        loras = load_loras(tuple(arguments.lora))
+        if [each.lora.digest for each in loras] != arguments.lora_digests:
+            raise OptionError(
+                f"{', '.join(str(file) for file, _ in arguments.lora)}: not what the batch began "
+                "with, or another file on this machine; copy it here, and run the command again."
+            )
         settings = _sampling_settings(arguments, loras)
         if arguments.transformer is not None:
             _check_files(arguments, image is not None)
         prompts = _encode_prompts(arguments, runtime, load_encoder)
         models, size = load_models(), _size_of(arguments)
+        describe(tuple(arguments.lora))
         _make_clip(
             arguments, image, end_image, size, settings, models, prompts,
             runtime=runtime, start=start,
         )  # fmt: skip
 
     return make
+
+
+def _lora_reader(
+    arguments: argparse.Namespace,
+) -> "Callable[[tuple[tuple[Path, float], ...]], tuple[AppliedLora, ...]]":
+    """Reads LoRAs for the transformer of a batch, each set once."""
+
+    @functools.cache
+    def read(lora: tuple[tuple[Path, float], ...]) -> "tuple[AppliedLora, ...]":
+        return _read_loras(argparse.Namespace(**{**vars(arguments), "lora": lora}))
+
+    return read
 
 
 def _fingerprints(arguments: argparse.Namespace) -> dict[str, str]:
@@ -1382,12 +1402,12 @@ class _JobParser(argparse.ArgumentParser):
         )
 
 
-def _read_jobs(arguments: argparse.Namespace, shared: Mapping[str, Any]) -> "list[Line]":
+def _read_jobs(arguments: argparse.Namespace, weights: Mapping[str, str]) -> "list[Line]":
     """The jobs of a batch, each checked.
 
     Args:
         arguments: of `batch`, the defaults of jobs.
-        shared: what all clips are made from.
+        weights: part -> hash, see `_fingerprints`; a job has LoRAs of its own, or those given.
 
     Returns:
         A task, or an error, for each line.
@@ -1398,17 +1418,21 @@ def _read_jobs(arguments: argparse.Namespace, shared: Mapping[str, Any]) -> "lis
     for option in ("--image", "--end-image"):
         parser.add_argument(option, type=_path)
     parser.add_argument("--backend", choices=("local", "remote"), default="local")
+    parser.add_argument("--lora", type=parse_lora, action="append")
     _add_clip(parser)
     # a parser's actions have no public list
     keys = sorted(name[2:] for name in parser._option_string_actions)
     lines = []
     usual = {**vars(arguments), "extend": None, "resume": None, "ranks": None, "receipt": None}
+    usual["lora"] = None
+    shared = {"weights": {p: h for p, h in weights.items() if not p.startswith("LoRA")}}
+    read_loras = _lora_reader(arguments)
     folder = arguments.jobs.absolute().parent
     digests = functools.cache(batch.file_digest)  # of a picture that many lines name
     for number, text in batch.read_lines(arguments.jobs):
         try:
             told = batch.parse_line(text, keys)
-            given = [f"--{key}={value}" for key, value in told.items()]
+            given = [f"--{key}={value}" for key, value in told]
             job = parser.parse_args(given, argparse.Namespace(**usual))
             is_remote = job.backend == "remote"
             files = {}
@@ -1418,9 +1442,14 @@ def _read_jobs(arguments: argparse.Namespace, shared: Mapping[str, Any]) -> "lis
                     setattr(job, name, folder / path)
                     files[name] = digests(folder / path)
             if is_remote:
-                made_from = {**_check_remote(job, told), **files}
+                made_from = {**_check_remote(job, {key for key, _ in told}), **files}
             else:
-                made_from = {**_check_job(job), **files, **shared}
+                own = [(folder / path, strength) for path, strength in job.lora or ()]
+                job.lora = own or arguments.lora
+                loras = read_loras(tuple(job.lora))
+                job.lora_digests = [each.lora.digest for each in loras]
+                changes = [(each.lora.digest, each.strength) for each in loras]
+                made_from = {**_check_job(job), "loras": changes, **files, **shared}
             digest = batch.content_hash(made_from)
             lines.append(batch.Line(number, batch.Task(digest, job, files, is_remote)))
         except SkyReelsError as error:

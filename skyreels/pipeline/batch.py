@@ -120,15 +120,16 @@ def read_lines(path: Path) -> list[tuple[int, str]]:
     return lines
 
 
-def parse_line(text: str, keys: Sequence[str]) -> dict[str, str]:
+def parse_line(text: str, keys: Sequence[str]) -> list[tuple[str, str]]:
     """A job as options of the command line.
 
     Args:
-        text: a JSON object; its keys are names of options, its values texts or numbers.
+        text: a JSON object; its keys are names of options, its values texts or numbers, or lists of
+            texts for an option that is given several times.
         keys: names that are known.
 
     Returns:
-        Values as texts, by name.
+        Names and values, as texts.
 
     Raises:
         OptionError: names what is wrong.
@@ -144,14 +145,17 @@ def parse_line(text: str, keys: Sequence[str]) -> dict[str, str]:
         raise OptionError(
             f'This is {shown(text)} and not an object: write {{"prompt": "...", "seed": 1}}.'
         )
+    given = []
     for key, value in job.items():
         if key not in keys:
             raise OptionError(f"{shown(key)!r} is not one of {', '.join(keys)}: leave it out.")
-        if isinstance(value, bool) or not isinstance(value, str | int | float):
+        is_list = isinstance(value, list) and all(isinstance(each, str) for each in value)
+        if isinstance(value, bool) or not (is_list or isinstance(value, str | int | float)):
             raise OptionError(
                 f"{key} is {shown(json.dumps(value))}: give a text or a number, or leave it out."
             )
-    return {key: str(value) for key, value in job.items()}
+        given += [(key, str(each)) for each in (value if is_list else [value])]
+    return given
 
 
 def content_hash(inputs: Mapping[str, Any]) -> str:

@@ -11,10 +11,13 @@ import numpy as np
 import pytest
 import torch
 from comfyui_skyreels.skyreels import cli
+from comfyui_skyreels.skyreels.builtin import builtin_transformer
 from comfyui_skyreels.skyreels.errors import DependencyError, OptionError, SkyReelsError
 from comfyui_skyreels.skyreels.pipeline import batch, driver, ray_workers
 from comfyui_skyreels.skyreels.pipeline.receipt import read_receipt
+from comfyui_skyreels.skyreels.runtime import TorchRuntime
 from PIL import Image
+from support import lora
 from support.forked import forks
 
 pytestmark = pytest.mark.usefixtures("fast_convolutions", "kept_models")
@@ -91,7 +94,52 @@ def test_weights_are_loaded_once(capsys, tmp_path, monkeypatch):
     assert counts == {"_load_models": 1, "_load_encoder": 1}
 
 
+def test_a_job_has_loras_of_its_own_and_the_next_one_has_none(capsys, tmp_path):
+    parts = lora.draw_parts(builtin_transformer(runtime=TorchRuntime()).config)
+    path = lora.write("musubi-tuner", parts, tmp_path)
+    name = str(path.relative_to(tmp_path))
+    base = {"prompt": PROMPT, "steps": 1, "width": 128, "height": 128}
+    jobs = [base, {**base, "lora": f"{name}:0.2"}, {**base, "lora": [f"{name}:0.1", f"{name}:0.1"]},
+            {**base, "seed": 1}]  # fmt: skip
+    _, told, err = run(capsys, write(tmp_path / "jobs.jsonl", *jobs), tmp_path / "out")
+    assert [job["error"] for job in told["jobs"]] == [None] * 4
+    assert err.count("(musubi-tuner):") == 3
+    clips_ = [(tmp_path / "out" / job["file"]).read_bytes() for job in told["jobs"]]
+    assert len(set(clips_)) == 4
+    options = [f"--{key}={value}" for key, value in base.items()]
+    for number, more in ((1, [f"--lora={path}:0.2"]), (3, ["--seed=1"])):
+        single = tmp_path / f"{number}.mp4"
+        assert cli.main(["generate", "--out", str(single), "--frames=5", *options, *more]) == 0
+        assert single.read_bytes() == clips_[number]
+
+
+def test_a_lora_of_the_command_is_of_lines_without_one_and_is_part_of_names(tmp_path):
+    config = builtin_transformer(runtime=TorchRuntime()).config
+    (tmp_path / "b").mkdir()
+    first, second = (
+        lora.write("musubi-tuner", lora.draw_parts(config, seed), folder)
+        for seed, folder in enumerate((tmp_path, tmp_path / "b"))
+    )
+    job = {"prompt": PROMPT}
+    own = [
+        {**job, "lora": f"{path}:{strength}"} for path in (first, second) for strength in (1, 0.5)
+    ]
+    found = names(tmp_path, [job, *own])
+    assert len(set(found)) == 5
+    assert names(tmp_path, [job, own[2]], "--lora", first) == [found[1], found[3]]
+
+
+def test_a_lora_that_is_another_one_where_the_clip_is_made_is_refused(tmp_path):
+    (task,) = [line.task for line in lines_of(tmp_path, {"prompt": PROMPT})]
+    task.arguments.lora_digests = ["0"]
+    make = cli.batch_maker(task.arguments)
+    with pytest.raises(OptionError, match="not what the batch began with"):
+        make(task.arguments)
+
+
 BAD = {
+    '{"prompt": "a", "lora": [1]}': "lora is [1]: give a text",
+    '{"prompt": "a", "lora": "gone.safetensors"}': "gone.safetensors does not exist",
     "nonsense": "is not JSON",
     "[1]": "not an object",
     '{"prompt": "a", "sed": 1}': "'sed' is not one of",
@@ -174,13 +222,16 @@ def test_a_finished_clip_is_not_made_again(capsys, tmp_path):
 
 
 def names(tmp_path: Path, jobs: list[dict], *options) -> list[str]:
+    return [line.task.digest for line in lines_of(tmp_path, *jobs, options=options)]
+
+
+def lines_of(tmp_path: Path, *jobs: dict, options=()) -> list[batch.Line]:
     path = write(tmp_path / "jobs.jsonl", *jobs)
     words = ["batch", path, "--out", tmp_path, *SMALL, *options]
     arguments = cli.build_parser().parse_args([str(word) for word in words])
-    shared = {"weights": cli._fingerprints(arguments)}
-    lines = cli._read_jobs(arguments, shared)
+    lines = cli._read_jobs(arguments, cli._fingerprints(arguments))
     assert [line.error for line in lines] == [""] * len(jobs)
-    return [line.task.digest for line in lines]
+    return lines
 
 
 def test_a_name_changes_with_each_input(tmp_path):
