@@ -609,6 +609,33 @@ def test_without_a_worker_that_is_used_the_batch_ends():
         drive(Rehearsed([READY], [READY]), ["0", "1"], 2, admit=lambda found: False)
 
 
+def test_a_folder_that_fills_up_ends_the_batch_with_what_is_whole(tmp_path, monkeypatch):
+    replace_, room = os.replace, [2]  # clips that fit
+
+    def replace_while_there_is_room(part, path):
+        if str(path).endswith(".mp4"):
+            if not room[0]:
+                full()
+            room[0] -= 1
+        replace_(part, path)
+
+    monkeypatch.setattr(os, "replace", replace_while_there_is_room)
+    lines = [batch.Line(n, batch.Task(f"{n:032x}", None)) for n in range(4)]
+
+    def work(tasks):
+        return driver.drive(
+            tasks, Rehearsed([READY, *[MADE] * 4]), 1, admit=lambda found: True,
+            save=lambda task, clip: batch.write_whole(task.place(tmp_path), clip),
+            tell=lambda line: None, check=lambda: None,
+        )  # fmt: skip
+
+    with pytest.raises(OSError, match="No space"):
+        batch.run_lines(lines, tmp_path, work, lambda line: None)
+    assert clips(tmp_path) == [f"{n:032x}.mp4" for n in range(2)]
+    summary = json.loads((tmp_path / batch.SUMMARY).read_text())
+    assert (summary["made"], summary["left"]) == (2, 2)
+
+
 def test_no_more_workers_are_started_than_there_are_tasks():
     workers = Rehearsed([READY, MADE])
     assert drive(workers, ["0"], count=5)[1] == ["0"]

@@ -4,6 +4,7 @@ Most tests answer in the place of `python -m wiro_api`; the last ones run it, ag
 server.
 """
 
+import errno
 import json
 import os
 import signal
@@ -94,6 +95,18 @@ def test_the_price_is_on_disk_before_the_run_leaves(answered, tmp_path, monkeypa
     monkeypatch.setattr(remote.RemoteRuns, "_call", watch)
     make(runs, task_of())
     assert seen == [{"a": "0.40"}]
+
+
+def test_what_cannot_be_written_down_is_not_sent(answered, monkeypatch):
+    def fail(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    runs, asked = answered()
+    monkeypatch.setattr(remote, "write_json", fail)
+    (ended,) = make(runs, task_of()).values()
+    assert "No space left on device" in ended.error
+    assert [command for command, *_ in asked] == ["quote"]
+    assert runs._ledger.total == 0
 
 
 def test_what_would_pass_the_limit_is_not_sent(answered, tmp_path):
