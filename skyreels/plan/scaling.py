@@ -127,6 +127,5 @@ def share(
         exchange_s=exchange_s,
         decode_s=decode_s,
         total_s=None if decode_s is None else steps_s + decode_s,
-        # two devices stream nothing, see sampling/sample.py
-        fits=plan.fits and not (layout.branches == 2 and plan.streamed_bytes),
+        fits=plan.fits,
     )

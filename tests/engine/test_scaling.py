@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from comfyui_skyreels.skyreels.config import TransformerConfig
 from comfyui_skyreels.skyreels.plan import (
+    Choice,
     Job,
     Layout,
     cards_table,
@@ -134,11 +135,12 @@ def test_a_link_between_cards_that_is_too_slow_is_said():
     assert "two cards, a branch each" in slow_lines[2] and "does not" not in slow_lines[2]
 
 
-def test_two_cards_that_would_have_to_stream_do_not_fit():
+def test_ways_that_fit_no_card_are_marked():
     machine = replace(card("RTX 4090", 16), num_cards=2)
-    alone, pair, ranks = on_cards(machine, JOB, WEIGHTS)
-    assert (alone.fits, pair.fits, ranks.fits) == (True, False, True)
-    assert "does not fit" in cards_table([alone, pair])[2]
+    assert all(each.fits for each in on_cards(machine, JOB, WEIGHTS))
+    found = on_cards(machine, JOB, WEIGHTS, Choice(is_resident=True))
+    assert [each.fits for each in found] == [False] * 3
+    assert all("does not fit" in line for line in cards_table(found)[1:])
 
 
 def test_several_cards_are_compared_where_there_are_several_and_their_link_is_known():
