@@ -13,10 +13,12 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from ..errors import OptionError, SkyReelsError
 from ..runtime.interrupt import remembered_interrupt
 from .clip import (
+    check_extend,
     check_files,
     describe_loras,
     encode_prompts,
     end_image_of,
+    extend_settings,
     load_encoder,
     load_models,
     make_clip,
@@ -122,7 +124,7 @@ def run_batch(arguments: argparse.Namespace) -> dict[str, Any]:
     with batch.locked(arguments.out):
         batch.remove_parts(arguments.out)
         lines = read_jobs(arguments, weights)
-        remote = None if limit is None else RemoteRuns(arguments.out, limit)
+        remote = None if limit is None else RemoteRuns(arguments.out, limit, say)
         if is_builtin:
             say(BUILTIN_NOTICE)
         with (
@@ -174,6 +176,8 @@ def batch_maker(
     Returns:
         Makes the clip of arguments of `generate`; raises SkyReelsError.
     """
+    from ..media import read_clip
+    from ..pipeline.extend import check_clip
     from ..runtime import never_interrupt
 
     runtime = runtime_of(given, report or (lambda *_: None), check or never_interrupt)
@@ -202,7 +206,13 @@ def batch_maker(
 
     def make_checked(arguments: argparse.Namespace) -> None:
         start = time.perf_counter()
-        image, end_image = picture_of(arguments), end_image_of(arguments)
+        if arguments.extend is None:
+            image, size = picture_of(arguments), size_of(arguments)
+        else:
+            image = read_clip(arguments.extend)
+            size = (image.shape[2], image.shape[1], arguments.frames)
+            check_clip(image, extend_settings(arguments, arguments.frames))
+        end_image = end_image_of(arguments)
         loras = keep_loras(tuple(arguments.lora))
         if [each.lora.digest for each in loras] != arguments.lora_digests:
             raise OptionError(
@@ -213,7 +223,7 @@ def batch_maker(
         if arguments.transformer is not None:
             check_files(arguments, image is not None)
         prompts = encode_prompts(arguments, runtime, keep_encoder)
-        models, size = keep_models(), size_of(arguments)
+        models = keep_models()
         describe(tuple(arguments.lora))
         make_clip(
             arguments, image, end_image, size, settings, models, prompts,
@@ -283,16 +293,17 @@ def read_jobs(arguments: argparse.Namespace, weights: Mapping[str, str]) -> "lis
     from ..pipeline import batch
 
     parser = _JobParser(add_help=False, allow_abbrev=False)
-    for option in ("--image", "--end-image"):
+    for option in ("--image", "--end-image", "--extend"):
         parser.add_argument(option, type=path_of)
+    parser.add_argument("--overlap", type=int)
     parser.add_argument("--backend", choices=("local", "remote"), default="local")
     parser.add_argument("--lora", type=parse_lora, action="append")
     add_clip(parser)
     # a parser's actions have no public list
     keys = sorted(name[2:] for name in parser._option_string_actions)
     lines = []
-    usual = {**vars(arguments), "extend": None, "resume": None, "ranks": None, "receipt": None}
-    usual["lora"] = None
+    none = ("extend", "overlap", "lora", "resume", "ranks", "receipt")
+    usual = {**vars(arguments), "no_color_match": False, **dict.fromkeys(none)}
     shared = {"weights": {p: h for p, h in weights.items() if not p.startswith("LoRA")}}
     keep_loras = _lora_reader(arguments)
     folder = arguments.jobs.absolute().parent
@@ -304,7 +315,7 @@ def read_jobs(arguments: argparse.Namespace, weights: Mapping[str, str]) -> "lis
             job = parser.parse_args(given, argparse.Namespace(**usual))
             is_remote = job.backend == "remote"
             files = {}
-            for name in ("image", "end_image"):
+            for name in ("image", "end_image", "extend"):
                 path = getattr(job, name, None)
                 if path is not None:
                     setattr(job, name, folder / path)
@@ -317,6 +328,9 @@ def read_jobs(arguments: argparse.Namespace, weights: Mapping[str, str]) -> "lis
                 loras = keep_loras(tuple(job.lora))
                 job.lora_digests = [each.lora.digest for each in loras]
                 changes = [(each.lora.digest, each.strength) for each in loras]
+                if job.extend is not None:  # which has a size
+                    for name in {"width", "height"} - {key for key, _ in told}:
+                        setattr(job, name, None)
                 made_from = {**_check_job(job), "loras": changes, **files, **shared}
             digest = batch.content_hash(made_from)
             lines.append(batch.Line(number, batch.Task(digest, job, files, is_remote)))
@@ -341,12 +355,17 @@ def _check_job(arguments: argparse.Namespace) -> dict[str, Any]:
     if not arguments.prompt:
         raise OptionError("There is no prompt: write one in the line, or give --prompt for all.")
     apply_preset(arguments)
-    arguments.width, arguments.height, arguments.frames = size_of(arguments)
-    check_size(arguments.width, arguments.height, arguments.frames)
+    check_extend(arguments)
+    width, height, arguments.frames = size_of(arguments)
+    if arguments.extend is None:
+        arguments.width, arguments.height = width, height
+        check_size(width, height, arguments.frames)
+    else:
+        extend_settings(arguments, arguments.frames)
     settings = sampling_settings(arguments, ())
     image_settings(arguments)
     negative = DEFAULT_NEGATIVE_PROMPT if arguments.negative is None else arguments.negative
-    told = {name: getattr(arguments, name) for name in _HASHED}
+    told = {name: getattr(arguments, name) for name in (*_HASHED, "overlap")}
     return {**told, "negative": negative, "cache": repr(settings.cache)}
 
 

@@ -120,10 +120,12 @@ class RemoteRuns:
     Args:
         folder: of the clips, locked.
         limit: US dollars for all jobs of the folder together.
+        tell: takes a line for people.
     """
 
-    def __init__(self, folder: Path, limit: Decimal) -> None:
+    def __init__(self, folder: Path, limit: Decimal, tell: Callable[[str], None]) -> None:
         self._folder, self._ledger = folder, Ledger(folder / LEDGER, limit)
+        self._tell = tell
         self._programs: set[subprocess.Popen[str]] = set()
         self._is_stopped = False
         self._lock = threading.Lock()
@@ -140,6 +142,8 @@ class RemoteRuns:
         finally:
             with self._lock:
                 self._is_stopped = True
+                if self._programs:
+                    self._tell("What was sent to Wiro goes on there; the same command collects it.")
                 for program in self._programs:
                     _interrupt(program)
             pool.shutdown(wait=True, cancel_futures=True)

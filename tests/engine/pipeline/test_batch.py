@@ -13,6 +13,7 @@ import torch
 from comfyui_skyreels.skyreels import cli
 from comfyui_skyreels.skyreels.builtin import builtin_transformer
 from comfyui_skyreels.skyreels.errors import DependencyError, OptionError, SkyReelsError
+from comfyui_skyreels.skyreels.media import read_clip
 from comfyui_skyreels.skyreels.pipeline import batch, driver, ray_workers
 from comfyui_skyreels.skyreels.pipeline.receipt import read_receipt
 from comfyui_skyreels.skyreels.runtime import TorchRuntime
@@ -113,6 +114,27 @@ def test_a_job_has_loras_of_its_own_and_the_next_one_has_none(capsys, tmp_path):
         assert single.read_bytes() == clips_[number]
 
 
+def test_a_job_continues_a_clip(capsys, tmp_path):
+    first = tmp_path / "first.mp4"
+    size = ["--width", "48", "--height", "32", "--steps", "1"]
+    words = ["generate", "--prompt", PROMPT, "--frames", "9", "--out", str(first), *size]
+    assert cli.main(words) == 0
+    job = {"prompt": PROMPT, "extend": "first.mp4", "frames": 9}
+    jobs = [job, {**job, "overlap": 5}, {**job, "overlap": 3}, {**job, "width": 48}]
+    # the clip has a size, whatever the command's is
+    _, told, _ = run(capsys, write(tmp_path / "jobs.jsonl", *jobs), tmp_path / "out")
+    errors = [job["error"] for job in told["jobs"]]
+    assert errors[:2] == [None, None]
+    assert "3" in errors[2]
+    assert "leave --width and --height out" in errors[3]
+    found = [read_clip(tmp_path / "out" / job["file"]) for job in told["jobs"][:2]]
+    assert [tuple(clip.shape) for clip in found] == [(17, 32, 48, 3), (13, 32, 48, 3)]
+    assert (
+        torch.equal(found[0][:8], read_clip(first)[:8])
+        or (found[0][:8] - read_clip(first)[:8]).abs().mean() < 0.05
+    )
+
+
 def test_a_lora_of_the_command_is_of_lines_without_one_and_is_part_of_names(tmp_path):
     config = builtin_transformer(runtime=TorchRuntime()).config
     (tmp_path / "b").mkdir()
@@ -138,6 +160,8 @@ def test_a_lora_that_is_another_one_where_the_clip_is_made_is_refused(tmp_path):
 
 
 BAD = {
+    '{"prompt": "a", "overlap": 5}': "belong to --extend CLIP",
+    '{"prompt": "a", "extend": "gone.mp4"}': "gone.mp4 does not exist",
     '{"prompt": "a", "lora": [1]}': "lora is [1]: give a text",
     '{"prompt": "a", "lora": "gone.safetensors"}': "gone.safetensors does not exist",
     "nonsense": "is not JSON",

@@ -56,7 +56,7 @@ def answered(tmp_path, monkeypatch):
             return {**told, "files": [str(place / "0.mp4")], **(run or {})}
 
         monkeypatch.setattr(remote.RemoteRuns, "_call", call)
-        return remote.RemoteRuns(tmp_path, Decimal(limit)), asked
+        return remote.RemoteRuns(tmp_path, Decimal(limit), print), asked
 
     return prepare
 
@@ -170,7 +170,7 @@ def test_a_ledger_that_cannot_be_read_stops_the_batch(tmp_path):
     for content in ("{", '{"a": "much"}', "[1]", '{"a": "-1"}', '{"a": null}'):
         (tmp_path / remote.LEDGER).write_text(content)
         with pytest.raises(OptionError, match="what was spent on Wiro is not known"):
-            remote.RemoteRuns(tmp_path, Decimal(1))
+            remote.RemoteRuns(tmp_path, Decimal(1), print)
 
 
 @pytest.mark.parametrize("text", ["", "free", "-1", "nan", "inf"])
@@ -198,7 +198,7 @@ def test_others_are_made_here_meanwhile(answered):
 
 
 def test_an_error_here_interrupts_what_runs_and_keeps_the_rest_from_being_sent(
-    answered, monkeypatch
+    answered, monkeypatch, capsys
 ):
     monkeypatch.setattr(remote, "AT_ONCE", 1)
     runs, asked = answered()
@@ -226,6 +226,7 @@ def test_an_error_here_interrupts_what_runs_and_keeps_the_rest_from_being_sent(
     with pytest.raises(SkyReelsError, match="the disk is full"):
         make(runs, task_of("a"), task_of("b"), here=here())
     assert len(asked) == 1
+    assert "goes on there; the same command collects it" in capsys.readouterr().out
 
 
 @pytest.fixture
@@ -248,12 +249,12 @@ def runs_of(server) -> int:
 
 
 def test_a_clip_comes_from_wiro_and_is_paid_for_once(server, tmp_path):
-    (ended,) = make(remote.RemoteRuns(tmp_path, Decimal(1)), task_of()).values()
+    (ended,) = make(remote.RemoteRuns(tmp_path, Decimal(1), print), task_of()).values()
     assert ended.error == ""
     assert (tmp_path / "a.mp4").read_bytes() == server.files["0.mp4"]
     assert len(list((tmp_path / "wiro" / "a").glob("*.receipt.json"))) == 1
     (tmp_path / "a.mp4").unlink()  # as if the driver had been killed before the copy
-    (again,) = make(remote.RemoteRuns(tmp_path, Decimal(0)), task_of()).values()
+    (again,) = make(remote.RemoteRuns(tmp_path, Decimal(0), print), task_of()).values()
     assert again.error == ""
     assert (tmp_path / "a.mp4").is_file()
     assert runs_of(server) == 1
@@ -261,9 +262,9 @@ def test_a_clip_comes_from_wiro_and_is_paid_for_once(server, tmp_path):
 
 def test_an_answer_that_is_lost_is_collected_by_the_next_batch(server, tmp_path, monkeypatch):
     server.fail("Run", "lost")
-    (ended,) = make(remote.RemoteRuns(tmp_path, Decimal(1)), task_of()).values()
+    (ended,) = make(remote.RemoteRuns(tmp_path, Decimal(1), print), task_of()).values()
     if ended.error:  # it was found at once, or is found now
-        (ended,) = make(remote.RemoteRuns(tmp_path, Decimal(1)), task_of()).values()
+        (ended,) = make(remote.RemoteRuns(tmp_path, Decimal(1), print), task_of()).values()
     assert ended.error == ""
     assert runs_of(server) == 1
     assert (tmp_path / "a.mp4").is_file()
@@ -272,7 +273,7 @@ def test_an_answer_that_is_lost_is_collected_by_the_next_batch(server, tmp_path,
 @pytest.mark.skipif(sys.platform == "win32", reason="kill -9 is of POSIX")
 def test_what_a_killed_batch_had_sent_is_collected(server, tmp_path):
     server.states, server.steps_by_itself = ("task_start", "task_postprocess_end"), False
-    runs = remote.RemoteRuns(tmp_path, Decimal(1))
+    runs = remote.RemoteRuns(tmp_path, Decimal(1), print)
     ended = []
     batch_thread = threading.Thread(target=lambda: ended.extend(make(runs, task_of()).values()))
     batch_thread.start()
@@ -285,7 +286,7 @@ def test_what_a_killed_batch_had_sent_is_collected(server, tmp_path):
     assert "ended with -9" in ended[0].error
     assert spent(tmp_path) == {"a": "0.3"}  # it was sent
     server.steps_by_itself = True
-    (again,) = make(remote.RemoteRuns(tmp_path, Decimal("0.30")), task_of()).values()
+    (again,) = make(remote.RemoteRuns(tmp_path, Decimal("0.30"), print), task_of()).values()
     assert again.error == ""
     assert runs_of(server) == 1
     assert (tmp_path / "a.mp4").is_file()
@@ -293,6 +294,6 @@ def test_what_a_killed_batch_had_sent_is_collected(server, tmp_path):
 
 def test_without_a_key_nothing_is_sent(server, tmp_path, monkeypatch):
     monkeypatch.setenv("WIRO_API_KEY", "")
-    (ended,) = make(remote.RemoteRuns(tmp_path, Decimal(1)), task_of()).values()
+    (ended,) = make(remote.RemoteRuns(tmp_path, Decimal(1), print), task_of()).values()
     assert "no Wiro API key" in ended.error
     assert server.seen == []
