@@ -33,7 +33,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 PICTURE_BYTES, CLIP_BYTES = 2_000_000, 5_000_000
 WORKERS = (1, 2, 4, 8, 16, 32, 64, 256, 1000)
-#: seconds of a clip: eight cards, one H100 with a faster mode, exact on one H100, on one RTX 4090
+#: seconds of a clip: a very short one, then as planned for eight H100, for one, for one RTX 4090
 CLIP_SECONDS = (5.0, 35.0, 256.0, 1005.0)
 
 
