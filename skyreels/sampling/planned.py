@@ -297,10 +297,9 @@ def compare_ranks(run: PlannedRun) -> None:
     alone = plan_run(run.machine, replace(run.job, num_ranks=1), run.weights, choice, run.needed)
     shared_s, alone_s = run.plan.seconds["step"], alone.seconds["step"]
     if shared_s is None or alone_s is None:
-        logger.info(
-            "%d ranks share each prediction; whether that is faster than one depends on what goes "
-            "between them: `python -m skyreels doctor --plan` measures it.", number
-        )  # fmt: skip
+        advice = "; whether they are faster than one, `python -m skyreels doctor --plan` says"
+        is_cuda = run.runtime.device.type == "cuda"  # between CPUs nothing is measured
+        logger.info("%d ranks share each prediction%s.", number, advice if is_cuda else "")
         return
     logger.info(
         "%d ranks share each prediction and take about %s a step; one takes %s.", number,

@@ -204,7 +204,7 @@ def run():
 @pytest.mark.parametrize(
     ("machine_rates", "words", "levels"),
     [
-        ({}, "`python -m skyreels doctor --plan` measures it", [logging.INFO]),
+        ({}, "2 ranks share each prediction.", [logging.INFO]),
         ({"peer": 1e12}, "2 ranks share each prediction and take about", [logging.INFO]),
         ({"peer": 1e3}, "one device would take no longer", [logging.INFO, logging.WARNING]),
     ],
