@@ -22,7 +22,7 @@ class PeakBytes(TorchDispatchMode):
         self._known: dict[int, int] = {}
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        result = _run(func, args, kwargs or {})
+        result = run(func, args, kwargs or {})
         before = {
             leaf.untyped_storage()._cdata for leaf in _tensors((*args, *(kwargs or {}).values()))
         }
@@ -44,11 +44,11 @@ class PeakBytes(TorchDispatchMode):
             self.live -= size
 
 
-#: operator and the shapes of its arguments -> what it returned for them, see `_run`
+#: operator and the shapes of its arguments -> what it returned for them, see `run`
 _returned: dict[tuple, Any] = {}
 
 
-def _run(func: Any, args: tuple, kwargs: dict) -> Any:
+def run(func: Any, args: tuple, kwargs: dict) -> Any:
     """What an operator returns, for shapes that it has seen without asking it.
 
     On shape-only tensors the operators are Python code of a millisecond; a clip of 97 frames takes
