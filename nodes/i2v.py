@@ -21,6 +21,7 @@ from .local.text import encoder_choices
 from .remote.nodes import WiroRemoteI2V
 from .remote.run import fingerprint
 from .remote.widgets import (
+    PICTURE_AND_PROMPT,
     SKYREELS_OPTIONAL,
     TAKE,
     TIMEOUT_MINUTES,
@@ -68,19 +69,7 @@ class SkyReelsI2V:
         sizes = "Multiple of 16. Wiro makes 960x544 and 544x960; the built-in model 64x64."
         return {
             "required": {
-                "image": (
-                    "IMAGE",
-                    {"tooltip": "First frame of the video; of a batch, the first image is used."},
-                ),
-                "prompt": (
-                    "STRING",
-                    {
-                        "multiline": True,
-                        "dynamicPrompts": True,
-                        "default": "",
-                        "tooltip": "What happens in the video. Must not be empty.",
-                    },
-                ),
+                **PICTURE_AND_PROMPT,
                 "backend": (
                     [AUTO, LOCAL, REMOTE],
                     {

@@ -12,6 +12,7 @@ from .. import host
 from .inputs import IMAGE_PARAMETER, IMAGES, SOCKETS, model_files, parse_assignments, png_part
 from .run import Result, RunView, check_fields, collect, fingerprint, remember, run_model, wanted
 from .widgets import (
+    PICTURE_AND_PROMPT,
     SKYREELS_OPTIONAL,
     TAKE,
     TIMEOUT_MINUTES,
@@ -56,19 +57,7 @@ class WiroRemoteI2V:
     def INPUT_TYPES(cls) -> dict[str, Any]:
         return {
             "required": {
-                "image": (
-                    "IMAGE",
-                    {"tooltip": "First frame of the video; of a batch, the first image is used."},
-                ),
-                "prompt": (
-                    "STRING",
-                    {
-                        "multiline": True,
-                        "dynamicPrompts": True,
-                        "default": "",
-                        "tooltip": "What happens in the video. Must not be empty.",
-                    },
-                ),
+                **PICTURE_AND_PROMPT,
                 **skyreels_required(),
             },
             "optional": {

@@ -49,6 +49,21 @@ TIMEOUT_MINUTES = (
 
 # --- of SkyReels-V1 -----------------------------------------------------------------------------
 
+PICTURE_AND_PROMPT = {
+    "image": (
+        "IMAGE",
+        {"tooltip": "First frame of the video; of a batch, the first image is used."},
+    ),
+    "prompt": (
+        "STRING",
+        {
+            "multiline": True,
+            "dynamicPrompts": True,
+            "default": "",
+            "tooltip": "What happens in the video. Must not be empty.",
+        },
+    ),
+}
 SKYREELS_OPTIONAL = {
     "negative_prompt": (
         "STRING",

@@ -6,6 +6,7 @@ nothing, and a cancelled or failed run finds every weight where it was.
 
 import ctypes
 import math
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from mmap import PAGESIZE
@@ -131,6 +132,49 @@ def page_unlock(memory: Tensor) -> None:
     """Undo `page_lock`; no copy from this memory may be under way."""
     cudart: Any = torch.cuda.cudart()  # type: ignore[no-untyped-call]
     _check(cudart.cudaHostUnregister(memory.data_ptr()))
+
+
+#: address and bytes of what `hold_locked` keeps -> how many hold it, and what undoes it
+_held: dict[tuple[int, int], tuple[int, Callable[[Tensor], None]]] = {}
+_guard = threading.Lock()
+
+
+def hold_locked(
+    memory: Tensor, pin: Callable[[Tensor], None], unpin: Callable[[Tensor], None]
+) -> Callable[[], None]:
+    """Keep memory page-locked, which others of this process may do at the same time.
+
+    Args:
+        memory: from `whole_pages`; whoever shares it gives the same tensors there.
+        pin: page-locks it where nobody has yet; may raise RuntimeError.
+        unpin: undoes that, when the last one lets go.
+
+    Returns:
+        Lets go.
+    """
+    key = memory.data_ptr(), memory.nbytes
+    with _guard:
+        count, undo = _held.get(key, (0, unpin))
+        if not count:
+            pin(memory)
+        _held[key] = count + 1, undo
+
+    def release() -> None:
+        with _guard:
+            count, undo = _held.pop(key)
+            if count > 1:
+                _held[key] = count - 1, undo
+            else:
+                undo(memory)
+
+    return release
+
+
+def is_held(tensor: Tensor) -> bool:
+    """Whether some of a tensor's memory is page-locked by `hold_locked`."""
+    first, last = tensor.data_ptr(), tensor.data_ptr() + tensor.nbytes
+    with _guard:
+        return any(start < last and first < start + num_bytes for start, num_bytes in _held)
 
 
 def _check(code: Any) -> None:

@@ -516,7 +516,7 @@ def cut_sources(blocks: Sequence[Sequence[Tensor]], locked: Sequence[Tensor]) ->
 
     Args:
         blocks: tensors of each block, contiguous.
-        locked: memory from `offload.whole_pages` of these tensors that is page-locked.
+        locked: memory from `offload.whole_pages` of these tensors that is or may be page-locked.
 
     Returns:
         For each tensor of each block its bytes in parts, each [num_bytes] uint8.

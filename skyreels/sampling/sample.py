@@ -263,13 +263,6 @@ def _denoise(
         if twin is not None and second is not None:
             other = stack.enter_context(prepare(twin, second, side=1, leader=own.attention))
             compare_devices(own.run, other.run)
-            if own.run.plan.streamed_bytes and second.device.type == "cuda":
-                # both would page-lock the same memory, and copy across what the other has locked
-                raise OptionError(
-                    f"The model does not fit {runtime.device} whole, and two devices cannot stream "
-                    "its blocks from the same memory: use an 8-bit precision, fewer frames, or one "
-                    "device."
-                )
         warn_of_few_steps(settings)
         kept = None if settings.noise_mask is None else _Kept(image, settings, runtime.device)
 

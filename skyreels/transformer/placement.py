@@ -19,7 +19,15 @@ from ..config import TransformerConfig
 from ..errors import OutOfRoomError
 from ..kernels import dispatch
 from ..runtime import Runtime
-from ..runtime.offload import RESERVE_BYTES, module_tensors, onload, onload_bytes, whole_pages
+from ..runtime.offload import (
+    RESERVE_BYTES,
+    hold_locked,
+    is_held,
+    module_tensors,
+    onload,
+    onload_bytes,
+    whole_pages,
+)
 from ..runtime.streaming import (
     SLOTS,
     BlockStream,
@@ -251,23 +259,25 @@ def _pin(
 ) -> tuple[Sources, bool]:
     """Page-lock blocks as far as possible, until `stack` undoes it; say it if that is not all.
 
+    Another device of the run may stream from the same memory: each block is locked by itself, so
+    that both name the same pages.
+
     Returns:
         Where their bytes are read, and whether all of it is page-locked.
     """
-    locked: list[Tensor] = []
+    pages: list[Tensor] = []
     refused_bytes, reason = 0, ""
-    homes = [tensor.data for tensors in blocks for tensor in tensors]
-    for memory in whole_pages([home for home in homes if not home.is_pinned()]):
+    for tensors in blocks:
+        homes = [tensor.data for tensor in tensors if tensor.device.type == "cpu"]
+        pages += whole_pages([home for home in homes if is_held(home) or not home.is_pinned()])
+    for memory in pages:
         runtime.check_interrupt()
         try:
-            runtime.pin(memory)
+            stack.callback(hold_locked(memory, runtime.pin, runtime.unpin))
         except RuntimeError as error:
             refused_bytes += memory.nbytes
             reason = reason or dispatch.brief(error)
-        else:
-            stack.callback(runtime.unpin, memory)
-            locked.append(memory)
-    sources = cut_sources(blocks, locked)
+    sources = cut_sources(blocks, pages)  # what is refused here may be locked for another device
     try:
         page_lock_ends(sources)
     except RuntimeError as error:

@@ -250,12 +250,12 @@ def test_loras_are_read_from_the_command_line_and_change_the_clip(capsys, tmp_pa
     ],
 )
 def test_what_follows_the_last_colon_is_a_strength_if_it_is_a_number(text, file, strength):
-    assert cli.parse_lora(text) == (Path(file), strength)
+    assert cli.options.parse_lora(text) == (Path(file), strength)
 
 
 def test_a_file_whose_name_ends_like_a_strength_is_a_file(tmp_path):
     (tmp_path / "x:2").touch()
-    assert cli.parse_lora(str(tmp_path / "x:2")) == (tmp_path / "x:2", 1.0)
+    assert cli.options.parse_lora(str(tmp_path / "x:2")) == (tmp_path / "x:2", 1.0)
 
 
 @pytest.mark.parametrize(
@@ -270,7 +270,7 @@ def test_a_file_whose_name_ends_like_a_strength_is_a_file(tmp_path):
 def test_a_preset_gives_the_settings_that_are_not_given(options, values):
     words = ["generate", "--prompt", "x", "--out", "x.npy", *options]
     arguments = cli.build_parser().parse_args(words)
-    cli.apply_preset(arguments)
+    cli.options.apply_preset(arguments)
     names = ("steps", "cfg", "embedded_guidance", "shift")
     assert tuple(getattr(arguments, name) for name in names) == values
 
@@ -279,7 +279,7 @@ def test_a_preset_gives_the_settings_that_are_not_given(options, values):
 def test_the_riflex_option_reaches_the_run(option, k):
     words = ["generate", "--prompt", "x", "--out", "x.npy", "--riflex", option]
     arguments = cli.build_parser().parse_args([*words, "--transformer", "x"])
-    assert cli.riflex_k(arguments) == k
+    assert cli.options.riflex_k(arguments) == k
 
 
 @pytest.mark.parametrize(
@@ -516,7 +516,7 @@ def test_a_text_to_video_transformer_makes_a_clip_of_the_prompt_alone(capsys, tm
 def test_a_picture_for_a_text_to_video_transformer_is_refused_before_text_is_encoded(
     capsys, tmp_path, t2v_slots, picture, monkeypatch, options, words
 ):
-    monkeypatch.setattr(cli, "_encode_prompts", lambda *_: pytest.fail("text was encoded"))
+    monkeypatch.setattr(cli.generate, "encode_prompts", lambda *_: pytest.fail("text was encoded"))
     np.save(tmp_path / "clip.npy", np.zeros((5, 32, 32, 3), np.float32))
     paths = {"PICTURE": picture, "CLIP": tmp_path / "clip.npy"}
     given = [paths.get(option, option) for option in options]
@@ -805,14 +805,14 @@ def test_slips_are_refused_before_any_work(capsys, tmp_path, options, words):
 def test_an_output_that_cannot_be_written_is_found_first(capsys, tmp_path, place, monkeypatch):
     (tmp_path / "file").touch()
     (tmp_path / f"taken.npy.{os.getpid()}.part").mkdir()
-    monkeypatch.setattr(cli, "_generate", lambda *_: pytest.fail("work was begun"))
+    monkeypatch.setattr(cli.generate, "_generate", lambda *_: pytest.fail("work was begun"))
     code, out, _ = run(capsys, "generate", *FAST, "--out", tmp_path / place, "--json")
     assert code == 1
     assert "cannot be written" in json.loads(out)["error"]
 
 
 def test_weights_are_looked_at_before_minutes_of_text_encoding(capsys, tmp_path, monkeypatch):
-    monkeypatch.setattr(cli, "_encode_prompts", lambda *_: pytest.fail("text was encoded"))
+    monkeypatch.setattr(cli.generate, "encode_prompts", lambda *_: pytest.fail("text was encoded"))
     vae = tiny.save(tmp_path / "v.safetensors", VideoVAE(tiny.VAE).state_dict())
     slots = ["--transformer", vae, "--vae", vae, "--text-encoder", tmp_path]
     code, _, err = run(capsys, "generate", *FAST, *slots, "--out", tmp_path / "x.npy")
@@ -855,7 +855,7 @@ def test_what_no_check_foresaw_is_still_one_sentence(capsys, tmp_path, monkeypat
     def fail(*_):
         raise error
 
-    monkeypatch.setattr(cli, "_generate", fail)
+    monkeypatch.setattr(cli.generate, "_generate", fail)
     code, out, err = run(capsys, "generate", *FAST, "--out", tmp_path / "x.npy", "--json")
     assert code == 1
     assert words in json.loads(out)["error"]
@@ -896,7 +896,7 @@ def test_doctor_survives_files_nobody_can_read_and_finds_folders(capsys, tmp_pat
 
 
 def test_a_place_that_cannot_be_used_is_found_before_any_work(capsys, tmp_path, monkeypatch):
-    monkeypatch.setattr(cli, "_generate", lambda *_: pytest.fail("it began"))
+    monkeypatch.setattr(cli.generate, "_generate", lambda *_: pytest.fail("it began"))
     (tmp_path / "folder").mkdir()
     (tmp_path / "file").touch()
     os.mkfifo(tmp_path / "pipe")
@@ -925,7 +925,10 @@ def test_a_tilde_is_the_home_folder_in_every_path(monkeypatch, tmp_path):
         assert getattr(arguments, name.replace("-", "_")) == tmp_path / name
     for name in lists:
         assert getattr(arguments, name.replace("-", "_")) == [tmp_path / name]
-    assert cli.parse_lora("~/style.safetensors:0.5") == (tmp_path / "style.safetensors", 0.5)
+    assert cli.options.parse_lora("~/style.safetensors:0.5") == (
+        tmp_path / "style.safetensors",
+        0.5,
+    )
     assert cli.build_parser().parse_args(["inspect", "~/x"]).path == tmp_path / "x"
     nobody = cli.build_parser().parse_args(["inspect", "~nobody-here/x"]).path
     assert nobody == Path("~nobody-here/x")
@@ -975,7 +978,7 @@ def test_a_full_disk_is_called_full(capsys, monkeypatch):
     def full(*_):
         raise OSError(errno.ENOSPC, "No space left on device", "clip.npy")
 
-    monkeypatch.setattr(cli, "_check_places", full)
+    monkeypatch.setattr(cli.generate, "_check_places", full)
     code, _, err = run(capsys, "generate", *FAST, "--out", "clip.npy")
     assert code == 1
     assert "its disk is full" in err
@@ -1121,7 +1124,7 @@ def test_a_place_that_cannot_be_written_names_the_one_that_can(capsys, tmp_path,
 
 
 def test_two_devices_are_named_with_a_comma(monkeypatch):
-    from comfyui_skyreels.skyreels.cli import pick_devices
+    from comfyui_skyreels.skyreels.cli.devices import pick_devices
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
@@ -1201,8 +1204,8 @@ def test_an_illegal_size_is_refused_before_any_weight_file_is_looked_at(
 
 def test_where_standard_error_is_a_file_a_line_a_minute_says_how_far_it_is(capsys, monkeypatch):
     now = [0.0]
-    monkeypatch.setattr(cli.time, "perf_counter", lambda: now[0])
-    with cli.progress_bar() as report:
+    monkeypatch.setattr(cli.console.time, "perf_counter", lambda: now[0])
+    with cli.console.progress_bar() as report:
         for step in range(31):
             report("sample", step, 30)
             now[0] += 25.0

@@ -74,22 +74,22 @@ def test_a_clip_is_that_of_generate(capsys, tmp_path):
 
 
 def test_weights_are_loaded_once(capsys, tmp_path, monkeypatch):
-    counts = dict.fromkeys(("_load_models", "_load_encoder"), 0)
+    counts = dict.fromkeys(("load_models", "load_encoder"), 0)
 
     def counted(name):
-        load = getattr(cli, name)
+        load = getattr(cli.batch, name)
 
         def count(*arguments):
             counts[name] += 1
             return load(*arguments)
 
-        monkeypatch.setattr(cli, name, count)
+        monkeypatch.setattr(cli.batch, name, count)
 
     for name in counts:
         counted(name)
     jobs = [{"prompt": PROMPT, "seed": seed} for seed in range(3)]
     assert run(capsys, write(tmp_path / "jobs.jsonl", *jobs), tmp_path / "out")[1]["made"] == 3
-    assert counts == {"_load_models": 1, "_load_encoder": 1}
+    assert counts == {"load_models": 1, "load_encoder": 1}
 
 
 BAD = {
@@ -132,14 +132,14 @@ def test_an_error_of_one_clip_is_that_clips(capsys, tmp_path):
 
 
 def test_what_no_check_caught_is_that_clips_too(capsys, tmp_path, monkeypatch):
-    make = cli._make_clip
+    make = cli.batch.make_clip
 
     def fail_once(arguments, *rest, **options):
         if arguments.seed == 1:
             raise MemoryError
         return make(arguments, *rest, **options)
 
-    monkeypatch.setattr(cli, "_make_clip", fail_once)
+    monkeypatch.setattr(cli.batch, "make_clip", fail_once)
     jobs = [{"prompt": PROMPT, "seed": seed} for seed in (1, 2)]
     code, told, _ = run(capsys, write(tmp_path / "jobs.jsonl", *jobs), tmp_path / "out")
     assert code == 1
@@ -178,8 +178,8 @@ def names(tmp_path: Path, jobs: list[dict], *options) -> list[str]:
     path = write(tmp_path / "jobs.jsonl", *jobs)
     words = ["batch", path, "--out", tmp_path, *SMALL, *options]
     arguments = cli.build_parser().parse_args([str(word) for word in words])
-    shared = {"weights": cli._fingerprints(arguments)}
-    lines = cli._read_jobs(arguments, shared)
+    shared = {"weights": cli.batch.fingerprints(arguments)}
+    lines = cli.batch.read_jobs(arguments, shared)
     assert [line.error for line in lines] == [""] * len(jobs)
     return [line.task.digest for line in lines]
 
@@ -217,8 +217,8 @@ def test_a_name_depends_on_contents_and_not_on_how_they_are_said(tmp_path):
 
 def test_a_name_depends_on_the_weights(tmp_path, monkeypatch):
     before = names(tmp_path, [{"prompt": PROMPT}])
-    found = cli._fingerprints
-    monkeypatch.setattr(cli, "_fingerprints", lambda given: {**found(given), "vae": "other"})
+    found = cli.batch.fingerprints
+    monkeypatch.setattr(cli.batch, "fingerprints", lambda given: {**found(given), "vae": "other"})
     assert names(tmp_path, [{"prompt": PROMPT}]) != before
 
 
@@ -309,7 +309,7 @@ def test_an_interrupted_batch_says_what_continues_it(capsys, tmp_path, monkeypat
     def interrupt(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli, "_make_clip", interrupt)
+    monkeypatch.setattr(cli.batch, "make_clip", interrupt)
     jobs = write(tmp_path / "jobs.jsonl", {"prompt": PROMPT})
     code, told, _ = run(capsys, jobs, tmp_path / "out")
     assert code == 130
@@ -328,7 +328,7 @@ def test_workers_are_for_ray(capsys, tmp_path, options):
 
 def test_without_ray_its_extra_is_named(capsys, tmp_path, monkeypatch):
     monkeypatch.setattr(ray_workers.importlib.util, "find_spec", lambda _: None)
-    crew = ray_workers.Crew("local", None, "auto", cli.batch_maker, cli._fingerprints)
+    crew = ray_workers.Crew("local", None, "auto", cli.batch.batch_maker, cli.batch.fingerprints)
     with pytest.raises(DependencyError, match=r"pip install \"skyreels-wiro\[ray\]\""):
         ray_workers.check_crew(crew)
 

@@ -1,5 +1,7 @@
 """What a step costs, and streaming that leaves everything where it was."""
 
+from contextlib import ExitStack
+
 import pytest
 import torch
 from comfyui_skyreels.skyreels.config import CHUNKINGS, TransformerConfig
@@ -9,6 +11,7 @@ from comfyui_skyreels.skyreels.kernels.blocks import BLOCK_TYPES
 from comfyui_skyreels.skyreels.runtime import TorchRuntime, offload, streaming
 from comfyui_skyreels.skyreels.runtime.offload import weight_bytes
 from comfyui_skyreels.skyreels.runtime.streaming import CopiesInOrder, least_bytes, padded_bytes
+from comfyui_skyreels.skyreels.sampling.pair import twin_of
 from comfyui_skyreels.skyreels.sampling.step_cache import FirstBlockCache
 from comfyui_skyreels.skyreels.transformer import placement
 from comfyui_skyreels.skyreels.transformer.block_linear import BlockLinear
@@ -151,6 +154,9 @@ class Locking(SmallDevice):
     def pin(self, memory):
         if memory.nbytes > self.lockable:
             raise RuntimeError("CUDA error: out of memory")
+        first, last = memory.data_ptr(), memory.data_ptr() + memory.nbytes
+        taken = any(start < last and first < end for start, end in Machine.locked.items())
+        assert not taken, "CUDA registers no page twice"
         self.lockable -= memory.nbytes
         self.locked.append(memory.data_ptr())
         Machine.locked[memory.data_ptr()] = memory.data_ptr() + memory.nbytes
@@ -405,6 +411,33 @@ def test_no_neighbour_of_a_streamed_block_is_page_locked_in_part(machine):
             assert not any(first < end and start < last for start, end in Machine.locked.items())
         result = model.denoise(*inputs, run_block=run_block)
     assert torch.equal(result, expected)
+
+
+@pytest.mark.parametrize("lockable", [2**40, 60_000])
+@pytest.mark.parametrize("blocks", [(0, 1), (1, 0), (0, 0)])
+def test_two_devices_stream_from_the_same_memory(machine, monkeypatch, blocks, lockable):
+    """Both read what one of them has locked, until the last one leaves."""
+    monkeypatch.setattr(streaming, "page_locked", lambda n: torch.empty(n, dtype=torch.uint8))
+    model = tiny.transformer()
+    twin = twin_of(model)
+    kept, sizes = away_bytes(model)
+    least, large = kept + least_bytes(sizes), max(sizes)
+    first = Locking(least + blocks[0] * large, lockable)
+    second = Locking(least + blocks[1] * large)
+    inputs = denoise_inputs(model)
+    expected = model.denoise(*inputs)
+    with ExitStack() as stack:
+        stacks = [stack.enter_context(ExitStack()) for _ in range(2)]
+        one = stacks[0].enter_context(placed(model, first, 0))
+        other = stacks[1].enter_context(placed(twin, second, 0))
+        assert first.locked
+        for _ in range(2):
+            assert torch.equal(model.denoise(*inputs, run_block=one), expected)
+            assert torch.equal(twin.denoise(*inputs, run_block=other), expected)
+        stacks[0].close()  # the first one leaves, and what it locked stays for the other
+        assert torch.equal(twin.denoise(*inputs, run_block=other), expected)
+        assert Machine.locked
+    assert (first.locked, second.locked, Machine.locked) == ([], [], {})
 
 
 def test_what_cannot_be_page_locked_goes_through_a_ring_and_that_is_said_once(
