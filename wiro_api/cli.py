@@ -18,10 +18,10 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from .client import WATCH_S, Client, check_wait
-from .errors import ConfigError, DependencyError, DownloadError, WiroError
+from .errors import ConfigError, DependencyError, DownloadError, LimitError, WiroError
 from .files import read_part
 from .handles import Model, RunHandle
-from .jobs import Job, finish, is_complete, quote, read_record, start, to_handle
+from .jobs import Job, Quote, find, finish, is_complete, quote, read_record, start, to_handle
 from .journal import Entry, Journal
 from .listener import RunListener
 from .media import claimed_kind, kind_of
@@ -29,6 +29,7 @@ from .schema import SKYREELS, check_skyreels, items_of
 from .signing import account_of, load_credentials
 from .spending import (
     LIMIT_NAMES,
+    Price,
     describe_price,
     load_limits,
     parse_limit,
@@ -123,9 +124,17 @@ def build_parser() -> argparse.ArgumentParser:
         return added
 
     run = command("run", run_run, "start a model, wait, download; costs money")
-    run.add_argument("model", help="owner/project, as wiro/SkyReels-V1")
-    run.add_argument("--param", action="append", default=[], metavar="NAME=VALUE")
-    run.add_argument("--file", action="append", default=[], metavar="NAME=PATH")
+    quoting = command("quote", run_quote, "what a run would cost, and whether it was made before")
+    for added in (run, quoting):
+        added.add_argument("model", help="owner/project, as wiro/SkyReels-V1")
+        added.add_argument("--param", action="append", default=[], metavar="NAME=VALUE")
+        added.add_argument("--file", action="append", default=[], metavar="NAME=PATH")
+    run.add_argument(
+        "--max-price",
+        type=_dollars,
+        metavar="USD",
+        help="start nothing that costs more, or whose price is not known",
+    )
     run.add_argument(
         "--again", action="store_true", help="pay for another run of what was run before"
     )
@@ -156,7 +165,7 @@ def build_parser() -> argparse.ArgumentParser:
         limits.add_argument(
             f"--{name.replace('_', '-')}", metavar="USD", help="an amount, or none for no limit"
         )
-    for added in (run, collect, limits):
+    for added in (run, quoting, collect, limits):
         added.add_argument(
             "--journal",
             type=Path,
@@ -172,22 +181,14 @@ def build_parser() -> argparse.ArgumentParser:
 
 def run_run(client: Client, arguments: argparse.Namespace) -> dict[str, Any]:
     """`run`: start, wait, download."""
-    model = Model.parse(arguments.model)
-    given: dict[str, Any] = dict(_pair(text, "--param") for text in arguments.param)
-    files = [
-        (name, read_part(Path(path)))
-        for name, path in (_pair(text, "--file") for text in arguments.file)
-    ]
     _check_folder(arguments.out)
-    if model.clean == SKYREELS.clean:
-        given = check_skyreels(given, files)
-    job, journal = Job(model, given, files), open_journal(arguments)
-    record = read_record(
-        client, model, lambda error: say(f"the price is not known before the run: {error}")
-    )
-    quoted = quote(record, job, journal.costs(str(model)))
+    job, journal, quoted = _quote(client, arguments)
+    model = job.model
     limits = partial(load_limits, limits_beside(journal.path))
     say(describe_price(quoted.price, limits()))
+    is_paid = not arguments.again and find(client, journal, job) is not None
+    if arguments.max_price is not None and not is_paid:
+        _check_price(quoted.price, arguments.max_price)
     entry = start(
         client,
         journal,
@@ -207,6 +208,51 @@ def run_run(client: Client, arguments: argparse.Namespace) -> dict[str, Any]:
     say(f"task {entry.taskid} started; it goes on if this program ends")
     asked = {"model": str(model), "parameters": quoted.parameters, "take": 1}
     return _finish(client, arguments, to_handle(entry), journal, entry, asked)
+
+
+def run_quote(client: Client, arguments: argparse.Namespace) -> dict[str, Any]:
+    """`quote`: price of a run; one that the journal has costs nothing more."""
+    job, journal, quoted = _quote(client, arguments)
+    entry = find(client, journal, job)
+    say(describe_price(quoted.price, load_limits(limits_beside(journal.path))))
+    if entry is not None:
+        say("it was sent before, and is not paid for again")
+    return {
+        "price": None if quoted.price is None else dollars(quoted.price.amount),
+        "is_exact": quoted.price is not None and quoted.price.is_exact,
+        "was_sent": entry is not None,
+        "taskid": "" if entry is None else entry.taskid,
+    }
+
+
+def _quote(client: Client, arguments: argparse.Namespace) -> tuple[Job, Journal, Quote]:
+    """The job of the arguments, the journal, and what the job will be sent with and cost."""
+    model = Model.parse(arguments.model)
+    given: dict[str, Any] = dict(_pair(text, "--param") for text in arguments.param)
+    files = [
+        (name, read_part(Path(path)))
+        for name, path in (_pair(text, "--file") for text in arguments.file)
+    ]
+    if model.clean == SKYREELS.clean:
+        given = check_skyreels(given, files)
+    job, journal = Job(model, given, files), open_journal(arguments)
+    record = read_record(
+        client, model, lambda error: say(f"the price is not known before the run: {error}")
+    )
+    return job, journal, quote(record, job, journal.costs(str(model)))
+
+
+def _check_price(price: Price | None, most: Decimal) -> None:
+    if price is None:
+        raise LimitError(
+            "The price is not known before the run, so --max-price cannot hold it. Nothing was "
+            "sent. Make one run without it: its cost is then the price."
+        )
+    if price.amount > most:
+        raise LimitError(
+            f"The run would cost {price}, and --max-price is {money(most)}. Nothing was sent. "
+            "Raise --max-price."
+        )
 
 
 def run_watch(client: Client, arguments: argparse.Namespace) -> dict[str, Any]:
@@ -432,6 +478,16 @@ def _seconds(text: str) -> float:
         raise argparse.ArgumentTypeError(
             f"{text!r} is not a time: give seconds above 0, such as 600"
         ) from None
+
+
+def _dollars(text: str) -> Decimal:
+    try:
+        amount = parse_limit(text)
+    except ConfigError:
+        amount = None
+    if amount is None:
+        raise argparse.ArgumentTypeError(f"{text!r} is not an amount: give US dollars, as 0.50")
+    return amount
 
 
 def _pair(text: str, option: str) -> tuple[str, str]:

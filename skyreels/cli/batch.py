@@ -6,17 +6,19 @@ import functools
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from ..errors import OptionError, SkyReelsError
 from ..runtime.interrupt import remembered_interrupt
 from .clip import (
+    check_extend,
     check_files,
     describe_loras,
     encode_prompts,
     end_image_of,
+    extend_settings,
     load_encoder,
     load_models,
     make_clip,
@@ -30,6 +32,7 @@ from .options import (
     apply_preset,
     check_weights,
     image_settings,
+    parse_lora,
     path_of,
     read_loras,
     sampling_settings,
@@ -41,6 +44,7 @@ if TYPE_CHECKING:
     from ..pipeline.batch import Ended, Line, Task
     from ..transformer.model import SkyReelsTransformer
     from ..vae.model import VideoVAE
+    from ..weights.lora.apply import AppliedLora
 
 #: of a batch
 MAX_WORKERS = 256
@@ -50,6 +54,11 @@ _HASHED = (
     *("fit", "noise_augmentation", "latent_strength", "precision", "decode", "attention"),
     *("bad_render", "riflex", "window"),
 )
+#: keys of a job that is made on Wiro
+_REMOTE_KEYS = {
+    *("backend", "image", "prompt", "negative", "width", "height", "frames", "steps", "cfg"),
+}
+_REMOTE_SIZES = ((960, 544), (544, 960))
 
 
 def add_batch(commands: Any) -> argparse.ArgumentParser:
@@ -82,6 +91,11 @@ def add_batch(commands: Any) -> argparse.ArgumentParser:
         "--workers", type=int, metavar="N",
         help="with --ray, so many (default: as there are GPUs, or machines without any)",
     )  # fmt: skip
+    batch.add_argument(
+        "--wiro-limit", metavar="USD",
+        help='what the jobs with "backend": "remote", which are made on wiro.ai, may cost in all; '
+        "none is sent without it",
+    )  # fmt: skip
     return batch
 
 
@@ -91,6 +105,7 @@ def run_batch(arguments: argparse.Namespace) -> dict[str, Any]:
     from ..media import check_output
     from ..pipeline import batch
     from ..pipeline.ray_workers import Crew, check_crew, work_on_ray
+    from ..pipeline.remote import RemoteRuns, beside, parse_dollars
 
     is_builtin = check_weights(arguments)
     check_output(arguments.out / "clip.mp4")
@@ -104,11 +119,12 @@ def run_batch(arguments: argparse.Namespace) -> dict[str, Any]:
         arguments = argparse.Namespace(**_absolute(vars(arguments)))  # workers are elsewhere
         crew = Crew(arguments.ray, count, arguments.device, batch_maker, fingerprints)
         check_crew(crew)
+    limit = None if arguments.wiro_limit is None else parse_dollars(arguments.wiro_limit)
     weights = fingerprints(arguments)
     with batch.locked(arguments.out):
         batch.remove_parts(arguments.out)
-        strengths = [strength for _, strength in arguments.lora]
-        lines = read_jobs(arguments, {"weights": weights, "strengths": strengths})
+        lines = read_jobs(arguments, weights)
+        remote = None if limit is None else RemoteRuns(arguments.out, limit, say)
         if is_builtin:
             say(BUILTIN_NOTICE)
         with (
@@ -118,11 +134,17 @@ def run_batch(arguments: argparse.Namespace) -> dict[str, Any]:
             contextlib.redirect_stdout(nowhere),  # Ray tells of lost workers there
         ):
 
-            def work(tasks: "Sequence[Task]") -> "Iterator[Ended]":
+            def work_here(tasks: "Sequence[Task]") -> "Iterator[Ended]":
                 if crew is not None:
                     return work_on_ray(tasks, arguments, crew, weights, say, check)
                 make = batch_maker(arguments, report, check)
                 return batch.work_here(tasks, make, arguments.out)
+
+            def work(tasks: "Sequence[Task]") -> "Iterator[Ended]":
+                here = work_here([task for task in tasks if not task.is_remote])
+                if remote is None:
+                    return here
+                return beside(remote, [task for task in tasks if task.is_remote], here, check)
 
             result = batch.run_lines(lines, arguments.out, work, say)
     say(
@@ -154,17 +176,21 @@ def batch_maker(
     Returns:
         Makes the clip of arguments of `generate`; raises SkyReelsError.
     """
+    from ..media import read_clip
+    from ..pipeline.extend import check_clip
     from ..runtime import never_interrupt
 
     runtime = runtime_of(given, report or (lambda *_: None), check or never_interrupt)
     keep_encoder: Any = functools.cache(load_encoder)
-    loras = read_loras(given)
+    keep_loras = _lora_reader(given)
 
     @functools.cache
     def keep_models() -> "tuple[SkyReelsTransformer, VideoVAE]":
-        models = load_models(given, runtime)
-        describe_loras(loras, models[0])
-        return models
+        return load_models(given, runtime)
+
+    @functools.cache
+    def describe(lora: tuple[tuple[Path, float], ...]) -> None:
+        describe_loras(keep_loras(lora), keep_models()[0])
 
     def make(arguments: argparse.Namespace) -> None:
         try:
@@ -180,18 +206,43 @@ def batch_maker(
 
     def make_checked(arguments: argparse.Namespace) -> None:
         start = time.perf_counter()
-        image, end_image = picture_of(arguments), end_image_of(arguments)
+        if arguments.extend is None:
+            image, size = picture_of(arguments), size_of(arguments)
+        else:
+            image = read_clip(arguments.extend)
+            size = (image.shape[2], image.shape[1], arguments.frames)
+            check_clip(image, extend_settings(arguments, arguments.frames))
+        end_image = end_image_of(arguments)
+        loras = keep_loras(tuple(arguments.lora))
+        if [each.lora.digest for each in loras] != arguments.lora_digests:
+            raise OptionError(
+                f"{', '.join(str(file) for file, _ in arguments.lora)}: not what the batch began "
+                "with, or another file on this machine; copy it here, and run the command again."
+            )
         settings = sampling_settings(arguments, loras)
         if arguments.transformer is not None:
             check_files(arguments, image is not None)
         prompts = encode_prompts(arguments, runtime, keep_encoder)
-        models, size = keep_models(), size_of(arguments)
+        models = keep_models()
+        describe(tuple(arguments.lora))
         make_clip(
             arguments, image, end_image, size, settings, models, prompts,
             runtime=runtime, start=start,
         )  # fmt: skip
 
     return make
+
+
+def _lora_reader(
+    arguments: argparse.Namespace,
+) -> "Callable[[tuple[tuple[Path, float], ...]], tuple[AppliedLora, ...]]":
+    """Reads LoRAs for the transformer of a batch, each set once."""
+
+    @functools.cache
+    def read(lora: tuple[tuple[Path, float], ...]) -> "tuple[AppliedLora, ...]":
+        return read_loras(argparse.Namespace(**{**vars(arguments), "lora": lora}))
+
+    return read
 
 
 def fingerprints(arguments: argparse.Namespace) -> dict[str, str]:
@@ -229,12 +280,12 @@ class _JobParser(argparse.ArgumentParser):
         )
 
 
-def read_jobs(arguments: argparse.Namespace, shared: Mapping[str, Any]) -> "list[Line]":
+def read_jobs(arguments: argparse.Namespace, weights: Mapping[str, str]) -> "list[Line]":
     """The jobs of a batch, each checked.
 
     Args:
         arguments: of `batch`, the defaults of jobs.
-        shared: what all clips are made from.
+        weights: part -> hash, see `fingerprints`; a job has LoRAs of its own, or those given.
 
     Returns:
         A task, or an error, for each line.
@@ -242,27 +293,47 @@ def read_jobs(arguments: argparse.Namespace, shared: Mapping[str, Any]) -> "list
     from ..pipeline import batch
 
     parser = _JobParser(add_help=False, allow_abbrev=False)
-    for option in ("--image", "--end-image"):
+    for option in ("--image", "--end-image", "--extend"):
         parser.add_argument(option, type=path_of)
+    parser.add_argument("--overlap", type=int)
+    parser.add_argument("--backend", choices=("local", "remote"), default="local")
+    parser.add_argument("--lora", type=parse_lora, action="append")
     add_clip(parser)
     # a parser's actions have no public list
     keys = sorted(name[2:] for name in parser._option_string_actions)
     lines = []
-    usual = {**vars(arguments), "extend": None, "resume": None, "ranks": None, "receipt": None}
+    none = ("extend", "overlap", "lora", "resume", "ranks", "receipt")
+    usual = {**vars(arguments), "no_color_match": False, **dict.fromkeys(none)}
+    shared = {"weights": {p: h for p, h in weights.items() if not p.startswith("LoRA")}}
+    keep_loras = _lora_reader(arguments)
     folder = arguments.jobs.absolute().parent
     digests = functools.cache(batch.file_digest)  # of a picture that many lines name
     for number, text in batch.read_lines(arguments.jobs):
         try:
-            given = [f"--{key}={value}" for key, value in batch.parse_line(text, keys).items()]
+            told = batch.parse_line(text, keys)
+            given = [f"--{key}={value}" for key, value in told]
             job = parser.parse_args(given, argparse.Namespace(**usual))
+            is_remote = job.backend == "remote"
             files = {}
-            for name in ("image", "end_image"):
+            for name in ("image", "end_image", "extend"):
                 path = getattr(job, name, None)
                 if path is not None:
                     setattr(job, name, folder / path)
                     files[name] = digests(folder / path)
-            made_from = {**_check_job(job), **files, **shared}
-            lines.append(batch.Line(number, batch.Task(batch.content_hash(made_from), job, files)))
+            if is_remote:
+                made_from = {**_check_remote(job, {key for key, _ in told}), **files}
+            else:
+                own = [(folder / path, strength) for path, strength in job.lora or ()]
+                job.lora = own or arguments.lora
+                loras = keep_loras(tuple(job.lora))
+                job.lora_digests = [each.lora.digest for each in loras]
+                changes = [(each.lora.digest, each.strength) for each in loras]
+                if job.extend is not None:  # which has a size
+                    for name in {"width", "height"} - {key for key, _ in told}:
+                        setattr(job, name, None)
+                made_from = {**_check_job(job), "loras": changes, **files, **shared}
+            digest = batch.content_hash(made_from)
+            lines.append(batch.Line(number, batch.Task(digest, job, files, is_remote)))
         except SkyReelsError as error:
             lines.append(batch.Line(number, None, str(error)))
     return lines
@@ -284,10 +355,58 @@ def _check_job(arguments: argparse.Namespace) -> dict[str, Any]:
     if not arguments.prompt:
         raise OptionError("There is no prompt: write one in the line, or give --prompt for all.")
     apply_preset(arguments)
-    arguments.width, arguments.height, arguments.frames = size_of(arguments)
-    check_size(arguments.width, arguments.height, arguments.frames)
+    check_extend(arguments)
+    width, height, arguments.frames = size_of(arguments)
+    if arguments.extend is None:
+        arguments.width, arguments.height = width, height
+        check_size(width, height, arguments.frames)
+    else:
+        extend_settings(arguments, arguments.frames)
     settings = sampling_settings(arguments, ())
     image_settings(arguments)
     negative = DEFAULT_NEGATIVE_PROMPT if arguments.negative is None else arguments.negative
-    told = {name: getattr(arguments, name) for name in _HASHED}
+    told = {name: getattr(arguments, name) for name in (*_HASHED, "overlap")}
     return {**told, "negative": negative, "cache": repr(settings.cache)}
+
+
+def _check_remote(arguments: argparse.Namespace, told: Collection[str]) -> dict[str, Any]:
+    """Complete the arguments of a job for Wiro, and refuse what is not for Wiro.
+
+    Args:
+        arguments: of the job, with the defaults of the batch.
+        told: keys of its line.
+
+    Returns:
+        What the clip is made from, by name, but for its picture.
+
+    Raises:
+        OptionError: no limit, no prompt or picture, or what Wiro's model does not take.
+    """
+    from ..conditioning.embeds import with_fps_prefix
+    from ..conditioning.latents import check_size
+
+    if arguments.wiro_limit is None:
+        raise OptionError(
+            "It would be made on wiro.ai and cost money, and there is no limit: give --wiro-limit "
+            'with US dollars for all such lines together, or leave out "backend".'
+        )
+    if others := sorted(set(told) - _REMOTE_KEYS):
+        raise OptionError(
+            f"{', '.join(others)} is for clips that are made here, and Wiro's model takes "
+            f"{', '.join(sorted(_REMOTE_KEYS))}: leave it out."
+        )
+    if not arguments.prompt:
+        raise OptionError("There is no prompt: write one in the line, or give --prompt for all.")
+    if arguments.image is None:
+        raise OptionError("Wiro's model starts from a picture: name its file as image.")
+    usual = {"width": 960, "height": 544, "frames": 97, "steps": 30, "cfg": 6.0, "negative": ""}
+    for name, value in usual.items():
+        if getattr(arguments, name) is None:
+            setattr(arguments, name, value)
+    size = (arguments.width, arguments.height)
+    if size not in _REMOTE_SIZES:
+        raise OptionError(f"{size[0]}x{size[1]} is not made on Wiro: use 960x544 or 544x960.")
+    check_size(*size, arguments.frames)
+    arguments.prompt = with_fps_prefix(arguments.prompt)
+    told_of = {name: getattr(arguments, name) for name in usual}
+    return {"backend": "wiro", "prompt": arguments.prompt, **told_of}

@@ -208,6 +208,23 @@ def _check_picture(
         )
 
 
+def check_extend(arguments: argparse.Namespace) -> None:
+    """Refuse options that contradict --extend, or that only it has.
+
+    Raises:
+        OptionError: names them.
+    """
+    if arguments.extend is None:
+        if arguments.overlap is not None or arguments.no_color_match:
+            raise OptionError("--overlap and --no-color-match belong to --extend CLIP: give it.")
+    elif arguments.image is not None:
+        raise OptionError("--extend continues a clip and takes no picture: leave one of them out.")
+    elif arguments.end_image is not None:
+        raise OptionError("--extend does not go together with --end-image: leave one of them out.")
+    elif (arguments.width, arguments.height) != (None, None):
+        raise OptionError("--extend keeps the clip's size: leave --width and --height out.")
+
+
 def extend_settings(arguments: argparse.Namespace, num_frames: int) -> "ExtendSettings":
     """How --extend continues a clip.
 

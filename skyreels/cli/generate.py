@@ -11,6 +11,7 @@ from ..errors import OptionError
 from ..runtime.interrupt import remembered_interrupt
 from ..runtime.ranks import is_first
 from .clip import (
+    check_extend,
     check_files,
     describe_loras,
     encode_prompts,
@@ -124,7 +125,7 @@ def run_generate(arguments: argparse.Namespace) -> dict[str, Any]:
     start = time.perf_counter()
     _check_places(arguments)  # before minutes of work, not after
     is_builtin = check_weights(arguments)
-    _check_extend(arguments)
+    check_extend(arguments)
     apply_preset(arguments)
     width, height, num_frames = size_of(arguments)
 
@@ -226,20 +227,3 @@ def _generate(
     return make_clip(
         arguments, image, end_image, size, settings, models, prompts, runtime=runtime, start=start
     )
-
-
-def _check_extend(arguments: argparse.Namespace) -> None:
-    """Refuse options that contradict --extend, or that only it has.
-
-    Raises:
-        OptionError: names them.
-    """
-    if arguments.extend is None:
-        if arguments.overlap is not None or arguments.no_color_match:
-            raise OptionError("--overlap and --no-color-match belong to --extend CLIP: give it.")
-    elif arguments.image is not None:
-        raise OptionError("--extend continues a clip and takes no picture: leave one of them out.")
-    elif arguments.end_image is not None:
-        raise OptionError("--extend does not go together with --end-image: leave one of them out.")
-    elif (arguments.width, arguments.height) != (None, None):
-        raise OptionError("--extend keeps the clip's size: leave --width and --height out.")

@@ -285,7 +285,8 @@ def _attend_rows(q: Tensor, head: _Head, exact: Tensor, blocks: slice, tail: str
     width, num_text = q.shape[1], len(head.key) - exact.shape[1] * BLOCK
     tokens = exact.repeat_interleave(BLOCK, dim=1)
     tokens = torch.cat([tokens, tokens.new_ones(len(exact), num_text)], dim=1)
-    scores = (q @ head.key.T).masked_fill(~tokens.repeat_interleave(BLOCK, dim=0), -math.inf)
+    # in place: a copy of the scores costs as much as a product
+    scores = (q @ head.key.T).masked_fill_(~tokens.repeat_interleave(BLOCK, dim=0), -math.inf)
     if tail == "block":
         means = head.mean_query[blocks] * width**-0.5 @ head.mean_key.T
         pooled = means.repeat_interleave(BLOCK, dim=0)
@@ -295,8 +296,8 @@ def _attend_rows(q: Tensor, head: _Head, exact: Tensor, blocks: slice, tail: str
         pooled = pooled + (0.5 * (q.square() @ head.variance.T)).clamp(max=MAX_VARIANCE_TERM)
     left_out = exact if tail != "none" else torch.ones_like(exact)
     pooled = pooled.masked_fill(left_out.repeat_interleave(BLOCK, dim=0), -math.inf)
-    peak = torch.cat([scores, pooled], dim=1).amax(dim=1, keepdim=True)
-    scores, pooled = (scores - peak).exp(), (pooled - peak).exp()
+    peak = torch.maximum(scores.amax(dim=1, keepdim=True), pooled.amax(dim=1, keepdim=True))
+    scores, pooled = scores.sub_(peak).exp_(), pooled.sub_(peak).exp_()
     total = scores.sum(dim=1) + pooled @ head.counts
     out: Tensor = (scores @ head.value + pooled @ head.value_sum) / total[:, None]
     return out

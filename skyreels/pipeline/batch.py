@@ -29,6 +29,9 @@ MAX_TRIES = 3
 #: hexadecimal digits of the name of a clip
 NAME_DIGITS = 32
 SUMMARY = "summary.json"
+#: seconds between two summaries of a batch that goes on, and the share of the time they may take
+SUMMARY_PERIOD_S = 2.0
+SUMMARY_SHARE = 0.01
 
 
 @dataclass(frozen=True)
@@ -39,11 +42,13 @@ class Task:
         digest: of all it is made from; its file's name.
         arguments: of `generate`.
         files: name of an argument that is a path -> SHA-256 of that file.
+        is_remote: made on Wiro, see remote.py.
     """
 
     digest: str
     arguments: Namespace
     files: Mapping[str, str] = field(default_factory=dict)
+    is_remote: bool = False
 
     def place(self, folder: Path) -> Path:
         """Of its clip."""
@@ -115,15 +120,16 @@ def read_lines(path: Path) -> list[tuple[int, str]]:
     return lines
 
 
-def parse_line(text: str, keys: Sequence[str]) -> dict[str, str]:
+def parse_line(text: str, keys: Sequence[str]) -> list[tuple[str, str]]:
     """A job as options of the command line.
 
     Args:
-        text: a JSON object; its keys are names of options, its values texts or numbers.
+        text: a JSON object; its keys are names of options, its values texts or numbers, or lists of
+            texts for an option that is given several times.
         keys: names that are known.
 
     Returns:
-        Values as texts, by name.
+        Names and values, as texts.
 
     Raises:
         OptionError: names what is wrong.
@@ -139,14 +145,17 @@ def parse_line(text: str, keys: Sequence[str]) -> dict[str, str]:
         raise OptionError(
             f'This is {shown(text)} and not an object: write {{"prompt": "...", "seed": 1}}.'
         )
+    given = []
     for key, value in job.items():
         if key not in keys:
             raise OptionError(f"{shown(key)!r} is not one of {', '.join(keys)}: leave it out.")
-        if isinstance(value, bool) or not isinstance(value, str | int | float):
+        is_list = isinstance(value, list) and all(isinstance(each, str) for each in value)
+        if isinstance(value, bool) or not (is_list or isinstance(value, str | int | float)):
             raise OptionError(
                 f"{key} is {shown(json.dumps(value))}: give a text or a number, or leave it out."
             )
-    return {key: str(value) for key, value in job.items()}
+        given += [(key, str(each)) for each in (value if is_list else [value])]
+    return given
 
 
 def content_hash(inputs: Mapping[str, Any]) -> str:
@@ -245,7 +254,7 @@ def remove_parts(folder: Path) -> None:
     """Remove what processes that were killed left half-written; of a locked folder."""
     for path in folder.glob("*.part"):
         if re.fullmatch(
-            rf"(([0-9a-f]{{{NAME_DIGITS}}}|clip)\.mp4|summary\.json)\.\d+\.part", path.name
+            rf"(([0-9a-f]{{{NAME_DIGITS}}}|clip)\.mp4|(summary|wiro)\.json)\.\d+\.part", path.name
         ):
             path.unlink(missing_ok=True)
 
@@ -264,13 +273,19 @@ def write_whole(path: Path, content: bytes) -> None:
         part.unlink(missing_ok=True)
 
 
+def python_path() -> str:
+    """PYTHONPATH of a process that imports this package from where this one has it."""
+    root = str(Path(__file__).resolve().parents[2])
+    return os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
+
+
 # --- the run ------------------------------------------------------------------------------------
 
 
 def run_lines(
     lines: Sequence[Line], folder: Path, work: Work, tell: Callable[[str], None]
 ) -> dict[str, Any]:
-    """Make the clips that are not there yet, each once, and write `summary.json`.
+    """Make the clips that are not there yet, each once, and keep `summary.json`.
 
     Args:
         lines: in the order of the summary.
@@ -298,9 +313,14 @@ def run_lines(
     ended = {name: Ended(name) for name, task in tasks.items() if task.place(folder).is_file()}
     left = [task for name, task in tasks.items() if name not in ended]
     tell(f"{len(lines)} jobs: {len(ended)} clips are there, {len(left)} to make.")
+    write_at = 0.0
     try:
         for count, each in enumerate(work(left), 1):
             ended[each.digest] = each
+            if (now := time.perf_counter()) >= write_at:
+                _write_summary(lines, folder, ended, start)
+                took = time.perf_counter() - now
+                write_at = now + max(SUMMARY_PERIOD_S, took / SUMMARY_SHARE)
             task = tasks[each.digest]
             told = each.error or f"{task.place(folder).name} in {each.seconds:.1f} s"
             rest = (time.perf_counter() - start) / count * (len(left) - count)

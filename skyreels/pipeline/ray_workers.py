@@ -14,16 +14,17 @@ import socket
 import tempfile
 import time
 from argparse import Namespace
-from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from ..config import VERSION
 from ..errors import DependencyError, OptionError, SkyReelsError, shown
-from .batch import MAX_TRIES, Ended, Task, read_files, write_whole
+from .batch import Ended, Task, python_path, read_files, write_whole
+from .driver import Lost, Member, drive
 
 #: seconds without any worker until that is said
 PATIENCE_S = 60.0
@@ -113,38 +114,6 @@ class Worker:
         return {"clip": clip, "error": sentence, "seconds": time.perf_counter() - start}
 
 
-@dataclass
-class _Member:
-    """A worker as the driver sees it; `task` is what it does, None while it starts or is free."""
-
-    handle: Any
-    name: str = "a worker that has not started"
-    task: Task | None = None
-
-
-@dataclass
-class _State:
-    """The driver's books."""
-
-    weights: Mapping[str, str]
-    queue: deque[Task]
-    start_worker: Callable[[], Any]
-    folder: Path
-    tell: Callable[[str], None]
-    tries: dict[str, int] = field(default_factory=dict)
-    #: what is awaited -> who answers
-    waiting: dict[Any, _Member] = field(default_factory=dict)
-    free: deque[_Member] = field(default_factory=deque)
-    #: workers lost since a clip was last made
-    lost: int = 0
-    #: when to say that there is no worker; infinity once there was one, or it was said
-    say_at: float = field(default_factory=lambda: time.monotonic() + PATIENCE_S)
-
-    @property
-    def is_busy(self) -> bool:
-        return bool(self.queue) or any(member.task for member in self.waiting.values())
-
-
 def work_on_ray(
     tasks: Sequence[Task],
     arguments: Namespace,
@@ -174,36 +143,114 @@ def work_on_ray(
     check_crew(crew)
     if not tasks:
         return
-    import ray
     from ray.exceptions import RayError
 
     with _connected(crew):
-        start_worker, count = _starter(crew, arguments)
-        state = _State(weights, deque(tasks), start_worker, arguments.out, tell)
-        for _ in range(min(count, len(tasks))):
-            _begin(state)
         try:
-            while state.is_busy:
-                while state.queue and state.free:
-                    yield from _give(state, state.free.popleft())
-                if state.waiting:
-                    check()
-                    ready, _ = ray.wait(list(state.waiting), timeout=1.0)
-                    for ref in ready:
-                        yield from _take(state, ref)
-                elif state.queue:
-                    raise OptionError(
-                        "No worker can make a clip, for the reasons above: correct them, and run "
-                        "the same command again."
-                    )
-                if time.monotonic() > state.say_at:
-                    state.say_at = math.inf
-                    tell("No worker has started yet: `ray status` shows what the cluster lacks.")
+            start, count = _starter(crew, arguments)
+            yield from drive(
+                tasks, _RayWorkers(start, tell), count,
+                admit=partial(is_fit, weights=weights, tell=tell),
+                save=lambda task, clip: write_whole(task.place(arguments.out), clip),
+                tell=tell, check=check,
+            )  # fmt: skip
         except RayError as error:
             raise OptionError(
                 f"Ray has failed ({shown(_last_line(error), 300)}): see `ray status`; the same "
                 "command makes what is left."
             ) from None
+
+
+class _RayWorkers:
+    """The `Workers` of a batch, each an actor of Ray.
+
+    Args:
+        start: starts one.
+        tell: takes a line for people.
+    """
+
+    def __init__(self, start: Callable[[], Any], tell: Callable[[str], None]) -> None:
+        self._start, self._tell = start, tell
+        #: what is awaited -> who answers
+        self._waiting: dict[Any, Member] = {}
+        #: when to say that no worker has started; infinity once one has, or it was said
+        self._say_at = time.monotonic() + PATIENCE_S
+
+    def start(self) -> Member:
+        member = Member(self._start())
+        self._waiting[member.handle.look.remote()] = member
+        return member
+
+    def send(self, member: Member, task: Task) -> None:
+        files = {
+            name: (getattr(task.arguments, name).name, content)
+            for name, content in read_files(task).items()
+        }
+        ref = member.handle.make.remote(_without_run(task.arguments), files)
+        self._waiting[ref] = member
+
+    def hear(self) -> Iterator[tuple[Member, Mapping[str, Any] | Lost]]:
+        import ray
+        from ray.exceptions import RayActorError
+
+        ready, _ = ray.wait(list(self._waiting), timeout=1.0)
+        if ready:
+            self._say_at = math.inf
+        elif time.monotonic() > self._say_at:
+            self._say_at = math.inf
+            self._tell("No worker has started yet: `ray status` shows what the cluster lacks.")
+        for ref in ready:
+            member = self._waiting.pop(ref)
+            try:
+                answer: Mapping[str, Any] | Lost = ray.get(ref)
+            except RayActorError as error:
+                answer = Lost(shown(_last_line(error), 300))
+            yield member, answer
+
+
+def is_fit(
+    found: Mapping[str, Any], weights: Mapping[str, str], tell: Callable[[str], None]
+) -> bool:
+    """Whether a worker that has started can be used; what differs is said.
+
+    Args:
+        found: what it has, see `Worker.look`.
+        weights: part -> hash, as on this machine.
+        tell: takes a line for people.
+
+    Returns:
+        Whether its clips would be those of this machine.
+    """
+    import torch
+
+    name = found["name"]
+    others = [part for part, digest in weights.items() if found["weights"].get(part) != digest]
+    refusal = ""
+    if found["package"] != VERSION:
+        refusal = (
+            f"has version {found['package']} of this package, and {VERSION} runs here: it is not "
+            "used; install the same."
+        )
+    elif found["error"]:
+        refusal = (
+            f"lacks the weights ({found['error']}): it is not used; copy them to the same place "
+            "there."
+        )
+    elif others:
+        refusal = (
+            f"has another {' and '.join(others)} than this machine: it is not used; copy the files "
+            "from here to the same place there."
+        )
+    if refusal:
+        tell(f"{name} {refusal}")
+        return False
+    for part, version in {"python": platform.python_version(), "torch": torch.__version__}.items():
+        if found[part] != version:
+            tell(
+                f"{name} has {part} {found[part]}, and {version} is here: its clips may differ in "
+                "their last bits; install the same."
+            )
+    return True
 
 
 def check_crew(crew: Crew) -> None:
@@ -238,7 +285,7 @@ def _connected(crew: Crew) -> Iterator[None]:
             "include_dashboard": False,
             "object_store_memory": LOCAL_STORE_BYTES,
             # workers import this package from where this process has it
-            "runtime_env": {"env_vars": {"PYTHONPATH": _python_path()}},
+            "runtime_env": {"env_vars": {"PYTHONPATH": python_path()}},
         }
     try:
         _check_address(crew.address)
@@ -264,12 +311,7 @@ def _check_address(address: str) -> None:
         raise ValueError("neither HOST:PORT nor auto nor local")
 
 
-def _python_path() -> str:
-    root = str(Path(__file__).resolve().parents[2])
-    return os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
-
-
-def _starter(crew: Crew, arguments: Namespace) -> tuple[Callable[[], _Member], int]:
+def _starter(crew: Crew, arguments: Namespace) -> tuple[Callable[[], Any], int]:
     """What starts a worker, and how many are wanted."""
     import ray
 
@@ -289,113 +331,7 @@ def _starter(crew: Crew, arguments: Namespace) -> tuple[Callable[[], _Member], i
         num_cpus=cpus, num_gpus=1 if gpus else 0, max_restarts=0, scheduling_strategy="SPREAD"
     )(Worker)
     given = _without_run(arguments)
-    return lambda: _Member(kind.remote(given, crew.prepare, crew.look)), count
-
-
-def _begin(state: _State) -> None:
-    """Start a worker; it answers with what it has."""
-    member = state.start_worker()
-    state.waiting[member.handle.look.remote()] = member
-
-
-def _give(state: _State, member: _Member) -> Iterator[Ended]:
-    """Give a worker the next task; one that cannot be given ends, and the worker stays free."""
-    task = state.queue.popleft()
-    try:
-        files = {
-            name: (getattr(task.arguments, name).name, content)
-            for name, content in read_files(task).items()
-        }
-    except SkyReelsError as error:
-        state.free.append(member)
-        yield Ended(task.digest, 0.0, "this process", 1, str(error))
-        return
-    state.tries[task.digest] = state.tries.get(task.digest, 0) + 1
-    member.task = task
-    state.waiting[member.handle.make.remote(_without_run(task.arguments), files)] = member
-
-
-def _take(state: _State, ref: Any) -> Iterator[Ended]:
-    """Take what a worker answers: what it has, a clip, or that it is lost."""
-    import ray
-    from ray.exceptions import RayActorError
-
-    member = state.waiting.pop(ref)
-    try:
-        answer = ray.get(ref)
-    except RayActorError as error:
-        yield from _lose(state, member, error)
-        _begin(state)
-        return
-    task = member.task
-    if task is None:
-        _admit(state, member, answer)
-        return
-    if not answer["error"]:
-        write_whole(task.place(state.folder), answer["clip"])
-    state.lost = 0
-    member.task = None
-    state.free.append(member)
-    tries = state.tries[task.digest]
-    yield Ended(task.digest, answer["seconds"], member.name, tries, answer["error"])
-
-
-def _lose(state: _State, member: _Member, error: Exception) -> Iterator[Ended]:
-    """Queue a lost worker's task again, or end it after its last try."""
-    state.lost += 1
-    task = member.task
-    reason = f"{member.name} was lost"
-    if task is None:
-        reason = f"{reason} ({shown(_last_line(error), 300)})"
-    if state.lost > MAX_TRIES * (1 + len(state.waiting) + len(state.free)):
-        raise OptionError(
-            f"{state.lost} workers were lost and made nothing; the last: {reason}. Look for what "
-            "ends them (memory?), and that this package is installed on each machine."
-        )
-    if task is None:
-        state.tell(f"{reason}; another one is started.")
-    elif (tries := state.tries[task.digest]) < MAX_TRIES:
-        state.tell(f"{reason}; {task.digest}.mp4 is tried again.")
-        state.queue.appendleft(task)
-    else:
-        sentence = f"Its worker was lost {tries} times: look for what ends them (memory?)."
-        yield Ended(task.digest, 0.0, member.name, tries, sentence)
-
-
-def _admit(state: _State, member: _Member, found: Mapping[str, Any]) -> None:
-    """Take a worker that has started into service, or say why not."""
-    import torch
-
-    member.name = found["name"]
-    wanted = state.weights.items()
-    others = [part for part, digest in wanted if found["weights"].get(part) != digest]
-    refusal = ""
-    if found["package"] != VERSION:
-        refusal = (
-            f"has version {found['package']} of this package, and {VERSION} runs here: it is not "
-            "used; install the same."
-        )
-    elif found["error"]:
-        refusal = (
-            f"lacks the weights ({found['error']}): it is not used; copy them to the same place "
-            "there."
-        )
-    elif others:
-        refusal = (
-            f"has another {' and '.join(others)} than this machine: it is not used; copy the files "
-            "from here to the same place there."
-        )
-    if refusal:
-        state.tell(f"{member.name} {refusal}")
-        return
-    for name, version in {"python": platform.python_version(), "torch": torch.__version__}.items():
-        if found[name] != version:
-            state.tell(
-                f"{member.name} has {name} {found[name]}, and {version} is here: its clips may "
-                "differ in their last bits; install the same."
-            )
-    state.say_at = math.inf
-    state.free.append(member)
+    return lambda: kind.remote(given, crew.prepare, crew.look), count
 
 
 def _without_run(arguments: Namespace) -> Namespace:

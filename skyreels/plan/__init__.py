@@ -3,7 +3,7 @@
 from .advice import smallest, why_not
 from .fallbacks import Rung, bytes_on, rungs
 from .inputs import Choice, Job, Machine, machine_of, rates_needed, vae_dtype
-from .modes import Preflight, plans, preflight, table
+from .modes import Preflight, cards_table, on_cards, plans, preflight, table
 from .predict import (
     MAX_KEPT,
     Plan,
@@ -14,6 +14,7 @@ from .predict import (
     plan_run,
     vae_bytes,
 )
+from .scaling import Layout, Shared, layouts, share
 from .weights import STORED, Weights, weights_as, weights_of
 
 __all__ = [
@@ -21,22 +22,28 @@ __all__ = [
     "STORED",
     "Choice",
     "Job",
+    "Layout",
     "Machine",
     "Plan",
     "Preflight",
     "Rung",
+    "Shared",
     "Weights",
     "activation_bytes",
     "block_seconds",
     "bytes_on",
+    "cards_table",
     "expectation",
     "kind_of_work",
+    "layouts",
     "machine_of",
+    "on_cards",
     "plan_run",
     "plans",
     "preflight",
     "rates_needed",
     "rungs",
+    "share",
     "smallest",
     "table",
     "vae_bytes",

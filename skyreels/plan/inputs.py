@@ -31,10 +31,11 @@ class Machine:
         free_bytes: of its memory, what a run may use now.
         ram_bytes: of main memory that are free.
         rates: "GEMM bf16" (fp32, fp8, int8), "attention exact" and "convolution" in FLOP/s,
-            "memory" and "link" in bytes/s. Times that need a missing one are unknown.
+            "memory", "link" and "peer" in bytes/s. Times that need a missing one are unknown.
         corrections: how far earlier runs were off, see `outcomes.corrections`.
         info: what the dispatcher knows of the device.
         streams: whether weights can rest elsewhere than on the device.
+        num_cards: devices of this kind that one process sees.
     """
 
     name: str
@@ -45,6 +46,7 @@ class Machine:
     corrections: Mapping[str, float] = field(default_factory=dict)
     info: DeviceInfo = DeviceInfo("cpu")  # noqa: RUF009 - frozen
     streams: bool = True
+    num_cards: int = 1
 
     @property
     def capability(self) -> tuple[int, int] | None:
@@ -86,6 +88,7 @@ def machine_of(
         corrections=corrections(runtime.state_folder, device_key(device)),
         info=info,
         streams=device.type != runtime.offload_device.type,
+        num_cards=torch.cuda.device_count() if device.type == "cuda" else 1,
     )
 
 
@@ -129,7 +132,8 @@ class Job:
         vae: of the VAE that decodes; None plans no decode.
         vae_dtype: it computes in.
         windows: in which the clip is predicted; None predicts it whole.
-        num_ranks: that share each prediction (transformer/ulysses.py).
+        num_ranks: cards that share each prediction, see transformer/ulysses.py.
+        num_strips: cards that share the decode, see vae/strips.py.
     """
 
     width: int = 960
@@ -145,6 +149,7 @@ class Job:
     vae_dtype: torch.dtype = torch.bfloat16
     windows: ContextWindows | None = None
     num_ranks: int = 1
+    num_strips: int = 1
 
     @property
     def latent_shape(self) -> torch.Size:
@@ -169,7 +174,7 @@ class Job:
 
     @property
     def tokens_here(self) -> int:
-        """Of these, those of a rank outside attention; it has all of the text."""
+        """Of these, those of one card: a share of the image, and all of the text."""
         return -(-(self.tokens - self.text_tokens) // self.num_ranks) + self.text_tokens
 
     @property

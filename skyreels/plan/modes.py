@@ -10,7 +10,8 @@ from ..transformer.quant import STORAGE_DTYPES
 from .advice import why_not
 from .inputs import AUTO, Choice, Job, Machine, machine_of, multiplies, rates_needed
 from .predict import Plan, expectation, plan_run
-from .weights import weights_as
+from .scaling import Shared, layouts, share
+from .weights import Weights, weights_as
 
 
 @dataclass(frozen=True)
@@ -22,6 +23,7 @@ class Preflight:
         job: what.
         chosen: the plan that would be taken.
         modes: every plan, the chosen one among them.
+        cards: the chosen way on one card, and on several of this machine, where there are more.
         text: for people.
         obstacle: why the chosen plan does not fit, and what would; "" if it does.
     """
@@ -30,6 +32,7 @@ class Preflight:
     job: Job
     chosen: Plan
     modes: tuple[Plan, ...]
+    cards: tuple[Shared, ...]
     text: str
     obstacle: str = ""
 
@@ -46,6 +49,7 @@ class Preflight:
             "job": {**job, "num_evaluations": self.job.num_evaluations},
             "chosen": self.modes.index(self.chosen),
             "modes": [asdict(plan) for plan in self.modes],
+            "cards": [{**asdict(each), "step_s": each.step_s} for each in self.cards],
             "text": self.text,
         }
 
@@ -74,7 +78,7 @@ def preflight(
     """
     weights = weights_as(job.config, stored, precision)
     gemms = {weights_as(job.config, stored, each).gemm for each in ("auto", "fp8", "int8")}
-    names = rates_needed(sorted({weights.gemm, *gemms}))
+    names = [*rates_needed(sorted({weights.gemm, *gemms})), "peer"]
     machine = machine_of(runtime, names, loaded_bytes=reclaimable)
     chosen = plan_run(machine, job, weights, choice)
     modes = plans(machine, job, stored, choice)
@@ -86,6 +90,8 @@ def preflight(
         expectation(chosen, job),
         *table(modes, chosen),
     ]
+    cards = on_cards(machine, job, weights, choice)
+    lines += cards_table(cards)
     obstacle = "" if chosen.fits else why_not(machine, job, weights, choice)
     if obstacle:
         lines.append(obstacle)
@@ -94,7 +100,7 @@ def preflight(
             f"The weights take {weights.total / 1e9:.1f} GB of main memory, more than is free: "
             "close other programs, or use a file in 8 bits."
         )
-    return Preflight(machine, job, chosen, tuple(modes), "\n".join(lines), obstacle)
+    return Preflight(machine, job, chosen, tuple(modes), tuple(cards), "\n".join(lines), obstacle)
 
 
 def plans(machine: Machine, job: Job, stored: str, choice: Choice = AUTO) -> list[Plan]:
@@ -149,6 +155,58 @@ def table(found: Sequence[Plan], chosen: Plan) -> list[str]:
                 *(peaks[0], seconds[0], peaks[1], plan.decode or "-", seconds[1]),
             ]
         )
+    return _aligned(rows)
+
+
+def on_cards(machine: Machine, job: Job, weights: Weights, choice: Choice = AUTO) -> list[Shared]:
+    """One card beside the ways in which several of this machine can share a clip.
+
+    Args:
+        machine: one of the cards.
+        job: what is made.
+        weights: of the transformer.
+        choice: what the user fixed.
+
+    Returns:
+        What each takes, one card first; empty where there is no other card, or a rate is unknown.
+    """
+    if machine.num_cards < 2:
+        return []
+    heads, is_guided = job.config.num_attention_heads, job.num_guided > 0
+    found = [
+        share(machine, job, weights, layout, choice)
+        for layout in layouts(machine.num_cards, heads, is_guided=is_guided)
+    ]
+    known = [each for each in found if each is not None]
+    return known if len(known) == len(found) else []
+
+
+def cards_table(found: Sequence[Shared]) -> list[str]:
+    """Ways to share a clip beside each other for people.
+
+    Args:
+        found: see `on_cards`.
+
+    Returns:
+        A heading and a line for each; nothing where there is nothing to compare.
+    """
+    if not found:
+        return []
+    rows = [["cards", "shared as", "a step", "of it exchanges", "total", "speed"]]
+    for each in found:
+        verdict = f"{found[0].step_s / each.step_s:.2f}"
+        if each is not found[0] and each.step_s >= found[0].step_s:
+            verdict += ", does not pay"
+        if not each.fits:
+            verdict += ", does not fit"
+        part = f"{100 * each.exchange_s / each.step_s:.0f} %"
+        times = (in_seconds(each.step_s), part, _or_unknown(each.total_s))
+        rows.append([str(each.layout.cards), str(each.layout), *times, verdict])
+    return _aligned(rows)
+
+
+def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Rows as lines, whose columns are as wide as their widest cell."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return [
         "  ".join(f"{cell:{width}}" for cell, width in zip(row, widths, strict=True)).rstrip()

@@ -31,6 +31,7 @@ from ..transformer.placement import choose_chunking, sampling_bytes, waiting_byt
 from ..transformer.quant import STORAGE_DTYPES
 from ..transformer.sparse_attention import SPARSE
 from ..transformer.sparse_kernels import sparse_bytes
+from ..transformer.ulysses import exchanged_bytes
 from ..vae.model import VideoVAE
 from ..vae.tiling import (
     CHOOSING_MODES,
@@ -326,22 +327,56 @@ def _sampling_seconds(
 def block_seconds(
     machine: Machine, job: Job, weights: Weights, attention: str
 ) -> list[float] | None:
-    """Seconds that each block computes in one forward pass; None where a rate is unknown."""
+    """Seconds that each block takes in one forward pass; None where a rate is unknown."""
     names = (f"GEMM {weights.gemm}", "attention exact", "memory")
     gemm, attend, memory = (machine.rates.get(name, 0.0) for name in names)
-    if not gemm or not attend or not memory:
+    exchange_s = exchange_seconds(machine, job, weights)
+    if not gemm or not attend or not memory or exchange_s is None:
         return None
     config, tokens = job.config, job.tokens_here
     hidden = config.hidden_size
-    per_token = int((4 + 2 * config.mlp_ratio) * hidden**2)
-    attend_s = 4 * job.tokens**2 * hidden / attend * _attention_share(job, attention)
-    attend_s /= job.num_ranks  # each has some of the heads
-    common = 2 * tokens * per_token / gemm + attend_s
+    # a card attends with a share of the heads, from all tokens to all
+    attend_flop = 4 * job.tokens**2 * hidden / job.num_ranks
+    attend_s = attend_flop / attend * _attention_share(job, attention)
+    common = gemm_flop(job) / gemm + attend_s
     unit = tokens * hidden * weights.dtype.itemsize / memory
     moved = MOVED_TENSORS[weights.gemm in STORAGE_DTYPES]
     factor = machine.corrections.get(kind_of_work(weights, attention), 1.0)
-    double, single = (max(LAUNCH_SECONDS, factor * (common + tensors * unit)) for tensors in moved)
+    double, single = (
+        max(LAUNCH_SECONDS, factor * (common + tensors * unit)) + exchange_s for tensors in moved
+    )
     return [double] * config.num_layers + [single] * config.num_single_layers
+
+
+def gemm_flop(job: Job) -> float:
+    """Operations of a block's matrix products on one card; both kinds of block have as many."""
+    config = job.config
+    return 2 * job.tokens_here * int((4 + 2 * config.mlp_ratio) * config.hidden_size**2)
+
+
+def exchange_seconds(machine: Machine, job: Job, weights: Weights) -> float | None:
+    """Seconds of a block in which cards that share a prediction exchange tokens for heads.
+
+    Args:
+        machine: of each card.
+        job: says how many share a prediction.
+        weights: of the transformer, which say how wide the numbers are.
+
+    Returns:
+        Seconds; 0 where nothing is shared, None where the rate between cards is unknown.
+    """
+    if job.num_ranks == 1:
+        return 0.0
+    peer = machine.rates.get("peer", 0.0)
+    return given_bytes(job, weights) / peer if peer else None
+
+
+def given_bytes(job: Job, weights: Weights) -> float:
+    """Bytes that a card gives to the others in a block."""
+    num_bytes = exchanged_bytes(
+        job.tokens, job.text_tokens, job.config.hidden_size, weights.dtype.itemsize, job.num_ranks
+    )
+    return num_bytes * (job.num_ranks - 1) / job.num_ranks
 
 
 def _attention_share(job: Job, attention: str) -> float:
@@ -367,8 +402,9 @@ def _plan_decode(machine: Machine, job: Job, mode: str) -> tuple[str, int, float
     if mode in CHOOSING_MODES:
         try:
             decode, num_bytes = choose_decode(
-                *sizes, free, dtype, mode, host_bytes=host, corrections=corrections
-            )
+                *sizes, free, dtype, mode, host_bytes=host, corrections=corrections,
+                ranks=job.num_strips,
+            )  # fmt: skip
             fits = True
         except OutOfRoomError:
             decode, fits = last_rung(mode), False

@@ -53,7 +53,7 @@ from .finite import FiniteWatch, suspects
 from .guidance import guided_velocity
 from .network import ALONE, Alone, Network, blocks_to_skip
 from .pair import Partner, check_pair, twin_of
-from .planned import PlannedRun, compare_devices, start_run
+from .planned import PlannedRun, compare_devices, compare_ranks, start_run
 from .precompute import StepLookup, precompute
 from .prompts import (
     Prompt,
@@ -387,6 +387,8 @@ def _prepare(
             mate = Mate(runtime.ranks, attention, _indices(left_out, transformer.blocks))
         attention = shared_out(attention, transformer, job, runtime)
         run = start_run(transformer, job, needed, runtime, name_of(settings.attention))
+        if num_ranks > 1:
+            compare_ranks(run)
         lookup = retried(
             partial(
                 precompute,

@@ -23,7 +23,8 @@ from .quant import MAX_HADAMARD_BLOCK, STORAGE_DTYPES, QuantLinear, quantize
 
 logger = logging.getLogger("skyreels.transformer.rates")
 
-#: names of rates; a GEMM in 8 bits includes rounding its input
+#: names of rates; a GEMM in 8 bits includes rounding its input. A "link" brings bytes from main
+#: memory, "peer" takes them to the next card
 NAMES = (
     "GEMM fp32",
     "GEMM bf16",
@@ -33,6 +34,7 @@ NAMES = (
     "convolution",
     "memory",
     "link",
+    "peer",
 )
 HEADS, HEAD_DIM = 24, 128
 #: of the work on a GPU, where once takes less than a millisecond
@@ -116,7 +118,7 @@ def _measure(name: str, device: torch.device) -> float | None:
         return None
     work, amount = made
     repeats = REPEATS if device.type == "cuda" else 1
-    if device.type == "cuda" and name != "link":
+    if device.type == "cuda" and name not in ("link", "peer"):
         _warm(work, device)
     milliseconds = dispatch.median_ms({name: partial(_repeat, work, repeats)}, device)[name]
     seconds = milliseconds / 1e3 / repeats
@@ -165,6 +167,8 @@ def _work(
         weight = draw(channels, channels, 3, 3, 3, dtype=dtype)
         products = 27 * channels**2 * (frames - 2) * (height - 2) * (width - 2)
         return partial(F.conv3d, x, weight), 2.0 * products
+    if kind == "peer":
+        return _copy_to_peer(device, size.copied_bytes)
     return _copy(kind == "link", device, size.copied_bytes)
 
 
@@ -188,3 +192,16 @@ def _copy(
         source = torch.ones(num_bytes, dtype=torch.uint8, pin_memory=True)
         return partial(target.copy_, source, non_blocking=True), float(num_bytes)
     return partial(target.copy_, torch.ones_like(target)), 2.0 * num_bytes
+
+
+def _copy_to_peer(
+    device: torch.device, num_bytes: int
+) -> tuple[Callable[[], object], float] | None:
+    """A copy to the next card of this process."""
+    count = torch.cuda.device_count() if device.type == "cuda" else 1
+    if count < 2:
+        return None
+    other = torch.device("cuda", ((device.index or 0) + 1) % count)
+    source = torch.ones(num_bytes, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source, device=other)
+    return partial(target.copy_, source, non_blocking=True), float(num_bytes)

@@ -77,6 +77,37 @@ def test_a_run_ends_with_the_file_and_one_json_object(server, tmp_path):
     assert run.files[0][:3] == ("inputImage", "input.png", "image/png")
 
 
+def test_a_quote_says_the_price_and_sends_nothing(server, tmp_path):
+    job = ["quote", *RUN[1:], "--json"]
+    assert json.loads(wiro(server, *job).stdout) == {
+        "price": None, "is_exact": False, "was_sent": False, "taskid": "",
+    }  # fmt: skip
+    server.price = [{"inputs": [], "price": "0.30", "priceMethod": "cpr"}]
+    server.schema = True
+    quoted = wiro(server, *job)
+    assert json.loads(quoted.stdout)["price"] == "0.3"
+    assert "price $0.30" in quoted.stderr
+    assert not any(path.startswith("Run/") for path in server.paths())
+    assert wiro(server, *RUN, "--out", tmp_path).returncode == 0
+    again = json.loads(wiro(server, *job).stdout)
+    assert (again["was_sent"], again["taskid"]) == (True, "2221")
+
+
+def test_nothing_is_started_above_the_highest_price_that_was_named(server, tmp_path):
+    run = [*RUN, "--out", tmp_path, "--max-price"]
+    unknown = wiro(server, *run, "5", "--json")
+    assert "so --max-price cannot hold it" in json.loads(unknown.stdout)["error"]
+    server.price = [{"inputs": [], "price": "0.30", "priceMethod": "cpr"}]
+    server.schema = True
+    refused = wiro(server, *run, "0.29", "--json")
+    assert "would cost $0.30, and --max-price is $0.29" in json.loads(refused.stdout)["error"]
+    assert not any(path.startswith("Run/") for path in server.paths())
+    assert wiro(server, *run, "0.30").returncode == 0
+    assert wiro(server, *run, "0").returncode == 0  # it is paid for
+    assert wiro(server, *run, "0", "--again").returncode == 1
+    assert wiro(server, *run, "much").returncode == 2
+
+
 def test_a_task_is_looked_at_watched_collected_and_stopped(server, tmp_path):
     taskid = server.add_task({"prompt": "x"})
     token = server.tasks[taskid]["socketaccesstoken"]

@@ -22,7 +22,7 @@ class PeakBytes(TorchDispatchMode):
         self._known: dict[int, int] = {}
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        result = _run(func, args, kwargs or {})
+        result = run(func, args, kwargs or {})
         before = {
             leaf.untyped_storage()._cdata for leaf in _tensors((*args, *(kwargs or {}).values()))
         }
@@ -44,16 +44,35 @@ class PeakBytes(TorchDispatchMode):
             self.live -= size
 
 
-#: operator and the shapes of its arguments -> what it returned for them, see `_run`
+class Convolutions(TorchDispatchMode):
+    """Counts the FLOPs of convolutions, `.flops`, as torch's FlopCounterMode does.
+
+    That one asks for the shapes of every operator anew.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.flops = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = run(func, args, kwargs or {})
+        # in inference mode it is not taken apart
+        if func._schema.name in ("aten::convolution", "aten::conv3d", "aten::conv2d"):
+            weight = args[1]
+            self.flops += 2 * result.numel() * weight[0].numel()
+        return result
+
+
+#: operator and the shapes of its arguments -> what it returned for them, see `run`
 _returned: dict[tuple, Any] = {}
 
 
-def _run(func: Any, args: tuple, kwargs: dict) -> Any:
+def run(func: Any, args: tuple, kwargs: dict) -> Any:
     """What an operator returns, for shapes that it has seen without asking it.
 
     On shape-only tensors the operators are Python code of a millisecond; a clip of 97 frames takes
     thousands of the same. Views are always asked, and so is every operator that another counter
-    around this one would see.
+    around this one would see, which then may know it.
     """
     kind = _kind(func)
     tensors = list(_tensors((*args, *kwargs.values())))

@@ -4,6 +4,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from support.peak import run
+
 PRODUCTS = {
     "mm", "_scaled_mm", "_int_mm", "int8_linear_", "addmm", "_addmm_activation", "bmm", "baddbmm",
     "linear", "convolution", "add_low_rank_",
@@ -30,7 +32,7 @@ class Traffic(TorchDispatchMode):
         self.by_name: dict[str, int] = {}
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        result = func(*args, **(kwargs or {}))
+        result = run(func, args, kwargs or {})
         name = func._schema.name.split("::")[-1]
         inputs = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
         outputs = [leaf for leaf in tree_leaves(result) if isinstance(leaf, torch.Tensor)]

@@ -18,6 +18,8 @@ from comfyui_skyreels.skyreels.transformer import attention_quality as quality
 
 from support.triton_versions import mend_interpreter
 
+#: like the model's 51,060 to what specialises a kernel: no multiple of 16, and several tiles
+TOKENS = 1_204
 #: head dimension, queries, keys, dtype, kind of input, (compute capability, index of the tile):
 #: lengths that no tile divides, one tile, several
 CASES = [
@@ -74,14 +76,17 @@ class Recorder:
 
 
 def launches(tile: kernels.Tile) -> list[tuple]:
-    """(kernel, arguments, options) of a call at the model's length, on shape-only tensors."""
+    """(kernel, arguments, options) of a call: those of the model's length, of fewer tokens.
+
+    Nothing is shape-only: for what such tensors meet around a launch torch imports its compiler.
+    """
     found: list[tuple] = []
     names = [name for name in vars(kernels) if name.endswith("_kernel")]
     saved = {name: getattr(kernels, name) for name in names}
     try:
         for name in names:
             setattr(kernels, name, Recorder(saved[name], found))
-        qkv = torch.empty(1, 51_060, 3, 24, 128, dtype=torch.bfloat16, device="meta")
+        qkv = torch.zeros(1, TOKENS, 3, 24, 128, dtype=torch.bfloat16)
         kernels.quantized_attention(*qkv.permute(2, 0, 3, 1, 4), tile)
     finally:
         for name, value in saved.items():

@@ -2,9 +2,9 @@
 
     python -m support.triton_compile 80 90        (from tests/; TRITON_INTERPRET must not be set)
 
-The operators are called on shape-only tensors, their launches recorded and compiled ahead of time,
-so what is compiled is what would run. Prints one JSON line, a list of {operator, to, capability,
-warps} and what support/triton_record.py says of each.
+The operators' launches are recorded and compiled ahead of time, so what is compiled is what would
+run. Prints one JSON line, a list of {operator, to, capability, warps} and what
+support/triton_record.py says of each.
 """
 
 import json
@@ -34,10 +34,8 @@ def launches(name: str, to: torch.dtype | None) -> list[tuple]:
 
     kernels.launch, launch = record, kernels.launch
     try:
-        args = [
-            a.to("meta") if isinstance(a, torch.Tensor) else a
-            for a in operators.samples(name, torch.bfloat16, to)[0]
-        ]
+        # no shape-only tensors: for what they meet around a launch torch imports its compiler
+        args = operators.samples(name, torch.bfloat16, to)[0]
         if isinstance(args[0], torch.Tensor) and args[0].ndim == 5 and "rope" not in name:
             args = [_widened(arg, name) for arg in args]
         getattr(kernels, name)(*args)
@@ -52,7 +50,7 @@ def _widened(arg, name: str):
         return arg
     axis = 1 if arg.ndim == 5 else 0
     shape = [size * 16 if at == axis else size for at, size in enumerate(arg.shape)]
-    wide = torch.empty(shape, dtype=arg.dtype, device="meta")
+    wide = torch.empty(shape, dtype=arg.dtype)
     is_clip = arg.ndim == 5 and arg.shape[2:].numel() > 1
     return wide.contiguous(memory_format=torch.channels_last_3d) if is_clip else wide
 

@@ -7,6 +7,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from support.peak import run
+
 #: operators whose result, or its size, the host needs before it goes on, as for indexing by a mask;
 #: in inference mode some are seen before they are taken apart
 READS = {
@@ -50,7 +52,9 @@ class Waits(TorchDispatchMode):
                 copies.append((name, tuple(source.shape)))
         elif name == "detach_" and on_device:
             self.to_device.append((name, tuple(tensors[0].shape)))
-        return func(*args, **(kwargs or {}))
+        if name in READS or name in COPIES:
+            return func(*args, **(kwargs or {}))
+        return run(func, args, kwargs or {})
 
     def _holds(self, device):
         return device.type == self.device

@@ -5,17 +5,20 @@ import json
 import os
 import sys
 from argparse import Namespace
-from collections import deque
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from comfyui_skyreels.skyreels import cli
+from comfyui_skyreels.skyreels.builtin import builtin_transformer
 from comfyui_skyreels.skyreels.errors import DependencyError, OptionError, SkyReelsError
-from comfyui_skyreels.skyreels.pipeline import batch, ray_workers
+from comfyui_skyreels.skyreels.media import read_clip
+from comfyui_skyreels.skyreels.pipeline import batch, driver, ray_workers
 from comfyui_skyreels.skyreels.pipeline.receipt import read_receipt
+from comfyui_skyreels.skyreels.runtime import TorchRuntime
 from PIL import Image
+from support import lora
 from support.forked import forks
 
 pytestmark = pytest.mark.usefixtures("fast_convolutions", "kept_models")
@@ -92,7 +95,75 @@ def test_weights_are_loaded_once(capsys, tmp_path, monkeypatch):
     assert counts == {"load_models": 1, "load_encoder": 1}
 
 
+def test_a_job_has_loras_of_its_own_and_the_next_one_has_none(capsys, tmp_path):
+    parts = lora.draw_parts(builtin_transformer(runtime=TorchRuntime()).config)
+    path = lora.write("musubi-tuner", parts, tmp_path)
+    name = str(path.relative_to(tmp_path))
+    base = {"prompt": PROMPT, "steps": 1, "width": 128, "height": 128}
+    jobs = [base, {**base, "lora": f"{name}:0.2"}, {**base, "lora": [f"{name}:0.1", f"{name}:0.1"]},
+            {**base, "seed": 1}]  # fmt: skip
+    _, told, err = run(capsys, write(tmp_path / "jobs.jsonl", *jobs), tmp_path / "out")
+    assert [job["error"] for job in told["jobs"]] == [None] * 4
+    assert err.count("(musubi-tuner):") == 3
+    clips_ = [(tmp_path / "out" / job["file"]).read_bytes() for job in told["jobs"]]
+    assert len(set(clips_)) == 4
+    options = [f"--{key}={value}" for key, value in base.items()]
+    for number, more in ((1, [f"--lora={path}:0.2"]), (3, ["--seed=1"])):
+        single = tmp_path / f"{number}.mp4"
+        assert cli.main(["generate", "--out", str(single), "--frames=5", *options, *more]) == 0
+        assert single.read_bytes() == clips_[number]
+
+
+def test_a_job_continues_a_clip(capsys, tmp_path):
+    first = tmp_path / "first.mp4"
+    size = ["--width", "48", "--height", "32", "--steps", "1"]
+    words = ["generate", "--prompt", PROMPT, "--frames", "9", "--out", str(first), *size]
+    assert cli.main(words) == 0
+    job = {"prompt": PROMPT, "extend": "first.mp4", "frames": 9}
+    jobs = [job, {**job, "overlap": 5}, {**job, "overlap": 3}, {**job, "width": 48}]
+    # the clip has a size, whatever the command's is
+    _, told, _ = run(capsys, write(tmp_path / "jobs.jsonl", *jobs), tmp_path / "out")
+    errors = [job["error"] for job in told["jobs"]]
+    assert errors[:2] == [None, None]
+    assert "3" in errors[2]
+    assert "leave --width and --height out" in errors[3]
+    found = [read_clip(tmp_path / "out" / job["file"]) for job in told["jobs"][:2]]
+    assert [tuple(clip.shape) for clip in found] == [(17, 32, 48, 3), (13, 32, 48, 3)]
+    assert (
+        torch.equal(found[0][:8], read_clip(first)[:8])
+        or (found[0][:8] - read_clip(first)[:8]).abs().mean() < 0.05
+    )
+
+
+def test_a_lora_of_the_command_is_of_lines_without_one_and_is_part_of_names(tmp_path):
+    config = builtin_transformer(runtime=TorchRuntime()).config
+    (tmp_path / "b").mkdir()
+    first, second = (
+        lora.write("musubi-tuner", lora.draw_parts(config, seed), folder)
+        for seed, folder in enumerate((tmp_path, tmp_path / "b"))
+    )
+    job = {"prompt": PROMPT}
+    own = [
+        {**job, "lora": f"{path}:{strength}"} for path in (first, second) for strength in (1, 0.5)
+    ]
+    found = names(tmp_path, [job, *own])
+    assert len(set(found)) == 5
+    assert names(tmp_path, [job, own[2]], "--lora", first) == [found[1], found[3]]
+
+
+def test_a_lora_that_is_another_one_where_the_clip_is_made_is_refused(tmp_path):
+    (task,) = [line.task for line in lines_of(tmp_path, {"prompt": PROMPT})]
+    task.arguments.lora_digests = ["0"]
+    make = cli.batch.batch_maker(task.arguments)
+    with pytest.raises(OptionError, match="not what the batch began with"):
+        make(task.arguments)
+
+
 BAD = {
+    '{"prompt": "a", "overlap": 5}': "belong to --extend CLIP",
+    '{"prompt": "a", "extend": "gone.mp4"}': "gone.mp4 does not exist",
+    '{"prompt": "a", "lora": [1]}': "lora is [1]: give a text",
+    '{"prompt": "a", "lora": "gone.safetensors"}': "gone.safetensors does not exist",
     "nonsense": "is not JSON",
     "[1]": "not an object",
     '{"prompt": "a", "sed": 1}': "'sed' is not one of",
@@ -175,13 +246,16 @@ def test_a_finished_clip_is_not_made_again(capsys, tmp_path):
 
 
 def names(tmp_path: Path, jobs: list[dict], *options) -> list[str]:
+    return [line.task.digest for line in lines_of(tmp_path, *jobs, options=options)]
+
+
+def lines_of(tmp_path: Path, *jobs: dict, options=()) -> list[batch.Line]:
     path = write(tmp_path / "jobs.jsonl", *jobs)
     words = ["batch", path, "--out", tmp_path, *SMALL, *options]
     arguments = cli.build_parser().parse_args([str(word) for word in words])
-    shared = {"weights": cli.batch.fingerprints(arguments)}
-    lines = cli.batch.read_jobs(arguments, shared)
+    lines = cli.batch.read_jobs(arguments, cli.batch.fingerprints(arguments))
     assert [line.error for line in lines] == [""] * len(jobs)
-    return [line.task.digest for line in lines]
+    return lines
 
 
 def test_a_name_changes_with_each_input(tmp_path):
@@ -305,6 +379,42 @@ def test_a_killed_batch_goes_on_where_it_was(capsys, tmp_path):
     assert clips(out) == sorted(job["file"] for job in told["jobs"])
 
 
+def test_the_summary_is_there_while_the_batch_goes_on(tmp_path, monkeypatch):
+    monkeypatch.setattr(batch, "SUMMARY_PERIOD_S", 0.0)
+    monkeypatch.setattr(batch, "SUMMARY_SHARE", float("inf"))
+    lines = [batch.Line(n, batch.Task(f"{n}", Namespace())) for n in range(1, 4)]
+    seen = []
+
+    def work(tasks):
+        for task in tasks:
+            yield batch.Ended(task.digest, 1.0, "box", 1)
+            seen.append(json.loads((tmp_path / batch.SUMMARY).read_text()))
+
+    batch.run_lines(lines, tmp_path, work, lambda line: None)
+    assert [(told["made"], told["left"]) for told in seen] == [(1, 2), (2, 1), (3, 0)]
+    assert [path.name for path in tmp_path.iterdir()] == [batch.SUMMARY]
+
+
+def test_a_summary_that_takes_long_is_written_seldom(tmp_path, monkeypatch):
+    clock, written = [0.0], []
+
+    def write_slowly(*_):
+        clock[0] += 5.0
+        written.append(clock[0])
+
+    monkeypatch.setattr(batch.time, "perf_counter", lambda: clock[0])
+    monkeypatch.setattr(batch, "_write_summary", write_slowly)
+
+    def work(tasks):
+        for task in tasks:
+            clock[0] += 1.0
+            yield batch.Ended(task.digest, 1.0, "box", 1)
+
+    lines = [batch.Line(n, batch.Task(f"{n:032x}", Namespace())) for n in range(1200)]
+    batch.run_lines(lines, tmp_path, work, lambda line: None)
+    assert len(written) == 1200 // 500 + 2  # once in 500 s, and at the end
+
+
 def test_an_interrupted_batch_says_what_continues_it(capsys, tmp_path, monkeypatch):
     def interrupt(*_, **__):
         raise KeyboardInterrupt
@@ -341,11 +451,85 @@ def test_with_ray_no_single_gpu_is_named(capsys, tmp_path):
     assert "--device cuda:1 names a GPU" in told["error"]
 
 
+# --- jobs for Wiro ------------------------------------------------------------------------------
+
+
+REMOTE = {"backend": "remote", "image": "a.png", "prompt": "a fox"}
+BAD_REMOTE = {
+    "seed": ({"seed": 1}, "seed is for clips that are made here"),
+    "picture": ({"image": None}, "starts from a picture"),
+    "prompt": ({"prompt": None}, "There is no prompt"),
+    "size": ({"width": 64}, "64x544 is not made on Wiro: use 960x544 or 544x960"),
+    "frames": ({"frames": 18}, "18"),
+    "backend": ({"backend": "auto"}, "backend: invalid choice"),
+}
+
+
+def remote_lines(tmp_path, *jobs, options=("--wiro-limit", "2")):
+    save_picture(tmp_path / "a.png", 1)
+    cleaned = [{k: v for k, v in job.items() if v is not None} for job in jobs]
+    path = write(tmp_path / "jobs.jsonl", *cleaned)
+    words = ["batch", path, "--out", tmp_path, *options]
+    arguments = cli.build_parser().parse_args([str(word) for word in words])
+    return cli.batch.read_jobs(arguments, {})
+
+
+def test_a_job_for_wiro_is_what_its_model_takes(tmp_path):
+    upright = {"width": 544, "height": 960}
+    jobs = [REMOTE, REMOTE | {"steps": 30, "cfg": 6}, REMOTE | {"steps": 20}, REMOTE | upright]
+    lines = remote_lines(tmp_path, *jobs)
+    assert [line.error for line in lines] == [""] * 4
+    tasks = [line.task for line in lines]
+    assert all(task.is_remote for task in tasks)
+    assert tasks[0].digest == tasks[1].digest
+    assert len({task.digest for task in tasks}) == 3
+    given = tasks[0].arguments
+    assert (given.prompt, given.width, given.height, given.frames) == (
+        "FPS-24, a fox",
+        960,
+        544,
+        97,
+    )
+    assert tasks[0].files == {"image": batch.file_digest(tmp_path / "a.png")}
+
+
+@pytest.mark.parametrize("name", BAD_REMOTE)
+def test_what_wiro_does_not_make_is_refused(tmp_path, name):
+    changes, sentence = BAD_REMOTE[name]
+    (line,) = remote_lines(tmp_path, {**REMOTE, **changes})
+    assert sentence in line.error
+
+
+def test_without_a_limit_no_job_goes_to_wiro(tmp_path, capsys):
+    (line,) = remote_lines(tmp_path, REMOTE, options=())
+    assert "cost money, and there is no limit: give --wiro-limit" in line.error
+    jobs = write(tmp_path / "jobs.jsonl", {"prompt": PROMPT})
+    code, told, _ = run(capsys, jobs, tmp_path / "out", "--wiro-limit", "much")
+    assert (code, "'much' is not an amount" in told["error"]) == (1, True)
+
+
+def test_jobs_for_wiro_are_made_beside_the_others(tmp_path, capsys, monkeypatch):
+    from comfyui_skyreels.skyreels.pipeline import remote
+
+    def call(self, command, *words):
+        assert "--param=prompt=FPS-24, a fox" in words
+        clip = tmp_path / "paid.mp4"
+        clip.write_bytes(b"paid")
+        return {"price": "0.40", "was_sent": False, "cost": "0.40", "files": [str(clip)]}
+
+    monkeypatch.setattr(remote.RemoteRuns, "_call", call)
+    save_picture(tmp_path / "a.png", 1)
+    wide = {**REMOTE, "width": 960, "height": 544, "frames": 97}
+    jobs = write(tmp_path / "jobs.jsonl", {"prompt": PROMPT}, wide, {**wide, "steps": 9})
+    code, told, _ = run(capsys, jobs, tmp_path / "out", "--wiro-limit", "0.50")
+    assert (code, told["made"], told["failed"]) == (1, 2, 1)
+    assert {job["worker"] for job in told["jobs"]} == {"this process", "wiro.ai"}
+    assert (tmp_path / "out" / told["jobs"][1]["file"] if told["jobs"][1]["file"] else
+            tmp_path / "out" / told["jobs"][2]["file"]).read_bytes() == b"paid"  # fmt: skip
+    assert "of --wiro-limit $0.50 the clips of this folder have taken $0.40" in str(told)
+
+
 # --- what the driver makes of its workers' answers ----------------------------------------------
-
-
-def books(said: list[str]) -> ray_workers._State:
-    return ray_workers._State({"vae": "1"}, deque(), lambda: None, Path(), said.append)
 
 
 def answer(**changes) -> dict:
@@ -367,35 +551,118 @@ def answer(**changes) -> dict:
 )
 def test_a_worker_that_differs_is_named(changes, sentence, is_used):
     said = []
-    state, member = books(said), ray_workers._Member(None)
-    ray_workers._admit(state, member, answer(**changes))
-    assert bool(state.free) == is_used
+    assert ray_workers.is_fit(answer(**changes), {"vae": "1"}, said.append) == is_used
     assert [line[: len(sentence)] for line in said] == ([sentence] if sentence else [])
 
 
-def test_a_lost_workers_job_has_three_tries():
-    said = []
-    state = books(said)
-    task = batch.Task("0", None)
-    member = ray_workers._Member(None, "box:1", task)
-    for tries in (1, 2):
-        state.tries["0"], state.lost = tries, 0
-        assert list(ray_workers._lose(state, member, RuntimeError())) == []
-        assert state.queue.popleft() is task
-    state.tries["0"], state.lost = 3, 0
-    (ended,) = ray_workers._lose(state, member, RuntimeError())
-    assert (ended.tries, ended.worker) == (3, "box:1")
-    assert "Its worker was lost 3 times" in ended.error
-    assert not state.queue
+class Rehearsed:
+    """`Workers` that do what was written down: each answers, in turn, or is lost.
+
+    script: of each worker that is started, what is heard of it.
+    """
+
+    def __init__(self, *script: list):
+        self.script, self.heard, self.sent = [*script], [], []
+
+    def start(self):
+        member = driver.Member(iter(self.script.pop(0)))
+        self.heard.append(member)
+        return member
+
+    def send(self, member, task):
+        if task.digest == "unreadable":
+            raise SkyReelsError("a.png is gone")
+        self.sent.append((member.name, task.digest))
+        self.heard.append(member)
+
+    def hear(self):
+        member = self.heard.pop(0)
+        return [(member, next(member.handle))]
+
+
+READY, GONE = {"name": "box"}, driver.Lost("gone")
+MADE = {"clip": b"", "error": "", "seconds": 1.0}
+
+
+def drive(workers, digests, count=1, admit=lambda found: True):
+    said, saved = [], []
+    ended = driver.drive(
+        [batch.Task(digest, None) for digest in digests], workers, count, admit=admit,
+        save=lambda task, clip: saved.append(task.digest), tell=said.append, check=lambda: None,
+    )  # fmt: skip
+    return list(ended), saved, said
+
+
+def test_a_lost_workers_job_is_the_next_and_has_three_tries():
+    lost = [READY, GONE]
+    workers = Rehearsed(lost, lost, lost, [READY, MADE, MADE])
+    (first, *others), saved, said = drive(workers, ["0", "1", "2"])
+    assert (first.digest, first.tries, first.worker) == ("0", 3, "box")
+    assert "Its worker was lost 3 times" in first.error
+    assert [(each.digest, each.tries, each.error) for each in others] == [
+        ("1", 1, ""),
+        ("2", 1, ""),
+    ]
+    assert saved == ["1", "2"]
+    assert [digest for _, digest in workers.sent] == ["0", "0", "0", "1", "2"]
+    assert said == ["box was lost; 0.mp4 is tried again."] * 2
 
 
 def test_workers_that_only_end_are_not_started_for_ever():
-    state = books([])
-    member = ray_workers._Member(None)
-    with pytest.raises(OptionError, match="workers were lost and made nothing"):
-        for _ in range(100):
-            list(ray_workers._lose(state, member, SkyReelsError("gone")))
-    assert state.lost < 10
+    with pytest.raises(OptionError, match=r"workers were lost and made nothing.*\(gone\)"):
+        drive(Rehearsed(*[[GONE]] * 10), ["0"], count=1)
+
+
+def test_a_worker_that_makes_something_forgives_those_that_were_lost():
+    script = [[GONE], [GONE], [GONE], [READY, MADE, GONE], [GONE], [GONE], [READY, MADE]]
+    ended, saved, _ = drive(Rehearsed(*script), ["0", "1"])
+    assert saved == ["0", "1"]
+    assert [each.tries for each in ended] == [1, 2]
+
+
+def test_a_task_that_cannot_be_sent_ends_and_its_worker_goes_on():
+    (bad, good), saved, _ = drive(Rehearsed([READY, MADE]), ["unreadable", "1"])
+    assert (bad.error, bad.worker, bad.tries) == ("a.png is gone", "this process", 1)
+    assert (good.digest, saved) == ("1", ["1"])
+
+
+def test_without_a_worker_that_is_used_the_batch_ends():
+    workers = Rehearsed([{"name": "a"}], [{"name": "b", "is": "fit"}, MADE, MADE])
+    assert drive(workers, ["0", "1"], 2, admit=lambda found: "is" in found)[1] == ["0", "1"]
+    with pytest.raises(OptionError, match="No worker can make a clip, for the reasons above"):
+        drive(Rehearsed([READY], [READY]), ["0", "1"], 2, admit=lambda found: False)
+
+
+def test_a_folder_that_fills_up_ends_the_batch_with_what_is_whole(tmp_path, monkeypatch):
+    replace_, room = os.replace, [2]  # clips that fit
+
+    def replace_while_there_is_room(part, path):
+        if str(path).endswith(".mp4"):
+            if not room[0]:
+                full()
+            room[0] -= 1
+        replace_(part, path)
+
+    monkeypatch.setattr(os, "replace", replace_while_there_is_room)
+    lines = [batch.Line(n, batch.Task(f"{n:032x}", None)) for n in range(4)]
+
+    def work(tasks):
+        return driver.drive(
+            tasks, Rehearsed([READY, *[MADE] * 4]), 1, admit=lambda found: True,
+            save=lambda task, clip: batch.write_whole(task.place(tmp_path), clip),
+            tell=lambda line: None, check=lambda: None,
+        )  # fmt: skip
+
+    with pytest.raises(OSError, match="No space"):
+        batch.run_lines(lines, tmp_path, work, lambda line: None)
+    assert clips(tmp_path) == [f"{n:032x}.mp4" for n in range(2)]
+    summary = json.loads((tmp_path / batch.SUMMARY).read_text())
+    assert (summary["made"], summary["left"]) == (2, 2)
+
+
+def test_no_more_workers_are_started_than_there_are_tasks():
+    workers = Rehearsed([READY, MADE])
+    assert drive(workers, ["0"], count=5)[1] == ["0"]
 
 
 def test_the_process_of_a_worker_answers_with_a_clip_or_a_sentence(tmp_path):

@@ -30,6 +30,7 @@ from comfyui_skyreels.skyreels.transformer.quant import (
     is_quantizable,
     quantize,
 )
+from support import peak
 from support.forked import forks
 from support.traffic import Traffic
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -553,7 +554,7 @@ class Addresses(TorchDispatchMode):
                 if isinstance(leaf, torch.Tensor):
                     at = leaf.storage_offset() * leaf.itemsize % quant.BYTE_ALIGNMENT
                     self.found.setdefault(name, set()).add(at)
-        return func(*args, **(kwargs or {}))
+        return peak.run(func, args, kwargs or {})
 
 
 @pytest.mark.parametrize("precision", STORAGE_DTYPES)

@@ -5,7 +5,7 @@ import torch
 from comfyui_skyreels.skyreels.config import VAEConfig
 from comfyui_skyreels.skyreels.vae.budget import decode_bytes, encode_bytes, synced_bytes
 from comfyui_skyreels.skyreels.vae.model import VideoVAE
-from support.peak import PeakBytes
+from support.peak import Convolutions, PeakBytes
 from support.traffic import Traffic
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -59,7 +59,7 @@ def test_a_synced_decode_fits_cards_that_a_whole_one_does_not(meta_vae, strips, 
     """6.7 and 3.8 GiB."""
     latents = torch.empty(FULL_SIZE, device="meta", dtype=torch.bfloat16)
     frames = 0
-    with FlopCounterMode(display=False) as flops, PeakBytes() as memory:
+    with Convolutions() as convolutions, PeakBytes() as memory:
         for _, _, piece in meta_vae.iter_synced(latents, strips):
             frames += piece.shape[2]
     assert frames == strips * 97
@@ -67,8 +67,7 @@ def test_a_synced_decode_fits_cards_that_a_whole_one_does_not(meta_vae, strips, 
     estimate = synced_bytes(meta_vae.config, FULL_SIZE, torch.bfloat16, strips)
     assert 1.2 * memory.peak <= estimate <= 1.6 * memory.peak
     # a tenth is for the sample; rows beside strips are computed twice
-    convolution = flops.get_flop_counts()["Global"][torch.ops.aten.convolution]
-    assert 715e12 <= convolution <= (730e12 if strips == 1 else 750e12)
+    assert 715e12 <= convolutions.flops <= (730e12 if strips == 1 else 750e12)
 
 
 @pytest.mark.parametrize(

@@ -53,11 +53,12 @@ def test_with_the_norms_of_the_whole_clip_it_is_the_decode_in_one_pass(vae64, si
     assert relative(synced(vae64, vae_latents), vae64.decode(vae_latents)) <= 1e-12
 
 
-@pytest.mark.parametrize("strips", [2, 8])
-def test_strips_change_nothing(vae64, strips, monkeypatch):
+def test_strips_change_nothing(vae64, monkeypatch):
     monkeypatch.setattr(model, "sample_starts", lambda frames, strips: ([1], 2))
     vae_latents = latents(3, 16, 2).double()
-    assert relative(synced(vae64, vae_latents, strips), synced(vae64, vae_latents)) <= 1e-12
+    whole = synced(vae64, vae_latents)
+    for strips in (2, 8):
+        assert relative(synced(vae64, vae_latents, strips), whole) <= 1e-12, strips
 
 
 @pytest.mark.parametrize("channels", [(16, 16), (16, 32, 32), (16, 16, 32, 32, 32)])

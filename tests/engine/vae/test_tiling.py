@@ -1,5 +1,6 @@
 """Tiled decoding: geometry, blends, streaming, memory, refusals."""
 
+import itertools
 import random
 from dataclasses import replace
 
@@ -361,24 +362,29 @@ class Stop(Exception):  # noqa: N818
     pass
 
 
+@pytest.fixture(scope="module")
+def undisturbed(vae):
+    """Latents, the frames of a decode that nothing stopped, and its checks."""
+    torch.manual_seed(0)
+    vae_latents, checks = latents(6, 2, 6), itertools.count(1)
+    runtime = TorchRuntime(on_check=lambda: next(checks))
+    frames = decode_frames(vae, vae_latents, tiling=SMALL, runtime=runtime)
+    return vae_latents, frames, next(checks) - 1
+
+
 @pytest.mark.parametrize("where", ["first", "between tiles", "inside a tile", "last"])
-def test_an_interrupt_passes_through_and_the_next_decode_is_bit_identical(vae, where):
-    vae_latents = latents(6, 2, 6)
-    expected = decode_frames(vae, vae_latents, tiling=SMALL, runtime=TorchRuntime())
-    calls = 0
-
-    def count():
-        nonlocal calls
-        calls += 1
-
-    decode_frames(vae, vae_latents, tiling=SMALL, runtime=TorchRuntime(on_check=count))
-    per_tile = calls // count_decodes(vae_latents.shape, SMALL)
+def test_an_interrupt_passes_through_and_the_next_decode_is_bit_identical(vae, undisturbed, where):
+    vae_latents, expected, num_checks = undisturbed
+    per_tile = num_checks // count_decodes(vae_latents.shape, SMALL)
     assert per_tile > 10
-    stop_at = {"first": 1, "between tiles": None, "inside a tile": per_tile + 5, "last": calls}
+    stop_at = {
+        "first": 1, "between tiles": None, "inside a tile": per_tile + 5, "last": num_checks
+    }  # fmt: skip
     calls, done = 0, []
 
     def stop():
-        count()
+        nonlocal calls
+        calls += 1
         if calls == stop_at[where] or (where == "between tiles" and len(done) == 2):
             raise Stop
 

@@ -15,6 +15,7 @@ from comfyui_skyreels.skyreels.transformer.quant import (
     hadamard_block_size,
 )
 from comfyui_skyreels.skyreels.transformer.side_branch import SideBranch
+from support import peak
 from support.traffic import Traffic
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -99,7 +100,7 @@ class Operations(TorchDispatchMode):
                 tokens = x.numel() // x.shape[-1]
                 self.branches += 2 * tokens * (last - first) * (x.shape[-1] + stop - start)
             self.launches += 1
-        return func(*args, **(kwargs or {}))
+        return peak.run(func, args, kwargs or {})
 
 
 def run_blocks(model, chunking, mode):
