@@ -9,7 +9,7 @@ what strips exchange, less than a GB.
 from dataclasses import dataclass, replace
 from math import prod
 
-from ..runtime.ranks import MAX_RANKS
+from ..runtime.collectives import MAX_RANKS
 from .inputs import AUTO, Choice, Job, Machine
 from .predict import given_bytes, plan_run
 from .weights import Weights
