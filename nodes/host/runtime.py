@@ -84,7 +84,7 @@ class ComfyRuntime:
             self.offload_device = torch.device("cpu")
         self.state_folder = state_folder()
         self.partner: ComfyRuntime | None = None
-        self.group = None
+        self.ranks = None
         self._previewer = self._moving = None
         if with_preview:
             is_builtin = any(model.name == BUILTIN_NAME for model in models)

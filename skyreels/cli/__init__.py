@@ -13,15 +13,16 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ..config import TransformerConfig
-from ..errors import OptionError, SkyReelsError
-from ..runtime.ranks import check_devices, is_rank, start_ranks
+from ..errors import SkyReelsError
+from ..runtime.ranks import check_devices, is_rank, start_ranks, tell_launcher, wait_for_others
 from .batch import add_batch, run_batch
 from .calibrate import add_calibrate, run_calibrate
 from .console import Parser, explain_file_error, explain_unexpected, say
-from .devices import pick_device
+from .devices import makes_groups, pick_device
 from .doctor import add_doctor
 from .generate import add_generate, run_generate
 from .inspect import add_inspect
+from .options import apply_preset
 from .receipts import check_given, read_defaults
 
 __all__ = ["build_parser", "main"]
@@ -61,6 +62,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception as error:  # users get a sentence, `python -X dev` gets the traceback
         if sys.flags.dev_mode:
             raise
+        wait_for_others()
         return _fail(arguments, explain_unexpected(error), EXIT_ERROR)
     if arguments.json:
         print(json.dumps(result))  # noqa: T201
@@ -74,11 +76,11 @@ def _start_ranks(arguments: argparse.Namespace, argv: Sequence[str] | None) -> i
     from ..weights.load import check_transformer
 
     check_devices(arguments.ranks, pick_device(arguments.device))
-    if arguments.resume is not None:
-        raise OptionError("--resume is of one rank: leave it out, or leave out --ranks.")
     config = check_transformer(arguments.transformer or BUILTIN_FOLDER / "transformer").config
     assert isinstance(config, TransformerConfig)
-    check_ranks(arguments.ranks, config.num_attention_heads)
+    apply_preset(arguments)
+    num_groups = 2 if makes_groups(arguments) else 1
+    check_ranks(arguments.ranks // num_groups, config.num_attention_heads, num_groups)
     given = sys.argv[1:] if argv is None else argv
     program = __name__.rpartition(".")[0]
     return start_ranks(arguments.ranks, ["-m", program, *map(str, given)])
@@ -97,6 +99,8 @@ def _interrupted(arguments: argparse.Namespace) -> str:
 
 def _fail(arguments: argparse.Namespace, message: str, code: int) -> int:
     say(f"error: {message}")
+    if code != EXIT_INTERRUPTED:  # all ranks are interrupted
+        tell_launcher(message)
     if arguments.json:
         print(json.dumps({"error": message}))  # noqa: T201
     return code

@@ -127,8 +127,9 @@ def make_clip(  # noqa: PLR0917 - of two callers
     named = {"transformer": transformer, "vae": vae}
     elapsed_s = time.perf_counter() - start
     receipt = make_clip_receipt(arguments, named, image, size, used, runtime.device, elapsed_s)
-    leave_ranks()
-    if not is_first():  # the first rank has the same latents, and writes the file
+    if not is_first():  # it helps the first one, which writes the file
+        decode_into(None, vae, vae_latents, arguments.decode, runtime=runtime)
+        leave_ranks()
         return num_frames, receipt
     with _clip_file(arguments.out, (num_frames, height, width), receipt) as file:
         sink: FrameSink = file
@@ -136,6 +137,7 @@ def make_clip(  # noqa: PLR0917 - of two callers
             sink = Continuation(clip, extend, file, check=runtime.check_interrupt)
         decode_into(sink, vae, vae_latents, arguments.decode, runtime=runtime)
         runtime.check_interrupt()
+    leave_ranks()
     return num_frames, receipt
 
 

@@ -50,9 +50,9 @@ def runtime_of(
     from ..runtime.outcomes import user_folder
 
     (device, second), folder = pick_devices(arguments.device), user_folder()
-    partner = group = None
+    partner = ranks = None
     if is_rank():
-        device, group = join_ranks(device)
+        device, ranks = join_ranks(device, by_branch=makes_groups(arguments))
     if second is not None:
         partner = TorchRuntime(second, on_check=check, state_folder=folder)
     return TorchRuntime(
@@ -61,8 +61,21 @@ def runtime_of(
         on_check=check,
         state_folder=folder,
         partner=partner,
-        group=group,
+        ranks=ranks,
     )
+
+
+def makes_groups(arguments: argparse.Namespace) -> bool:
+    """Whether ranks form two groups, one for each branch of guidance.
+
+    Args:
+        arguments: of `generate`, completed from the preset.
+
+    Returns:
+        True with an even number and guidance: a group exchanges nothing with the other one within
+        a prediction. The first-block cache decides there, which two groups cannot wait for.
+    """
+    return bool(arguments.ranks % 2 == 0 and arguments.cfg > 1 and arguments.cache != "first-block")
 
 
 def pick_devices(names: str) -> tuple[str, str | None]:

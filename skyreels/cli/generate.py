@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import OptionError
 from ..runtime.interrupt import remembered_interrupt
+from ..runtime.ranks import is_first
 from .clip import (
     check_extend,
     check_files,
@@ -75,8 +76,9 @@ def add_generate(commands: Any, defaults: Mapping[str, Any]) -> argparse.Argumen
     add_clip(generate)
     generate.add_argument(
         "--ranks", type=int, metavar="N",
-        help="share each prediction among N cards of this machine (2 to 8), whose number divides "
-        "the heads of attention: 2, 3, 4, 6 or 8",
+        help="make the clip on N cards of this machine, 2 to 8: with guidance an even number makes "
+        "two groups, one for each prediction of a step; those of a group share a prediction, and "
+        "their number divides the heads of attention",
     )  # fmt: skip
     _add_extend(generate)
     generate.add_argument(
@@ -149,7 +151,7 @@ def run_generate(arguments: argparse.Namespace) -> dict[str, Any]:
         progress_bar() as report,
     ):
         count, receipt = _generate(arguments, image, (width, height, num_frames), report, check)
-    if arguments.resume is not None:
+    if arguments.resume is not None and is_first():
         arguments.resume.unlink(missing_ok=True)  # the video is safe
     seconds = time.perf_counter() - start
     say(f"{arguments.out}: {count} frames of {width}x{height} in {seconds:.1f} s")
@@ -192,6 +194,8 @@ def _chosen_options_logged(arguments: argparse.Namespace) -> Iterator[None]:
     if arguments.attention != "exact":
         names.append("skyreels.transformer")
         names.append("skyreels.sampling.attend")
+    if arguments.ranks is not None:
+        names.append("skyreels.vae.tiling")
     levels = {name: logging.getLogger(name).level for name in names}
     try:
         for name in names:

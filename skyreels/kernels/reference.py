@@ -201,15 +201,16 @@ def channel_moments(x: Tensor) -> tuple[Tensor, Tensor]:
 
 def _frame_moments(frame: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and variance of each channel of [B, C, H, W], twice [B, C]; see `channel_moments`."""
+    # each row has its own, which are merged: strips of a clip give the same as the whole
     dtype = torch.float64 if frame.device.type in ("cpu", "cuda", "meta") else torch.float32
     wide = frame.to(torch.promote_types(frame.dtype, torch.float32))
-    pivot = wide.mean((2, 3), keepdim=True)
+    pivot = wide.mean(3, keepdim=True)
     centred = wide - pivot
-    offset = centred.mean((2, 3)).to(dtype)  # what the rounding of the pivot left
-    return (
-        pivot[..., 0, 0].to(dtype) + offset,
-        centred.square_().mean((2, 3)).to(dtype) - offset.square(),
-    )
+    offset = centred.mean(3).to(dtype)  # what the rounding of the pivot left
+    means = pivot[..., 0].to(dtype) + offset
+    variances = centred.square_().mean(3).to(dtype) - offset.square()
+    mean = means.mean(2, keepdim=True)
+    return mean[..., 0], variances.mean(2) + (means - mean).square_().mean(2)
 
 
 def _merged(parts: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:

@@ -8,7 +8,7 @@ the text, and the gathering of predictions, a thousandth of what the blocks exch
 from dataclasses import dataclass, replace
 from math import prod
 
-from ..runtime.ranks import MAX_RANKS
+from ..runtime.collectives import MAX_RANKS
 from .inputs import AUTO, Choice, Job, Machine
 from .predict import given_bytes, plan_run
 from .weights import Weights
@@ -80,10 +80,11 @@ def layouts(max_cards: int, heads: int, *, is_guided: bool = True) -> list[Layou
     Returns:
         One card first; those with fewer cards before those with more.
     """
-    most = min(max_cards, MAX_RANKS)
-    found = [Layout(ranks=ranks) for ranks in range(1, most + 1) if heads % ranks == 0]
-    if is_guided and most > 1:
-        found.insert(1, Layout(branches=2))
+    found = []
+    for cards in range(1, min(max_cards, MAX_RANKS) + 1):
+        branches = 2 if is_guided and cards % 2 == 0 else 1  # as `generate --ranks` has it
+        if heads % (cards // branches) == 0:
+            found.append(Layout(branches, cards // branches))
     return found
 
 

@@ -17,7 +17,7 @@ from ..errors import OptionError
 from .offload import missing_bytes, page_lock, page_unlock
 
 if TYPE_CHECKING:
-    from torch.distributed import ProcessGroup
+    from .collectives import Ranks
 
 #: if neither Linux nor psutil reports it (the extra "standalone" brings psutil)
 ASSUMED_HOST_BYTES = 16 * 1024**3
@@ -41,8 +41,9 @@ class Runtime(Protocol):
     partner: "Runtime | None"
     """A second device, for the negative predictions of guidance (sampling/pair.py); or None. Its
     interrupt is asked for in a thread of its own."""
-    group: "ProcessGroup | None"
-    """Ranks that share each prediction, this one among them (transformer/ulysses.py); or None."""
+    ranks: "Ranks | None"
+    """Processes that make the clip together, this one among them: they share predictions
+    (transformer/ulysses.py) and the decode (vae/strips.py); or None."""
 
     def free_bytes(self) -> int:
         """Bytes that can be allocated on `device` right now."""
@@ -154,7 +155,7 @@ class TorchRuntime:
         on_check: Callable[[], None] = never_interrupt,
         state_folder: Path | None = None,
         partner: Runtime | None = None,
-        group: "ProcessGroup | None" = None,
+        ranks: "Ranks | None" = None,
     ) -> None:
         # as tensors name it: "cuda" becomes "cuda:0"
         try:
@@ -166,7 +167,7 @@ class TorchRuntime:
             ) from error
         self.offload_device = torch.device("cpu")
         self.state_folder = state_folder
-        self.partner, self.group = partner, group
+        self.partner, self.ranks = partner, ranks
         #: page-locked by `pin`
         self.pinned_bytes = 0
         self._on_progress = on_progress

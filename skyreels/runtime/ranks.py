@@ -1,18 +1,22 @@
 """The ranks of one clip on one host: processes that torchrun's launcher starts, one a device."""
 
+import json
 import logging
 import os
 import sys
+import time
 import uuid
 from collections.abc import Sequence
 
 import torch
 
-from ..errors import DependencyError, OptionError
+from ..errors import DependencyError, OptionError, SkyReelsError
+from .collectives import MAX_RANKS, Ranks, one_group, two_groups
 
 #: tells a process that it is one of the ranks
 _VARIABLE = "SKYREELS_RANKS"
-MAX_RANKS = 8
+#: seconds in which the launcher ends a rank after another one has failed
+PATIENCE_S = 10.0
 
 
 def is_rank() -> bool:
@@ -63,6 +67,9 @@ def start_ranks(num_ranks: int, command: Sequence[str]) -> int:
 
     Returns:
         The exit code: 0 if all ranks ended well, else that of the first one that did not.
+
+    Raises:
+        SkyReelsError: what another rank than the first said when it failed, or what ended a rank.
     """
     from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -79,8 +86,17 @@ def start_ranks(num_ranks: int, command: Sequence[str]) -> int:
     try:
         elastic_launch(config, sys.executable)("-u", *command)
     except ChildFailedError as error:
-        code = error.get_first_failure()[1].exitcode
-        return code if code > 0 else 1
+        rank, failure = error.get_first_failure()
+        who = f"Rank {rank + 1} of {num_ranks}"
+        told = failure.error_file_data.get("message")
+        if rank and isinstance(told, dict):  # the first one has said it
+            raise SkyReelsError(f"{who}: {told['message']}") from error
+        if failure.exitcode < 0:
+            raise SkyReelsError(
+                f"{who} was ended by signal {-failure.exitcode}: if memory had run out, use fewer "
+                "ranks, a smaller size or fewer frames."
+            ) from error
+        return failure.exitcode
     except SignalException as signal:
         return 128 + int(signal.sigval)
     finally:
@@ -88,14 +104,15 @@ def start_ranks(num_ranks: int, command: Sequence[str]) -> int:
     return 0
 
 
-def join_ranks(device: str) -> "tuple[str, torch.distributed.ProcessGroup]":
+def join_ranks(device: str, *, by_branch: bool = False) -> tuple[str, Ranks]:
     """Join the other ranks, in a process that `start_ranks` started.
 
     Args:
         device: "cuda" or "cpu".
+        by_branch: in two groups, one for each branch of guidance.
 
     Returns:
-        The device of this rank, and the group of all.
+        The device of this rank, and who the ranks are.
     """
     import torch.distributed as dist
 
@@ -103,8 +120,23 @@ def join_ranks(device: str) -> "tuple[str, torch.distributed.ProcessGroup]":
         device = f"cuda:{os.environ['LOCAL_RANK']}"
         torch.cuda.set_device(device)
     dist.init_process_group("gloo" if device == "cpu" else "nccl")
-    assert dist.group.WORLD is not None
-    return device, dist.group.WORLD
+    return device, two_groups() if by_branch else one_group()
+
+
+def tell_launcher(message: str) -> None:
+    """Leave a sentence for `start_ranks`, in a rank that fails and is not heard."""
+    path = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if path is None or is_first():
+        return
+    told = {"message": message, "extraInfo": {"timestamp": str(int(time.time()))}}
+    with open(path, "w", encoding="utf-8") as file:
+        json.dump({"message": told}, file)
+
+
+def wait_for_others() -> None:
+    """Let the launcher end this rank if it misses one that has failed; that one says why."""
+    if is_rank() and is_first():
+        time.sleep(PATIENCE_S)
 
 
 def leave_ranks() -> None:

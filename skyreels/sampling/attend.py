@@ -10,6 +10,7 @@ from ..errors import OptionError
 from ..kernels import dispatch
 from ..plan import Job
 from ..runtime import Runtime
+from ..runtime.collectives import least_of
 from ..transformer.attention import Attention, choose_attention, trial_bytes
 from ..transformer.model import SkyReelsTransformer
 from ..transformer.sparse_attention import SPARSE, DenseRun, SparseConfig, SparseRun
@@ -58,15 +59,36 @@ def attention_of_run(
         The attention, which may be told of steps and blocks.
 
     Raises:
-        OptionError: of two devices only one has a sparse kernel.
+        OptionError: of several devices not all have a sparse kernel.
     """
+    found = _attention_here(transformer, job, mode, runtime, follows)
+    if runtime.ranks is not None:
+        is_sparse = isinstance(found, SparseRun)
+        fewest, most = least_of([is_sparse, -is_sparse], runtime.device, runtime.ranks.all)
+        if fewest != -most:
+            raise OptionError(
+                "Not all ranks have a kernel for sparse attention "
+                f"({runtime.device}: {'has one' if is_sparse else 'has none'}): use attention "
+                "exact or fast, or cards of one kind."
+            )
+    return found
+
+
+def _attention_here(
+    transformer: SkyReelsTransformer,
+    job: Job,
+    mode: Attention | SparseConfig | str,
+    runtime: Runtime,
+    follows: DenseRun | None,
+) -> DenseRun:
+    """`attention_of_run` as far as this rank knows."""
     if not isinstance(mode, str | SparseConfig):
         return DenseRun(mode)
     config = mode if isinstance(mode, SparseConfig) else SPARSE.get(mode)
     heads = transformer.config.num_attention_heads
-    if runtime.group is not None:  # each rank attends with some of them
-        check_ranks(runtime.group.size(), heads)
-        heads //= runtime.group.size()
+    if runtime.ranks is not None:  # each rank attends with some of them
+        check_ranks(runtime.ranks.num_shares, heads)
+        heads //= runtime.ranks.num_shares
     size: _Size = {
         "heads": heads,
         "head_dim": transformer.config.attention_head_dim,
@@ -127,7 +149,7 @@ def shared_out(
     Returns:
         `attention` itself where there is one rank.
     """
-    if runtime.group is None:
+    if runtime.ranks is None or runtime.ranks.share is None:
         return attention
     return UlyssesRun(
         attention,
@@ -135,7 +157,7 @@ def shared_out(
         transformer.config.num_attention_heads,
         blocks=transformer.blocks,
         device=runtime.device,
-        group=runtime.group,
+        group=runtime.ranks.share,
     )
 
 

@@ -5,16 +5,16 @@ branches of guidance, one runs after the other, or one block of each in turn: th
 different lengths, and nothing is padded or masked.
 """
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 
 import torch
 from torch import Tensor
 
 from ..config import FreSca, Guidance
+from ..runtime.collectives import NOBODY, Peers
 from ..transformer.model import RunBlock
-from .network import Network, blocks_to_skip, leaving_out
-from .pair import Partner
+from .network import ALONE, Alone, Asked, Network, PredictBranch, blocks_to_skip, leaving_out
 from .prompts import Weights, average, one_prompt_each
 from .settings import Velocity
 from .step_cache import OFF, CacheConfig, start_cache
@@ -85,7 +85,8 @@ def guided_velocity(
     weights: Weights = one_prompt_each,
     cache: CacheConfig = OFF,
     interleaves: bool = False,
-    partner: Partner | None = None,
+    other: Alone = ALONE,
+    peers: Peers = NOBODY,
 ) -> Velocity:
     """The function a solver integrates.
 
@@ -98,8 +99,9 @@ def guided_velocity(
         cache: which steps are skipped; with a cache, one call is one step.
         interleaves: where a step needs more than one prediction, each block runs for two of them
             before the next one does, which a cache cannot follow. The result is the same.
-        partner: makes the negative predictions on another device at the same time; the network's
-            lookup then needs the positive prompts alone.
+        other: makes the predictions of one side on another device, or in another group of ranks, at
+            the same time; the network's lookup then needs the prompts of its own side alone.
+        peers: with whom a cache decides.
 
     Returns:
         The function, for the whole run.
@@ -107,48 +109,32 @@ def guided_velocity(
     Source: skip-layer guidance arXiv:2411.18664 (STG, with the residual skip), which ComfyUI's
         SkipLayerGuidanceDiT adds likewise; in the negative prediction, SkipLayerGuidanceDiTSimple.
     """
-    assert not (interleaves and (cache.kind != "off" or partner))
+    assert not (interleaves and (cache.kind != "off" or other is not ALONE))
     num_steps = len(sigmas) - 1
     schedule = sigmas[:-1].cpu()
     run = network.run
     run_block = run.around(network.run_block)
     network = network._replace(run_block=run_block)
     left_out = blocks_to_skip(network.transformer, guidance.skip_layers)
-    steps = start_cache(cache, num_steps, run_block, network.transformer.blocks, always=run.always)
+    steps = start_cache(
+        cache, num_steps, run_block, network.transformer.blocks, always=run.always, peers=peers
+    )
 
-    def predict_all(
-        step: int,
-        latents: Tensor,
-        sigma: Tensor,
-        branches: Sequence[int],
-        away: Sequence[int],
-        weak: Collection[int],
-    ) -> Iterator[Tensor]:
-        if interleaves and not weak:  # by twos, for which memory is planned
-            yield from _by_twos(network, latents, sigma, step, branches)
+    def predict(asked: Asked, branch: int, cached: RunBlock = run_block) -> Tensor:
+        cached = leaving_out(cached, left_out) if branch in asked.weak else cached
+        return network.predict(asked.latents, asked.sigma, asked.step, [branch], cached)[0]
+
+    def predict_all(asked: Asked) -> Iterator[Tensor]:
+        if interleaves and not asked.weak:  # by twos, for which memory is planned
+            yield from _by_twos(network, asked)
             return
-        if branches:
-            steps.begin(step, latents, branches)
-        if partner and away and not steps.skips:
-            skip = guidance.skip_layers if weak else None
-            partner.start(latents, sigma, step, away, skip)
-        for branch in branches:
-            if partner and branch in away:
-                yield steps.predict(branch, partial(partner.result, branch))
-            else:
-                is_weak = branch in weak
-                yield steps.predict(branch, partial(predict, step, latents, sigma, branch, is_weak))
-
-    def predict(
-        step: int,
-        latents: Tensor,
-        sigma: Tensor,
-        branch: int,
-        is_weak: bool,
-        cached: RunBlock,
-    ) -> Tensor:
-        cached = leaving_out(cached, left_out) if is_weak else cached
-        return network.predict(latents, sigma, step, [branch], cached)[0]
+        if asked.branches:
+            steps.begin(asked.step, asked.latents, asked.branches)
+        here = partial(predict, asked)
+        told = () if steps.skips else other.start(asked, here)
+        for branch in asked.branches:
+            forward = partial(other.result if branch in told else here, branch)
+            yield steps.predict(branch, forward)
 
     def velocity(latents: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor | None]:
         sigma = sigma.to("cpu", torch.float32)
@@ -161,26 +147,32 @@ def guided_velocity(
         sides = [weights(side, sigma) for side in range(1 + is_guided)]
         branches, negative_branches = _branches(sides), _branches(sides[1:])
         weak = set(negative_branches) if scale == 0 else set()
-        made = predict_all(step, latents, sigma, branches, negative_branches, weak)
+        made = predict_all(Asked(latents, sigma, step, branches, negative_branches, weak))
         averages = [average(made, side, latents, sigma) for side in sides]
         if step == num_steps - 1:
             steps.report()
         positive, negative = averages[0], averages[1] if is_guided else None
         guided = combine(positive, negative, guidance)
         if scale:
-            weakened = partial(predict, step, latents, sigma, is_weak=True, cached=run_block)
-            made = map(weakened, _branches(sides[:1]))
+            positives = _branches(sides[:1])
+            asked = Asked(latents, sigma, step, positives, weak=positives)
+            made = _past_cache(other, asked, partial(predict, asked))
             guided = guided + scale * (positive - average(made, sides[0], latents, sigma))
         return guided, negative
 
     return velocity
 
 
-def _by_twos(
-    network: Network, latents: Tensor, sigma: Tensor, step: int, branches: Sequence[int]
-) -> Iterator[Tensor]:
-    for first in range(0, len(branches), 2):
-        yield from network.predict(latents, sigma, step, branches[first : first + 2])
+def _by_twos(network: Network, asked: Asked) -> Iterator[Tensor]:
+    for first in range(0, len(asked.branches), 2):
+        both = asked.branches[first : first + 2]
+        yield from network.predict(asked.latents, asked.sigma, asked.step, both)
+
+
+def _past_cache(other: Alone, asked: Asked, predict: PredictBranch) -> Iterator[Tensor]:
+    told = other.start(asked, predict)
+    for branch in asked.branches:
+        yield other.result(branch) if branch in told else predict(branch)
 
 
 def _branches(sides: Sequence[Sequence[tuple[int, float]]]) -> list[int]:

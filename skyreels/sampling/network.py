@@ -1,6 +1,6 @@
 """A transformer on its device, and what its predictions in a run take beside latents."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Sequence
 from itertools import count
 from typing import Any, NamedTuple
 
@@ -77,6 +77,61 @@ class Network(NamedTuple):
 
         velocities = predict_clip(forward, latents, self.picture, step)
         return [velocity.float() for velocity in velocities]
+
+
+class Asked(NamedTuple):
+    """Predictions that a step takes.
+
+    Attributes:
+        latents: [1, 16, T, h, w] float32.
+        sigma: of them, on the CPU.
+        step: that it belongs to.
+        branches: indices of prompts, in their order.
+        away: of these, the negative ones.
+        weak: of these, those that leave blocks out.
+    """
+
+    latents: Tensor
+    sigma: Tensor
+    step: int
+    branches: Sequence[int]
+    away: Sequence[int] = ()
+    weak: Collection[int] = ()
+
+
+#: makes the prediction of a branch here, [1, 16, T, h, w] float32
+PredictBranch = Callable[[int], Tensor]
+
+
+class Alone:
+    """What makes predictions for a run elsewhere: here nothing does."""
+
+    def start(self, asked: Asked, predict: PredictBranch) -> Collection[int]:
+        """Begin the predictions of a step.
+
+        Args:
+            asked: what the step takes.
+            predict: makes one of them here.
+
+        Returns:
+            The branches whose `result` will come; the others are to be predicted here.
+        """
+        return ()
+
+    def result(self, branch: int, run_block: RunBlock | None = None) -> Tensor:
+        """The prediction of a branch; waits for it.
+
+        Args:
+            branch: one of those that `start` returned.
+            run_block: nothing is run here.
+
+        Returns:
+            [1, 16, T, h, w] float32, where the run is.
+        """
+        raise NotImplementedError
+
+
+ALONE = Alone()
 
 
 def leaving_out(run_block: RunBlock, blocks: Sequence[nn.Module]) -> RunBlock:

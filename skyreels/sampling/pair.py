@@ -11,7 +11,7 @@ Whoever fails or is interrupted stops the other one before its next block.
 
 import copy
 import threading
-from collections.abc import Sequence
+from collections.abc import Collection
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
@@ -25,7 +25,7 @@ from ..kernels.dispatch import current_device
 from ..runtime.offload import module_tensors
 from ..transformer.model import RunBlock, SkyReelsTransformer
 from ..transformer.sparse_attention import SparseRun
-from .network import Network, blocks_to_skip, leaving_out
+from .network import Alone, Asked, Network, PredictBranch, blocks_to_skip, leaving_out
 from .settings import SamplingSettings
 
 
@@ -68,17 +68,21 @@ def twin_of(transformer: SkyReelsTransformer) -> SkyReelsTransformer:
     return copy.deepcopy(transformer, memo)
 
 
-class Partner:
+class Partner(Alone):
     """The second device of a run; use it in `with`, so that its thread ends with the run.
 
     Args:
         network: of the second device.
         first: the first device, to which predictions come.
+        skip: blocks that weak predictions leave out.
     """
 
-    def __init__(self, network: Network, first: torch.device) -> None:
+    def __init__(
+        self, network: Network, first: torch.device, skip: SkipLayers | None = None
+    ) -> None:
         run_block = network.run.around(self._stoppable(network.run_block))
         self._network = network._replace(run_block=run_block)
+        self._weak_block = leaving_out(run_block, blocks_to_skip(network.transformer, skip))
         self._first = first
         self._thread = ThreadPoolExecutor(1, "second device")
         self._stopped = threading.Event()
@@ -93,36 +97,26 @@ class Partner:
         self._stopped.set()
         self._thread.shutdown(wait=True, cancel_futures=True)
 
-    def start(
-        self,
-        latents: Tensor,
-        sigma: Tensor,
-        step: int,
-        branches: Sequence[int],
-        skip: SkipLayers | None,
-    ) -> None:
-        """Begin the predictions of a step.
-
-        Args:
-            latents: [1, 16, T, h, w] float32, on the first device.
-            sigma: of them, on the CPU.
-            step: that it belongs to.
-            branches: indices of prompts.
-            skip: blocks that are left out.
-        """
+    def start(self, asked: Asked, predict: PredictBranch) -> Collection[int]:
+        """Begin the negative predictions of a step; its latents are on the first device."""
+        if not asked.away:
+            return ()
         network = self._network
-        network.run.begin_step(step)
-        there = latents.to(network.rope.device, non_blocking=True)
-        run_block = leaving_out(network.run_block, blocks_to_skip(network.transformer, skip))
+        network.run.begin_step(asked.step)
+        there = asked.latents.to(network.rope.device, non_blocking=True)
 
-        def predict() -> dict[int, Tensor]:
+        def predict_all() -> dict[int, Tensor]:
             with torch.inference_mode(), current_device(there.device):
                 return {
-                    branch: network.predict(there, sigma, step, [branch], run_block)[0]
-                    for branch in branches
-                }
+                    branch: network.predict(
+                        there, asked.sigma, asked.step, [branch],
+                        self._weak_block if branch in asked.weak else None,
+                    )[0]
+                    for branch in asked.away
+                }  # fmt: skip
 
-        self._pending = self._thread.submit(predict)
+        self._pending = self._thread.submit(predict_all)
+        return asked.away
 
     def result(self, branch: int, run_block: RunBlock | None = None) -> Tensor:
         """The prediction of a branch, on the first device; waits for it.

@@ -36,6 +36,7 @@ from ..plan import (
     why_not,
 )
 from ..runtime import Runtime, outcomes
+from ..runtime.collectives import Ranks, least_of, told_by_first
 from ..runtime.ladder import descending, is_out_of_memory
 from ..runtime.offload import onload_bytes, with_reserve
 from ..transformer.model import SkyReelsTransformer
@@ -46,6 +47,8 @@ logger = logging.getLogger("skyreels.sampling.planned")
 
 #: fewer steps are mostly warming up
 MIN_STEPS_TO_LEARN = 3
+#: of the most free memory of a rank, what the least may have without being named
+LIKE_MEMORY = 0.9
 
 
 class Marks:
@@ -141,8 +144,14 @@ class PlannedRun:
         folder, device = self.runtime.state_folder, outcomes.device_key(self.runtime.device)
         names = list(map(str, ladder))
         first = outcomes.first_rung(folder, device, self.work, names, self.machine.free_bytes)
+        ranks = self.runtime.ranks
+        if ranks is not None:
+            first = -least_of([-first], self.runtime.device, ranks.all)[0]
         if first:
             logger.info("Memory ran out here before: begins with %s.", names[first])
+        ladder, below = ladder[first:], []
+        if ranks is not None:  # one rank cannot repeat a step that the others do not repeat
+            ladder, below = ladder[:1], ladder[1:2]
 
         def on_fall(failed: Rung, rung: Rung) -> None:
             self.runtime.check_interrupt()
@@ -155,16 +164,19 @@ class PlannedRun:
             )  # fmt: skip
 
         self.marks.mark()
-        with descending(ladder[first:], enter, self.runtime.device, on_fall) as velocity:
+        with descending(ladder, enter, self.runtime.device, on_fall) as velocity:
             try:
                 yield velocity
             except Exception as error:
                 if not is_out_of_memory(error):
                     raise
+                if below:  # for the next run
+                    free = self.runtime.free_bytes()
+                    outcomes.remember_rung(folder, device, self.work, str(below[0]), free)
                 choice = Choice(self.plan.attention)
                 reason = why_not(self.machine, self.job, self.weights, choice)
                 raise OutOfRoomError(
-                    f"Memory ran out in a step, also with {names[-1]}: another program may have "
+                    f"Memory ran out in a step, also with {ladder[-1]}: another program may have "
                     f"taken it. {reason}"
                 ) from error
 
@@ -195,7 +207,7 @@ class PlannedRun:
             self.machine.corrections,
         )
         logger.info(expected.account(f"Sampled {len(seconds)} steps of", step_s, peak))
-        if self.falls or self.job.num_ranks > 1:  # a share of the work says nothing of the whole
+        if self.falls or self.runtime.ranks is not None:  # what a device does alone is learned
             return
         is_alike &= self.job.num_guided in (0, self.job.num_steps)
         is_alike &= len(seconds) >= MIN_STEPS_TO_LEARN
@@ -240,9 +252,14 @@ def start_run(
     names = rates_needed([weights.gemm])
     can_probe = device.type == "cuda"
     machine = machine_of(runtime, names, loaded_bytes=loaded, can_probe=can_probe)
+    if runtime.ranks is not None:
+        machine = least_machine(machine, runtime.ranks, device)
     plan = plan_run(machine, job, weights, Choice(attention), needed)
     if machine.streams and not plan.fits:
         raise OutOfRoomError(why_not(machine, job, weights, Choice(attention)))
+    if runtime.ranks is not None:
+        plan = _chunked_alike(plan, needed, runtime.ranks, device)
+        logger.info("%s.", runtime.ranks)
     logger.info(expectation(plan, job))
     work = f"sample {job.tokens} tokens, {kind_of_work(weights, attention)}, {len(weights.blocks)}"
     return PlannedRun(
@@ -255,6 +272,51 @@ def start_run(
         needed=needed,
         work=f"{work} blocks of {max(weights.blocks)} bytes",
         peak=outcomes.watch_peak(device, loaded),
+    )
+
+
+def least_machine(machine: Machine, ranks: Ranks, device: torch.device) -> Machine:
+    """What all ranks plan for: the free memory of the least, the rates of the first.
+
+    They have to choose alike, as they take part in the same exchanges.
+
+    Args:
+        machine: of this rank.
+        ranks: of the run.
+        device: of this rank.
+
+    Returns:
+        The same on all ranks but for what only names the device.
+    """
+    free, most = machine.free_bytes, machine.free_bytes
+    free, most, total, ram = least_of(
+        [free, -most, machine.total_bytes, machine.ram_bytes], device, ranks.all
+    )
+    if ranks.is_first and free < LIKE_MEMORY * -most:
+        logger.warning(
+            "The ranks have %.1f to %.1f GB of free memory: all are planned for the least.",
+            free / 1e9, -most / 1e9,
+        )  # fmt: skip
+    found = told_by_first((machine.rates, machine.corrections), device, ranks.all)
+    return replace(
+        machine, free_bytes=free, total_bytes=total, ram_bytes=ram,
+        rates=found[0], corrections=found[1],
+    )  # fmt: skip
+
+
+def _chunked_alike(
+    plan: Plan, needed: Mapping[str, int], ranks: Ranks, device: torch.device
+) -> Plan:
+    """The plan with the smallest chunks of any rank: cards of several kinds need different room."""
+    order = list(needed)
+    index, together = least_of(
+        [-order.index(plan.chunking), int(plan.interleaves)], device, ranks.all
+    )
+    chunking, interleaves = order[-index], bool(together)
+    if (chunking, interleaves) == (plan.chunking, plan.interleaves):
+        return plan
+    return replace(
+        plan, chunking=chunking, interleaves=interleaves, activation_bytes=needed[chunking]
     )
 
 
@@ -287,26 +349,27 @@ def compare_devices(first: PlannedRun, second: PlannedRun) -> None:
         )
 
 
-def compare_ranks(run: PlannedRun) -> None:
+def compare_ranks(run: PlannedRun, ranks: Ranks, whole: Job) -> None:
     """Say what ranks take beside one device, and where they do not pay.
 
     Args:
         run: of one of the ranks.
+        ranks: who they are.
+        whole: what they make together.
     """
-    number, choice = run.job.num_ranks, Choice(run.plan.attention)
-    alone = plan_run(run.machine, replace(run.job, num_ranks=1), run.weights, choice, run.needed)
+    alone = plan_run(run.machine, whole, run.weights, Choice(run.plan.attention), run.needed)
     shared_s, alone_s = run.plan.seconds["step"], alone.seconds["step"]
     if shared_s is None or alone_s is None:
         advice = "; whether they are faster than one, `python -m skyreels doctor --plan` says"
         is_cuda = run.runtime.device.type == "cuda"  # between CPUs nothing is measured
-        logger.info("%d ranks share each prediction%s.", number, advice if is_cuda else "")
+        logger.info("%s%s.", ranks, advice if is_cuda else "")
         return
     logger.info(
-        "%d ranks share each prediction and take about %s a step; one takes %s.", number,
+        "%s, about %s a step; one device takes %s.", ranks,
         outcomes.in_seconds(shared_s), outcomes.in_seconds(alone_s),
     )  # fmt: skip
     if shared_s >= alone_s:
         logger.warning(
             "So much goes between %d ranks that one device would take no longer: use one device, "
-            "or two with a branch of guidance each (--devices cuda:0,cuda:1).", number
+            "or two with a branch of guidance each (--ranks 2).", ranks.num_shares
         )  # fmt: skip

@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..conditioning.embeds import PromptEmbeds, check_prompt_embeds
 from ..conditioning.latents import (
@@ -37,18 +37,21 @@ from ..config import (
 from ..errors import OptionError, ShapeError
 from ..plan import MAX_KEPT, Job, Rung, activation_bytes, weights_of
 from ..runtime import Runtime
+from ..runtime.collectives import NOBODY, RankPeers, shares, told_by_first
 from ..runtime.ladder import retried
 from ..runtime.offload import weight_bytes
 from ..transformer.layers import rope_table
 from ..transformer.model import RunBlock, SkyReelsTransformer
 from ..transformer.placement import placed
 from ..transformer.sparse_attention import DenseRun
+from ..transformer.ulysses import EXCHANGED_TENSORS
 from ..weights.lora.apply import check_loras, use_loras
 from .attend import attention_of_run, name_of, shared_out, warn_of_few_steps
 from .bad_render import watch_of_run
+from .branches import Mate
 from .finite import FiniteWatch, suspects
 from .guidance import guided_velocity
-from .network import Network, blocks_to_skip
+from .network import ALONE, Alone, Network, blocks_to_skip
 from .pair import Partner, check_pair, twin_of
 from .planned import PlannedRun, compare_devices, compare_ranks, start_run
 from .precompute import StepLookup, precompute
@@ -126,17 +129,26 @@ def sample(
     """
     run = _RunPrompts(prompt, negative if settings.uses_cfg else None)
     _check_inputs(transformer, image, prompt, negative, settings)
-    if runtime.partner is not None or runtime.group is not None:
+    if runtime.partner is not None or (runtime.ranks and runtime.ranks.mates):
         check_pair(settings)
+    if runtime.ranks is not None and runtime.ranks.side is not None and not settings.uses_cfg:
+        raise OptionError(
+            "Ranks in two groups make a prediction each, and with CFG "
+            f"{settings.guidance.true_cfg_scale} a step has one: use one group."
+        )
     use_loras(transformer, settings.loras, runtime=runtime)
     num_steps, last_sigma = settings.num_steps, settings.sigmas[-1].cpu()
     latents, first_step = _start(image, settings), 0
     save_step: SaveStep = _save_nothing
     if settings.resume is not None:
         fingerprint = fingerprint_run(transformer, image, prompt, negative, settings)
-        first_step, latents, save_step = resume_run(
-            settings.resume, fingerprint, latents, num_steps
-        )
+        if runtime.ranks is None or runtime.ranks.is_first:
+            first_step, latents, save_step = resume_run(
+                settings.resume, fingerprint, latents, num_steps
+            )
+        if runtime.ranks is not None:
+            state = (first_step, latents)
+            first_step, latents = told_by_first(state, runtime.device, runtime.ranks.all)
     runtime.progress("sample", first_step, num_steps)
     if first_step == num_steps:
         return to_vae_space(latents / (1 - last_sigma))
@@ -258,6 +270,9 @@ def _denoise(
         twin = None if second is None else twin_of(transformer)
         stack.enter_context(torch.inference_mode())
         side = None if twin is None else 0
+        peers = NOBODY
+        if runtime.ranks is not None:
+            side, peers = runtime.ranks.side, RankPeers(runtime.ranks, runtime.device)
         own = stack.enter_context(prepare(transformer, runtime, side=side))
         other = None
         if twin is not None and second is not None:
@@ -272,13 +287,14 @@ def _denoise(
                 run_block = rung_stack.enter_context(
                     placed(transformer, runtime, own.run.bytes_on(rung))
                 )
-                partner = None
+                elsewhere: Alone = ALONE if own.mate is None else own.mate
                 if other is not None:
                     theirs = placed(
                         other.transformer, other.runtime, other.run.needed[rung.chunking]
                     )
                     network = other.network(rung_stack.enter_context(theirs), rung)
-                    partner = rung_stack.enter_context(Partner(network, runtime.device))
+                    partner = Partner(network, runtime.device, guidance.skip_layers)
+                    elsewhere = rung_stack.enter_context(partner)
                     run_block = partner.beside(run_block)
                 velocity = guided_velocity(
                     own.network(run_block, rung),
@@ -287,7 +303,8 @@ def _denoise(
                     weights=prompts.weights,
                     cache=settings.cache,
                     interleaves=rung.interleaves,
-                    partner=partner,
+                    other=elsewhere,
+                    peers=peers,
                 )
                 yield velocity if kept is None else kept.around(velocity)
 
@@ -313,6 +330,7 @@ class _Prepared:
     lookup: StepLookup
     picture: Picture
     rope: Tensor
+    mate: Mate | None
 
     def network(self, run_block: RunBlock, rung: Rung) -> Network:
         """What makes predictions, once its weights are placed."""
@@ -350,7 +368,8 @@ def _prepare(
         What was prepared; weights are as the host placed them.
     """
     device, steps = runtime.device, range(first_step, settings.num_steps)
-    needed = run_bytes(transformer, image, prompts.embeds, settings)
+    num_ranks = 1 if runtime.ranks is None else runtime.ranks.num_shares
+    needed = run_bytes(transformer, image, prompts.embeds, settings, num_ranks)
     taken = [prompts.at(step, settings.sigmas.cpu(), only=side) for step in steps]
     if settings.solver is not euler or sum(map(len, taken)) > MAX_KEPT:
         # a timestep that is not kept, between two steps or late in a long run, is computed when it
@@ -358,16 +377,19 @@ def _prepare(
         largest = max(weight_bytes(module) for module in transformer.conditioners)
         needed = {name: num_bytes + largest for name, num_bytes in needed.items()}
     with runtime.place(transformer, needed["chunks"]):
-        job = _job(transformer, image, prompts, settings)
+        whole = _job(transformer, image, prompts, settings)
+        job = replace(whole, num_ranks=num_ranks)
         if side is not None:
             job = replace(job, num_guided=0)
-        if runtime.group is not None:
-            job = replace(job, num_ranks=runtime.group.size())
         attention = attention_of_run(transformer, job, settings.attention, runtime, follows=leader)
+        mate = None
+        if runtime.ranks is not None and runtime.ranks.mates is not None:
+            left_out = blocks_to_skip(transformer, settings.guidance.skip_layers)
+            mate = Mate(runtime.ranks, attention, _indices(left_out, transformer.blocks))
         attention = shared_out(attention, transformer, job, runtime)
         run = start_run(transformer, job, needed, runtime, name_of(settings.attention))
-        if runtime.group is not None:
-            compare_ranks(run)
+        if runtime.ranks is not None:
+            compare_ranks(run, runtime.ranks, whole)
         lookup = retried(
             partial(
                 precompute,
@@ -390,7 +412,13 @@ def _prepare(
             device=device,
         )
         picture = picture_of_run(image, settings.windows, device)
-        yield _Prepared(transformer, runtime, attention, run, lookup, picture, rope)
+        yield _Prepared(transformer, runtime, attention, run, lookup, picture, rope, mate)
+
+
+def _indices(some: Sequence[nn.Module], blocks: Sequence[nn.Module]) -> list[int]:
+    """Where some blocks are among all."""
+    wanted = set(map(id, some))
+    return [index for index, block in enumerate(blocks) if id(block) in wanted]
 
 
 def _job(
@@ -426,10 +454,12 @@ def num_tokens(
     image: ImageConditioning,
     prompts: Sequence[PromptEmbeds],
     windows: ContextWindows | None = None,
+    num_ranks: int = 1,
 ) -> int:
-    """Image and text tokens of an evaluation with the prompt that has more text."""
+    """Image and text tokens of a rank, with the prompt that has more text."""
     text_tokens = max(embeds.prompt_embeds.shape[1] for embeds in prompts)
-    return math.prod(transformer.token_grid(evaluated_shape(image, windows))) + text_tokens
+    patches = math.prod(transformer.token_grid(evaluated_shape(image, windows)))
+    return shares(patches, num_ranks)[0] + text_tokens
 
 
 def run_bytes(
@@ -437,6 +467,7 @@ def run_bytes(
     image: ImageConditioning,
     prompts: Sequence[PromptEmbeds],
     settings: SamplingSettings,
+    num_ranks: int = 1,
 ) -> dict[str, int]:
     """Peak bytes of a run beyond the weights: its longer branch, and what a cache holds.
 
@@ -445,12 +476,16 @@ def run_bytes(
         image: size of the clip.
         prompts: the positive prompt and, if it is used, the negative one.
         settings: of the run.
+        num_ranks: that share each prediction.
 
     Returns:
         Bytes for each name in config.CHUNKINGS.
     """
     held = _held_bytes(transformer, image, prompts, settings)
-    tokens = num_tokens(transformer, image, prompts, settings.windows)
+    tokens = num_tokens(transformer, image, prompts, settings.windows, num_ranks)
+    if num_ranks > 1:
+        width = transformer.config.hidden_size * transformer.compute_dtype.itemsize
+        held += EXCHANGED_TENSORS * tokens * width
     attention, weights = name_of(settings.attention), weights_of(transformer)
     return activation_bytes(transformer.config, tokens, weights, attention, held)
 

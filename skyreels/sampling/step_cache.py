@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from ..config import TransformerConfig
 from ..errors import OptionError
+from ..runtime.collectives import NOBODY, Peers
 from ..transformer.layers import DoubleBlock, SingleBlock
 from ..transformer.model import RunBlock
 
@@ -128,14 +129,21 @@ class StepCache:
         num_steps: of the whole schedule.
         run_block: runs one block of the transformer.
         always: steps that are computed beside the protected ones.
+        peers: with whom it decides.
     """
 
     kind = "off"
 
     def __init__(
-        self, num_steps: int, run_block: RunBlock, *, always: Collection[int] = ()
+        self,
+        num_steps: int,
+        run_block: RunBlock,
+        *,
+        always: Collection[int] = (),
+        peers: Peers = NOBODY,
     ) -> None:
         self.num_steps = num_steps
+        self.peers = peers
         self.run_block = run_block
         self.always = frozenset(always)
         self.skipped: list[int] = []
@@ -197,8 +205,9 @@ class EasyCache(StepCache):
         threshold: float,
         *,
         always: Collection[int] = (),
+        peers: Peers = NOBODY,
     ) -> None:
-        super().__init__(num_steps, run_block, always=always)
+        super().__init__(num_steps, run_block, always=always, peers=peers)
         self.threshold = threshold
         self._latents: Tensor | None = None  # input of this step
         self._computed: Tensor | None = None  # input of the last computed step, its outputs
@@ -212,9 +221,12 @@ class EasyCache(StepCache):
         known = all(branch in self._outputs for branch in branches)
         if branches[0] != self._leader:  # its outputs cannot be compared with another prompt's
             known, self._rate, self._leader = False, None, branches[0]
-        self.skips = known and self.may_skip(step) and self._change() < self.threshold
+        self.skips = known and self.may_skip(step) and self._changes_little()
         if self.skips:
             self.skipped.append(step)
+
+    def _changes_little(self) -> bool:
+        return self.peers.agree(self._change() < self.threshold)
 
     def _change(self) -> float:
         """Expected change of the output since the last computed step, relative."""
@@ -271,8 +283,9 @@ class FirstBlockCache(StepCache):
         first: nn.Module,
         last: nn.Module,
         always: Collection[int] = (),
+        peers: Peers = NOBODY,
     ) -> None:
-        super().__init__(num_steps, run_block, always=always)
+        super().__init__(num_steps, run_block, always=always, peers=peers)
         self.threshold = threshold
         self.first, self.last = first, last
         self._step, self._branch = 0, 0
@@ -325,8 +338,10 @@ class FirstBlockCache(StepCache):
         if known and self.may_skip(self._step):
             assert self._first_residual is not None
             difference = (residual - self._first_residual).abs().mean(dtype=torch.float32)
-            relative = difference / self._first_residual.abs().mean(dtype=torch.float32)
-            self.skips = bool(relative < self.threshold)
+            before = self._first_residual.abs().mean(dtype=torch.float32)
+            # ranks with a part of the tokens each: sums, as their numbers may differ by one
+            sums = self.peers.add_up(torch.stack([difference, before]) * residual.numel())
+            self.skips = self.peers.agree(bool(sums[0] < self.threshold * sums[1]))
         if self.skips:
             self.skipped.append(self._step)
         else:
@@ -345,6 +360,7 @@ def start_cache(
     run_block: RunBlock,
     blocks: Sequence[nn.Module],
     always: Collection[int] = (),
+    peers: Peers = NOBODY,
 ) -> StepCache:
     """The cache of one run.
 
@@ -355,12 +371,13 @@ def start_cache(
         blocks: the transformer's, in order.
         always: steps that are computed beside the protected ones, as the first one of another kind
             of attention.
+        peers: with whom it decides.
 
     Returns:
         A cache that has not seen a step.
     """
     if config.kind == "easy":
-        return EasyCache(num_steps, run_block, config.threshold, always=always)
+        return EasyCache(num_steps, run_block, config.threshold, always=always, peers=peers)
     if config.kind == "first-block":
         return FirstBlockCache(
             num_steps,
@@ -369,5 +386,6 @@ def start_cache(
             first=blocks[0],
             last=blocks[-1],
             always=always,
+            peers=peers,
         )
     return StepCache(num_steps, run_block, always=always)

@@ -35,6 +35,10 @@ logger = logging.getLogger("skyreels.transformer.sparse_attention")
 WAIT_SECONDS = 0.05
 
 
+#: swap(bits, shape, device): to the other group of ranks, or from it where bits are None
+SwapLists = Callable[[Tensor | None, Sequence[int], torch.device], Tensor | None]
+
+
 def _never_stop() -> None:
     """The check of a run that waits for nobody."""
 
@@ -183,12 +187,18 @@ class SparseRun(DenseRun):
         super().__init__(dense)
         self._follows = follows
         self.check: Callable[[], None] = _never_stop
+        #: of two groups of ranks (sampling/branches.py): whether lists are made in this one, how
+        #: they are told, see `SwapLists`, and the blocks that run in both groups
+        self.makes_lists = True
+        self.swap: SwapLists | None = None
+        self.swaps_in: Collection[int] = ()
         self.always = (config.first_sparse(num_steps),)  # the first of its kind
         self.config, self._kernel, self._num_steps = config, kernel, num_steps
         #: [N] the token at each place of the curve, for `SkyReelsTransformer.denoise`
         self.order = hilbert_order(grid).to(device)
         self._num_image_blocks = len(self.order) // BLOCK
         self._indices = {id(block): index for index, block in enumerate(blocks)}
+        self.block_indices = frozenset(self._indices.values())
         self._step, self._part = 0, 0
         self._branches: Sequence[int] = ()
         self._leader: int | None = None
@@ -246,10 +256,17 @@ class SparseRun(DenseRun):
             self._dense_pairs[of_call] += pairs
             return self._dense(query, key, value)
         place, leads = (self._part, self._block, first), self._leads()
+        swap = self.swap if leads and self._block in self.swaps_in else None
+        shape = (query.shape[0] * count, rows, -(-rows // 8))
         known = None if leads else self._known(place, query.device)
+        if swap is not None and not self.makes_lists:
+            known = swap(None, shape, query.device)
+            self._keep(place, known)
         result = self._kernel(query, key, value, self.config.beta, rows, known)
-        if leads:
+        if leads and known is None:
             self._keep(place, result.exact)
+            if swap is not None and self.makes_lists:
+                swap(result.exact, shape, query.device)
         visited = result.counts.view(-1, count, rows).sum(dim=(0, 2))
         self._visited[of_call] += visited + query.shape[0] * rows * (all_blocks - rows)
         self._sparse[of_call] += pairs

@@ -18,31 +18,33 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ..errors import OptionError
+from ..runtime.collectives import MAX_RANKS, exchange, shares
 from .model import RunBlock
 from .sparse_attention import DenseRun
 
+#: tensors as large as a rank's tokens that an exchange takes beside queries, keys and values: these
+#: stacked, those that came, and all in order
+EXCHANGED_TENSORS = 9
 
-def check_ranks(num_ranks: int, heads: int) -> None:
+
+def check_ranks(num_ranks: int, heads: int, num_groups: int = 1) -> None:
     """Refuse a number of ranks by which heads do not divide.
 
     Args:
-        num_ranks: at least 1.
+        num_ranks: of a group, at least 1.
         heads: of the transformer.
+        num_groups: of so many ranks.
 
     Raises:
         OptionError: the heads of attention cannot be shared out.
     """
     if heads % num_ranks:
-        fitting = ", ".join(str(n) for n in range(2, min(heads, 8) + 1) if heads % n == 0)
+        counts = [num_groups * n for n in range(1, heads + 1) if heads % n == 0]
+        fitting = ", ".join(str(n) for n in counts if 2 <= n <= MAX_RANKS) or 1
+        groups = "" if num_groups == 1 else f" in each of {num_groups} groups"
         raise OptionError(
-            f"{num_ranks} ranks cannot share {heads} heads of attention: use {fitting or 1}."
+            f"{num_ranks} ranks{groups} cannot share {heads} heads of attention: use {fitting}."
         )
-
-
-def shares(num_tokens: int, num_ranks: int) -> list[int]:
-    """How many tokens each rank has; they differ by one at most."""
-    least, more = divmod(num_tokens, num_ranks)
-    return [least + (rank < more) for rank in range(num_ranks)]
 
 
 def exchanged_bytes(
@@ -141,6 +143,7 @@ class UlyssesRun(DenseRun):
         shapes = [(3, batch, own, tokens, width) for tokens in self._shares]
         parts = self._exchange(list(by_rank.movedim(2, 0)), shapes)
         q, k, v = torch.cat([*parts, stacked[:, :, mine, here:]], dim=3)
+        del stacked, by_rank, parts
         out = self._run(q, k, v)  # [B, own, N + text, D]
 
         *images, words = torch.split(out, [*self._shares, text], dim=2)
@@ -153,16 +156,8 @@ class UlyssesRun(DenseRun):
 
     def _exchange(self, sent: Sequence[Tensor], shapes: Sequence[tuple[int, ...]]) -> list[Tensor]:
         """Send a tensor to each rank; of those that come, one from each, the shapes are known."""
-        buffer = torch.cat([part.reshape(-1) for part in sent])
-        sizes = [torch.Size(shape).numel() for shape in shapes]
-        got = buffer.new_empty(sum(sizes))
-        dist.all_to_all_single(
-            got, buffer, sizes, [part.numel() for part in sent], group=self._group
-        )
-        self.num_bytes += buffer.nbytes
-        return [
-            part.view(shape) for part, shape in zip(torch.split(got, sizes), shapes, strict=True)
-        ]
+        self.num_bytes += sum(part.nbytes for part in sent)
+        return exchange(sent, shapes, self._group)
 
     def _gather(self, patches: Tensor) -> Tensor:
         """[B, n, C] of the tokens of this rank -> [B, N, C] of all, in raster order."""

@@ -155,6 +155,21 @@ def exact_bytes(
     return int((peak + folded_bytes(config, dtype)) * MEMORY_MARGIN)
 
 
+def middle_bytes(config: VAEConfig, latent_shape: torch.Size, dtype: torch.dtype) -> int:
+    """Estimate the peak bytes of a decode's attention, which sees all rows on every rank.
+
+    Args:
+        config: of the VAE.
+        latent_shape: [1, 16, T, h, w].
+        dtype: the compute dtype.
+
+    Returns:
+        Bytes, MEMORY_MARGIN included.
+    """
+    middle = _middle_bytes(config, _clip_of(latent_shape), dtype)
+    return int((middle + folded_bytes(config, dtype)) * MEMORY_MARGIN)
+
+
 def exact_seconds(
     config: VAEConfig,
     latent_shape: torch.Size,

@@ -32,6 +32,7 @@ from ..config import SPATIAL_COMPRESSION, TEMPORAL_COMPRESSION, VAEConfig
 from ..errors import ShapeError
 from ..runtime import never_interrupt
 from .store import Store
+from .strips import Strips, merged
 
 Check = Callable[[], None]
 Factors = tuple[int, int, int]
@@ -137,12 +138,19 @@ class ConvStream:
         affine: of the GroupNorm before it, which SiLU follows; None for neither.
         keeps_copies: of the frames that the next piece reads again, where memory is short; else
             the whole piece that they are part of is kept, which saves copying them.
+        strips: where other ranks have the rows beside.
     """
 
     def __init__(
-        self, layer: CausalConv3d, affine: Affine | None = None, *, keeps_copies: bool = False
+        self,
+        layer: CausalConv3d,
+        affine: Affine | None = None,
+        *,
+        keeps_copies: bool = False,
+        strips: Strips | None = None,
     ) -> None:
         self.layer, self.affine, self.keeps_copies = layer, affine, keeps_copies
+        self._strips = strips
         self._halo: Tensor | None = None  # padded frames that the next piece's outputs read too
 
     def __call__(
@@ -208,11 +216,14 @@ class ConvStream:
         padded = torch.empty(shape, dtype=piece.dtype, device=piece.device, memory_format=_LAYOUT)
         scale, shift = self.affine or (None, None)
         if self._halo is None:
-            kernels.norm_silu_pad_(piece, scale, shift, padded, kept)
+            new, front = padded, kept
         else:
             padded[:, :, :kept] = self._halo
             self._halo = None
-            kernels.norm_silu_pad_(piece, scale, shift, padded[:, :, kept:], 0)
+            new, front = padded[:, :, kept:], 0
+        kernels.norm_silu_pad_(piece, scale, shift, new, front)
+        if self._strips is not None:
+            self._strips.swap_rows(new)
         used = max(0, (kept + frames - taps) // stride + 1) * stride
         self._halo = padded[:, :, used:]
         if self.keeps_copies:
@@ -239,13 +250,21 @@ class Moments:
         self._parts.append((piece.shape[2], *found))
         self._like = torch.empty(0, dtype=piece.dtype, device=piece.device)
 
-    def affine(self, norm: nn.GroupNorm, bias: Tensor | None, *, is_one_clip: bool) -> Affine:
+    def affine(
+        self,
+        norm: nn.GroupNorm,
+        bias: Tensor | None,
+        *,
+        is_one_clip: bool,
+        strips: Strips | None = None,
+    ) -> Affine:
         """A GroupNorm of the clip as one scale and one shift per channel.
 
         Args:
             norm: gives the groups, the weights and eps.
             bias: [C], added to the clip before it is normalised.
             is_one_clip: whether the whole batch has one mean and variance.
+            strips: where the pieces are a strip of the clip, whose others have moments too.
 
         Returns:
             scale and shift, each [B, C, 1, 1, 1] in float32 (of float64 clips float64);
@@ -257,10 +276,10 @@ class Moments:
         device = means.device if means.dtype == torch.float64 else torch.device("cpu")
         means, variances = means.to(device).double(), variances.to(device).double()
         frames = [count for count, _, _ in self._parts]
-        share = torch.tensor(frames, dtype=torch.float64, device=device)[:, None, None]
-        share = share / sum(frames)
-        mean = (means * share).sum(0)
-        variance = ((variances + (means - mean).square()) * share).sum(0)
+        weights = torch.tensor(frames, dtype=torch.float64, device=device)[:, None, None]
+        mean, variance = merged(means, variances, weights)
+        if strips is not None:
+            mean, variance = strips.whole_moments(mean, variance)
         weight, shift = (each.to(device).double() for each in (norm.weight, norm.bias))
         offset = 0.0 if bias is None else bias.to(device).double()
         groups = (norm.num_groups, -1)
@@ -304,6 +323,7 @@ class Walk:
         recorded: takes the affine of every norm, where a later run uses them.
         is_one_clip: whether GroupNorm treats the whole batch as one clip.
         store: where pieces lie between layers; None for on the device.
+        strips: where other ranks have the rows beside; None for a clip that is here whole.
     """
 
     check: Check
@@ -311,10 +331,11 @@ class Walk:
     recorded: "Frozen | None" = None
     is_one_clip: bool = False
     store: Store | None = None
+    strips: Strips | None = None
 
     def affine(self, norm: nn.GroupNorm, moments: Moments, bias: Tensor | None = None) -> Affine:
         """The norm of a clip with these moments."""
-        affine = moments.affine(norm, bias, is_one_clip=self.is_one_clip)
+        affine = moments.affine(norm, bias, is_one_clip=self.is_one_clip, strips=self.strips)
         if self.recorded is not None:
             self.recorded[norm] = (affine[0][:1], affine[1][:1])
         return affine
@@ -333,7 +354,10 @@ class Walk:
     def cut(self, piece: Tensor, growth: int = 1) -> Pieces:
         """The same frames in pieces that are small enough even after they grow by a factor."""
         limit = PIECE_ELEMENTS if self.piece_elements is None else self.piece_elements
-        frames = max(1, limit // max(1, growth * piece[:, :, 0].numel()))
+        frame = piece[:, :, 0].numel()
+        if self.strips is not None:  # all ranks cut alike
+            frame = self.strips.largest(frame)
+        frames = max(1, limit // max(1, growth * frame))
         return list(torch.split(piece, frames, 2))
 
     def put(self, clip: Clip, piece: Tensor) -> None:
@@ -356,7 +380,8 @@ class Walk:
 
     def stream(self, layer: CausalConv3d, affine: Affine | None = None) -> ConvStream:
         """A layer on its way through a clip."""
-        return ConvStream(layer, affine, keeps_copies=self.piece_elements is not None)
+        keeps_copies = self.piece_elements is not None
+        return ConvStream(layer, affine, keeps_copies=keeps_copies, strips=self.strips)
 
     def convolve(
         self,
@@ -492,9 +517,13 @@ class CausalAttention(nn.Module):
         hidden = _whole(clip)
         tokens = hidden.permute(0, 2, 3, 4, 1).flatten(1, 3)
         normed = torch.addcmul(shift, tokens.to(scale.dtype), scale).to(tokens.dtype)
-        query, key, value = self.to_q(normed), self.to_k(normed), self.to_v(normed)
+        query = self.to_q(normed)
+        if walk.strips is not None:  # half of what keys and values would be to send
+            by_row = torch.unflatten(normed, 1, hidden.shape[2:])
+            normed = walk.strips.whole_rows(by_row).flatten(1, 3)
+        key, value = self.to_k(normed), self.to_v(normed)
         del normed
-        per_frame = hidden.shape[3] * hidden.shape[4]
+        per_frame = key.shape[1] // hidden.shape[2]
         out = frame_causal_attention(query, key, value, per_frame, check=walk.check)
         del query, key, value
         out = self.to_out[0](out).unflatten(1, hidden.shape[2:]).permute(0, 4, 1, 2, 3)
@@ -517,24 +546,27 @@ def frame_causal_attention(
     that these stay within score_bytes; a row of the softmax is never split, so this is exact.
 
     Args:
-        query: [B, N, D], N = T * tokens_per_frame, frames in order.
-        key: [B, N, D].
+        query: [B, M, D], M = N, or less where these are of a part of each frame.
+        key: [B, N, D], N = T * tokens_per_frame, frames in order.
         value: [B, N, D].
         tokens_per_frame: h * w of the latents.
         score_bytes: most bytes of one fp32 score matrix (at least one query row is taken).
         check: called once per frame; may raise to stop.
 
     Returns:
-        [B, N, D].
+        [B, M, D].
     """
     out = torch.empty_like(query)
-    for start in range(0, query.shape[1], tokens_per_frame):
+    num_frames = key.shape[1] // tokens_per_frame
+    per_frame = query.shape[1] // num_frames
+    for frame in range(num_frames):
         check()
-        stop = start + tokens_per_frame
-        keys, values = key[:, None, :stop], value[:, None, :stop]
-        rows = tokens_per_frame
+        start, stop = frame * per_frame, (frame + 1) * per_frame
+        seen = (frame + 1) * tokens_per_frame
+        keys, values = key[:, None, :seen], value[:, None, :seen]
+        rows = per_frame
         if not _holds_no_scores(query[:, None], keys, values):
-            rows = max(1, score_bytes // (4 * query.shape[0] * stop))
+            rows = max(1, score_bytes // (4 * query.shape[0] * seen))
         for row in range(start, stop, rows):
             span = slice(row, min(row + rows, stop))
             attended = F.scaled_dot_product_attention(query[:, None, span], keys, values)
@@ -875,24 +907,30 @@ class VideoVAE(nn.Module):
 
     @torch.no_grad()
     def iter_decode(
-        self, vae_latents: Tensor, *, check: Check = never_interrupt
+        self,
+        vae_latents: Tensor,
+        *,
+        check: Check = never_interrupt,
+        strips: Strips | None = None,
     ) -> Iterator[Tensor]:
         """Decode all latents in one pass and yield the frames in order, as soon as they are final.
 
         Args:
-            vae_latents: as for `decode`.
+            vae_latents: as for `decode`, on all ranks the same.
             check: called between blocks and pieces; may raise to stop.
+            strips: where several ranks decode.
 
         Yields:
-            [B, 3, f, H, W], about -1 to 1, not clamped, in memory [f, H, W, 3].
+            [B, 3, f, H, W], about -1 to 1, not clamped, in memory [f, H, W, 3]; with strips, the
+            rows of this rank's.
 
         Raises:
             ShapeError: not 5-D, or not the latent channels of this VAE.
         """
         check_latent_shape(vae_latents.shape, self.config.latent_channels)
-        latents = self.post_quant_conv(vae_latents.to(self.post_quant_conv.weight))
+        latents = self.post_quant_conv(_of_strip(vae_latents, strips).to(self._like))
         with self.folded():
-            yield from self.decoder(latents, Walk(check))
+            yield from self.decoder(latents, Walk(check, strips=strips))
 
     @torch.no_grad()
     def iter_exact(
@@ -902,6 +940,7 @@ class VideoVAE(nn.Module):
         piece_elements: int = STORED_PIECE_ELEMENTS,
         *,
         check: Check = never_interrupt,
+        strips: Strips | None = None,
     ) -> Iterator[Tensor]:
         """Decode in one pass with the clip between layers in a store, and yield frames in order.
 
@@ -914,6 +953,7 @@ class VideoVAE(nn.Module):
             store: what keeps the pieces; the caller closes it.
             piece_elements: of the largest piece of a clip, at least one frame.
             check: called between blocks and pieces; may raise to stop.
+            strips: where several ranks decode.
 
         Yields:
             As `iter_decode`.
@@ -922,11 +962,11 @@ class VideoVAE(nn.Module):
             ShapeError: not 5-D, or not the latent channels of this VAE.
         """
         check_latent_shape(vae_latents.shape, self.config.latent_channels)
-        walk = Walk(check, piece_elements=min(piece_elements, SYNCED_PIECE_ELEMENTS))
-        latents = self.post_quant_conv(vae_latents.to(self.post_quant_conv.weight))
+        walk = Walk(check, piece_elements=min(piece_elements, SYNCED_PIECE_ELEMENTS), strips=strips)
+        latents = self.post_quant_conv(_of_strip(vae_latents, strips).to(self._like))
         with self.folded():
             coarse = self.decoder.coarse(latents, walk)
-            walk = Walk(check, piece_elements=piece_elements, store=store)
+            walk = replace(walk, piece_elements=piece_elements, store=store)
             yield from self.decoder.fine(coarse, walk)
 
     @torch.no_grad()
@@ -954,7 +994,7 @@ class VideoVAE(nn.Module):
         """
         check_latent_shape(vae_latents.shape, self.config.latent_channels)
         walk = Walk(check, piece_elements=SYNCED_PIECE_ELEMENTS)
-        latents = self.post_quant_conv(vae_latents.to(self.post_quant_conv.weight))
+        latents = self.post_quant_conv(vae_latents.to(self._like))
         with self.folded():
             coarse = _whole(self.decoder.coarse(latents, walk))
             frames, rows = coarse.shape[2:4]
@@ -974,6 +1014,11 @@ class VideoVAE(nn.Module):
                         inner = out[..., (top - above) * scale : (bottom - above) * scale, :]
                         yield start, top * scale, inner
                         start += out.shape[2]
+
+    @property
+    def _like(self) -> Tensor:
+        """Whose device and dtype latents get."""
+        return self.post_quant_conv.weight
 
     @contextmanager
     def folded(self) -> Iterator[None]:
@@ -1019,6 +1064,11 @@ def strip_rows(rows: int, strips: int) -> list[tuple[int, int]]:
     strips = min(strips, rows)
     edges = [rows * i // strips for i in range(strips + 1)]
     return list(pairwise(edges))
+
+
+def _of_strip(latents: Tensor, strips: Strips | None) -> Tensor:
+    """[B, 16, T, h, w] -> the rows of this rank."""
+    return latents if strips is None else latents[:, :, :, strips.rows]
 
 
 def _owned(piece: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from types import MappingProxyType
 from typing import Protocol
@@ -35,6 +35,7 @@ from ..config import (
 )
 from ..errors import OptionError, OutOfRoomError, ShapeError
 from ..runtime import FREE_HOST_BYTES, Runtime, free_host_bytes, outcomes
+from ..runtime.collectives import least_of, shares
 from ..runtime.ladder import descending, is_out_of_memory, release
 from ..runtime.offload import on_device
 from .budget import (
@@ -43,6 +44,7 @@ from .budget import (
     decode_flop,
     exact_bytes,
     exact_seconds,
+    middle_bytes,
     stored_bytes,
     synced_bytes,
     synced_flop,
@@ -50,6 +52,7 @@ from .budget import (
 from .frames import FrameSink, FrameWriter
 from .model import STORED_PIECE_ELEMENTS, VideoVAE
 from .store import host_store
+from .strips import Strips
 
 logger = logging.getLogger("skyreels.vae.tiling")
 
@@ -72,14 +75,18 @@ class DecodePlan:
         tiling: the tiles, None without.
         strips: in how many a synced decode does the rows.
         piece_elements: of the largest piece of a clip that an exact decode keeps in main memory.
+        ranks: of which each decodes a strip of rows; 1 is the first one alone.
     """
 
     mode: str
     tiling: Tiling | None = None
     strips: int = 1
     piece_elements: int = STORED_PIECE_ELEMENTS
+    ranks: int = 1
 
     def __str__(self) -> str:
+        if self.ranks > 1:
+            return f"{replace(self, ranks=1)} on {self.ranks} ranks"
         if self.piece_elements < STORED_PIECE_ELEMENTS:
             return f"{self.mode} in 1/{STORED_PIECE_ELEMENTS // self.piece_elements} pieces"
         if self.tiling is None:
@@ -140,6 +147,7 @@ def decode_frames(
 
     Returns:
         [F, H, W, 3] float32 in [0, 1], contiguous, on runtime.offload_device; F = 4 * (T - 1) + 1.
+        Of several ranks only the first gets frames, the others F = 0.
 
     Raises:
         OptionError: unknown mode.
@@ -147,15 +155,17 @@ def decode_frames(
         OutOfRoomError: nothing fits, or memory ran out; the message names what would fit.
 
     If memory runs out, "auto", "synced" and "exact" decode again with less, and remember with what;
-    another mode or tiles that were asked for are never replaced.
+    another mode or tiles that were asked for are never replaced. Several ranks decode "auto",
+    "full" and "exact" together where they can, and do not decode again.
     """
     clip = _decode_on_rungs(vae, vae_latents, mode, tiling, runtime, None)
-    assert clip is not None
+    if clip is None:
+        clip = torch.empty(0, *_output_size(vae_latents.shape)[1:], 3)
     return clip
 
 
 def decode_into(
-    sink: FrameSink,
+    sink: FrameSink | None,
     vae: VideoVAE,
     vae_latents: Tensor,
     mode: str = "auto",
@@ -170,7 +180,8 @@ def decode_into(
     the last one is decoded.
 
     Args:
-        sink: gets the frames that `decode_frames` would return; restarted for each decode.
+        sink: gets the frames that `decode_frames` would return; restarted for each decode. None
+            on other ranks than the first, which get none.
         vae: as for `decode_frames`.
         vae_latents: as for `decode_frames`.
         mode: as for `decode_frames`.
@@ -191,7 +202,7 @@ def _decode_on_rungs(
     runtime: Runtime,
     sink: FrameSink | None,
 ) -> Tensor | None:
-    """The clip, or None where a sink has its frames."""
+    """The clip, or None where a sink has its frames, or another rank."""
     if mode not in DECODE_MODES:
         raise OptionError(
             f'Decode mode "{mode}" does not exist: use one of {", ".join(DECODE_MODES)}.'
@@ -199,11 +210,7 @@ def _decode_on_rungs(
     _check_latents(vae_latents)
     dtype = next(vae.parameters()).dtype
     shape, chooses = vae_latents.shape, tiling is None and mode in CHOOSING_MODES
-    # "auto" makes room for a synced decode: making room for one in a single pass would offload
-    # every other model for a little speed
-    plan = DecodePlan("tiled", tiling) if tiling else DecodePlan(mode, TILINGS.get(mode))
-    if chooses:
-        plan = DecodePlan("exact" if mode == "exact" else "synced")
+    plan = _asked_for(mode, tiling, _num_strips(runtime, shape))
     frames, height, width = _output_size(vae_latents.shape)
     folder, device = runtime.state_folder, outcomes.device_key(runtime.device)
     rates, factors = outcomes.known_rates(folder, device), outcomes.corrections(folder, device)
@@ -241,7 +248,7 @@ def _decode_on_rungs(
             else:
                 # the clip is in main memory, so the device has finished
                 seconds, most = time.perf_counter() - begin, peak()
-                if not falls:
+                if not falls and _is_first(runtime):
                     expected = expected_decode(
                         rungs[0], num_bytes, config, shape, dtype, rates=rates, corrections=factors
                     )
@@ -261,6 +268,8 @@ def _fitting_rungs(
     mode: str, config: VAEConfig, shape: torch.Size, dtype: torch.dtype, runtime: Runtime, work: str
 ) -> tuple[list[DecodePlan], int]:
     """The rungs from the best decode that fits now, or where such work ended; and its bytes."""
+    if runtime.ranks is not None:
+        return _plan_of_ranks(mode, config, shape, dtype, runtime)
     folder, device = runtime.state_folder, outcomes.device_key(runtime.device)
     free, host = room_of(runtime.device, runtime.free_bytes(), free_host_bytes(), shape)
     corrections = outcomes.corrections(folder, device)
@@ -274,6 +283,43 @@ def _fitting_rungs(
     if rungs[0] != plan:
         num_bytes = plan_bytes(rungs[0], config, shape, dtype)
     return rungs, num_bytes
+
+
+def _plan_of_ranks(
+    mode: str, config: VAEConfig, shape: torch.Size, dtype: torch.dtype, runtime: Runtime
+) -> tuple[list[DecodePlan], int]:
+    """The best decode that fits every rank, as none of them can decode again; and its bytes."""
+    assert runtime.ranks is not None
+    device, group = runtime.device, runtime.ranks.all
+    free, host = room_of(device, runtime.free_bytes(), free_host_bytes(), shape)
+    free, least_host = least_of([free, 0 if host is None else host], device, group)
+    plan, num_bytes = choose_decode(
+        config, shape, free, dtype, mode,
+        host_bytes=None if host is None else least_host, ranks=_num_strips(runtime, shape),
+    )  # fmt: skip
+    return [plan], num_bytes
+
+
+def _asked_for(mode: str, tiling: Tiling | None, num_strips: int) -> DecodePlan:
+    """What a mode stands for; of one that chooses, what room is made for."""
+    if tiling is not None:
+        return DecodePlan("tiled", tiling)
+    # "auto" makes room for a synced decode: making room for one in a single pass would offload
+    # every other model for a little speed
+    if mode in CHOOSING_MODES:
+        return DecodePlan("exact" if mode == "exact" else "synced")
+    return DecodePlan(mode, TILINGS.get(mode), ranks=num_strips if mode == "full" else 1)
+
+
+def _num_strips(runtime: Runtime, latent_shape: torch.Size) -> int:
+    """Ranks that decode together; each needs a row of latents."""
+    num_ranks = 1 if runtime.ranks is None else runtime.ranks.all.size()
+    return num_ranks if num_ranks <= latent_shape[3] else 1
+
+
+def _is_first(runtime: Runtime) -> bool:
+    """Whether frames come here."""
+    return runtime.ranks is None or runtime.ranks.is_first
 
 
 def _now(device: torch.device) -> float:
@@ -313,8 +359,9 @@ def expected_decode(
         seconds = plan_flop(plan, config, latent_shape) / rate
     elif rate and link:
         seconds = exact_seconds(
-            config, latent_shape, dtype, plan.piece_elements, flop_per_s=rate, bytes_per_s=link
-        )
+            config, _strip_of(plan, latent_shape), dtype, plan.piece_elements,
+            flop_per_s=rate, bytes_per_s=link,
+        )  # fmt: skip
     peak_bytes = int(num_bytes / MEMORY_MARGIN)
     return outcomes.expect(kind_of_decode(plan, dtype), seconds, peak_bytes, corrections)
 
@@ -373,6 +420,10 @@ def _decode_clip(
     sink: FrameSink | None = None,
 ) -> Tensor | None:
     """[F, H, W, 3] in [0, 1] on the offload device, or in a sink; the VAE is on the device."""
+    if not _is_first(runtime):
+        if plan.ranks > 1:
+            assert not list(_decode(vae, vae_latents, plan, runtime))  # its rows go to the first
+        return None
     if sink is not None:
         sink.restart()
     writer = FrameWriter(*_output_size(vae_latents.shape), runtime.offload_device, sink)
@@ -386,7 +437,10 @@ def _decode(
     vae: VideoVAE, vae_latents: Tensor, plan: DecodePlan, runtime: Runtime
 ) -> Iterator[tuple[Tensor, int, int, int]]:
     """Yield final [f, rows, columns, 3] on the device, with their first frame, row and column."""
-    start = 0
+    start, strips = 0, None
+    if plan.ranks > 1:
+        assert runtime.ranks is not None
+        strips = Strips(vae_latents.shape[3], runtime.ranks.all)
     if plan.mode == "synced":
         total, done = _total(plan, vae_latents.shape), 0
         synced = vae.iter_synced(vae_latents, plan.strips, check=runtime.check_interrupt)
@@ -395,16 +449,18 @@ def _decode(
             yield _images(piece), start, top, 0
             runtime.progress("decode", done, total)
     elif plan.mode == "full":
-        for piece in vae.iter_decode(vae_latents, check=runtime.check_interrupt):
+        pieces = vae.iter_decode(vae_latents, check=runtime.check_interrupt, strips=strips)
+        for piece in _whole_frames(pieces, strips):
             yield _images(piece), start, 0, 0
             start += piece.shape[2]
         runtime.progress("decode", 1, 1)
     elif plan.mode == "exact":
         with host_store(runtime) as store:
             pieces = vae.iter_exact(
-                vae_latents, store, plan.piece_elements, check=runtime.check_interrupt
-            )
-            for piece in pieces:
+                vae_latents, store, plan.piece_elements, check=runtime.check_interrupt,
+                strips=strips,
+            )  # fmt: skip
+            for piece in _whole_frames(pieces, strips):
                 yield _images(piece), start, 0, 0
                 start += piece.shape[2]
         runtime.progress("decode", 1, 1)
@@ -419,6 +475,15 @@ def _decode(
             yield images, start, 0, 0
             start += frames
             del images  # or it would live on beside the next window
+
+
+def _whole_frames(pieces: Iterator[Tensor], strips: Strips | None) -> Iterator[Tensor]:
+    """Yield frames that are whole: where ranks have strips of them, on the first rank alone."""
+    for piece in pieces:
+        whole = [piece if strips is None else strips.to_first(piece)]
+        del piece
+        if whole[0] is not None:
+            yield whole.pop()  # type: ignore[misc]
 
 
 def _images(clip: Tensor) -> Tensor:
@@ -653,6 +718,10 @@ def plan_bytes(
     plan: DecodePlan, config: VAEConfig, latent_shape: torch.Size, dtype: torch.dtype
 ) -> int:
     """The peak bytes that a decode takes beside the weights, predicted; see budget.py."""
+    if plan.ranks > 1:
+        strip = _strip_of(plan, latent_shape)
+        num_bytes = plan_bytes(replace(plan, ranks=1), config, strip, dtype)
+        return max(num_bytes, middle_bytes(config, latent_shape, dtype))
     if plan.mode == "synced":
         return synced_bytes(config, latent_shape, dtype, plan.strips)
     if plan.mode == "exact":
@@ -718,18 +787,26 @@ def room_of(
 def plan_host_bytes(
     plan: DecodePlan, config: VAEConfig, latent_shape: torch.Size, dtype: torch.dtype
 ) -> int:
-    """The main memory that a decode keeps the clip in, beside the frames; 0 without."""
+    """The main memory in which a decode, of all ranks, keeps the clip beside the frames, or 0."""
     if plan.mode != "exact":
         return 0
-    return stored_bytes(config, latent_shape, dtype, plan.piece_elements)
+    strip = _strip_of(plan, latent_shape)
+    return plan.ranks * stored_bytes(config, strip, dtype, plan.piece_elements)
 
 
 def plan_flop(plan: DecodePlan, config: VAEConfig, latent_shape: torch.Size) -> float:
-    """FLOP of a decode's convolutions; tiles at the edges count as whole ones. See budget.py."""
+    """FLOP of a rank's convolutions; tiles at the edges count as whole ones. See budget.py."""
+    latent_shape = _strip_of(plan, latent_shape)
     if plan.mode == "synced":
         return synced_flop(config, latent_shape, plan.strips)
     tile = decode_flop(config, largest_tile(latent_shape, plan.tiling))
     return count_decodes(latent_shape, plan.tiling) * tile
+
+
+def _strip_of(plan: DecodePlan, latent_shape: torch.Size) -> torch.Size:
+    """[1, 16, T, h, w] of what a rank decodes, the largest of them."""
+    batch, channels, frames, height, width = latent_shape
+    return torch.Size((batch, channels, frames, shares(height, plan.ranks)[0], width))
 
 
 def _window_length(tiling: Tiling | None) -> int | None:
@@ -746,6 +823,7 @@ def choose_decode(
     *,
     host_bytes: int | None = None,
     corrections: Mapping[str, float] = NONE_YET,
+    ranks: int = 1,
 ) -> tuple[DecodePlan, int]:
     """The best decode that fits, and the bytes it is predicted to take.
 
@@ -767,6 +845,7 @@ def choose_decode(
         host_bytes: of main memory that an exact decode may keep the clip in; None where the device
             has no memory of its own.
         corrections: as for `room_bytes`.
+        ranks: that can decode a strip each; free_bytes are of each, host_bytes of all.
 
     Returns:
         The plan, and its `plan_bytes`.
@@ -774,7 +853,7 @@ def choose_decode(
     Raises:
         OutOfRoomError: nothing fits.
     """
-    for plan in _ladder(mode):
+    for plan in _ladder(mode, ranks):
         num_bytes = plan_bytes(plan, config, latent_shape, dtype)
         needed = room_bytes(plan, num_bytes, dtype, corrections)
         stored = plan_host_bytes(plan, config, latent_shape, dtype)
@@ -802,10 +881,15 @@ def last_rung(mode: str) -> DecodePlan:
     return _ladder(mode)[-1]
 
 
-def _ladder(mode: str) -> list[DecodePlan]:
+def _ladder(mode: str, ranks: int = 1) -> list[DecodePlan]:
+    """From the best; what is exact is done by all ranks, the rest by the first one alone."""
     if mode == "exact":
-        return list(EXACT_LADDER)
-    return [plan for plan in LADDER if mode in ("auto", plan.mode)]
+        return [replace(plan, ranks=ranks) for plan in EXACT_LADDER]
+    return [
+        replace(plan, ranks=ranks) if plan.mode == "full" else plan
+        for plan in LADDER
+        if mode in ("auto", plan.mode)
+    ]
 
 
 def explicit_tiling(

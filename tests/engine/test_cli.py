@@ -1224,6 +1224,8 @@ def test_ranks_make_the_clip_of_one_process_and_only_the_first_is_heard(capsys, 
     done = forks("torch").run(["-m", "skyreels", *command], {**os.environ})
     assert done.returncode == 0, done.stderr[-2000:]
     assert json.loads(done.stdout)["frames"] == 17  # one object, of one rank
+    assert "2 ranks in two groups, one for each branch of guidance." in done.stderr
+    assert "frames with full on 2 ranks in" in done.stderr
     one, two = (np.load(tmp_path / f"{name}.npy") for name in ("one", "two"))
     assert abs(one - two).max() <= 1e-4
 
@@ -1232,8 +1234,12 @@ def test_ranks_make_the_clip_of_one_process_and_only_the_first_is_heard(capsys, 
     ("options", "words"),
     [
         (["--ranks", "3"], "3 ranks cannot share 4 heads of attention: use 2, 4."),
+        (
+            ["--ranks", "6"],
+            "3 ranks in each of 2 groups cannot share 4 heads of attention: use 2, 4, ",
+        ),
+        (["--ranks", "6", "--cfg", "1"], "6 ranks cannot share 4 heads of attention: use 2, 4."),
         (["--ranks", "9"], "--ranks 9 is not within 2..8"),
-        (["--ranks", "2", "--resume", "a"], "--resume is of one rank"),
         (["--ranks", "2", "--device", "cpu,cpu"], "Device 'cpu,cpu' is not one of"),
     ],
 )
@@ -1255,4 +1261,35 @@ def test_only_the_first_rank_is_heard_and_the_worst_code_is_that_of_all(capfd, c
     assert out == "rank 0\n"
     assert "Traceback" not in err and "rank 1" not in err
     assert "SKYREELS_RANKS" not in os.environ
+    gc.collect()
+
+
+#: what rank 2 says, or what ends it, while the first one waits for it
+FAILING = """
+import os, signal, sys, time
+sys.path.insert(0, {tests!r})
+from comfyui_skyreels.skyreels.runtime.ranks import tell_launcher, wait_for_others
+
+if os.environ["RANK"] == "0":
+    time.sleep(120)
+{action}
+"""
+
+
+# as above
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.parametrize(
+    ("action", "words"),
+    [
+        ("tell_launcher('The disk is full.'); sys.exit(1)", "Rank 2 of 2: The disk is full."),
+        ("os.kill(os.getpid(), signal.SIGKILL)", "Rank 2 of 2 was ended by signal 9"),
+    ],
+)
+def test_what_another_rank_fails_of_is_said(action, words):
+    from comfyui_skyreels.skyreels.errors import SkyReelsError
+    from comfyui_skyreels.skyreels.runtime.ranks import start_ranks
+
+    program = FAILING.format(tests=str(ROOT / "tests"), action=action)
+    with pytest.raises(SkyReelsError, match=words):
+        start_ranks(2, ["-c", program])
     gc.collect()

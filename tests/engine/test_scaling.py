@@ -4,6 +4,7 @@ import json
 import logging
 from dataclasses import replace
 from functools import lru_cache
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -24,6 +25,7 @@ from comfyui_skyreels.skyreels.plan import (
 )
 from comfyui_skyreels.skyreels.plan.predict import gemm_flop, given_bytes
 from comfyui_skyreels.skyreels.runtime import TorchRuntime
+from comfyui_skyreels.skyreels.runtime.collectives import Ranks
 from comfyui_skyreels.skyreels.sampling.planned import compare_ranks, start_run
 from comfyui_skyreels.skyreels.transformer import rates
 from comfyui_skyreels.skyreels.transformer.attention import sdpa
@@ -117,21 +119,21 @@ def test_what_eight_cards_exchange_in_a_forward_pass():
 
 def test_the_ways_to_share_are_those_that_can_be_started():
     assert [str(layout) for layout in layouts(8, 24)] == [
-        "one card", "two cards, a branch each", "2 ranks", "3 ranks", "4 ranks", "6 ranks",
-        "8 ranks",
+        "one card", "two cards, a branch each", "3 ranks", "two times 2 ranks",
+        "two times 3 ranks", "two times 4 ranks",
     ]  # fmt: skip
     assert [layout.cards for layout in layouts(8, 24, is_guided=False)] == [1, 2, 3, 4, 6, 8]
     assert layouts(1, 24) == [Layout()]
-    assert [layout.ranks for layout in layouts(16, 24)][-1] == 8
+    assert [layout.cards for layout in layouts(16, 24)][-1] == 8
 
 
 def test_a_link_between_cards_that_is_too_slow_is_said():
     machine = replace(card("H100", 80), num_cards=4)
     slow = replace(machine, rates={**machine.rates, "peer": 0.5e9})
     fast_lines, slow_lines = (cards_table(on_cards(m, JOB, WEIGHTS)) for m in (machine, slow))
-    assert len(fast_lines) == len(slow_lines) == 6
+    assert len(fast_lines) == len(slow_lines) == 5
     assert not any("does not pay" in line for line in fast_lines)
-    assert [line.split()[0] for line in slow_lines if "does not pay" in line] == ["2", "3", "4"]
+    assert [line.split()[0] for line in slow_lines if "does not pay" in line] == ["3", "4"]
     assert "two cards, a branch each" in slow_lines[2] and "does not" not in slow_lines[2]
 
 
@@ -139,7 +141,7 @@ def test_ways_that_fit_no_card_are_marked():
     machine = replace(card("RTX 4090", 16), num_cards=2)
     assert all(each.fits for each in on_cards(machine, JOB, WEIGHTS))
     found = on_cards(machine, JOB, WEIGHTS, Choice(is_resident=True))
-    assert [each.fits for each in found] == [False] * 3
+    assert [each.fits for each in found] == [False] * 2
     assert all("does not fit" in line for line in cards_table(found)[1:])
 
 
@@ -149,7 +151,7 @@ def test_several_cards_are_compared_where_there_are_several_and_their_link_is_kn
     several = replace(machine, num_cards=2)
     unknown = {name: rate for name, rate in several.rates.items() if name != "peer"}
     assert on_cards(replace(several, rates=unknown), JOB, WEIGHTS) == []
-    assert [each.layout.cards for each in on_cards(several, JOB, WEIGHTS)] == [1, 2, 2]
+    assert [each.layout.cards for each in on_cards(several, JOB, WEIGHTS)] == [1, 2]
 
 
 def test_the_preflight_of_a_machine_with_several_cards_compares_them(monkeypatch):
@@ -165,7 +167,7 @@ def test_the_preflight_of_a_machine_with_several_cards_compares_them(monkeypatch
     assert "two cards, a branch each" in found.text
     told = json.loads(json.dumps(found.to_json()))["cards"]
     assert [each["layout"] for each in told] == [
-        {"branches": 1, "ranks": 1}, {"branches": 2, "ranks": 1}, {"branches": 1, "ranks": 2},
+        {"branches": 1, "ranks": 1}, {"branches": 2, "ranks": 1},
     ]  # fmt: skip
     assert told[0]["step_s"] == found.chosen.seconds["step"]
 
@@ -205,7 +207,7 @@ def run():
     ("machine_rates", "words", "levels"),
     [
         ({}, "2 ranks share each prediction.", [logging.INFO]),
-        ({"peer": 1e12}, "2 ranks share each prediction and take about", [logging.INFO]),
+        ({"peer": 1e12}, "2 ranks share each prediction, about", [logging.INFO]),
         ({"peer": 1e3}, "one device would take no longer", [logging.INFO, logging.WARNING]),
     ],
 )
@@ -214,7 +216,8 @@ def test_ranks_say_whether_they_pay(run, caplog, machine_rates, words, levels):
     run.machine = replace(run.machine, rates=known | machine_rates)
     run.plan = plan_run(run.machine, run.job, run.weights, activations=run.needed)
     caplog.set_level(logging.INFO, "skyreels.sampling.planned")
-    compare_ranks(run)
+    group = SimpleNamespace(size=lambda: 2)
+    compare_ranks(run, Ranks(group, group), replace(run.job, num_ranks=1))
     assert words in caplog.text
     assert [record.levelno for record in caplog.records] == levels
 
@@ -222,8 +225,8 @@ def test_ranks_say_whether_they_pay(run, caplog, machine_rates, words, levels):
 def test_a_share_of_the_work_teaches_nothing_of_the_whole(run, tmp_path):
     run.runtime.state_folder = tmp_path
     run.plan = replace(run.plan, seconds={"step": 1.0, "stall": 0.0})
-    for job, is_taught in ((run.job, False), (replace(run.job, num_ranks=1), True)):
-        run.job = job
+    for ranks, is_taught in ((Ranks(None, None), False), (None, True)):
+        run.runtime.ranks = ranks
         run.marks.seconds = lambda: [1.1] * 4
         run.finish(is_alike=True)
         assert bool(list(tmp_path.iterdir())) == is_taught

@@ -1,41 +1,66 @@
-"""A forward pass on several ranks beside the same on one: gloo, on this machine's CPU.
+"""Work of several ranks beside the same of one: gloo, on this machine's CPU.
 
-    python -m support.ranks 3       (from tests/) prints one JSON line of rows, of rank 0
+    python -m support.ranks 3 predictions     (from tests/) prints one JSON line of rows, of rank 0
+    python -m support.ranks 3 decodes
+    python -m support.ranks 4 branches
 
-A row: {grid, text, heads, sparse, difference: the largest of any rank to one rank, in units of the
-result's largest number, ranks_agree: bit by bit, bytes: exchanged by a block, expected: what 4
-tensors of the image tokens take, divided by the ranks, and one of the text}.
+A row of predictions: {grid, text, heads, sparse, difference: the largest of any rank to one rank,
+in units of the result's largest number, ranks_agree: bit by bit, bytes: exchanged by a block,
+expected: what 4 tensors of the image tokens take, divided by the ranks, and one of the text}. A row
+of decodes: {name, shape: of the latents, difference: of the frames, plan: what was chosen}.
 """
 
+import functools
 import itertools
 import json
+import logging
 import multiprocessing
 import os
+import shutil
+import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
+from comfyui_skyreels.skyreels.builtin import builtin_vae
+from comfyui_skyreels.skyreels.conditioning.embeds import PromptEmbeds
 from comfyui_skyreels.skyreels.conditioning.latents import ImageConditioning
-from comfyui_skyreels.skyreels.config import CHUNKINGS
+from comfyui_skyreels.skyreels.config import CHUNKINGS, ContextWindows, Guidance, SkipLayers
+from comfyui_skyreels.skyreels.errors import OptionError, OutOfRoomError
+from comfyui_skyreels.skyreels.kernels.dispatch import Decision
 from comfyui_skyreels.skyreels.kernels.sparse import sparse_attention
+from comfyui_skyreels.skyreels.plan import Plan
 from comfyui_skyreels.skyreels.runtime import TorchRuntime
+from comfyui_skyreels.skyreels.runtime.collectives import Ranks, one_group, two_groups
+from comfyui_skyreels.skyreels.sampling import attend, planned
+from comfyui_skyreels.skyreels.sampling.network import Network
+from comfyui_skyreels.skyreels.sampling.prompts import Prompt, ScheduledPrompt
 from comfyui_skyreels.skyreels.sampling.sample import sample
 from comfyui_skyreels.skyreels.sampling.settings import SamplingSettings, get_sigmas
 from comfyui_skyreels.skyreels.sampling.step_cache import CacheConfig
 from comfyui_skyreels.skyreels.transformer.attention import sdpa
-from comfyui_skyreels.skyreels.transformer.model import call
+from comfyui_skyreels.skyreels.transformer.model import SkyReelsTransformer, call
 from comfyui_skyreels.skyreels.transformer.sparse_attention import (
     DenseRun,
     SparseConfig,
     SparseRun,
 )
 from comfyui_skyreels.skyreels.transformer.ulysses import UlyssesRun
+from comfyui_skyreels.skyreels.vae import model as vae_model
+from comfyui_skyreels.skyreels.vae import tiling
+from comfyui_skyreels.skyreels.vae.model import VideoVAE
+from comfyui_skyreels.skyreels.vae.tiling import decode_frames, decode_into
 
 from support import tiny
+from support.convolutions import fast_convolutions
 
+TESTS = Path(__file__).resolve().parents[1]
 #: latents whose tokens are 27, 105, 64 and 1
 GRIDS = ((3, 6, 6), (5, 6, 14), (1, 16, 16), (1, 2, 2))
 TEXTS = (1, 7, 256)
@@ -97,27 +122,97 @@ def case(model, grid, text, is_sparse) -> dict:
     }  # fmt: skip
 
 
-def whole_run() -> dict:
+def whole_run(cache: CacheConfig) -> dict:
     """A run with sparse attention and a step cache, beside the same on one rank."""
     model, embeds = tiny.transformer(config_of(12)), tiny.embeds
     image = ImageConditioning(torch.zeros(1, 16, 1, 16, 16), 128, 128, 9)
-    settings = SamplingSettings(
-        sigmas=get_sigmas(6), attention=SPARSE, cache=CacheConfig("easy", 0.2)
-    )
-    clips = [
-        sample(model, image, embeds(7, 1), embeds(4, 2), settings, runtime=runtime)
-        for runtime in (TorchRuntime(), TorchRuntime(group=dist.group.WORLD))
-    ]
+    settings = SamplingSettings(sigmas=get_sigmas(6), attention=SPARSE, cache=cache)
+    with heard("skyreels.sampling.step_cache") as told:
+        clips = [
+            sample(model, image, embeds(7, 1), embeds(4, 2), settings, runtime=runtime)
+            for runtime in (TorchRuntime(), TorchRuntime(ranks=one_group()))
+        ]
+    skipped = [record.getMessage() for record in told]
     difference = (clips[1] - clips[0]).abs().max() / clips[0].abs().max()
     dist.all_reduce(difference, dist.ReduceOp.MAX)
-    return {"run": True, "difference": difference.item()}
+    return {"run": cache.kind, "difference": difference.item(), "skipped": skipped}
 
 
-def take_part(rank: int, num_ranks: int, store: str) -> None:
-    """Be a rank; the first one prints the rows."""
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=num_ranks)
-    rows = []
+@contextmanager
+def heard(name: str) -> Iterator[list[logging.LogRecord]]:
+    """What a logger tells."""
+    records: list[logging.LogRecord] = []
+    handler, log = logging.Handler(), logging.getLogger(name)
+    handler.emit = records.append
+    log.addHandler(handler)
+    log.setLevel(logging.INFO)
+    try:
+        yield records
+    finally:
+        log.removeHandler(handler)
+
+
+class Sink:
+    """Takes frames as they come."""
+
+    def __init__(self) -> None:
+        self.frames: list[torch.Tensor] = []
+
+    def restart(self) -> None:
+        self.frames.clear()
+
+    def write(self, frames: torch.Tensor) -> None:
+        self.frames.append(frames)
+
+
+def decode_case(name: str, vae: VideoVAE, shape: tuple[int, int, int], mode: str) -> dict:
+    """The row of one decode; all ranks take part."""
+    generator = torch.Generator().manual_seed(4)
+    latents = torch.randn(1, 16, *shape, generator=generator)
+    runtime = TorchRuntime(ranks=one_group())
+    is_first = dist.get_rank() == 0
+    sink, plans = Sink() if is_first else None, []
+    decode_clip = tiling._decode_clip
+    try:
+        tiling._decode_clip = lambda *args: plans.append(args[2]) or decode_clip(*args)
+        decode_into(sink, vae, latents, mode, runtime=runtime)
+    finally:
+        tiling._decode_clip = decode_clip
+    difference = None
+    if sink is not None:
+        alone = decode_frames(vae, latents, "full", runtime=TorchRuntime())
+        difference = (torch.cat(sink.frames) - alone).abs().max().item()
+    plan = str(plans[0]) if plans else ""
+    return {"name": name, "shape": shape, "difference": difference, "plan": plan}
+
+
+def decodes() -> list[dict]:
+    """Rows of decodes in strips: of a row each, of unequal heights, of several pieces."""
+    num_ranks, rows = dist.get_world_size(), []
+    builtin = builtin_vae(runtime=TorchRuntime())
+    shapes = [(1, num_ranks, 3), (2, 2 * num_ranks + 1, 4)]
+    rows += [decode_case("built-in", builtin, shape, "full") for shape in shapes]
+    rows.append(decode_case("chosen", builtin, shapes[0], "auto"))
+    rows.append(decode_case("fewer rows than ranks", builtin, (2, num_ranks - 1, 3), "full"))
+    frames = decode_frames(
+        builtin, torch.zeros(1, 16, *shapes[0]), runtime=TorchRuntime(ranks=one_group())
+    )
+    counts = [0] * num_ranks
+    dist.all_gather_object(counts, list(frames.shape))
+    double = tiny.randomize(VideoVAE(tiny.VAE)).double()
+    vae_model.PIECE_ELEMENTS = 20_000  # a few frames at a time
+    rows.append(decode_case("float64 in pieces", double, shapes[1], "full"))
+    tiling.EXACT_LADDER = tuple(
+        replace(plan, piece_elements=40_000) for plan in tiling.EXACT_LADDER[1:2]
+    )
+    rows.append(decode_case("float64 out of main memory", double, shapes[1], "exact"))
+    rows[0]["frames"] = counts
+    return rows
+
+
+def predictions() -> list[dict]:
+    """Rows of predictions, and of a whole run."""
+    num_ranks, rows = dist.get_world_size(), []
     with torch.inference_mode():
         model = tiny.transformer(config_of(num_ranks))  # a head each
         rows += [case(model, GRIDS[1], text, False) for text in TEXTS[:2]]
@@ -126,20 +221,203 @@ def take_part(rank: int, num_ranks: int, store: str) -> None:
             rows.append(case(model, grid, text, False))
         rows.append(case(model, (3, 16, 16), 9, True))
         rows.append(case(model, (5, 24, 24), 2, False))
-    rows.append(whole_run())
+    return [*rows, *map(whole_run, CACHES)]
+
+
+CACHES = (CacheConfig("easy", 1.0), CacheConfig("first-block", 0.5))
+SKIP = {"double_blocks": (1,), "single_blocks": (0,)}
+#: settings of runs in two groups of ranks
+RUNS = {
+    "plain": {},
+    "sparse and easy": {"attention": SPARSE, "cache": CacheConfig("easy", 1.0)},
+    "sparse, in windows": {"attention": SPARSE, "windows": ContextWindows(length=2, overlap=1)},
+    "guided to the half": {"attention": SPARSE, "guidance": Guidance(cfg_end=0.5)},
+    "skip layers": {
+        "attention": SPARSE, "guidance": Guidance(skip_layers=SkipLayers(**SKIP, scale=2.0))
+    },
+    "skip layers, negative": {
+        "attention": SPARSE, "guidance": Guidance(skip_layers=SkipLayers(**SKIP, scale=0.0))
+    },
+}  # fmt: skip
+
+
+def several(one: PromptEmbeds, other: PromptEmbeds) -> Prompt:
+    """Two prompts that count alike."""
+    return [ScheduledPrompt(one), ScheduledPrompt(other)]
+
+
+def branches() -> list[dict]:
+    """Runs in two groups of ranks beside the same of one group as large."""
+    model, embeds = tiny.transformer(config_of(4)), tiny.embeds
+    image = ImageConditioning(torch.zeros(1, 16, 1, 16, 32), 256, 128, 9)
+    ranks, rows = two_groups(), []
+    alone = None if ranks.share is None else Ranks(ranks.share, ranks.share)
+    prompts = {name: (embeds(7, 1), embeds(4, 2)) for name in RUNS}
+    prompts["several prompts"] = (several(embeds(7, 1), embeds(3, 4)),
+                                  several(embeds(4, 2), embeds(9, 5)))  # fmt: skip
+    if dist.get_world_size() > 2:
+        prompts = {name: prompts[name] for name in ("sparse and easy", "several prompts")}
+    for name, (prompt, negative) in prompts.items():
+        given = RUNS.get(name, RUNS["sparse and easy"])
+        settings = SamplingSettings(**{"sigmas": get_sigmas(5), **given})
+        asked: list[int] = []
+        clips = []
+        for each in (alone, ranks):
+            asked.clear()
+            runtime = TorchRuntime(ranks=each)
+            with noted_branches(asked):
+                clips.append(sample(model, image, prompt, negative, settings, runtime=runtime))
+        same = torch.tensor(int(torch.equal(*clips)))
+        dist.all_reduce(same, dist.ReduceOp.MIN)
+        half = len(prompt) if isinstance(prompt, list) else 1
+        own = all((branch >= half) == (ranks.side == 1) for branch in asked)
+        rows.append({"name": name, "same": bool(same), "own": own, "count": len(asked)})
+    rows.append(resumed(model, image, ranks))
+    return [*rows, unlike_cards(model, image, ranks)]
+
+
+def resumed(model: SkyReelsTransformer, image: ImageConditioning, ranks: Ranks) -> dict:
+    """The row of a run that all ranks leave after three steps, and continue."""
+    given = (model, image, tiny.embeds(7, 1), tiny.embeds(4, 2))
+    settings = SamplingSettings(sigmas=get_sigmas(5))
+    whole = sample(*given, settings, runtime=TorchRuntime(ranks=ranks))
+    folder = [tempfile.mkdtemp() if dist.get_rank() == 0 else ""]
+    dist.broadcast_object_list(folder)
+    # each rank its own, of which only that of the first is written
+    place = Path(folder[0]) / f"{dist.get_rank()}.safetensors"
+    steps: list[int] = []
+
+    def leave(stage: str, done: int, total: int, preview: object = None) -> None:
+        steps.append(done)
+        if steps == [0, 1, 2, 3]:
+            raise KeyboardInterrupt
+
+    runtime = TorchRuntime(ranks=ranks, on_progress=leave)
+    settings = replace(settings, resume=place)
+    with suppress(KeyboardInterrupt):
+        sample(*given, settings, runtime=runtime)
+    again = sample(*given, settings, runtime=runtime)
+    same = torch.tensor(int(torch.equal(again, whole) and steps == [0, 1, 2, 3, 3, 4, 5]))
+    dist.all_reduce(same, dist.ReduceOp.MIN)
+    saved = sorted(each.name for each in Path(folder[0]).iterdir())
+    dist.barrier()
+    shutil.rmtree(folder[0], ignore_errors=True)
+    return {"name": "resumed", "same": bool(same), "saved": saved}
+
+
+class Card(TorchRuntime):
+    """A rank's device with so much free memory, which may run out at a check."""
+
+    def __init__(self, ranks: Ranks, free: int, runs_out_at: int = 0) -> None:
+        super().__init__(ranks=ranks)
+        self.free, self.runs_out_at, self.checks = free, runs_out_at, 0
+
+    def free_bytes(self) -> int:
+        return self.free
+
+    def check_interrupt(self) -> None:
+        self.checks += 1
+        if self.checks == self.runs_out_at:
+            raise torch.OutOfMemoryError("out of memory")
+
+
+def unlike_cards(model: SkyReelsTransformer, image: ImageConditioning, ranks: Ranks) -> dict:
+    """{name, plans: of all ranks, warnings: of the first, error, refused}.
+
+    The error is that of memory which runs out on all ranks; refused is what each says of sparse
+    attention where one of them has no kernel for it.
+    """
+    settings = SamplingSettings(sigmas=get_sigmas(3))
+    given = (model, image, tiny.embeds(7, 1), tiny.embeds(4, 2), settings)
+    free = 10**9 * (9 - dist.get_rank())
+    is_last, plan_run = dist.get_rank() == dist.get_world_size() - 1, planned.plan_run
+
+    def chunked(*args: Any) -> Plan:
+        """Of another kind of card, which needs more room."""
+        return replace(plan_run(*args), chunking="chunks" if is_last else "whole")
+
+    planned.plan_run = chunked
+    with heard("skyreels.sampling.planned") as told:
+        sample(*given, runtime=Card(ranks, free))
+    planned.plan_run = plan_run
+    plan = next(text for text in (r.getMessage() for r in told) if "Plan" in text)
+    plans = [None] * dist.get_world_size()
+    dist.all_gather_object(plans, plan)
+    warnings = [r.getMessage() for r in told if r.levelno == logging.WARNING]
+    error = ""
+    try:
+        sample(*given, runtime=Card(ranks, free, runs_out_at=12))
+    except OutOfRoomError as raised:
+        error = str(raised)
+    choose_sparse, refused = attend.choose_sparse, ""
+
+    def choose(*args: Any, **size: Any) -> Decision:
+        """The last card has no kernel for sparse attention."""
+        return Decision(None, "refused", "none") if is_last else choose_sparse(*args, **size)
+
+    attend.choose_sparse = choose
+    try:
+        sample(*given[:-1], replace(settings, attention=SPARSE), runtime=Card(ranks, free))
+    except OptionError as raised:
+        refused = str(raised)
+    attend.choose_sparse = choose_sparse
+    said = [None] * dist.get_world_size()
+    dist.all_gather_object(said, refused)
+    return {
+        "name": "unlike cards", "plans": plans, "warnings": warnings, "error": error,
+        "refused": said,
+    }  # fmt: skip
+
+
+@contextmanager
+def noted_branches(asked: list[int]) -> Iterator[None]:
+    """Note which branches this rank predicts."""
+    predict = Network.predict
+
+    def noted(self: Network, latents: torch.Tensor, sigma: torch.Tensor, step: int,
+              branches: Sequence[int], run_block: object = None) -> list[torch.Tensor]:  # fmt: skip
+        asked.extend(branches)
+        return predict(self, latents, sigma, step, branches, run_block)
+
+    Network.predict = noted
+    try:
+        yield
+    finally:
+        Network.predict = predict
+
+
+def take_part(rank: int, num_ranks: int, store: str, what: str) -> None:
+    """Be a rank; the first one prints the rows."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=num_ranks)
+    kinds = {"predictions": predictions, "decodes": decodes, "branches": branches}
+    with fast_convolutions():
+        rows = kinds[what]()
     if rank == 0:
         sys.stdout.write(json.dumps(rows) + "\n")
     dist.destroy_process_group()
 
 
+@functools.cache
+def rows_of(num_ranks: int, what: str) -> list[dict]:
+    """Rows that as many processes print."""
+    done = subprocess.run(
+        [sys.executable, "-m", "support.ranks", str(num_ranks), what], cwd=TESTS, check=False,
+        capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
 def main() -> None:
-    num_ranks = int(sys.argv[1])
+    num_ranks, what = int(sys.argv[1]), sys.argv[2]
     fork = multiprocessing.get_context("fork")
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     with tempfile.TemporaryDirectory() as folder:
         store = str(Path(folder) / "store")
         ranks = [
-            fork.Process(target=take_part, args=(r, num_ranks, store)) for r in range(num_ranks)
+            fork.Process(target=take_part, args=(r, num_ranks, store, what))
+            for r in range(num_ranks)
         ]
         for each in ranks:
             each.start()

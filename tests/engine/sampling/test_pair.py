@@ -163,3 +163,16 @@ def test_what_the_pair_takes_is_said(model, image, caplog):
     assert "Two devices, cpu and cpu: one branch of guidance each." in caplog.text or (
         "Two devices, one branch of guidance each: cpu takes about" in caplog.text
     )
+
+
+def test_a_saved_run_continues_on_two_devices(model, image, tmp_path):
+    state = tmp_path / "state.safetensors"
+    counted = Slow()
+    expected = run(model, image, counted, Slow())
+    first = Slow(stop_at=counted.checks // 2)
+    with pytest.raises(StopError):
+        run(model, image, first, Slow(), resume=state)
+    assert state.is_file()
+    again = Slow()
+    assert torch.equal(run(model, image, again, Slow(), resume=state), expected)
+    assert again.checks < counted.checks

@@ -10,6 +10,7 @@ from comfyui_skyreels.skyreels.conditioning.latents import ImageConditioning
 from comfyui_skyreels.skyreels.config import Guidance, TransformerConfig
 from comfyui_skyreels.skyreels.errors import OptionError
 from comfyui_skyreels.skyreels.runtime import TorchRuntime
+from comfyui_skyreels.skyreels.runtime.collectives import Peers
 from comfyui_skyreels.skyreels.sampling.guidance import combine
 from comfyui_skyreels.skyreels.sampling.sample import initial_noise, run_bytes, sample
 from comfyui_skyreels.skyreels.sampling.settings import SamplingSettings, euler, get_sigmas
@@ -448,3 +449,29 @@ def test_at_full_size_the_caches_are_as_small_as_they_say():
     assert cache_bytes(OFF, *full) == 0
     assert cache_bytes(CACHES["easy"], *full) / 1e6 == pytest.approx(39.2, abs=0.1)
     assert cache_bytes(CACHES["first-block"], *full) / 1e6 == pytest.approx(675, abs=1)
+
+
+@pytest.mark.parametrize("name", MOST)
+def test_ranks_decide_together(model, skipped, monkeypatch, name):
+    """What the others have counts, and what the first one decides."""
+
+    class Others(Peers):
+        def __init__(self, factor):
+            self.factor = torch.tensor([factor, 1.0])
+
+        def add_up(self, sums):
+            assert sums.shape == (2,)
+            return sums * self.factor
+
+    run(model, cache=MOST[name])
+    most = skipped()
+    assert most
+    if name == "first-block":
+        monkeypatch.setattr("comfyui_skyreels.skyreels.sampling.sample.NOBODY", Others(1e9))
+        run(model, cache=MOST[name])
+        assert skipped() == []
+    others = Others(1.0)
+    others.agree = lambda decision: False
+    monkeypatch.setattr("comfyui_skyreels.skyreels.sampling.sample.NOBODY", others)
+    run(model, cache=MOST[name])
+    assert skipped() == []

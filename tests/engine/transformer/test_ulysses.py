@@ -1,33 +1,20 @@
 """One forward pass on several ranks: the result of one, the bytes of the model of its cost."""
 
-import functools
-import json
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 from comfyui_skyreels.skyreels.errors import OptionError
 from comfyui_skyreels.skyreels.plan import Job
-from comfyui_skyreels.skyreels.transformer.ulysses import check_ranks, exchanged_bytes, shares
-
-TESTS = Path(__file__).resolve().parents[2]
-
-
-@functools.cache
-def rows_of(num_ranks: int) -> list[dict]:
-    done = subprocess.run(
-        [sys.executable, "-m", "support.ranks", str(num_ranks)], cwd=TESTS, check=False,
-        capture_output=True, text=True, timeout=300,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-2000:]
-    return json.loads(done.stdout.splitlines()[-1])
+from comfyui_skyreels.skyreels.runtime.collectives import shares
+from comfyui_skyreels.skyreels.transformer.ulysses import check_ranks, exchanged_bytes
+from support.ranks import rows_of
 
 
 @pytest.mark.parametrize("num_ranks", [2, 3, 4])
 def test_several_ranks_predict_what_one_does(num_ranks):
-    *rows, run = rows_of(num_ranks)
-    assert run["run"] and run["difference"] <= 1e-5  # six steps, guidance 6
+    *rows, easy, first_block = rows_of(num_ranks, "predictions")
+    for run in (easy, first_block):
+        assert run["difference"] <= 1e-5  # six steps, guidance 6
+        one, several = run["skipped"]
+        assert one == several and run["run"] in one and "skipped 0" not in one
     assert len(rows) == 16 and any(row["sparse"] for row in rows)
     for row in rows:
         assert row["difference"] <= 1e-6, row
@@ -36,7 +23,7 @@ def test_several_ranks_predict_what_one_does(num_ranks):
 
 @pytest.mark.parametrize("num_ranks", [2, 3, 4])
 def test_bytes_exchanged_by_a_block_are_those_of_the_model(num_ranks):
-    for row in rows_of(num_ranks)[:-1]:
+    for row in rows_of(num_ranks, "predictions")[:-2]:
         assert row["bytes"] == row["expected"], row
 
 
