@@ -49,16 +49,13 @@ os.environ.setdefault("TRANSFORMERS_OFFLINE", "1")
 def pytest_configure(config) -> None:
     keep_memory()
     config.option.loadscopereorder = False  # xdist would start the files with most tests first
+    gc.freeze()  # where workers collect; the end, too, searches for garbage: ten times
 
 
 def pytest_collection_finish() -> None:
     """What has been imported stays: no search for garbage need look through it again."""
     gc.collect()
     gc.freeze()
-
-
-def pytest_unconfigure() -> None:
-    gc.unfreeze()
 
 
 def pytest_collection_modifyitems(items) -> None:
