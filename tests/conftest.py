@@ -6,6 +6,7 @@ import itertools
 import logging
 import os
 import re
+import signal
 import sys
 from pathlib import Path
 
@@ -46,8 +47,15 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRANSFORMERS_OFFLINE", "1")
 
 
+def interrupt(number, frame) -> None:
+    signal.default_int_handler(number, frame)
+
+
 def pytest_configure(config) -> None:
     keep_memory()
+    # with Python's own handler asyncio.run sets another, and Python prints what it has replaced:
+    # each time, with the task that has ended and all tensors that it returned
+    signal.signal(signal.SIGINT, interrupt)
     config.option.loadscopereorder = False  # xdist would start the files with most tests first
     gc.freeze()  # where workers collect; the end, too, searches for garbage: ten times
 
