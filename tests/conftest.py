@@ -1,5 +1,6 @@
 """The fixtures of all tests; `comfyui_skyreels.py` beside it is the pack, loaded by path."""
 
+import atexit
 import functools
 import gc
 import itertools
@@ -64,6 +65,7 @@ def pytest_configure(config) -> None:
     signal.signal(signal.SIGINT, interrupt)
     config.option.loadscopereorder = False  # xdist would start the files with most tests first
     gc.freeze()  # where workers collect; the end, too, searches for garbage: ten times
+    atexit.register(gc.unfreeze)  # the interpreter's own end takes everything apart
 
 
 def pytest_collection_finish() -> None:
