@@ -1,8 +1,8 @@
 """What a clip takes on several cards of a kind: two with a branch of guidance each, or ranks.
 
 Each card computes a share, and what it gives to the others takes time of its own: nothing hides
-behind anything else. Counted are steps and the decode, as if one card made it; left out are loading,
-the text, and the gathering of predictions, a thousandth of what the blocks exchange.
+behind anything else. Counted are steps and the decode, as if one card made it; left out are
+loading, the text, and the gathering of predictions, a thousandth of what the blocks exchange.
 """
 
 from dataclasses import dataclass, replace
