@@ -1,11 +1,13 @@
 """The fixtures of all tests; `comfyui_skyreels.py` beside it is the pack, loaded by path."""
 
+import atexit
 import functools
 import gc
 import itertools
 import logging
 import os
 import re
+import signal
 import sys
 from pathlib import Path
 
@@ -20,23 +22,29 @@ ROOT = Path(__file__).resolve().parent.parent
 FOLDER_NUMBERS = itertools.count()
 #: files of more than three seconds of a processor, by what they take
 LONGEST = (
-    "engine/test_cli.py", "engine/test_builtin.py", "engine/transformer/test_attention.py",
-    "adapters/local/test_nodes.py", "engine/kernels/test_kernels.py", "engine/weights/test_load.py",
-    "engine/transformer/test_quant.py", "client/test_hostile.py", "adapters/remote/test_batch.py",
-    "client/test_wiro_cli.py", "client/test_lost_runs.py", "engine/test_gpu_check.py",
-    "engine/sampling/test_step_cache.py", "engine/test_odd_files.py",
-    "engine/sampling/test_sample.py", "engine/vae/test_exact.py", "engine/kernels/test_sparse.py",
-    "test_package.py", "engine/test_plan.py", "client/test_schedules.py",
-    "engine/vae/test_synced.py", "engine/vae/test_tiling.py", "adapters/test_contract.py",
-    "adapters/remote/test_nodes.py", "engine/vae/test_vae.py", "train/test_train.py",
-    "test_workflows.py", "engine/sampling/test_planned.py", "engine/transformer/test_placement.py",
-    "engine/kernels/test_dispatch.py", "engine/runtime/test_ladder.py", "engine/vae/test_budget.py",
-    "client/test_faults.py", "engine/pipeline/test_extend.py", "engine/weights/lora/test_apply.py",
-    "test_layout.py", "engine/text/test_sources.py", "client/test_transport.py",
-    "adapters/remote/test_page.py", "engine/kernels/test_low_rank.py", "client/test_refusals.py",
-    "adapters/remote/test_models.py", "engine/sampling/test_prompts.py",
-    "adapters/remote/test_outputs.py", "adapters/local/test_lora_node.py",
-    "client/test_downloads.py",
+    "engine/pipeline/test_ray_batch.py", "adapters/local/test_nodes.py",
+    "engine/pipeline/test_batch.py", "engine/sampling/test_planned.py", "engine/vae/test_tiling.py",
+    "engine/transformer/test_ulysses.py", "engine/test_gpu_check.py",
+    "engine/sampling/test_step_cache.py", "engine/weights/lora/test_apply.py",
+    "engine/pipeline/test_extend.py", "engine/sampling/test_bad_render.py",
+    "engine/transformer/test_placement.py", "test_workflows.py", "engine/sampling/test_sample.py",
+    "adapters/local/test_lora_node.py", "engine/kernels/test_sparse_kernel.py",
+    "client/test_hostile.py", "engine/transformer/test_quant.py", "engine/kernels/test_kernels.py",
+    "engine/test_plan.py", "engine/vae/test_synced.py", "engine/test_builtin.py", "test_package.py",
+    "engine/test_odd_files.py", "engine/test_cli.py", "train/test_train.py",
+    "adapters/remote/test_outputs.py", "engine/transformer/test_attention.py",
+    "engine/kernels/test_dispatch.py", "engine/text/test_sources.py", "client/test_lost_runs.py",
+    "engine/vae/test_vae.py", "adapters/host/test_preview.py", "adapters/remote/test_nodes.py",
+    "client/test_schedules.py", "engine/weights/test_load.py", "engine/vae/test_budget.py",
+    "adapters/remote/test_batch.py", "engine/sampling/test_prompts.py",
+    "engine/runtime/test_ladder.py", "client/test_wiro_cli.py", "adapters/test_contract.py",
+    "adapters/remote/test_models.py", "client/test_downloads.py", "engine/sampling/test_pair.py",
+    "client/test_transport.py", "adapters/remote/test_page.py", "test_layout.py",
+    "engine/kernels/test_sparse.py", "adapters/local/test_receipts.py",
+    "engine/kernels/test_low_rank.py", "client/test_refusals.py",
+    "engine/weights/lora/test_runs.py", "adapters/test_i2v.py", "engine/vae/test_encode.py",
+    "engine/kernels/test_blocks.py", "client/test_faults.py", "engine/sampling/test_replay.py",
+    "engine/vae/test_exact.py", "engine/test_yardstick.py",
 )  # fmt: skip
 if "PYTEST_XDIST_WORKER" in os.environ:
     # threads of several processes that wait for one another on the same cores are slower than one
@@ -46,19 +54,24 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRANSFORMERS_OFFLINE", "1")
 
 
+def interrupt(number, frame) -> None:
+    signal.default_int_handler(number, frame)
+
+
 def pytest_configure(config) -> None:
     keep_memory()
+    # with Python's own handler asyncio.run sets another, and Python prints what it has replaced:
+    # each time, with the task that has ended and all tensors that it returned
+    signal.signal(signal.SIGINT, interrupt)
     config.option.loadscopereorder = False  # xdist would start the files with most tests first
+    gc.freeze()  # where workers collect; the end, too, searches for garbage: ten times
+    atexit.register(gc.unfreeze)  # the interpreter's own end takes everything apart
 
 
 def pytest_collection_finish() -> None:
     """What has been imported stays: no search for garbage need look through it again."""
     gc.collect()
     gc.freeze()
-
-
-def pytest_unconfigure() -> None:
-    gc.unfreeze()
 
 
 def pytest_collection_modifyitems(items) -> None:

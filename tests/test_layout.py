@@ -4,6 +4,7 @@ import ast
 import os
 import re
 import subprocess
+from functools import cache
 from graphlib import TopologicalSorter
 from pathlib import Path
 from types import ModuleType
@@ -39,9 +40,15 @@ def sources(folder: str) -> list[Path]:
     return sorted((ROOT / folder).rglob("*.py"))
 
 
+@cache
+def parsed(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"))
+
+
+@cache
 def imports(path: Path) -> list[tuple[str, int, bool]]:
     """(module, relative level, inside a function or TYPE_CHECKING) of every import."""
-    tree = ast.parse(path.read_text(encoding="utf-8"))
+    tree = parsed(path)
     top = {id(node) for node in tree.body}
     found = []
     for node in ast.walk(tree):
@@ -64,11 +71,12 @@ def test_engine_and_client_never_name_the_host_or_each_other(path):
         assert all(module.split(".")[0] != "torch" for module, _, _ in imports(path))
 
 
+@cache
 def imported_modules(path: Path) -> set[str]:
     """Dotted names, below the pack, of what a module of the engine imports when it is imported."""
     package = path.relative_to(ROOT).parts[:-1]
     found = set()
-    for node in ast.parse(path.read_text(encoding="utf-8")).body:
+    for node in parsed(path).body:
         if isinstance(node, ast.ImportFrom) and node.level:
             base = package[: len(package) - node.level + 1]
             base += tuple(node.module.split(".")) if node.module else ()
@@ -161,7 +169,7 @@ def test_every_node_class_is_handed_to_comfyui_with_a_display_name():
     defined = {
         node.name
         for path in sources("nodes")
-        for node in ast.parse(path.read_text(encoding="utf-8")).body
+        for node in parsed(path).body
         if isinstance(node, ast.ClassDef)
         and any(isinstance(n, ast.Assign) and n.targets[0].id == "CATEGORY" for n in node.body)
     }
@@ -191,7 +199,7 @@ def test_packages_listed_for_installation_exist_and_leave_the_root_out():
 def test_documented_functions_have_docstrings():
     bare = []
     for path in [*sources("skyreels"), *sources("wiro_api")]:
-        tree = ast.parse(path.read_text(encoding="utf-8"))
+        tree = parsed(path)
         assert ast.get_docstring(tree), path
         for node in tree.body:
             is_code = isinstance(node, ast.FunctionDef | ast.ClassDef)

@@ -5,6 +5,7 @@ import json
 import re
 import uuid
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +25,7 @@ SAVED = sorted(path for path in (ROOT / "tests" / "workflows" / "saved").glob("*
                if not path.name.endswith(".api.json"))  # fmt: skip
 MODEL_HOSTS = ("https://huggingface.co/", "https://civitai.com/")
 
-pytestmark = pytest.mark.usefixtures("comfy")
+pytestmark = pytest.mark.usefixtures("comfy", "fast_convolutions")
 each_file = pytest.mark.parametrize("path", FILES, ids=list(TITLES))
 each_saved_file = pytest.mark.parametrize("path", SAVED, ids=lambda path: path.stem)
 
@@ -323,23 +324,31 @@ def test_the_thumbnail_is_what_the_template_browser_takes(path):
         assert 1 <= image.width / image.height <= 1.7
 
 
+@cache
+def transformer_weights(in_channels: int) -> dict[str, torch.Tensor]:
+    return tiny.transformer(replace(tiny.TRANSFORMER, in_channels=in_channels)).state_dict()
+
+
+@cache
+def vae_weights() -> dict[str, torch.Tensor]:
+    return tiny.randomize(VideoVAE(tiny.VAE)).state_dict()
+
+
 @each_graph
 def test_the_graph_runs_to_a_video_on_tiny_weights(path, comfy, wiro):
     prompt = api_form(path)
     channels = 16 if name_of(path) == "local_text_to_video" else 32
-    tiny_transformer = tiny.transformer(replace(tiny.TRANSFORMER, in_channels=channels))
-    tiny_vae = tiny.randomize(VideoVAE(tiny.VAE))
-    saved = {"transformer": tiny_transformer, "vae": tiny_vae}
+    saved = {"transformer": transformer_weights(channels), "vae": vae_weights()}
     for node in prompt.values():
         inputs = node["inputs"]
-        for name, module in saved.items():
+        for name, weights in saved.items():
             file = inputs.get(name)
             if isinstance(file, str) and file not in (BUILTIN_NAME, "auto"):
                 target = comfy.folder("vae" if name == "vae" else "diffusion_models") / file
                 if target.suffix == ".gguf":
-                    gguf_files.write(target, gguf_files.in_blocks(module.state_dict()))
+                    gguf_files.write(target, gguf_files.in_blocks(weights))
                 else:
-                    tiny.save(target, module.state_dict())
+                    tiny.save(target, weights)
         if "lora" in inputs:
             parts = lora.draw_parts()
             tensors = lora.letters(lora.whole_modules(parts), "transformer.")

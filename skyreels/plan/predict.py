@@ -410,7 +410,8 @@ def _plan_decode(machine: Machine, job: Job, mode: str) -> tuple[str, int, float
             decode, fits = last_rung(mode), False
             num_bytes = plan_bytes(decode, *sizes, dtype)
     else:
-        decode = DecodePlan(mode, TILINGS.get(mode))
+        ranks = job.num_strips if mode == "full" else 1
+        decode = DecodePlan(mode, TILINGS.get(mode), ranks=ranks)
         num_bytes = plan_bytes(decode, *sizes, dtype)
         fits = room_bytes(decode, num_bytes, dtype, corrections) <= free
     expected = expected_decode(

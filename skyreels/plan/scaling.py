@@ -83,7 +83,7 @@ def layouts(max_cards: int, heads: int, *, is_guided: bool = True) -> list[Layou
     """
     found = []
     for cards in range(1, min(max_cards, MAX_RANKS) + 1):
-        branches = 2 if is_guided and cards % 2 == 0 else 1
+        branches = 2 if is_guided and cards % 2 == 0 else 1  # as `generate --ranks` has it
         if heads % (cards // branches) == 0:
             found.append(Layout(branches, cards // branches))
     return found

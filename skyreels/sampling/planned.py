@@ -207,8 +207,7 @@ class PlannedRun:
             self.machine.corrections,
         )
         logger.info(expected.account(f"Sampled {len(seconds)} steps of", step_s, peak))
-        # a share of the work says nothing of the whole, nor does the time of ranks that wait
-        if self.falls or self.runtime.ranks is not None:
+        if self.falls or self.runtime.ranks is not None:  # what a device does alone is learned
             return
         is_alike &= self.job.num_guided in (0, self.job.num_steps)
         is_alike &= len(seconds) >= MIN_STEPS_TO_LEARN
@@ -260,8 +259,7 @@ def start_run(
         raise OutOfRoomError(why_not(machine, job, weights, Choice(attention)))
     if runtime.ranks is not None:
         plan = _chunked_alike(plan, needed, runtime.ranks, device)
-        if runtime.ranks.side is not None:
-            logger.info("%s.", runtime.ranks)
+        logger.info("%s.", runtime.ranks)
     logger.info(expectation(plan, job))
     work = f"sample {job.tokens} tokens, {kind_of_work(weights, attention)}, {len(weights.blocks)}"
     return PlannedRun(
@@ -351,26 +349,27 @@ def compare_devices(first: PlannedRun, second: PlannedRun) -> None:
         )
 
 
-def compare_ranks(run: PlannedRun) -> None:
+def compare_ranks(run: PlannedRun, ranks: Ranks, whole: Job) -> None:
     """Say what ranks take beside one device, and where they do not pay.
 
     Args:
         run: of one of the ranks.
+        ranks: who they are.
+        whole: what they make together.
     """
-    number, choice = run.job.num_ranks, Choice(run.plan.attention)
-    alone = plan_run(run.machine, replace(run.job, num_ranks=1), run.weights, choice, run.needed)
+    alone = plan_run(run.machine, whole, run.weights, Choice(run.plan.attention), run.needed)
     shared_s, alone_s = run.plan.seconds["step"], alone.seconds["step"]
     if shared_s is None or alone_s is None:
         advice = "; whether they are faster than one, `python -m skyreels doctor --plan` says"
         is_cuda = run.runtime.device.type == "cuda"  # between CPUs nothing is measured
-        logger.info("%d ranks share each prediction%s.", number, advice if is_cuda else "")
+        logger.info("%s%s.", ranks, advice if is_cuda else "")
         return
     logger.info(
-        "%d ranks share each prediction and take about %s a step; one takes %s.", number,
+        "%s, about %s a step; one device takes %s.", ranks,
         outcomes.in_seconds(shared_s), outcomes.in_seconds(alone_s),
     )  # fmt: skip
     if shared_s >= alone_s:
         logger.warning(
             "So much goes between %d ranks that one device would take no longer: use one device, "
-            "or two with a branch of guidance each (--devices cuda:0,cuda:1).", number
+            "or two with a branch of guidance each (--ranks 2).", ranks.num_shares
         )  # fmt: skip

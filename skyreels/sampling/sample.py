@@ -377,7 +377,8 @@ def _prepare(
         largest = max(weight_bytes(module) for module in transformer.conditioners)
         needed = {name: num_bytes + largest for name, num_bytes in needed.items()}
     with runtime.place(transformer, needed["chunks"]):
-        job = replace(_job(transformer, image, prompts, settings), num_ranks=num_ranks)
+        whole = _job(transformer, image, prompts, settings)
+        job = replace(whole, num_ranks=num_ranks)
         if side is not None:
             job = replace(job, num_guided=0)
         attention = attention_of_run(transformer, job, settings.attention, runtime, follows=leader)
@@ -387,8 +388,8 @@ def _prepare(
             mate = Mate(runtime.ranks, attention, _indices(left_out, transformer.blocks))
         attention = shared_out(attention, transformer, job, runtime)
         run = start_run(transformer, job, needed, runtime, name_of(settings.attention))
-        if num_ranks > 1:
-            compare_ranks(run)
+        if runtime.ranks is not None:
+            compare_ranks(run, runtime.ranks, whole)
         lookup = retried(
             partial(
                 precompute,

@@ -4,6 +4,7 @@ import json
 import logging
 from dataclasses import replace
 from functools import lru_cache
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -24,6 +25,7 @@ from comfyui_skyreels.skyreels.plan import (
 )
 from comfyui_skyreels.skyreels.plan.predict import gemm_flop, given_bytes
 from comfyui_skyreels.skyreels.runtime import TorchRuntime
+from comfyui_skyreels.skyreels.runtime.collectives import Ranks
 from comfyui_skyreels.skyreels.sampling.planned import compare_ranks, start_run
 from comfyui_skyreels.skyreels.transformer import rates
 from comfyui_skyreels.skyreels.transformer.attention import sdpa
@@ -122,7 +124,7 @@ def test_the_ways_to_share_are_those_that_can_be_started():
     ]  # fmt: skip
     assert [layout.cards for layout in layouts(8, 24, is_guided=False)] == [1, 2, 3, 4, 6, 8]
     assert layouts(1, 24) == [Layout()]
-    assert layouts(16, 24)[-1].cards == 8
+    assert [layout.cards for layout in layouts(16, 24)][-1] == 8
 
 
 def test_a_link_between_cards_that_is_too_slow_is_said():
@@ -205,7 +207,7 @@ def run():
     ("machine_rates", "words", "levels"),
     [
         ({}, "2 ranks share each prediction.", [logging.INFO]),
-        ({"peer": 1e12}, "2 ranks share each prediction and take about", [logging.INFO]),
+        ({"peer": 1e12}, "2 ranks share each prediction, about", [logging.INFO]),
         ({"peer": 1e3}, "one device would take no longer", [logging.INFO, logging.WARNING]),
     ],
 )
@@ -214,7 +216,8 @@ def test_ranks_say_whether_they_pay(run, caplog, machine_rates, words, levels):
     run.machine = replace(run.machine, rates=known | machine_rates)
     run.plan = plan_run(run.machine, run.job, run.weights, activations=run.needed)
     caplog.set_level(logging.INFO, "skyreels.sampling.planned")
-    compare_ranks(run)
+    group = SimpleNamespace(size=lambda: 2)
+    compare_ranks(run, Ranks(group, group), replace(run.job, num_ranks=1))
     assert words in caplog.text
     assert [record.levelno for record in caplog.records] == levels
 
@@ -222,7 +225,7 @@ def test_ranks_say_whether_they_pay(run, caplog, machine_rates, words, levels):
 def test_a_share_of_the_work_teaches_nothing_of_the_whole(run, tmp_path):
     run.runtime.state_folder = tmp_path
     run.plan = replace(run.plan, seconds={"step": 1.0, "stall": 0.0})
-    for ranks, is_taught in (("several", False), (None, True)):
+    for ranks, is_taught in ((Ranks(None, None), False), (None, True)):
         run.runtime.ranks = ranks
         run.marks.seconds = lambda: [1.1] * 4
         run.finish(is_alike=True)

@@ -17,11 +17,13 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 FLOORS = ROOT / ".floors"
+#: parses modules; `node --check` takes one, and a .js for one only from standard input
+PARSE = Path(__file__).with_name("parse.mjs")
 MOST_WORKERS = 4
 OLDEST_NODE = 20
 #: not needed to run the tests
@@ -44,13 +46,16 @@ def main() -> int:
     if "--floors" in arguments:
         return check_floors(tests)
     fix = "--fix" in arguments
-    steps = [
+    lint = [
         ["ruff", "format", *([] if fix else ["--check"]), "."],
         ["ruff", "check", *(["--fix"] if fix else []), "."],
-        ["mypy"],
-        ["tests/scripts/build_workflows.py", *([] if fix else ["--check"])],
     ]
-    return _run(steps) or check_page() or _run([tests])
+    workflows = ["tests/scripts/build_workflows.py", *([] if fix else ["--check"])]
+    return (
+        _run(lint)
+        or _run_beside(["mypy"], lambda: _run([workflows]) or check_page())
+        or _run([tests])
+    )
 
 
 def check_page() -> int:
@@ -69,14 +74,12 @@ def check_page() -> int:
         return 0
     web = ROOT / "web"
     scripts = sorted([*web.rglob("*.js"), *web.rglob("*.mjs")])
-    print(f"+ node --check, of {len(scripts)} scripts", flush=True)
-    for script in scripts:  # from standard input: only there a .js can be declared a module
-        with script.open("rb") as text:
-            command = [node, "--input-type=module", "--check", "-"]
-            code = subprocess.run(command, stdin=text, check=False).returncode
-        if code:
-            print(f"{script.relative_to(ROOT)} does not parse", flush=True)
-            return code
+    print(f"+ node {PARSE.name}, of {len(scripts)} scripts", flush=True)
+    command = [node, "--experimental-vm-modules", "--no-warnings", str(PARSE)]
+    names = [script.relative_to(ROOT).as_posix() for script in scripts]
+    code = subprocess.run([*command, *names], cwd=ROOT, check=False).returncode
+    if code:
+        return code
     tests = sorted(str(path) for path in (ROOT / "tests" / "web").glob("*.test.mjs"))
     print("+ node --test tests/web", flush=True)
     reporter = "--test-reporter=dot"
@@ -138,15 +141,35 @@ def _run(steps: Sequence[Sequence[str]], python: str = sys.executable) -> int:
     What Python makes of a source is kept, also where the environment tells it otherwise: each
     process of the tests, and dozens of programs that they start, would make it anew.
     """
-    env = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
     for step in steps:
-        is_module = not step[0].endswith(".py") and step[0] != "-m"
         print("+", " ".join(step), flush=True)
-        command = [python, *(["-m"] if is_module else []), *step]
-        code = subprocess.run(command, cwd=ROOT, env=env, check=False).returncode
+        code = subprocess.run(
+            _command(step, python), cwd=ROOT, env=_environment(), check=False
+        ).returncode
         if code:
             return code
     return 0
+
+
+def _run_beside(step: Sequence[str], others: Callable[[], int]) -> int:
+    """Run a step of one core while others run; its output comes after theirs."""
+    with subprocess.Popen(
+        _command(step, sys.executable), cwd=ROOT, env=_environment(),
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    ) as beside:  # fmt: skip
+        code = others()
+        print("+", " ".join(step), flush=True)
+        print(beside.communicate()[0], end="", flush=True)
+    return code or beside.returncode
+
+
+def _command(step: Sequence[str], python: str) -> list[str]:
+    is_module = not step[0].endswith(".py") and step[0] != "-m"
+    return [python, *(["-m"] if is_module else []), *step]
+
+
+def _environment() -> dict[str, str]:
+    return {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
 
 
 if __name__ == "__main__":

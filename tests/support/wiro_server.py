@@ -52,6 +52,7 @@ import json
 import math
 import re
 import signal
+import socket
 import sys
 import threading
 import time
@@ -310,8 +311,7 @@ class WiroServer:
 
         self._server = _Server(("127.0.0.1", self.port), Handler)
         self.url = f"http://127.0.0.1:{self._server.server_address[1]}/v1"
-        serve = self._server.serve_forever
-        self._thread = threading.Thread(target=serve, args=(0.01,), daemon=True)
+        self._thread = threading.Thread(target=self._serve, daemon=True)
         self._thread.start()
         if self.with_socket:
             self.socket = SocketServer(then=self._script, port=self.socket_port).__enter__()
@@ -322,11 +322,16 @@ class WiroServer:
         self._over.set()
         if self.socket is not None:
             self.socket.__exit__()
-        self._server.shutdown()
-        self._server.server_close()
+        with socket.socket() as wakes_the_thread:
+            wakes_the_thread.connect(self._server.server_address)
         self._thread.join()
+        self._server.server_close()
         for video in list(self._videos.values()):
             video.join()
+
+    def _serve(self) -> None:
+        while not self._over.is_set():  # serve_forever would look for its end again and again
+            self._server.handle_request()
 
     def fail(self, path: str, *faults: Any) -> None:
         """Queue faults; the table at the top of this file names them."""

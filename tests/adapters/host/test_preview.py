@@ -236,7 +236,7 @@ def test_an_error_is_logged_once_and_the_run_goes_on_without(
 
 
 @pytest.fixture(scope="module")
-def half_and_end():
+def half_and_end(fast_convolutions):
     """Of three clips of the built-in model: the estimate at half the steps, and the video."""
     runtime = TorchRuntime()
     transformer = builtin.builtin_transformer(runtime=runtime)

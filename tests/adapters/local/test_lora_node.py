@@ -25,14 +25,21 @@ def node(name, **inputs):
         return getattr(cls(), cls.FUNCTION)(**inputs)
 
 
-@pytest.fixture
-def comfy(comfy):
-    tiny.save(comfy.folder("diffusion_models") / "tiny.safetensors",
-              tiny.transformer().state_dict())  # fmt: skip
+@pytest.fixture(scope="module")
+def files() -> dict[str, dict[str, torch.Tensor]]:
+    """What is in "tiny.safetensors" and in the LoRAs."""
+    found = {"tiny.safetensors": tiny.transformer().state_dict()}
     for seed, name in enumerate((STYLE, OTHER)):
         parts = dialects.draw_parts(seed=seed)
-        tensors = dialects.letters(dialects.diffusers_modules(parts), "transformer.")
-        tiny.save(comfy.folder("loras") / name, tensors)
+        found[name] = dialects.letters(dialects.diffusers_modules(parts), "transformer.")
+    return found
+
+
+@pytest.fixture
+def comfy(comfy, files):
+    for name, tensors in files.items():
+        folder = "diffusion_models" if name == "tiny.safetensors" else "loras"
+        tiny.save(comfy.folder(folder) / name, tensors)
     return comfy
 
 

@@ -138,7 +138,10 @@ def make_clip(picture, model=None, **changes) -> torch.Tensor:
     return node("SkyReelsVAEDecode", vae=vae, samples=samples, mode="auto")
 
 
-def library_clip(weights, picture) -> torch.Tensor:
+@pytest.fixture(scope="module")
+def library_clip(weights) -> torch.Tensor:
+    """Of the picture of `picture`; what the nodes make with the inputs of `prepare`."""
+    picture = torch.rand(1, 40, 50, 3, generator=torch.Generator().manual_seed(3))
     runtime = TorchRuntime()
     prompt, negative = (convert.to_prompt_embeds(text(t), "x") for t in ("a dog runs", ""))
     return image_to_video(
@@ -152,10 +155,10 @@ def library_clip(weights, picture) -> torch.Tensor:
 # --- the same numbers ---------------------------------------------------------------------------
 
 
-def test_the_graph_gives_the_bits_of_the_library(comfy, weights, picture):
+def test_the_graph_gives_the_bits_of_the_library(comfy, library_clip, picture):
     frames = make_clip(picture)
     assert (frames.shape, frames.dtype) == ((9, 32, 48, 3), torch.float32)
-    assert torch.equal(frames, library_clip(weights, picture))
+    assert torch.equal(frames, library_clip)
 
 
 def test_a_second_run_of_the_same_objects_gives_the_same_bits(comfy, picture):
@@ -257,7 +260,7 @@ def test_progress_previews_and_time_left_reach_the_node(comfy, picture):
 @pytest.mark.usefixtures("read_each_time")
 @pytest.mark.parametrize("stage", ["load", "load vae", "encode", "sample", "decode"])
 def test_cancel_in_any_stage_passes_through_and_the_next_run_is_good(
-    comfy, weights, picture, stage
+    comfy, library_clip, picture, stage
 ):
     vae, sampling = prepare(picture)
     samples = node("SkyReelsSampler", **sampling)
@@ -278,7 +281,7 @@ def test_cancel_in_any_stage_passes_through_and_the_next_run_is_good(
         comfy.checks, comfy.cancel_after = 0, after
         with pytest.raises(host.InterruptProcessingException):
             work()
-    assert torch.equal(make_clip(picture, sampling["model"]), library_clip(weights, picture))
+    assert torch.equal(make_clip(picture, sampling["model"]), library_clip)
 
 
 def test_a_cancelled_resumable_run_continues_to_the_same_bits(comfy, picture):
@@ -988,12 +991,12 @@ def test_a_cache_does_what_the_librarys_does_and_says_so(comfy, picture, name, c
     module = inputs["model"].module
     module.final_layer.linear.weight.data *= 0.02
     module.double_blocks[0].img_mod.linear.weight.data *= 0.02
-    inputs |= {"steps": 30, "cfg": 1.5}
+    inputs |= {"steps": 16, "cfg": 1.5}
     plain = node("SkyReelsSampler", **inputs)["samples"]
     assert "skipped" not in caplog.text
     cached = node("SkyReelsSampler", **inputs, cache=name)["samples"]
     assert f"Cache {CACHES[name].kind} skipped" in caplog.text
-    expected = {"guidance": Guidance(1.5), "sigmas": get_sigmas(30)}
+    expected = {"guidance": Guidance(1.5), "sigmas": get_sigmas(16)}
     assert torch.equal(cached, library_samples(inputs, **expected, cache=CACHES[name]))
     assert not torch.equal(cached, plain)
 
@@ -1005,22 +1008,22 @@ def test_a_calibrated_cache_takes_what_is_stored_for_the_weights(comfy, picture,
     module = inputs["model"].module
     module.final_layer.linear.weight.data *= 0.02
     module.double_blocks[0].img_mod.linear.weight.data *= 0.02
-    inputs |= {"steps": 30, "cfg": 1.5, "cache": "calibrated"}
+    inputs |= {"steps": 16, "cfg": 1.5, "cache": "calibrated"}
     with pytest.raises(OptionError, match="No cache threshold is stored for tiny.safetensors"):
         node("SkyReelsSampler", **inputs)
     info = checkpoint_of(module)
     place = place_of_user(fingerprint_weights(info))
-    score = Score(8, 30.0, 50.0, 40.0)
+    score = Score(8, 16.0, 50.0, 40.0)
     save_calibration(
         place,
         Calibration(
-            "tiny.safetensors", fingerprint_weights(info), 0.04, 60, {"steps": 30}, score, None,
+            "tiny.safetensors", fingerprint_weights(info), 0.04, 32, {"steps": 16}, score, None,
             {}, {},
         ),
     )  # fmt: skip
     cached = node("SkyReelsSampler", **inputs)["samples"]
-    assert "Cache calibrated for tiny.safetensors: threshold 0.04, 30 of 60" in caplog.text
-    expected = {"guidance": Guidance(1.5), "sigmas": get_sigmas(30)}
+    assert "Cache calibrated for tiny.safetensors: threshold 0.04, 16 of 32" in caplog.text
+    expected = {"guidance": Guidance(1.5), "sigmas": get_sigmas(16)}
     inputs["cache"] = "off"
     cache = CacheConfig("easy", 0.04)
     assert torch.equal(cached, library_samples(inputs, **expected, cache=cache))
