@@ -4,7 +4,7 @@
 
 Left, one clip on 1 to 8 cards, from the planner alone (skyreels/plan/scaling.py) with the rates of
 tests/support/cards.py: ranks, a branch of guidance each, and both together, which the planner knows
-and `generate` does not start yet. Right, many clips on 1 to 64 workers of one card each, from the
+and `generate --ranks` starts. Right, many clips on 1 to 64 workers of one card each, from the
 simulation of tests/bench/simulate_batch.py: 40 clips a worker, 1 % of the workers lost an hour.
 Prints the figures as a table, then one line of JSON.
 """
