@@ -31,7 +31,7 @@ class Member:
 class Lost:
     """What is heard of a worker that is gone: why, or ""."""
 
-    reason: str
+    why: str
 
 
 class Workers(Protocol):
@@ -204,7 +204,7 @@ def drive(
         check()
         for member, answer in workers.hear() if driver.is_busy else ():
             if isinstance(answer, Lost):
-                ended = driver.lose(member, answer.reason)
+                ended = driver.lose(member, answer.why)
                 driver.begin(workers.start())
                 if ended is not None:
                     yield ended
