@@ -17,7 +17,6 @@ import logging
 import multiprocessing
 import os
 import shutil
-import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -59,8 +58,8 @@ from comfyui_skyreels.skyreels.vae.tiling import decode_frames, decode_into
 
 from support import tiny
 from support.convolutions import fast_convolutions
+from support.forked import forks
 
-TESTS = Path(__file__).resolve().parents[1]
 #: latents whose tokens are 27, 105, 64 and 1
 GRIDS = ((3, 6, 6), (5, 6, 14), (1, 16, 16), (1, 2, 2))
 TEXTS = (1, 7, 256)
@@ -401,10 +400,8 @@ def take_part(rank: int, num_ranks: int, store: str, what: str) -> None:
 @functools.cache
 def rows_of(num_ranks: int, what: str) -> list[dict]:
     """Rows that as many processes print."""
-    done = subprocess.run(
-        [sys.executable, "-m", "support.ranks", str(num_ranks), what], cwd=TESTS, check=False,
-        capture_output=True, text=True, timeout=300,
-    )  # fmt: skip
+    command = ["-m", "support.ranks", str(num_ranks), what]
+    done = forks("torch").run(command, dict(os.environ))
     assert done.returncode == 0, done.stderr[-2000:]
     return json.loads(done.stdout.splitlines()[-1])
 

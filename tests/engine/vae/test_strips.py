@@ -18,7 +18,8 @@ from comfyui_skyreels.skyreels.vae.tiling import (
     plan_host_bytes,
 )
 from support.peak import PeakBytes
-from support.ranks import TESTS, rows_of
+from support.project import ROOT
+from support.ranks import rows_of
 
 FULL_SIZE = torch.Size((1, 16, 25, 68, 120))  # 97 x 544 x 960
 BF16 = torch.bfloat16
@@ -147,6 +148,6 @@ print("decoded")
 # torch's launcher leaves a file open for each rank that is not heard
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_a_rank_that_stops_in_mid_decode_takes_the_others_with_it(capfd):
-    program = STOPPED.format(tests=str(TESTS), rank=1)
+    program = STOPPED.format(tests=str(ROOT / "tests"), rank=1)
     assert start_ranks(2, ["-c", program]) in (1, 7)  # or the first, which misses the other
     assert "decoded" not in capfd.readouterr().out
