@@ -37,7 +37,7 @@ from comfyui_skyreels.skyreels.kernels.sparse import sparse_attention
 from comfyui_skyreels.skyreels.plan import Plan
 from comfyui_skyreels.skyreels.runtime import TorchRuntime
 from comfyui_skyreels.skyreels.runtime.collectives import Ranks, one_group, two_groups
-from comfyui_skyreels.skyreels.sampling import attend, planned
+from comfyui_skyreels.skyreels.sampling import attend, bad_render, planned
 from comfyui_skyreels.skyreels.sampling.network import Network
 from comfyui_skyreels.skyreels.sampling.prompts import Prompt, ScheduledPrompt
 from comfyui_skyreels.skyreels.sampling.sample import sample
@@ -332,10 +332,11 @@ class Card(TorchRuntime):
 
 
 def unlike_cards(model: SkyReelsTransformer, image: ImageConditioning, ranks: Ranks) -> dict:
-    """{name, plans: of all ranks, warnings: of the first, error, refused}.
+    """{name, plans: of all ranks, warnings: of the first, error, refused, looked}.
 
     The error is that of memory which runs out on all ranks; refused is what each says of sparse
-    attention where one of them has no kernel for it.
+    attention where one of them has no kernel for it; looked, how often the first one has judged a
+    clip that only the last one finds bad.
     """
     settings = SamplingSettings(sigmas=get_sigmas(3))
     given = (model, image, tiny.embeds(7, 1), tiny.embeds(4, 2), settings)
@@ -373,9 +374,19 @@ def unlike_cards(model: SkyReelsTransformer, image: ImageConditioning, ranks: Ra
     attend.choose_sparse = choose_sparse
     said = [None] * dist.get_world_size()
     dist.all_gather_object(said, refused)
+    looked: list[int] = []
+
+    def look(*_: Any) -> bad_render.Look:
+        """To the last card the clip stands still."""
+        looked.append(1)
+        return bad_render.Look(motion=0.0 if is_last else 9.0, jump=0.0, drift=0.0, jump_frame=1)
+
+    look_at, bad_render.look_at = bad_render.look_at, look
+    sample(*given[:-1], replace(settings, bad_render="stop"), runtime=Card(ranks, free))
+    bad_render.look_at = look_at
     return {
         "name": "unlike cards", "plans": plans, "warnings": warnings, "error": error,
-        "refused": said,
+        "refused": said, "looked": len(looked),
     }  # fmt: skip
 
 

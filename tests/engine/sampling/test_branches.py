@@ -52,6 +52,11 @@ def test_sparse_attention_that_not_all_have_is_refused_by_all(num_ranks):
     assert all("(cpu: has one)" in said for said in others) and "(cpu: has none)" in last
 
 
+def test_whether_a_clip_is_bad_the_first_rank_says():
+    """Where each decided by itself, one would stop and the others wait for it."""
+    assert rows_of(2, "branches")[-1]["looked"] == 1
+
+
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
