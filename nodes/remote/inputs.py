@@ -10,7 +10,6 @@ import io
 import json
 import logging
 import re
-import wave
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -340,6 +339,8 @@ def wav_part(waveform: Tensor, sample_rate: int) -> "FilePart":
     levels = waveform.detach().float().cpu().nan_to_num(0.0).clamp(-1.0, 1.0).mul(32767.0).round()
     samples = levels.to(torch.int16).T.contiguous().numpy().astype("<i2")
     file = io.BytesIO()
+    import wave
+
     with wave.open(file, "wb") as sound:
         sound.setnchannels(channels)
         sound.setsampwidth(2)

@@ -14,7 +14,6 @@ from .predict import (
     plan_run,
     vae_bytes,
 )
-from .scaling import Layout, Shared, layouts, share
 from .weights import STORED, Weights, weights_as, weights_of
 
 __all__ = [
@@ -22,12 +21,10 @@ __all__ = [
     "STORED",
     "Choice",
     "Job",
-    "Layout",
     "Machine",
     "Plan",
     "Preflight",
     "Rung",
-    "Shared",
     "Weights",
     "activation_bytes",
     "block_seconds",
@@ -35,7 +32,6 @@ __all__ = [
     "cards_table",
     "expectation",
     "kind_of_work",
-    "layouts",
     "machine_of",
     "on_cards",
     "plan_run",
@@ -43,7 +39,6 @@ __all__ = [
     "preflight",
     "rates_needed",
     "rungs",
-    "share",
     "smallest",
     "table",
     "vae_bytes",

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..runtime import Runtime
 from ..runtime.outcomes import in_bytes, in_seconds
@@ -10,8 +10,10 @@ from ..transformer.quant import STORAGE_DTYPES
 from .advice import why_not
 from .inputs import AUTO, Choice, Job, Machine, machine_of, multiplies, rates_needed
 from .predict import Plan, expectation, plan_run
-from .scaling import Shared, layouts, share
 from .weights import Weights, weights_as
+
+if TYPE_CHECKING:
+    from .scaling import Shared
 
 
 @dataclass(frozen=True)
@@ -32,7 +34,7 @@ class Preflight:
     job: Job
     chosen: Plan
     modes: tuple[Plan, ...]
-    cards: tuple[Shared, ...]
+    cards: "tuple[Shared, ...]"
     text: str
     obstacle: str = ""
 
@@ -158,7 +160,7 @@ def table(found: Sequence[Plan], chosen: Plan) -> list[str]:
     return _aligned(rows)
 
 
-def on_cards(machine: Machine, job: Job, weights: Weights, choice: Choice = AUTO) -> list[Shared]:
+def on_cards(machine: Machine, job: Job, weights: Weights, choice: Choice = AUTO) -> "list[Shared]":
     """One card beside the ways in which several of this machine can share a clip.
 
     Args:
@@ -170,6 +172,8 @@ def on_cards(machine: Machine, job: Job, weights: Weights, choice: Choice = AUTO
     Returns:
         What each takes, one card first; empty where there is no other card, or a rate is unknown.
     """
+    from .scaling import layouts, share
+
     if machine.num_cards < 2:
         return []
     heads, is_guided = job.config.num_attention_heads, job.num_guided > 0
@@ -181,7 +185,7 @@ def on_cards(machine: Machine, job: Job, weights: Weights, choice: Choice = AUTO
     return known if len(known) == len(found) else []
 
 
-def cards_table(found: Sequence[Shared]) -> list[str]:
+def cards_table(found: "Sequence[Shared]") -> list[str]:
     """Ways to share a clip beside each other for people.
 
     Args:

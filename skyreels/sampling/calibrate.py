@@ -20,7 +20,7 @@ import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..errors import CheckpointError, OptionError, shown
 from ..files import read_json, write_json
@@ -28,8 +28,10 @@ from ..runtime import never_interrupt
 from ..runtime.outcomes import user_folder
 from ..transformer.model import call
 from ..weights.inspect import CheckpointInfo
-from .replay import Recording, replay
 from .step_cache import CACHES, CacheConfig, EasyCache, StepCache
+
+if TYPE_CHECKING:
+    from .replay import Recording
 
 logger = logging.getLogger("skyreels.sampling.calibrate")
 
@@ -120,7 +122,7 @@ class Calibration:
 
 
 def scores_of_thresholds(
-    recording: Recording, *, check: Callable[[], None] = never_interrupt
+    recording: "Recording", *, check: Callable[[], None] = never_interrupt
 ) -> list[tuple[int, float]]:
     """What every one of THRESHOLDS would do to a recorded run.
 
@@ -131,6 +133,8 @@ def scores_of_thresholds(
     Returns:
         Model evaluations and decibels of each, in their order.
     """
+    from .replay import replay
+
     found: list[tuple[int, float]] = []
     most = recording.num_steps - least_computed(recording.num_steps)
     for threshold in THRESHOLDS:

@@ -48,7 +48,6 @@ from ..transformer.ulysses import EXCHANGED_TENSORS
 from ..weights.lora.apply import check_loras, use_loras
 from .attend import attention_of_run, name_of, shared_out, warn_of_few_steps
 from .bad_render import watch_of_run
-from .branches import Mate
 from .finite import FiniteWatch, suspects
 from .guidance import guided_velocity
 from .network import ALONE, Alone, Network, blocks_to_skip
@@ -330,7 +329,7 @@ class _Prepared:
     lookup: StepLookup
     picture: Picture
     rope: Tensor
-    mate: Mate | None
+    mate: Alone | None
 
     def network(self, run_block: RunBlock, rung: Rung) -> Network:
         """What makes predictions, once its weights are placed."""
@@ -384,6 +383,8 @@ def _prepare(
         attention = attention_of_run(transformer, job, settings.attention, runtime, follows=leader)
         mate = None
         if runtime.ranks is not None and runtime.ranks.mates is not None:
+            from .branches import Mate
+
             left_out = blocks_to_skip(transformer, settings.guidance.skip_layers)
             mate = Mate(runtime.ranks, attention, _indices(left_out, transformer.blocks))
         attention = shared_out(attention, transformer, job, runtime)

@@ -19,7 +19,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from comfyui_skyreels.skyreels.config import TransformerConfig
-from comfyui_skyreels.skyreels.plan import Job, Layout, share, weights_as
+from comfyui_skyreels.skyreels.plan import Job, weights_as
+from comfyui_skyreels.skyreels.plan.scaling import Layout, share
 from support.cards import card
 from support.simulated import Costs, simulate
 

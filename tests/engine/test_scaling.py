@@ -13,17 +13,15 @@ from comfyui_skyreels.skyreels.config import TransformerConfig
 from comfyui_skyreels.skyreels.plan import (
     Choice,
     Job,
-    Layout,
     cards_table,
-    layouts,
     modes,
     on_cards,
     plan_run,
     preflight,
-    share,
     weights_as,
 )
 from comfyui_skyreels.skyreels.plan.predict import gemm_flop, given_bytes
+from comfyui_skyreels.skyreels.plan.scaling import Layout, layouts, share
 from comfyui_skyreels.skyreels.runtime import TorchRuntime
 from comfyui_skyreels.skyreels.runtime.collectives import Ranks
 from comfyui_skyreels.skyreels.sampling.planned import compare_ranks, start_run
