@@ -60,7 +60,12 @@ def counted(num_ranks):
             device=torch.device("meta"),
         )  # fmt: skip
         options = {"attention": run, "run_block": run.around(call)}
-        with FlopCounterMode(display=False) as flops, torch.no_grad():
+        with (
+            pytest.MonkeyPatch.context() as patch,
+            FlopCounterMode(display=False) as flops,
+            torch.no_grad(),
+        ):
+            patch.setattr(dist, "all_to_all_single", lambda *_, **__: None)  # torch 2.5: no shapes
             conditioning = model.condition(*texts, **options)
             model.denoise_together(
                 latents, [conditioning], rope=rope, order=run.order, **options,
