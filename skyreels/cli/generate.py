@@ -8,8 +8,9 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from ..errors import OptionError
+from ..runtime.collectives import made_by_first
 from ..runtime.interrupt import remembered_interrupt
-from ..runtime.ranks import is_first
+from ..runtime.ranks import is_first, load_once
 from .clip import (
     check_extend,
     check_files,
@@ -38,6 +39,11 @@ from .options import (
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from ..runtime import Runtime
+    from ..sampling.settings import SamplingSettings
+    from ..transformer.model import SkyReelsTransformer
+    from ..vae.model import VideoVAE
 
 
 def add_generate(commands: Any, defaults: Mapping[str, Any]) -> argparse.ArgumentParser:
@@ -221,9 +227,27 @@ def _generate(
     runtime = runtime_of(arguments, report, check)
     if arguments.transformer is not None:  # minutes before they are loaded
         check_files(arguments, image is not None)
-    prompts = encode_prompts(arguments, runtime, load_encoder)
-    models = load_models(arguments, runtime)
-    describe_loras(settings.loras, models[0])
+    ranks = runtime.ranks
+    prompts = made_by_first(lambda: encode_prompts(arguments, runtime, load_encoder), ranks)
+    models = load_once(lambda: _load_all(arguments, settings, runtime), ranks)
     return make_clip(
         arguments, image, end_image, size, settings, models, prompts, runtime=runtime, start=start
     )
+
+
+def _load_all(
+    arguments: argparse.Namespace, settings: "SamplingSettings", runtime: "Runtime"
+) -> "tuple[SkyReelsTransformer, VideoVAE]":
+    """Load the models, and refuse LoRAs that do not fit.
+
+    Returns:
+        Transformer and VAE; with the LoRAs in it where ranks will share the weights. Without ranks,
+        sampling brings them in.
+    """
+    from ..weights.lora.apply import use_loras
+
+    models = load_models(arguments, runtime)
+    describe_loras(settings.loras, models[0])
+    if runtime.ranks is not None:
+        use_loras(models[0], settings.loras, runtime=runtime)
+    return models

@@ -1,8 +1,8 @@
 """What the ranks of one clip tell one another, through torch.distributed."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -158,6 +158,14 @@ def told_by_first(value: T, device: torch.device, group: "ProcessGroup") -> T:
     source = dist.get_global_rank(group, 0)
     dist.broadcast_object_list(values, source, group=group, device=device)
     return values[0]
+
+
+def made_by_first(make: Callable[[], T], ranks: Ranks | None) -> T:
+    """What the first rank makes in main memory, for all; without ranks it is made here."""
+    if ranks is None:
+        return make()
+    made = cast(T, make() if ranks.is_first else None)  # of the others nothing is asked
+    return told_by_first(made, torch.device("cpu"), ranks.all)
 
 
 def least_of(numbers: Sequence[int], device: torch.device, group: "ProcessGroup") -> list[int]:

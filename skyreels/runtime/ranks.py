@@ -6,17 +6,24 @@ import os
 import sys
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import TypeVar, cast
 
 import torch
+from torch import nn
 
 from ..errors import DependencyError, OptionError, SkyReelsError
-from .collectives import MAX_RANKS, Ranks, one_group, two_groups
+from .collectives import MAX_RANKS, Ranks, one_group, told_by_first, two_groups
+from .shared import attach, share
+
+logger = logging.getLogger("skyreels.runtime.ranks")
 
 #: tells a process that it is one of the ranks
 _VARIABLE = "SKYREELS_RANKS"
 #: seconds in which the launcher ends a rank after another one has failed
 PATIENCE_S = 10.0
+
+ModulesT = TypeVar("ModulesT", bound=tuple[nn.Module, ...])
 
 
 def is_rank() -> bool:
@@ -119,14 +126,56 @@ def join_ranks(device: str, *, by_branch: bool = False) -> tuple[str, Ranks]:
     if device == "cuda":
         device = f"cuda:{os.environ['LOCAL_RANK']}"
         torch.cuda.set_device(device)
-    dist.init_process_group("gloo" if device == "cpu" else "nccl")
+    # what only main memory holds goes through it, by gloo
+    dist.init_process_group("gloo" if device == "cpu" else "cpu:gloo,cuda:nccl")
     return device, two_groups() if by_branch else one_group()
 
 
+def load_once(load: Callable[[], ModulesT], ranks: Ranks | None) -> ModulesT:
+    """Load modules on one rank, whose weights in main memory become those of all ranks.
+
+    Nobody may write to the weights afterwards: what changes them, such as a LoRA, is for `load`.
+
+    Args:
+        load: makes the modules, with weights on the CPU; called on the first rank, and on others
+            only if they cannot map its memory. The first one says so, and why.
+        ranks: of this host; None calls `load`.
+
+    Returns:
+        The modules.
+    """
+    import torch.distributed as dist
+
+    if ranks is None:
+        return load()
+    modules, shared, problem = None, None, ""
+    if ranks.is_first:
+        modules = load()
+        try:
+            shared = share(modules)
+        except OSError as error:
+            problem = str(error)
+    shared = told_by_first(shared, torch.device("cpu"), ranks.all)
+    if modules is None and shared is not None:
+        try:
+            modules = cast(ModulesT, attach(shared))
+        except OSError as error:
+            problem = str(error)
+    problems = [problem] * ranks.all.size()
+    dist.all_gather_object(problems, problem, group=ranks.all)
+    if ranks.is_first and any(problems):
+        logger.warning(
+            "Main memory cannot be shared by all ranks (%s): those that cannot load the weights "
+            "for themselves, and they take as much of it again.",
+            next(filter(None, problems)),
+        )
+    return load() if modules is None else modules
+
+
 def tell_launcher(message: str) -> None:
-    """Leave a sentence for `start_ranks`, in a rank that fails and is not heard."""
+    """Leave for `start_ranks` what a rank fails of, and when: others fail because it is gone."""
     path = os.environ.get("TORCHELASTIC_ERROR_FILE")
-    if path is None or is_first():
+    if path is None:
         return
     told = {"message": message, "extraInfo": {"timestamp": str(int(time.time()))}}
     with open(path, "w", encoding="utf-8") as file:
@@ -134,9 +183,12 @@ def tell_launcher(message: str) -> None:
 
 
 def wait_for_others() -> None:
-    """Let the launcher end this rank if it misses one that has failed; that one says why."""
-    if is_rank() and is_first():
-        time.sleep(PATIENCE_S)
+    """Let the launcher end this rank if it misses one that has failed; that one says why.
+
+    The first one waits longest: after it, nobody else is heard.
+    """
+    if is_rank():
+        time.sleep(PATIENCE_S if is_first() else PATIENCE_S / 4)
 
 
 def leave_ranks() -> None:

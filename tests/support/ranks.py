@@ -3,11 +3,14 @@
     python -m support.ranks 3 predictions     (from tests/) prints one JSON line of rows, of rank 0
     python -m support.ranks 3 decodes
     python -m support.ranks 4 branches
+    python -m support.ranks 3 weights
 
 A row of predictions: {grid, text, heads, sparse, difference: the largest of any rank to one rank,
 in units of the result's largest number, ranks_agree: bit by bit, bytes: exchanged by a block,
 expected: what 4 tensors of the image tokens take, divided by the ranks, and one of the text}. A row
-of decodes: {name, shape: of the latents, difference: of the frames, plan: what was chosen}.
+of decodes: {name, shape: of the latents, difference: of the frames, plan: what was chosen}. A row
+of weights: {name, loads: by each rank, same: the bits of all are those of the first one alone,
+held_once: what the first one writes to a weight all have, warnings: of the first}.
 """
 
 import functools
@@ -19,6 +22,7 @@ import os
 import shutil
 import sys
 import tempfile
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
@@ -36,7 +40,9 @@ from comfyui_skyreels.skyreels.kernels.dispatch import Decision
 from comfyui_skyreels.skyreels.kernels.sparse import sparse_attention
 from comfyui_skyreels.skyreels.plan import Plan
 from comfyui_skyreels.skyreels.runtime import TorchRuntime
+from comfyui_skyreels.skyreels.runtime import ranks as runtime_ranks
 from comfyui_skyreels.skyreels.runtime.collectives import Ranks, one_group, two_groups
+from comfyui_skyreels.skyreels.runtime.ranks import load_once
 from comfyui_skyreels.skyreels.sampling import attend, bad_render, planned
 from comfyui_skyreels.skyreels.sampling.network import Network
 from comfyui_skyreels.skyreels.sampling.prompts import Prompt, ScheduledPrompt
@@ -55,7 +61,11 @@ from comfyui_skyreels.skyreels.vae import model as vae_model
 from comfyui_skyreels.skyreels.vae import tiling
 from comfyui_skyreels.skyreels.vae.model import VideoVAE
 from comfyui_skyreels.skyreels.vae.tiling import decode_frames, decode_into
+from comfyui_skyreels.skyreels.weights.load import load_transformer
+from comfyui_skyreels.skyreels.weights.lora.apply import AppliedLora, use_loras
+from comfyui_skyreels.skyreels.weights.lora.read import load_lora
 
+from support import lora as lora_files
 from support import tiny
 from support.convolutions import fast_convolutions
 from support.forked import forks
@@ -407,11 +417,87 @@ def noted_branches(asked: list[int]) -> Iterator[None]:
         Network.predict = predict
 
 
+def weights() -> list[dict]:
+    """Rows of weights that one rank loads, and of systems that cannot share memory."""
+    folder = [tempfile.mkdtemp() if dist.get_rank() == 0 else ""]
+    dist.broadcast_object_list(folder)
+    place, is_first = Path(folder[0]), dist.get_rank() == 0
+    if is_first:
+        tiny.save(place / "model.safetensors", tiny.transformer().state_dict())
+        lora_files.write("OneTrainer OMI", lora_files.draw_parts(seed=4), place)
+    dist.barrier()
+    (lora_file,) = set(place.iterdir()) - {place / "model.safetensors"}
+    lora = (AppliedLora(load_lora(lora_file, tiny.TRANSFORMER)),)
+
+    def load(precision: str) -> tuple[SkyReelsTransformer, VideoVAE]:
+        runtime = TorchRuntime()
+        model = load_transformer(place / "model.safetensors", precision=precision, runtime=runtime)
+        use_loras(model, lora, runtime=runtime)
+        return model, builtin_vae(runtime=runtime)
+
+    rows = [weights_case(precision, load, precision, lora) for precision in ("bf16", "int8", "fp8")]
+    for name, fails in (("share", is_first), ("attach", dist.get_rank() == 1)):
+        kept = getattr(runtime_ranks, name)
+
+        def refuse(*_: object) -> None:
+            raise OSError("not here")
+
+        setattr(runtime_ranks, name, refuse if fails else kept)
+        rows.append(weights_case(f"no {name}", load, "fp32", lora))
+        setattr(runtime_ranks, name, kept)
+    dist.barrier()
+    if is_first:
+        shutil.rmtree(place, ignore_errors=True)
+    return rows
+
+
+def weights_case(
+    name: str,
+    load: Callable[[str], tuple[SkyReelsTransformer, VideoVAE]],
+    precision: str,
+    loras: tuple[AppliedLora, ...],
+) -> dict:
+    """The row of weights in one precision; all ranks take part."""
+    loads: list[int] = []
+    ranks, is_first = one_group(), dist.get_rank() == 0
+    with heard("skyreels.runtime.ranks") as told:
+        modules = load_once(lambda: loads.append(1) or load(precision), ranks)
+    use_loras(modules[0], loras, runtime=TorchRuntime())  # as a run does: they are in already
+    alone = load(precision) if is_first else None
+    expected = [None if alone is None else bits(alone)]
+    dist.broadcast_object_list(expected)
+    same = [False] * dist.get_world_size()
+    dist.all_gather_object(same, bits(modules) == expected[0])
+    counts = [0] * dist.get_world_size()
+    dist.all_gather_object(counts, len(loads))
+    weight = next(modules[1].parameters())
+    if is_first:
+        weight.data.fill_(7.0)
+    dist.barrier()
+    seen = [0.0] * dist.get_world_size()
+    dist.all_gather_object(seen, weight.flatten()[-1].item())
+    return {
+        "name": name, "loads": counts, "same": all(same),
+        "held_once": [value == 7.0 for value in seen], "warnings": [r.getMessage() for r in told],
+    }  # fmt: skip
+
+
+def bits(modules: Sequence[torch.nn.Module]) -> list[tuple[str, int]]:
+    """A checksum of each weight."""
+    return [
+        (name, zlib.crc32(weight.detach().reshape(-1).view(torch.uint8).numpy().tobytes()))
+        for module in modules
+        for name, weight in module.state_dict().items()
+    ]
+
+
 def take_part(rank: int, num_ranks: int, store: str, what: str) -> None:
     """Be a rank; the first one prints the rows."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=num_ranks)
-    kinds = {"predictions": predictions, "decodes": decodes, "branches": branches}
+    kinds = {
+        "predictions": predictions, "decodes": decodes, "branches": branches, "weights": weights,
+    }  # fmt: skip
     with fast_convolutions():
         rows = kinds[what]()
     if rank == 0:
