@@ -1,6 +1,7 @@
 """Batches without Ray: each line once, by its contents, and what stops or continues them."""
 
 import errno
+import itertools
 import json
 import os
 import sys
@@ -511,9 +512,11 @@ def test_without_a_limit_no_job_goes_to_wiro(tmp_path, capsys):
 def test_jobs_for_wiro_are_made_beside_the_others(tmp_path, capsys, monkeypatch):
     from comfyui_skyreels.skyreels.pipeline import remote
 
+    calls = itertools.count()
+
     def call(self, command, *words):
         assert "--param=prompt=FPS-24, a fox" in words
-        clip = tmp_path / "paid.mp4"
+        clip = tmp_path / f"paid-{next(calls)}.mp4"  # several are made at the same time
         clip.write_bytes(b"paid")
         return {"price": "0.40", "was_sent": False, "cost": "0.40", "files": [str(clip)]}
 
