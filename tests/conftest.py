@@ -16,6 +16,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent))  # for comfyui_skyreels, support, bench and train
 from support.checkout import Checkout, parameters
+from support.log import Log
 from support.memory import keep_memory
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -63,6 +64,7 @@ def pytest_configure(config) -> None:
     # with Python's own handler asyncio.run sets another, and Python prints what it has replaced:
     # each time, with the task that has ended and all tensors that it returned
     signal.signal(signal.SIGINT, interrupt)
+    logging.root.addHandler(logging.NullHandler())  # or Python's own writes to standard error
     config.option.loadscopereorder = False  # xdist would start the files with most tests first
     gc.freeze()  # where workers collect; the end, too, searches for garbage: ten times
     atexit.register(gc.unfreeze)  # the interpreter's own end takes everything apart
@@ -89,18 +91,31 @@ def seeded() -> None:
         torch.cuda.manual_seed_all(0)
 
 
+@functools.lru_cache(maxsize=1)
+def own_names(_count: int) -> list[str]:
+    """Our loggers and those above them, of all that there are."""
+    own = ("skyreels", "wiro_api", "comfyui_skyreels")
+    return [name for name in logging.root.manager.loggerDict if name.startswith(own)]
+
+
 @pytest.fixture(autouse=True)
 def levels_kept():
     """What one test makes our loggers say is not said in the next."""
-    loggers = [
-        logger
-        for name, logger in logging.root.manager.loggerDict.items()
-        if name.startswith(("skyreels", "wiro_api", "comfyui_skyreels"))
-        and isinstance(logger, logging.Logger)
-    ]
-    levels = {logger.name: logger.level for logger in loggers}
+    named = logging.root.manager.loggerDict
+    loggers = [named[name] for name in own_names(len(named))]
+    levels = [(each, each.level) for each in loggers if isinstance(each, logging.Logger)]
     yield
-    assert {logger.name: logger.level for logger in loggers} == levels
+    assert [(each, each.level) for each, _ in levels] == levels
+
+
+@pytest.fixture
+def caplog():
+    """What is logged (support/log.py)."""
+    log = Log()
+    logging.root.addHandler(log)
+    yield log
+    logging.root.removeHandler(log)
+    log.restore()
 
 
 @pytest.fixture
