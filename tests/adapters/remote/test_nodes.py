@@ -16,7 +16,7 @@ from comfyui_skyreels.nodes.remote import account, inputs, live_tasks, routes, s
 from comfyui_skyreels.nodes.remote import nodes as remote
 from comfyui_skyreels.nodes.remote import run as wiro_run
 from comfyui_skyreels.skyreels.errors import ShapeError
-from comfyui_skyreels.wiro_api import candidates, client
+from comfyui_skyreels.wiro_api import candidates, client, transport
 from comfyui_skyreels.wiro_api.errors import (
     AuthError,
     BalanceError,
@@ -39,9 +39,11 @@ PROMPT = "a woman smiles"
 
 @pytest.fixture(autouse=True)
 def quick_looks(monkeypatch):
-    """The loopback service knows at once what has become of a Run or a stop."""
-    monkeypatch.setattr(client, "STOP_WAIT_S", 0.1)
-    looks = tuple(moment / 10 for moment in candidates.RECONCILE_AT_S)
+    """The loopback service knows at once what has become of a Run, a task or a stop."""
+    monkeypatch.setattr(client, "POLL_SCHEDULE", ((float("inf"), 0.05),))
+    monkeypatch.setattr(client, "STOP_WAIT_S", 0.02)
+    monkeypatch.setattr(transport, "FIRST_WAIT_S", 0.05)
+    looks = tuple(moment / 20 for moment in candidates.RECONCILE_AT_S)
     monkeypatch.setattr(candidates, "RECONCILE_AT_S", looks)
 
 
@@ -421,8 +423,11 @@ def test_of_a_batch_no_node_gets_the_video_of_another_picture(comfy, wiro, monke
 # --- the job of a picture -----------------------------------------------------------------------
 
 
-def test_a_picture_that_is_packed_into_other_bytes_is_the_same_job(comfy, wiro, monkeypatch):
+def test_a_picture_that_is_packed_into_other_bytes_is_the_same_job(
+    comfy, wiro, monkeypatch, forget_pictures
+):
     generate()
+    forget_pictures()
     save = Image.Image.save
     monkeypatch.setattr(Image.Image, "save", lambda *a, **k: save(*a, **k, compress_level=1))
     first = runs(wiro)[0].files[0][3]
