@@ -382,6 +382,7 @@ FIELDS = (
 )  # fmt: skip
 
 
+@pytest.mark.usefixtures("calls_at_once")
 @pytest.mark.parametrize("name", FIELDS)
 @pytest.mark.parametrize("files", [[OURS], []], ids=["file", "no file"])
 def test_a_record_of_somebody_else_may_hold_anything(name, files):
@@ -419,6 +420,7 @@ def test_a_record_of_somebody_else_may_hold_anything(name, files):
         assert len(outcome) == 1
 
 
+@pytest.mark.usefixtures("calls_at_once")
 @pytest.mark.parametrize("name", FIELDS)
 def test_a_record_of_nonsense_is_never_ours(name):
     """Ours was dropped; somebody's task of our very inputs is spoilt in one field."""
