@@ -255,7 +255,7 @@ def test_a_longest_wait_that_is_none_is_refused_before_anything_is_asked(server,
 def command(server, *arguments: str, **options) -> Fork:
     environment = {**os.environ, "WIRO_API_KEY": KEY, "WIRO_API_SECRET": SECRET,
                    "WIRO_API_BASE_URL": server.url, **options}  # fmt: skip
-    return forks("wiro_api.cli").start(["-m", "wiro_api", *arguments], environment)
+    return forks("support.wiro_program").start(["-m", "wiro_api", *arguments], environment)
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="signals")
