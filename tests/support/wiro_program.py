@@ -4,4 +4,5 @@ import av  # noqa: F401
 import numpy  # noqa: F401
 import requests  # noqa: F401
 import websocket  # noqa: F401
+
 from wiro_api import cli, jobs, state, video  # noqa: F401
