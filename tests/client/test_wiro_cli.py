@@ -133,7 +133,15 @@ def test_a_task_is_looked_at_watched_collected_and_stopped(server, tmp_path):
 def test_progress_of_the_socket_is_shown_and_a_dead_socket_costs_nothing(server, tmp_path):
     report = {"stepCurrent": "6", "stepTotal": "10", "percentage": "60", "speed": "1.2",
               "speedType": "it/s", "remainingTime": "3s"}  # fmt: skip
-    with SocketServer([("text", {"type": "task_output", "message": report}), ("drop",)]) as socket:
+
+    def script(_):
+        yield "text", {"type": "task_output", "message": report}
+        yield ("ping",)  # answered after the report was read
+        server.steps_by_itself = True
+        yield ("drop",)
+
+    server.steps_by_itself = False
+    with SocketServer(script) as socket:
         done = wiro(server, *RUN, "--out", tmp_path, WIRO_SOCKET_URL=socket.url)
         assert "step 6/10 · 60 % · 1.2 it/s · 3s left" in done.stderr
         assert socket.registered[0]["tasktoken"] == server.tasks["2221"]["socketaccesstoken"]
