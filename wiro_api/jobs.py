@@ -206,15 +206,11 @@ def job_key(job: Job, *, service: str = "") -> str:
     return digest.hexdigest()
 
 
-def _job_keys(client: Client, job: Job) -> tuple[str, str, str]:
-    """The digest of a job, the one of earlier versions, and that of its inputs in any take."""
+def _job_keys(client: Client, job: Job) -> tuple[str, str]:
+    """The digest of a job, and the one of earlier versions."""
     encoded = [(name, (part[0], part[1], part[2])) for name, part in job.files]
     older = replace(job, files=encoded)
-    any_take = replace(job, take=0)
-    key, older_key, inputs = (
-        job_key(one, service=client.base_url) for one in (job, older, any_take)
-    )
-    return key, older_key, inputs
+    return job_key(job, service=client.base_url), job_key(older, service=client.base_url)
 
 
 # --- start --------------------------------------------------------------------------------------
@@ -256,7 +252,8 @@ def start(
         TransportError: as for `Client.run`.
     """
     quoted = quoted or Quote(job.values)
-    key, older_key, inputs = _job_keys(client, job)
+    key, older_key = _job_keys(client, job)
+    inputs = job_key(replace(job, take=0), service=client.base_url)  # in any take
     busy_s, num_lost, own_only = FIRST_BUSY_S, 0, False
     while True:
         entry = journal.begin(
@@ -347,8 +344,7 @@ def _is_busy(error: WiroError) -> bool:
 
 def find(client: Client, journal: Journal, job: Job) -> Entry | None:
     """The row of a job that is sent, under way or done, without asking the service."""
-    *keys, _ = _job_keys(client, job)
-    return journal.find(keys, client.account)
+    return journal.find(_job_keys(client, job), client.account)
 
 
 def recover(

@@ -146,15 +146,15 @@ class Journal:
     @contextmanager
     def _open(self) -> Iterator[sqlite3.Connection]:
         """A transaction that is written as a whole, or not at all."""
-        self.path.parent.mkdir(parents=True, exist_ok=True)
         if not self.path.exists():
+            self.path.parent.mkdir(parents=True, exist_ok=True)
             os.close(os.open(self.path, os.O_CREAT | os.O_RDWR, 0o600))
         connection = sqlite3.connect(self.path, timeout=BUSY_S, isolation_level=None)
         try:
             connection.execute(f"PRAGMA synchronous = {SYNCHRONOUS}")
-            connection.executescript(_SCHEMA)
             connection.execute("BEGIN IMMEDIATE")
-            _add_columns(connection)
+            if not _is_current(connection):
+                _bring_up_to_date(connection)
             yield connection
             connection.execute("COMMIT")
         finally:
@@ -621,8 +621,19 @@ def _account_of(connection: sqlite3.Connection, entry_id: int) -> str:
     return "" if row is None else str(row[0])
 
 
-def _add_columns(connection: sqlite3.Connection) -> None:
-    """Bring a file of an older version up to date."""
+def _is_current(connection: sqlite3.Connection) -> bool:
+    """Whether the last things that versions have added are there: it is asked each time."""
+    try:
+        connection.execute(f"SELECT {', '.join(_NEWER_COLUMNS)}, user FROM jobs, users LIMIT 0")
+    except sqlite3.OperationalError:  # no such table or column
+        return False
+    return True
+
+
+def _bring_up_to_date(connection: sqlite3.Connection) -> None:
+    """Make what an empty file lacks, or one of an older version."""
+    for statement in _SCHEMA.split(";"):
+        connection.execute(statement)
     here = {row[1] for row in connection.execute("PRAGMA table_info(jobs)")}
     for name in _NEWER_COLUMNS:
         if name not in here:

@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
@@ -68,9 +69,9 @@ class WiroRun:
     job: "Job"
     label: str
 
-    @property
+    @cached_property
     def key(self) -> str:
-        """Equal for two runs that are the same job."""
+        """Equal for two runs that are the same job; all pixels are read for it."""
         from ...wiro_api.jobs import job_key
 
         return str(job_key(self.job))

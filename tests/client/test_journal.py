@@ -1,8 +1,11 @@
 """The journal: whatever happens to a program, a job is sent once."""
 
+import sqlite3
 import stat
 import subprocess
 import threading
+import time
+from contextlib import closing
 
 import pytest
 from comfyui_skyreels.wiro_api import journal as journal_module
@@ -167,8 +170,15 @@ def test_two_programs_with_one_job_send_it_once(server, clock, journal):
 def test_many_threads_with_one_job_send_it_once(server, journal):
     taskids, errors = [], []
 
+    class Patient(Clock):
+        """The others get a moment to go on."""
+
+        def sleep(self, seconds: float) -> None:
+            super().sleep(seconds)
+            time.sleep(0.005)
+
     def work(number: int) -> None:
-        clock = Clock()
+        clock = Patient()
         clock.sleep(number / 10)  # nonces are milliseconds, and the service takes each once
         try:
             entry = start(
@@ -299,10 +309,19 @@ def test_an_end_without_exit_code_and_files_is_not_paid_for_again_unasked(server
 
 
 def test_a_row_that_cannot_be_read_stops_neither_the_list_nor_the_others(journal):
-    import sqlite3
-
     journal.begin("job", "m")
     with sqlite3.connect(journal.path) as connection:
         connection.execute("UPDATE jobs SET files = '{'")
     connection.close()
     assert journal.newest()[0].files == ()
+
+
+@pytest.mark.parametrize("lost", ["users", "jobs"])
+def test_a_table_that_a_file_lacks_is_made_and_the_other_stays(journal, lost):
+    entry = journal.begin("job", str(MODEL))
+    with closing(sqlite3.connect(journal.path)) as connection:
+        connection.execute(f"DROP TABLE {lost}")
+    assert len(journal.newest()) == (lost == "users")
+    journal.note_user(entry.id, "anna")
+    assert journal.rows_of("anna") == {entry.id}
+    assert journal.begin("another", str(MODEL)).baseline == ""

@@ -382,6 +382,7 @@ FIELDS = (
 )  # fmt: skip
 
 
+@pytest.mark.usefixtures("calls_at_once")
 @pytest.mark.parametrize("name", FIELDS)
 @pytest.mark.parametrize("files", [[OURS], []], ids=["file", "no file"])
 def test_a_record_of_somebody_else_may_hold_anything(name, files):
@@ -419,6 +420,7 @@ def test_a_record_of_somebody_else_may_hold_anything(name, files):
         assert len(outcome) == 1
 
 
+@pytest.mark.usefixtures("calls_at_once")
 @pytest.mark.parametrize("name", FIELDS)
 def test_a_record_of_nonsense_is_never_ours(name):
     """Ours was dropped; somebody's task of our very inputs is spoilt in one field."""
@@ -481,7 +483,7 @@ import json, sys, time
 from pathlib import Path
 from wiro_api import candidates, client, errors, jobs, journal, signing
 url, file, picture, take = sys.argv[1:]
-candidates.RECONCILE_AT_S = tuple(moment / 20 for moment in candidates.RECONCILE_AT_S)
+candidates.RECONCILE_AT_S = tuple(moment / 100 for moment in candidates.RECONCILE_AT_S)
 ours = client.Client(signing.Credentials("test-key", "test-secret"), base_url=url)
 part = ("inputImage", ("a.png", picture.encode(), "image/png"))
 try:
@@ -491,7 +493,8 @@ try:
 except errors.RunOutcomeUnknownError:
     print(json.dumps("asked"))
 """
-SLOW = ("silent", 2.5)
+#: answered when the others have ended
+SLOW = ("silent", 120.0)
 
 
 @pytest.mark.parametrize(
@@ -523,6 +526,10 @@ def test_processes_on_one_key_never_get_the_task_of_another(
         end = time.monotonic() + 60
         while runs(server) <= number and time.monotonic() < end:
             time.sleep(0.01)
+    slow = [fault == SLOW for fault in faults]
+    for process, is_slow in zip(started, slow, strict=True):
+        assert is_slow or process.wait(timeout=120) == 0
+    server.let_go()
     ends = [json.loads(process.communicate(timeout=120)[0]) for process in started]
     assert runs(server) == len(faults)
     for (fault, picture), end in zip(zip(faults, pictures, strict=True), ends, strict=True):

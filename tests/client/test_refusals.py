@@ -18,6 +18,7 @@ from comfyui_skyreels.wiro_api.signing import Credentials
 from support.wiro_client import MODEL, PARAMETERS, Clock
 from support.wiro_replies import Replies
 
+pytestmark = pytest.mark.usefixtures("calls_at_once")
 STATUSES = (
     200, 201, 202, 204, 206, 300, 301, 302, 303, 304, 307, 308, 400, 401, 402, 403, 404, 405, 406,
     407, 408, 409, 410, 411, 412, 413, 414, 415, 416, 417, 418, 421, 422, 423, 424, 425, 426, 428,

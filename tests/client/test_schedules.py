@@ -23,6 +23,7 @@ from support.wiro_client import MODEL, PARAMETERS
 from support.wiro_replies import URL
 from support.wiro_sim import FATES, KilledError, Service, World
 
+pytestmark = pytest.mark.usefixtures("calls_at_once")
 #: fates of a Run that was not sent, or surely made nothing
 FREE = ("never left", "refused")
 SCHEDULES = 200

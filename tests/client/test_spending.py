@@ -497,7 +497,7 @@ def test_limits_are_set_shown_and_lifted_by_the_command_line(tmp_path):
     def limits(*arguments: str) -> subprocess.CompletedProcess:
         command = ["-m", "wiro_api", "limits", "--journal", str(journal.path), "--json"]
         environment = {**os.environ, "WIRO_API_KEY": KEY, "WIRO_API_SECRET": SECRET}
-        return forks("wiro_api.cli").run([*command, *arguments], environment)
+        return forks("support.wiro_program").run([*command, *arguments], environment)
 
     done = limits("--per-run", "0.5", "--per-month", "$20")
     assert json.loads(done.stdout) == {

@@ -324,7 +324,7 @@ def test_the_job_of_another_key_is_gone_on_with_if_it_is_the_same_account_and_el
 def wiro(*arguments: str, **changes: str) -> subprocess.CompletedProcess:
     environment = {**os.environ, "WIRO_API_KEY": KEY, "WIRO_API_SECRET": SECRET, **changes}
     environment = {name: value for name, value in environment.items() if value}
-    return forks("wiro_api.cli").run(["-m", "wiro_api", *arguments], environment)
+    return forks("support.wiro_program").run(["-m", "wiro_api", *arguments], environment)
 
 
 def test_the_command_line_knows_what_a_host_has_paid_for_and_its_limits(user, host, clock):

@@ -147,10 +147,10 @@ def test_a_call_ends_at_its_deadline_whatever_the_server_does_and_its_connection
 
 @pytest.mark.parametrize("make_script", SLOW)
 def test_a_wait_ends_at_its_deadline_whatever_the_server_does(make_script, monkeypatch):
-    monkeypatch.setattr(client_module, "LAST_POLL_S", 0.2)
+    monkeypatch.setattr(client_module, "LAST_POLL_S", 0.1)
     with served(make_script) as server:
         with pytest.raises(TaskTimeoutError, match="2221 has not ended.*did not answer as a whole"):
-            list(client_of(server.url).watch(RunHandle("2221", ""), timeout_s=0.5))
+            list(client_of(server.url).watch(RunHandle("2221", ""), timeout_s=0.2))
         assert not server.over.is_set(), "the server let go first"
         assert no_call_is_left()
 
@@ -255,7 +255,7 @@ def test_a_longest_wait_that_is_none_is_refused_before_anything_is_asked(server,
 def command(server, *arguments: str, **options) -> Fork:
     environment = {**os.environ, "WIRO_API_KEY": KEY, "WIRO_API_SECRET": SECRET,
                    "WIRO_API_BASE_URL": server.url, **options}  # fmt: skip
-    return forks("wiro_api.cli").start(["-m", "wiro_api", *arguments], environment)
+    return forks("support.wiro_program").start(["-m", "wiro_api", *arguments], environment)
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="signals")

@@ -39,20 +39,21 @@ def environment_for(server, **changes) -> dict[str, str]:
     }  # fmt: skip
 
 
-#: `python -m wiro_api` that waits a moment where the service would need seconds
+#: `python -m wiro_api` that waits a moment where the service would need seconds, and for no disk
 QUICK = """
 import sys
-from wiro_api import candidates, cli, client
+from wiro_api import candidates, cli, client, journal
+journal.SYNCHRONOUS = "OFF"
 client.NO_OUTPUT_WAIT_S = 0.02
 client.POLL_SCHEDULE = ((float("inf"), 0.02),)
-candidates.RECONCILE_AT_S = tuple(moment / 10 for moment in candidates.RECONCILE_AT_S)
+candidates.RECONCILE_AT_S = (0.05, 0.2, 0.5, 1.0, 3.0)
 sys.exit(cli.main())
 """
 
 
 def wiro(server, *arguments, **changes) -> subprocess.CompletedProcess:
     command = ["-c", QUICK, *map(str, arguments)]
-    return forks("wiro_api.cli").run(command, environment_for(server, **changes))
+    return forks("support.wiro_program").run(command, environment_for(server, **changes))
 
 
 def test_a_run_ends_with_the_file_and_one_json_object(server, tmp_path):
@@ -132,7 +133,15 @@ def test_a_task_is_looked_at_watched_collected_and_stopped(server, tmp_path):
 def test_progress_of_the_socket_is_shown_and_a_dead_socket_costs_nothing(server, tmp_path):
     report = {"stepCurrent": "6", "stepTotal": "10", "percentage": "60", "speed": "1.2",
               "speedType": "it/s", "remainingTime": "3s"}  # fmt: skip
-    with SocketServer([("text", {"type": "task_output", "message": report}), ("drop",)]) as socket:
+
+    def script(_):
+        yield "text", {"type": "task_output", "message": report}
+        yield ("ping",)  # answered after the report was read
+        server.steps_by_itself = True
+        yield ("drop",)
+
+    server.steps_by_itself = False
+    with SocketServer(script) as socket:
         done = wiro(server, *RUN, "--out", tmp_path, WIRO_SOCKET_URL=socket.url)
         assert "step 6/10 · 60 % · 1.2 it/s · 3s left" in done.stderr
         assert socket.registered[0]["tasktoken"] == server.tasks["2221"]["socketaccesstoken"]
@@ -227,6 +236,7 @@ def test_public_names_are_exactly_those_listed():
 
 
 def test_the_example_of_the_package_works_as_it_stands(server, tmp_path):
+    server.states = ENDED
     (tmp_path / "cat.png").write_bytes(PICTURE.read_bytes())
     doc = (ROOT / "wiro_api/__init__.py").read_text(encoding="utf-8").split('"""')[1]
     example = [line[4:] for line in doc.splitlines() if line.startswith("    ")]
@@ -295,10 +305,10 @@ def test_a_program_that_is_killed_at_any_moment_has_run_once_in_the_end(server, 
         arguments = [*RUN[:4], "--param", f"prompt=number {number}", "--out", str(tmp_path),
                      "--file", f"inputImage={picture}"]  # fmt: skip
         before = runs(server)
-        process = forks("wiro_api.cli").start(
-            ["-m", "wiro_api", *arguments], environment_for(server)
+        process = forks("support.wiro_program").start(
+            ["-c", QUICK, *arguments], environment_for(server)
         )
-        time.sleep(random_moments.uniform(0.0, 0.5))
+        time.sleep(random_moments.uniform(0.0, 0.25))
         process.kill()
         process.wait()
         again = wiro(server, *arguments, "--json")

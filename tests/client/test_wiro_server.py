@@ -73,6 +73,16 @@ class Hand:
         return self.now
 
 
+class Looks:
+    """A clock that each look at it moves: so many frames come, however busy the machine."""
+
+    def __init__(self) -> None:
+        self.looks = itertools.count()
+
+    def __call__(self) -> float:
+        return 0.02 * next(self.looks)
+
+
 def frames_of(content: bytes) -> list[np.ndarray]:
     with av.open(io.BytesIO(content)) as container:
         return [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
@@ -218,8 +228,9 @@ def test_deleted_files_are_gone():
 # --- the socket ---------------------------------------------------------------------------------
 
 
-def test_the_socket_tells_states_progress_logs_and_the_end():
-    with WiroServer(pace_s=1.2, with_socket=True) as server:
+def test_the_socket_tells_states_progress_logs_and_the_end(monkeypatch):
+    monkeypatch.setattr(wiro_server, "BEAT_S", 0.01)
+    with WiroServer(pace_s=1.2, with_socket=True, clock=Looks()) as server:
         token = run(server)
         frames = heard(connect(server, token))
         record = detail(server, token)
@@ -372,7 +383,7 @@ def test_answers_and_files_can_be_late(monkeypatch):
         server.fail("Run", ("silent", 0.2))
         server.fail("GET 0.mp4", ("slow", 0.2))
         waits = []
-        monkeypatch.setattr(server._over, "wait", waits.append)
+        monkeypatch.setattr(server._free, "wait", waits.append)
         run(server)
         assert waits == [0.2]
         requests.get(server.file_url("0.mp4"))

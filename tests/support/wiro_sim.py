@@ -67,10 +67,16 @@ class World:
     def pause(self, seconds: float) -> None:
         """Let the others go on for a while; called by a program."""
         turn = self._turn.get()
-        self.at(min(self.now_s + seconds, max(turn.killed_at, self.now_s)), turn.run)
-        turn.done.set()
-        turn.go.wait()
-        turn.go.clear()
+        moment = min(self.now_s + seconds, max(turn.killed_at, self.now_s))
+        its_turn = (moment, self.rng.random(), turn.run)
+        heapq.heappush(self._queue, its_turn)
+        if self._queue[0] is its_turn:  # nothing else comes before
+            heapq.heappop(self._queue)
+            self.now_s = max(self.now_s, moment)
+        else:
+            turn.done.set()
+            turn.go.wait()
+            turn.go.clear()
         if self.now_s >= turn.killed_at:
             raise KilledError
 

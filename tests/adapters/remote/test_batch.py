@@ -23,6 +23,7 @@ from comfyui_skyreels.wiro_api.errors import (
     TaskFailedError,
 )
 from comfyui_skyreels.wiro_api.spending import Limits, Price, Spent, save_limits
+from support import wiro_server
 from support.host import ExecutionBlocker, InterruptProcessingException
 from support.wiro_server import STATES
 
@@ -39,10 +40,9 @@ GRAPH = {
 def quick_polls(monkeypatch):
     """Tasks of these tests end at once: no poll waits seconds, nor a look for a Run or a stop."""
     monkeypatch.setattr(client, "POLL_SCHEDULE", ((float("inf"), 0.05),))
-    monkeypatch.setattr(client, "STOP_WAIT_S", 0.1)
-    looks = tuple(moment / 10 for moment in candidates.RECONCILE_AT_S)
+    monkeypatch.setattr(client, "STOP_WAIT_S", 0.02)
+    looks = tuple(moment / 20 for moment in candidates.RECONCILE_AT_S)
     monkeypatch.setattr(candidates, "RECONCILE_AT_S", looks)
-    monkeypatch.setattr("comfyui_skyreels.wiro_api.journal.SYNCHRONOUS", "OFF")
     wiro_run._results.clear()
 
 
@@ -109,6 +109,12 @@ def cancel(comfy) -> None:
     comfy.is_cancelled = True
 
 
+def cancel_and_answer(comfy, wiro) -> None:
+    """Cancel, and let the service answer a held Run once the cancel was seen."""
+    cancel(comfy)
+    when(lambda: not comfy.is_cancelled, wiro.let_go).join()
+
+
 def going(wiro) -> list[str]:
     return [key for key, task in wiro.tasks.items() if "cancel" not in task["status"]]
 
@@ -134,9 +140,13 @@ def hold(wiro, places=3) -> None:
 # --- the whole way ------------------------------------------------------------------------------
 
 
-def test_twelve_pictures_three_places_one_fails(comfy, wiro, caplog):
+def test_twelve_pictures_three_places_one_fails(comfy, wiro, caplog, monkeypatch):
     few_places(wiro)
     wiro.real_video = True
+    make_video = wiro_server.make_video
+    monkeypatch.setattr(
+        wiro_server, "make_video", lambda p, _, *rest: make_video(p, "96x56", *rest)
+    )
     failure = {"pexit": "1", "outputs": [], "debugerror": "CUDA error: out of memory"}
     wiro.finals["2225"] = failure  # the fifth
     runs, report = submit(pictures(12))
@@ -508,8 +518,8 @@ def test_the_total_is_told(prices, limits, spent, expected):
 def test_cancel_in_submit_stops_what_this_call_has_started(comfy, wiro, after):
     hold(wiro, places=None)
     submit(picture(15))
-    wiro.fail("Run", *[None] * after, ("silent", 1.0))
-    watching = when(lambda: len(wiro.tasks) > after + 1, lambda: cancel(comfy))
+    wiro.fail("Run", *[None] * after, ("silent", 60))
+    watching = when(lambda: len(wiro.tasks) > after + 1, lambda: cancel_and_answer(comfy, wiro))
     with pytest.raises(InterruptProcessingException):
         submit([picture(15), pictures(4)])
     watching.join()
@@ -526,10 +536,10 @@ def test_cancel_in_submit_stops_what_this_call_has_started(comfy, wiro, after):
 def test_cancel_of_a_run_that_is_being_refused_waits_for_the_no(comfy, wiro):
     """Otherwise nobody notes it, and the run counts as lost for good."""
     wiro.max_tasks = 0
-    wiro.fail("Run", ("silent", 0.5))
+    wiro.fail("Run", ("silent", 60))
     node = remote.WiroRemoteI2V()
     inputs = (picture(1), PROMPT, "960x544", "crop", 5, 30, 6.0)
-    watching = when(lambda: paid(wiro), lambda: cancel(comfy))
+    watching = when(lambda: paid(wiro), lambda: cancel_and_answer(comfy, wiro))
     with pytest.raises(InterruptProcessingException), torch.inference_mode():
         asyncio.run(node.generate(*inputs, unique_id="9"))
     watching.join()
@@ -554,10 +564,10 @@ def test_cancel_in_collect_stops_all_and_starts_none(comfy, wiro, moment):
     if moment == "at the door":
         with wiro._lock:
             wiro._enter(wiro.tasks["2221"], "task_postprocess_end", wiro.now() + 7)
-        wiro.fail("Run", ("silent", 1.0))
+        wiro.fail("Run", ("silent", 60))
 
     if moment == "being refused":
-        wiro.fail("Run", ("silent", 0.5))
+        wiro.fail("Run", ("silent", 60))
 
     def is_the_moment() -> bool:
         if moment == "being refused":
@@ -584,7 +594,7 @@ def test_cancel_in_collect_stops_all_and_starts_none(comfy, wiro, moment):
         with pytest.raises(asyncio.CancelledError):
             asyncio.run(prompt())
     else:
-        watching = when(is_the_moment, lambda: cancel(comfy))
+        watching = when(is_the_moment, lambda: cancel_and_answer(comfy, wiro))
         with pytest.raises(InterruptProcessingException):
             collect(runs)
         watching.join()

@@ -16,7 +16,7 @@ from comfyui_skyreels.nodes.remote import account, inputs, live_tasks, routes, s
 from comfyui_skyreels.nodes.remote import nodes as remote
 from comfyui_skyreels.nodes.remote import run as wiro_run
 from comfyui_skyreels.skyreels.errors import ShapeError
-from comfyui_skyreels.wiro_api import candidates, client
+from comfyui_skyreels.wiro_api import candidates, client, jobs, transport
 from comfyui_skyreels.wiro_api.errors import (
     AuthError,
     BalanceError,
@@ -30,18 +30,21 @@ from comfyui_skyreels.wiro_api.errors import (
     WiroError,
 )
 from PIL import Image
+from support import wiro_server
 from support.clip import make_clip
 from support.host import ExecutionBlocker, InterruptProcessingException
-from support.wiro_server import KEY, SECRET, STATES
+from support.wiro_server import KEY, SECRET, STATES, WiroServer
 
 PROMPT = "a woman smiles"
 
 
 @pytest.fixture(autouse=True)
 def quick_looks(monkeypatch):
-    """The loopback service knows at once what has become of a Run or a stop."""
-    monkeypatch.setattr(client, "STOP_WAIT_S", 0.1)
-    looks = tuple(moment / 10 for moment in candidates.RECONCILE_AT_S)
+    """The loopback service knows at once what has become of a Run, a task or a stop."""
+    monkeypatch.setattr(client, "POLL_SCHEDULE", ((float("inf"), 0.05),))
+    monkeypatch.setattr(client, "STOP_WAIT_S", 0.02)
+    monkeypatch.setattr(transport, "FIRST_WAIT_S", 0.05)
+    looks = tuple(moment / 20 for moment in candidates.RECONCILE_AT_S)
     monkeypatch.setattr(candidates, "RECONCILE_AT_S", looks)
 
 
@@ -204,8 +207,14 @@ def test_a_run_that_a_limit_forbids_is_kept_as_the_sentence_that_says_so(comfy, 
 
 
 def test_progress_comes_from_the_socket_and_never_moves_back(comfy, wiro, monkeypatch):
-    wiro.states, wiro.pace_s, wiro.with_socket = STATES, 2.5, True
-    with type(wiro)(**{k: getattr(wiro, k) for k in ("states", "pace_s", "with_socket")}) as timed:
+    for name in ("SLICE_S", "SHORTEST_POLL_S"):
+        monkeypatch.setattr(client, name, 0.02)
+    monkeypatch.setattr(wiro_server, "BEAT_S", 0.02)
+
+    def clock() -> float:  # moved by the node's looks at the cancel button
+        return 0.05 * comfy.checks
+
+    with WiroServer(states=STATES, pace_s=2.5, with_socket=True, clock=clock) as timed:
         timed.files = wiro.files
         monkeypatch.setenv("WIRO_API_BASE_URL", timed.url)
         monkeypatch.setenv("WIRO_SOCKET_URL", timed.socket_url)
@@ -325,7 +334,7 @@ def test_cancel_while_the_outcome_of_a_run_is_unknown_finds_and_stops_it(comfy, 
 def test_a_service_that_does_not_answer_the_stop_is_not_waited_for(
     comfy, wiro, monkeypatch, caplog
 ):
-    monkeypatch.setattr(wiro_run, "STOP_S", 1.0)
+    monkeypatch.setattr(wiro_run, "STOP_S", 0.5)
     wiro.states, wiro.steps_by_itself = ("task_start", "task_postprocess_end"), False
 
     def end() -> None:
@@ -358,12 +367,13 @@ def test_cancel_in_mid_download_leaves_nothing_half_written(comfy, wiro):
 
 def test_cancel_waits_for_an_answer_that_is_on_its_way_and_stops_what_it_names(comfy, wiro):
     wiro.states, wiro.steps_by_itself = ("task_start", "task_postprocess_end"), False
-    wiro.fail("Run", ("silent", 1.0))
+    wiro.fail("Run", ("silent", 60))
     values = {"prompt": "x", "size": "960x544", "inputImageUrl": "https://x.example/a.png"}
 
     def end() -> None:
         wiro.add_task(dict(wiro.tasks["2221"]["parameters"]))  # somebody else's, the same
         cancel(comfy)
+        when(lambda: not comfy.is_cancelled, wiro.let_go).join()
 
     watching = when(lambda: wiro.tasks, end)
     with pytest.raises(InterruptProcessingException):
@@ -394,8 +404,8 @@ def test_cancel_of_a_lost_run_stops_no_task_of_another_picture(comfy, wiro, monk
 
 
 def test_of_a_batch_no_node_gets_the_video_of_another_picture(comfy, wiro, monkeypatch):
-    monkeypatch.setattr(candidates, "RECONCILE_AT_S", (0.1, 0.3, 0.6))
-    wiro.fail("Run", "reset", ("silent", 1.5), "lost")
+    monkeypatch.setattr(candidates, "RECONCILE_AT_S", (0.05, 0.1, 0.2))
+    wiro.fail("Run", "reset", ("silent", 0.5), "lost")
     pictures = [picture().roll(number, dims=2) for number in range(3)]
 
     async def batch():
@@ -421,8 +431,11 @@ def test_of_a_batch_no_node_gets_the_video_of_another_picture(comfy, wiro, monke
 # --- the job of a picture -----------------------------------------------------------------------
 
 
-def test_a_picture_that_is_packed_into_other_bytes_is_the_same_job(comfy, wiro, monkeypatch):
+def test_a_picture_that_is_packed_into_other_bytes_is_the_same_job(
+    comfy, wiro, monkeypatch, forget_pictures
+):
     generate()
+    forget_pictures()
     save = Image.Image.save
     monkeypatch.setattr(Image.Image, "save", lambda *a, **k: save(*a, **k, compress_level=1))
     first = runs(wiro)[0].files[0][3]
@@ -558,7 +571,7 @@ def test_a_failed_task_says_why_with_its_id(comfy, wiro):
 def test_a_wait_that_ends_goes_on_with_the_next_prompt(comfy, wiro):
     wiro.states, wiro.steps_by_itself = ("task_start", "task_postprocess_end"), False
     with pytest.raises(TaskTimeoutError, match="2221"):
-        generate(timeout_minutes=0.01)
+        generate(timeout_minutes=0.002)
     wiro.steps_by_itself = True
     assert generate()[2] == "2221"
     assert len(runs(wiro)) == 1
@@ -997,7 +1010,9 @@ def test_cancel_is_seen_while_a_slow_server_sends_the_file(comfy, wiro):
     assert wiro.held_s < 60, "the file was not waited for"
 
 
-def test_two_nodes_with_the_same_inputs_pay_once(comfy, wiro):
+def test_two_nodes_with_the_same_inputs_pay_once(comfy, wiro, monkeypatch):
+    moments = SimpleNamespace(uniform=lambda low, high: 0.01)
+    monkeypatch.setattr(jobs, "random", moments)  # until the one looks for the other's task again
     wiro.states = ("task_start", "task_postprocess_end")
     inputs = (picture(), PROMPT, "960x544", "crop", 97, 30, 6.0)
 
