@@ -1266,10 +1266,7 @@ def test_only_the_first_rank_is_heard_and_the_worst_code_is_that_of_all(capfd, c
 
 #: what rank 2 says, or what ends it, while the first one waits for it
 FAILING = """
-import os, signal, sys, time
-sys.path.insert(0, {tests!r})
-from comfyui_skyreels.skyreels.runtime.ranks import tell_launcher, wait_for_others
-
+import os, shutil, signal, sys, time
 if os.environ["RANK"] == "0":
     time.sleep(120)
 {action}
@@ -1281,15 +1278,22 @@ if os.environ["RANK"] == "0":
 @pytest.mark.parametrize(
     ("action", "words"),
     [
-        ("tell_launcher('The disk is full.'); sys.exit(1)", "Rank 2 of 2: The disk is full."),
+        (
+            "shutil.copy({told!r}, os.environ['TORCHELASTIC_ERROR_FILE']); sys.exit(1)",
+            "Rank 2 of 2: The disk is full.",
+        ),
         ("os.kill(os.getpid(), signal.SIGKILL)", "Rank 2 of 2 was ended by signal 9"),
     ],
 )
-def test_what_another_rank_fails_of_is_said(action, words):
+def test_what_another_rank_fails_of_is_said(action, words, tmp_path, monkeypatch):
     from comfyui_skyreels.skyreels.errors import SkyReelsError
-    from comfyui_skyreels.skyreels.runtime.ranks import start_ranks
+    from comfyui_skyreels.skyreels.runtime.ranks import start_ranks, tell_launcher
 
-    program = FAILING.format(tests=str(ROOT / "tests"), action=action)
+    told = str(tmp_path / "told.json")
+    with monkeypatch.context() as patch:
+        patch.setenv("TORCHELASTIC_ERROR_FILE", told)
+        tell_launcher("The disk is full.")  # here: a rank would import torch first
+    program = FAILING.format(action=action.format(told=told))
     with pytest.raises(SkyReelsError, match=words):
         start_ranks(2, ["-c", program])
     gc.collect()

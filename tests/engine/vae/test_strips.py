@@ -124,11 +124,11 @@ def test_moments_of_parts_are_those_of_the_whole():
 #: a rank whose user interrupts it, or whose device fails, in mid-decode
 STOPPED = """
 import sys, torch
-sys.path.insert(0, {tests!r})
-from comfyui_skyreels.skyreels.builtin import builtin_vae
-from comfyui_skyreels.skyreels.runtime import TorchRuntime
-from comfyui_skyreels.skyreels.runtime.ranks import join_ranks
-from comfyui_skyreels.skyreels.vae.tiling import decode_frames
+sys.path.insert(0, {root!r})
+from skyreels.builtin import builtin_vae
+from skyreels.runtime import TorchRuntime
+from skyreels.runtime.ranks import join_ranks
+from skyreels.vae.tiling import decode_frames
 
 device, ranks = join_ranks("cpu")
 calls = []
@@ -148,6 +148,6 @@ print("decoded")
 # torch's launcher leaves a file open for each rank that is not heard
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_a_rank_that_stops_in_mid_decode_takes_the_others_with_it(capfd):
-    program = STOPPED.format(tests=str(ROOT / "tests"), rank=1)
+    program = STOPPED.format(root=str(ROOT), rank=1)
     assert start_ranks(2, ["-c", program]) in (1, 7)  # or the first, which misses the other
     assert "decoded" not in capfd.readouterr().out
