@@ -123,7 +123,7 @@ def test_moments_of_parts_are_those_of_the_whole():
 
 #: a rank whose user interrupts it, or whose device fails, in mid-decode
 STOPPED = """
-import sys, torch
+import os, sys, torch
 sys.path.insert(0, {root!r})
 from skyreels.builtin import builtin_vae
 from skyreels.runtime import TorchRuntime
@@ -136,7 +136,7 @@ calls = []
 def check():
     calls.append(1)
     if len(calls) == 40 and ranks.all.rank() == {rank}:
-        sys.exit(7)
+        os._exit(7)
 
 vae = builtin_vae(runtime=TorchRuntime())
 runtime = TorchRuntime(on_check=check, ranks=ranks)
