@@ -40,7 +40,7 @@ from comfyui_skyreels.skyreels.transformer.model import SkyReelsTransformer
 from comfyui_skyreels.skyreels.vae.model import VideoVAE
 from PIL import Image
 from support import lora, tiny
-from support.forked import forks
+from support.forked import WITHOUT_TEXT_ENCODER, forks
 
 pytestmark = pytest.mark.usefixtures("fast_convolutions", "kept_models")
 ROOT = Path(__file__).resolve().parents[2]
@@ -590,11 +590,13 @@ def test_resumable_run_leaves_no_state_behind(capsys, tmp_path):
 
 
 #: as `python -m skyreels`, also where the tests run in the background, which ignores SIGINT
-PROGRAM = """
+PROGRAM = f"""
 import signal, sys
 signal.signal(signal.SIGINT, signal.default_int_handler)
-from skyreels.cli import main
-sys.exit(main(sys.argv[1:]))
+from skyreels import cli
+{WITHOUT_TEXT_ENCODER}
+cli.generate.encode_prompts = lambda *_: (prompt, prompt)
+sys.exit(cli.main(sys.argv[1:]))
 """
 
 

@@ -25,6 +25,17 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 #: after which a program has hung
 LIMIT_S = 300.0
+#: code of a program: a made-up `prompt` of the built-in model, whose text encoder would be imported
+#: for longer than a clip takes
+WITHOUT_TEXT_ENCODER = """
+import torch
+from skyreels.builtin import BUILTIN_FOLDER
+from skyreels.conditioning.embeds import PromptEmbeds
+from skyreels.weights.load import check_transformer
+config = check_transformer(BUILTIN_FOLDER / "transformer").config
+sizes = (1, 4, config.text_embed_dim), (1, config.pooled_projection_dim)
+prompt = PromptEmbeds(*(torch.ones(size) for size in sizes))
+"""
 
 
 @functools.cache
