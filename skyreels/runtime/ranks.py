@@ -78,7 +78,7 @@ def start_ranks(num_ranks: int, command: Sequence[str]) -> int:
     Raises:
         SkyReelsError: what another rank than the first said when it failed, or what ended a rank.
     """
-    from torch.distributed import TCPStore
+    from torch.distributed import TCPStore  # type: ignore[attr-defined]
     from torch.distributed.elastic.multiprocessing import (
         DefaultLogsSpecs,
         SignalException,
