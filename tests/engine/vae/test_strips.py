@@ -1,5 +1,6 @@
 """Decodes on several ranks, a strip of rows each: the clip of one rank, in less memory."""
 
+import gc
 from itertools import accumulate
 
 import pytest
@@ -151,3 +152,4 @@ def test_a_rank_that_stops_in_mid_decode_takes_the_others_with_it(capfd):
     program = STOPPED.format(root=str(ROOT), rank=1)
     assert start_ranks(2, ["-c", program]) in (1, 7)  # or the first, which misses the other
     assert "decoded" not in capfd.readouterr().out
+    gc.collect()
