@@ -40,6 +40,17 @@ def test_a_program_that_is_killed_leaves_the_next_one_unharmed():
     assert forks("json").run(["-c", "print(1)"], {**os.environ}).stdout == "1\n"
 
 
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="without forks nothing is imported before")
+def test_an_interpreter_that_is_a_fork_has_imported_what_both_were_asked_to():
+    code = "import os, sys; print({'json', 'wave'} <= set(sys.modules), os.getppid())"
+    done = forks("json", "wave").run(["-c", code], {**os.environ})
+    assert (done.returncode, done.stderr) == (0, "")
+    has_both, parent = done.stdout.split()
+    assert has_both == "True"
+    only = forks("json").run(["-c", code], {**os.environ}).stdout.split()
+    assert only[0] == "False" and only[1] != parent
+
+
 class Names(TorchDispatchMode):
     def __init__(self):
         super().__init__()

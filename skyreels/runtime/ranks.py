@@ -1,11 +1,11 @@
-"""The ranks of one clip on one host: processes that torchrun's launcher starts, one a device."""
+"""The ranks of one clip on one host: processes that torch starts, one a device."""
 
 import json
 import logging
 import os
 import sys
+import tempfile
 import time
-import uuid
 from collections.abc import Callable, Sequence
 from typing import TypeVar, cast
 
@@ -78,37 +78,52 @@ def start_ranks(num_ranks: int, command: Sequence[str]) -> int:
     Raises:
         SkyReelsError: what another rank than the first said when it failed, or what ended a rank.
     """
-    from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+    from torch.distributed import TCPStore  # type: ignore[attr-defined]
+    from torch.distributed.elastic.multiprocessing import (
+        DefaultLogsSpecs,
+        SignalException,
+        start_processes,
+    )
 
     logging.getLogger("torch.distributed").setLevel(logging.CRITICAL)  # the ranks say it
-    os.environ[_VARIABLE] = str(num_ranks)
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // num_ranks)))
-    config = LaunchConfig(
-        min_nodes=1, max_nodes=1, nproc_per_node=num_ranks, run_id=uuid.uuid4().hex,
-        rdzv_backend="c10d", rdzv_endpoint="localhost:0", max_restarts=0, monitor_interval=0.2,
-        logs_specs=DefaultLogsSpecs(local_ranks_filter={0}),
-    )  # fmt: skip
-    try:
-        elastic_launch(config, sys.executable)("-u", *command)
-    except ChildFailedError as error:
-        rank, failure = error.get_first_failure()
-        who = f"Rank {rank + 1} of {num_ranks}"
-        told = failure.error_file_data.get("message")
-        if rank and isinstance(told, dict):  # the first one has said it
-            raise SkyReelsError(f"{who}: {told['message']}") from error
-        if failure.exitcode < 0:
-            raise SkyReelsError(
-                f"{who} was ended by signal {-failure.exitcode}: if memory had run out, use fewer "
-                "ranks, a smaller size or fewer frames."
-            ) from error
-        return failure.exitcode
-    except SignalException as signal:
-        return 128 + int(signal.sigval)
-    finally:
-        del os.environ[_VARIABLE]
-    return 0
+    # where the ranks find one another; the system chooses its port
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    threads = str(max(1, (os.cpu_count() or 1) // num_ranks))
+    common = {
+        _VARIABLE: str(num_ranks), "WORLD_SIZE": str(num_ranks), "LOCAL_WORLD_SIZE": str(num_ranks),
+        "MASTER_ADDR": store.host, "MASTER_PORT": str(store.port),
+        "TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": "0",
+        "TORCH_NCCL_ASYNC_ERROR_HANDLING": os.environ.get("TORCH_NCCL_ASYNC_ERROR_HANDLING", "1"),
+        "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", threads),
+    }  # fmt: skip
+    ranks = range(num_ranks)
+    with tempfile.TemporaryDirectory(prefix="skyreels-ranks-") as folder:
+        started = start_processes(
+            "ranks", sys.executable, dict.fromkeys(ranks, ("-u", *command)),
+            {rank: {**common, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in ranks},
+            DefaultLogsSpecs(folder, local_ranks_filter={0}),
+        )  # fmt: skip
+        try:
+            ended = started.wait(period=0.05)
+        except SignalException as signal:
+            started.close(signal.sigval)
+            return 128 + int(signal.sigval)
+        finally:
+            started.close()
+    assert ended is not None  # it waits for ever
+    if not ended.is_failed():
+        return 0
+    failure = min(ended.failures.values(), key=lambda each: each.timestamp)
+    rank, who = failure.local_rank, f"Rank {failure.local_rank + 1} of {num_ranks}"
+    told = failure.error_file_data.get("message")
+    if rank and isinstance(told, dict):  # the first one has said it
+        raise SkyReelsError(f"{who}: {told['message']}")
+    if failure.exitcode < 0:
+        raise SkyReelsError(
+            f"{who} was ended by signal {-failure.exitcode}: if memory had run out, use fewer "
+            "ranks, a smaller size or fewer frames."
+        )
+    return failure.exitcode
 
 
 def join_ranks(device: str, *, by_branch: bool = False) -> tuple[str, Ranks]:

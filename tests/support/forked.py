@@ -1,6 +1,7 @@
 """Programs as processes of their own, without the seconds in which each would import the same.
 
-`forks(module)` is one interpreter that has imported a module; each program is a fork of it.
+`forks(module)` is one interpreter that has imported a module; each program is a fork of it. With
+several modules it is itself a fork, of the one that has imported all but the last of them.
 Everything else is as with `python -m` and `python -c`: its own memory, environment, output, signals
 and exit code. Where there are no forks (Windows) each program is a new interpreter.
 """
@@ -24,12 +25,23 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 #: after which a program has hung
 LIMIT_S = 300.0
+#: code of a program: a made-up `prompt` of the built-in model, whose text encoder would be imported
+#: for longer than a clip takes
+WITHOUT_TEXT_ENCODER = """
+import torch
+from skyreels.builtin import BUILTIN_FOLDER
+from skyreels.conditioning.embeds import PromptEmbeds
+from skyreels.weights.load import check_transformer
+config = check_transformer(BUILTIN_FOLDER / "transformer").config
+sizes = (1, 4, config.text_embed_dim), (1, config.pooled_projection_dim)
+prompt = PromptEmbeds(*(torch.ones(size) for size in sizes))
+"""
 
 
 @functools.cache
-def forks(imports: str) -> "Forks":
-    """The interpreter that has imported a module; it is started once and ends with the tests."""
-    programs = Forks(imports)
+def forks(*imports: str) -> "Forks":
+    """The interpreter that has imported modules; it is started once and ends with the tests."""
+    programs = Forks(imports[-1], forks(*imports[:-1]) if imports[1:] else None)
     atexit.register(programs.close)
     return programs
 
@@ -41,25 +53,48 @@ class Forks:
 
     Args:
         imports: module that is imported before the forks.
+        origin: whose fork the interpreter is; None for a new one.
     """
 
-    def __init__(self, imports: str) -> None:
+    def __init__(self, imports: str, origin: "Forks | None" = None) -> None:
         self._folder = tempfile.TemporaryDirectory(prefix="forks-")
-        self._parent = None
-        if hasattr(os, "fork"):
-            self._parent = subprocess.Popen(
+        self._process = self._orders = self._answers = None
+        if not hasattr(os, "fork"):
+            return
+        if origin is None:
+            self._process = subprocess.Popen(
                 [sys.executable, "-m", "tests.support.forked", imports],
                 cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
             )  # fmt: skip
+            self._orders, self._answers = self._process.stdin, self._process.stdout
+            return
+        pipes = [str(Path(self._folder.name) / name) for name in ("orders", "answers")]
+        for pipe in pipes:
+            os.mkfifo(pipe)
+        origin.ask({"imports": imports, "pipes": pipes})
+        # in the order in which the other end opens them
+        self._orders, self._answers = open(pipes[0], "w"), open(pipes[1])  # noqa: SIM115
 
     def close(self) -> None:
-        if self._parent is not None:
-            self._parent.communicate()
+        for pipe in filter(None, (self._orders, self._answers)):
+            pipe.close()
+        if self._process is not None:
+            self._process.wait()
         self._folder.cleanup()
+
+    def ask(self, order: dict) -> int:
+        """The process that an order has begun."""
+        self._orders.write(json.dumps(order) + "\n")
+        self._orders.flush()
+        return self.answer()
+
+    def answer(self) -> int:
+        return int(self._answers.readline())
 
     def start(self, command: Sequence[str], env: dict[str, str]) -> "Fork":
         """Start `["-m", module, argument...]` or `["-c", code, argument...]`."""
-        return Fork(self._parent, Path(self._folder.name), list(command), env)
+        interpreter = None if self._orders is None else self
+        return Fork(interpreter, Path(self._folder.name), list(command), env)
 
     def run(self, command: Sequence[str], env: dict[str, str]) -> subprocess.CompletedProcess[str]:
         """What `subprocess.run` with captured text returns."""
@@ -71,7 +106,7 @@ class Fork:
     """A program that runs, or has ended."""
 
     def __init__(
-        self, parent: subprocess.Popen | None, folder: Path, command: list[str], env: dict[str, str]
+        self, parent: Forks | None, folder: Path, command: list[str], env: dict[str, str]
     ) -> None:
         self._parent, self._files = parent, [folder / "stdout", folder / "stderr"]
         if parent is None:
@@ -85,10 +120,8 @@ class Fork:
             return
         for file in self._files:  # of the program before
             file.write_bytes(b"")
-        order = {"command": command, "env": env, "files": [str(file) for file in self._files]}
-        parent.stdin.write(json.dumps(order) + "\n")
-        parent.stdin.flush()
-        self.pid = int(parent.stdout.readline())
+        files = [str(file) for file in self._files]
+        self.pid = parent.ask({"command": command, "env": env, "files": files})
 
     def send_signal(self, number: int) -> None:
         os.kill(self.pid, number)
@@ -105,7 +138,7 @@ class Fork:
         try:
             if self._parent is None:
                 return self._process.wait()
-            return int(self._parent.stdout.readline())
+            return self._parent.answer()
         finally:
             hung.cancel()
 
@@ -116,18 +149,33 @@ class Fork:
 
 def serve(imports: str) -> None:
     """Read orders from standard input; a fork of this process becomes each of them."""
-    sys.path.append(str(ROOT / "tests"))
+    if str(ROOT / "tests") not in sys.path:
+        sys.path.append(str(ROOT / "tests"))
     importlib.import_module(imports)
     gc.collect()
     gc.freeze()  # a program would look through all that at its end, for half a second with torch
     while line := sys.stdin.readline():
         order = json.loads(line)
         if not (pid := os.fork()):
+            if "imports" in order:
+                serve_pipes(**order)
             become(**order)
             return
         print(pid, flush=True)  # noqa: T201 - the answer
-        _, status = os.waitpid(pid, 0)
-        print(os.waitstatus_to_exitcode(status), flush=True)  # noqa: T201
+        if "command" in order:
+            _, status = os.waitpid(pid, 0)
+            print(os.waitstatus_to_exitcode(status), flush=True)  # noqa: T201
+    with contextlib.suppress(ChildProcessError):  # none is left
+        while True:
+            os.wait()
+
+
+def serve_pipes(imports: str, pipes: list[str]) -> None:
+    """Be an interpreter that has imported one module more, up to its end."""
+    for number, (pipe, mode) in enumerate(zip(pipes, (os.O_RDONLY, os.O_WRONLY), strict=True)):
+        os.dup2(os.open(pipe, mode), number)
+    serve(imports)
+    leave(0)
 
 
 def become(command: list[str], env: dict[str, str], files: list[str]) -> None:

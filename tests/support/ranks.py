@@ -14,7 +14,6 @@ held_once: what the first one writes to a weight all have, warnings: of the firs
 """
 
 import functools
-import itertools
 import json
 import logging
 import multiprocessing
@@ -73,11 +72,24 @@ from support.forked import forks
 #: latents whose tokens are 27, 105, 64 and 1
 GRIDS = ((3, 6, 6), (5, 6, 14), (1, 16, 16), (1, 2, 2))
 TEXTS = (1, 7, 256)
+#: of runs, whose every step is a prediction
+FEW = {"num_layers": 1, "num_refiner_layers": 1}
 SPARSE = SparseConfig(beta=0.3, dense_blocks=1, min_tokens=0)
 
 
-def config_of(heads: int):
-    return replace(tiny.TRANSFORMER, num_attention_heads=heads)
+@functools.cache
+def model_of(heads: int, **layers: int) -> SkyReelsTransformer:
+    return tiny.transformer(replace(tiny.TRANSFORMER, num_attention_heads=heads, **layers))
+
+
+@functools.cache
+def vae() -> VideoVAE:
+    return builtin_vae(runtime=TorchRuntime())
+
+
+@functools.cache
+def double_vae() -> VideoVAE:
+    return tiny.randomize(VideoVAE(tiny.VAE)).double()
 
 
 def predict(model, inputs, run):
@@ -133,7 +145,7 @@ def case(model, grid, text, is_sparse) -> dict:
 
 def whole_run(cache: CacheConfig) -> dict:
     """A run with sparse attention and a step cache, beside the same on one rank."""
-    model, embeds = tiny.transformer(config_of(12)), tiny.embeds
+    model, embeds = model_of(2 * dist.get_world_size(), **FEW), tiny.embeds
     image = ImageConditioning(torch.zeros(1, 16, 1, 16, 16), 128, 128, 9)
     settings = SamplingSettings(sigmas=get_sigmas(6), attention=SPARSE, cache=cache)
 
@@ -207,7 +219,7 @@ def decode_case(name: str, vae: VideoVAE, shape: tuple[int, int, int], mode: str
 def decodes() -> list[dict]:
     """Rows of decodes in strips: of a row each, of unequal heights, of several pieces."""
     num_ranks, rows = dist.get_world_size(), []
-    builtin = builtin_vae(runtime=TorchRuntime())
+    builtin, double = vae(), double_vae()
     shapes = [(1, num_ranks, 3), (2, 2 * num_ranks + 1, 4)]
     rows += [decode_case("built-in", builtin, shape, "full") for shape in shapes]
     rows.append(decode_case("chosen", builtin, shapes[0], "auto"))
@@ -217,7 +229,6 @@ def decodes() -> list[dict]:
     )
     counts = [0] * num_ranks
     dist.all_gather_object(counts, list(frames.shape))
-    double = tiny.randomize(VideoVAE(tiny.VAE)).double()
     vae_model.PIECE_ELEMENTS = 20_000  # a few frames at a time
     rows.append(decode_case("float64 in pieces", double, shapes[1], "full"))
     tiling.EXACT_LADDER = tuple(
@@ -232,10 +243,11 @@ def predictions() -> list[dict]:
     """Rows of predictions, and of a whole run."""
     num_ranks, rows = dist.get_world_size(), []
     with torch.inference_mode():
-        model = tiny.transformer(config_of(num_ranks))  # a head each
+        model = model_of(num_ranks)  # a head each
         rows += [case(model, GRIDS[1], text, False) for text in TEXTS[:2]]
-        model = tiny.transformer(config_of(12))
-        for grid, text in itertools.product(GRIDS, TEXTS):
+        model = model_of(2 * num_ranks)
+        sizes = [(grid, TEXTS[1]) for grid in GRIDS] + [(GRIDS[1], text) for text in TEXTS[::2]]
+        for grid, text in (*sizes, (GRIDS[-1], TEXTS[0])):
             rows.append(case(model, grid, text, False))
         rows.append(case(model, (3, 16, 16), 9, True))
         rows.append(case(model, (5, 24, 24), 2, False))
@@ -266,8 +278,8 @@ def several(one: PromptEmbeds, other: PromptEmbeds) -> Prompt:
 
 def branches() -> list[dict]:
     """Runs in two groups of ranks beside the same of one group as large."""
-    model, embeds = tiny.transformer(config_of(4)), tiny.embeds
-    image = ImageConditioning(torch.zeros(1, 16, 1, 16, 32), 256, 128, 9)
+    model, embeds = model_of(4, num_single_layers=1), tiny.embeds
+    image = ImageConditioning(torch.zeros(1, 16, 1, 16, 16), 128, 128, 9)
     ranks, rows = two_groups(), []
     alone = None if ranks.share is None else Ranks(ranks.share, ranks.share)
     prompts = {name: (embeds(7, 1), embeds(4, 2)) for name in RUNS}
@@ -493,7 +505,6 @@ def bits(modules: Sequence[torch.nn.Module]) -> list[tuple[str, int]]:
 
 def take_part(rank: int, num_ranks: int, store: str, what: str) -> None:
     """Be a rank; the first one prints the rows."""
-    torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=num_ranks)
     kinds = {
         "predictions": predictions, "decodes": decodes, "branches": branches, "weights": weights,
@@ -508,14 +519,26 @@ def take_part(rank: int, num_ranks: int, store: str, what: str) -> None:
 @functools.cache
 def rows_of(num_ranks: int, what: str) -> list[dict]:
     """Rows that as many processes print."""
-    command = ["-m", "support.ranks", str(num_ranks), what]
-    done = forks("torch").run(command, dict(os.environ))
+    command = ["-c", "from support.ranks import main; main()", str(num_ranks), what]
+    done = forks("torch", "support.ranks").run(command, dict(os.environ))
     assert done.returncode == 0, done.stderr[-2000:]
     return json.loads(done.stdout.splitlines()[-1])
 
 
+def prepare(num_ranks: int, what: str) -> None:
+    """Make the models once for all ranks, which are forks."""
+    if what == "predictions":
+        model_of(num_ranks), model_of(2 * num_ranks), model_of(2 * num_ranks, **FEW)
+    elif what == "branches":
+        model_of(4, num_single_layers=1)
+    elif what == "decodes":
+        vae(), double_vae()
+
+
 def main() -> None:
     num_ranks, what = int(sys.argv[1]), sys.argv[2]
+    torch.set_num_threads(1)
+    prepare(num_ranks, what)
     fork = multiprocessing.get_context("fork")
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     with tempfile.TemporaryDirectory() as folder:

@@ -20,7 +20,7 @@ from comfyui_skyreels.skyreels.pipeline.receipt import read_receipt
 from comfyui_skyreels.skyreels.runtime import TorchRuntime
 from PIL import Image
 from support import lora
-from support.forked import forks
+from support.forked import WITHOUT_TEXT_ENCODER, forks
 
 pytestmark = pytest.mark.usefixtures("fast_convolutions", "kept_models")
 SMALL = ["--steps", "2", "--width", "32", "--height", "32", "--frames", "5"]
@@ -67,7 +67,7 @@ def test_lines_become_clips_in_their_order_and_equal_lines_one(capsys, tmp_path)
 
 
 def test_a_clip_is_that_of_generate(capsys, tmp_path):
-    job = {"prompt": PROMPT, "seed": 3, "steps": 1, "width": 128, "height": 128}
+    job = {"prompt": PROMPT, "seed": 3, "steps": 1, "width": 128, "height": 64}
     jobs = write(tmp_path / "jobs.jsonl", job)
     _, told, _ = run(capsys, jobs, tmp_path / "out")
     single = tmp_path / "single.mp4"
@@ -100,7 +100,7 @@ def test_a_job_has_loras_of_its_own_and_the_next_one_has_none(capsys, tmp_path):
     parts = lora.draw_parts(builtin_transformer(runtime=TorchRuntime()).config)
     path = lora.write("musubi-tuner", parts, tmp_path)
     name = str(path.relative_to(tmp_path))
-    base = {"prompt": PROMPT, "steps": 1, "width": 128, "height": 128}
+    base = {"prompt": PROMPT, "steps": 1, "width": 128, "height": 64}
     jobs = [base, {**base, "lora": f"{name}:0.2"}, {**base, "lora": [f"{name}:0.1", f"{name}:0.1"]},
             {**base, "seed": 1}]  # fmt: skip
     _, told, err = run(capsys, write(tmp_path / "jobs.jsonl", *jobs), tmp_path / "out")
@@ -349,9 +349,11 @@ def test_bytes_of_a_worker_are_written_whole_or_not_at_all(tmp_path, monkeypatch
 
 
 #: a batch that is killed with its third clip half-written
-KILLED = """
+KILLED = f"""
 import os, signal, sys
 from skyreels import cli, media
+{WITHOUT_TEXT_ENCODER}
+cli.batch.encode_prompts = lambda *_: (prompt, prompt)
 finish, count = media._VideoFile.finish, 0
 def kill(self):
     global count
