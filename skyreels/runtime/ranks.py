@@ -116,8 +116,10 @@ def start_ranks(num_ranks: int, command: Sequence[str]) -> int:
     failure = min(ended.failures.values(), key=lambda each: each.timestamp)
     rank, who = failure.local_rank, f"Rank {failure.local_rank + 1} of {num_ranks}"
     told = failure.error_file_data.get("message")
-    if rank and isinstance(told, dict):  # the first one has said it
-        raise SkyReelsError(f"{who}: {told['message']}")
+    if isinstance(told, dict):
+        if rank:
+            raise SkyReelsError(f"{who}: {told['message']}")
+        return max(1, failure.exitcode)  # the first one has said it
     if failure.exitcode < 0:
         raise SkyReelsError(
             f"{who} was ended by signal {-failure.exitcode}: if memory had run out, use fewer "
