@@ -26,6 +26,7 @@ from ..errors import OutOfRoomError
 from ..runtime.offload import module_tensors
 from ..runtime.outcomes import in_bytes, in_seconds
 from ..runtime.streaming import SLOTS, choose_resident, least_bytes, simulate
+from ..runtime.unfilled import unfilled
 from ..transformer.attention import FAST_BYTES
 from ..transformer.placement import choose_chunking, sampling_bytes, waiting_bytes
 from ..transformer.quant import STORAGE_DTYPES
@@ -423,6 +424,6 @@ def _plan_decode(machine: Machine, job: Job, mode: str) -> tuple[str, int, float
 @lru_cache(maxsize=8)
 def vae_bytes(config: VAEConfig, dtype: torch.dtype) -> int:
     """Bytes of a VAE's weights."""
-    with torch.device("meta"):
+    with unfilled():
         vae = VideoVAE(config)
     return sum(tensor.numel() for tensor in module_tensors(vae)) * dtype.itemsize

@@ -32,8 +32,21 @@ def with_reserve(num_bytes: int) -> int:
 
 
 def module_tensors(module: nn.Module) -> list[Tensor]:
-    """All parameters and buffers."""
-    return [*module.parameters(), *module.buffers()]
+    """All parameters, then all buffers, each once."""
+    modules = list(_modules(module, set()))
+    tensors = [t for each in modules for t in each._parameters.values()]
+    tensors += [t for each in modules for t in each._buffers.values()]
+    return list({id(t): t for t in tensors if t is not None}.values())
+
+
+def _modules(module: nn.Module, seen: set[int]) -> Iterator[nn.Module]:
+    """A module and all below it; `Module.modules` makes up a name for each."""
+    if id(module) not in seen:
+        seen.add(id(module))
+        yield module
+        for child in module._modules.values():
+            if child is not None:
+                yield from _modules(child, seen)
 
 
 def weight_bytes(module: nn.Module) -> int:
