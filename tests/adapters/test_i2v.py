@@ -19,7 +19,7 @@ from comfyui_skyreels.wiro_api.errors import ConfigError, LimitError
 from comfyui_skyreels.wiro_api.spending import Limits, save_limits
 from support import host, tiny
 
-pytestmark = pytest.mark.usefixtures("fast_convolutions")
+pytestmark = pytest.mark.usefixtures("fast_convolutions", "kept_models")
 NODES = comfyui_skyreels.NODE_CLASS_MAPPINGS
 SIZE = {"width": 64, "height": 64, "num_frames": 5}
 WIRO_SIZE = {"width": 960, "height": 544, "num_frames": 5}
