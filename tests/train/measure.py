@@ -147,7 +147,7 @@ def measure(clip: Tensor, scene: data.Scenes) -> Finding:
     Args:
         clip: [F, H, W, 3] in 0..1. scene: its picture; the verb in it is not looked at.
     """
-    opacity = opacity_map(clip, scene)
+    opacity = opacity_map(clip[[0, -1]], scene)
     area = float(AREAS[scene.shape[0]] * scene.size[0] ** 2)
     first, last = _describe(opacity[0], area), _describe(opacity[-1], area)
     growth = last.area / max(first.area, 1.0)
