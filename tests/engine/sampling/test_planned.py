@@ -411,14 +411,15 @@ def test_a_cancel_between_the_branches_of_a_block_stops_there_and_the_next_run_i
         if stop_at is not None and len(order) == stop_at:
             raise StopError
 
-    expected = run(model, conditioning, device(1))
+    sigmas = get_sigmas(2)
+    expected = run(model, conditioning, device(1), sigmas=sigmas)
     runtime = device(1, on_check=check)
     with ran(model) as order, pytest.raises(StopError):
-        run(model, conditioning, runtime)
-    assert order == (4 * BOTH)[:stop_at]
+        run(model, conditioning, runtime, sigmas=sigmas)
+    assert order == (2 * BOTH)[:stop_at]
     assert runtime.held == 0
     stop_at = None
-    assert torch.equal(run(model, conditioning, runtime), expected)
+    assert torch.equal(run(model, conditioning, runtime, sigmas=sigmas), expected)
 
 
 def test_too_little_memory_for_any_plan_is_refused_before_anything_is_brought(

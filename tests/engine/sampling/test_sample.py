@@ -43,6 +43,10 @@ def model():
 
 @pytest.fixture
 def conditioning():
+    return a_picture()
+
+
+def a_picture():
     generator = torch.Generator().manual_seed(2)
     return ImageConditioning(torch.randn(1, 16, 1, 4, 6, generator=generator), 48, 32, 9)
 
@@ -291,9 +295,16 @@ def stop_after(checks: int) -> TorchRuntime:
     return TorchRuntime(on_check=check)
 
 
+@pytest.fixture(scope="module")
+def before(model):
+    """Latents of a run before any is cancelled."""
+    return run(model, a_picture())
+
+
 @pytest.mark.parametrize("checks", [0, 3, 5, 17, 30])
-def test_cancelled_run_stops_within_a_block_and_the_next_is_good(model, conditioning, checks):
-    before = run(model, conditioning)
+def test_cancelled_run_stops_within_a_block_and_the_next_is_good(
+    model, conditioning, before, checks
+):
     with pytest.raises(StopError):
         run(model, conditioning, runtime=stop_after(checks))
     assert torch.equal(run(model, conditioning), before)
