@@ -331,8 +331,7 @@ def transformer_weights(in_channels: int) -> dict[str, torch.Tensor]:
 
 @cache
 def vae_weights() -> dict[str, torch.Tensor]:
-    small = replace(tiny.VAE, block_out_channels=(32, 32, 32, 32))
-    return tiny.randomize(VideoVAE(small)).state_dict()
+    return tiny.randomize(VideoVAE(tiny.SMALL_VAE)).state_dict()
 
 
 @each_graph

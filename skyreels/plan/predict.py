@@ -23,10 +23,9 @@ import torch
 
 from ..config import CHUNKINGS, TILINGS, TransformerConfig, VAEConfig
 from ..errors import OutOfRoomError
-from ..runtime.offload import module_tensors
+from ..runtime.offload import module_tensors, unfilled
 from ..runtime.outcomes import in_bytes, in_seconds
 from ..runtime.streaming import SLOTS, choose_resident, least_bytes, simulate
-from ..runtime.unfilled import unfilled
 from ..transformer.attention import FAST_BYTES
 from ..transformer.placement import choose_chunking, sampling_bytes, waiting_bytes
 from ..transformer.quant import STORAGE_DTYPES

@@ -10,8 +10,7 @@ from torch import nn
 
 from ..config import TransformerConfig
 from ..kernels.blocks import BLOCK_TYPES, row_bytes
-from ..runtime.offload import module_tensors, weight_bytes
-from ..runtime.unfilled import unfilled
+from ..runtime.offload import module_tensors, unfilled, weight_bytes
 from ..transformer.block_linear import BlockLinear
 from ..transformer.model import SkyReelsTransformer
 from ..transformer.quant import STORAGE_DTYPES, QuantLinear, is_quantizable

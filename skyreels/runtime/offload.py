@@ -1,7 +1,8 @@
 """Weights that are on a device only while they are used (offload and onload).
 
 The tensors on the offload device are kept while their copies are in use, so offloading again costs
-nothing, and a cancelled or failed run finds every weight where it was.
+nothing, and a cancelled or failed run finds every weight where it was. `unfilled` builds modules
+that have no weights yet, or never will.
 """
 
 import ctypes
@@ -14,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 #: left free for kernels, workspaces and fragmentation
 RESERVE_BYTES = 512 * 1024**2
@@ -94,6 +96,27 @@ def onload(tensors: list[Tensor], device: torch.device) -> Callable[[], None]:
         offload()
         raise
     return offload
+
+
+# --- without weights ----------------------------------------------------------------------------
+
+
+@contextmanager
+def unfilled() -> Iterator[None]:
+    """Build modules on the meta device, without the initial values that torch would draw."""
+    with torch.device("meta"), _NothingDrawn():
+        yield
+
+
+class _NothingDrawn(TorchFunctionMode):
+    """Functions of torch.nn.init return their tensor as it is."""
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        if getattr(func, "__module__", "") == "torch.nn.init":
+            return args[0] if args else kwargs["tensor"]
+        return func(*args, **(kwargs or {}))
 
 
 # --- page-locked memory -------------------------------------------------------------------------

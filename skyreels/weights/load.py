@@ -31,7 +31,7 @@ from ..kernels import QuantFormat
 from ..kernels.blocks import factors
 from ..kernels.dispatch import is_passing
 from ..runtime import Runtime, in_parts
-from ..runtime.unfilled import unfilled
+from ..runtime.offload import unfilled
 from ..transformer.block_linear import BlockLinear, unpack
 from ..transformer.model import SkyReelsTransformer
 from ..transformer.quant import (

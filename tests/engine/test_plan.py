@@ -40,10 +40,9 @@ from comfyui_skyreels.skyreels.plan import (
 )
 from comfyui_skyreels.skyreels.plan.advice import least_free_bytes
 from comfyui_skyreels.skyreels.runtime import TorchRuntime
-from comfyui_skyreels.skyreels.runtime.offload import reserve_bytes
+from comfyui_skyreels.skyreels.runtime.offload import reserve_bytes, unfilled
 from comfyui_skyreels.skyreels.runtime.outcomes import corrections, device_key, learn, remember
 from comfyui_skyreels.skyreels.runtime.streaming import SLOTS, least_bytes
-from comfyui_skyreels.skyreels.runtime.unfilled import unfilled
 from comfyui_skyreels.skyreels.transformer.model import SkyReelsTransformer
 from comfyui_skyreels.skyreels.transformer.placement import sampling_bytes
 from comfyui_skyreels.skyreels.transformer.quant import (

@@ -10,7 +10,7 @@ from functools import lru_cache
 from typing import NamedTuple
 
 from ...config import TransformerConfig
-from ...runtime.unfilled import unfilled
+from ...runtime.offload import unfilled
 from ...transformer.model import SkyReelsTransformer
 from ..dialects import LORA_PREFIXES
 from ..keymaps import HALF_SWAPPED, transformer_sources
