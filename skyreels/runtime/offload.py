@@ -36,7 +36,7 @@ def with_reserve(num_bytes: int) -> int:
 def module_tensors(module: nn.Module) -> list[Tensor]:
     """All parameters, then all buffers, each once."""
     modules = list(_modules(module, set()))
-    tensors = [t for each in modules for t in each._parameters.values()]
+    tensors: list[Tensor | None] = [t for each in modules for t in each._parameters.values()]
     tensors += [t for each in modules for t in each._buffers.values()]
     return list({id(t): t for t in tensors if t is not None}.values())
 
