@@ -153,13 +153,18 @@ def fast_convolutions():
         yield
 
 
+#: loader of a part of the built-in model -> the module of the nodes that calls it
+NODES_LOADERS = {
+    "builtin_transformer": "loaders", "builtin_vae": "loaders", "builtin_text_encoder": "text"
+}  # fmt: skip
+
+
 @functools.cache
 def kept_loaders() -> dict:
     from comfyui_skyreels.skyreels import builtin
     from support.kept import kept
 
-    names = ("builtin_transformer", "builtin_vae", "builtin_text_encoder")
-    return {name: kept(getattr(builtin, name)) for name in names}
+    return {name: kept(getattr(builtin, name)) for name in NODES_LOADERS}
 
 
 @pytest.fixture
@@ -167,6 +172,8 @@ def kept_models(monkeypatch):
     """For modules that use the built-in model often: it is read once (support/kept.py)."""
     for name, load in kept_loaders().items():
         monkeypatch.setattr(f"comfyui_skyreels.skyreels.builtin.{name}", load)
+        nodes = NODES_LOADERS[name]
+        monkeypatch.setattr(f"comfyui_skyreels.nodes.local.{nodes}.{name}", load)
 
 
 @pytest.fixture(scope="module", params=parameters())

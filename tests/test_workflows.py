@@ -25,7 +25,7 @@ SAVED = sorted(path for path in (ROOT / "tests" / "workflows" / "saved").glob("*
                if not path.name.endswith(".api.json"))  # fmt: skip
 MODEL_HOSTS = ("https://huggingface.co/", "https://civitai.com/")
 
-pytestmark = pytest.mark.usefixtures("comfy", "fast_convolutions")
+pytestmark = pytest.mark.usefixtures("comfy", "fast_convolutions", "kept_models")
 each_file = pytest.mark.parametrize("path", FILES, ids=list(TITLES))
 each_saved_file = pytest.mark.parametrize("path", SAVED, ids=lambda path: path.stem)
 
@@ -331,7 +331,7 @@ def transformer_weights(in_channels: int) -> dict[str, torch.Tensor]:
 
 @cache
 def vae_weights() -> dict[str, torch.Tensor]:
-    return tiny.randomize(VideoVAE(tiny.VAE)).state_dict()
+    return tiny.randomize(VideoVAE(tiny.SMALL_VAE)).state_dict()
 
 
 @each_graph

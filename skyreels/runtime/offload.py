@@ -1,7 +1,8 @@
 """Weights that are on a device only while they are used (offload and onload).
 
 The tensors on the offload device are kept while their copies are in use, so offloading again costs
-nothing, and a cancelled or failed run finds every weight where it was.
+nothing, and a cancelled or failed run finds every weight where it was. `unfilled` builds modules
+that have no weights yet, or never will.
 """
 
 import ctypes
@@ -14,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 #: left free for kernels, workspaces and fragmentation
 RESERVE_BYTES = 512 * 1024**2
@@ -32,8 +34,21 @@ def with_reserve(num_bytes: int) -> int:
 
 
 def module_tensors(module: nn.Module) -> list[Tensor]:
-    """All parameters and buffers."""
-    return [*module.parameters(), *module.buffers()]
+    """All parameters, then all buffers, each once."""
+    modules = list(_modules(module, set()))
+    tensors: list[Tensor | None] = [t for each in modules for t in each._parameters.values()]
+    tensors += [t for each in modules for t in each._buffers.values()]
+    return list({id(t): t for t in tensors if t is not None}.values())
+
+
+def _modules(module: nn.Module, seen: set[int]) -> Iterator[nn.Module]:
+    """A module and all below it; `Module.modules` makes up a name for each."""
+    if id(module) not in seen:
+        seen.add(id(module))
+        yield module
+        for child in module._modules.values():
+            if child is not None:
+                yield from _modules(child, seen)
 
 
 def weight_bytes(module: nn.Module) -> int:
@@ -81,6 +96,27 @@ def onload(tensors: list[Tensor], device: torch.device) -> Callable[[], None]:
         offload()
         raise
     return offload
+
+
+# --- without weights ----------------------------------------------------------------------------
+
+
+@contextmanager
+def unfilled() -> Iterator[None]:
+    """Build modules on the meta device, without the initial values that torch would draw."""
+    with torch.device("meta"), _NothingDrawn():
+        yield
+
+
+class _NothingDrawn(TorchFunctionMode):
+    """Functions of torch.nn.init return their tensor as it is."""
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        if getattr(func, "__module__", "") == "torch.nn.init":
+            return args[0] if args else kwargs["tensor"]
+        return func(*args, **(kwargs or {}))
 
 
 # --- page-locked memory -------------------------------------------------------------------------

@@ -16,6 +16,7 @@ Given up: encoders in GGUF.
 """
 
 import ast
+import functools
 import hashlib
 import importlib.util
 import json
@@ -116,16 +117,24 @@ def prompt_template() -> str:
         spec = None
     for folder in (spec.submodule_search_locations or []) if spec else []:
         name = "pipelines/hunyuan_video/pipeline_hunyuan_skyreels_image2video.py"
-        try:
-            tree = ast.parse((Path(folder) / name).read_text(encoding="utf-8"))
-            for node in tree.body:
-                if isinstance(node, ast.Assign) and _assigns(node, "DEFAULT_PROMPT_TEMPLATE"):
-                    template = ast.literal_eval(node.value)["template"]
-                    if template.count("{}") == 1:
-                        return str(template)
-        except (OSError, SyntaxError, ValueError, KeyError, TypeError):
-            continue  # a diffusers older or newer than this constant
+        if template := _template_in(Path(folder) / name):
+            return template
     return PROMPT_TEMPLATE
+
+
+@functools.lru_cache(maxsize=8)
+def _template_in(source: Path) -> str:
+    """The prompt template in a file of diffusers, which is read once; empty if there is none."""
+    try:
+        tree = ast.parse(source.read_text(encoding="utf-8"))
+        for node in tree.body:
+            if isinstance(node, ast.Assign) and _assigns(node, "DEFAULT_PROMPT_TEMPLATE"):
+                template = ast.literal_eval(node.value)["template"]
+                if template.count("{}") == 1:
+                    return str(template)
+    except (OSError, SyntaxError, ValueError, KeyError, TypeError):
+        pass  # a diffusers older or newer than this constant
+    return ""
 
 
 def _assigns(node: ast.Assign, name: str) -> bool:

@@ -65,10 +65,15 @@ KEPT_BYTES = 128 * 1024
 KEPT_SHARE = 1 / 16
 
 
-def loop_tensors(transformer: SkyReelsTransformer, part: nn.Module | None = None) -> list[Tensor]:
-    """Tensors of the transformer, or of a part of it, that `denoise` needs: no conditioners."""
-    excluded = {id(t) for module in transformer.conditioners for t in module_tensors(module)}
-    return [t for t in module_tensors(part or transformer) if id(t) not in excluded]
+def loop_tensors(transformer: SkyReelsTransformer) -> list[Tensor]:
+    """Tensors of the transformer that `denoise` needs: no conditioners."""
+    excluded = _conditioning_tensors(transformer)
+    return [t for t in module_tensors(transformer) if id(t) not in excluded]
+
+
+def _conditioning_tensors(transformer: SkyReelsTransformer) -> set[int]:
+    """Ids of the tensors of conditioners."""
+    return {id(t) for module in transformer.conditioners for t in module_tensors(module)}
 
 
 def sampling_bytes(
@@ -201,14 +206,16 @@ def _split(
         What is there for the whole run, and the tensors of each block that is away.
     """
     away: dict[nn.Module, list[Tensor]] = {}
+    excluded = _conditioning_tensors(transformer)
     for block in transformer.blocks:
-        tensors = [t for t in loop_tensors(transformer, block) if onload_bytes([t], device)]
+        tensors = [t for t in module_tensors(block) if id(t) not in excluded]
+        tensors = [t for t in tensors if onload_bytes([t], device)]
         small = min(KEPT_BYTES, KEPT_SHARE * sum(t.nbytes for t in tensors))
         large = [t for t in tensors if t.nbytes > small and t.is_contiguous()]
         if large:
             away[block] = large
-    in_blocks = {id(tensor) for tensors in away.values() for tensor in tensors}
-    return [t for t in loop_tensors(transformer) if id(t) not in in_blocks], away
+    excluded |= {id(tensor) for tensors in away.values() for tensor in tensors}
+    return [t for t in module_tensors(transformer) if id(t) not in excluded], away
 
 
 def _load(

@@ -31,6 +31,7 @@ from ..kernels import QuantFormat
 from ..kernels.blocks import factors
 from ..kernels.dispatch import is_passing
 from ..runtime import Runtime, in_parts
+from ..runtime.offload import unfilled
 from ..transformer.block_linear import BlockLinear, unpack
 from ..transformer.model import SkyReelsTransformer
 from ..transformer.quant import (
@@ -256,9 +257,9 @@ def reload_parameters(
             f"{info.path.name} was changed, moved or deleted since it was loaded, and its weights "
             "must be read again: put it back, or load the transformer again."
         )
-    with torch.device("meta"):
-        unfilled = SkyReelsTransformer(transformer.config)
-    shapes = {name: tuple(p.shape) for name, p in unfilled.state_dict().items()}
+    with unfilled():
+        alike = SkyReelsTransformer(transformer.config)
+    shapes = {name: tuple(p.shape) for name, p in alike.state_dict().items()}
     plan = _plan(info, shapes, lambda name: transformer_sources(name, info.layout))
     targets = {target.name: target for target in plan}
     with ExitStack() as stack:
@@ -578,7 +579,7 @@ def _assemble(
     Returns:
         The module in eval mode, on `runtime.offload_device`.
     """
-    with torch.device("meta"):
+    with unfilled():
         module = build()
     shapes = {name: tuple(p.shape) for name, p in module.state_dict().items()}
     targets = _plan(info, shapes, sources)

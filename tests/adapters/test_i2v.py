@@ -19,7 +19,7 @@ from comfyui_skyreels.wiro_api.errors import ConfigError, LimitError
 from comfyui_skyreels.wiro_api.spending import Limits, save_limits
 from support import host, tiny
 
-pytestmark = pytest.mark.usefixtures("fast_convolutions")
+pytestmark = pytest.mark.usefixtures("fast_convolutions", "kept_models")
 NODES = comfyui_skyreels.NODE_CLASS_MAPPINGS
 SIZE = {"width": 64, "height": 64, "num_frames": 5}
 WIRO_SIZE = {"width": 960, "height": 544, "num_frames": 5}
@@ -179,7 +179,7 @@ def test_weights_are_found_by_their_headers_whatever_their_names(comfy):
     tiny.save(folder / "a.safetensors", text_only.state_dict())
     tiny.save(comfy.folder("vae") / "a.safetensors", text_only.state_dict())
     tiny.save(comfy.folder("vae") / "x.safetensors",
-              tiny.randomize(VideoVAE(tiny.VAE)).state_dict())  # fmt: skip
+              tiny.randomize(VideoVAE(tiny.SMALL_VAE)).state_dict())  # fmt: skip
     (folder / "junk.safetensors").write_bytes(b"no weights at all")
     assert found.transformers() == ["b.safetensors"]
     assert found.vae() == "x.safetensors"

@@ -239,6 +239,7 @@ class Studio:
     def __init__(self, folder: Path = BUILTIN_FOLDER, device: str = "cpu") -> None:
         self.folder, self.runtime = folder, TorchRuntime(device)
         self._parts: dict = {}
+        self._embeds: dict[tuple[str, bool], PromptEmbeds] = {}
 
     def _part(self, load: Callable, name: str, **options: Any):
         key = (name, *options.values())
@@ -271,17 +272,23 @@ class Studio:
         num_frames: int = data.FRAMES,
     ) -> tuple[Tensor, float]:
         """A clip [F, H, W, 3] in 0..1 from a picture [1, H, W, 3], and its seconds."""
-        encoder = self._part(load_text_encoder, "", exact=True)
         vae, runtime = self.vae(setting), self.runtime
         self.transformer(setting)
-        embeds = [
-            encode_prompt(encoder, prompt, runtime=runtime),
-            encode_prompt(encoder, negative, fps_prefix=False, runtime=runtime),
-        ]
+        embeds = [self.encode(prompt), self.encode(negative, fps_prefix=False)]
         started = time.perf_counter()
         latents = self.sample(setting, image, embeds, seed, num_frames)
         clip = decode_frames(vae, latents, setting.decode, tiling=setting.tiling, runtime=runtime)
         return clip.cpu(), time.perf_counter() - started
+
+    def encode(self, prompt: str, fps_prefix: bool = True) -> PromptEmbeds:
+        """A prompt, encoded once."""
+        key = (prompt, fps_prefix)
+        if key not in self._embeds:
+            encoder = self._part(load_text_encoder, "", exact=True)
+            self._embeds[key] = encode_prompt(
+                encoder, prompt, fps_prefix=fps_prefix, runtime=self.runtime
+            )
+        return self._embeds[key]
 
     def sample(
         self,
@@ -417,18 +424,18 @@ def _median(values) -> float:
 # --- the other bars -----------------------------------------------------------------------------
 
 
-def opposites(studio: Studio, cases: list[measure.Case]) -> dict[str, float]:
+def opposites(
+    studio: Studio, cases: list[measure.Case], setting: Setting = SETTINGS["fp32"]
+) -> dict[str, float]:
     """Per cent of pictures whose two clips, told opposite things, each do as told."""
     right = []
     for index, case in enumerate(cases):
         image = case.truth()[:1]
         pair = (case, case.told(OPPOSITE[case.verb]))
         done = [
-            studio.make(
-                SETTINGS["fp32"], image, c.prompt, seed=index, num_frames=case.size.frames
-            )[0]
+            studio.make(setting, image, c.prompt, seed=index, num_frames=case.size.frames)[0]
             for c in pair
-        ]  # fmt: skip
+        ]
         seen = [case.measured(clip).verb for clip in done]
         right.append(seen == [c.verb for c in pair])
     return {"pairs that differ as told, %": round(100 * statistics.mean(right), 1)}
@@ -438,6 +445,7 @@ def negatives(
     studio: Studio,
     cases: list[measure.Case],
     prompts: Sequence[str] = ("", "moves left", "moves right"),
+    setting: Setting = SETTINGS["fp32"],
 ) -> dict[str, float]:
     """Mean movement to the right in pixels, prompt empty, by negative prompt."""
     shifts = {}
@@ -445,7 +453,7 @@ def negatives(
         moved = []
         for index, case in enumerate(cases):
             clip, _ = studio.make(
-                SETTINGS["fp32"], case.truth()[:1], "", seed=index, negative=negative,
+                setting, case.truth()[:1], "", seed=index, negative=negative,
                 num_frames=case.size.frames,
             )  # fmt: skip
             moved.append(case.measured(clip).shift[0])
@@ -530,7 +538,9 @@ def round_trip(studio: Studio, cases: list[measure.Case]) -> dict[str, float]:
 
 
 @torch.inference_mode()
-def through_diffusers(studio: Studio, case: measure.Case) -> dict[str, float]:
+def through_diffusers(
+    studio: Studio, case: measure.Case, setting: Setting = SETTINGS["fp32"]
+) -> dict[str, float]:
     """Largest difference to the clip that diffusers' and transformers' own classes make.
 
     The same files in float32: their VAE, transformer, text encoders and scheduler, the posterior's
@@ -562,12 +572,10 @@ def through_diffusers(studio: Studio, case: measure.Case) -> dict[str, float]:
     theirs = pipeline(
         image=image.permute(0, 3, 1, 2), prompt=f"FPS-24, {case.prompt}",
         negative_prompt=DEFAULT_NEGATIVE_PROMPT, width=size.size, height=size.size,
-        num_frames=size.frames, num_inference_steps=30,
+        num_frames=size.frames, num_inference_steps=setting.steps,
         true_cfg_scale=6.0, guidance_scale=1.0, output_type="pt",
     ).frames[0].permute(0, 2, 3, 1)  # fmt: skip
-    ours, _ = studio.make(
-        SETTINGS["fp32"], image, case.prompt, seed=0, num_frames=size.frames
-    )  # fmt: skip
+    ours, _ = studio.make(setting, image, case.prompt, seed=0, num_frames=size.frames)
     return {"through diffusers, largest difference": float((theirs - ours).abs().max())}
 
 

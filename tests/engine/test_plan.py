@@ -40,7 +40,7 @@ from comfyui_skyreels.skyreels.plan import (
 )
 from comfyui_skyreels.skyreels.plan.advice import least_free_bytes
 from comfyui_skyreels.skyreels.runtime import TorchRuntime
-from comfyui_skyreels.skyreels.runtime.offload import reserve_bytes
+from comfyui_skyreels.skyreels.runtime.offload import reserve_bytes, unfilled
 from comfyui_skyreels.skyreels.runtime.outcomes import corrections, device_key, learn, remember
 from comfyui_skyreels.skyreels.runtime.streaming import SLOTS, least_bytes
 from comfyui_skyreels.skyreels.transformer.model import SkyReelsTransformer
@@ -104,8 +104,9 @@ def in_precision(model, precision):
     return model
 
 
+@lru_cache
 def shape_only(precision, **blocks):
-    with torch.device("meta"):
+    with unfilled():
         model = SkyReelsTransformer(replace(CONFIG, **blocks)).bfloat16().requires_grad_(False)
     return in_precision(model, precision)
 
@@ -141,9 +142,8 @@ def job_of(width, height, num_frames):
 
 @lru_cache
 def counted_weights(precision):
-    """Bytes of each block, and of the rest of the loop, of the full model on "meta"."""
-    found = weights_of(shape_only(precision))
-    return found.blocks, found.outside
+    """Those of the full model on "meta"."""
+    return weights_of(shape_only(precision))
 
 
 SIZES = ((960, 544, 97), (544, 960, 49), (720, 720, 97), (480, 272, 33), (960, 544, 193))
@@ -175,10 +175,10 @@ def test_the_predicted_peak_of_sampling_is_what_shapes_take(precision, link):
             assert plan.interleaves == (plan.streamed_bytes > 0)
         weights = plan.resident_bytes + plan.streamed_bytes
         if precision != "dequantized":
-            blocks, outside = counted_weights(precision)
+            blocks, outside = counted_weights(precision).blocks, counted_weights(precision).outside
             assert sum(blocks) == weights
         else:
-            blocks, outside = weights_as(CONFIG, *stored).blocks, counted_weights("bf16")[1]
+            blocks, outside = weights_as(CONFIG, *stored).blocks, counted_weights("bf16").outside
         counted = outside + plan.resident_bytes
         counted += SLOTS * max(blocks) if plan.streamed_bytes else 0
         counted += counted_activations(precision, size, plan.chunking, 1 + plan.interleaves)
@@ -195,7 +195,7 @@ def test_predicted_activations_are_what_shapes_take(precision, chunking):
 
 @pytest.mark.parametrize("precision", ["bf16", "fp8", "int8"])
 def test_weights_from_the_header_alone_are_those_of_the_module(precision):
-    made = weights_of(shape_only(precision))
+    made = counted_weights(precision)
     planned = weights_as(CONFIG, "bf16", precision)
     assert planned.blocks == made.blocks
     assert (planned.outside, planned.conditioners, planned.total, planned.gemm) == (
@@ -215,22 +215,20 @@ def test_auto_keeps_what_the_file_holds(stored):
 
 @pytest.mark.parametrize("config", [tiny.TRANSFORMER, replace(CONFIG, num_layers=5)])
 def test_weights_of_models_of_other_sizes_are_counted_too(config):
-    with torch.device("meta"):
+    with unfilled():
         model = SkyReelsTransformer(config).bfloat16()
     made, planned = weights_of(model), weights_as(config, "bf16", "auto")
     assert (planned.blocks, planned.total) == (made.blocks, made.total)
 
 
 @pytest.mark.parametrize("size", [(480, 272, 17), (256, 256, 33)])
-def test_the_predicted_peak_of_a_decode_is_what_shapes_take(size):
+def test_the_predicted_peak_of_a_decode_is_what_shapes_take(meta_vae, size):
     job = job_of(*size)
     plan = plan_run(card("H100", 80), job, weights_as(CONFIG, "bf16", "auto"))
     assert plan.decode == "full"
-    with torch.device("meta"):
-        vae = VideoVAE(VAEConfig()).bfloat16()
     with PeakBytes() as counted:
-        vae.decode(torch.empty(job.latent_shape, device="meta", dtype=torch.bfloat16))
-    weights = sum(p.nbytes for p in vae.parameters())
+        meta_vae.decode(torch.empty(job.latent_shape, device="meta", dtype=torch.bfloat16))
+    weights = sum(p.nbytes for p in meta_vae.parameters())
     assert 0.95 <= plan.peak_bytes["decode"] / (counted.peak + weights) <= 1.10
 
 
@@ -279,7 +277,7 @@ def test_a_decode_is_planned_as_it_is_chosen_in_a_run(mode, gigabytes):
 
 @pytest.fixture(scope="module")
 def meta_vae():
-    with torch.device("meta"):
+    with unfilled():
         return VideoVAE(VAEConfig()).bfloat16()
 
 

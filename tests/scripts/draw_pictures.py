@@ -43,6 +43,13 @@ def smooth(points: Points, per_part: int = 16) -> list[tuple[float, float]]:
     return [tuple(point) for point in curve.transpose(1, 0, 2).reshape(-1, 2)]
 
 
+def extent(mask: np.ndarray) -> tuple[slice, slice]:
+    """Rows and columns outside of which a mask is 0."""
+    ranges = [np.flatnonzero(mask.any(axis)) for axis in (1, 0)]
+    rows, columns = (slice(r[0], r[-1] + 1) if len(r) else slice(0) for r in ranges)
+    return rows, columns
+
+
 class Canvas:
     """A picture that shapes are laid on, from the back to the front; coordinates in its pixels."""
 
@@ -78,12 +85,16 @@ class Canvas:
 
     def paint(self, mask: np.ndarray, color: Color | np.ndarray, strength: float = 1.0) -> None:
         """Cover with a colour, or with a picture of colours."""
-        alpha = (mask * strength)[..., None]
-        self.pixels = self.pixels * (1 - alpha) + np.asarray(color, np.float32) * alpha
+        part = extent(mask)
+        alpha = (mask[part] * strength)[..., None]
+        color = np.asarray(color, np.float32)
+        color = color[part] if color.ndim == 3 else color
+        self.pixels[part] = self.pixels[part] * (1 - alpha) + color * alpha
 
     def glow(self, mask: np.ndarray, color: Color, strength: float) -> None:
         """Add light."""
-        self.pixels = self.pixels + mask[..., None] * np.asarray(color, np.float32) * strength
+        part = extent(mask)
+        self.pixels[part] += mask[part][..., None] * np.asarray(color, np.float32) * strength
 
     def blend(self, top: Color, bottom: Color, from_y: float, to_y: float) -> np.ndarray:
         """Colours that go from one at a height to another."""

@@ -201,15 +201,26 @@ def coverage(shape: Tensor, centre: Tensor, size: Tensor, x: Tensor, y: Tensor) 
     Returns:
         [B, F, H, W].
     """
+    kinds = shape.unique().tolist()
+    if len(kinds) == 1:
+        return _coverage(kinds[0], centre, size, x, y)
+    covered = [_coverage(kind, centre, size, x, y) for kind in range(len(SHAPES))]
+    which = shape[:, None, None, None]
+    return torch.where(which == 0, covered[0], torch.where(which == 1, *covered[1:]))
+
+
+def _coverage(kind: int, centre: Tensor, size: Tensor, x: Tensor, y: Tensor) -> Tensor:
+    """`coverage` by one shape."""
     dx = x[:, None, None, :] - centre[..., 0][..., None, None]
     dy = y[:, None, :, None] - centre[..., 1][..., None, None]
     size = size[..., None, None]
-    circle = size - (dx.square() + dy.square()).sqrt()
-    square = 0.89 * size - torch.maximum(dx.abs(), dy.abs())
-    slope = math.sqrt(3) / 2 * dx.abs() - 0.5 * dy  # the two upper sides at once
-    triangle = 0.72 * size - torch.maximum(slope, dy)
-    which = shape[:, None, None, None]
-    distance = torch.where(which == 0, circle, torch.where(which == 1, square, triangle))
+    if SHAPES[kind] == "circle":
+        distance = size - (dx.square() + dy.square()).sqrt()
+    elif SHAPES[kind] == "square":
+        distance = 0.89 * size - torch.maximum(dx.abs(), dy.abs())
+    else:
+        slope = math.sqrt(3) / 2 * dx.abs() - 0.5 * dy  # the two upper sides at once
+        distance = 0.72 * size - torch.maximum(slope, dy)
     return (distance + 0.5).clamp(0, 1)
 
 

@@ -147,7 +147,7 @@ def measure(clip: Tensor, scene: data.Scenes) -> Finding:
     Args:
         clip: [F, H, W, 3] in 0..1. scene: its picture; the verb in it is not looked at.
     """
-    opacity = opacity_map(clip, scene)
+    opacity = opacity_map(clip[[0, -1]], scene)
     area = float(AREAS[scene.shape[0]] * scene.size[0] ** 2)
     first, last = _describe(opacity[0], area), _describe(opacity[-1], area)
     growth = last.area / max(first.area, 1.0)
@@ -198,10 +198,15 @@ def _recognise(
     mean = frame[inside].mean(0)
     palette = torch.tensor(list(data.COLOURS.values()))
     colour = list(data.COLOURS)[int((palette - mean).norm(dim=1).argmin())]
-    height, width = opacity.shape
     solid = (opacity / found.opacity).clamp(0, 1)
-    x = (torch.arange(width) + 0.5)[None]
-    y = (torch.arange(height) + 0.5)[None]
+    reach = 1.1 * float(found.area) ** 0.5 + 4  # of the largest shape that is tried, blurred
+    rows, columns = (
+        _span(solid.any(axis), float(found.centre[1 - place]), reach)
+        for place, axis in ((0, 1), (1, 0))
+    )
+    x = (torch.arange(columns.start, columns.stop) + 0.5)[None]
+    y = (torch.arange(rows.start, rows.stop) + 0.5)[None]
+    solid = solid[rows, columns]
     shifts = torch.cartesian_prod(*(torch.linspace(-1, 1, 5),) * 2)
     scores = []
     for shape in range(len(data.SHAPES)):
@@ -219,6 +224,14 @@ def _recognise(
         scores.append(max(float(overlap.max()) for overlap in overlaps))
     best = scores.index(max(scores))
     return colour, data.SHAPES[best] if scores[best] > 0.5 else "none"
+
+
+def _span(is_there: Tensor, centre: float, reach: float) -> slice:
+    """The rows or columns that hold something, and those around a centre."""
+    places = is_there.nonzero().flatten().tolist()
+    start = min([int(centre - reach), *places[:1]])
+    stop = max([int(centre + reach) + 1, *(place + 1 for place in places[-1:])])
+    return slice(max(start, 0), min(stop, len(is_there)))
 
 
 def psnr(clip: Tensor, truth: Tensor) -> float:

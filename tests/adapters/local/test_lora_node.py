@@ -153,7 +153,7 @@ def test_without_a_lora_the_list_says_so(comfy):
 
 
 def test_the_extension_of_a_clip_uses_the_loras_too(comfy):
-    vae = tiny.randomize(VideoVAE(tiny.VAE))
+    vae = tiny.randomize(VideoVAE(tiny.SMALL_VAE))
     tiny.save(comfy.folder("vae") / "vae.safetensors", vae.state_dict())
     model = with_lora(load_model())[0]
     text = [stand_ins.made_up_conditioning(words, *TEXT) for words in ("a dog runs", "")]

@@ -15,7 +15,7 @@ from comfyui_skyreels.skyreels.errors import OptionError
 from comfyui_skyreels.skyreels.pipeline.receipt import MARK, make_receipt
 from support import host, lora, tiny
 
-pytestmark = pytest.mark.usefixtures("fast_convolutions")
+pytestmark = pytest.mark.usefixtures("fast_convolutions", "kept_models")
 NODES = comfyui_skyreels.NODE_CLASS_MAPPINGS
 NAMES = NODES["SkyReelsFromReceipt"].RETURN_NAMES
 #: inputs of the sampler and of the picture that a receipt gives

@@ -52,7 +52,7 @@ def model():
         )
         for tokens in (5, 3)
     )
-    vae = tiny.randomize(VideoVAE(tiny.VAE))
+    vae = tiny.randomize(VideoVAE(tiny.SMALL_VAE))
     return tiny.transformer(), vae, random_clip(11), prompt, negative
 
 

@@ -39,7 +39,8 @@ def model():
 
 @pytest.fixture(scope="module")
 def planter():
-    return bench.Planter(SamplingSettings(riflex_k=0))
+    """At 8 steps, whose estimates have the figures of those at 30."""
+    return bench.Planter(SamplingSettings(riflex_k=0, sigmas=get_sigmas(8)))
 
 
 @pytest.fixture(scope="module")

@@ -19,7 +19,7 @@ from comfyui_skyreels.skyreels.sampling.prompts import (
 )
 from comfyui_skyreels.skyreels.sampling.sample import sample
 from comfyui_skyreels.skyreels.sampling.settings import SamplingSettings, euler, get_sigmas
-from comfyui_skyreels.skyreels.sampling.step_cache import CACHES
+from comfyui_skyreels.skyreels.sampling.step_cache import CACHES, CacheConfig
 from comfyui_skyreels.skyreels.transformer.attention import sdpa
 from comfyui_skyreels.skyreels.transformer.layers import rope_table
 from comfyui_skyreels.skyreels.transformer.model import call
@@ -154,20 +154,25 @@ def test_saved_steps_of_another_strength_are_refused(model, conditioning, tmp_pa
         run(model, conditioning, [ScheduledPrompt(CAT, 0.5), ScheduledPrompt(DOG)], resume=file)
 
 
-@pytest.mark.parametrize("name", ["easy", "fast", "first-block"])
-@pytest.mark.parametrize(
-    "positive",
-    [
-        [ScheduledPrompt(CAT), ScheduledPrompt(DOG)],
-        [ScheduledPrompt(CAT, sigma_end=HALF), ScheduledPrompt(DOG, sigma_start=HALF)],
-        [ScheduledPrompt(CAT, sigma_start=0.95), ScheduledPrompt(DOG, sigma_end=0.4)],
-    ],
-)
+SEVERAL = {
+    "together": [ScheduledPrompt(CAT), ScheduledPrompt(DOG)],
+    "in turn": [ScheduledPrompt(CAT, sigma_end=HALF), ScheduledPrompt(DOG, sigma_start=HALF)],
+    "in part": [ScheduledPrompt(CAT, sigma_start=0.95), ScheduledPrompt(DOG, sigma_end=0.4)],
+}
+
+
+@pytest.fixture(scope="module")
+def without_a_cache(model, conditioning):
+    return {name: run(model, conditioning, positive) for name, positive in SEVERAL.items()}
+
+
+@pytest.mark.parametrize("kind", ["easy", "first-block"])
+@pytest.mark.parametrize("several", SEVERAL)
 def test_a_cache_that_skips_nothing_changes_no_bit_with_several_prompts(
-    model, conditioning, name, positive
+    model, conditioning, without_a_cache, kind, several
 ):
-    off, cost = run(model, conditioning, positive)
-    none, same = run(model, conditioning, positive, cache=replace(CACHES[name], threshold=0.0))
+    off, cost = without_a_cache[several]
+    none, same = run(model, conditioning, SEVERAL[several], cache=CacheConfig(kind, 0.0))
     assert cost == same
     assert torch.equal(off, none)
 

@@ -43,6 +43,10 @@ def model():
 
 @pytest.fixture
 def conditioning():
+    return a_picture()
+
+
+def a_picture():
     generator = torch.Generator().manual_seed(2)
     return ImageConditioning(torch.randn(1, 16, 1, 4, 6, generator=generator), 48, 32, 9)
 
@@ -291,9 +295,16 @@ def stop_after(checks: int) -> TorchRuntime:
     return TorchRuntime(on_check=check)
 
 
+@pytest.fixture(scope="module")
+def before(model):
+    """Latents of a run before any is cancelled."""
+    return run(model, a_picture())
+
+
 @pytest.mark.parametrize("checks", [0, 3, 5, 17, 30])
-def test_cancelled_run_stops_within_a_block_and_the_next_is_good(model, conditioning, checks):
-    before = run(model, conditioning)
+def test_cancelled_run_stops_within_a_block_and_the_next_is_good(
+    model, conditioning, before, checks
+):
     with pytest.raises(StopError):
         run(model, conditioning, runtime=stop_after(checks))
     assert torch.equal(run(model, conditioning), before)
@@ -780,7 +791,7 @@ def test_text_to_video_equals_diffusers_own_pipeline(text_model, monkeypatch):
         pipeline, "decode_frames",
         lambda vae, latents, *a, **k: decoded.append(latents) or decode(vae, latents, *a, **k),
     )  # fmt: skip
-    vae = tiny.randomize(VideoVAE(tiny.VAE))
+    vae = tiny.randomize(VideoVAE(tiny.SMALL_VAE))
     frames = image_to_video(
         text_model, vae, None, PROMPT, NEGATIVE, SamplingSettings(seed=11, sigmas=get_sigmas(6)),
         **size, runtime=RUNTIME,
@@ -799,7 +810,7 @@ def test_a_picture_is_given_where_the_transformer_takes_one_and_nowhere_else(
         run(text_model, conditioning)
     with pytest.raises(OptionError, match="32 input channels.* needs a picture"):
         run(model, size)
-    vae = tiny.randomize(VideoVAE(tiny.VAE))
+    vae = tiny.randomize(VideoVAE(tiny.SMALL_VAE))
     settings = SamplingSettings(sigmas=SIGMAS)
     for each, image in ((text_model, torch.rand(1, 32, 48, 3)), (model, None)):
         with pytest.raises(OptionError, match="picture"):
@@ -818,7 +829,7 @@ def test_text_to_video_runs_with_every_cache_and_resumes(text_model, tmp_path, c
 
 
 def test_pipeline_is_deterministic_to_the_last_bit(model):
-    vae = tiny.randomize(VideoVAE(tiny.VAE))
+    vae = tiny.randomize(VideoVAE(tiny.SMALL_VAE))
     image = torch.rand(1, 32, 32, 3)
     size = {"height": 32, "width": 32, "num_frames": 5}
     settings = SamplingSettings(sigmas=get_sigmas(2))

@@ -24,7 +24,7 @@ from support import tiny
 from support.tiny import embeds
 
 RUNTIME = TorchRuntime()
-SIGMAS = get_sigmas(4)
+SIGMAS = get_sigmas(2)
 PROMPT, NEGATIVE = embeds(7, 1), embeds(4, 2)
 #: of 7 latent frames: 0..2, 2..4 and 4..6
 WINDOWS = ContextWindows(3, 1)
@@ -261,7 +261,7 @@ def test_the_plan_counts_the_windows_that_are_evaluated(model, schedule, monkeyp
 
     monkeypatch.setattr(model, "denoise_together", count)
     windows = replace(WINDOWS, schedule=schedule)
-    run(model, windows)
+    run(model, windows, sigmas=get_sigmas(4))
     job = Job(48, 32, 25, 4, 4, text_tokens=7, config=tiny.TRANSFORMER, windows=windows)
     assert job.num_evaluations == counted
     assert job.tokens == 3 * 2 * 3 + 7
