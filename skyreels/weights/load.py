@@ -841,4 +841,4 @@ def _is_finite(weight: Tensor) -> bool:
         return True
     # a sum reads the weight once; it is finite unless an element is not, or many are near the limit
     sum_dtype = torch.promote_types(weight.dtype, torch.float32)
-    return bool(weight.sum(dtype=sum_dtype).isfinite()) or bool(weight.isfinite().all())
+    return math.isfinite(weight.sum(dtype=sum_dtype).item()) or bool(weight.isfinite().all())
