@@ -494,7 +494,6 @@ def test_fp8_of_cudnn_is_called_as_its_frontend_wants_and_judged_by_its_error(
     assert "0.04 is allowed" in choice.reason
 
 
-@pytest.mark.usefixtures("one_kind")
 def test_fa3_is_called_with_scales_for_each_head_and_judged_by_its_error(machine, install):
     """Queries and keys in e4m3 cost more than integers do, too much for some kinds of input."""
     machine("sm90")
@@ -510,6 +509,7 @@ def test_fa3_is_called_with_scales_for_each_head_and_judged_by_its_error(machine
     assert "0.04 is allowed" in choice.reason
 
 
+@pytest.mark.usefixtures("one_kind")
 def test_short_sequences_stay_exact(machine, install):
     machine("sm90")
     install("comfy_kitchen", int8_attention=close)
@@ -572,7 +572,6 @@ def int8_weights(query, key, value, tile=128):
     return (rounded @ value.float() / rounded.sum(-1, keepdim=True)).to(query.dtype)
 
 
-@pytest.mark.usefixtures("one_kind")
 def test_a_kernel_that_loses_what_stands_beside_a_sink_is_refused_with_the_number(machine, install):
     machine("sm89")
     install("comfy_kitchen", int8_attention=int8_weights)
@@ -597,6 +596,7 @@ def test_the_next_one_takes_over_and_the_log_says_why(machine, install, caplog):
     assert "comfy-kitchen: self-test failed, error" in record.message
 
 
+@pytest.mark.usefixtures("one_kind")
 def test_the_fastest_of_those_that_are_right_is_used_and_all_are_told(machine, install, timed):
     machine("sm89")
     install("comfy_kitchen", int8_attention=close)
@@ -679,7 +679,6 @@ def test_a_kernel_is_tried_once_for_sizes_that_are_alike_and_said_once(machine, 
 
 
 @pytest.mark.usefixtures("one_kind")
-@pytest.mark.usefixtures("one_kind")
 @pytest.mark.parametrize(
     "error",
     [
@@ -704,6 +703,7 @@ def test_want_of_memory_in_the_trial_is_no_verdict(machine, install, error):
     assert fast().name == "comfy-kitchen"
 
 
+@pytest.mark.usefixtures("one_kind")
 def test_want_of_memory_at_the_clock_is_no_verdict(machine, install, monkeypatch):
     machine("sm89")
     install("comfy_kitchen", int8_attention=close)
@@ -719,7 +719,6 @@ def test_want_of_memory_at_the_clock_is_no_verdict(machine, install, monkeypatch
     assert fast().name == "comfy-kitchen"
 
 
-@pytest.mark.usefixtures("one_kind")
 def test_a_trial_that_breaks_the_gpu_says_how_to_go_on_without_it(machine, install):
     def broken(query, key, value):
         raise RuntimeError("CUDA error: an illegal memory access was encountered")
@@ -730,6 +729,7 @@ def test_a_trial_that_breaks_the_gpu_says_how_to_go_on_without_it(machine, insta
         fast()
 
 
+@pytest.mark.usefixtures("one_kind")
 def test_a_package_installed_later_is_found(machine, install):
     machine("sm80")
     assert fast().name == "flash"
@@ -865,7 +865,6 @@ def test_our_kernel_names_the_head_dimensions_and_devices_it_takes(monkeypatch):
         load(DEVICES["sm100"], CPU, 128, torch.bfloat16)
 
 
-@pytest.mark.usefixtures("one_kind")
 # --- pinned by the environment -------------------------------------------------------------------
 
 
@@ -897,6 +896,7 @@ def test_triton_alone_is_tried_where_it_is_pinned_and_whatever_its_speed(
     assert "FA3, comfy-kitchen, cuDNN fp8: SKYREELS_BACKEND=triton" in choice.reason
 
 
+@pytest.mark.usefixtures("one_kind")
 def test_one_kernel_in_8_bits_can_be_pinned_but_must_be_right(machine, install, monkeypatch, timed):
     machine("sm89")
     install("comfy_kitchen", int8_attention=close)
