@@ -31,6 +31,7 @@ from ..kernels import QuantFormat
 from ..kernels.blocks import factors
 from ..kernels.dispatch import is_passing
 from ..runtime import Runtime, in_parts
+from ..runtime.offload import shapes_only
 from ..transformer.block_linear import BlockLinear, unpack
 from ..transformer.model import SkyReelsTransformer
 from ..transformer.quant import (
@@ -256,7 +257,7 @@ def reload_parameters(
             f"{info.path.name} was changed, moved or deleted since it was loaded, and its weights "
             "must be read again: put it back, or load the transformer again."
         )
-    with torch.device("meta"):
+    with shapes_only():
         unfilled = SkyReelsTransformer(transformer.config)
     shapes = {name: tuple(p.shape) for name, p in unfilled.state_dict().items()}
     plan = _plan(info, shapes, lambda name: transformer_sources(name, info.layout))
@@ -578,7 +579,7 @@ def _assemble(
     Returns:
         The module in eval mode, on `runtime.offload_device`.
     """
-    with torch.device("meta"):
+    with shapes_only():
         module = build()
     shapes = {name: tuple(p.shape) for name, p in module.state_dict().items()}
     targets = _plan(info, shapes, sources)
