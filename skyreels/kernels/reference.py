@@ -15,6 +15,8 @@ from torch import Tensor
 EPS = 1e-6
 #: largest magnitude of each 8-bit format
 FORMAT_MAX = {torch.float8_e4m3fn: 448.0, torch.int8: 127.0}
+#: of a clip that are normed or added at once, where frames are smaller
+PIECE_ELEMENTS = 1 << 16
 
 
 def _upcast(x: Tensor) -> Tensor:
@@ -194,28 +196,38 @@ def channel_moments(x: Tensor) -> tuple[Tensor, Tensor]:
     Returns:
         Twice [B, C]: float64, or float32 on devices that have no float64 (MPS, Arc).
     """
-    return _merged(
-        [_frame_moments(frame) for frame in x.unbind(2)]
-    )  # frames: wide copies are large
+    return _merged([_moments(x[:, :, frames]) for frames in _pieces(x)])
 
 
-def _frame_moments(frame: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and variance of each channel of [B, C, H, W], twice [B, C]; see `channel_moments`."""
+def _pieces(x: Tensor) -> Iterator[slice]:
+    """Frames of [B, C, T, H, W] to work on at once: one, and several where they are small."""
+    # wide copies are large; but of small ones the calls would cost more than the work
+    elements, count = x[:, :, 0].numel(), 1
+    # with other sizes and layouts torch would round some of several frames otherwise
+    if elements and elements % 64 == 0 and x.shape[3] > 1 and x.stride(1) == 1:
+        count = max(1, PIECE_ELEMENTS // elements)
+    for start in range(0, x.shape[2], count):
+        yield slice(start, min(start + count, x.shape[2]))
+
+
+def _moments(frames: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and variance of each channel of each frame, twice [T, B, C]; see `channel_moments`."""
     # each row has its own, which are merged: strips of a clip give the same as the whole
-    dtype = torch.float64 if frame.device.type in ("cpu", "cuda", "meta") else torch.float32
-    wide = frame.to(torch.promote_types(frame.dtype, torch.float32))
-    pivot = wide.mean(3, keepdim=True)
+    dtype = torch.float64 if frames.device.type in ("cpu", "cuda", "meta") else torch.float32
+    wide = frames.to(torch.promote_types(frames.dtype, torch.float32))
+    pivot = wide.mean(4, keepdim=True)
     centred = wide - pivot
-    offset = centred.mean(3).to(dtype)  # what the rounding of the pivot left
+    offset = centred.mean(4).to(dtype)  # what the rounding of the pivot left
     means = pivot[..., 0].to(dtype) + offset
-    variances = centred.square_().mean(3).to(dtype) - offset.square()
-    mean = means.mean(2, keepdim=True)
-    return mean[..., 0], variances.mean(2) + (means - mean).square_().mean(2)
+    variances = centred.square_().mean(4).to(dtype) - offset.square()
+    mean = means.mean(3, keepdim=True)
+    variance = variances.mean(3) + (means - mean).square_().mean(3)
+    return mean[..., 0].permute(2, 0, 1), variance.permute(2, 0, 1)
 
 
 def _merged(parts: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-    """Moments of parts of one size as those of the whole (Chan et al.), twice [B, C]."""
-    means, variances = (torch.stack(each) for each in zip(*parts, strict=True))
+    """Moments of the frames of a clip as those of the whole (Chan et al.), twice [B, C]."""
+    means, variances = (torch.cat(each) for each in zip(*parts, strict=True))
     mean = means.mean(0)
     return mean, variances.mean(0) + (means - mean).square_().mean(0)
 
@@ -239,15 +251,15 @@ def norm_silu_pad_(
     height, width = x.shape[3:]
     side = (out.shape[4] - width) // 2
     inner = out[..., side : side + height, side : side + width]
-    for index, frame in enumerate(x.unbind(2), front):  # wide copies of one frame at a time
-        target = inner[:, :, index]
+    for frames in _pieces(x):
+        piece, target = x[:, :, frames], inner[:, :, front + frames.start : front + frames.stop]
         if scale is None or shift is None:
-            target.copy_(frame)
+            target.copy_(piece)
         elif scale.dtype == out.dtype:
-            torch.addcmul(shift[:, :, 0], frame, scale[:, :, 0], out=target)
+            torch.addcmul(shift, piece, scale, out=target)
             F.silu(target, inplace=True)
         else:
-            wide = torch.addcmul(shift[:, :, 0], frame.to(scale.dtype), scale[:, :, 0])
+            wide = torch.addcmul(shift, piece.to(scale.dtype), scale)
             target.copy_(F.silu(wide, inplace=True))
     written = out[:, :, front:]
     if side:
@@ -266,14 +278,15 @@ def residual_add_(x: Tensor, branch: Tensor, bias: Tensor) -> None:
 
 def residual_add_moments_(x: Tensor, branch: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
     """`residual_add_`, and `channel_moments` of what it leaves in x."""
-    return _merged([_frame_moments(frame) for frame in _added(x, branch, bias)])
+    return _merged([_moments(frames) for frames in _added(x, branch, bias)])
 
 
 def _added(x: Tensor, branch: Tensor, bias: Tensor) -> Iterator[Tensor]:
-    """Add to x, and yield each frame after it."""
-    wide = bias[:, None, None].to(torch.promote_types(x.dtype, torch.float32))
-    for frame, addend in zip(x.unbind(2), branch.unbind(2), strict=True):
-        yield frame.copy_((addend + wide).add_(frame))
+    """Add to x, and yield its frames after it, some at a time."""
+    wide = bias[:, None, None, None].to(torch.promote_types(x.dtype, torch.float32))
+    for frames in _pieces(x):
+        piece = x[:, :, frames]
+        yield piece.copy_((branch[:, :, frames] + wide).add_(piece))
 
 
 def interleave_(x: Tensor, bias: Tensor, out: Tensor) -> None:
@@ -292,24 +305,28 @@ def interleave_(x: Tensor, bias: Tensor, out: Tensor) -> None:
 
 def interleave_moments_(x: Tensor, bias: Tensor, out: Tensor) -> tuple[Tensor, Tensor]:
     """`interleave_`, and `channel_moments` of what it leaves in `out`."""
-    return _merged([_frame_moments(frame) for frame in _interleaved(x, bias, out)])
+    return _merged([_moments(frames) for frames in _interleaved(x, bias, out)])
 
 
 def _interleaved(x: Tensor, bias: Tensor, out: Tensor) -> Iterator[Tensor]:
-    """Fill `out`, and yield each of its frames after it."""
-    copies = x.shape[1] // out.shape[1]
+    """Fill `out`, and yield its frames after it, some at a time."""
+    in_time = x.shape[1] // out.shape[1] // 4
     height, width = x.shape[3] - 1, x.shape[4] - 1
-    by_copy = torch.unflatten(x, 1, (copies // 4, 2, 2, out.shape[1]))
-    wide = bias[:, None, None].to(torch.promote_types(x.dtype, torch.float32))
-    first = copies // 4 * x.shape[2] - out.shape[2]
-    for index, frame in enumerate(out.unbind(2), first):
-        source, copy = divmod(index, copies // 4)
-        for row in range(2):
-            for column in range(2):
-                part = by_copy[:, copy, row, column, :, source]
-                part = part[..., row : row + height, column : column + width]
-                frame[..., row::2, column::2] = part + wide
-        yield frame
+    by_copy = torch.unflatten(x, 1, (in_time, 2, 2, out.shape[1]))
+    wide = bias[:, None, None, None].to(torch.promote_types(x.dtype, torch.float32))
+    first = in_time * x.shape[2] - out.shape[2]
+    for frames in _pieces(out):
+        piece = out[:, :, frames]
+        for index in range(frames.start, min(frames.start + in_time, frames.stop)):
+            source, copy = divmod(first + index, in_time)
+            target = piece[:, :, index - frames.start :: in_time]
+            sources = slice(source, source + target.shape[2])
+            for row in range(2):
+                for column in range(2):
+                    part = by_copy[:, copy, row, column, :, sources]
+                    part = part[..., row : row + height, column : column + width]
+                    target[..., row::2, column::2] = part + wide
+        yield piece
 
 
 def rescale_(

@@ -23,7 +23,7 @@ import torch
 
 from ..config import CHUNKINGS, TILINGS, TransformerConfig, VAEConfig
 from ..errors import OutOfRoomError
-from ..runtime.offload import module_tensors, unfilled
+from ..runtime.offload import module_tensors, shapes_only
 from ..runtime.outcomes import in_bytes, in_seconds
 from ..runtime.streaming import SLOTS, choose_resident, least_bytes, simulate
 from ..transformer.attention import FAST_BYTES
@@ -423,6 +423,6 @@ def _plan_decode(machine: Machine, job: Job, mode: str) -> tuple[str, int, float
 @lru_cache(maxsize=8)
 def vae_bytes(config: VAEConfig, dtype: torch.dtype) -> int:
     """Bytes of a VAE's weights."""
-    with unfilled():
+    with shapes_only():
         vae = VideoVAE(config)
     return sum(tensor.numel() for tensor in module_tensors(vae)) * dtype.itemsize

@@ -10,7 +10,7 @@ from torch import nn
 
 from ..config import TransformerConfig
 from ..kernels.blocks import BLOCK_TYPES, row_bytes
-from ..runtime.offload import module_tensors, unfilled, weight_bytes
+from ..runtime.offload import module_tensors, shapes_only, weight_bytes
 from ..transformer.block_linear import BlockLinear
 from ..transformer.model import SkyReelsTransformer
 from ..transformer.quant import STORAGE_DTYPES, QuantLinear, is_quantizable
@@ -122,7 +122,7 @@ def weights_as(config: TransformerConfig, stored: str, precision: str) -> Weight
     doubles, singles = min(config.num_layers, 5), min(config.num_single_layers, 1)
     small = replace(config, num_layers=doubles, num_single_layers=singles)
     is_wide = precision == "fp32" or (precision == "auto" and stored == "fp32")
-    with unfilled():
+    with shapes_only():
         model = SkyReelsTransformer(small).to(torch.float32 if is_wide else torch.bfloat16)
     in_blocks = precision == "auto" and stored in BLOCK_TYPES
     keeps = precision == "auto" and stored in STORAGE_DTYPES

@@ -31,7 +31,7 @@ from ..kernels import QuantFormat
 from ..kernels.blocks import factors
 from ..kernels.dispatch import is_passing
 from ..runtime import Runtime, in_parts
-from ..runtime.offload import unfilled
+from ..runtime.offload import shapes_only
 from ..transformer.block_linear import BlockLinear, unpack
 from ..transformer.model import SkyReelsTransformer
 from ..transformer.quant import (
@@ -257,9 +257,9 @@ def reload_parameters(
             f"{info.path.name} was changed, moved or deleted since it was loaded, and its weights "
             "must be read again: put it back, or load the transformer again."
         )
-    with unfilled():
-        alike = SkyReelsTransformer(transformer.config)
-    shapes = {name: tuple(p.shape) for name, p in alike.state_dict().items()}
+    with shapes_only():
+        unfilled = SkyReelsTransformer(transformer.config)
+    shapes = {name: tuple(p.shape) for name, p in unfilled.state_dict().items()}
     plan = _plan(info, shapes, lambda name: transformer_sources(name, info.layout))
     targets = {target.name: target for target in plan}
     with ExitStack() as stack:
@@ -579,7 +579,7 @@ def _assemble(
     Returns:
         The module in eval mode, on `runtime.offload_device`.
     """
-    with unfilled():
+    with shapes_only():
         module = build()
     shapes = {name: tuple(p.shape) for name, p in module.state_dict().items()}
     targets = _plan(info, shapes, sources)
@@ -842,4 +842,4 @@ def _is_finite(weight: Tensor) -> bool:
         return True
     # a sum reads the weight once; it is finite unless an element is not, or many are near the limit
     sum_dtype = torch.promote_types(weight.dtype, torch.float32)
-    return bool(weight.sum(dtype=sum_dtype).isfinite()) or bool(weight.isfinite().all())
+    return math.isfinite(weight.sum(dtype=sum_dtype).item()) or bool(weight.isfinite().all())

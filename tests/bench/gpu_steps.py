@@ -81,9 +81,9 @@ class Context:
         self.tidy()
 
     def tidy(self) -> None:
-        """Give back what nothing uses any more."""
-        gc.collect()
+        """Give back memory of the GPU that nothing uses any more."""
         if self.is_cuda:
+            gc.collect()
             torch.cuda.empty_cache()
 
     def run_child(self, name: str, limit_s: float) -> None:

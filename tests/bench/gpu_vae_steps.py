@@ -49,7 +49,7 @@ def vae(context: Context) -> None:
 def decodes(context: Context) -> None:
     """97 frames of 544x960 in our modes and by diffusers in tiles: warm, then timed in turns."""
     config = VAEConfig() if context.full else tiny.VAE
-    shape = torch.Size((1, 16, 25, 68, 120) if context.full else (1, 16, 5, 3, 4))
+    shape = torch.Size((1, 16, 25, 68, 120) if context.full else (1, 16, 2, 3, 4))
     dtype = torch.bfloat16 if context.is_cuda else torch.float32
     with torch.device("meta"):
         ours = VideoVAE(config).to(dtype)

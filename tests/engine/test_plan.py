@@ -40,7 +40,7 @@ from comfyui_skyreels.skyreels.plan import (
 )
 from comfyui_skyreels.skyreels.plan.advice import least_free_bytes
 from comfyui_skyreels.skyreels.runtime import TorchRuntime
-from comfyui_skyreels.skyreels.runtime.offload import reserve_bytes, unfilled
+from comfyui_skyreels.skyreels.runtime.offload import reserve_bytes, shapes_only
 from comfyui_skyreels.skyreels.runtime.outcomes import corrections, device_key, learn, remember
 from comfyui_skyreels.skyreels.runtime.streaming import SLOTS, least_bytes
 from comfyui_skyreels.skyreels.transformer.model import SkyReelsTransformer
@@ -106,7 +106,7 @@ def in_precision(model, precision):
 
 @lru_cache
 def shape_only(precision, **blocks):
-    with unfilled():
+    with shapes_only():
         model = SkyReelsTransformer(replace(CONFIG, **blocks)).bfloat16().requires_grad_(False)
     return in_precision(model, precision)
 
@@ -215,7 +215,7 @@ def test_auto_keeps_what_the_file_holds(stored):
 
 @pytest.mark.parametrize("config", [tiny.TRANSFORMER, replace(CONFIG, num_layers=5)])
 def test_weights_of_models_of_other_sizes_are_counted_too(config):
-    with unfilled():
+    with shapes_only():
         model = SkyReelsTransformer(config).bfloat16()
     made, planned = weights_of(model), weights_as(config, "bf16", "auto")
     assert (planned.blocks, planned.total) == (made.blocks, made.total)
@@ -277,7 +277,7 @@ def test_a_decode_is_planned_as_it_is_chosen_in_a_run(mode, gigabytes):
 
 @pytest.fixture(scope="module")
 def meta_vae():
-    with unfilled():
+    with shapes_only():
         return VideoVAE(VAEConfig()).bfloat16()
 
 

@@ -10,7 +10,7 @@ from functools import lru_cache
 from typing import NamedTuple
 
 from ...config import TransformerConfig
-from ...runtime.offload import unfilled
+from ...runtime.offload import shapes_only
 from ...transformer.model import SkyReelsTransformer
 from ..dialects import LORA_PREFIXES
 from ..keymaps import HALF_SWAPPED, transformer_sources
@@ -43,7 +43,7 @@ def parameter_shapes(config: TransformerConfig) -> dict[str, tuple[int, ...]]:
     Returns:
         By name, in the order of the module tree.
     """
-    with unfilled():
+    with shapes_only():
         model = SkyReelsTransformer(config)
     return {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
 

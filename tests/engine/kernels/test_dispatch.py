@@ -2,10 +2,12 @@
 
 import ast
 import contextlib
+import functools
 import os
 import sys
 from dataclasses import replace
 from types import SimpleNamespace
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -35,71 +37,74 @@ def on_gpu(monkeypatch):
 # --- one of each --------------------------------------------------------------------------------
 
 
-def found_in_the_engine(is_one) -> list[str]:
-    """ "file:name" of the definitions in skyreels/ that `is_one` holds for."""
-    return [
-        f"{path.relative_to(ROOT / 'skyreels').as_posix()}:{node.name}"
-        for path in sorted((ROOT / "skyreels").rglob("*.py"))
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
-        if isinstance(node, ast.ClassDef | ast.FunctionDef) and is_one(node)
-    ]
+class Definition(NamedTuple):
+    """A class or a function of the engine.
+
+    Attributes:
+        place: "file:name".
+        fields: of a class, those that are declared; of a function none.
+        names: of a function, what is named in it; of a class none.
+        calls: likewise, what is called by its bare name.
+    """
+
+    place: str
+    fields: set[str]
+    names: set[str]
+    calls: set[str]
 
 
-def fields(node) -> set[str]:
-    if not isinstance(node, ast.ClassDef):
-        return set()
-    return {part.target.id for part in node.body if isinstance(part, ast.AnnAssign)}
-
-
-def names(node) -> set[str]:
-    inner = [child for child in ast.walk(node) if isinstance(child, ast.Name | ast.Attribute)]
-    return {child.id if isinstance(child, ast.Name) else child.attr for child in inner}
+@functools.cache
+def definitions() -> list[Definition]:
+    """Those of all files in skyreels/."""
+    found = []
+    for path in sorted((ROOT / "skyreels").rglob("*.py")):
+        file = path.relative_to(ROOT / "skyreels").as_posix()
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            place = f"{file}:{getattr(node, 'name', '')}"
+            if isinstance(node, ast.ClassDef):
+                declared = [part.target.id for part in node.body if isinstance(part, ast.AnnAssign)]
+                found.append(Definition(place, {*declared}, set(), set()))
+            elif isinstance(node, ast.FunctionDef):
+                inner = list(ast.walk(node))
+                bare = [each.id for each in inner if isinstance(each, ast.Name)]
+                dotted = [each.attr for each in inner if isinstance(each, ast.Attribute)]
+                calls = [each.func for each in inner if isinstance(each, ast.Call)]
+                called = [getattr(each, "id", "") for each in calls]
+                found.append(Definition(place, set(), {*bare, *dotted}, {*called}))
+    return found
 
 
 def test_a_device_is_described_by_one_class():
-    assert found_in_the_engine(lambda node: "capability" in fields(node)) == [
+    assert [each.place for each in definitions() if "capability" in each.fields] == [
         "kernels/dispatch.py:DeviceInfo"
     ]
 
 
 def test_a_choice_and_its_reason_are_one_class():
-    assert found_in_the_engine(lambda node: "reason" in fields(node)) == [
+    assert [each.place for each in definitions() if "reason" in each.fields] == [
         "kernels/dispatch.py:Decision"
     ]
 
 
 def test_fast_paths_are_compared_with_their_reference_by_one_function():
-    makers = found_in_the_engine(
-        lambda node: (
-            isinstance(node, ast.FunctionDef)
-            and any(
-                isinstance(call, ast.Call) and getattr(call.func, "id", "") == "Finding"
-                for call in ast.walk(node)
-            )
-        )
-    )
-    assert makers == ["kernels/dispatch.py:probe"]
+    assert [each.place for each in definitions() if "Finding" in each.calls] == [
+        "kernels/dispatch.py:probe"
+    ]
 
 
 def test_fast_paths_are_timed_by_one_function():
-    timers = found_in_the_engine(
-        lambda node: (
-            isinstance(node, ast.FunctionDef)
-            and names(node) & {"Event", "perf_counter", "elapsed_time"}
-            and "kernel" not in fields(node)
-        )
-    )
-    assert [name for name in timers if name.startswith(("kernels", "transformer"))] == [
+    clocks = {"Event", "perf_counter", "elapsed_time"}
+    timers = [each.place for each in definitions() if each.names & clocks]
+    assert [place for place in timers if place.startswith(("kernels", "transformer"))] == [
         "kernels/dispatch.py:median_ms"
     ]
 
 
 def test_trials_run_and_their_errors_are_judged_in_one_function():
     """What may be remembered as a verdict is decided nowhere else."""
-    callers = found_in_the_engine(
-        lambda node: isinstance(node, ast.FunctionDef) and "_failure" in names(node)
-    )
-    assert callers == ["kernels/dispatch.py:decide"]
+    assert [each.place for each in definitions() if "_failure" in each.names] == [
+        "kernels/dispatch.py:decide"
+    ]
 
 
 # --- the timer ----------------------------------------------------------------------------------
@@ -201,6 +206,7 @@ def test_a_row_among_the_attentions_is_decided_probed_and_reported(monkeypatch, 
 
 def test_a_row_among_the_gemms_is_decided_probed_and_reported(monkeypatch):
     monkeypatch.setitem(quant.GEMMS["cuda"], INT8, ("new",))
+    monkeypatch.setitem(quant.GEMMS["cuda"], torch.float8_e4m3fn, ("float32",))  # not asked of here
     monkeypatch.setitem(quant.UNSCALED_GEMMS, "new", quant._float32_mm)
     monkeypatch.setattr(quant, "time_gemms", lambda names, **_: {})
     assert quant.choose_gemm(INT8, CPU).impl == "new"

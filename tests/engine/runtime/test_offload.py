@@ -21,6 +21,20 @@ def test_onloaded_tensors_are_put_back_as_the_same_objects():
     assert {name: (p, p.data_ptr()) for name, p in module.named_parameters()} == before
 
 
+def test_modules_of_shapes_only_have_the_shapes_of_others_and_none_of_their_numbers():
+    def build():
+        return torch.nn.Sequential(
+            torch.nn.Linear(3, 5), torch.nn.Conv3d(2, 4, 3), torch.nn.GroupNorm(2, 4)
+        )
+
+    with offload.shapes_only():
+        module = build()
+    expected = {name: (p.shape, p.dtype) for name, p in build().named_parameters()}
+    assert {name: (p.shape, p.dtype) for name, p in module.named_parameters()} == expected
+    assert all(p.is_meta for p in module.parameters())
+    assert torch.empty(1).device.type == "cpu"
+
+
 def test_whole_pages_are_those_that_hold_nothing_else():
     storage = torch.zeros(40 * PAGESIZE, dtype=torch.uint8)
     generator = torch.Generator().manual_seed(0)

@@ -1,5 +1,6 @@
 """What a step costs, and streaming that leaves everything where it was."""
 
+import functools
 from contextlib import ExitStack
 
 import pytest
@@ -206,18 +207,15 @@ PRECISIONS = ("fp32", "bf16", "fp16", "fp8", "int8", "weight-only fp8", "Q8_0")
 @pytest.mark.parametrize("share", [0.0, 0.5])
 @pytest.mark.parametrize("lockable", [2**40, 0])
 def test_streamed_run_equals_the_resident_run_bit_for_bit(machine, precision, share, lockable):
-    model = in_precision(precision)
+    model, latents, (conditioning, _), (expected, _) = resident(precision)
     kept, sizes = away_bytes(model)
-    inputs = denoise_inputs(model)
     pointers = [p.data_ptr() for p in model.parameters()]
     least = least_bytes(sizes)
     runtime = Locking(int(kept + least + share * (sum(sizes) - least)), lockable)
     with torch.inference_mode(), placed(model, runtime, 0) as run_block:
-        results = [model.denoise(*inputs, run_block=run_block) for _ in range(2)]
+        results = [model.denoise(latents, conditioning, run_block=run_block) for _ in range(2)]
     assert sum(machine.copied) >= (1 - share) * sum(sizes)
     assert [p.data_ptr() for p in model.parameters()] == pointers
-    with torch.inference_mode():
-        expected = model.denoise(*inputs)
     assert all(torch.equal(result, expected) for result in results)
 
 
@@ -226,10 +224,9 @@ def test_streamed_run_equals_the_resident_run_bit_for_bit(machine, precision, sh
 def test_both_branches_share_each_streamed_block_and_equal_the_resident_ones(
     machine, precision, lockable
 ):
-    model = in_precision(precision)
+    model, latents, branches, expected = resident(precision)
     kept, sizes = away_bytes(model)
-    (latents, positive), (_, negative) = denoise_inputs(model), denoise_inputs(model, 4)
-    branches, count = [positive, negative], 3
+    count = 3
     pointers = [p.data_ptr() for p in model.parameters()]
     runtime = Locking(kept + least_bytes(sizes), lockable)
     with torch.inference_mode(), placed(model, runtime, 0) as run_block:
@@ -239,8 +236,6 @@ def test_both_branches_share_each_streamed_block_and_equal_the_resident_ones(
     assert [p.data_ptr() for p in model.parameters()] == pointers
     streamed = sum(sum(t.nbytes for t in block) for block in away_tensors(model))
     assert count * streamed <= sum(machine.copied) <= count * streamed + 2 * max(sizes)
-    with torch.inference_mode():
-        expected = [model.denoise(latents, branch) for branch in branches]
     for result in results:
         assert all(torch.equal(*pair) for pair in zip(result, expected, strict=True))
 
@@ -258,6 +253,16 @@ def test_weights_of_inference_mode_are_streamed_in_it_and_others_in_both(
         with placed(model, Locking(kept + least_bytes(sizes), lockable), 0) as run_block:
             result = model.denoise(*inputs, run_block=run_block)
         assert torch.equal(result, model.denoise(*inputs))
+
+
+@functools.cache
+def resident(precision):
+    """A model that is streamed again and again, latents, two branches, what it makes of them."""
+    model = in_precision(precision)
+    (latents, positive), (_, negative) = denoise_inputs(model), denoise_inputs(model, 4)
+    branches = [positive, negative]
+    with torch.inference_mode():
+        return model, latents, branches, [model.denoise(latents, each) for each in branches]
 
 
 def in_precision(precision):
@@ -331,11 +336,10 @@ def test_too_little_room_says_how_much_and_what_helps(visits):
 def test_an_interrupt_stops_before_the_next_block_and_the_next_run_is_good(
     machine, stop_at, lockable, branches
 ):
-    model = tiny.transformer()
+    model, latents, conditionings, expected = resident("fp32")
+    conditionings, expected = conditionings[:branches], expected[:branches]
     kept, sizes = away_bytes(model)
     pointers = [p.data_ptr() for p in model.parameters()]
-    latents, conditioning = denoise_inputs(model)
-    conditionings = [conditioning, denoise_inputs(model, 4)[1]][:branches]
     ran = []
 
     class StopError(Exception):
@@ -364,7 +368,6 @@ def test_an_interrupt_stops_before_the_next_block_and_the_next_run_is_good(
     assert len(ran) == stop_at
     assert stopped.locked == []
     assert [p.data_ptr() for p in model.parameters()] == pointers
-    expected = [model.denoise(latents, each) for each in conditionings]
     for result in run_twice(Locking(room, lockable)):
         assert all(torch.equal(*pair) for pair in zip(result, expected, strict=True))
 

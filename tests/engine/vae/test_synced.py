@@ -16,11 +16,12 @@ from support import tiny
 pytestmark = pytest.mark.usefixtures("fast_convolutions")
 
 RUNTIME = TorchRuntime()
+NARROW = VAEConfig(block_out_channels=(8, 8, 16, 16), layers_per_block=1, norm_num_groups=4)
 
 
 @pytest.fixture(scope="module")
 def vae64():
-    return tiny.randomize(VideoVAE(tiny.VAE)).double()
+    return tiny.randomize(VideoVAE(NARROW)).double()
 
 
 def latents(frames, height, width):
@@ -55,7 +56,7 @@ def test_with_the_norms_of_the_whole_clip_it_is_the_decode_in_one_pass(vae64, si
 
 def test_strips_change_nothing(vae64, monkeypatch):
     monkeypatch.setattr(model, "sample_starts", lambda frames, strips: ([1], 2))
-    vae_latents = latents(3, 16, 2).double()
+    vae_latents = latents(3, 16, 1).double()
     whole = synced(vae64, vae_latents)
     for strips in (2, 8):
         assert relative(synced(vae64, vae_latents, strips), whole) <= 1e-12, strips
