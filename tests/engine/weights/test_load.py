@@ -597,6 +597,8 @@ from pathlib import Path
 from skyreels.weights.load import load_transformer
 from skyreels.runtime import TorchRuntime
 from skyreels.runtime.offload import weight_bytes
+from support.memory import return_memory
+return_memory()
 def resident(item):  # ru_maxrss would start at what the parent process held
     status = Path("/proc/self/status").read_text()
     return 1024 * int(re.search(item + r":\s+(\d+)", status)[1])
@@ -637,9 +639,9 @@ def test_loading_gigabytes_needs_little_beyond_the_weights(tmp_path, layout, pre
     assert run.returncode == 0, run.stderr
     weights, grown = map(int, run.stdout.split())
     largest_fused = 7 * config.hidden_size**2 * 2
-    bound = largest_fused + 160 * 1024**2
+    bound = largest_fused + 64 * 1024**2
     assert weights >= (1 if precision == "auto" else 0.6) * num_bytes
-    assert weights >= 1.5 * bound  # a second copy of them is no small thing
+    assert weights >= 3 * bound  # a second copy of them is no small thing
     assert grown - weights <= bound, (grown - weights) / 1e6
 
 
