@@ -259,7 +259,6 @@ def start_run(
         raise OutOfRoomError(why_not(machine, job, weights, Choice(attention)))
     if runtime.ranks is not None:
         plan = _chunked_alike(plan, needed, runtime.ranks, device)
-        logger.info("%s.", runtime.ranks)
     logger.info(expectation(plan, job))
     work = f"sample {job.tokens} tokens, {kind_of_work(weights, attention)}, {len(weights.blocks)}"
     return PlannedRun(
