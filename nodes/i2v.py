@@ -319,8 +319,10 @@ class SkyReelsI2V:
             report = f"{report} {why}"
         logger.info("%s", report)
         host.show_outcome("on this machine · nothing paid", unique_id, must_act=False)
-        outputs = [[f"{unique_id}.{name}", slot] for name, slot in
-                   (("decode", 0), ("video", 0), ("sampler", 1))]  # fmt: skip
+        outputs = [
+            [f"{unique_id}.{name}", slot]
+            for name, slot in (("decode", 0), ("video", 0), ("sampler", 1))
+        ]
         return {"expand": nodes, "result": (*outputs[:2], "", outputs[2], report)}
 
 

@@ -114,6 +114,37 @@ def test_no_imports_go_in_a_circle(folder):
     TopologicalSorter(graph).prepare()  # raises CycleError, naming the circle
 
 
+def test_the_formatter_lays_out_nearly_all_of_the_packages():
+    """A few tables of numbers read better as they are written."""
+    places = [
+        f"{path.relative_to(ROOT)}:{number}"
+        for folder in ("nodes", "skyreels", "wiro_api")
+        for path in sources(folder)
+        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1)
+        if "fmt: skip" in line or "fmt: off" in line
+    ]
+    assert len(places) <= 5, places
+
+
+@pytest.mark.parametrize(
+    ("place", "name", "num_arguments", "num_lines"),
+    [
+        ("skyreels/pipeline/__init__.py", "image_to_video", 12, 60),
+        ("skyreels/sampling/sample.py", "sample", 8, 60),
+        ("nodes/local/sampler.py", "sample", None, 60),  # an argument for each widget
+    ],
+)
+def test_what_is_read_first_fits_on_a_screen(place, name, num_arguments, num_lines):
+    functions = [
+        each for each in ast.walk(parsed(ROOT / place)) if isinstance(each, ast.FunctionDef)
+    ]
+    [function] = [each for each in functions if each.name == name]
+    arguments = [*function.args.args, *function.args.kwonlyargs]
+    assert num_arguments is None or len(arguments) <= num_arguments
+    first = function.body[ast.get_docstring(function) is not None]
+    assert function.body[-1].end_lineno - first.lineno < num_lines
+
+
 def test_of_the_nodes_only_the_host_folder_names_comfyui():
     for path in sources("nodes"):
         named = {module.split(".")[0] for module, level, _ in imports(path) if not level}

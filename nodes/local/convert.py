@@ -45,9 +45,17 @@ def to_conditioning(embeds: PromptEmbeds) -> Conditioning:
 
 #: what is read of an entry's options
 USED_KEYS = {
-    "pooled_output", "attention_mask", "guidance", "concat_latent_image", "strength", "default",
-    "start_percent", "end_percent", "clip_start_percent", "clip_end_percent",
-}  # fmt: skip
+    "pooled_output",
+    "attention_mask",
+    "guidance",
+    "concat_latent_image",
+    "strength",
+    "default",
+    "start_percent",
+    "end_percent",
+    "clip_start_percent",
+    "clip_end_percent",
+}
 #: what is not, and what that means; of any other key, only that it is not used
 UNUSED_KEYS = {
     "area": "the entry counts for the whole picture",
@@ -61,8 +69,11 @@ UNUSED_KEYS = {
     "ref_latent": "it belongs to Tencent's own image-to-video model",
 }
 #: parts of another key, which is told
-KEYS_OF_OTHERS = {"mask_strength": "mask", "set_area_to_bounds": "mask",
-                  "control_apply_to_uncond": "control"}  # fmt: skip
+KEYS_OF_OTHERS = {
+    "mask_strength": "mask",
+    "set_area_to_bounds": "mask",
+    "control_apply_to_uncond": "control",
+}
 
 
 def warn_unused(*conditionings: Conditioning | None) -> None:
@@ -93,8 +104,12 @@ def warn_surplus(conditioning: Conditioning | None, name: str, count: int) -> No
     if most > count:
         logger.warning(
             "An entry of the %s conditioning holds %d prompts at once, and the batch has %d "
-            "clip(s): the first %d are used.", name, most, count, count,
-        )  # fmt: skip
+            "clip(s): the first %d are used.",
+            name,
+            most,
+            count,
+            count,
+        )
 
 
 def to_prompt_embeds(conditioning: Conditioning, name: str, index: int = 0) -> PromptEmbeds:
@@ -419,14 +434,18 @@ def image_from_conditioning(positive: Conditioning, latent: Latent | None) -> Im
             logger.warning(
                 "The picture's latent is %dx%d and the clip's %dx%d: it is resized, which blurs "
                 "it. Scale the picture before encoding it.",
-                given.shape[4], given.shape[3], width, height,
-            )  # fmt: skip
+                given.shape[4],
+                given.shape[3],
+                width,
+                height,
+            )
             given = _resized(given, height, width)
         if given.shape[2] > frames:
             logger.warning(
                 "The picture has %d latent frames and the clip %d: the rest is cut off.",
-                given.shape[2], frames,
-            )  # fmt: skip
+                given.shape[2],
+                frames,
+            )
             given = given[:, :, :frames]
     elif frames == 1:
         raise ShapeError(

@@ -69,24 +69,39 @@ class SkyReelsGuidance:
                 "skip_scale": number(
                     1.0, 10.0, "With the extra evaluation: how far it is pushed, 0.5 to 2."
                 ),
-                "skip_start": number(0.1, 1.0, "Fraction of the steps before which no block is "
-                                     "left out; 0 begins at once."),
-                "skip_end": number(0.8, 1.0, "Fraction of the steps after which no block is left "
-                                   "out; 1 goes on to the end."),
-                "fresca_low": number(1.0, 10.0, "FreSca: factor of the low frequencies of the "
-                                     "guidance; 1 changes nothing."),
-                "fresca_high": number(1.0, 10.0, "FreSca: factor of the high frequencies, for "
-                                      "sharpness: 1.25 is usual, 1 changes nothing."),
+                "skip_start": number(
+                    0.1,
+                    1.0,
+                    "Fraction of the steps before which no block is left out; 0 begins at once.",
+                ),
+                "skip_end": number(
+                    0.8,
+                    1.0,
+                    "Fraction of the steps after which no block is left out; 1 goes on to the end.",
+                ),
+                "fresca_low": number(
+                    1.0,
+                    10.0,
+                    "FreSca: factor of the low frequencies of the guidance; 1 changes nothing.",
+                ),
+                "fresca_high": number(
+                    1.0,
+                    10.0,
+                    "FreSca: factor of the high frequencies, for "
+                    "sharpness: 1.25 is usual, 1 changes nothing.",
+                ),
                 "fresca_cutoff": (
                     "INT",
                     {
-                        "default": 20, "min": 1, "max": 10_000,
+                        "default": 20,
+                        "min": 1,
+                        "max": 10_000,
                         "tooltip": "FreSca: indices on either side of frequency zero that are low. "
                         "960x544 has 60 across and 34 down.",
                     },
                 ),
             },
-        }  # fmt: skip
+        }
 
     def make(
         self,

@@ -48,8 +48,12 @@ Told = dict[str, Any]
 #: nodes between a text and the sampler that are followed up a graph
 MAX_DEPTH = 50
 #: folders of the built-in model, by the part that a receipt names
-_BUILTIN_PARTS = {"transformer": "transformer", "vae": "vae", "llama": "text_encoder",
-                  "clip": "text_encoder_2"}  # fmt: skip
+_BUILTIN_PARTS = {
+    "transformer": "transformer",
+    "vae": "vae",
+    "llama": "text_encoder",
+    "clip": "text_encoder_2",
+}
 
 
 # --- what the graph tells -----------------------------------------------------------------------
@@ -236,10 +240,10 @@ def sampler_receipt(
     others = [
         f"{each.name} {getattr(guidance, each.name)}"
         for each in fields(Guidance)
-        if each.name in ("cfg_start", "cfg_end", "guidance_rescale", "cfg_zero_star",
-                         "zero_init_steps")
+        if each.name
+        in ("cfg_start", "cfg_end", "guidance_rescale", "cfg_zero_star", "zero_init_steps")
         and getattr(guidance, each.name) != getattr(usual, each.name)
-    ]  # fmt: skip
+    ]
     if not settings.add_noise:
         others.append("add_noise off")
     is_builtin = model.name == BUILTIN_NAME
@@ -282,17 +286,43 @@ def is_plain(sigmas: Tensor | None, steps: int, shift: float, denoise: float) ->
 
 #: names of the outputs that are parameters, in their order
 _NAMES = (
-    "prompt", "negative_prompt", "seed", "steps", "cfg", "embedded_guidance", "shift", "width",
-    "height", "num_frames", "fit", "noise_augmentation", "latent_strength", "augmentation_seed",
-    "denoise", "cache", "attention", "precision", "decode", "riflex_k",
-)  # fmt: skip
+    "prompt",
+    "negative_prompt",
+    "seed",
+    "steps",
+    "cfg",
+    "embedded_guidance",
+    "shift",
+    "width",
+    "height",
+    "num_frames",
+    "fit",
+    "noise_augmentation",
+    "latent_strength",
+    "augmentation_seed",
+    "denoise",
+    "cache",
+    "attention",
+    "precision",
+    "decode",
+    "riflex_k",
+)
 #: a list is a choice, which only a widget of the very same choices takes
 _TYPES: dict[str, Any] = {
-    "prompt": "STRING", "negative_prompt": "STRING", "cfg": "FLOAT", "embedded_guidance": "FLOAT",
-    "shift": "FLOAT", "noise_augmentation": "FLOAT", "latent_strength": "FLOAT", "denoise": "FLOAT",
-    "fit": list(FITS), "cache": list(CACHE_CHOICES), "attention": list(ATTENTIONS),
-    "precision": list(TRANSFORMER_PRECISIONS), "decode": list(DECODE_MODES),
-}  # fmt: skip
+    "prompt": "STRING",
+    "negative_prompt": "STRING",
+    "cfg": "FLOAT",
+    "embedded_guidance": "FLOAT",
+    "shift": "FLOAT",
+    "noise_augmentation": "FLOAT",
+    "latent_strength": "FLOAT",
+    "denoise": "FLOAT",
+    "fit": list(FITS),
+    "cache": list(CACHE_CHOICES),
+    "attention": list(ATTENTIONS),
+    "precision": list(TRANSFORMER_PRECISIONS),
+    "decode": list(DECODE_MODES),
+}
 
 
 class SkyReelsFromReceipt:

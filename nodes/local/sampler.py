@@ -10,7 +10,14 @@ from torch import Tensor
 
 from ...skyreels.builtin import BUILTIN_NAME, warn_of_builtin_size
 from ...skyreels.conditioning.latents import ImageConditioning
-from ...skyreels.config import ATTENTIONS, BAD_RENDERS, MAX_STEPS, ContextWindows, Guidance
+from ...skyreels.config import (
+    ATTENTIONS,
+    BAD_RENDERS,
+    MAX_STEPS,
+    ContextWindows,
+    Guidance,
+    TransformerConfig,
+)
 from ...skyreels.sampling.batch import Clip, sample_clips
 from ...skyreels.sampling.calibrate import CACHE_CHOICES, choose_cache
 from ...skyreels.sampling.schedules import SCHEDULES, named_sigmas
@@ -392,12 +399,7 @@ class SkyReelsSampler:
             by_hand.append("sigmas")
         convert.warn_unused(positive, negative)
         start = None if latent is None else convert.latent_samples(latent, "start latent")
-        if not model.module.config.takes_image:
-            image = convert.size_without_picture(positive, image, latent)
-        elif image is None:
-            image = convert.image_from_conditioning(positive, latent)
-        elif any("concat_latent_image" in extras for _, extras in positive):
-            logger.warning("The picture in the conditioning is not used: `image` is connected.")
+        image = _picture_of(model, positive, image, latent)
         connected = sigmas
         if sigmas is None:
             sigmas = get_sigmas(steps, shift, denoise)
@@ -424,31 +426,10 @@ class SkyReelsSampler:
         )
         if add_noise:
             convert.check_denoise(denoise, connected, start)
-        count = convert.num_clips(image, start)
-        convert.warn_surplus(positive, "positive", count)
-        convert.warn_surplus(negative, "negative", count)
-        mask = None if latent is None or start is None else convert.noise_mask(latent, start)
-        indices = convert.noise_indices(latent, count)
-        clips = []
-        for index in range(count):
-            prompts = convert.to_prompts(
-                positive, negative, combined, shift, model.module.config, index=index
-            )
-            solver, solver_of = euler, None
-            if sampler is not None:  # one that adds noise of its own has another seed a clip
-                solver_of = partial(_solver_of_clip, sampler, shift, index)
-                solver = solver_of(seed)
-            own = replace(
-                settings,
-                seed=seed,
-                init_latents=convert.clip_of(start, index),
-                add_noise=add_noise,
-                solver=solver,
-                noise_index=indices[index],
-                noise_mask=convert.clip_of(mask, index),
-            )
-            picture = convert.of_batch(image, index, count)
-            clips.append(Clip(picture, *prompts, own, solver_of))
+        config, own = model.module.config, replace(settings, seed=seed)
+        clips = _clips_of(
+            image, latent, start, positive, negative, config, own, sampler, shift, add_noise
+        )
         runtime = host.ComfyRuntime(unique_id, model, with_preview=True)
         runtime.partner = host.second_runtime(second_device, runtime)
         if model.name == BUILTIN_NAME:
@@ -470,6 +451,61 @@ class SkyReelsSampler:
             time.monotonic() - begun,
         )
         return {**(latent or {}), **used, "samples": samples}, receipt
+
+
+def _picture_of(
+    model: host.LoadedModel,
+    positive: convert.Conditioning,
+    image: ImageConditioning | None,
+    latent: convert.Latent | None,
+) -> ImageConditioning:
+    """What a clip begins with: the socket, or what core's conditioning has; else a size alone."""
+    if not model.module.config.takes_image:
+        return convert.size_without_picture(positive, image, latent)
+    if image is None:
+        return convert.image_from_conditioning(positive, latent)
+    if any("concat_latent_image" in extras for _, extras in positive):
+        logger.warning("The picture in the conditioning is not used: `image` is connected.")
+    return image
+
+
+def _clips_of(
+    image: ImageConditioning,
+    latent: convert.Latent | None,
+    start: Tensor | None,
+    positive: convert.Conditioning,
+    negative: convert.Conditioning | None,
+    config: TransformerConfig,
+    settings: SamplingSettings,
+    sampler: Any,
+    shift: float,
+    add_noise: bool,
+) -> list[Clip]:
+    """A clip for each picture of a batch, or for each start latent (the samples of `latent`)."""
+    count = convert.num_clips(image, start)
+    convert.warn_surplus(positive, "positive", count)
+    convert.warn_surplus(negative, "negative", count)
+    mask = None if latent is None or start is None else convert.noise_mask(latent, start)
+    indices = convert.noise_indices(latent, count)
+    clips = []
+    for index in range(count):
+        embeds = convert.to_prompts(
+            positive, negative, settings.guidance, shift, config, index=index
+        )
+        solver, solver_of = euler, None
+        if sampler is not None:  # one that adds noise of its own has another seed a clip
+            solver_of = partial(_solver_of_clip, sampler, shift, index)
+            solver = solver_of(settings.seed)
+        own = replace(
+            settings,
+            init_latents=convert.clip_of(start, index),
+            add_noise=add_noise,
+            solver=solver,
+            noise_index=indices[index],
+            noise_mask=convert.clip_of(mask, index),
+        )
+        clips.append(Clip(convert.of_batch(image, index, count), *embeds, own, solver_of))
+    return clips
 
 
 def _solver_of_clip(sampler: Any, shift: float, index: int, seed: int) -> Any:

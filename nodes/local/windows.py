@@ -24,7 +24,10 @@ class SkyReelsContextWindows:
                 "window_frames": (
                     "INT",
                     {
-                        "default": 97, "min": 5, "max": MAX_FRAMES, "step": 4,
+                        "default": 97,
+                        "min": 5,
+                        "max": MAX_FRAMES,
+                        "step": 4,
                         "tooltip": "Frames of a window, 4k+1; 97 is the trained length. Clips that "
                         "are not longer are sampled whole.",
                     },
@@ -32,7 +35,10 @@ class SkyReelsContextWindows:
                 "overlap_frames": (
                     "INT",
                     {
-                        "default": 24, "min": 0, "max": MAX_FRAMES, "step": 4,
+                        "default": 24,
+                        "min": 0,
+                        "max": MAX_FRAMES,
+                        "step": 4,
                         "tooltip": "Frames that neighbours share at least, a multiple of 4. More "
                         "is smoother and takes more windows: 24 of 97 costs a third more time.",
                     },
@@ -54,7 +60,7 @@ class SkyReelsContextWindows:
                     },
                 ),
             },
-        }  # fmt: skip
+        }
 
     def make(
         self, window_frames: int, overlap_frames: int, schedule: str, blend: str

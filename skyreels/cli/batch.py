@@ -83,19 +83,23 @@ def add_batch(commands: Any) -> argparse.ArgumentParser:
     add_weights(batch)
     add_clip(batch)
     batch.add_argument(
-        "--ray", metavar="ADDRESS",
+        "--ray",
+        metavar="ADDRESS",
         help="make the clips on a Ray cluster, or with `local` in several processes of this "
         "machine; a worker for each GPU",
-    )  # fmt: skip
+    )
     batch.add_argument(
-        "--workers", type=int, metavar="N",
+        "--workers",
+        type=int,
+        metavar="N",
         help="with --ray, so many (default: as there are GPUs, or machines without any)",
-    )  # fmt: skip
+    )
     batch.add_argument(
-        "--wiro-limit", metavar="USD",
+        "--wiro-limit",
+        metavar="USD",
         help='what the jobs with "backend": "remote", which are made on wiro.ai, may cost in all; '
         "none is sent without it",
-    )  # fmt: skip
+    )
     return batch
 
 
@@ -226,9 +230,16 @@ def batch_maker(
         models = keep_models()
         describe(tuple(arguments.lora))
         make_clip(
-            arguments, image, end_image, size, settings, models, prompts,
-            runtime=runtime, start=start,
-        )  # fmt: skip
+            arguments,
+            image,
+            end_image,
+            size,
+            settings,
+            models,
+            prompts,
+            runtime=runtime,
+            start=start,
+        )
 
     return make
 

@@ -110,8 +110,12 @@ def make_clip(  # noqa: PLR0917 - of two callers
     options: Any = {"image_settings": image_settings(arguments), "runtime": runtime}
     clip = None if arguments.extend is None else image
     if clip is None:
-        options |= {"width": width, "height": height, "num_frames": num_frames,
-                    "end_image": end_image}  # fmt: skip
+        options |= {
+            "width": width,
+            "height": height,
+            "num_frames": num_frames,
+            "end_image": end_image,
+        }
     else:
         extend = extend_settings(arguments, num_frames)
         options["extend"] = extend

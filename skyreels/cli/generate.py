@@ -81,11 +81,13 @@ def add_generate(commands: Any, defaults: Mapping[str, Any]) -> argparse.Argumen
     add_weights(generate)
     add_clip(generate)
     generate.add_argument(
-        "--ranks", type=int, metavar="N",
+        "--ranks",
+        type=int,
+        metavar="N",
         help="make the clip on N cards of this machine, 2 to 8: with guidance an even number makes "
         "two groups, one for each prediction of a step; those of a group share a prediction, and "
         "their number divides the heads of attention",
-    )  # fmt: skip
+    )
     _add_extend(generate)
     generate.add_argument(
         "--resume",

@@ -48,10 +48,12 @@ def add_weights(command: argparse.ArgumentParser) -> None:
     )
     command.add_argument("--precision", choices=TRANSFORMER_PRECISIONS, default="auto")
     command.add_argument(
-        "--device", "--devices", default="auto",
+        "--device",
+        "--devices",
+        default="auto",
         help="auto, cpu, cuda or cuda:N; or two with a comma between them, each of which makes one "
         "of the two predictions of a step: cuda:0,cuda:1",
-    )  # fmt: skip
+    )
     command.add_argument(
         "--lora",
         type=parse_lora,

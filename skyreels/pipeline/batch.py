@@ -351,14 +351,16 @@ def _write_summary(
         is_left = line.task is not None and line.task.digest not in ended
         kind = "found" if not result.tries else "made"
         counts["left" if is_left else "failed" if result.error else kind] += 1
-        jobs.append({
-            "line": line.number,
-            "file": line.task.place(folder).name if line.task and not result.error else None,
-            "seconds": round(result.seconds, 3),
-            "worker": result.worker,
-            "tries": result.tries,
-            "error": result.error or None,
-        })  # fmt: skip
+        jobs.append(
+            {
+                "line": line.number,
+                "file": line.task.place(folder).name if line.task and not result.error else None,
+                "seconds": round(result.seconds, 3),
+                "worker": result.worker,
+                "tries": result.tries,
+                "error": result.error or None,
+            }
+        )
     elapsed_s = round(time.perf_counter() - start, 3)
     summary = {"skyreels_batch": 1, **counts, "elapsed_s": elapsed_s, "jobs": jobs}
     write_json(folder / SUMMARY, summary)

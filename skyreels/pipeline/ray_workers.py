@@ -149,11 +149,14 @@ def work_on_ray(
         try:
             start, count = _starter(crew, arguments)
             yield from drive(
-                tasks, _RayWorkers(start, tell), count,
+                tasks,
+                _RayWorkers(start, tell),
+                count,
                 admit=partial(is_fit, weights=weights, tell=tell),
                 save=lambda task, clip: write_whole(task.place(arguments.out), clip),
-                tell=tell, check=check,
-            )  # fmt: skip
+                tell=tell,
+                check=check,
+            )
         except RayError as error:
             raise OptionError(
                 f"Ray has failed ({shown(_last_line(error), 300)}): see `ray status`; the same "
@@ -325,8 +328,11 @@ def _starter(crew: Crew, arguments: Namespace) -> tuple[Callable[[], Any], int]:
         count = min(count, gpus)
     # the threads that a worker computes with
     per_node = -(-count // len(nodes))
-    cpus = min(max(1, int(node.get("CPU", 1)) // int(node.get("GPU", 0) if gpus else per_node))
-               for node in nodes if not gpus or node.get("GPU", 0))  # fmt: skip
+    cpus = min(
+        max(1, int(node.get("CPU", 1)) // int(node.get("GPU", 0) if gpus else per_node))
+        for node in nodes
+        if not gpus or node.get("GPU", 0)
+    )
     kind = ray.remote(
         num_cpus=cpus, num_gpus=1 if gpus else 0, max_restarts=0, scheduling_strategy="SPREAD"
     )(Worker)

@@ -60,8 +60,14 @@ MAX_PROMPT = 20_000
 #: names of files and options that are read of a receipt, and their characters
 MAX_ITEMS, MAX_NAME = 64, 200
 #: name of a parameter at Wiro -> ours
-_WIRO_NAMES = {"prompt": "prompt", "negativePrompt": "negative_prompt", "scale": "cfg",
-               "steps": "steps", "numFrames": "num_frames", "seed": "seed"}  # fmt: skip
+_WIRO_NAMES = {
+    "prompt": "prompt",
+    "negativePrompt": "negative_prompt",
+    "scale": "cfg",
+    "steps": "steps",
+    "numFrames": "num_frames",
+    "seed": "seed",
+}
 
 
 class NoReceiptError(OptionError):

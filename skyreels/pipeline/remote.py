@@ -213,9 +213,13 @@ class RemoteRuns:
                 raise OptionError("The batch was stopped before this clip was sent.")
             program = subprocess.Popen(
                 [sys.executable, "-m", "wiro_api", command, MODEL, *words, "--json"],
-                stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-                env={**os.environ, "PYTHONPATH": python_path()}, encoding="utf-8",
-            )  # fmt: skip
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+                env={**os.environ, "PYTHONPATH": python_path()},
+                encoding="utf-8",
+            )
             self._programs.add(program)
         try:
             out, err = program.communicate()

@@ -30,8 +30,10 @@ def why_not(machine: Machine, job: Job, weights: Weights, choice: Choice = AUTO)
     Returns:
         For people.
     """
-    helps = [*_other_choices(machine, job, weights, choice),
-             *_smaller_jobs(machine, job, weights, choice)]  # fmt: skip
+    helps = [
+        *_other_choices(machine, job, weights, choice),
+        *_smaller_jobs(machine, job, weights, choice),
+    ]
     richer = replace(machine, ram_bytes=ENOUGH)
     if not _fits(machine, job, weights, choice) and _fits(richer, job, weights, choice):
         assert job.vae is not None  # as only a decode keeps its clip in main memory

@@ -128,8 +128,10 @@ def plans(machine: Machine, job: Job, stored: str, choice: Choice = AUTO) -> lis
         chosen = plan_run(machine, job, weights, choice)
         found.append(chosen)
         if machine.streams:
-            others = (plan_run(machine, job, weights, replace(choice, is_resident=resident))
-                      for resident in (True, False))  # fmt: skip
+            others = (
+                plan_run(machine, job, weights, replace(choice, is_resident=resident))
+                for resident in (True, False)
+            )
             found += [plan for plan in others if plan.streamed_bytes != chosen.streamed_bytes]
     return sorted(found, key=lambda plan: not plan.is_exact)
 

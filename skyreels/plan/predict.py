@@ -402,9 +402,14 @@ def _plan_decode(machine: Machine, job: Job, mode: str) -> tuple[str, int, float
     if mode in CHOOSING_MODES:
         try:
             decode, num_bytes = choose_decode(
-                *sizes, free, dtype, mode, host_bytes=host, corrections=corrections,
+                *sizes,
+                free,
+                dtype,
+                mode,
+                host_bytes=host,
+                corrections=corrections,
                 ranks=job.num_strips,
-            )  # fmt: skip
+            )
             fits = True
         except OutOfRoomError:
             decode, fits = last_rung(mode), False

@@ -90,19 +90,25 @@ def start_ranks(num_ranks: int, command: Sequence[str]) -> int:
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     threads = str(max(1, (os.cpu_count() or 1) // num_ranks))
     common = {
-        _VARIABLE: str(num_ranks), "WORLD_SIZE": str(num_ranks), "LOCAL_WORLD_SIZE": str(num_ranks),
-        "MASTER_ADDR": store.host, "MASTER_PORT": str(store.port),
-        "TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": "0",
+        _VARIABLE: str(num_ranks),
+        "WORLD_SIZE": str(num_ranks),
+        "LOCAL_WORLD_SIZE": str(num_ranks),
+        "MASTER_ADDR": store.host,
+        "MASTER_PORT": str(store.port),
+        "TORCHELASTIC_USE_AGENT_STORE": "True",
+        "TORCHELASTIC_RESTART_COUNT": "0",
         "TORCH_NCCL_ASYNC_ERROR_HANDLING": os.environ.get("TORCH_NCCL_ASYNC_ERROR_HANDLING", "1"),
         "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", threads),
-    }  # fmt: skip
+    }
     ranks = range(num_ranks)
     with tempfile.TemporaryDirectory(prefix="skyreels-ranks-") as folder:
         started = start_processes(
-            "ranks", sys.executable, dict.fromkeys(ranks, ("-u", *command)),
+            "ranks",
+            sys.executable,
+            dict.fromkeys(ranks, ("-u", *command)),
             {rank: {**common, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in ranks},
             DefaultLogsSpecs(folder, local_ranks_filter={0}),
-        )  # fmt: skip
+        )
         try:
             ended = started.wait(period=0.05)
         except SignalException as signal:

@@ -98,8 +98,11 @@ class _Pickler(pickle.Pickler):
         if not isinstance(obj, Tensor) or id(obj) not in self._offsets:
             return None
         return (
-            self._offsets[id(obj)], obj.dtype, obj.shape, isinstance(obj, nn.Parameter),
-        )  # fmt: skip
+            self._offsets[id(obj)],
+            obj.dtype,
+            obj.shape,
+            isinstance(obj, nn.Parameter),
+        )
 
 
 class _Unpickler(pickle.Unpickler):

@@ -183,8 +183,9 @@ def watch_of_run(
         reason = f"step {at}, where clips are looked at, was made by the run that is resumed"
     else:
         return _looking(settings, at, given, runtime)
-    logger.warning("bad_render %s: this clip is not judged, because %s.",
-                   settings.bad_render, reason)  # fmt: skip
+    logger.warning(
+        "bad_render %s: this clip is not judged, because %s.", settings.bad_render, reason
+    )
     return _look_nowhere
 
 

@@ -164,9 +164,12 @@ class Evaluator:
             use_loras(transformer, self._loras, runtime=runtime)
             conditioners = [nn.ModuleList(transformer.embedders), *transformer.conditioners]
             needed = activation_bytes(
-                transformer.config, job.tokens, weights_of(transformer), self._mode,
+                transformer.config,
+                job.tokens,
+                weights_of(transformer),
+                self._mode,
                 max(map(weight_bytes, conditioners)),
-            )  # fmt: skip
+            )
             self._stack.enter_context(runtime.place(transformer, needed["chunks"]))
             run = start_run(transformer, job, needed, runtime, self._mode)
             attention = attention_of_run(transformer, job, self._mode, runtime)

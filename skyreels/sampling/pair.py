@@ -109,11 +109,14 @@ class Partner(Alone):
             with torch.inference_mode(), current_device(there.device):
                 return {
                     branch: network.predict(
-                        there, asked.sigma, asked.step, [branch],
+                        there,
+                        asked.sigma,
+                        asked.step,
+                        [branch],
                         self._weak_block if branch in asked.weak else None,
                     )[0]
                     for branch in asked.away
-                }  # fmt: skip
+                }
 
         self._pending = self._thread.submit(predict_all)
         return asked.away

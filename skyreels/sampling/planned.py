@@ -160,8 +160,11 @@ class PlannedRun:
             outcomes.remember_rung(folder, device, self.work, str(rung), free)
             logger.warning(
                 "Memory ran out with activations %s (%.1f GB are free now): the step is repeated "
-                "with %s.", failed, free / 1e9, rung,
-            )  # fmt: skip
+                "with %s.",
+                failed,
+                free / 1e9,
+                rung,
+            )
 
         self.marks.mark()
         with descending(ladder, enter, self.runtime.device, on_fall) as velocity:
@@ -294,13 +297,18 @@ def least_machine(machine: Machine, ranks: Ranks, device: torch.device) -> Machi
     if ranks.is_first and free < LIKE_MEMORY * -most:
         logger.warning(
             "The ranks have %.1f to %.1f GB of free memory: all are planned for the least.",
-            free / 1e9, -most / 1e9,
-        )  # fmt: skip
+            free / 1e9,
+            -most / 1e9,
+        )
     found = told_by_first((machine.rates, machine.corrections), device, ranks.all)
     return replace(
-        machine, free_bytes=free, total_bytes=total, ram_bytes=ram,
-        rates=found[0], corrections=found[1],
-    )  # fmt: skip
+        machine,
+        free_bytes=free,
+        total_bytes=total,
+        ram_bytes=ram,
+        rates=found[0],
+        corrections=found[1],
+    )
 
 
 def _chunked_alike(
@@ -340,8 +348,14 @@ def compare_devices(first: PlannedRun, second: PlannedRun) -> None:
     shown = [outcomes.in_seconds(seconds) for seconds in (own_s, other_s, 2 * own_s)]
     logger.info(
         "Two devices, one branch of guidance each: %s takes about %s a step, %s %s; %s alone takes "
-        "%s.", one, shown[0], other, shown[1], one, shown[2],
-    )  # fmt: skip
+        "%s.",
+        one,
+        shown[0],
+        other,
+        shown[1],
+        one,
+        shown[2],
+    )
     if other_s >= 2 * own_s:
         logger.warning(
             "%s is so slow that %s alone would take no longer: use one device.", other, one
@@ -364,11 +378,14 @@ def compare_ranks(run: PlannedRun, ranks: Ranks, whole: Job) -> None:
         logger.info("%s%s.", ranks, advice if is_cuda else "")
         return
     logger.info(
-        "%s, about %s a step; one device takes %s.", ranks,
-        outcomes.in_seconds(shared_s), outcomes.in_seconds(alone_s),
-    )  # fmt: skip
+        "%s, about %s a step; one device takes %s.",
+        ranks,
+        outcomes.in_seconds(shared_s),
+        outcomes.in_seconds(alone_s),
+    )
     if shared_s >= alone_s:
         logger.warning(
             "So much goes between %d ranks that one device would take no longer: use one device, "
-            "or two with a branch of guidance each (--ranks 2).", ranks.num_shares
-        )  # fmt: skip
+            "or two with a branch of guidance each (--ranks 2).",
+            ranks.num_shares,
+        )

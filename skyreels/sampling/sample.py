@@ -334,9 +334,14 @@ class _Prepared:
     def network(self, run_block: RunBlock, rung: Rung) -> Network:
         """What makes predictions, once its weights are placed."""
         return Network(
-            self.transformer, self.attention, self.lookup, self.picture, self.rope, run_block,
+            self.transformer,
+            self.attention,
+            self.lookup,
+            self.picture,
+            self.rope,
+            run_block,
             CHUNKINGS[rung.chunking],
-        )  # fmt: skip
+        )
 
 
 @contextmanager
@@ -574,6 +579,8 @@ def _check_inputs(
 
 
 def _is_mask_of(mask: Tensor, shape: tuple[int, ...]) -> bool:
-    return mask.ndim == 5 and mask.shape[1] in (1, shape[1]) and (
-        mask.shape[0], *mask.shape[2:]
-    ) == (shape[0], *shape[2:])  # fmt: skip
+    return (
+        mask.ndim == 5
+        and mask.shape[1] in (1, shape[1])
+        and (mask.shape[0], *mask.shape[2:]) == (shape[0], *shape[2:])
+    )

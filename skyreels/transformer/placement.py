@@ -256,8 +256,10 @@ def _load(
     num_bytes = sum(map(padded_bytes, blocks))
     logger.info(
         "%d of %d blocks (%.1f GB) are streamed.",
-        len(streamed), len(away), num_bytes / 1e9,
-    )  # fmt: skip
+        len(streamed),
+        len(away),
+        num_bytes / 1e9,
+    )
     return stream, {id(module): position for position, module in enumerate(streamed)}
 
 

@@ -334,11 +334,18 @@ class SparseRun(DenseRun):
         logger.info(
             "Sparse attention attended to %.1f %% of the pairs of blocks in steps %d to %d (blocks "
             "of the transformer: %s; heads: %s), and to %.1f %% in the whole run.",
-            100 * found.sparse, int(steps[0]), int(steps[-1]),
-            _span(found.by_block), _span(found.by_head), 100 * found.mean,
-        )  # fmt: skip
-        for name, each in (("step", found.by_step), ("block", found.by_block),
-                           ("head", found.by_head)):  # fmt: skip
+            100 * found.sparse,
+            int(steps[0]),
+            int(steps[-1]),
+            _span(found.by_block),
+            _span(found.by_head),
+            100 * found.mean,
+        )
+        for name, each in (
+            ("step", found.by_step),
+            ("block", found.by_block),
+            ("head", found.by_head),
+        ):
             shares = ", ".join(f"{index} {100 * share:.1f}" for index, share in each.items())
             logger.debug("Sparse attention, per cent by %s: %s.", name, shares)
 

@@ -187,10 +187,12 @@ def _judge(attend: SparseAttention, *, is_ours: bool, size: Size, device: torch.
         return [attend(query, key, value, beta, count, lists).out]
 
     inputs = (
-        (kind, draw(kind, PROBED_TOKENS, PROBED_HEADS, size.head_dim, device=device,
-                    dtype=size.dtype))
+        (
+            kind,
+            draw(kind, PROBED_TOKENS, PROBED_HEADS, size.head_dim, device=device, dtype=size.dtype),
+        )
         for kind in KINDS
-    )  # fmt: skip
+    )
     return dispatch.probe(found, expected, inputs, SPARSE_ERROR)
 
 

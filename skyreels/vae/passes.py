@@ -74,8 +74,13 @@ class Follower:
         self._slots: list[tuple[Piece, Memory] | None] = [None] * LEAVING
         self._turn = 0
 
-    def resnet(self, pieces: list[Piece], frame: tuple[int, int], padded: tuple[int, int],
-               products: tuple[int, int]) -> list[Piece]:  # fmt: skip
+    def resnet(
+        self,
+        pieces: list[Piece],
+        frame: tuple[int, int],
+        padded: tuple[int, int],
+        products: tuple[int, int],
+    ) -> list[Piece]:
         """`ResnetBlock.forward`.
 
         Args:
@@ -106,8 +111,15 @@ class Follower:
         self._end(products[1])
         return result
 
-    def enlarge(self, pieces: list[Piece], frame: tuple[int, int], padded: int, copies: int,
-                factors: tuple[int, int, int], products: int) -> list[Piece]:  # fmt: skip
+    def enlarge(
+        self,
+        pieces: list[Piece],
+        frame: tuple[int, int],
+        padded: int,
+        copies: int,
+        factors: tuple[int, int, int],
+        products: int,
+    ) -> list[Piece]:
         """`Resample.forward`.
 
         Args:

@@ -226,8 +226,10 @@ def _decode_on_rungs(
         outcomes.remember_rung(folder, device, work, str(rung), free)
         logger.warning(
             "Memory ran out in a decode with %s (%.1f GB are free now): it is repeated with %s.",
-            failed, free / 1e9, rung,
-        )  # fmt: skip
+            failed,
+            free / 1e9,
+            rung,
+        )
 
     def on_rung(rung: DecodePlan) -> nullcontext[Callable[[], Tensor | None]]:
         return nullcontext(partial(_decode_clip, vae, vae_latents, rung, runtime, sink))
@@ -294,9 +296,14 @@ def _plan_of_ranks(
     free, host = room_of(device, runtime.free_bytes(), free_host_bytes(), shape)
     free, least_host = least_of([free, 0 if host is None else host], device, group)
     plan, num_bytes = choose_decode(
-        config, shape, free, dtype, mode,
-        host_bytes=None if host is None else least_host, ranks=_num_strips(runtime, shape),
-    )  # fmt: skip
+        config,
+        shape,
+        free,
+        dtype,
+        mode,
+        host_bytes=None if host is None else least_host,
+        ranks=_num_strips(runtime, shape),
+    )
     return [plan], num_bytes
 
 
@@ -359,9 +366,13 @@ def expected_decode(
         seconds = plan_flop(plan, config, latent_shape) / rate
     elif rate and link:
         seconds = exact_seconds(
-            config, _strip_of(plan, latent_shape), dtype, plan.piece_elements,
-            flop_per_s=rate, bytes_per_s=link,
-        )  # fmt: skip
+            config,
+            _strip_of(plan, latent_shape),
+            dtype,
+            plan.piece_elements,
+            flop_per_s=rate,
+            bytes_per_s=link,
+        )
     peak_bytes = int(num_bytes / MEMORY_MARGIN)
     return outcomes.expect(kind_of_decode(plan, dtype), seconds, peak_bytes, corrections)
 
@@ -457,9 +468,12 @@ def _decode(
     elif plan.mode == "exact":
         with host_store(runtime) as store:
             pieces = vae.iter_exact(
-                vae_latents, store, plan.piece_elements, check=runtime.check_interrupt,
+                vae_latents,
+                store,
+                plan.piece_elements,
+                check=runtime.check_interrupt,
                 strips=strips,
-            )  # fmt: skip
+            )
             for piece in _whole_frames(pieces, strips):
                 yield _images(piece), start, 0, 0
                 start += piece.shape[2]

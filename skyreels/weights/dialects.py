@@ -151,8 +151,14 @@ def lora_dialect(names: Collection[str]) -> str:
         return ""
     modules = [key.module for key in keys] or list(names)
     ours = [name for name in modules if not is_text_encoder_key(name)]
-    writer = next((w for w, pattern in _WRITERS.items() if any(
-        re.match(pattern, name[:MAX_NAME_CHARS]) for name in ours)), "unknown names")  # fmt: skip
+    writer = next(
+        (
+            w
+            for w, pattern in _WRITERS.items()
+            if any(re.match(pattern, name[:MAX_NAME_CHARS]) for name in ours)
+        ),
+        "unknown names",
+    )
     return writer if method == "LoRA" else f"{writer}, {method}"
 
 

@@ -47,9 +47,18 @@ _BLOCKS = {
 }
 #: type of a value -> its layout for struct
 _SCALARS = {
-    0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7: "<?", 10: "<Q", 11: "<q",
+    0: "<B",
+    1: "<b",
+    2: "<H",
+    3: "<h",
+    4: "<I",
+    5: "<i",
+    6: "<f",
+    7: "<?",
+    10: "<Q",
+    11: "<q",
     12: "<d",
-}  # fmt: skip
+}
 _STRING, _ARRAY, _INT32 = 8, 9, 5
 _SHAPE_KEY = "comfy.gguf.orig_shape."
 #: bytes of a table, and values and tensors in it; a language model's vocabulary takes ten million

@@ -88,8 +88,10 @@ def _of_module(module: str, num_rows: int, config: TransformerConfig) -> list[tu
         name.rpartition(".")[0] for name in transformer_sources(f"{module}.weight", "diffusers")
     ]
     if len(parts) == 1:
-        return [*found, (parts[0], whole._replace(
-            swaps_halves=("diffusers", module) in HALF_SWAPPED))]  # fmt: skip
+        return [
+            *found,
+            (parts[0], whole._replace(swaps_halves=("diffusers", module) in HALF_SWAPPED)),
+        ]
     for index, part in enumerate(parts):
         start = index * config.hidden_size
         is_last = index == len(parts) - 1

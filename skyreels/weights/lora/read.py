@@ -251,8 +251,19 @@ class _File:
         ):
             if role in roles:
                 found.append(self._whole(place, roles[role], attribute, method))
-        known = {"alpha", "dora_scale", "down", "up", "down_bias", "up_bias", "diff", "diff_b",
-                 "set_weight", *_LOHA, *_LOKR}  # fmt: skip
+        known = {
+            "alpha",
+            "dora_scale",
+            "down",
+            "up",
+            "down_bias",
+            "up_bias",
+            "diff",
+            "diff_b",
+            "set_weight",
+            *_LOHA,
+            *_LOKR,
+        }
         assert set(roles) <= known
         return found
 
@@ -330,8 +341,11 @@ class _File:
     ) -> Change | None:
         """The change of a weight by factors; None if the module has none."""
         name = f"{place.module}.weight"
-        for makers, make in ((("down", "up"), self._low_rank), (_LOHA, self._loha),
-                             (_LOKR, self._lokr)):  # fmt: skip
+        for makers, make in (
+            (("down", "up"), self._low_rank),
+            (_LOHA, self._loha),
+            (_LOKR, self._lokr),
+        ):
             if set(makers) & set(roles):
                 if name not in self._shapes or len(self._shapes[name]) < 2:
                     raise self._bad(next(iter(roles.values())), "for a layer without a matrix")
@@ -359,9 +373,10 @@ class _File:
     def _check_pair(self, entry: TensorEntry, up: Tensor, down: Tensor) -> None:
         if up.shape[1] != len(down):
             raise self._bad(
-                entry, f"of {list(up.shape)} beside a factor of {list(down.shape)}, which cannot "
-                "be multiplied"
-            )  # fmt: skip
+                entry,
+                f"of {list(up.shape)} beside a factor of {list(down.shape)}, which cannot "
+                "be multiplied",
+            )
 
     def _loha(
         self, place: Place, roles: _Roles, scale: Callable[[int | None], float]
@@ -389,9 +404,10 @@ class _File:
         cube = self._read(core).float()
         if cube.ndim < 3 or (len(first), len(second)) != tuple(cube.shape[:2]):
             raise self._bad(
-                core, f"of {list(core.shape)} beside factors of {list(first.shape)} and "
-                f"{list(second.shape)}, which cannot be multiplied"
-            )  # fmt: skip
+                core,
+                f"of {list(core.shape)} beside factors of {list(first.shape)} and "
+                f"{list(second.shape)}, which cannot be multiplied",
+            )
         cube = cube.flatten(2)
         pad = self._fit(place, core, (first.shape[1], second.shape[1] * cube.shape[2]))
         return pad(torch.einsum("rsk,ro,si->oik", cube, first, second).flatten(1))
