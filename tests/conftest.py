@@ -21,6 +21,7 @@ from support.memory import keep_memory
 
 ROOT = Path(__file__).resolve().parent.parent
 FOLDER_NUMBERS = itertools.count()
+FRAMES_OF_A_REPORT = 200
 #: files of more than three seconds, by what they take
 LONGEST = (
     "engine/pipeline/test_ray_batch.py", "engine/test_cli.py", "adapters/local/test_nodes.py",
@@ -67,6 +68,25 @@ def pytest_configure(config) -> None:
     config.option.loadscopereorder = False  # xdist would start the files with most tests first
     gc.freeze()  # where workers collect; the end, too, searches for garbage: ten times
     atexit.register(gc.unfreeze)  # the interpreter's own end takes everything apart
+
+
+def pytest_sessionstart() -> None:
+    """Let garbage be reported where it is found, also at the limit of recursion.
+
+    Tests of nested input go there; whatever another test has left may be collected in their midst,
+    and pytest needs a few frames to take note of it.
+    """
+    note = sys.unraisablehook
+
+    def noted(unraisable) -> None:
+        limit = sys.getrecursionlimit()
+        sys.setrecursionlimit(limit + FRAMES_OF_A_REPORT)
+        try:
+            note(unraisable)
+        finally:
+            sys.setrecursionlimit(limit)
+
+    sys.unraisablehook = noted
 
 
 def pytest_collection_finish() -> None:

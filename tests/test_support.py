@@ -1,7 +1,9 @@
 """What the tests stand on: real ComfyUIs that are found, forks as programs, fast convolutions."""
 
+import gc
 import os
 import signal
+import socket
 from pathlib import Path
 
 import pytest
@@ -38,6 +40,31 @@ def test_a_program_that_is_killed_leaves_the_next_one_unharmed():
     program.kill()
     assert program.wait() == -signal.SIGKILL
     assert forks("json").run(["-c", "print(1)"], {**os.environ}).stdout == "1\n"
+
+
+def test_garbage_is_reported_at_the_limit_of_recursion_as_elsewhere():
+    """A socket that is left open: pyproject.toml says that its report is no error."""
+
+    def leave_a_socket():
+        cycle = [socket.socket()]
+        cycle.append(cycle)
+
+    frames_left = 0
+
+    def descend():
+        nonlocal frames_left
+        try:
+            descend()
+        except RecursionError:
+            frames_left += 1
+            if frames_left == 10:
+                gc.collect()
+            raise
+
+    leave_a_socket()
+    with pytest.raises(RecursionError):
+        descend()
+    assert frames_left > 10
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="without forks nothing is imported before")
