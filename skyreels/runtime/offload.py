@@ -118,9 +118,6 @@ def onload(tensors: list[Tensor], device: torch.device) -> Callable[[], None]:
     return offload
 
 
-# --- without weights ----------------------------------------------------------------------------
-
-
 # --- page-locked memory -------------------------------------------------------------------------
 
 #: cudaHostRegisterPortable: page-locked for every device

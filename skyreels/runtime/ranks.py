@@ -14,7 +14,7 @@ from torch import nn
 
 from ..errors import DependencyError, OptionError, SkyReelsError
 from .collectives import MAX_RANKS, Ranks, one_group, told_by_first, two_groups
-from .shared import attach, share
+from .shared_weights import attach, share
 
 logger = logging.getLogger("skyreels.runtime.ranks")
 

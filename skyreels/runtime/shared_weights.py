@@ -32,7 +32,7 @@ def share(modules: tuple[nn.Module, ...]) -> bytes:
         What `attach` takes, as long as this process lives: all of the modules but those weights.
 
     Raises:
-        OSError: this system has no such memory, or not as much.
+        OSError: this system has no such memory, or refuses it.
     """
     if not hasattr(os, "memfd_create"):
         raise OSError("only Linux has memory files without a name")
